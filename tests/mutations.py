@@ -114,6 +114,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kernels/attention/prefix.py": ("adapters/test_prefix.py", "kernels/test_references.py"),
     "kernels/dense/block.py": ("kernels/dense/test_block.py", "kernels/tape/test_layer_tape.py"),
     "kernels/dense/block_operands.py": ("kernels/dense/test_block.py",),
+    "kernels/dense/block_parts.py": ("kernels/dense/test_block.py",),
     "kernels/dense/block_passes.py": ("kernels/dense/test_block.py",),
     "kernels/bindings/block_calls.py": (
         "kernels/dense/test_block.py",

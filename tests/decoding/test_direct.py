@@ -48,7 +48,7 @@ def by_parts(base):
 
 
 def test_an_engine_says_why_it_goes_another_way():
-    for family, said in (("llama", None), ("gemma2", "usual parts")):
+    for family, said in (("llama", None), ("gemma2", "its norms")):
         base = based(family)
         engine = Engine(base, budget_bytes=2**20, adapters=FixedAdapters({}))
         reason = engine.decode_step.not_by_parts
@@ -88,8 +88,7 @@ def test_experts_are_called_as_they_are():
 
 
 @pytest.mark.parametrize(
-    ("family", "reason"),
-    [("olmo2", "usual parts"), ("gemma2", "usual parts: post_feed"), ("gpt2", "has no")],
+    ("family", "reason"), [("olmo2", "its norms"), ("gemma2", "its norms"), ("gpt2", "has no")]
 )
 def test_what_is_built_otherwise_says_why(family, reason):
     assert reason in forward_by_layers(based(family).model)

@@ -21,10 +21,17 @@ from veneer.execution.decode_step import (
     read_and_continued,
 )
 from veneer.execution.decoder_layer import find_layers
-from veneer.execution.train_step import fused, replacements, unknown_layers
+from veneer.execution.train_step import (
+    FusedAttention,
+    FusedLayer,
+    fused,
+    replacements,
+    unknown_layers,
+)
 from veneer.kernels.dense.fused import gelu_gate, silu_gate
 from veneer.models.step import batch_loss, prepare
 
+WITH_ATTENTION = (FusedAttention, FusedLayer)
 PROMPTS = [list(range(30, 60)), [7, 90, 4], list(range(100, 117))]
 
 
@@ -49,12 +56,39 @@ def test_the_facts_of_a_layer_are_those_of_its_family(family, gate, window, head
     assert [layer.module for layer in layers] == list(model.model.layers)
     for layer in layers:
         assert layer.unknown is None
-        assert [norm.epsilon for norm in layer.norms] == [model.config.rms_norm_eps] * 2
+        assert layer.norms.after_attention is layer.norms.after_feed_forward is None
+        for norm in (layer.norms.before_attention, layer.norms.before_feed_forward):
+            assert norm.epsilon == model.config.rms_norm_eps and norm.is_plain
         assert layer.attention.rules.window == window
         assert len(layer.attention.norms) == head_norms
         assert layer.attention.head_dim == model.model.layers[0].self_attn.head_dim
         found = None if layer.feed_forward is None else layer.feed_forward.gate
         assert found is gate
+
+
+@pytest.mark.parametrize(
+    ("family", "places", "kind", "of_heads", "turned"),
+    [
+        ("llama", "x.x.", (0.0, False), (), [True, True]),
+        ("qwen3", "x.x.", (0.0, False), (12, 12), [True, True]),
+        ("gemma", "x.x.", (1.0, True), (), [True, True]),
+        ("gemma3", "xxxx", (1.0, True), (12, 12), [True, True]),
+        ("olmo2", ".x.x", (0.0, True), (32, 16), [True, True]),
+        ("exaone4", ".x.x", (0.0, False), (8, 8), [True, False]),
+    ],
+)
+def test_norms_are_found_in_their_places_and_of_their_kind(family, places, kind, of_heads, turned):
+    layers = find_layers(prepared(family, dtype=torch.bfloat16))
+    for layer in layers:
+        assert layer.unknown is None
+        assert "".join("." if norm is None else "x" for norm in layer.norms) == places
+        norms = [norm for norm in layer.norms if norm is not None]
+        for norm in (*norms, *layer.attention.norms):
+            assert (norm.offset, norm.is_wide) == kind
+            assert norm.name in (*dict(layer.module.named_children()), "q_norm", "k_norm")
+        assert tuple(norm.weight.numel() for norm in layer.attention.norms) == of_heads
+    assert [layer.attention.is_turned for layer in layers] == turned
+    assert all(layer.attention.takes_float32 for layer in layers) == (family == "olmo2")
 
 
 def test_a_gate_of_gelu_is_told_from_one_of_silu():
@@ -68,12 +102,7 @@ def test_a_gate_of_gelu_is_told_from_one_of_silu():
 
 @pytest.mark.parametrize(
     ("family", "reason"),
-    [
-        ("gemma2", "usual parts: post_feedforward_layernorm"),
-        ("olmo2", "usual parts: input_layernorm"),
-        ("starcoder2", "no plain RMS norms"),
-        ("olmoe", "attention block"),
-    ],
+    [("phi3", "qkv_proj"), ("starcoder2", "no RMS norms"), ("stablelm", "usual parts: dropout")],
 )
 def test_what_is_not_understood_says_why(family, reason):
     model = prepared(family)
@@ -148,10 +177,10 @@ def test_norms_of_heads_train_as_the_model_itself_does(dtype, trained):
     stand_ins = replacements(model)
     with fused(model, stand_ins):
         ours = measured()
-    parts = [path for path in stand_ins if not path.endswith("self_attn")]
+    parts = [path for path, made in stand_ins.items() if not isinstance(made, WITH_ATTENTION)]
     with fused(model, {path: stand_ins[path] for path in parts}):
         plain = measured()
-    assert len(parts) == len(stand_ins) - 2
+    assert len(parts) == len(stand_ins) - (2 if dtype is torch.float32 else 4)
     assert torch.equal(ours[0], plain[0])
     limit = {torch.float32: 1e-5, torch.bfloat16: 2**-5}[dtype]
     assert all(difference(a, b) <= limit for a, b in zip(ours, plain, strict=True))

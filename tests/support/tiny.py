@@ -17,9 +17,11 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     DeepseekV3Config,
+    Exaone4Config,
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
@@ -164,6 +166,11 @@ _CONFIGS |= {  # by name alone, not in every test of all families
     "stablelm": (StableLmConfig, _MODERN),  # its layers hand no keyword on to attention
     "starcoder2": (Starcoder2Config, _MODERN),
     "nemotron": (NemotronConfig, _MODERN),
+    "gemma": (GemmaConfig, {**_MODERN, "head_dim": 12}),
+    "exaone4": (
+        Exaone4Config,
+        {**_MODERN, "sliding_window": SLIDING_WINDOW, "layer_types": _SLIDING_THEN_FULL},
+    ),
     "qwen2_moe": (
         Qwen2MoeConfig,
         {

@@ -23,19 +23,18 @@ from veneer.adapters.methods.adapted_linear import AdaptedLinear
 from veneer.adapters.placement.wrapping import AdaptedModule, unwrapped
 from veneer.execution.agreement import MODEL, difference, disagreement
 from veneer.execution.attention import NAME, decoder, packed_arguments, unused_mask
-from veneer.execution.decoder_layer import (
+from veneer.execution.decoder_layer import find_layers, find_norm
+from veneer.execution.ends import Ends
+from veneer.execution.layer_facts import (
+    ATTENTION,
+    FEED_FORWARD,
     GATED,
-    HEAD_NORMS,
-    PARTS,
     QKV,
     Attention,
     DecoderLayer,
     Norm,
     O,
-    find_layers,
-    find_norm,
 )
-from veneer.execution.ends import Ends
 from veneer.execution.paged import PagedKeys, PagedStep
 from veneer.execution.proofs.model import in_front, some_ids, structure
 from veneer.execution.proofs.same_values import same_values
@@ -186,17 +185,20 @@ def _layer(
     laid: PagedStep,
 ) -> tuple[Tensor, Tensor | None]:
     """(h, delta) whose sum the layer gives."""
-    if layer.unknown is not None:
+    if layer.unlike_llama is not None:
         whole: Any = layer.module
         return whole((h if delta is None else h + delta)[None], **_given(angles, laid))[0], None
-    first, attention, second, feed = (children_of(layer.module)[name] for name in PARTS)
-    h, x = _add_norm(h, delta, first, layer.norms[0])
-    assert layer.attention is not None and attention is not None and feed is not None
+    parts = children_of(layer.module)
+    first, second = layer.norms.before_attention, layer.norms.before_feed_forward
+    attention, feed = parts[ATTENTION], parts[FEED_FORWARD]
+    assert first is not None and second is not None and layer.attention is not None
+    assert attention is not None and feed is not None
+    h, x = _add_norm(h, delta, parts[first.name], first)
     if _bare(attention) is layer.attention.module:
         delta = _attention(layer.attention, x, angles, laid)
     else:
         delta = attention(hidden_states=x[None], **_given(angles, laid))[0][0]
-    h, x = _add_norm(h, delta, second, layer.norms[1])
+    h, x = _add_norm(h, delta, parts[second.name], second)
     gated = layer.feed_forward
     if gated is None or gated.gate is not silu_gate or _bare(feed) is not gated.module:
         return h, feed(x[None])[0]
@@ -217,8 +219,8 @@ def _attention(
     q, k, v = _products(x, [places[name] for name in QKV])
     if facts.norms:
         q, k = (
-            _by_heads(values, size, places[name], norm)
-            for values, name, norm in zip((q, k), HEAD_NORMS, facts.norms, strict=True)
+            _by_heads(values, size, places[norm.name], norm)
+            for values, norm in zip((q, k), facts.norms, strict=True)
         )
     decoder_step.rotate(q, k, angles[0][0], angles[1][0])
     key = k.view(rows, -1, size)
@@ -405,8 +407,9 @@ def _taken_apart(model: PreTrainedModel) -> LayersForward | str:
         return f"{name} has other layers than those of its decoder"
     if any(is_sharded(weight) for layer in layers for weight in layer.module.parameters()):
         return f"the layers of {name} are sharded: they are called whole"
-    if all(layer.unknown is not None for layer in layers):
-        return f"no layer of {name} is understood: {layers[0].unknown}"
-    if (norm := find_norm(unwrapped(places.norm))) is None:
+    reasons = [layer.unlike_llama for layer in layers]
+    if None not in reasons:
+        return f"no layer of {name} is taken apart: {reasons[0]}"
+    if (norm := find_norm(unwrapped(places.norm))) is None or not norm.is_plain:
         return f"the last norm of {name} is no plain RMS norm"
     return LayersForward(model, places, layers, norm)

@@ -1,7 +1,7 @@
 """The decoder layers of a model as data: what each of them computes.
 
-    h = x + attention(norm(x))
-    y = h + feed_forward(norm(h))
+    h = x + norm(attention(norm(x)))
+    y = h + norm(feed_forward(norm(h)))         of these norms any may be missing
 
 A fact is read from the module tree and confirmed by running the module beside our own computation,
 around small projections of random values: what a layer computes depends on neither its weights nor
@@ -16,8 +16,9 @@ Shapes: B batch, T tokens, N rows (B times T), H query heads, K key heads, S hea
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,83 +29,33 @@ from veneer.adapters.methods.adapted_linear import apply_together
 from veneer.adapters.placement.wrapping import AdaptedModule, plain_modules, unwrapped
 from veneer.execution.agreement import EXACT, PART, agrees
 from veneer.execution.attention import NAME, attention_forward, decoder
+from veneer.execution.layer_facts import (
+    ATTENTION,
+    FEED_FORWARD,
+    GATED,
+    HEAD_NORMS,
+    QKV,
+    Attention,
+    DecoderLayer,
+    FeedForward,
+    LayerNorms,
+    Norm,
+    O,
+)
+from veneer.execution.norm_places import ROWS, WIDTH, find_places, random_rows
 from veneer.execution.stand_in import StandIn
 from veneer.kernels.attention.groups import Pair
-from veneer.kernels.dense.fused import gelu_gate, rms_norm, rotary, silu_gate
+from veneer.kernels.dense.fused import gelu_gate, rms_norm, rms_norm_reference, rotary, silu_gate
 from veneer.kernels.rules import AttentionRules
 from veneer.linear import frozen_linear
 from veneer.model_record import record_of
-from veneer.private.torch import (
-    buffers_of,
-    children_of,
-    parameters_of,
-    replace_children,
-    replace_parameters,
-)
+from veneer.private.torch import children_of, replace_children, replace_parameters
 from veneer.private.transformers import attention_of
 
-PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-"""The parts of a layer in the order in which they compute."""
-QKV, O = ("q_proj", "k_proj", "v_proj"), "o_proj"
-HEAD_NORMS = ("q_norm", "k_norm")
-GATED = ("gate_proj", "up_proj", "down_proj")
-WIDTH, INNER, ROWS = 8, 12, 5
+NORM_KINDS = ((0.0, False), (0.0, True), (1.0, True))
+"""(offset, is_wide) of the norms that are known."""
+INNER = 12
 """Sizes of what the parts are tried on."""
-
-Gate = Callable[[Tensor, Tensor], Tensor]
-"""The product of what the gate's projection gives, activated, and what the other one gives."""
-
-
-@dataclass(frozen=True)
-class Norm:
-    """weight * x / sqrt(mean(x^2) + epsilon) of each row."""
-
-    module: nn.Module
-    epsilon: float
-
-
-@dataclass(frozen=True)
-class FeedForward:
-    """down(gate(gate_proj(x), up_proj(x))), gate being silu_gate or gelu_gate."""
-
-    module: nn.Module
-    gate: Gate
-
-
-@dataclass(frozen=True)
-class Attention:
-    """o(attend(turn(q(x)), turn(k(x)), v(x))), each whole head turned by halves.
-
-    rules   how its attention weighs
-    norms   of each head of q and of k, before they are turned; none where there are none
-    """
-
-    module: nn.Module
-    head_dim: int
-    rules: AttentionRules
-    norms: tuple[Norm, ...] = ()
-
-
-@dataclass(frozen=True)
-class DecoderLayer:
-    """What a layer computes.
-
-    norms         before attention and before the feed-forward block
-    feed_forward  None: its module computes it
-    unknown       what is not understood, so that the layer's own code computes it; None: nothing
-    """
-
-    module: nn.Module
-    norms: tuple[Norm, ...] = ()
-    attention: Attention | None = None
-    feed_forward: FeedForward | None = None
-    unknown: str | None = None
-
-    @property
-    def parts(self) -> list[Norm | FeedForward | Attention]:
-        """All that is understood of it."""
-        within = () if self.attention is None else (self.attention, *self.attention.norms)
-        return [*self.norms, *within, *(() if self.feed_forward is None else (self.feed_forward,))]
 
 
 @dataclass(frozen=True)
@@ -149,27 +100,30 @@ def _own(place: nn.Module) -> nn.Module:
 
 def _look_at(layer: nn.Module) -> DecoderLayer:
     parts = {name: unwrapped(child) for name, child in layer.named_children()}
-    attention, feed = parts.get("self_attn", layer), parts.get("mlp", layer)
+    attention, feed = parts.pop(ATTENTION, layer), parts.pop(FEED_FORWARD, layer)
     children = {name for name, _ in attention.named_children()}
-    usual = {*QKV, O}
-    if set(parts) != set(PARTS) or children not in (usual, usual | set(HEAD_NORMS)):
-        unusual = sorted({*parts, *children} ^ {*PARTS, *usual})
+    usual, beside = {*QKV, O}, {name for name in parts if not name.endswith("norm")}
+    if layer in (attention, feed):
+        beside |= {ATTENTION, FEED_FORWARD} - {name for name, _ in layer.named_children()}
+    if beside or children not in (usual, usual | set(HEAD_NORMS)):
+        unusual = sorted(beside | (children ^ usual))
         return DecoderLayer(layer, unknown=f"it is not of the usual parts: {', '.join(unusual)}")
-    norms = [norm for name in (PARTS[0], PARTS[2]) if (norm := find_norm(parts[name]))]
-    if len(norms) != 2:
-        return DecoderLayer(layer, unknown="its norms are no plain RMS norms")
+    norms = [norm for name, module in parts.items() if (norm := find_norm(module, name))]
+    if len(norms) != len(parts):
+        return DecoderLayer(layer, unknown="its norms are no RMS norms")
     heads, feed_forward = find_attention(attention), find_feed_forward(feed)
+    places = find_places(layer, norms)
     unknown = None
     if heads is None:
         unknown = "its attention block computes something else"
-    elif not _is_sum(layer):
+    elif places is None:
         unknown = "it adds up its parts otherwise"
-    return DecoderLayer(layer, tuple(norms), heads, feed_forward, unknown)
+    return DecoderLayer(layer, places or LayerNorms(), heads, feed_forward, unknown)
 
 
 @torch.no_grad()
-def find_norm(module: nn.Module) -> Norm | None:
-    """Returns the norm that a module is; None for another one, as one that adds 1 to its weight."""
+def find_norm(module: nn.Module, name: str = "") -> Norm | None:
+    """Returns the norm that a module is; None for another one, as one without a mean square."""
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     names = [name for name, _ in module.named_parameters(recurse=False)]
     if names != ["weight"] or any(module.children()) or not isinstance(epsilon, float):
@@ -177,12 +131,16 @@ def find_norm(module: nn.Module) -> Norm | None:
     if not type(module).__name__.endswith("RMSNorm"):
         return None
     small, weight = _with_small_weight(module)
-    x = _rows(weight.shape[-1], weight.dtype).to(weight.device)
-    return (
-        Norm(module, epsilon)
-        if agrees(lambda x: rms_norm(x, weight, epsilon), small, (x,), PART)
-        else None
-    )
+    x = random_rows(weight.shape[-1], weight.dtype).to(weight.device)
+    for tolerance in (EXACT, PART):
+        for offset, is_wide in NORM_KINDS:
+            kind: dict[str, Any] = {"offset": offset, "is_wide": is_wide}
+            norm = rms_norm_reference if tolerance is EXACT else rms_norm
+            if agrees(
+                partial(norm, weight=weight, epsilon=epsilon, **kind), small, (x,), tolerance
+            ):
+                return Norm(module, epsilon, offset, is_wide, name)
+    return None
 
 
 @torch.no_grad()
@@ -206,7 +164,7 @@ def find_feed_forward(module: nn.Module) -> FeedForward | None:
         if same and agrees(
             lambda x, gate=gate: down(gate(first(x), second(x))),
             small,
-            (_rows(WIDTH, dtype),),
+            (random_rows(WIDTH, dtype),),
             PART,
         ):
             return FeedForward(module, gate)
@@ -230,11 +188,10 @@ def find_attention(block: Any) -> Attention | None:
         or attention_of(getattr(block, "config", None)) != NAME
     ):
         return None
-    own = [unwrapped(children_of(block)[name]) for name in HEAD_NORMS if name in names]
-    norms = [norm for module in own if (norm := find_norm(module))]
-    if len(norms) != len(own) or any(
-        norm.module.get_parameter("weight").shape != (size,) for norm in norms
-    ):
+    children = children_of(block)
+    modules = {name: unwrapped(children[name]) for name in HEAD_NORMS if name in names}
+    norms = [norm for name, module in modules.items() if (norm := find_norm(module, name))]
+    if len(norms) != len(modules):
         return None
     try:
         return _confirmed(block, size, view.dtype, tuple(norms))
@@ -245,7 +202,7 @@ def find_attention(block: Any) -> Attention | None:
 def _confirmed(
     block: Any, size: int, dtype: torch.dtype, norms: tuple[Norm, ...]
 ) -> Attention | None:
-    small, draw = copy.copy(block), torch.Generator().manual_seed(0)
+    small = copy.copy(block)
     replace_children(small, {})
     for seed, name in enumerate((*QKV, O)):
         own: Any = unwrapped(children_of(block)[name])
@@ -254,26 +211,39 @@ def _confirmed(
     for name, norm in zip(HEAD_NORMS, norms, strict=False):
         children_of(small)[name] = _with_small_weight(norm.module, "cpu")[0]
 
-    def values(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=draw).to(dtype)
+    def inputs(angle_type: torch.dtype) -> dict[str, Any]:
+        draw = torch.Generator().manual_seed(0)
+        cos, sin = (torch.randn(1, ROWS, size, generator=draw) for _ in range(2))
+        return {
+            "hidden_states": random_rows(WIDTH, dtype)[None],
+            "position_embeddings": (cos.to(angle_type), sin.to(angle_type)),
+            "attention_mask": None,
+        }
 
-    inputs: dict[str, Any] = {
-        "hidden_states": _rows(WIDTH, dtype)[None],
-        "position_embeddings": (values(1, ROWS, size), values(1, ROWS, size)),
-        "attention_mask": None,
-    }
-    beyond = torch.arange(ROWS)[None] * 10**6  # whatever a block counts from
-    theirs, ours = _Heads(), _Heads()
-    expected = small(**inputs, position_ids=beyond, veneer_layout=theirs)
-    if any(own is not theirs.rules.sinks for own in block.parameters(recurse=False)):
+    def own_code(angle_type: torch.dtype) -> tuple[Any, ...]:
+        layout = _Heads()
+        beyond = torch.arange(ROWS)[None] * 10**6  # whatever a block counts from
+        out = small(**inputs(angle_type), position_ids=beyond, veneer_layout=layout)
+        return (*out, *layout.heads, layout.rules)
+
+    rules = own_code(dtype)[-1]
+    if any(own is not rules.sinks for own in block.parameters(recurse=False)):
         return None
-    facts = Attention(block, size, theirs.rules, norms)
 
-    def computed() -> tuple[Any, ...]:
-        return (*attend(facts, small, **inputs, veneer_layout=ours), *ours.heads, ours.rules)
+    def agrees_with(facts: Attention, angle_type: torch.dtype) -> bool:
+        def computed() -> tuple[Any, ...]:
+            layout = _Heads()
+            out = attend(facts, small, **inputs(angle_type), veneer_layout=layout)
+            return (*out, *layout.heads, layout.rules)
 
-    same = agrees(computed, lambda: (*expected, *theirs.heads, theirs.rules), (), EXACT)
-    return facts if same else None
+        return agrees(computed, lambda: own_code(angle_type), (), EXACT)
+
+    for is_turned in (True, False):
+        facts = Attention(block, size, rules, norms, is_turned)
+        if agrees_with(facts, dtype):
+            takes_float32 = agrees_with(facts, torch.float32)
+            return replace(facts, takes_float32=takes_float32)
+    return None
 
 
 def attend(
@@ -287,12 +257,15 @@ def attend(
     """(B, T, D) of an attention block, by what is known of it and by the modules in its places."""
     (B, T), S = hidden_states.shape[:2], facts.head_dim
     q, k, v = apply_together([getattr(block, name) for name in QKV], hidden_states)
-    q, k = q.view(B, T, -1, S), k.view(B, T, -1, S)
     if facts.norms:
-        q, k = block.q_norm(q), block.k_norm(k)
-    cos, sin = (each.expand(B, T, S).reshape(-1, S) for each in position_embeddings)
-    turned = rotary(q.view(B * T, -1, S), k.view(B * T, -1, S), cos, sin)
-    q, k, v = (each.view(B, T, -1, S).transpose(1, 2) for each in (*turned, v))
+        q_norm, k_norm = facts.norms
+        q = block.q_norm(q.view(B, T, -1, q_norm.weight.numel()))
+        k = block.k_norm(k.view(B, T, -1, k_norm.weight.numel()))
+    q, k = q.view(B * T, -1, S), k.view(B * T, -1, S)
+    if facts.is_turned:
+        cos, sin = (angles.expand(B, T, S).reshape(-1, S) for angles in position_embeddings)
+        q, k = rotary(q, k, cos, sin)
+    q, k, v = (heads.view(B, T, -1, S).transpose(1, 2) for heads in (q, k, v))
     rules: dict[str, Any] = {
         "scaling": facts.rules.scale,
         "sliding_window": facts.rules.window,
@@ -316,54 +289,6 @@ class _Heads:
     ) -> Tensor:
         self.heads, self.rules = (query_NHD, key_NKD, value_NKD), rules
         return query_NHD
-
-
-class _Known(nn.Module):
-    """Stands for a part: other values of a row, by their places. seen: what else it was given."""
-
-    def __init__(self, turns: int, *, alone: bool) -> None:
-        super().__init__()
-        self.turns, self.alone = turns, alone
-        self.seen: dict[str, Any] = {}
-
-    def forward(self, hidden_states: Tensor, **others: Any) -> Any:
-        self.seen = others
-        out = hidden_states.roll(self.turns, -1) * (1 + 2**-self.turns)
-        return out if self.alone else (out, None)
-
-
-def _is_sum(layer: nn.Module) -> bool:
-    """Whether a layer adds up its parts as written above, and hands on what they need: tried with
-    parts that are known."""
-    own: Mapping[str, Any] = {**parameters_of(layer), **buffers_of(layer)}
-    if any(value is not None for value in own.values()):
-        return False
-    parts = {name: _Known(turns, alone=name != PARTS[1]) for turns, name in enumerate(PARTS, 1)}
-    small: Any = object.__new__(type(layer))  # FSDP2's class calls __init__ where it is copied
-    vars(small).update(vars(layer))
-    replace_children(small, dict(parts))
-    x = _rows(WIDTH, torch.bfloat16)[None]
-    first, attention, second, feed = parts.values()
-    handed = {"position_embeddings": (x, x), "veneer_layout": object()}
-
-    def computed(x: Tensor) -> tuple[Any, ...]:
-        h = x + attention(first(x))[0]
-        return h + feed(second(h)), True
-
-    def own_code(x: Tensor) -> tuple[Any, ...]:
-        y = small.forward(x, attention_mask=None, **handed)  # without the layer's hooks
-        return y, all(attention.seen.get(name) is value for name, value in handed.items())
-
-    return agrees(own_code, computed, (x,), EXACT)
-
-
-def _rows(width: int, dtype: torch.dtype) -> Tensor:
-    """(ROWS, width) random values from small to large: what clips, or adds something small, shows
-    it. float16 holds no such values."""
-    draw = torch.Generator().manual_seed(0)
-    wide = torch.finfo(dtype).max > 1e30
-    scale = torch.logspace(-2, 6, ROWS) if wide else torch.full((ROWS,), 3.0)
-    return (torch.randn(ROWS, width, generator=draw) * scale[:, None]).to(dtype)
 
 
 def _small(ins: int, outs: int, dtype: torch.dtype, seed: int) -> nn.Linear:

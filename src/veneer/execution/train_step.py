@@ -8,7 +8,7 @@ through the module itself: other methods, rows of several adapters, other attent
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, pairwise
@@ -22,26 +22,29 @@ from veneer.adapters.methods.adapted_linear import AdaptedLinear, apply_together
 from veneer.adapters.placement.wrapping import SwappedModule, unwrapped
 from veneer.execution.attention import NAME, LayoutAttention
 from veneer.execution.decoder_layer import (
-    GATED,
-    PARTS,
-    QKV,
-    Attention,
-    DecoderLayer,
-    FeedForward,
-    Norm,
-    O,
     attend,
     find_attention,
     find_feed_forward,
     find_layers,
     find_norm,
 )
+from veneer.execution.layer_facts import (
+    ATTENTION,
+    FEED_FORWARD,
+    GATED,
+    QKV,
+    Attention,
+    DecoderLayer,
+    FeedForward,
+    Norm,
+    O,
+)
 from veneer.execution.stand_in import StandIn
 from veneer.kernels.bindings.library import has_bf16
 from veneer.kernels.dense import block_operands
 from veneer.kernels.dense.block import lora_block
 from veneer.kernels.dense.block_operands import Block, BlockPart
-from veneer.kernels.dense.fused import rms_norm, silu_gate
+from veneer.kernels.dense.fused import gelu_gate, rms_norm, silu_gate
 from veneer.kernels.dense.lora import LoRALinear, filled
 from veneer.linear import frozen_linear
 from veneer.private.torch import children_of
@@ -51,13 +54,22 @@ from veneer.private.transformers import attention_of
 class FusedNorm(StandIn):
     """base: the norm, or the wrapper around one whose weight an adapter trains."""
 
-    def __init__(self, base: nn.Module, epsilon: float) -> None:
+    def __init__(self, base: nn.Module, facts: Norm) -> None:
         super().__init__(base)
-        self.epsilon = epsilon
+        self.facts = facts
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight_acting()
-        return self.base(x) if weight is None else rms_norm(x, weight, self.epsilon)
+        weight, facts = self.weight_acting(), self.facts
+        if weight is None:
+            return self.base(x)
+        return rms_norm(x, weight, facts.epsilon, offset=facts.offset, is_wide=facts.is_wide)
+
+    def frozen(self) -> block_operands.Norm | None:
+        """The norm as a block takes it; None: it trains, or rows have several."""
+        weight, facts = self.weight_acting(), self.facts
+        if weight is None or weight.requires_grad:
+            return None
+        return block_operands.Norm(weight, facts.epsilon, facts.offset, facts.is_wide)
 
     def weight_acting(self) -> Tensor | None:
         """The weight of all rows, trained or the base's own; None: rows of several adapters."""
@@ -111,14 +123,19 @@ class FusedAttention(StandIn):
         block: Any = self.base
         if position_embeddings is None or attention_of(block.config) != NAME or x.dim() != 3:
             return False
+        types = {x.dtype, torch.float32} if self.facts.takes_float32 else {x.dtype}
         return all(
-            each.dtype is x.dtype and each.dim() == 3 and each.shape[-1] == self.facts.head_dim
-            for each in position_embeddings
+            angles.dtype in types and angles.dim() == 3 and angles.shape[-1] == self.facts.head_dim
+            for angles in position_embeddings
         )
 
 
 class FusedLayer(StandIn):
     """A decoder layer as one node (kernels/dense/block.py)."""
+
+    def __init__(self, base: nn.Module, facts: DecoderLayer) -> None:
+        super().__init__(base)
+        self.facts = facts
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the layer with its hooks, which gather it if it is sharded."""
@@ -146,7 +163,7 @@ class FusedLayer(StandIn):
         **others: Any,
     ) -> Block | None:
         base: Any = self.base
-        first, attention, second, feed = (children_of(base)[name] for name in PARTS)
+        attention = children_of(base)[ATTENTION]
         beside = ("cache", "past_key_values", "veneer_prefix", "veneer_keys")
         if not isinstance(veneer_layout, LayoutAttention) or any(
             others.get(name) is not None for name in beside
@@ -158,42 +175,59 @@ class FusedLayer(StandIn):
         if x.dim() != 3 or len(x) != 1 or not attention.takes(x, position_embeddings):
             return None
         assert position_embeddings is not None
-        heads, gated = attention.base, feed.base  # whose attributes a stand-in finds last
-        projections = [getattr(heads, name) for name in (*QKV, O)]
         ends = accumulate((rows for rows, _ in layouts), initial=0)
-        spans = [slice(start, stop) for start, stop in pairwise(ends)]
-        x_MI = x.detach()[0]
-        rows_of_parts, layers = [x_MI[span] for span in spans], list[list[LoRALinear]]()
-        for module in (*projections, *(getattr(gated, name) for name in GATED)):
-            loras = part_loras(module, x_MI, spans)
-            if loras is None:
-                return None
-            layers.append(list(map(filled, loras, rows_of_parts)))
-        if not any(len(layer.A) for of_module in layers for layer in of_module):
+        spans, x_MI = [slice(*ends_of_part) for ends_of_part in pairwise(ends)], x.detach()[0]
+        layers, norms = self._layers(x_MI, spans), self._norms()
+        if layers is None or norms is None:
             return None
-        norms = []
-        for norm in (first, second):
-            weight = norm.weight_acting()
-            if weight is None or weight.requires_grad:
-                return None
-            norms.append(block_operands.Norm(weight, norm.epsilon))
-        cos, sin = (each[0].contiguous() for each in position_embeddings)
-        facts: Attention = attention.facts
+        heads, feed_forward = self.facts.attention, self.facts.feed_forward
+        assert heads is not None and feed_forward is not None
+        cos, sin = (angles[0].contiguous() for angles in position_embeddings)
         parts = [
-            BlockPart(span, of_part, cos[span], sin[span], layout.groups[0])
-            for span, of_part, (_, layout) in zip(
-                spans, zip(*layers, strict=True), layouts, strict=True
+            BlockPart(
+                span, of_part, (cos[span], sin[span]) if heads.is_turned else None, layout.groups[0]
             )
+            for span, of_part, (_, layout) in zip(spans, layers, layouts, strict=True)
         ]
-        block = Block(norms[0], norms[1], parts, facts.head_dim, facts.rules)
+        is_gelu = feed_forward.gate is gelu_gate
+        block = Block(norms, parts, heads.head_dim, heads.rules, is_gelu)
         if not block.usable(x_MI):
             return None
         veneer_layout.calls += 1
         return block
 
+    def _layers(self, x_MI: Tensor, spans: Sequence[slice]) -> list[tuple[LoRALinear, ...]] | None:
+        """The linear layers of each part of the rows; None: one is not adapted as a block takes it,
+        or none is adapted."""
+        # The blocks themselves, whose attributes a stand-in finds last.
+        children: Any = children_of(self.base)
+        attention, gated = (children[name].base for name in (ATTENTION, FEED_FORWARD))
+        rows_of_parts, layers = [x_MI[span] for span in spans], list[list[LoRALinear]]()
+        places = [getattr(attention, name) for name in (*QKV, O)]
+        for place in (*places, *(getattr(gated, name) for name in GATED)):
+            loras = part_loras(place, x_MI, spans)
+            if loras is None:
+                return None
+            layers.append(list(map(filled, loras, rows_of_parts)))
+        if not any(len(layer.A) for of_place in layers for layer in of_place):
+            return None
+        return list(zip(*layers, strict=True))
 
-STAND_INS = dict(zip(PARTS, (FusedNorm, FusedAttention, FusedNorm, FusedGate), strict=True))
-"""What stands for the parts of a layer that is one node."""
+    def _norms(self) -> block_operands.Norms | None:
+        """The norms; None: one of them is not frozen."""
+        base: Any = self.base
+        heads = self.facts.attention
+        assert heads is not None
+        places, holders = self.facts.norms, [base] * 4 + [children_of(base)[ATTENTION].base] * 2
+        facts = [*places, *(heads.norms or (None, None))]
+        norms = [
+            None if norm is None else children_of(holder)[norm.name].frozen()
+            for holder, norm in zip(holders, facts, strict=True)
+        ]
+        if any(norm is not None and own is None for norm, own in zip(facts, norms, strict=True)):
+            return None
+        before, after, before_feed_forward, after_feed_forward, q, k = norms
+        return block_operands.Norms(before, q, k, after, before_feed_forward, after_feed_forward)
 
 
 @torch.no_grad()
@@ -210,7 +244,7 @@ def replacements(model: PreTrainedModel) -> dict[str, StandIn]:
         part = known.get(module) or find_norm(module)
         if isinstance(part, Norm):
             inside.add(module)
-            stand_ins[path] = FusedNorm(place, part.epsilon)
+            stand_ins[path] = FusedNorm(place, part)
         elif place is module:
             part = part or find_feed_forward(module) or find_attention(module)
             if isinstance(part, FeedForward):
@@ -219,22 +253,23 @@ def replacements(model: PreTrainedModel) -> dict[str, StandIn]:
                 stand_ins[path] = FusedAttention(module, part)
     for path, place in model.named_modules():
         if place in layers and _is_one_node(path, layers[place], stand_ins):
-            stand_ins[path] = FusedLayer(place)
+            stand_ins[path] = FusedLayer(place, layers[place])
     return stand_ins
 
 
 def _is_one_node(path: str, layer: DecoderLayer, stand_ins: Mapping[str, StandIn]) -> bool:
-    """Whether the kernel computes a layer: SiLU gates, no norms of heads, in bf16, a LoRA in it."""
+    """Whether the kernels compute a layer: all of it is understood, in bf16, a LoRA in it."""
     if layer.unknown is not None or layer.attention is None or layer.feed_forward is None:
         return False
-    if layer.attention.norms or layer.feed_forward.gate is not silu_gate or not has_bf16():
+    if layer.feed_forward.gate not in (silu_gate, gelu_gate) or not has_bf16():
         return False
     q_proj = frozen_linear(unwrapped(layer.attention.module.get_submodule(QKV[0])))
     if q_proj is None or q_proj.dtype is not torch.bfloat16:
         return False
-    in_place = all(
-        type(stand_ins.get(f"{path}.{name}")) is kind for name, kind in STAND_INS.items()
-    )
+    kinds: dict[str, type[StandIn]] = {ATTENTION: FusedAttention, FEED_FORWARD: FusedGate}
+    kinds |= {norm.name: FusedNorm for norm in layer.norms if norm is not None}
+    kinds |= {f"{ATTENTION}.{norm.name}": FusedNorm for norm in layer.attention.norms}
+    in_place = all(type(stand_ins.get(f"{path}.{name}")) is kind for name, kind in kinds.items())
     return in_place and any(isinstance(each, AdaptedLinear) for each in layer.module.modules())
 
 

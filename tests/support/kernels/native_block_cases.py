@@ -33,18 +33,20 @@ def block_cases(
         masks = tuple((keys, 3, 5 + number, 0.25) for number, _ in enumerate(ranks) if dropped)
         return block_calls.Side(factors, filled(BF16, rows, sum(ranks)), 0.5, masks)
 
-    weight, scale, heads = (
-        filled(BF16, width),
-        filled(torch.float32, rows),
-        [rng.randint(1, 3) for _ in range(3)],
-    )
-    norm = {
-        "weight": weight,
-        "out": wide(),
-        "scale": scale,
-        "epsilon": 1e-5,
-        "behind": side(of_A=True, most=3),
-    }
+    heads = [rng.randint(1, 3) for _ in range(3)]
+    is_wide, is_gelu, back, has_norms = (bool(rng.randint(0, 1)) for _ in range(4))
+
+    def norm(columns: int = width, spans: int = 1) -> block_calls.Norm:
+        scale = filled(torch.float32, rows * spans)
+        return block_calls.Norm(filled(BF16, columns), scale, 1e-5, 1.0, is_wide)
+
+    float_angles = tuple(filled(torch.float32, rows, size) for _ in range(2))
+
+    def norm_of_heads(heads: int) -> block_calls.Norm | None:
+        if not has_norms:
+            return None
+        return norm(size, heads) if is_wide else norm(heads * size)
+
     before, beside = rng.choice([None, side(of_A=False)]), rng.choice([None, wide()])
     of_gate, of_up = side(of_A=False), side(of_A=False)
     outs, along = rng.randint(1, 140), bool(rng.randint(0, 1))
@@ -82,17 +84,24 @@ def block_cases(
         *([(dense_calls.product, whole)] if native.has_bf16() else []),
         (
             block_calls.norm_forward,
-            {"x": wide(), "before": before, "beside": beside, **rng.choice([norm, {}])},
+            {
+                "x": wide(),
+                "before": before,
+                "beside": beside,
+                "behind": side(of_A=True, most=3),
+                **rng.choice([{"norm": norm(), "out": wide()}, {}]),
+                **rng.choice([{"after": norm(), "total": wide()}, {}]),
+            },
         ),
         (
             block_calls.norm_backward,
             {
-                "grad": wide(),
-                "normed": wide(),
-                "weight": weight,
-                "scale": scale,
-                "beside": wide(),
+                "x": wide(),
+                "out": rng.choice([None, wide()]),
                 "before": side(of_A=True, most=3),
+                **rng.choice(
+                    [{"normed": wide(), "norm": norm(), "beside": beside}, {"beside": wide()}]
+                ),
                 "behind": rng.choice([None, side(of_A=False)]),
             },
         ),
@@ -105,6 +114,7 @@ def block_cases(
                 "of_gate": of_gate,
                 "of_up": of_up,
                 "behind": side(of_A=True),
+                "is_gelu": is_gelu,
             },
         ),
         (
@@ -117,15 +127,18 @@ def block_cases(
                 "before": side(of_A=True),
                 "of_gate": of_gate,
                 "of_up": of_up,
+                "is_gelu": is_gelu,
             },
         ),
         (
             block_calls.heads,
             {
                 "x": tuple(wide(own * size) for own in heads),
-                "cos": wide(size),
-                "sin": wide(size),
-                "back": bool(rng.randint(0, 1)),
+                "size": size,
+                "angles": rng.choice([None, (wide(size), wide(size)), float_angles]),
+                "norms": tuple(norm_of_heads(own) for own in heads[:2]),
+                "beside": tuple(wide(own * size) if has_norms else None for own in heads[:2]),
+                "back": back,
                 "sides": tuple(side(of_A=False, columns=own * size) for own in heads),
             },
         ),

@@ -130,10 +130,19 @@ def _rows(rng: random.Random) -> list[Call]:
     )
     weight = filled(dtype, width)
     gates = [filled(dtype, rows, 16) for _ in range(5)]
+    angle_type = rng.choice([dtype, torch.float32])
     return [
         (
             row_calls.rms_norm_forward,
-            {"x": x, "weight": weight, "out": out, "scale": scale, "epsilon": 1e-5},
+            {
+                "x": x,
+                "weight": weight,
+                "out": out,
+                "scale": scale,
+                "epsilon": 1e-5,
+                "offset": 1.0,
+                "is_wide": bool(rows % 2),
+            },
         ),
         (
             row_calls.rms_norm_backward,
@@ -145,16 +154,19 @@ def _rows(rng: random.Random) -> list[Call]:
                 "scale": scale,
             },
         ),
-        (row_calls.silu_gate_forward, dict(zip(("gate", "up", "out"), gates[:3], strict=True))),
-        (
-            row_calls.silu_gate_backward,
-            dict(zip(("gate", "up", "grad", "grad_gate", "grad_up"), gates, strict=True)),
+        *(
+            (call, dict(zip(("gate", "up", "out"), gates[:3], strict=True)))
+            for call in (row_calls.silu_gate_forward, row_calls.gelu_gate_forward)
+        ),
+        *(
+            (call, dict(zip(("gate", "up", "grad", "grad_gate", "grad_up"), gates, strict=True)))
+            for call in (row_calls.silu_gate_backward, row_calls.gelu_gate_backward)
         ),
         (
             row_calls.rotary,
             {
                 **{name: filled(dtype, rows, 2, 64) for name in ("x", "out")},
-                **{name: filled(dtype, rows, 64) for name in ("cos", "sin")},
+                **{name: filled(angle_type, rows, 64) for name in ("cos", "sin")},
                 "back": bool(rows % 2),
             },
         ),

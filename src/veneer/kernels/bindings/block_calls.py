@@ -41,6 +41,31 @@ _SIDE = """
 _Side = structure("Side", _SIDE, Mask=DropoutMask)
 
 
+_Norm = structure("Norm", "weight, scale: pointer; is_wide; epsilon, offset: float")
+
+
+class Norm(NamedTuple):
+    """(weight + offset) * x * scale, scale = 1 / root mean square of each row, written or read.
+
+    weight (D) bf16; scale (M) float32; is_wide: x * scale is not rounded before it is multiplied.
+    The caller keeps both during the call.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    epsilon: float
+    offset: float = 0.0
+    is_wide: bool = False
+
+
+def _norm(norm: Norm | None, rows: int, width: int) -> Any:
+    """Checks a norm of so many rows; None: there is none."""
+    if norm is None:
+        return _Norm()
+    weight, scale, epsilon, offset, is_wide = norm
+    return _Norm(at(weight, BF16, width), at(scale, FP32, rows), is_wide, epsilon, offset)
+
+
 class Side(NamedTuple):
     """The updates of layers of one input or of one output, side by side, on their way to or from
     the wide side.
@@ -101,35 +126,38 @@ _SIZES = "rows: 0..2**27; width: 16..2**27 % 16"
     f"""
     x: bf16[rows, width] words 4
     beside: bf16[rows, width]?
-    weight: bf16[width]?
     normed: unused
+    total: bf16[rows, width] words 4
     out: bf16[rows, width]? words 4
-    scale: f32[rows]?
+    after, norm: Norm
     before, behind: Side
     {_SIZES}
-    epsilon: float
-    body before, behind
+    body total, after, norm, before, behind
     """,
     Side=_Side,
+    Norm=_Norm,
 )
 def norm_forward(
     x: Tensor,
     *,
     before: Side | None = None,
+    after: Norm | None = None,
+    total: Tensor | None = None,
     beside: Tensor | None = None,
-    weight: Tensor | None = None,
+    norm: Norm | None = None,
     out: Tensor | None = None,
-    scale: Tensor | None = None,
-    epsilon: float = 0.0,
     behind: Side | None = None,
 ) -> Values:
-    """x (M, D) += the update of `before` (B of one layer), += beside (M, D): in place, each where
-    it is given. Then out (M, D) = weight (D) * x * scale, scale (M) float32 = 1 / root mean square,
-    and of out the first products of `behind` (A of each); without a weight none of these."""
-    missing = {value is None for value in (weight, out, scale)}
-    if len(missing) > 1 or (weight is None and behind is not None):
+    """x (M, D) += the update of `before` (B of one layer), in place. total (M, D) = the norm
+    `after` of x; without this norm total is x itself. total += beside (M, D), out (M, D) = the norm
+    of total, each where it is given. behind: the first products (A of each layer) of out, or of
+    total without a norm."""
+    if (after is None) != (total is None) or (norm is None) != (out is None):
         raise CallError("a part of a norm")
     return {
+        "total": x if total is None else total,
+        "after": _norm(after, *x.shape),
+        "norm": _norm(norm, *x.shape),
         "before": _side(before, x, across=True, of_A=False),
         "behind": _side(behind, x, across=True, of_A=True),
     }
@@ -139,35 +167,38 @@ def norm_forward(
     "veneer_block_norm_backward(*)",
     f"""
     x: bf16[rows, width] words 4
-    beside: bf16[rows, width]
-    weight: bf16[width]
-    normed, out: bf16[rows, width]
-    scale: f32[rows]
+    beside, normed: bf16[rows, width]?
+    total: unused
+    out: bf16[rows, width] words 4
+    after, norm: Norm
     before, behind: Side
     {_SIZES}
-    epsilon = 0: float
-    body x, out, before, behind
+    body out, after, norm, before, behind
     """,
     Side=_Side,
+    Norm=_Norm,
 )
 def norm_backward(
-    grad: Tensor,
-    normed: Tensor,
-    weight: Tensor,
-    scale: Tensor,
+    x: Tensor,
     *,
-    before: Side,
-    beside: Tensor,
+    before: Side | None = None,
+    norm: Norm | None = None,
+    normed: Tensor | None = None,
+    beside: Tensor | None = None,
+    out: Tensor | None = None,
     behind: Side | None = None,
 ) -> Values:
-    """grad (M, D) of what the norm gave, += the update of `before` (A of each layer), becomes that
-    of normed (M, D) + beside (M, D), in place; of it the first product of `behind` (B of one
-    layer)."""
+    """x (M, D) += the update of `before` (A of each layer), in place, is the gradient of what the
+    norm gave of `normed` (M, D). out (M, D), or x without it: that of normed, + beside (M, D) where
+    it is given; without a norm x + beside. behind: its first product (B of one layer)."""
+    if (norm is None) != (normed is None) or (norm is None and beside is None):
+        raise CallError("a part of a norm")
     return {
-        "x": grad,
-        "out": grad,
-        "before": _side(before, grad, across=False, of_A=True),
-        "behind": _side(behind, grad, across=False, of_A=False),
+        "out": x if out is None else out,
+        "after": _norm(None, *x.shape),
+        "norm": _norm(norm, *x.shape),
+        "before": _side(before, x, across=False, of_A=True),
+        "behind": _side(behind, x, across=False, of_A=False),
     }
 
 
@@ -179,15 +210,23 @@ def norm_backward(
     grad_up: unused
     sides: Side*3
     {_SIZES}
+    is_gelu: flag
     body sides
     """,
     Side=_Side,
 )
 def gate_forward(
-    gate: Tensor, up: Tensor, out: Tensor, of_gate: Side, of_up: Side, behind: Side
+    gate: Tensor,
+    up: Tensor,
+    out: Tensor,
+    of_gate: Side,
+    of_up: Side,
+    behind: Side,
+    *,
+    is_gelu: bool,
 ) -> Values:
     """gate and up (M, D) += their updates (B of one layer each), in place; out (M, D) = silu(gate)
-    * up, and of it the first product of `behind` (A of one layer)."""
+    * up, or gelu(gate) * up, and of it the first product of `behind` (A of one layer)."""
     updates = [_side(side, gate, across=True, of_A=False) for side in (of_gate, of_up)]
     return {"sides": (*updates, _side(behind, gate, across=True, of_A=True))}
 
@@ -199,6 +238,7 @@ def gate_forward(
     out, grad_up: bf16[rows, width] words 4
     sides: Side*3
     {_SIZES}
+    is_gelu: flag
     body out, sides
     """,
     Side=_Side,
@@ -212,9 +252,10 @@ def gate_backward(
     before: Side,
     of_gate: Side,
     of_up: Side,
+    is_gelu: bool,
 ) -> Values:
-    """grad (M, D) of silu(gate) * up, += the update of `before` (A of one layer), becomes that of
-    gate, in place; grad_up (M, D); of both the first products (B of one layer each)."""
+    """grad (M, D) of what the gate gave, += the update of `before` (A of one layer), becomes that
+    of gate, in place; grad_up (M, D); of both the first products (B of one layer each)."""
     products = [_side(side, gate, across=False, of_A=False) for side in (of_gate, of_up)]
     return {"out": grad, "sides": (*products, _side(before, gate, across=False, of_A=True))}
 
@@ -223,35 +264,74 @@ def gate_backward(
     "veneer_block_heads(*)",
     """
     x: pointer*3
+    out, normed: pointer*2
+    norms: Norm*2
+    spans: int*2
     heads: int*3
     sides: Side*3
-    cos, sin: bf16[rows, size]
+    cos, sin: F[rows, size]?
     rows: 0..2**27
     size: 32..2**27 % 32
     back: flag
-    body x, heads, sides
+    is_wide: flag
+    body x, out, normed, norms, spans, heads, sides, cos, sin, rows, is_wide
     """,
     Side=_Side,
+    Norm=_Norm,
 )
 def heads(
-    x: Sequence[Tensor], cos: Tensor, sin: Tensor, sides: Sequence[Side], *, back: bool
+    x: Sequence[Tensor],
+    size: int,
+    angles: tuple[Tensor, Tensor] | None,
+    sides: Sequence[Side],
+    *,
+    norms: Sequence[Norm | None] = (None, None),
+    beside: Sequence[Tensor | None] = (None, None),
+    back: bool,
 ) -> Values:
-    """q, k and v (M, H E), E a multiple of 32, in place: each += its update (B of one layer), then
-    q and k turned by cos and sin (M, E). back: q and k turned back, then each one's first product
-    (B again)."""
-    if len(x) != MOST or len(sides) != MOST:
+    """q, k and v (M, H E), E = size, a multiple of 32, in place: each += its update (B of one
+    layer); then q and k through their norms into `beside` (M, H E), and turned by angles (cosines
+    and sines (M, E), bf16 or float32). back: gradients of q and k turned back and taken through the
+    norms of `beside`, then each one's first product (B again). A norm is of a head or of all heads
+    of a row; without one q and k are turned in place."""
+    lengths = len(x), len(sides), len(norms), len(beside)
+    if lengths != (MOST, MOST, 2, 2) or type(back) is not bool:
         raise CallError(f"{len(x)} of {len(sides)} sides where C takes q, k and v")
-    rows, size = cos.shape
-    widths = [number(tensor.shape[1], number(size, 1), MOST_STRIDE) for tensor in x]
+    rows, size = len(x[0]), number(size, 1)
+    widths = [number(tensor.shape[1], size, MOST_STRIDE) for tensor in x]
     if any(width % size for width in widths):
         raise CallError(f"{widths} columns where C takes whole heads of {size}")
+    spans, places = [0, 0], [0, 0]
+    for place, (norm, tensor) in enumerate(zip(norms, beside, strict=True)):
+        if (norm is None) != (tensor is None):
+            raise CallError("a part of a norm")
+        if norm is not None and tensor is not None:
+            weight, *_ = norm
+            spans[place] = number(weight.numel(), size, widths[place])
+            if widths[place] % spans[place]:
+                raise CallError(f"a norm of {spans[place]} of {widths[place]} values")
+            places[place] = at(tensor, BF16, rows, widths[place], words=PAIR_BYTES)
+    updates = zip(sides, x, strict=True)
     addresses = [
         at(tensor, BF16, rows, width, words=PAIR_BYTES)
         for tensor, width in zip(x, widths, strict=True)
     ]
-    updates = zip(sides, x, strict=True)
+    counts = [
+        rows * width // span if span else 0 for width, span in zip(widths, spans, strict=False)
+    ]
+    cos, sin = (None, None) if angles is None else angles
+    if (cos is None) != (sin is None):
+        raise CallError("cosines without sines")
     return {
         "x": tuple(addresses),
+        "out": (0, 0) if back else tuple(places),
+        "normed": tuple(places) if back else (0, 0),
+        "norms": tuple(map(_norm, norms, counts, spans)),
+        "spans": tuple(spans),
         "heads": tuple(width // size for width in widths),
         "sides": tuple(_side(side, wide, across=not back, of_A=False) for side, wide in updates),
+        "cos": cos,
+        "sin": sin,
+        "rows": rows,
+        "is_wide": cos is not None and cos.dtype is FP32,
     }

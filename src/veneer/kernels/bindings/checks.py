@@ -237,7 +237,7 @@ def _read_sizes(entry: Entry, match: Match, known: set[str]) -> list[ast.stmt]:
     sizes = [axes[i] for i in new] + [*filter(None, strides)]
     known |= {*sizes, dtype}
     if match["optional"] and statements:
-        zeros = [s for name in sizes for s in _statements("X = 0", X=name)]
+        zeros = [s for name in sizes for s in _statements("X = 0", X=name)] or [ast.Pass()]
         return _statements("if X is None: ZEROS\nelse: READ", X=x, ZEROS=zeros, READ=statements)
     return statements
 

@@ -11,28 +11,39 @@ from veneer.kernels.bindings.declarations import declare
 
 _READ = "x: T{rows * width}; weight: T[width];"
 _WRITTEN = "out: T{rows * width}; scale: f32[rows]; width: 1..;"
+_GATES = "gate, up: T{count}; grad: unused; out: T{count}; grad_gate, grad_up: unused"
+_GATE_GRADIENTS = "gate, up, grad: T{count}; out: unused; grad_gate, grad_up: T{count}"
 
 
 @declare(
     "veneer_rms_norm_forward|veneer_rms_norm_float_forward(*, rows)",
-    f"{_READ} grad: unused; {_WRITTEN} epsilon: float",
+    f"{_READ} grad: unused; {_WRITTEN} epsilon, offset: float; is_wide: flag",
 )
-def rms_norm_forward(x: Tensor, weight: Tensor, out: Tensor, scale: Tensor, epsilon: float) -> None:
-    """out = weight * x * scale, scale (rows of x) float32 = 1 / root mean square; x (..., D),
-    weight (D)."""
+def rms_norm_forward(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    scale: Tensor,
+    epsilon: float,
+    offset: float = 0.0,
+    is_wide: bool = False,
+) -> None:
+    """out = (weight + offset) * x * scale, scale (rows of x) float32 = 1 / root mean square; x
+    (..., D), weight (D). x * scale is rounded before it is multiplied, unless is_wide."""
 
 
 @declare(
     "veneer_rms_norm_backward|veneer_rms_norm_float_backward(*, rows)",
-    f"{_READ} grad: T{{rows * width}}; {_WRITTEN} epsilon = 0: float",
+    f"{_READ} grad: T{{rows * width}}; {_WRITTEN} epsilon = 0: float; offset: float; is_wide = 0",
 )
-def rms_norm_backward(x: Tensor, weight: Tensor, grad: Tensor, out: Tensor, scale: Tensor) -> None:
+def rms_norm_backward(
+    x: Tensor, weight: Tensor, grad: Tensor, out: Tensor, scale: Tensor, offset: float = 0.0
+) -> None:
     """out: the gradient of x."""
 
 
 @declare(
-    "veneer_silu_gate_forward|veneer_silu_gate_float_forward(*, registers = count / 16)",
-    "gate, up: T{count}; grad: unused; out: T{count}; grad_gate, grad_up: unused",
+    "veneer_silu_gate_forward|veneer_silu_gate_float_forward(*, registers = count / 16)", _GATES
 )
 def silu_gate_forward(gate: Tensor, up: Tensor, out: Tensor) -> None:
     """out = silu(gate) * up, a multiple of 16 values."""
@@ -40,9 +51,26 @@ def silu_gate_forward(gate: Tensor, up: Tensor, out: Tensor) -> None:
 
 @declare(
     "veneer_silu_gate_backward|veneer_silu_gate_float_backward(*, registers = count / 16)",
-    "gate, up, grad: T{count}; out: unused; grad_gate, grad_up: T{count}",
+    _GATE_GRADIENTS,
 )
 def silu_gate_backward(
+    gate: Tensor, up: Tensor, grad: Tensor, grad_gate: Tensor, grad_up: Tensor
+) -> None:
+    """grad_gate, grad_up: the gradients of gate and up."""
+
+
+@declare(
+    "veneer_gelu_gate_forward|veneer_gelu_gate_float_forward(*, registers = count / 16)", _GATES
+)
+def gelu_gate_forward(gate: Tensor, up: Tensor, out: Tensor) -> None:
+    """out = gelu(gate) * up, gelu by its formula with tanh, a multiple of 16 values."""
+
+
+@declare(
+    "veneer_gelu_gate_backward|veneer_gelu_gate_float_backward(*, registers = count / 16)",
+    _GATE_GRADIENTS,
+)
+def gelu_gate_backward(
     gate: Tensor, up: Tensor, grad: Tensor, grad_gate: Tensor, grad_up: Tensor
 ) -> None:
     """grad_gate, grad_up: the gradients of gate and up."""
@@ -52,15 +80,18 @@ def silu_gate_backward(
     "veneer_rotary|veneer_rotary_float(*, rows)",
     """
     x: T[rows, heads, size]
-    cos, sin: T[rows, size]
+    cos, sin: F[rows, size]
     out: T[rows, heads, size]
     heads
     size: 32.. % 32
     back: flag
+    is_wide = 1 - F
+    check least_type = F: 0..T
     """,
 )
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, back: bool) -> None:
-    """out: x (M, H, E) turned by cos and sin (M, E); back: by their transpose."""
+    """out: x (M, H, E) turned by cos and sin (M, E), of x's type or float32; back: by their
+    transpose."""
 
 
 @declare(

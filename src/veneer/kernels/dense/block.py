@@ -1,19 +1,21 @@
 """A decoder layer with LoRA on its linear layers, as one node of the graph.
 
-    h = x + o(attention(rotated q(n), rotated k(n), v(n)))      n = norm(x)
-    y = h + down(silu(gate(m)) * up(m))                         m = norm(h)
+    h = x + norm(o(attention(q, k, v(n))))              n = norm(x), q = rotated norm(q(n)), k as q
+    y = h + norm(down(activation(gate(m)) * up(m)))     m = norm(h), the activation SiLU or GELU
 
+Any of these norms may be missing, and so may the rotation.
 The same calls as those of its parts (lora.py, attention/compiled.py, fused.py), in the same order
-and to the same bits, without the graph between them: a sum and the norm behind it are one pass,
+and to the same bits, without the graph between them: a sum and the norms beside it are one pass,
 forward and backward. A layer without an adapter has an update of rank 0. This runs in bf16 alone,
 on processors that multiply pairs of bf16.
 
 Rows of several adapters are several parts. The products with the base's weights are computed once
 over all rows, everything between them part by part, to the bits of a forward of that part alone.
 
-Backward keeps what the parts keep. For many rows it recomputes n, m and the input of `down`, a
-third of the memory. If a layer computes by calls into compiled functions alone, a tape of the calls
-is replayed for the layers behind it that are like it (tape/layer_tape.py).
+Backward keeps what the parts keep. For many rows it recomputes n, m, q and k behind their norms and
+the input of `down`, a third of the memory. If a layer computes by calls into compiled functions
+alone, a tape of the calls is replayed for the layers behind it that are like it
+(tape/layer_tape.py).
 
 Knows nothing of modules. Its operands are in block_operands.py, its calls in block_passes.py.
 Shapes: M rows, D hidden.

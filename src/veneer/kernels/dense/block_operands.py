@@ -6,17 +6,19 @@ Shapes: M rows, D hidden, H query heads, K key heads, S head size, R rank.
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from veneer.kernels.attention.compiled import document_starts
+from veneer.kernels.bindings import block_calls
 from veneer.kernels.bindings.block_calls import Side
 from veneer.kernels.bindings.library import on_cpu
 from veneer.kernels.dense import rank
 from veneer.kernels.dense.dropout import Dropout
 from veneer.kernels.dense.frozen import DenseLinear
-from veneer.kernels.dense.fused import compiled
+from veneer.kernels.dense.fused import are_compiled_angles, compiled
 from veneer.kernels.dense.lora import LoRALinear
 from veneer.kernels.layout import Group
 from veneer.kernels.rules import AttentionRules
@@ -32,23 +34,51 @@ _LEAST_ROWS = 16
 
 @dataclass(frozen=True)
 class Norm:
+    """(weight + offset) * x / sqrt(mean(x^2) + epsilon), rounded before it is multiplied by the
+    weight unless is_wide.
+
+    weight  (D); of q and k (S), a head's, or (H S), that of all heads of a row
+    """
+
     weight: Tensor
     epsilon: float
+    offset: float = 0.0
+    is_wide: bool = False
+
+    def facts(self) -> tuple[Hashable, ...]:
+        return self.weight.shape, self.epsilon, self.offset, self.is_wide
+
+
+def with_scale(norm: Norm | None, scale: Tensor) -> block_calls.Norm | None:
+    """Returns the norm as the kernels take it, with a float32 value for each row that it norms."""
+    if norm is None:
+        return None
+    return block_calls.Norm(norm.weight, scale, norm.epsilon, norm.offset, norm.is_wide)
+
+
+class Norms(NamedTuple):
+    """The norms of a layer; None: there is none. q and k have both or none."""
+
+    before_attention: Norm | None = None
+    q: Norm | None = None
+    k: Norm | None = None
+    after_attention: Norm | None = None
+    before_feed_forward: Norm | None = None
+    after_feed_forward: Norm | None = None
 
 
 @dataclass(frozen=True)
 class BlockPart:
     """A part of the rows, with updates and documents of its own.
 
-    rows      the rows, of M
-    layers    q, k, v, o, gate, up and down, all with the same share of dropout or none with any
-    cos, sin  (rows, S)
+    rows    the rows, of M
+    layers  q, k, v, o, gate, up and down, all with the same share of dropout or none with any
+    angles  cosines and sines (rows, S), bf16 or float32; None: nothing is rotated
     """
 
     rows: slice
     layers: Sequence[LoRALinear]
-    cos: Tensor
-    sin: Tensor
+    angles: tuple[Tensor, Tensor] | None
     layout: Group
 
     def fits_ranks(self) -> bool:
@@ -84,14 +114,15 @@ class BlockPart:
 class Block:
     """The operands of a decoder layer. parts: all rows in order, one part if a single adapter acts.
 
-    size  S
+    size     S
+    is_gelu  the activation of the gate is GELU, by its formula with tanh; otherwise SiLU
     """
 
-    before: Norm
-    between: Norm
+    norms: Norms
     parts: Sequence[BlockPart]
     size: int
     rules: AttentionRules
+    is_gelu: bool = False
 
     @property
     def layers(self) -> Sequence[LoRALinear]:
@@ -100,17 +131,24 @@ class Block:
 
     def usable(self, x: Tensor) -> bool:
         """True if the kernels compute this layer for x (M, D)."""
-        turns = [tensor for part in self.parts for tensor in (part.cos, part.sin)]
+        angles = [part.angles for part in self.parts if part.angles is not None]
         return (
             self._fits_heads()
             and all(part.fits_ranks() for part in self.parts)
             and self._fits_rules()
-            and compiled(x, self.before.weight, self.between.weight, *turns)
+            and compiled(x, *(norm.weight for norm in self.norms if norm is not None))
+            and all(are_compiled_angles(*pair) for pair in angles)
         )
 
     def _fits_heads(self) -> bool:
         q, k, v, _, gate, up, _ = (layer.base.out_features for layer in self.layers)
         if self.size % 32 or any(width % self.size for width in (q, k, v)) or k != v:
+            return False
+        q_norm, k_norm = self.norms.q, self.norms.k
+        for norm, width in ((q_norm, q), (k_norm, k)):
+            if norm is not None and norm.weight.numel() not in (self.size, width):
+                return False
+        if (q_norm is None) != (k_norm is None):
             return False
         return not q // self.size % max(1, k // self.size) and gate == up and not gate % 16
 
@@ -135,11 +173,11 @@ class Block:
         """What the calls read besides x, saved tensors and factors."""
         dense = [layer.base.weight for layer in self.layers if isinstance(layer.base, DenseLinear)]
         biases = [layer.bias for layer in self.layers]
-        norms = [self.before.weight, self.between.weight]
+        norms = [None if norm is None else norm.weight for norm in self.norms]
         of_parts = [
             value
             for part in self.parts
-            for value in (part.cos, part.sin, *document_starts(part.layout))
+            for value in (*(part.angles or ()), *document_starts(part.layout))
         ]
         masks = [part for drop in self.dropouts() if drop for part in (drop.rows, drop.key)]
         return [*dense, *biases, *norms, *of_parts, *masks]
@@ -163,7 +201,9 @@ class Block:
         keys = [drop.key for drop in dropouts if drop]
         equal_keys = tuple(keys.index(key) for key in keys)
         rows = [(part.rows.start, part.rows.stop, id(part.layout)) for part in self.parts]
-        own = self.size, self.before.epsilon, self.between.epsilon, self.rules, equal_keys
+        angles = [part.angles and part.angles[0].dtype for part in self.parts]
+        norms = [norm and norm.facts() for norm in self.norms]
+        own = self.size, self.is_gelu, self.rules, equal_keys, *norms, *angles
         return len(x), self.recomputes(len(x)), *own, *rows, *shapes, *numbers, *drops
 
 

@@ -1,6 +1,7 @@
 """Chains of elementwise operations, each as one node of the graph that saves only what it needs.
 
-    rms_norm     y = weight * (x / sqrt(mean(x^2) + epsilon))      saves x and one float32 a row
+    rms_norm     y = (weight + offset) * (x / sqrt(mean(x^2) + epsilon))
+                                                                   saves x and one float32 a row
     silu_gate    y = silu(gate) * up                               saves gate and up
     gelu_gate    y = gelu(gate) * up, by the formula with tanh     saves gate and up
     rotary       y = x cos + turned(x) sin, for q and k            saves cos and sin
@@ -9,7 +10,8 @@ Plain torch makes six to eight passes over memory for each, and its norm saves t
 x. The chains are compiled for bf16 on processors that have its arithmetic (native/layers/fused.c)
 and for float32 on any (native/layers/fused_float.c). On CUDA liger-kernel computes them
 (cuda/liger_kernels.py). Elsewhere the same steps run in torch. Values are rounded where the models
-round: after the normalisation and after the activation. Shapes: M rows, D width.
+round: after the normalisation (unless a norm is wide) and after the activation. Shapes: M rows, D
+width.
 """
 
 from typing import Any
@@ -38,6 +40,13 @@ def compiled(*tensors: Tensor) -> bool:
     return has_bf16()
 
 
+def are_compiled_angles(cos: Tensor, sin: Tensor) -> bool:
+    """Whether the kernels turn bf16 heads by these: of their type, or float32."""
+    if cos.dtype is sin.dtype is torch.float32:
+        return has_bf16() and all(on_cpu(t) and t.is_contiguous() for t in (cos, sin))
+    return compiled(cos, sin)
+
+
 def in_one_pass(*tensors: Tensor) -> bool:
     """True if kernels compute norms, gates and rotations of these: `compiled`, or all float32."""
     if tensors[0].dtype is not torch.float32:
@@ -49,7 +58,9 @@ def in_one_pass(*tensors: Tensor) -> bool:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, epsilon: float, offset: float, is_wide: bool
+    ) -> Tensor:
         x = x.contiguous()
         rows = x.numel() // x.shape[-1]
         if weight.shape == x.shape[-1:] and in_one_pass(x, weight):
@@ -57,38 +68,47 @@ class _RMSNorm(torch.autograd.Function):
                 torch.empty_like(x),
                 torch.empty(rows, dtype=torch.float32, device=x.device),
             )
-            row_calls.rms_norm_forward(x, weight, out, scale, epsilon)
-        elif (liger := _liger_norms(x, weight)) is not None:
+            row_calls.rms_norm_forward(x, weight, out, scale, epsilon, offset, is_wide)
+        elif not is_wide and (liger := _liger_norms(x, weight)) is not None:
             out, scale = liger.norm_forward(x, weight, epsilon)
         else:
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-            out, scale = weight * (wide * inverse).to(x.dtype), inverse.view(rows)
+            out, scale = _weighted(wide * inverse, x, weight, offset, is_wide), inverse.view(rows)
         ctx.save_for_backward(x, weight, scale)
+        ctx.offset, ctx.is_wide = offset, is_wide
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         grad, width = grad.contiguous(), x.shape[-1]
         needs_weight = ctx.needs_input_grad[1]
-        if (liger := _liger_norms(x, weight, grad)) is not None:
+        if not ctx.is_wide and (liger := _liger_norms(x, weight, grad)) is not None:
             own = liger.norm_backward(x, weight, grad, scale, needs_weight=needs_weight)
-            return *own, None
+            return *own, None, None, None
         grad_weight = None
         if needs_weight:
-            normal = (x.view(-1, width) * scale[:, None]).to(x.dtype)
+            normal = x.view(-1, width) * scale[:, None]
+            normal = normal if ctx.is_wide else normal.to(x.dtype)
             grad_weight = (grad.view(-1, width) * normal).sum(0, dtype=scale.dtype).to(weight.dtype)
         if weight.shape == x.shape[-1:] and in_one_pass(x, weight, grad):
             out = torch.empty_like(x)
-            row_calls.rms_norm_backward(x, weight, grad, out, scale)
-            return out, grad_weight, None
+            row_calls.rms_norm_backward(x, weight, grad, out, scale, ctx.offset)
+            return out, grad_weight, None, None, None
         inverse = scale.view(*x.shape[:-1], 1)
         normal = x.to(scale.dtype) * inverse
-        inner = grad.to(scale.dtype) * weight.to(scale.dtype)
+        inner = grad.to(scale.dtype) * (weight.to(scale.dtype) + ctx.offset)
         out = inverse * (inner - normal * (inner * normal).mean(-1, keepdim=True))
-        return out.to(x.dtype), grad_weight, None
+        return out.to(x.dtype), grad_weight, None, None, None
+
+
+def _weighted(normal: Tensor, x: Tensor, weight: Tensor, offset: float, is_wide: bool) -> Tensor:
+    """normal: x normalised, in float32 at least -> the norm's output in x's type."""
+    if is_wide:
+        return (normal * (offset + weight.to(normal.dtype))).to(x.dtype)
+    return weight * normal.to(x.dtype)
 
 
 def _liger_norms(x: Tensor, weight: Tensor, *gradients: Tensor) -> Any:
@@ -111,12 +131,10 @@ class _Gate(torch.autograd.Function):
         ctx.gelu = gelu
         if (liger := _liger_gates(gate, up)) is not None:
             return liger.gate_forward(gate, up, gelu)
-        if gelu:
-            return F.gelu(gate, approximate="tanh") * up
         if gate.shape != up.shape or gate.numel() % 16 or not in_one_pass(gate, up):
-            return F.silu(gate) * up
+            return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
         out = torch.empty_like(gate)
-        row_calls.silu_gate_forward(gate, up, out)
+        (row_calls.gelu_gate_forward if gelu else row_calls.silu_gate_forward)(gate, up, out)
         return out
 
     @staticmethod
@@ -126,14 +144,16 @@ class _Gate(torch.autograd.Function):
         grad = grad.contiguous()
         if (liger := _liger_gates(gate, up, grad)) is not None:
             return *liger.gate_backward(gate, up, grad, ctx.gelu), None
-        if ctx.gelu:
+        is_compiled = gate.numel() % 16 == 0 and in_one_pass(gate, up, grad)
+        if ctx.gelu and not is_compiled:
             grad_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
             return grad_gate, grad * F.gelu(gate, approximate="tanh"), None
-        if gate.numel() % 16 or not in_one_pass(gate, up, grad):
+        if not is_compiled:
             share = torch.sigmoid(gate)
             return grad * up * share * (1 + gate * (1 - share)), grad * gate * share, None
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(gate)
-        row_calls.silu_gate_backward(gate, up, grad, grad_gate, grad_up)
+        backward = row_calls.gelu_gate_backward if ctx.gelu else row_calls.silu_gate_backward
+        backward(gate, up, grad, grad_gate, grad_up)
         return grad_gate, grad_up, None
 
 
@@ -159,12 +179,16 @@ def _turn_both(
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
-    if x.shape[-1] % 32 == 0 and in_one_pass(x, cos, sin):
+    is_compiled = in_one_pass(x) and (
+        in_one_pass(x, cos, sin) if x.dtype is cos.dtype else are_compiled_angles(cos, sin)
+    )
+    if x.shape[-1] % 32 == 0 and is_compiled:
         out = torch.empty_like(x)
         row_calls.rotary(x, cos, sin, out, back=back)
         return out
     cos, sin = cos[:, None], sin[:, None]
-    return x * cos - _half_turned(x * sin) if back else x * cos + _half_turned(x) * sin
+    turned = x * cos - _half_turned(x * sin) if back else x * cos + _half_turned(x) * sin
+    return turned.to(x.dtype)
 
 
 def _half_turned(x: Tensor) -> Tensor:
@@ -176,8 +200,9 @@ def _half_turned(x: Tensor) -> Tensor:
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """q (M, H, D), k (M, K, D), cos and sin (M, D), which get no gradient -> q and k turned.
 
-    Both halves of a row of cos, and of sin, are equal; on CUDA the first is read for both. Source:
-    Su et al. 2021, arXiv:2104.09864.
+    Both halves of a row of cos, and of sin, are equal; on CUDA the first is read for both. By
+    angles in float32 values are rounded once, not after each product. Source: Su et al. 2021,
+    arXiv:2104.09864.
     """
     apply: Any = _Rotary.apply
     turned: tuple[Tensor, Tensor] = apply(q, k, cos, sin)
@@ -186,24 +211,32 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
 def rotary_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Defines rotary, under torch's own autograd."""
-    cos, sin = cos[:, None], sin[:, None]
-    return q * cos + _half_turned(q) * sin, k * cos + _half_turned(k) * sin
+    cos, sin, dtype = cos[:, None], sin[:, None], torch.promote_types(q.dtype, cos.dtype)
+    wide_q, wide_k = q.to(dtype), k.to(dtype)
+    turned_q, turned_k = (x * cos + _half_turned(x) * sin for x in (wide_q, wide_k))
+    return turned_q.to(q.dtype), turned_k.to(k.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, epsilon: float, *, offset: float = 0.0, is_wide: bool = False
+) -> Tensor:
     """x (..., D), weight (D) -> (..., D) in x's type.
 
-    Source: Zhang and Sennrich 2019, arXiv:1910.07467.
+    A wide norm is multiplied by the weight in float32 and rounded once; an offset is of such norms
+    alone. Source: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
+    assert is_wide or not offset
     apply: Any = _RMSNorm.apply
-    return apply(x, weight, epsilon)
+    return apply(x, weight, epsilon, offset, is_wide)
 
 
-def rms_norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def rms_norm_reference(
+    x: Tensor, weight: Tensor, epsilon: float, *, offset: float = 0.0, is_wide: bool = False
+) -> Tensor:
     """Defines rms_norm, under torch's own autograd."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    return weight * normal.to(x.dtype)
+    return _weighted(normal, x, weight, offset, is_wide)
 
 
 def silu_gate(gate: Tensor, up: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ LAYER_FUNCTIONS = (
     "veneer_attention_shared",
     "veneer_zeros",
     "veneer_silu_gate_forward",
+    "veneer_gelu_gate_forward",
 )
 """Each takes a struct, and at most a number beside it."""
 FUNCTIONS = (*STEP_FUNCTIONS, *LAYER_FUNCTIONS)

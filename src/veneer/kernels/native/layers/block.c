@@ -90,18 +90,48 @@ static void up(const struct side *s, uint16_t *x, int64_t row, int64_t n, int64_
         up_columns(s, x, row, n, width, c, rank_columns(width, c));
 }
 
-/* A norm with what stands in front of it and behind it. Forward: x + update + beside, in place
-   where there is one of these; out = its norm, unless weight is NULL; the update behind of out.
-   Backward: x is the gradient of what the norm gave, of `normed`; out that of normed, + beside; the
-   update behind of out. */
+/* How a norm multiplies, as norm_row of fused.h; weight NULL: there is no norm. */
+struct weighting {
+    const uint16_t *weight;
+    float *scale; /* one a row that is normed: 1 / root mean square */
+    int64_t is_wide;
+    float epsilon, offset;
+};
+
+static VENEER_BF16 void norm(const struct weighting *w, const uint16_t *x, uint16_t *out, int64_t row,
+                 int64_t n, int64_t width) {
+    for (int64_t r = 0; r < n; r++)
+        w->scale[row + r] = norm_row(x + r * width, w->weight, out + r * width, width, w->epsilon,
+                                     w->offset, w->is_wide);
+}
+
+/* x: the gradient of what the norm gave of `normed`; out: that of normed, + beside. */
+static VENEER_BF16 void norm_gradient(const struct weighting *w, const uint16_t *normed, const uint16_t *x,
+                          const uint16_t *beside, uint16_t *out, int64_t row, int64_t n,
+                          int64_t width) {
+    for (int64_t r = 0, at = 0; r < n; r++, at += width)
+        norm_row_gradient(normed + at, w->weight, x + at, w->scale[row + r],
+                          beside ? beside + at : NULL, out + at, width, w->offset);
+}
+
+static VENEER_BF16 void sum(const uint16_t *x, const uint16_t *beside, uint16_t *out,
+                            int64_t count) {
+    for (int64_t i = 0; i < count; i += 16)
+        bf16_store(out + i, _mm512_add_ps(bf16_floats(beside + i), bf16_floats(x + i)));
+}
+
+/* Norms with what stands in front of them, between and behind.
+   Forward: x + update, in place; total = beside + the norm `after` of x, or x itself where there is
+   none; out = the norm of total; the update behind of out, or of total where there is no norm.
+   Backward: x + update is the gradient of what the norm gave of `normed`, or of normed itself where
+   there is no norm; out that of normed, + beside; the update behind of out. */
 struct norms {
     uint16_t *x;
-    const uint16_t *beside, *weight, *normed;
-    uint16_t *out;
-    float *scale; /* one a row: 1 / root mean square */
+    const uint16_t *beside, *normed;
+    uint16_t *total, *out;
+    struct weighting after, norm;
     struct side before, behind;
     int64_t rows, width;
-    float epsilon;
 };
 
 static VENEER_BF16 void norm_forward(void *arguments, int64_t from, int64_t to) {
@@ -109,15 +139,12 @@ static VENEER_BF16 void norm_forward(void *arguments, int64_t from, int64_t to) 
     const int64_t width = a->width;
     for (int64_t block = from; block < to; block++) {
         const int64_t row = block * BLOCK, n = rank_rows(block, a->rows), at = row * width;
-        up(&a->before, a->x + at, row, n, width);
-        for (int64_t i = 0; a->beside && i < n * width; i += 16)
-            bf16_store(a->x + at + i,
-                       _mm512_add_ps(bf16_floats(a->beside + at + i), bf16_floats(a->x + at + i)));
-        if (!a->weight) continue;
-        for (int64_t r = 0; r < n; r++)
-            a->scale[row + r] = norm_row(a->x + at + r * width, a->weight, a->out + at + r * width,
-                                         width, a->epsilon);
-        down(&a->behind, a->out + at, row, n, width);
+        uint16_t *x = a->x + at, *total = a->total + at, *out = a->norm.weight ? a->out + at : total;
+        up(&a->before, x, row, n, width);
+        if (a->after.weight) norm(&a->after, x, total, row, n, width);
+        if (a->beside) sum(total, a->beside + at, total, n * width);
+        if (a->norm.weight) norm(&a->norm, total, out, row, n, width);
+        down(&a->behind, out, row, n, width);
     }
 }
 
@@ -126,13 +153,14 @@ static VENEER_BF16 void norm_backward(void *arguments, int64_t from, int64_t to)
     const int64_t width = a->width;
     for (int64_t block = from; block < to; block++) {
         const int64_t row = block * BLOCK, n = rank_rows(block, a->rows), at = row * width;
-        up(&a->before, a->x + at, row, n, width);
-        for (int64_t r = 0; r < n; r++) {
-            const int64_t own = at + r * width;
-            norm_row_gradient(a->normed + own, a->weight, a->x + own, a->scale[row + r],
-                              a->beside + own, a->out + own, width);
-        }
-        down(&a->behind, a->out + at, row, n, width);
+        const uint16_t *beside = a->beside ? a->beside + at : NULL;
+        uint16_t *x = a->x + at, *out = a->out + at;
+        up(&a->before, x, row, n, width);
+        if (a->norm.weight)
+            norm_gradient(&a->norm, a->normed + at, x, beside, out, row, n, width);
+        else
+            sum(x, beside, out, n * width);
+        down(&a->behind, out, row, n, width);
     }
 }
 
@@ -147,18 +175,17 @@ static void norms(struct norms *a, veneer_body body) {
 void veneer_block_norm_forward(struct norms *a) { norms(a, norm_forward); }
 void veneer_block_norm_backward(struct norms *a) { norms(a, norm_backward); }
 
-/* Forward: gate and up, each + its update (sides 0 and 1), in place; out = silu(gate) * up; the
-   update behind (side 2) of out. Backward: out is the gradient of what the gate gave, + the update
-   of side 2; it becomes the gradient of gate, and grad_up that of up; sides 0 and 1 behind these.
- */
+/* Forward: gate and up, each + its update (sides 0 and 1), in place; out = activation(gate) * up;
+   the update behind (side 2) of out. Backward: out is the gradient of what the gate gave, + the
+   update of side 2; it becomes the gradient of gate, and grad_up that of up; sides 0 and 1 behind
+   these. */
 struct gates {
     uint16_t *gate, *up, *out, *grad_up;
     struct side sides[3];
-    int64_t rows, width;
+    int64_t rows, width, is_gelu;
 };
 
-static VENEER_BF16 void gate_forward(void *arguments, int64_t from, int64_t to) {
-    const struct gates *a = arguments;
+VENEER_INLINE void gate_rows(const int is_gelu, const struct gates *a, int64_t from, int64_t to) {
     const struct side *s = a->sides;
     for (int64_t block = from; block < to; block++) {
         const int64_t row = block * BLOCK, n = rank_rows(block, a->rows), start = row * a->width;
@@ -171,16 +198,16 @@ static VENEER_BF16 void gate_forward(void *arguments, int64_t from, int64_t to) 
                 for (int64_t r = 0; r < few; r++)
                     for (int64_t i = 0; i < wide; i += 16) {
                         const int64_t at = (m + r) * a->width + c + i;
-                        bf16_store(a->out + at,
-                                   gated(bf16_floats(a->gate + at), bf16_floats(a->up + at)));
+                        bf16_store(a->out + at, gated(is_gelu, bf16_floats(a->gate + at),
+                                                      bf16_floats(a->up + at)));
                     }
             }
         down(s + 2, a->out + start, row, n, a->width);
     }
 }
 
-static VENEER_BF16 void gate_backward(void *arguments, int64_t from, int64_t to) {
-    const struct gates *a = arguments;
+VENEER_INLINE void gate_gradients(const int is_gelu, const struct gates *a, int64_t from,
+                                  int64_t to) {
     const struct side *s = a->sides;
     for (int64_t block = from; block < to; block++) {
         const int64_t row = block * BLOCK, n = rank_rows(block, a->rows), start = row * a->width;
@@ -192,13 +219,26 @@ static VENEER_BF16 void gate_backward(void *arguments, int64_t from, int64_t to)
                 for (int64_t r = 0; r < few; r++)
                     for (int64_t i = 0; i < wide; i += 16) {
                         const int64_t at = (m + r) * a->width + c + i;
-                        gated_gradient(bf16_floats(a->gate + at), bf16_floats(a->up + at),
+                        gated_gradient(is_gelu, bf16_floats(a->gate + at), bf16_floats(a->up + at),
                                        bf16_floats(a->out + at), a->out + at, a->grad_up + at);
                     }
             }
         down(s, a->out + start, row, n, a->width);
         down(s + 1, a->grad_up + start, row, n, a->width);
     }
+}
+
+static VENEER_BF16 void silu_forward(void *arguments, int64_t from, int64_t to) {
+    gate_rows(0, arguments, from, to);
+}
+static VENEER_BF16 void gelu_forward(void *arguments, int64_t from, int64_t to) {
+    gate_rows(1, arguments, from, to);
+}
+static VENEER_BF16 void silu_backward(void *arguments, int64_t from, int64_t to) {
+    gate_gradients(0, arguments, from, to);
+}
+static VENEER_BF16 void gelu_backward(void *arguments, int64_t from, int64_t to) {
+    gate_gradients(1, arguments, from, to);
 }
 
 static void gates(struct gates *a, veneer_body body) {
@@ -210,25 +250,43 @@ void veneer_block_gate_forward(struct gates *a) {
     pack_up(a->sides, a->rows, a->width);
     pack_up(a->sides + 1, a->rows, a->width);
     pack_down(a->sides + 2, a->rows, a->width);
-    gates(a, gate_forward);
+    gates(a, a->is_gelu ? gelu_forward : silu_forward);
 }
 
 void veneer_block_gate_backward(struct gates *a) {
     pack_down(a->sides, a->rows, a->width);
     pack_down(a->sides + 1, a->rows, a->width);
     pack_up(a->sides + 2, a->rows, a->width);
-    gates(a, gate_backward);
+    gates(a, a->is_gelu ? gelu_backward : silu_backward);
 }
 
-/* q, k and v, rows of `heads` heads each, in place. Forward: each + its update, then q and k
-   turned. Backward: q and k turned back, then each one's first product. */
+/* q, k and v, rows of `heads` heads each. Forward: each + its update, in place; q and k normed and
+   turned, into out where there is a norm of theirs, else in place. Backward: gradients of q and k
+   turned back and taken through the norms of `normed`, in place, then each one's first product. A
+   norm is of so many values of a row side by side (spans): a head, or all heads. */
 struct heads {
-    uint16_t *x[MOST];
-    int64_t heads[MOST];
+    uint16_t *x[MOST], *out[2];
+    const uint16_t *normed[2];
+    struct weighting norms[2];
+    int64_t spans[2], heads[MOST];
     struct side sides[MOST];
-    const uint16_t *cos, *sin; /* (rows, size) */
-    int64_t rows, size, back;
+    const void *cos, *sin; /* (rows, size), float32 where is_wide, else bf16; NULL: no rotation */
+    int64_t rows, size, back, is_wide;
 };
+
+/* Rows of q (i = 0) or of k. */
+static VENEER_BF16 void turn(const struct heads *a, int64_t i, uint16_t *x, int64_t row, int64_t n) {
+    const int64_t width = a->heads[i] * a->size, start = row * width;
+    const struct weighting *w = a->norms + i;
+    const int64_t span = w->weight ? a->spans[i] : 1, spans = width / span;
+    uint16_t *out = w->weight && !a->back ? a->out[i] + start : x;
+    if (w->weight && !a->back) norm(w, x, out, row * spans, n * spans, span);
+    for (int64_t r = 0; a->cos && r < n; r++)
+        rotate_row(out + r * width, a->cos, a->sin, row + r, out + r * width, a->heads[i], a->size,
+                   a->back, a->is_wide);
+    if (w->weight && a->back)
+        norm_gradient(w, a->normed[i] + start, x, NULL, x, row * spans, n * spans, span);
+}
 
 static VENEER_BF16 void heads_body(void *arguments, int64_t from, int64_t to) {
     const struct heads *a = arguments;
@@ -238,11 +296,7 @@ static VENEER_BF16 void heads_body(void *arguments, int64_t from, int64_t to) {
             const int64_t width = a->heads[i] * a->size;
             uint16_t *x = a->x[i] + row * width;
             if (!a->back) up(a->sides + i, x, row, n, width);
-            for (int64_t r = 0; i < 2 && r < n; r++) {
-                const int64_t at = (row + r) * a->size;
-                rotate_row(x + r * width, a->cos + at, a->sin + at, x + r * width, a->heads[i],
-                           a->size, a->back);
-            }
+            if (i < 2) turn(a, i, x, row, n);
             if (a->back) down(a->sides + i, x, row, n, width);
         }
     }

@@ -11,14 +11,15 @@ struct norm {
     uint16_t *out;
     float *scale; /* one a row: 1 / root mean square */
     int64_t width;
-    float epsilon;
+    float epsilon, offset;
+    int64_t is_wide;
 };
 
 static VENEER_BF16 void norm_forward_body(void *arguments, int64_t from, int64_t to) {
     const struct norm *a = arguments;
     for (int64_t row = from; row < to; row++)
         a->scale[row] = norm_row(a->x + row * a->width, a->weight, a->out + row * a->width,
-                                 a->width, a->epsilon);
+                                 a->width, a->epsilon, a->offset, a->is_wide);
 }
 
 static VENEER_BF16 void norm_backward_body(void *arguments, int64_t from, int64_t to) {
@@ -26,7 +27,7 @@ static VENEER_BF16 void norm_backward_body(void *arguments, int64_t from, int64_
     for (int64_t row = from; row < to; row++) {
         const int64_t at = row * a->width;
         norm_row_gradient(a->x + at, a->weight, a->grad + at, a->scale[row], NULL, a->out + at,
-                          a->width);
+                          a->width, a->offset);
     }
 }
 
@@ -43,38 +44,49 @@ struct gate {
 };
 
 /* Items are runs of 16 values; the last one may be shorter and is the caller's to avoid. */
-static VENEER_BF16 void gate_forward_body(void *arguments, int64_t from, int64_t to) {
-    const struct gate *a = arguments;
-    for (int64_t i = from * 16; i < to * 16; i += 16)
-        bf16_store(a->out + i, gated(bf16_floats(a->gate + i), bf16_floats(a->up + i)));
-}
+#define GATES(name, is_gelu)                                                                       \
+    static VENEER_BF16 void name##_forward_body(void *arguments, int64_t from, int64_t to) {       \
+        const struct gate *a = arguments;                                                          \
+        for (int64_t i = from * 16; i < to * 16; i += 16)                                          \
+            bf16_store(a->out + i,                                                                 \
+                       gated(is_gelu, bf16_floats(a->gate + i), bf16_floats(a->up + i)));          \
+    }                                                                                              \
+    static VENEER_BF16 void name##_backward_body(void *arguments, int64_t from, int64_t to) {      \
+        const struct gate *a = arguments;                                                          \
+        for (int64_t i = from * 16; i < to * 16; i += 16)                                          \
+            gated_gradient(is_gelu, bf16_floats(a->gate + i), bf16_floats(a->up + i),              \
+                           bf16_floats(a->grad + i), a->grad_gate + i, a->grad_up + i);            \
+    }
 
-static VENEER_BF16 void gate_backward_body(void *arguments, int64_t from, int64_t to) {
-    const struct gate *a = arguments;
-    for (int64_t i = from * 16; i < to * 16; i += 16)
-        gated_gradient(bf16_floats(a->gate + i), bf16_floats(a->up + i), bf16_floats(a->grad + i),
-                       a->grad_gate + i, a->grad_up + i);
-}
+GATES(silu, 0)
+GATES(gelu, 1)
 
 void veneer_silu_gate_forward(struct gate *a, int64_t runs) {
-    veneer_parallel(gate_forward_body, a, runs, 256);
+    veneer_parallel(silu_forward_body, a, runs, 256);
 }
 void veneer_silu_gate_backward(struct gate *a, int64_t runs) {
-    veneer_parallel(gate_backward_body, a, runs, 256);
+    veneer_parallel(silu_backward_body, a, runs, 256);
+}
+void veneer_gelu_gate_forward(struct gate *a, int64_t runs) {
+    veneer_parallel(gelu_forward_body, a, runs, 256);
+}
+void veneer_gelu_gate_backward(struct gate *a, int64_t runs) {
+    veneer_parallel(gelu_backward_body, a, runs, 256);
 }
 
 struct rotary {
-    const uint16_t *x, *cos, *sin; /* (rows, heads, size), (rows, size) twice */
+    const uint16_t *x;     /* (rows, heads, size) */
+    const void *cos, *sin; /* (rows, size), float32 where is_wide, else bf16 */
     uint16_t *out;
-    int64_t heads, size, back;
+    int64_t heads, size, back, is_wide;
 };
 
 static VENEER_BF16 void rotary_body(void *arguments, int64_t from, int64_t to) {
     const struct rotary *a = arguments;
     for (int64_t row = from; row < to; row++) {
         const int64_t at = row * a->heads * a->size;
-        rotate_row(a->x + at, a->cos + row * a->size, a->sin + row * a->size, a->out + at, a->heads,
-                   a->size, a->back);
+        rotate_row(a->x + at, a->cos, a->sin, row, a->out + at, a->heads, a->size, a->back,
+                   a->is_wide);
     }
 }
 

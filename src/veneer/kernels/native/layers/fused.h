@@ -28,9 +28,10 @@ VENEER_INLINE __m512 rounded(__m512 x) {
         _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16));
 }
 
-/* out = weight * x / root mean square; 1 / that. */
-VENEER_INLINE float norm_row(const uint16_t *x, const uint16_t *weight, uint16_t *out,
-                             int64_t width, float epsilon) {
+/* Writes out = (weight + offset) * x / root mean square, and returns 1 / root mean square. The
+   normal values are rounded before they are multiplied, unless is_wide. */
+VENEER_INLINE float norm_row_of(const int is_wide, const uint16_t *x, const uint16_t *weight,
+                                uint16_t *out, int64_t width, float epsilon, float offset) {
     __m512 squares = _mm512_setzero_ps();
     for (int64_t i = 0; i < width; i += 16) {
         __m512 v = load(x + i, rest(width - i));
@@ -39,28 +40,35 @@ VENEER_INLINE float norm_row(const uint16_t *x, const uint16_t *weight, uint16_t
     const float scale = 1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)width + epsilon);
     for (int64_t i = 0; i < width; i += 16) {
         __mmask16 m = rest(width - i);
-        store(out + i, m,
-              _mm512_mul_ps(rounded(_mm512_mul_ps(load(x + i, m), _mm512_set1_ps(scale))),
-                            load(weight + i, m)));
+        const __m512 normal = _mm512_mul_ps(load(x + i, m), _mm512_set1_ps(scale));
+        const __m512 by = _mm512_add_ps(load(weight + i, m), _mm512_set1_ps(offset));
+        store(out + i, m, _mm512_mul_ps(is_wide ? normal : rounded(normal), by));
     }
     return scale;
 }
 
+VENEER_INLINE float norm_row(const uint16_t *x, const uint16_t *weight, uint16_t *out,
+                             int64_t width, float epsilon, float offset, int64_t is_wide) {
+    return is_wide ? norm_row_of(1, x, weight, out, width, epsilon, offset)
+                   : norm_row_of(0, x, weight, out, width, epsilon, offset);
+}
+
 /* out: the gradient of x, with the one that x has `beside` it, if any. out may be g. */
 VENEER_INLINE void norm_row_gradient(const uint16_t *x, const uint16_t *weight, const uint16_t *g,
-                                     float s, const uint16_t *beside, uint16_t *out,
-                                     int64_t width) {
-    const __m512 scale = _mm512_set1_ps(s);
+                                     float s, const uint16_t *beside, uint16_t *out, int64_t width,
+                                     float offset) {
+    const __m512 scale = _mm512_set1_ps(s), more = _mm512_set1_ps(offset);
     __m512 dot = _mm512_setzero_ps();
     for (int64_t i = 0; i < width; i += 16) {
         __mmask16 m = rest(width - i);
-        dot = _mm512_fmadd_ps(_mm512_mul_ps(load(g + i, m), load(weight + i, m)), load(x + i, m),
-                              dot);
+        const __m512 by = _mm512_add_ps(load(weight + i, m), more);
+        dot = _mm512_fmadd_ps(_mm512_mul_ps(load(g + i, m), by), load(x + i, m), dot);
     }
     const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(dot) / (float)width * s * s);
     for (int64_t i = 0; i < width; i += 16) {
         __mmask16 m = rest(width - i);
-        __m512 inner = _mm512_mul_ps(load(g + i, m), load(weight + i, m));
+        const __m512 by = _mm512_add_ps(load(weight + i, m), more);
+        __m512 inner = _mm512_mul_ps(load(g + i, m), by);
         __m512 found = _mm512_mul_ps(scale, _mm512_fnmadd_ps(load(x + i, m), mean, inner));
         if (beside) found = _mm512_add_ps(rounded(found), load(beside + i, m));
         store(out + i, m, found);
@@ -73,41 +81,87 @@ VENEER_INLINE __m512 sigmoid(__m512 x) {
     return _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_add_ps(_mm512_set1_ps(1.0f), e));
 }
 
-/* silu(gate) * up, rounded where models round. */
-VENEER_INLINE __m512 gated(__m512 gate, __m512 up) {
-    return _mm512_mul_ps(rounded(_mm512_mul_ps(gate, sigmoid(gate))), up);
+/* Both activations are gate * sigmoid(t): t = gate for SiLU, and for GELU by its formula with tanh
+   t = 2 sqrt(2 / pi) (gate + 0.044715 gate^3), as (1 + tanh(t / 2)) / 2 = sigmoid(t). */
+#define GELU_LINEAR 1.5957691216057308f
+#define GELU_CUBIC (GELU_LINEAR * 0.044715f)
+#define GELU_MOST 16.0f /* beyond it the sigmoid is 0 or 1; so no cube leaves float32 */
+
+VENEER_INLINE __m512 within(__m512 x) {
+    return _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-GELU_MOST)), _mm512_set1_ps(GELU_MOST));
 }
 
-VENEER_INLINE void gated_gradient(__m512 gate, __m512 up, __m512 g, uint16_t *grad_gate,
-                                  uint16_t *grad_up) {
-    const __m512 one = _mm512_set1_ps(1.0f), s = sigmoid(gate);
-    const __m512 slope = _mm512_mul_ps(s, _mm512_fmadd_ps(gate, _mm512_sub_ps(one, s), one));
+VENEER_INLINE __m512 activation_share(const int is_gelu, __m512 gate) {
+    if (!is_gelu) return sigmoid(gate);
+    const __m512 x = within(gate);
+    return sigmoid(_mm512_mul_ps(x, _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(GELU_CUBIC),
+                                                    _mm512_set1_ps(GELU_LINEAR))));
+}
+
+/* activation(gate) * up, rounded where models round. */
+VENEER_INLINE __m512 gated(const int is_gelu, __m512 gate, __m512 up) {
+    return _mm512_mul_ps(rounded(_mm512_mul_ps(gate, activation_share(is_gelu, gate))), up);
+}
+
+VENEER_INLINE void gated_gradient(const int is_gelu, __m512 gate, __m512 up, __m512 g,
+                                  uint16_t *grad_gate, uint16_t *grad_up) {
+    const __m512 one = _mm512_set1_ps(1.0f), s = activation_share(is_gelu, gate);
+    __m512 run = gate; /* gate * the slope of t */
+    if (is_gelu) {
+        const __m512 x = within(gate);
+        run = _mm512_mul_ps(x,
+                            _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(3.0f * GELU_CUBIC),
+                                            _mm512_set1_ps(GELU_LINEAR)));
+    }
+    const __m512 slope = _mm512_mul_ps(s, _mm512_fmadd_ps(run, _mm512_sub_ps(one, s), one));
     bf16_store(grad_up, _mm512_mul_ps(g, _mm512_mul_ps(gate, s)));
     bf16_store(grad_gate, _mm512_mul_ps(_mm512_mul_ps(g, up), slope));
 }
 
-/* x (heads, size) turned by cos and sin (size), or back; rounded where models round: after each
-   product. The two halves of a head are turned together. out may be x. */
-VENEER_INLINE void rotate_row(const uint16_t *x, const uint16_t *cos, const uint16_t *sin,
-                              uint16_t *out, int64_t heads, int64_t size, int64_t back) {
+/* Angles of a row from place i on; an angle is float32 or bf16. */
+VENEER_INLINE __m512 angles(const int is_wide, const void *from, int64_t i) {
+    return is_wide ? _mm512_loadu_ps((const float *)from + i)
+                   : bf16_floats((const uint16_t *)from + i);
+}
+
+VENEER_INLINE __m512 product(const int is_wide, __m512 x, __m512 y) {
+    const __m512 found = _mm512_mul_ps(x, y);
+    return is_wide ? found : rounded(found);
+}
+
+VENEER_INLINE void rotate_row_of(const int w, const uint16_t *x, const void *cos, const void *sin,
+                                 int64_t at, uint16_t *out, int64_t heads, int64_t size,
+                                 int64_t back) {
     const int64_t half = size / 2;
     for (int64_t i = 0; i < half; i += 16) {
-        const __m512 first_cos = bf16_floats(cos + i), second_cos = bf16_floats(cos + half + i);
-        const __m512 first_sin = bf16_floats(sin + i), second_sin = bf16_floats(sin + half + i);
+        const __m512 first_cos = angles(w, cos, at + i), second_cos = angles(w, cos, at + half + i);
+        const __m512 first_sin = angles(w, sin, at + i), second_sin = angles(w, sin, at + half + i);
         for (int64_t h = 0; h < heads; h++) {
             const __m512 first = bf16_floats(x + h * size + i),
                          second = bf16_floats(x + h * size + half + i);
             uint16_t *to = out + h * size + i;
-            const __m512 to_first = rounded(_mm512_mul_ps(second, back ? second_sin : first_sin));
-            const __m512 to_second = rounded(_mm512_mul_ps(first, back ? first_sin : second_sin));
-            const __m512 own_first = rounded(_mm512_mul_ps(first, first_cos)),
-                         own_second = rounded(_mm512_mul_ps(second, second_cos));
+            const __m512 to_first = product(w, second, back ? second_sin : first_sin);
+            const __m512 to_second = product(w, first, back ? first_sin : second_sin);
+            const __m512 own_first = product(w, first, first_cos),
+                         own_second = product(w, second, second_cos);
             bf16_store(to, back ? _mm512_add_ps(own_first, to_first)
                                 : _mm512_sub_ps(own_first, to_first));
             bf16_store(to + half, back ? _mm512_sub_ps(own_second, to_second)
                                        : _mm512_add_ps(own_second, to_second));
         }
     }
+}
+
+/* x (heads, size) turned by cos and sin (rows, size) of this row, or back; the two halves of a head
+   together. Rounded where models round: after each product, or once where angles are float32
+   (is_wide). out may be x. */
+VENEER_INLINE void rotate_row(const uint16_t *x, const void *cos, const void *sin, int64_t row,
+                              uint16_t *out, int64_t heads, int64_t size, int64_t back,
+                              int64_t is_wide) {
+    if (is_wide)
+        rotate_row_of(1, x, cos, sin, row * size, out, heads, size, back);
+    else
+        rotate_row_of(0, x, cos, sin, row * size, out, heads, size, back);
 }
 
 #endif

@@ -10,7 +10,8 @@ struct norm {
     const float *x, *weight, *grad;
     float *out, *scale;
     int64_t width;
-    float epsilon;
+    float epsilon, offset;
+    int64_t is_wide;
 };
 
 struct gate {
@@ -21,8 +22,13 @@ struct gate {
 struct rotary {
     const float *x, *cos, *sin;
     float *out;
-    int64_t heads, size, back;
+    int64_t heads, size, back, is_wide;
 };
+
+/* As in fused.h. */
+#define GELU_LINEAR 1.5957691216057308f
+#define GELU_CUBIC (GELU_LINEAR * 0.044715f)
+#define GELU_MOST 16.0f
 
 #define NAME(x) x##_plain
 #define TARGET
@@ -51,10 +57,16 @@ void veneer_rms_norm_float_backward(struct norm *a, int64_t rows) {
     veneer_parallel(LOOP_OF(norm_backward, veneer_level()), a, rows, 16);
 }
 void veneer_silu_gate_float_forward(struct gate *a, int64_t runs) {
-    veneer_parallel(LOOP_OF(gate_forward, veneer_level()), a, runs, 256);
+    veneer_parallel(LOOP_OF(silu_forward, veneer_level()), a, runs, 256);
 }
 void veneer_silu_gate_float_backward(struct gate *a, int64_t runs) {
-    veneer_parallel(LOOP_OF(gate_backward, veneer_level()), a, runs, 256);
+    veneer_parallel(LOOP_OF(silu_backward, veneer_level()), a, runs, 256);
+}
+void veneer_gelu_gate_float_forward(struct gate *a, int64_t runs) {
+    veneer_parallel(LOOP_OF(gelu_forward, veneer_level()), a, runs, 256);
+}
+void veneer_gelu_gate_float_backward(struct gate *a, int64_t runs) {
+    veneer_parallel(LOOP_OF(gelu_backward, veneer_level()), a, runs, 256);
 }
 void veneer_rotary_float(struct rotary *a, int64_t rows) {
     veneer_parallel(LOOP_OF(rotary, veneer_level()), a, rows, 32);

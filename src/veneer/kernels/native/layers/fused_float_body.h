@@ -27,7 +27,9 @@ static TARGET void NAME(norm_forward)(void *arguments, int64_t from, int64_t to)
         for (int64_t i = 0; i < a->width; i += W) {
             const int64_t left = a->width - i;
             NAME(put)(a->out + row * a->width + i,
-                      NAME(first)(x + i, left) * scale * NAME(first)(a->weight + i, left), left);
+                      NAME(first)(x + i, left) * scale *
+                          (NAME(first)(a->weight + i, left) + a->offset),
+                      left);
         }
     }
 }
@@ -40,13 +42,14 @@ static TARGET void NAME(norm_backward)(void *arguments, int64_t from, int64_t to
         NAME(fv) dot = {};
         for (int64_t i = 0; i < a->width; i += W) {
             const int64_t left = a->width - i;
-            dot += NAME(first)(g + i, left) * NAME(first)(a->weight + i, left) *
+            dot += NAME(first)(g + i, left) * (NAME(first)(a->weight + i, left) + a->offset) *
                    NAME(first)(x + i, left);
         }
         const float mean = NAME(sum)(dot) / (float)a->width * scale * scale;
         for (int64_t i = 0; i < a->width; i += W) {
             const int64_t left = a->width - i;
-            const NAME(fv) inner = NAME(first)(g + i, left) * NAME(first)(a->weight + i, left);
+            const NAME(fv) inner =
+                NAME(first)(g + i, left) * (NAME(first)(a->weight + i, left) + a->offset);
             NAME(put)(a->out + row * a->width + i,
                       (inner - NAME(first)(x + i, left) * mean) * scale, left);
         }
@@ -61,24 +64,46 @@ INLINE NAME(fv) NAME(sigmoid)(NAME(fv) x) {
     return above / (one + e);
 }
 
-/* Items are runs of 16 values. */
-static TARGET void NAME(gate_forward)(void *arguments, int64_t from, int64_t to) {
-    const struct gate *a = arguments;
-    for (int64_t i = from * 16; i < to * 16; i += W) {
-        const NAME(fv) gate = NAME(load)(a->gate + i);
-        NAME(store)(a->out + i, gate * NAME(sigmoid)(gate) * NAME(load)(a->up + i));
-    }
+INLINE NAME(fv) NAME(within)(NAME(fv) x) {
+    const NAME(iv) above = x > GELU_MOST, below = x < -GELU_MOST;
+    return (NAME(fv))(((NAME(iv))x & ~(above | below)) | ((NAME(iv))NAME(all)(GELU_MOST) & above) |
+                      ((NAME(iv))NAME(all)(-GELU_MOST) & below));
 }
 
-static TARGET void NAME(gate_backward)(void *arguments, int64_t from, int64_t to) {
-    const struct gate *a = arguments;
-    for (int64_t i = from * 16; i < to * 16; i += W) {
-        const NAME(fv) gate = NAME(load)(a->gate + i), g = NAME(load)(a->grad + i),
-                       s = NAME(sigmoid)(gate);
-        NAME(store)(a->grad_up + i, g * (gate * s));
-        NAME(store)(a->grad_gate + i, g * NAME(load)(a->up + i) * (s * (gate * (1.0f - s) + 1.0f)));
-    }
+/* Of GELU, as in fused.h: the argument of its sigmoid, and the gate times the slope of that. */
+INLINE NAME(fv) NAME(gelu_place)(NAME(fv) gate) {
+    const NAME(fv) x = NAME(within)(gate);
+    return x * (x * x * GELU_CUBIC + GELU_LINEAR);
 }
+
+INLINE NAME(fv) NAME(gelu_run)(NAME(fv) gate) {
+    const NAME(fv) x = NAME(within)(gate);
+    return x * (x * x * (3.0f * GELU_CUBIC) + GELU_LINEAR);
+}
+
+/* Items are runs of 16 values. */
+#define GATES(name, PLACE, RUN)                                                                    \
+    static TARGET void NAME(name##_forward)(void *arguments, int64_t from, int64_t to) {           \
+        const struct gate *a = arguments;                                                          \
+        for (int64_t i = from * 16; i < to * 16; i += W) {                                         \
+            const NAME(fv) gate = NAME(load)(a->gate + i), place = PLACE(gate);                    \
+            NAME(store)(a->out + i, gate * NAME(sigmoid)(place) * NAME(load)(a->up + i));          \
+        }                                                                                          \
+    }                                                                                              \
+    static TARGET void NAME(name##_backward)(void *arguments, int64_t from, int64_t to) {          \
+        const struct gate *a = arguments;                                                          \
+        for (int64_t i = from * 16; i < to * 16; i += W) {                                         \
+            const NAME(fv) gate = NAME(load)(a->gate + i), g = NAME(load)(a->grad + i),            \
+                           place = PLACE(gate), run = RUN(gate), s = NAME(sigmoid)(place);         \
+            NAME(store)(a->grad_up + i, g * (gate * s));                                           \
+            NAME(store)(a->grad_gate + i,                                                          \
+                        g * NAME(load)(a->up + i) * (s * (run * (1.0f - s) + 1.0f)));              \
+        }                                                                                          \
+    }
+
+GATES(silu, , )
+GATES(gelu, NAME(gelu_place), NAME(gelu_run))
+#undef GATES
 
 /* Each product is rounded before it is added, as torch does. */
 static TARGET void NAME(rotary)(void *arguments, int64_t from, int64_t to) {

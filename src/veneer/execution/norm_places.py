@@ -1,0 +1,98 @@
+"""Finds where the norms of a decoder layer stand, and whether it adds up its parts as
+layer_facts.py says: tried with parts that are known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.execution.agreement import EXACT, agrees
+from veneer.execution.layer_facts import ATTENTION, FEED_FORWARD, LayerNorms, Norm
+from veneer.private.torch import buffers_of, parameters_of, replace_children
+
+WIDTH, ROWS = 8, 5
+"""Sizes of what parts are tried on."""
+
+
+class _KnownPart(nn.Module):
+    """Stands for a part: other values of a row, by its number. called: the parts in the order of
+    their calls; keywords: what this one is called with beside rows."""
+
+    def __init__(self, number: int, name: str, called: list[str]) -> None:
+        super().__init__()
+        self.number, self.name, self.called = number, name, called
+        self.keywords: dict[str, Any] = {}
+
+    def forward(self, hidden_states: Tensor, **keywords: Any) -> Any:
+        self.keywords = keywords
+        self.called.append(self.name)
+        out = hidden_states.roll(self.number, -1) * (1 + 2**-self.number)
+        return (out, None) if self.name == ATTENTION else out
+
+
+def find_places(layer: nn.Module, norms: Sequence[Norm]) -> LayerNorms | None:
+    """Where the norms of a layer stand, if it adds up its parts as written above and hands on what
+    they need: tried with parts that are known."""
+    own: Mapping[str, Any] = {**parameters_of(layer), **buffers_of(layer)}
+    if any(value is not None for value in own.values()) or len(norms) > len(LayerNorms._fields):
+        return None
+    called: list[str] = []
+    names = [ATTENTION, FEED_FORWARD, *(norm.name for norm in norms)]
+    parts = {name: _KnownPart(number, name, called) for number, name in enumerate(names, 1)}
+    small: Any = object.__new__(type(layer))  # FSDP2's class calls __init__ where it is copied
+    vars(small).update(vars(layer))
+    replace_children(small, dict(parts))
+    x = random_rows(WIDTH, torch.bfloat16)[None]
+    handed = {"position_embeddings": (x, x), "veneer_layout": object()}
+
+    def own_code(x: Tensor) -> tuple[Any, ...]:
+        y = small.forward(x, attention_mask=None, **handed)  # without the layer's hooks
+        keywords = parts[ATTENTION].keywords
+        return y, all(keywords.get(name) is value for name, value in handed.items())
+
+    try:
+        own_code(x)
+    except Exception:  # modelling code, as of agreement.disagreement
+        return None
+    by_name = {norm.name: norm for norm in norms}
+    for names_of_places in _orders(tuple(called)):
+        places = LayerNorms(*(by_name.get(name) for name in names_of_places))
+
+        def computed(x: Tensor, places: LayerNorms = places) -> tuple[Any, ...]:
+            first, second, third, fourth = (
+                nn.Identity() if norm is None else parts[norm.name] for norm in places
+            )
+            h = x + second(parts[ATTENTION](first(x))[0])
+            return h + fourth(parts[FEED_FORWARD](third(h))), True
+
+        if agrees(own_code, computed, (x,), EXACT):
+            return places
+    return None
+
+
+def _orders(called: Sequence[str]) -> list[tuple[str, str, str, str]]:
+    """The names of norms by their places that agree with the order of calls; "": there is none. A
+    single norm between attention and the feed-forward block may belong to either."""
+    if sorted(called) != sorted(set(called)) or not {ATTENTION, FEED_FORWARD} <= set(called):
+        return []
+    first, second = called.index(ATTENTION), called.index(FEED_FORWARD)
+    before, between, after = called[:first], called[first + 1 : second], called[second + 1 :]
+    if first > second or len(before) > 1 or len(between) > 2 or len(after) > 1:
+        return []
+    start, end = (before or [""])[0], (after or [""])[0]
+    if len(between) == 1:
+        return [(start, "", between[0], end), (start, between[0], "", end)]
+    after_attention, before_feed_forward = between or ("", "")
+    return [(start, after_attention, before_feed_forward, end)]
+
+
+def random_rows(width: int, dtype: torch.dtype) -> Tensor:
+    """(ROWS, width) random values from small to large: what clips, or adds something small, shows
+    it. float16 holds no such values."""
+    draw = torch.Generator().manual_seed(0)
+    wide = torch.finfo(dtype).max > 1e30
+    scale = torch.logspace(-2, 6, ROWS) if wide else torch.full((ROWS,), 3.0)
+    return (torch.randn(ROWS, width, generator=draw) * scale[:, None]).to(dtype)

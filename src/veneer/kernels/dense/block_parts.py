@@ -1,0 +1,364 @@
+"""The steps of a pass over a decoder layer with LoRA (block.py), each over all parts of the rows.
+
+Names are those of block.py; o and d are the outputs of the layers o and down where a norm stands
+behind them. Shapes: M rows, D hidden, S head size, R ranks side by side.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from veneer.kernels.attention.compiled import packed_backward
+from veneer.kernels.bindings import block_calls, row_calls
+from veneer.kernels.bindings.block_calls import Side
+from veneer.kernels.dense import rank
+from veneer.kernels.dense.block_operands import (
+    GATES,
+    LAYERS,
+    QKV,
+    Block,
+    BlockPart,
+    Norm,
+    O,
+    split_ranks,
+    with_scale,
+)
+
+
+class Kept(NamedTuple):
+    """What forward keeps for backward, of all rows. A tensor is empty if nothing needs it or if
+    backward recomputes it.
+
+    *_scale       1 / root mean square of the rows of a norm
+    q_raw, k_raw  q and k before their norms
+    """
+
+    n_scale: Tensor
+    q_raw: Tensor
+    q_scale: Tensor
+    k_raw: Tensor
+    k_scale: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    o: Tensor
+    o_scale: Tensor
+    h: Tensor
+    m_scale: Tensor
+    gate: Tensor
+    up: Tensor
+    d: Tensor
+    d_scale: Tensor
+    n: Tensor
+    m: Tensor
+    gated: Tensor
+
+
+class Part:
+    """A part of the rows with its factors. grads: where their gradients are written."""
+
+    def __init__(
+        self, part: BlockPart, factors: Sequence[Tensor], grads: Sequence[Tensor] = ()
+    ) -> None:
+        self.part, self.rows, self.grads = part, part.rows, grads
+        self.A, self.B = factors[:LAYERS], factors[LAYERS:]
+
+    def new_narrow(self, numbers: Sequence[int], x: Tensor) -> Tensor:
+        """Returns an empty (rows, R) in x's type for the ranks of these layers side by side."""
+        count = self.rows.stop - self.rows.start
+        return x.new_empty(count, sum(len(self.A[number]) for number in numbers))
+
+    def scale(self, scale: Tensor, rows: int) -> Tensor:
+        """Returns what belongs to the rows of this part. scale: of so many rows, one value or
+        several for each."""
+        count = len(scale) // rows
+        return scale[self.rows.start * count : self.rows.stop * count]
+
+    def input_side(self, numbers: Sequence[int], narrow: Tensor) -> Side:
+        return self.part.input_side(numbers, self.A, narrow)
+
+    def output_side(self, number: int, narrow: Tensor) -> Side:
+        return self.part.output_side(number, narrow, self.B)
+
+    def output_sides(self, numbers: Sequence[int], narrow: Tensor) -> list[Side]:
+        parts = split_ranks(narrow, [self.A[number] for number in numbers])
+        return [self.output_side(*pair) for pair in zip(numbers, parts, strict=True)]
+
+    def write_factor_gradients(
+        self,
+        numbers: Sequence[int],
+        x: Tensor,
+        above: Tensor,
+        grads: Sequence[Tensor],
+        down: Tensor,
+        *,
+        add: bool,
+    ) -> None:
+        """x and grads: of all rows. above: g B of each layer, side by side; down: x A^T of each."""
+        adapted = [number for number in numbers if len(self.A[number])]
+        if not adapted:
+            return
+        layers = self.part.layers
+        dropouts = [layers[number].dropout for number in adapted]
+        targets = [self.grads[number] for number in adapted]
+        rank.put_gradients(targets, above, x[self.rows], dropouts, add=add)
+        parts = split_ranks(down, [self.A[number] for number in numbers])
+        for number, low, g in zip(numbers, parts, grads, strict=True):
+            if number in adapted:
+                target, scaling = self.grads[LAYERS + number], layers[number].scaling
+                rank.put_gradients(
+                    [target], low, g[self.rows], [None], scaling, turned=True, add=add
+                )
+
+
+def _parts(
+    block: Block, factors: Sequence[Tensor], grads: Sequence[Tensor] | None = None
+) -> list[Part]:
+    """factors: A of each layer, then B of each, part by part."""
+    parts = []
+    for number, part in enumerate(block.parts):
+        own = slice(2 * LAYERS * number, 2 * LAYERS * (number + 1))
+        parts.append(Part(part, factors[own], () if grads is None else grads[own]))
+    return parts
+
+
+class Pass:
+    """Holds the operands of one pass. factors, grads: A of each layer, then B of each, by part."""
+
+    def __init__(
+        self,
+        block: Block,
+        x: Tensor,
+        factors: Sequence[Tensor],
+        grads: Sequence[Tensor] | None = None,
+    ) -> None:
+        self.block, self.x, self.rows = block, x, len(x)
+        self.parts = _parts(block, factors, grads)
+        self.keeps_all = not block.recomputes(len(x))
+
+    def product(self, number: int, x: Tensor) -> Tensor:
+        layer = self.block.layers[number]
+        return layer.base.product(x, layer.bias)
+
+    def scales(self, norm: Norm | None, x: Tensor) -> Tensor:
+        """Creates a place for the scales of a norm of x, empty without a norm."""
+        count = 0 if norm is None else x.numel() // norm.weight.numel()
+        return torch.empty(count, dtype=torch.float32, device=x.device)
+
+    def narrow(self, numbers: Sequence[int]) -> list[Tensor]:
+        return [part.new_narrow(numbers, self.x) for part in self.parts]
+
+    def output_sides(self, number: int, downs: Sequence[Tensor]) -> list[Side]:
+        return [
+            part.output_side(number, down) for part, down in zip(self.parts, downs, strict=True)
+        ]
+
+    def norm_of(self, norm: Norm | None, scale: Tensor, part: Part) -> block_calls.Norm | None:
+        return with_scale(norm, part.scale(scale, self.rows))
+
+    def add(
+        self,
+        x: Tensor,
+        updates: Sequence[Side | None],
+        beside: Tensor | None,
+        after: Norm | None,
+        norm: Norm | None,
+        behind: Sequence[int] = (),
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+        """Computes h = beside + the norm `after` of x + update, m = norm(h), and of m the narrow
+        sides of the layers `behind`. Returns h, the scales of `after`, m, its scales and these
+        sides of each part."""
+        after_scale, scale = self.scales(after, x), self.scales(norm, x)
+        h = x if after is None else torch.empty_like(x)
+        m, downs = h if norm is None else torch.empty_like(x), self.narrow(behind)
+        for part, update, down in zip(self.parts, updates, downs, strict=True):
+            block_calls.norm_forward(
+                x[part.rows],
+                before=update,
+                after=self.norm_of(after, after_scale, part),
+                total=None if after is None else h[part.rows],
+                beside=None if beside is None else beside[part.rows],
+                norm=self.norm_of(norm, scale, part),
+                out=None if norm is None else m[part.rows],
+                behind=part.input_side(behind, down),
+            )
+        return h, after_scale, m, scale, downs
+
+    def turn(
+        self,
+        heads: Sequence[Tensor],
+        downs: Sequence[Tensor] | None,
+        scales: Sequence[Tensor],
+        beside: Sequence[Tensor],
+        *,
+        back: bool = False,
+    ) -> None:
+        """Calls block_calls.heads. downs: of the updates; None: heads have theirs already. scales,
+        beside: of q and k, read only if these have norms."""
+        norms = self.block.norms.q, self.block.norms.k
+        for number, part in enumerate(self.parts):
+            own = [wide[part.rows] for wide in heads]
+            sides = (
+                [Side([], wide.new_empty(len(wide), 0)) for wide in own]
+                if downs is None
+                else part.output_sides(QKV, downs[number])
+            )
+            pairs = [*zip(norms, scales, beside, strict=True)]
+            block_calls.heads(
+                own,
+                self.block.size,
+                part.part.angles,
+                sides,
+                norms=[self.norm_of(norm, scale, part) for norm, scale, _ in pairs],
+                beside=[None if norm is None else wide[part.rows] for norm, _, wide in pairs],
+                back=back,
+            )
+
+
+class BackwardPass(Pass):
+    """Holds the operands of a backward pass."""
+
+    def input_gradient(self, numbers: Sequence[int], grads: Sequence[Tensor]) -> Tensor:
+        total: Tensor | None = None
+        for number, grad in zip(numbers, grads, strict=True):
+            total = self.block.layers[number].base.input_gradient(grad, total)
+        assert total is not None
+        return total
+
+    def write(
+        self,
+        numbers: Sequence[int],
+        x: Tensor,
+        aboves: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        downs: Sequence[Tensor],
+        *,
+        add: bool,
+    ) -> None:
+        """Writes the gradients of these layers' factors."""
+        for part, above, down in zip(self.parts, aboves, downs, strict=True):
+            part.write_factor_gradients(numbers, x, above, grads, down, add=add)
+
+    def through_last_norm(
+        self, number: int, grad: Tensor, norm: Norm | None, normed: Tensor, scale: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Takes the gradient behind the norm that follows a layer to that of the layer's output.
+        Returns it and its product with B of each part."""
+        if norm is None:
+            return grad, [
+                rank.down(grad[part.rows], part.B[number].T, part.part.layers[number].scaling)
+                for part in self.parts
+            ]
+        out, aboves = torch.empty_like(grad), self.narrow([number])
+        for part, behind in zip(self.parts, self.output_sides(number, aboves), strict=True):
+            block_calls.norm_backward(
+                grad[part.rows],
+                norm=self.norm_of(norm, scale, part),
+                normed=normed[part.rows],
+                out=out[part.rows],
+                behind=behind,
+            )
+        return out, aboves
+
+    def through_norm(
+        self,
+        grad: Tensor,
+        numbers: Sequence[int],
+        aboves: Sequence[Tensor],
+        norm: Norm | None,
+        normed: Tensor,
+        scale: Tensor,
+        beside: Tensor,
+        behind: Sequence[Side | None] | None = None,
+    ) -> None:
+        """Adds the updates of the layers `numbers` to grad, the gradient of their input, and turns
+        it into that of `normed`, which has `beside` too."""
+        behind = [None for _ in self.parts] if behind is None else behind
+        for part, above, side in zip(self.parts, aboves, behind, strict=True):
+            block_calls.norm_backward(
+                grad[part.rows],
+                before=part.input_side(numbers, above),
+                norm=self.norm_of(norm, scale, part),
+                normed=None if norm is None else normed[part.rows],
+                beside=beside[part.rows],
+                behind=side,
+            )
+
+    def through_norms(
+        self, grad_h: Tensor, gate_aboves: Sequence[Tensor], grad: Tensor, kept: Kept
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Turns grad_h, the gradient of m without updates, into that of h, which has `grad` too.
+        Returns the gradient of the output of the layer o, and its product with B of each part."""
+        norm, after = self.block.norms.before_feed_forward, self.block.norms.after_attention
+        aboves = self.narrow([O])
+        behind = self.output_sides(O, aboves) if after is None else None
+        self.through_norm(grad_h, GATES, gate_aboves, norm, kept.h, kept.m_scale, grad, behind)
+        if after is None:
+            return grad_h, aboves
+        return self.through_last_norm(O, grad_h, after, kept.o, kept.o_scale)
+
+    def attention_gradients(
+        self, grad: Tensor, aboves: Sequence[Tensor], kept: Kept, entropies: Iterator[Tensor]
+    ) -> list[Tensor]:
+        """Returns the gradients of q, k and v. grad: of the input of the layer o, but for its
+        updates."""
+        q, k = self.heads_again(kept)
+        grad_heads = [torch.empty_like(values) for values in (q, k, kept.v)]
+        for part, above in zip(self.parts, aboves, strict=True):
+            wide, layout = grad[part.rows], part.part.layout
+            rank.add_up(wide, above, part.A[O].T, dropout=part.part.layers[O].dropout)
+            own_q, own_k, own_v, out = (values[part.rows] for values in (q, k, kept.v, kept.out))
+            packed_backward(
+                own_q,
+                own_k,
+                own_v,
+                out,
+                [next(entropies) for _ in range(2 if layout.prompt else 1)],
+                wide.view(own_q.shape),
+                layout,
+                self.block.rules,
+                into=[values[part.rows] for values in grad_heads],
+            )
+        return grad_heads
+
+    def norm_again(
+        self, norm: Norm | None, x: Tensor, kept: Tensor, downs: Sequence[Tensor]
+    ) -> Tensor:
+        """Returns the norm of x if a factor's gradient needs it: that of an A which made one of
+        `downs` of it."""
+        if norm is None or not is_adapted(downs):
+            return x
+        if self.keeps_all:
+            return kept
+        out, scale = torch.empty_like(x), self.scales(norm, x)
+        block_calls.norm_forward(x, norm=with_scale(norm, scale), out=out)
+        return out
+
+    def gated_again(self, kept: Kept, downs: Sequence[Tensor]) -> Tensor:
+        """Returns the input of the layer down if a factor's gradient needs it."""
+        if self.keeps_all or not is_adapted(downs):
+            return kept.gated
+        gated = torch.empty_like(kept.gate)
+        gate = row_calls.gelu_gate_forward if self.block.is_gelu else row_calls.silu_gate_forward
+        gate(kept.gate, kept.up, gated)
+        return gated
+
+    def heads_again(self, kept: Kept) -> tuple[Tensor, Tensor]:
+        """Returns q and k behind their norms and their rotation."""
+        norms = self.block.norms.q, self.block.norms.k
+        if self.keeps_all or norms[0] is None:
+            return kept.q, kept.k
+        raw = kept.q_raw, kept.k_raw
+        turned = torch.empty_like(raw[0]), torch.empty_like(raw[1])
+        scales = self.scales(norms[0], raw[0]), self.scales(norms[1], raw[1])
+        self.turn([*raw, kept.v.view(self.rows, -1)], None, scales, turned)
+        q, k = (wide.view(self.rows, -1, self.block.size) for wide in turned)
+        return q, k
+
+
+def is_adapted(downs: Sequence[Tensor]) -> bool:
+    """True if a layer that made one of these narrow sides has an update."""
+    return any(down.shape[1] for down in downs)
