@@ -2,7 +2,7 @@
 
 A sharded module has whole weights only while it computes; between, its parameters are DTensors, of
 which this process holds some rows. Code that reads a weight at another time asks for the whole one
-here. Not known here: how tensors are sharded and which processes there are.
+here. Knows neither how tensors are sharded nor which processes there are.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,13 +31,13 @@ class Sharding(Protocol):
         """Returns the bytes of the layers on this process, and on all of them together."""
 
     def take(self, layer: nn.Module, dtype: torch.dtype) -> None:
-        """Shards a decoder layer as soon as its weights are there. dtype: of its products."""
+        """Shards a decoder layer as soon as it has its weights. dtype: type of its products."""
 
     def complete(self, model: Any, dtype: torch.dtype) -> None:
         """Prepares the model for its first forward."""
 
     def reshard(self) -> None:
-        """Frees what is whole; the model has sharded parameters afterwards."""
+        """Frees gathered weights; afterwards all parameters are sharded."""
 
     def learn_types(self) -> None:
         """Takes note of parameters that begin to train, or changed their type."""
@@ -47,7 +47,7 @@ class Sharding(Protocol):
 
 
 def keep_gather(mesh: Any, gather: GatherFunction) -> None:
-    """Names the function that gathers what is sharded over the processes of `mesh`."""
+    """Stores the function that gathers tensors sharded over the processes of `mesh`."""
     mesh.veneer_gather = gather
 
 

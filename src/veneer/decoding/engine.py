@@ -47,8 +47,8 @@ class Engine:
 
     budget_bytes  memory of keys and values
     adapters      what requests may name
-    lookup        "auto": answers are guessed from their own texts (schedule/lookup.py) where rows
-                  have the same bits in every step, so that guesses change no text
+    lookup        "auto": next tokens are guessed from the answers' own texts (schedule/lookup.py),
+                  where a row has the same bits in every step, so that guesses change no text
 
     Raises ConfigError if decoding by blocks is not proven on the base (decoding/proof.py).
     """
@@ -119,8 +119,8 @@ class Engine:
     def step(self, now: float) -> list[Answer]:
         """Computes one step and returns the answers that have ended.
 
-        Out of memory, it computes fewer tokens; an answer that fails with a single token ends. If a
-        step fails otherwise, each of its spans is computed alone, and those that fail again end.
+        If it is out of memory, it tries fewer tokens; an answer that fails with a single token
+        ends. After another error each span is computed alone, and answers that fail again end.
         """
         ended: list[Answer] = []
         most: int | None = None
@@ -132,7 +132,7 @@ class Engine:
             except Exception as fault:
                 self._undo()
                 return self._let_go([*ended, *self._each_alone(plan, fault)])
-            except BaseException:  # the next step begins as if there had been none
+            except BaseException:  # the next step begins as if this one had not
                 self._undo()
                 raise
             if results is not None:
@@ -200,7 +200,7 @@ class Engine:
         return first | check_guesses(spans, first, partial(self._draw, logits))
 
     def _draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[SampleResult]:
-        """Draws for each answer among its own ids: new tokens of other adapters are excluded."""
+        """Draws for each answer from its own ids, without the new tokens of other adapters."""
         rows = [row for _, _, row in draws]
         if rows != list(range(len(logits))):
             logits = logits[rows]
@@ -245,7 +245,7 @@ def _no_memory() -> DoesNotFitError:
 
 
 def decode_step_of(base: FrozenBase) -> DecodeStep:
-    """Returns how steps are computed on this base, found once."""
+    """Returns the decoding step of this base, built once."""
 
     def find() -> DecodeStep:
         with base.routing.none():

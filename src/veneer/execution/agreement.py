@@ -1,7 +1,7 @@
-"""Agreement of two computations: the one comparison and the one table of tolerances of all proofs.
+"""Compares two computations; holds the tolerances of all proofs.
 
-A fast path is taken where it gives what the plain computation gives of the same inputs. This file
-knows neither models nor layers: a proof hands in two computations, or the difference that it has
+A fast path is used if it gives the same results as the plain computation for the same inputs. This
+file knows neither models nor layers: a proof passes two computations, or a difference that it has
 measured.
 """
 
@@ -47,9 +47,10 @@ HEAD = Tolerance(
 
 @torch.no_grad()
 def difference(ours: Tensor, theirs: Tensor, *, by_row: bool = False) -> float:
-    """Returns the largest difference relative to the largest expected value, of all or of its row.
+    """Returns the largest difference relative to the largest expected value.
 
-    Infinite where the shapes differ or a value is not finite. Computed in float32 at least, so that
+    by_row: relative to the largest expected value of the same row.
+    Infinite if the shapes differ or a value is not finite. Computed in float32 at least, so that
     the comparison adds no rounding of its own.
     """
     if ours.shape != theirs.shape:
@@ -90,13 +91,13 @@ def agrees(
     inputs: Sequence[Any],
     tolerance: Tolerance,
 ) -> bool:
-    """Whether two computations give the same of the same inputs, and neither refuses them.
+    """Whether two computations give the same results for the same inputs, and neither raises.
 
-    Each gives a tensor, or a tuple of tensors and of other values, which have to be equal.
+    Each gives a tensor, or a tuple of tensors and other values. Other values have to be equal.
     """
     try:
         pair = [ours(*inputs), theirs(*inputs)]
-    except Exception:  # modelling code, as of `disagreement`
+    except Exception:  # modelling code may raise any, as in `disagreement`
         return False
     outputs = [each if isinstance(each, tuple) else (each,) for each in pair]
     return len(outputs[0]) == len(outputs[1]) and all(

@@ -81,8 +81,8 @@ class Library(LibraryFolder):
         """Lists the newest version of every name, or every version, that passes all filters.
 
         name, base: patterns with * and ?; base is compared with the base's name, the last part of
-        it, and the beginning of its fingerprint's digest. tag: a tag of the version. sort: added
-        and size list the largest first.
+        it, and the beginning of its fingerprint's digest. tag: a tag of the version. sort:
+        "added" lists the newest first, "size" the largest.
         """
         self._require()
         self._sweep()
@@ -132,9 +132,10 @@ class Library(LibraryFolder):
     def locate(self, named: str | Path) -> Path:
         """Returns the folder that a path or a reference means, as a command's --adapter takes it.
 
-        A folder that holds an adapter is preferred to any other file. If the library has an adapter
-        of that name as well, neither is taken. Raises SourceError (nothing there), ConfigError
-        (both, or no such name).
+        An adapter in the library is preferred to a path that holds no adapter.
+        Raises SourceError if there is neither such a path nor such a name, and ConfigError if a
+        folder with an adapter and an adapter in the library have this name, or if the library has
+        no such version.
         """
         path, text = expanded(named), str(named)
         could_be_name = is_reference(text) and "/" not in text and os.sep not in text
@@ -172,10 +173,10 @@ class Library(LibraryFolder):
         """Copies an adapter's folder, or a run's result, into the library as the next version of
         `name`.
 
-        base: a base that an adapter from elsewhere must fit, and on which alone it loads from then
-        on; without it such an adapter is marked as unverified. Bytes equal to the newest version's
-        make no new version. Raises SourceError, UnsafeFileError, CorruptFileError, RefusedError,
-        AdapterMismatchError.
+        base: for an adapter of another program: it must fit this base, and loads on no other later.
+        Without `base` such an adapter is marked as unverified. No version is made if the bytes
+        equal those of the newest version. Raises SourceError, UnsafeFileError, CorruptFileError,
+        RefusedError, AdapterMismatchError.
         """
         from veneer.library.examination import examined  # loads torch
 
@@ -269,7 +270,7 @@ class Library(LibraryFolder):
     ) -> Entry:
         """Adds and removes tags of a version, and sets its note.
 
-        A tag is removed from the version of this name that had it before.
+        A tag belongs to one version: another version of this name that had an added tag loses it.
         """
         wanted = parse_reference(reference)
         added, dropped = {check_tag(text) for text in tag}, {check_tag(text) for text in untag}

@@ -88,7 +88,7 @@ class StepGradient:
         """Takes the next micro-batch that this process computes."""
         number, counts = self.assigned.popleft()
         examples = [self.inputs.train[i] for i in self.micro_batches[number]]
-        # Divided by infinity, a micro-batch that another process counts has gradient 0.
+        # If another process counts it, the loss is divided by infinity, so the gradient is 0.
         total = float(self.trained) if counts else math.inf
         return MicroBatch(self, examples, number, counts, total)
 
@@ -140,7 +140,8 @@ class StepGradient:
         return dict(zip(losses, values, strict=True)), norm
 
     def batch_words(self) -> tuple[int, int, list[str]]:
-        """Returns the number of rows and tokens of the step, and where some of the rows stand."""
+        """Returns the number of rows and tokens of the step, and the places of some rows in
+        their files."""
         tokens = int(self._row_spans.lengths[self.rows].sum())
         examples = self._row_spans.examples(self.rows)
         return len(self.rows), tokens, [str(self.inputs.train[i].ref) for i in examples[:8]]
@@ -151,7 +152,7 @@ class MicroBatch:
     """A micro-batch of one trainee's step, for forward_backward.
 
     number: its place among the step's micro-batches. counts: False if another process counts it.
-    total: trained tokens of the step
+    total: trained tokens of the step, infinity if it does not count
     """
 
     gradient: StepGradient
@@ -224,8 +225,8 @@ def assigned_here(
 ) -> list[tuple[int, bool]]:
     """Lists the micro-batches that this process computes, and whether their result counts.
 
-    Sharded layers are gathered by all processes, so in a round without a micro-batch left for it a
-    process computes another's, which does not count.
+    All processes gather sharded layers together, so each computes in every round. A process without
+    a micro-batch of its own computes that of another process, and its result does not count.
     """
     costs = [sum(used_length(examples[i]) for i in part) for part in micro_batches]
     if not sharded:

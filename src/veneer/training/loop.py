@@ -7,7 +7,7 @@
     a step          once its micro-batches are computed, a trainee updates its values, evaluates
                     and saves
 
-A run of one trainee is the same loop. A trainee that fails leaves, and the others do not notice.
+A single run is a loop over one trainee. A trainee that fails is removed, and the others go on.
 Knows nothing of files and records (trainee.py), or of what is computed (gradient.py).
 """
 
@@ -35,7 +35,7 @@ class Loop:
         self.failed: dict[Trainee, VeneerError] = {}
         """Trainees that left, with their errors."""
         self._open: list[Trainee] = []
-        """Trainees within a step, the longest waiting first."""
+        """Trainees that are in a step, the longest waiting first."""
         self._most_tokens = 0
         """Most tokens in a forward of several trainees so far."""
 
@@ -91,7 +91,7 @@ class Loop:
     def _compute(self, end: Callable[[Trainee], None]) -> list[Trainee]:
         """Computes until a trainee has no micro-batch left; returns all that have none.
 
-        end: called with each of them; who fails there is not returned
+        end: called with each of them; a trainee that fails there is not returned
         """
         start, gradients = time.perf_counter(), [trainee.gradient for trainee in self._open]
         tokens = dict.fromkeys(self._open, 0)
@@ -166,7 +166,7 @@ class Loop:
     def _leaves_on_error(self, trainee: Trainee) -> Iterator[None]:
         """Removes the trainee if an error ends the block.
 
-        Of several processes each has to end, so there the error goes on.
+        A run of several processes raises the error instead, because each process has to end.
         """
         try:
             yield
@@ -188,7 +188,7 @@ class Loop:
 
 
 def _finish_trial(trainee: Trainee) -> None:
-    """Reads the gradient of a trial. One that diverges is reported with its step, in its turn."""
+    """Reads the gradient of a trial. If it diverges, the step with these rows reports it later."""
     with suppress(DivergedError):
         trainee.gradient.finish()
 

@@ -183,7 +183,7 @@ def _train_all(
 
 
 class _Run:
-    """A job in progress. Within the block its folder is locked; `end` unlocks it before that."""
+    """A job in progress. Its folder is locked until `end`, at the latest until the block ends."""
 
     def __init__(self, job: Job, world: World) -> None:
         self.job, self.world = job, world

@@ -86,7 +86,7 @@ class Trainee:
         self._cells = LossCells.over(inputs.validation, inputs.validation_sets)
         self._epoch_plan: tuple[int, EpochPlan] | None = None
         self._largest: list[int] = []
-        self._timed = False  # the first step allocates
+        self._timed = False  # the first step is not timed: it allocates
         self.saved_step: int | None = None
         """Step of the newest checkpoint of this process."""
         if resume_from is not None:
@@ -94,7 +94,7 @@ class Trainee:
 
     @property
     def ended(self) -> bool:
-        """True after the last step, or after too many evaluations without a better one."""
+        """True after the last step, or after too many evaluations without an improvement."""
         return self.progress.step >= self.inputs.steps or self._out_of_patience()
 
     @property
@@ -102,7 +102,7 @@ class Trainee:
         return "early_stop" if self._out_of_patience() else "done"
 
     def acting(self) -> AbstractContextManager[None]:
-        """Within the block its adapter alone acts, on all rows."""
+        """Within the block only its own adapter acts, on all rows."""
         return self.inputs.routing.held(Acting.everywhere(self.inputs.adapters))
 
     def held_out(self) -> HeldOut | None:
@@ -227,8 +227,8 @@ class Trainee:
         return [prefix + length for length in self.gradient.next_lengths()]
 
     def begin_trial(self) -> None:
-        """Begins a step of the largest micro-batch of the run, on every process, because any of
-        them may get it in a step."""
+        """Begins a step of the largest micro-batch of the run. Every process computes it, because
+        any of them may have to in a later step."""
         self._largest = list((self.inputs.largest or self.inputs.find_largest())[0])
         rows = self._rows.of_examples(self._largest)
         micro_batches = [self._largest for _ in range(self.world.size)]
@@ -237,7 +237,7 @@ class Trainee:
     def end_trial(self) -> None:
         """Drops the gradient of a trial and says that the largest batch fits.
 
-        A batch that diverges is reported with its step, when its turn comes.
+        If the trial diverged, the step with these rows reports it later.
         """
         inputs, largest = self.inputs, self._largest
         rows = self._rows.of_examples(largest)
@@ -251,7 +251,7 @@ class Trainee:
     # evaluations and checkpoints
 
     def after_step(self) -> None:
-        """Evaluates and saves where it is time."""
+        """Evaluates and saves if an evaluation or a checkpoint is due at this step."""
         inputs, step = self.inputs, self.progress.step
         evaluates = step == inputs.steps or step % inputs.evaluate_every == 0
         if evaluates:
@@ -298,7 +298,7 @@ class Trainee:
     def _write_checkpoint(self, tensors: Mapping[str, Tensor | SplitTensor]) -> None:
         progress, folder = self.progress, self.inputs.out / "checkpoints"
         progress.forget_losses_except({*numbers(folder), progress.step})
-        # A checkpoint on the disk never knows of steps that the records there do not.
+        # Records are written first, so that no checkpoint is newer than they are.
         self.records.sync()
         state = {"origin": self.origin.to_dict(), "progress": vars(progress)}
         with fits_memory(

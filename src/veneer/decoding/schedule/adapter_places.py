@@ -21,7 +21,9 @@ class AdapterPlaces:
         """Running adapter -> tokens that its longest sequence may still compute."""
         self._most, self._max_overtaken = most, max_overtaken
         self._passed: list[Sequence] = []
+        """Sequences of this round that lacked a place."""
         self._leaving: set[str] | None = None
+        """Running adapters that get no new sequences, to free places. None: no such limit."""
         for sequence in running:
             self._count(sequence)
 

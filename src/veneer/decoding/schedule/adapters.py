@@ -26,20 +26,20 @@ from veneer.kernels.dense.segments import UpdateCache
 
 class AdapterSource(Protocol):
     """Where an engine gets its adapters. Each step asks once for each adapter that a sequence waits
-    for, in order. An adapter that is ready stays until the step ends; a held one stays until it is
-    released as often. The base alone is never asked for.
+    for, in order. A ready adapter stays until the step ends. A held one stays until it has been
+    released as often as it was held. The base alone is never asked for.
     """
 
     def expect(self, identity: Identity) -> None:
         """Announces a request with an adapter. Raises a VeneerError if it can never run."""
 
     def ready(self, identity: Identity) -> int | None:
-        """Returns the length of its trained prefix, 0 without one; None if it is not ready yet.
+        """Returns the tokens of its trained prefix (0 without one), or None if it is not ready yet.
         Raises a VeneerError if it never will be."""
 
     def settle(self) -> Collection[str]:
-        """Ends a step's asking. Returns contents that were removed: their keys and values can
-        go."""
+        """Called after the last `ready` of a step. Returns content hashes of adapters that were
+        removed; the cached keys and values of these can be dropped."""
 
     def hold(self, identity: Identity) -> None:
         """Holds a ready adapter for a sequence that starts."""
@@ -100,13 +100,13 @@ def _plain_loras(adapter: Attachment) -> tuple[dict[str, LoRALayer], frozenset[s
 
 
 def changes_rows_alone(adapter: Attachment) -> bool:
-    """Whether an adapter is only LoRA of linear layers, so other rows of a forward keep their
-    bits."""
+    """Whether an adapter has nothing but LoRA on linear layers, which leaves the bits of all other
+    rows of a forward unchanged."""
     return not _plain_loras(adapter)[1]
 
 
 def updating(adapter: Attachment, plan: UpdateCache, dtype: torch.dtype) -> LaidOutAdapter:
-    """Lays an adapter's factors out in a type. plan: cache of the layouts."""
+    """Lays out an adapter's factors in this type. plan: caches the layouts."""
     layers, others = _plain_loras(adapter)
     table = (
         plan.table(layers, dtype, [layer.scaling for layer in layers.values()]) if layers else None

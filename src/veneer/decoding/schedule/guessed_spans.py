@@ -13,8 +13,8 @@ from veneer.decoding.schedule.step_plan import Span
 def guessed_spans(
     lookup: Lookup, blocks: BlockManager, running: Sequence[Answer], most_rows: int
 ) -> tuple[Span, ...] | None:
-    """Spans of all running sequences. Returns None without guesses, if a sequence still reads its
-    prompt, or if one needs a block that is in use. Guesses use free blocks, and preempt nobody."""
+    """Returns a span for every running sequence. Returns None if there are no guesses, a sequence
+    still reads its prompt, or there is no block for a next token. Guesses preempt no sequence."""
     if any(s.length - s.computed != 1 for s in running):
         return None
     guesses = lookup.guesses(running, most_rows)

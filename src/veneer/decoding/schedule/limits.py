@@ -47,7 +47,7 @@ class Limits:
 
 
 def most_tokens(blocks: BlockManager, positions: int | None, front_places: int) -> int:
-    """Returns the longest prompt and answer, after an adapter's prefix of `front_places`."""
+    """Returns the most tokens of a prompt and its answer, behind a prefix of `front_places`."""
     room = (blocks.num_blocks - blocks.blocks_for(front_places)) * blocks.tokens_per_block
     tokens = room + 1  # the last token's keys and values are not needed
     if positions is not None:

@@ -31,7 +31,7 @@ core a step of 1, 2, 9, 12 and 16 rows of SmolLM2-135M took 9.5, 11.1, 12.3, 12.
 MOST_GUESSES = 11
 FIRST_GUESSES = 4
 LONGEST_MATCH = 8
-"""Tokens before a place that are compared with the newest ones; at least two are equal."""
+"""Most tokens of a match. A match has at least two."""
 CANDIDATES = 8
 """Most earlier places that are compared; the longest match wins, then the newest."""
 MOST_INDEXED = 16384
@@ -42,9 +42,9 @@ MOST_HISTORIES = 32
 STEP_COST, ROW_COST = 0.25, 0.025
 """Estimated cost of computing guesses in a step, and of each guess, as fractions of a step."""
 FIRST_CREDIT, TOKEN_CREDIT, MOST_CREDIT = 0.3, 0.01, 2.0
-"""The credit of a first answer, what each token adds, and the most that is kept."""
+"""The credit of a history's first answer, what each token adds, and the largest credit."""
 END = -1
-"""Behind each answer of a history."""
+"""Separator after each answer of a history."""
 
 
 def check_lookup(mode: object) -> None:
@@ -61,7 +61,7 @@ class TokenIndex:
         self._newest: dict[int, int] = {}
         """Pair of tokens -> the place after its newest occurrence."""
         self._earlier = array("q", [-1, -1])
-        """Place after a pair -> the place after the pair's occurrence before, or -1."""
+        """Place after a pair -> the place after the previous occurrence of that pair, or -1."""
         self.extend(tokens)
 
     def extend(self, tokens: Iterable[int]) -> None:
@@ -73,8 +73,8 @@ class TokenIndex:
             self.tokens.append(token)
 
     def find(self, newest: Sequence[int]) -> tuple[int, int]:
-        """The length of the longest match of the newest tokens, and the place after it. (0, -1)
-        without one. The text's own end is no match."""
+        """Returns the length of the longest match of the newest tokens, and the place after it;
+        (0, -1) if there is none. The end of the text itself is not a match."""
         if len(newest) < 2:
             return 0, -1
         place, best = self._newest.get(newest[-2] << 32 | newest[-1], -1), (0, -1)
@@ -89,7 +89,7 @@ class TokenIndex:
         return best
 
     def _match(self, place: int, newest: Sequence[int]) -> int:
-        """Number of tokens before `place` that equal the newest ones; two are known to."""
+        """Counts the tokens before `place` that equal the newest ones; two are known to."""
         length, most = 2, min(len(newest), place)
         while length < most and self.tokens[place - length - 1] == newest[-length - 1]:
             length += 1
@@ -137,7 +137,7 @@ class AnswerLookup:
         if not best[0]:
             return []
         length, period = min(most, self._guesses), len(text.tokens) - best[1]
-        # The text's end goes on with what follows its match.
+        # Beyond the end of the text, the guess repeats the tokens that follow the match.
         guesses = [text.tokens[best[1] + n % period] for n in range(length)]
         ends = (n for n, token in enumerate(guesses) if token == END or token in self._stops)
         return guesses[: next(ends, None)]
@@ -159,18 +159,18 @@ class AnswerLookup:
 class Lookup:
     """Guesses for the sequences of a step.
 
-    keeps_bits  whether rows with these adapters have the same bits in whatever step they are
-                computed: other rows are never guessed, so guessing changes no text
+    keeps_bits  whether rows with these adapters have the same bits in any step. Only for such rows
+                are tokens guessed, so guessing changes no text
     """
 
     def __init__(self, keeps_bits: Callable[[Identity], bool]) -> None:
         self._keeps_bits = keeps_bits
         self._histories: OrderedDict[tuple[Identity, str], AnswerHistory] = OrderedDict()
-        """By adapters and salt, the most recently used last."""
+        """Histories by adapters and salt, the most recently used last."""
         self._lookups: dict[Answer, AnswerLookup] = {}
-        """Of the answers that ran when guesses were last made."""
+        """Lookups of the answers that ran when guesses were last made."""
         self._answers, self._guessing = 0, 1
-        """Answers of the last step, and those that had guesses in it."""
+        """Number of answers in the last step, and how many of them had guesses."""
 
     def guesses(self, answers: Sequence[Answer], most_rows: int) -> dict[Answer, list[int]]:
         """Guesses for the next step, in which each of these answers computes its newest token.

@@ -94,8 +94,8 @@ class Scheduler:
         return Counter(s.request.adapter for s in (*self._queues.running, *self.waiting))
 
     def most_places(self, front_places: int = 0) -> int:
-        """Returns the longest prompt and answer, after a prefix of front_places. For any
-        thread."""
+        """Returns the most tokens of a prompt and its answer, behind an adapter's prefix of
+        `front_places` tokens. Any thread may call this."""
         return most_tokens(self.blocks, self.positions, front_places)
 
     def add(self, request: Request) -> tuple[Sequence, ...]:
@@ -175,8 +175,8 @@ class Scheduler:
     def finish_step(self, results: Mapping[int, StepResult]) -> tuple[Sequence, ...]:
         """Takes the results of the plan and returns the sequences that have ended.
 
-        results   sequence number -> what it drew, for every sequence in the plan's `draws`. A
-                  sequence that was cancelled meanwhile gets no token.
+        results   the result of every sequence in the plan's `draws`, by sequence number. A sequence
+                  that was cancelled meanwhile gets no token.
         """
         assert self._plan is not None, "no step is in progress"
         drawing = {s.number for span in self._plan.spans for s in span.draws}
@@ -267,7 +267,7 @@ class Scheduler:
             else:
                 take = min(missing, self.limits.chunk_tokens, reading)
             if take and not self._queues.make_room(s):
-                break  # it was the youngest and is preempted
+                break  # this sequence was the youngest, so it was preempted itself
             if missing == 1:
                 decoding -= take
             else:

@@ -4,11 +4,11 @@
 
     U = scaling * (g B)     dB = scaling * g^T (x A^T)     dA = U^T drop(x)     dx = g W + drop(U A)
 
-Backward needs x (saved by reference in its own type, so q, k and v share one) and x A^T (M, R).
-Several layers have their A joined, so that x is read once and its gradient summed in one place. W
-is not copied and its gradient is not formed. Products with the rank come first, so every extra
-product costs M * D * R. Shapes: M rows, I in_features, O out_features, R rank. Source: Hu et al.
-2021, arXiv:2106.09685, section 4.1.
+g is the gradient of y, and U that of drop(x) A^T. Backward needs x A^T (M, R) and x, saved by
+reference in its own type, so that q, k and v share one x. Several layers have their A joined, so
+that x is read once and its gradient summed in one place. W is not copied and its gradient is not
+formed. Products with the rank come first, so every extra product costs M * D * R. Shapes: M rows, I
+in_features, O out_features, R rank. Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
 """
 
 from collections.abc import Sequence
@@ -66,8 +66,8 @@ def update_gradients(
     dropout: Dropout | None,
     grad_x: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients dA (R, I) and dB (O, R), from U = up_MR. Adds drop(U A) to grad_x (M, I) unless
-    it is None."""
+    """Returns the gradients dA (R, I) and dB (O, R); up_MR is U. Adds drop(U A) to grad_x (M, I)
+    unless it is None."""
     if grad_x is not None:
         rank.add_up(grad_x, up_MR, A_RI.T, dropout=dropout)
     return rank.gradient(up_MR, x_MI, dropout=dropout), rank.gradient(down_MR, g_MO, scaling).T
@@ -86,13 +86,14 @@ class LoRALinear:
 
 
 def unadapted(base: FrozenLinear) -> LoRALinear:
-    """The layer with an update of rank 0."""
+    """Returns the layer with an update of rank 0."""
     A = torch.empty(0, base.in_features, device=base.device)
     return LoRALinear(A, A.new_empty(base.out_features, 0), base.own_bias(), base, 1.0)
 
 
 def filled(layer: LoRALinear, x: Tensor) -> LoRALinear:
-    """The layer with its rank padded by zeros if the kernels then take it for x (..., I)."""
+    """Pads the rank with zeros to a multiple of 16, if the kernels can then compute the layer for
+    x (..., I)."""
     missing, width = -len(layer.A) % 16, x.shape[-1]
     if not missing or layer.A.dtype is not torch.float32:
         return layer

@@ -1,5 +1,5 @@
-"""The value of each weight of a base after adapters are merged: W + D, summed in float32, one at a
-time.
+"""Computes the merged value of each weight of a base, W + D, in float32, one weight at a time. D is
+what the adapters add.
 
 The base is read, never written. Its weights may be stored in any form that can be decoded: the sum
 starts from what the base computes with. Several adapters add up: W + sum of weight * (folded_i(W) -
@@ -68,7 +68,7 @@ def stored_tensors(model: nn.Module) -> dict[str, SourceTensor]:
 
 
 def _decoder(module: nn.Module, name: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
-    """Reads a packed weight as float32, as the dense module would store it."""
+    """Returns a function that decodes a packed weight to float32, as a dense module stores it."""
 
     def read() -> Tensor:
         if isinstance(module, PackedLinear):
@@ -94,8 +94,8 @@ def _is_stored_transposed(module: nn.Module) -> bool:
 
 
 def is_transposed_at(modules: Mapping[str, nn.Module], path: str) -> bool:
-    """Returns whether a weight is stored as the transpose of B A. place: path of a module or 3-D
-    parameter.
+    """Returns whether a weight is stored as the transpose of B A. path: of a module, or of a
+    parameter with 3 axes.
     """
     module = modules.get(path)
     if module is None:
@@ -123,7 +123,7 @@ def wanted_weights(model: nn.Module, applied: Applied) -> dict[str, Callable[[Te
                 parts.setdefault(f"{path}.weight", []).append(part)
                 if (offset := layer.stored().get("offset")) is not None:
                     offsets.setdefault(f"{path}.bias", []).append(layer.scaling * weight * offset)
-            else:  # the path of a 3-D parameter
+            else:  # the path of a parameter with 3 axes
                 owner = modules[path.rpartition(".")[0]]
                 parts.setdefault(path, []).append(
                     _WeightUpdate(layer, is_transposed(owner), weight)

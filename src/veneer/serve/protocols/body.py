@@ -1,4 +1,4 @@
-"""The base of all request bodies: pydantic models that refuse in our words.
+"""The base of all request bodies: pydantic models with error messages of our own.
 
     class Ping(Body):
         model: Annotated[str, Length(1, 200)]
@@ -123,7 +123,7 @@ class Num:
 
 @dataclass(frozen=True)
 class Length:
-    """How many characters a text has, or entries a list or an object."""
+    """Bounds of the number of characters of a text, or of entries of a list or an object."""
 
     least: int
     most: int
@@ -186,9 +186,9 @@ class AsSent:
 class OneOf:
     """Chooses a member of a union: by a tag, or by the JSON type of the value.
 
-    tag: the field of an object whose value chooses the model; without a tag the type chooses, for
-    lists that of the first entry. default: the tag of an object without one. why: what to know
-    about other tags.
+    tag: the field of an object whose value chooses the model. Without a tag the type chooses; for a
+    list, the type of its first entry. default: the value if an object lacks the field. why: added
+    to the error for other values.
     """
 
     def __init__(self, tag: str = "", *, default: str | None = None, why: str = "") -> None:
@@ -290,7 +290,7 @@ _TYPE_WORDS = {
 
 
 def _check_entries(entries: list[Any], validate: core_schema.ValidatorFunctionWrapHandler) -> Any:
-    """Goes on behind an entry that is wrong, until enough faults are known."""
+    """Validates all entries, going on after a wrong one until there are more than MOST_FAULTS."""
     faults: list[tuple[Location, str]] = []
     start = 0
     while len(faults) <= MOST_FAULTS:

@@ -102,12 +102,12 @@ def dump_messages(messages: Sequence[Body]) -> list[Object]:
 
 
 def write_call(id: str, name: str, arguments: str) -> Object:
-    """Returns a call of a tool as chat has it."""
+    """Returns a tool call in the form of a chat message."""
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def write_result(id: str, content: str | Sequence[TextPart]) -> Object:
-    """Returns the message of chat that has a tool's result."""
+    """Returns the chat message with a tool's result."""
     return {"role": "tool", "tool_call_id": id, "content": joined_text(content)}
 
 

@@ -215,7 +215,7 @@ def _function(tool: _Tool) -> Object:
 
 
 def _chat_messages(turn: _UserTurn | _AssistantTurn) -> Iterator[Object]:
-    """Yields a turn as messages of chat: results of tools are messages of their own, in front."""
+    """Yields a turn as chat messages. Each tool result is a message of its own and comes first."""
     if isinstance(turn.content, str):
         yield {"role": turn.role, "content": turn.content}
         return
@@ -301,7 +301,7 @@ class MessageWriter(AnswerWriter):
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
-    """Counts tokens; cached tokens of the prompt are not input."""
+    """Counts tokens. Cached tokens of the prompt are not counted as input tokens."""
     return {
         "input_tokens": usage.prompt - usage.cached,
         "cache_read_input_tokens": usage.cached,
@@ -315,7 +315,7 @@ def _tool_use(call: ToolCall) -> dict[str, Any]:
 
 
 def _input(call: ToolCall) -> Any:
-    """Returns the arguments as an object, which clients expect. Anything else is put in one."""
+    """Returns the arguments as an object, as clients expect; wraps any other value in one."""
     try:
         value = json.loads(call.arguments or "{}")
     except (ValueError, RecursionError):

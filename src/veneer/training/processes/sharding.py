@@ -1,8 +1,8 @@
 """Shards a base over the processes of a run by FSDP2 (torch's fully_shard).
 
-Every decoder layer is gathered when it is called, also where one node of the graph computes it, and
-again when its backward begins; meanwhile the next one is on its way. Packed weights are sharded as
-bytes, with their scales and code books. Adapters are attached later, so FSDP2 never sees their
+A decoder layer is gathered before its forward and again before its backward, also if it is computed
+as one node of the graph. While it computes, the next layer is gathered. Packed weights are sharded
+as bytes, with their scales and code books. Adapters are attached later, so FSDP2 never sees their
 values. If the base itself trains, the weights outside of its layers are sharded too, and FSDP2 adds
 up gradients in float32 (training/optimizer/sharded_values.py).
 
@@ -116,14 +116,14 @@ class FullyShard:
         return state
 
     def _shard(self, module: Any, dtype: torch.dtype, weights: set[nn.Parameter]) -> None:
-        """Shards these weights of a module. dtype: in which they are gathered, if they train."""
+        """Shards these weights of a module. dtype: in which weights that train are gathered."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         if any(hasattr(weight, "veneer_sharded") for weight in weights):
             raise RefusedError(
                 "layers that share weights with other parts cannot be sharded", next_step=WHOLE_BASE
             )
-        # Without an axis there is nothing to divide.
+        # A weight without axes cannot be divided.
         undivided = {weight for weight in weights if weight.dim() == 0}
         policy = MixedPrecisionPolicy()
         if self.trains:
@@ -148,7 +148,7 @@ class FullyShard:
 
 
 class _Communication:
-    """How FSDP2 communicates: as everything else in a run, so that a fault of one process ends all.
+    """Lets FSDP2 communicate through World, so that an error of one process ends all processes.
 
     Implements torch.distributed.fsdp._fully_shard._fsdp_api.Comm.
     """
