@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from veneer.adapters.placement.wrapping import plain_modules
-from veneer.cli.common import locate_adapter
+from veneer.cli.bases import locate_adapter
 from veneer.formats.loading import load_adapter
 from veneer.merge.fold.fold import stored_tensors, wanted_weights
 from veneer.merge.fold.folder import merge_into_folder

@@ -19,15 +19,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from veneer.cli.answers.generate import add_sampling, report_cut
-from veneer.cli.common import (
-    add_base,
-    add_preamble,
-    load_base,
-    locate_adapter,
-    parse_variables,
-    require_stdin,
-    resolve_preamble,
-)
+from veneer.cli.bases import add_base, load_base, locate_adapter
+from veneer.cli.common import add_preamble, parse_variables, require_stdin, resolve_preamble
 from veneer.errors import ConfigError, VeneerError
 from veneer.wording import WordWrap, reflowed, shown
 

@@ -13,12 +13,11 @@ import sys
 from typing import Any, TextIO
 
 from veneer.bounds import NEW_TOKENS, TEMPERATURE
+from veneer.cli.bases import add_base, load_base
 from veneer.cli.common import (
-    add_base,
     add_json,
     add_lookup,
     add_preamble,
-    load_base,
     parse_variables,
     print_json,
     require_stdin,

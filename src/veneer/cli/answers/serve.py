@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from veneer.bounds import COUNT, MIB, PORT, ROWS, SECONDS
+from veneer.cli.bases import add_dtype
 from veneer.cli.common import (
-    add_dtype,
     add_library,
     add_lookup,
     add_variables,

@@ -18,18 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.bounds import COUNT
-from veneer.cli.common import (
-    add_action,
-    add_card,
-    add_dtype,
-    add_json,
-    add_library,
-    load_plain_base,
-    make_console,
-    print_json,
-    resolve_weight_format,
-    storage_dtype,
-)
+from veneer.cli.bases import add_dtype, load_plain_base, resolve_weight_format, storage_dtype
+from veneer.cli.common import add_action, add_card, add_json, add_library, make_console, print_json
 from veneer.cli.early import check_files
 from veneer.errors import ConfigError
 from veneer.wording import shown, size

@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from veneer.cli.common import add_dtype, load_plain_base, make_console, print_json
+from veneer.cli.bases import add_dtype, load_plain_base
+from veneer.cli.common import make_console, print_json
 from veneer.cli.library.adapters_ls import age, table
 from veneer.training.output.loggers import flat
 from veneer.wording import folded, interval_of_95, millions, number, shown, size, wrapped

@@ -19,15 +19,8 @@ import argparse
 from typing import TYPE_CHECKING
 
 from veneer.bounds import PART, RANK, SEED, WEIGHT
-from veneer.cli.common import (
-    add_json,
-    add_library,
-    locate_base_and_adapter,
-    make_console,
-    pair_with_weights,
-    pause_collection,
-    print_json,
-)
+from veneer.cli.bases import locate_base_and_adapter, pair_with_weights
+from veneer.cli.common import add_json, add_library, make_console, pause_collection, print_json
 from veneer.cli.early import check_base, check_new
 from veneer.wording import size
 

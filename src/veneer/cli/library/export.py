@@ -24,15 +24,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from veneer.cli.bases import locate_base_and_adapter, resolve_weight_format
 from veneer.cli.common import (
     add_card,
     add_json,
     add_library,
-    locate_base_and_adapter,
     make_console,
     pause_collection,
     print_json,
-    resolve_weight_format,
 )
 from veneer.cli.early import check_base, check_files, check_new
 from veneer.errors import ConfigError

@@ -11,14 +11,8 @@ import argparse
 from dataclasses import asdict
 from typing import get_args
 
-from veneer.cli.common import (
-    add_json,
-    add_library,
-    locate_base_and_adapter,
-    make_console,
-    pause_collection,
-    print_json,
-)
+from veneer.cli.bases import locate_base_and_adapter
+from veneer.cli.common import add_json, add_library, make_console, pause_collection, print_json
 from veneer.cli.early import check_base
 from veneer.merge.programs import Program
 

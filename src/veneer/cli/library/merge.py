@@ -17,16 +17,8 @@ import argparse
 from typing import TYPE_CHECKING
 
 from veneer.bounds import SEED, WEIGHT
-from veneer.cli.common import (
-    add_json,
-    add_library,
-    locate_base_and_adapter,
-    make_console,
-    pair_with_weights,
-    pause_collection,
-    print_json,
-    resolve_weight_format,
-)
+from veneer.cli.bases import locate_base_and_adapter, pair_with_weights, resolve_weight_format
+from veneer.cli.common import add_json, add_library, make_console, pause_collection, print_json
 from veneer.cli.early import check_base, check_new, check_rows
 from veneer.quant.config import FORMATS
 from veneer.wording import number, size

@@ -14,14 +14,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from veneer.cli.common import (
-    add_dtype,
-    add_json,
-    make_console,
-    pause_collection,
-    print_json,
-    storage_dtype,
-)
+from veneer.cli.bases import add_dtype, storage_dtype
+from veneer.cli.common import add_json, make_console, pause_collection, print_json
 from veneer.cli.early import check_base, check_new
 from veneer.quant.config import FOUR_BITS, formats_that
 

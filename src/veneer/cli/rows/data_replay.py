@@ -9,15 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from veneer.bounds import COUNT, NEW_TOKENS, SEED
-from veneer.cli.common import (
-    add_base_format,
-    add_json,
-    add_variables,
-    load_bare_base,
-    make_console,
-    parse_variables,
-    print_json,
-)
+from veneer.cli.bases import add_base_format, load_bare_base
+from veneer.cli.common import add_json, add_variables, make_console, parse_variables, print_json
 from veneer.cli.early import check_base, check_files, check_new
 from veneer.errors import ConfigError, DataError
 from veneer.wording import shown

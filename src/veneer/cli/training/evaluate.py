@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from veneer.bounds import NEW_TOKENS, ROWS
+from veneer.cli.bases import add_base, load_base
 from veneer.cli.common import (
-    add_base,
     add_data,
     add_json,
     add_lookup,
     add_map,
     add_preamble,
-    load_base,
     make_console,
     parse_columns,
     parse_variables,

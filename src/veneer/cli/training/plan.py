@@ -22,14 +22,8 @@ import re
 from typing import TYPE_CHECKING
 
 from veneer.bounds import BYTES, COUNT, EPOCHS, LENGTH, PRICE, PROCESSES, RANK, ROWS
-from veneer.cli.common import (
-    add_dtype,
-    add_json,
-    add_map,
-    make_console,
-    pause_collection,
-    print_json,
-)
+from veneer.cli.bases import add_dtype
+from veneer.cli.common import add_json, add_map, make_console, pause_collection, print_json
 from veneer.cli.config_file import read_run_config
 from veneer.cli.early import check_plannable, check_rows, check_writable
 from veneer.cli.training.plan_flags import SETTINGS, list_bases, read_flags

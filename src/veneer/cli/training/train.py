@@ -24,14 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from veneer.bounds import PROCESSES
-from veneer.cli.common import (
-    add_json,
-    add_map,
-    locate_base_and_adapter,
-    parse_columns,
-    pause_collection,
-    print_json,
-)
+from veneer.cli.bases import locate_base_and_adapter
+from veneer.cli.common import add_json, add_map, parse_columns, pause_collection, print_json
 from veneer.cli.config_file import FLAGS, find_first_parent, read_run_config, summarize_setting
 from veneer.cli.early import check_place, check_run
 from veneer.cli.job_settings import read_jobs
