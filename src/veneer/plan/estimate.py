@@ -12,14 +12,15 @@ bytes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
+from veneer.data.longest import Extent
 from veneer.kernels.bindings.library import has_amx
 from veneer.kernels.layout import STEP
-from veneer.plan.counted import STATIC, DryRun
+from veneer.plan.counted import ACTIVATIONS, BACKWARD, LOGITS, STATIC, DryRun
 from veneer.plan.tracker import Parts, Phase
 from veneer.training.optimizer.offload import UNDER_WAY_BYTES
 
@@ -156,3 +157,40 @@ def _total(phase: Phase, run: DryRun, device: Device, idle_bytes: int, checkpoin
 def _under_way(run: DryRun) -> int:
     """Returns bytes of offload's copies in progress, which its dry run does not hold."""
     return min(run.work.host_bytes // 2, UNDER_WAY_BYTES)
+
+
+def scaled(run: DryRun, extent: Extent, to: Extent) -> DryRun:
+    """Returns `run`, a dry run of a micro-batch of `extent`, as a micro-batch of extent `to` would
+    have it.
+
+    Logits and their gradient grow with trained tokens, activations with computed rows. The backward
+    pass holds scores of attention, and so does the forward pass of a padded batch: these grow with
+    whichever count grows more.
+    """
+    computed, trained, scores = (
+        after / max(1, before)
+        for before, after in (
+            (extent.computed, to.computed),
+            (extent.trained, to.trained),
+            (extent.scores, to.scores),
+        )
+    )
+    with_scores = max(computed, scores)
+    activations = computed if run.packed else with_scores
+    return replace(
+        run, phases=[_scaled(phase, trained, activations, with_scores) for phase in run.phases]
+    )
+
+
+def _scaled(phase: Phase, trained: float, activations: float, with_scores: float) -> Phase:
+    parts = dict(phase.parts)
+    logits, backward = parts.get(LOGITS, 0), parts.get(BACKWARD, 0)
+    gradient = min(logits, backward)
+    more = {
+        LOGITS: logits * (trained - 1),
+        ACTIVATIONS: parts.get(ACTIVATIONS, 0) * (activations - 1),
+        BACKWARD: gradient * (trained - 1) + (backward - gradient) * (with_scores - 1),
+    }
+    for label, count in more.items():
+        parts[label] = parts.get(label, 0) + round(count)
+    return replace(phase, parts=parts, peak_bytes=sum(parts.values()))

@@ -23,10 +23,10 @@ from veneer.plan.estimate import (
     Estimate,
     compiled_kernels,
     estimate,
+    scaled,
 )
 from veneer.plan.kept import ConfigFacts, kept_attached_facts, kept_facts, kept_run, rows_digest
 from veneer.plan.machine import Machine
-from veneer.plan.ranking import scaled
 from veneer.plan.spread import StepTime, StepTraffic, longest_share, sent, step_time
 from veneer.plan.workload import Workload
 from veneer.quant.config import Quantize, weight_format
@@ -111,7 +111,7 @@ class Planner:
         estimate.
 
         At most two are dry-run: the one with most computed rows, and the one of the others with the
-        highest predicted memory, if that is higher (ranking.py).
+        highest predicted memory, if that is higher (estimate.scaled).
         """
         candidates = self.largest(choice)
         first = self._estimate_of(choice, self._run(choice, candidates[0]))
