@@ -1,10 +1,10 @@
 """Calls a function of the compiled kernels, and checks single arguments.
 
-C looks at nothing: a number that is too large arrives as another one, and a pointer is read as far
-as the numbers say. So numbers are taken from the tensors' own shapes wherever they can be, and a
+C checks nothing: a number that is too large arrives as another one, and a pointer is read as far as
+the numbers say. So numbers are taken from the tensors' own shapes wherever they can be, and a
 tensor must be what C takes it for: its type, this very shape, no gaps, on the CPU, at an address
-that fits its words. Anything else raises CallError, which only we can cause: callers ask first
-whether a kernel computes what they have.
+that fits its words. Anything else raises CallError, which only our code can cause: callers first
+ask whether a kernel takes their tensors.
 """
 
 import threading
@@ -25,16 +25,16 @@ BF16, FP32, INT32, INT64, BYTES = (
     torch.uint8,
 )
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Types of values that go in and come out, and their numbers in C."""
+"""Types of inputs and outputs, and their numbers in C."""
 
 
 class CallError(AssertionError):
-    """C would have read or written what it may not. Raised, not asserted: `python -O` leaves
-    assertions out."""
+    """Arguments with which C would read or write memory that it may not. Raised, not asserted,
+    because `python -O` leaves assertions out."""
 
 
 def available(name: str) -> bool:
-    """Whether this machine has the function: it is compiled, and for this kind of processor."""
+    """Whether the function is compiled, and for this kind of processor."""
     found = library()
     return found is not None and hasattr(found, name)
 
@@ -68,8 +68,8 @@ def is_observed() -> bool:
 
 @contextmanager
 def observe_calls(observer: Observer) -> Iterator[None]:
-    """Tells the observer of every call that this thread makes within the block. Raises CallError if
-    another observer is there, which would miss calls."""
+    """Within the block every call of this thread is reported to the observer. Raises CallError if
+    there is an observer already, which would miss calls."""
     if _thread.observer is not None:
         raise CallError("calls are observed within a block that observes them")
     _thread.observer = observer

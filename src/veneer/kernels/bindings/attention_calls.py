@@ -70,9 +70,11 @@ def attention_forward(
     window: int | None,
     splits: int,
 ) -> Values:
-    """out (R, H, D), lse (R, H) float32: log of the sum of exponentials; q (R, H, D), k and v
-    (R, K, D), before (P, K, D) each, starts (documents + 1). splits: shares of a document's keys,
-    each a task of its own."""
+    """Writes out (R, H, D), and lse (R, H) float32: log of the sum of exponentials.
+
+    q (R, H, D), k and v (R, K, D); before: keys and values (P, K, D) that all documents see; starts
+    (documents + 1): first row of each. splits: parts of a document's keys, each a task of its own.
+    """
     return _optional(before, window)
 
 
@@ -104,8 +106,9 @@ def attention_backward(
     window: int | None,
     splits: int,
 ) -> Values:
-    """made: what forward wrote; grad_q (R, H, D) in q's type. In float32, of keys, then values: own
-    (2, S, R, K, D), shared (2, documents, S, K, P, D)."""
+    """Writes grad_q (R, H, D) in q's type, and the gradients of keys [0] and values [1] in float32:
+    own (2, S, R, K, D), and shared (2, documents, S, K, P, D) those of `before`. made: the output
+    of forward."""
     sums = {"grad_k": own[0], "grad_v": own[1]}
     sums |= {"grad_before_k": shared[0], "grad_before_v": shared[1]}
     addresses = {name: tensor.data_ptr() for name, tensor in sums.items()}
@@ -125,8 +128,8 @@ def attention_backward(
     """,
 )
 def attention_summed(own: Tensor, more: Tensor | None, out_k: Tensor, out_v: Tensor) -> None:
-    """out_k, out_v (R, K, D), rounded once, = own (2, S, R, K, D) summed over S, + more (2, R, K,
-    D)."""
+    """Computes out_k and out_v (R, K, D) = own (2, S, R, K, D) summed over S, + more (2, R, K, D).
+    Rounds once."""
 
 
 @declare(
@@ -140,12 +143,12 @@ def attention_summed(own: Tensor, more: Tensor | None, out_k: Tensor, out_v: Ten
     """,
 )
 def attention_shared(held: Tensor, out: Tensor, *, add: bool) -> None:
-    """out (2, P, K, D) = held (2, documents, S, K, P, D) summed over documents and S; add: + what
-    it was."""
+    """Computes out (2, P, K, D) = held (2, documents, S, K, P, D) summed over documents and S. add:
+    adds the sum to out."""
 
 
 @declare("veneer_zeros(*)", "to: T[rows, heads, size]; bytes; body to, bytes")
 def zeros(x: Tensor, start: int) -> Values:
-    """x (R, K, D) = 0 from row `start` on."""
+    """Sets x (R, K, D) to 0 from row `start` on."""
     rest = x[number(start, 0, len(x)) :]
     return {"to": rest, "bytes": rest.nbytes}

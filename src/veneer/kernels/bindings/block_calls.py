@@ -59,7 +59,7 @@ class Norm(NamedTuple):
 
 
 def _norm(norm: Norm | None, rows: int, width: int) -> Any:
-    """Checks a norm of so many rows; None: there is none."""
+    """Checks a norm of this number of rows. None: no norm."""
     if norm is None:
         return _Norm()
     weight, scale, epsilon, offset, is_wide = norm
@@ -67,11 +67,11 @@ def _norm(norm: Norm | None, rows: int, width: int) -> Any:
 
 
 class Side(NamedTuple):
-    """The updates of layers of one input or of one output, side by side, on their way to or from
-    the wide side.
+    """One factor of the updates of layers that share an input or an output, side by side. A product
+    goes from the wide tensor (M, D) to the narrow one (M, R), or back.
 
-    factors: A (R, D) of each, or B (D, R); narrow (M, R) is read or written. masks: one for each
-    factor, all of one share, through which it sees the wide side; none: all see it whole.
+    factors: A (R, D) of each layer, or B (D, R). masks: dropout of the wide tensor, one for each
+    factor, all of the same share; empty: no dropout.
     """
 
     factors: Sequence[Tensor]
@@ -81,8 +81,8 @@ class Side(NamedTuple):
 
 
 def _side(side: Side | None, wide: Tensor, *, across: bool, of_A: bool) -> Any:
-    """Checks a side of rows of `wide` (M, D). of_A: factors are A (R, D), else B (D, R). Without
-    factors nothing is read or written."""
+    """Checks a side of the rows of `wide` (M, D). of_A: factors are A (R, D), else B (D, R). A side
+    without factors does nothing."""
     rows, width = wide.shape
     if side is None or (not side[0] and side[1].shape == (rows, 0)):
         return ()
@@ -148,10 +148,14 @@ def norm_forward(
     out: Tensor | None = None,
     behind: Side | None = None,
 ) -> Values:
-    """x (M, D) += the update of `before` (B of one layer), in place. total (M, D) = the norm
-    `after` of x; without this norm total is x itself. total += beside (M, D), out (M, D) = the norm
-    of total, each where it is given. behind: the first products (A of each layer) of out, or of
-    total without a norm."""
+    """Computes, in this order, each step only if its operands are given:
+
+    x (M, D) += update          by `before`, B of one layer; in place
+    total (M, D) = after(x)     without the norm `after`, total is x itself
+    total += beside (M, D)
+    out (M, D) = norm(total)
+    narrow side of `behind`     the products of out (without a norm: of total) with A of each layer
+    """
     if (after is None) != (total is None) or (norm is None) != (out is None):
         raise CallError("a part of a norm")
     return {
@@ -188,9 +192,15 @@ def norm_backward(
     out: Tensor | None = None,
     behind: Side | None = None,
 ) -> Values:
-    """x (M, D) += the update of `before` (A of each layer), in place, is the gradient of what the
-    norm gave of `normed` (M, D). out (M, D), or x without it: that of normed, + beside (M, D) where
-    it is given; without a norm x + beside. behind: its first product (B of one layer)."""
+    """Computes, in this order, each step only if its operands are given:
+
+    x (M, D) += update               by `before`, A of each layer; in place
+    out (M, D) = gradient of normed  x is the gradient of norm(normed); without a norm out = x
+    out += beside (M, D)
+    narrow side of `behind`          the product of out with B of one layer
+
+    Without `out` the result is written to x.
+    """
     if (norm is None) != (normed is None) or (norm is None and beside is None):
         raise CallError("a part of a norm")
     return {
@@ -225,8 +235,8 @@ def gate_forward(
     *,
     is_gelu: bool,
 ) -> Values:
-    """gate and up (M, D) += their updates (B of one layer each), in place; out (M, D) = silu(gate)
-    * up, or gelu(gate) * up, and of it the first product of `behind` (A of one layer)."""
+    """Adds their updates (B of one layer each) to gate and up (M, D), in place. Then computes out
+    (M, D) = silu(gate) * up, or gelu(gate) * up, and its product with A of one layer (`behind`)."""
     updates = [_side(side, gate, across=True, of_A=False) for side in (of_gate, of_up)]
     return {"sides": (*updates, _side(behind, gate, across=True, of_A=True))}
 
@@ -254,8 +264,9 @@ def gate_backward(
     of_up: Side,
     is_gelu: bool,
 ) -> Values:
-    """grad (M, D) of what the gate gave, += the update of `before` (A of one layer), becomes that
-    of gate, in place; grad_up (M, D); of both the first products (B of one layer each)."""
+    """Adds the update of `before` (A of one layer) to grad (M, D), the gradient of gate_forward's
+    out. Then writes the gradient of gate over it and that of up to grad_up (M, D), and computes the
+    products of both with B of one layer each (`of_gate`, `of_up`)."""
     products = [_side(side, gate, across=False, of_A=False) for side in (of_gate, of_up)]
     return {"out": grad, "sides": (*products, _side(before, gate, across=False, of_A=True))}
 
@@ -289,11 +300,14 @@ def heads(
     beside: Sequence[Tensor | None] = (None, None),
     back: bool,
 ) -> Values:
-    """q, k and v (M, H E), E = size, a multiple of 32, in place: each += its update (B of one
-    layer); then q and k through their norms into `beside` (M, H E), and turned by angles (cosines
-    and sines (M, E), bf16 or float32). back: gradients of q and k turned back and taken through the
-    norms of `beside`, then each one's first product (B again). A norm is of a head or of all heads
-    of a row; without one q and k are turned in place."""
+    """Forward: adds its update (B of one layer) to each of q, k and v (M, H E), in place. Then q
+    and k go through their norms into `beside` (M, H E) and are rotated; without norms they are
+    rotated in place. E = size, a multiple of 32. angles: cosines and sines (M, E), bf16 or float32.
+    A norm is over one head or over all heads of a row.
+
+    back: x are gradients. Those of q and k are rotated back and taken through the norms of
+    `beside`; then the product of each of the three with B of its layer is computed.
+    """
     lengths = len(x), len(sides), len(norms), len(beside)
     if lengths != (MOST, MOST, 2, 2) or type(back) is not bool:
         raise CallError(f"{len(x)} of {len(sides)} sides where C takes q, k and v")

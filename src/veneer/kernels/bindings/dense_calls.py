@@ -18,16 +18,17 @@ from veneer.kernels.bindings.checks import Values
 from veneer.kernels.bindings.declarations import declare, declare_structure, structure
 
 MOST_PARTS = 16
-"""Weights that share one x: native/dense/few_rows.c and updates.c name it too."""
+"""Most weights of one call, all with the same x. Also in native/dense/few_rows.c and updates.c."""
 MOST_UPDATES = 2**14
-"""Of one call: C makes room for them in each."""
+"""Most updates of one call. Each call allocates memory for all of its updates."""
 BLOCK, LANES, HALF, STEP = 64, 16, 8, 16
-"""Outs of B that lie side by side, ranks of A, fewer, and words that A's are filled up to:
-native/dense/few_rows.h and factors.h name them too."""
+"""Layout of factors: B in groups of BLOCK outs, A in groups of LANES ranks, the last group of HALF
+if that is enough; the words of a rank of A padded to a multiple of STEP. Also in
+native/dense/few_rows.h and factors.h."""
 LINE = 64
 """Bytes of a cache line: where factors begin."""
 MOST_ROWS = 2**20
-"""Of one call of few_rows."""
+"""Most rows of x in one call of few_rows."""
 MOST_PRODUCT_ROWS = 2**24
 MOST_RANK = 2**16
 NO_ROOM = "no memory for the rows of x that tiles multiply"
@@ -60,11 +61,11 @@ def _part(x: Tensor, w: Tensor, bias: Tensor | None, y: Tensor) -> None:
 def few_rows(
     x: Tensor, parts: Sequence[tuple[Tensor, Tensor | None, Tensor]], level: int
 ) -> Values:
-    """parts: (W (O, I), bias (O) or None, y (M, O)) each, y = x (M, I) W^T + bias; all float32 or
-    all bf16.
+    """Computes y = x (M, I) W^T + bias for each part: (W (O, I), bias (O) or None, y (M, O)).
 
-    x's rows may lie apart from one another; M from 1 to 2^20. level: the most instructions used (5
-    tiles, 4 bf16 pairs, 3, 2, 0). MemoryError without room for x on tiles.
+    All are float32, or all bf16. Rows of x may have gaps between them; M from 1 to 2^20. level: the
+    newest instructions that are used: 5 AMX tiles, 4 bf16 pairs, 3 AVX-512, 2 AVX2, 0 plain C.
+    Raises MemoryError if there is no memory for the rows of x that tiles multiply.
     """
     array = (_Part * number(len(parts), 1, MOST_PARTS))(*[_part(x, *part) for part in parts])
     return {"parts": ctypes.addressof(array), "array": array, "count": len(array)}
@@ -94,8 +95,9 @@ def put_at(struct: Any, y: Tensor) -> None:
 def product(
     x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, *, along: bool, add: bool
 ) -> Values:
-    """y (M, O) = x (M, I) W^T, W (O, I), or x W where it lies along, W (I, O); + bias (O); add: +
-    what y was. All bf16, I even (native/dense/products.c). CallError where there are no tiles."""
+    """Computes y (M, O) = x (M, I) W^T + bias (O), W being (O, I); along: x W + bias, W being
+    (I, O). add: adds this to y. All are bf16, I is even (native/dense/products.c). Raises CallError
+    without AMX tiles."""
     shape = y.shape[1], x.shape[1]
     if weight.shape != (shape[::-1] if along else shape):
         raise CallError(f"W is {list(weight.shape)} where C takes {list(shape)} or along")
@@ -122,8 +124,8 @@ _Factors = structure(
 
 
 def update_columns() -> int:
-    """Words of 8 bytes that one update takes: its fields in their order, the scale in the last
-    one's lower half."""
+    """Returns the number of 8-byte words of an update: one for each field, in order. The scale is
+    in the lower half of the last word."""
     fields = [getattr(_Update, name).offset for name, _ in _Update._fields_]
     if fields != [8 * n for n in range(len(fields))] or sys.byteorder != "little":
         raise CallError("updates do not lie as C and dense/mixes.py take them to")
@@ -132,9 +134,12 @@ def update_columns() -> int:
 
 @dataclass(frozen=True)
 class Factors:
-    """A (R, I) and B (O, R) of one type as C reads them (native/dense/factors.h): R even, filled up
-    with zeros; ranks of A and outs of B side by side, word after word along I and R, a word two
-    bf16 neighbours or one float. places: where they lie in `kept`."""
+    """A (R, I) and B (O, R) of one type, in the layout that C reads (native/dense/factors.h). R is
+    padded to an even number with zeros. A word is two bf16 neighbours, or one float. In A the same
+    word of a group of ranks lies side by side, in B that of a group of outs.
+
+    places: addresses of A and B, in the memory `kept`
+    """
 
     dtype: torch.dtype
     rank: int
@@ -145,8 +150,8 @@ class Factors:
 
 
 def laid_out(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> list[Factors]:
-    """Lays out each A (R, I) and B (O, R), float32 or bf16, one behind the other in one piece of
-    memory; as `dtype`."""
+    """Copies each A (R, I) and B (O, R), float32 or bf16, into the layout of Factors, as `dtype`,
+    all in one allocation."""
     size, memory_bytes = 2 if _type_number(dtype) else 4, 0
     sources, sizes, placed = [], [], []
     for A, B in pairs:
@@ -189,12 +194,12 @@ def _lay_out(array: Any, count: int) -> None:
 
 
 Update = tuple[slice, Factors, float]
-"""Which rows, 0 <= start < stop, what with, and its scale."""
+"""(rows with 0 <= start < stop, factors, scale)."""
 
 
 class Updates:
-    """Of one layer, all of one type. Those that share a row take turns. key: of the layer, where it
-    has one."""
+    """The updates of one layer, all of one type. Updates that share a row are added one after the
+    other, in turns. key: the key of the layer, or None."""
 
     def __init__(self, updates: Sequence[Update]) -> None:
         number(len(updates), 1, MOST_UPDATES)
@@ -233,8 +238,8 @@ class Updates:
 
 
 class UpdateRange(NamedTuple):
-    """Updates of one layer, one behind the other from `address` on; room: values of x A^T of all of
-    them."""
+    """Updates of one layer, one after the other in memory from `address` on. room: number of values
+    of x A^T of all these updates."""
 
     address: int
     updates: int
@@ -247,8 +252,8 @@ E = TypeVar("E", bound=tuple[Any, ...])
 
 
 def in_turns(updates: Sequence[E]) -> list[tuple[int, E]]:
-    """Returns each update with its turn, in which no two share a row, in the order of turns. The
-    first value of an update is its rows."""
+    """Returns (turn, update) for each update, in the order of turns. No two updates of a turn share
+    a row. The first value of an update is its rows."""
     turns: list[list[E]] = []
     for update in sorted(updates, key=lambda update: update[0].start):
         for turn in turns:
@@ -261,7 +266,7 @@ def in_turns(updates: Sequence[E]) -> list[tuple[int, E]]:
 
 
 Part = tuple[Tensor | None, Tensor | None, Updates | None, Tensor]
-"""W (O, I) or None, bias (O) or None, updates of its rows, y (M, O)."""
+"""(W (O, I) or None, bias (O) or None, updates of rows of y or None, y (M, O))."""
 
 
 @declare_structure(
@@ -270,7 +275,7 @@ Part = tuple[Tensor | None, Tensor | None, Updates | None, Tensor]
 def _updated_part(
     x: Tensor, w: Tensor | None, bias: Tensor | None, updates: Updates | None, y: Tensor
 ) -> Values:
-    """A product with x, if there is w, and updates of rows of y."""
+    """Checks a part: a product with x if there is a weight, and updates of rows of y."""
     if updates and (
         (x.dtype, x.shape[1], y.shape[1]) != (updates.dtype, updates.width, updates.outs)
         or len(x) < updates.rows
@@ -299,13 +304,14 @@ def _updated_part(
     fails=MemoryError(NO_ROOM),
 )
 def few_rows_updated(x: Tensor, parts: Sequence[Part], level: int) -> Values:
-    """y (M, O) of each part = x (M, I) W^T + bias, or, without W, as it stands, of any M; plus the
-    updates of its rows, of all parts together MOST_UPDATES at most."""
+    """Computes y (M, O) = x (M, I) W^T + bias for each part with a weight, then adds the updates to
+    rows of y. Without a weight y keeps its values, and M may be any number. All parts together have
+    at most MOST_UPDATES updates."""
     updates = [part[2] for part in parts]
-    number(sum(len(some or ()) for some in updates), 0, MOST_UPDATES)
+    number(sum(len(layer_updates or ()) for layer_updates in updates), 0, MOST_UPDATES)
     fields = [_updated_part(x, *part) for part in parts]
     array = (_UpdatedPart * number(len(fields), 1, MOST_PARTS))(*fields)
-    room = sum(some.room for some in updates if some)
+    room = sum(layer_updates.room for layer_updates in updates if layer_updates)
     has_weight = any(weight is not None for weight, *_ in parts)
     return {
         # Read as words: torch's memory begins at a multiple of 64.
@@ -320,9 +326,10 @@ def few_rows_updated(x: Tensor, parts: Sequence[Part], level: int) -> Values:
 def update_by(
     calls: Sequence[Any], listed: Mapping[str, UpdateRange], dtype: torch.dtype
 ) -> int | None:
-    """Replaces the updates of calls of `few_rows_updated`, for layers that have a key; layers that
-    are not listed get none. Returns the values that `down` needs room for, or None if a call has
-    too many updates: then no call may be made before it has others."""
+    """Replaces the updates in recorded calls of `few_rows_updated`, for layers that have a key.
+    Layers that are not listed get none. Returns the number of values that `down` must hold. Returns
+    None if a call has too many updates; then no call may be made before its updates are
+    replaced."""
     room = 0
     for call in calls:
         count, needed, (parts, before) = 0, 0, call.kept

@@ -14,19 +14,19 @@ from veneer.kernels.bindings.checks import Values
 from veneer.kernels.bindings.declarations import declare
 
 BROKEN, NOTHING = -1, -2
-"""Of a row in which something is no finite number; of one in which nothing may follow: all of it is
--inf."""
+"""BROKEN: the row has a value that is neither finite nor -inf. NOTHING: no token may follow,
+because all values are -inf."""
 _NO_ROOM = -3
 ANY_LEVEL = 3
 
 How = tuple[float, float, float, float, float]
-"""(u, temperature, top_k, top_p, min_p): u in [0, 1], the number that is drawn with; temperature 0:
-the likeliest; top_k V or more, top_p 1 and min_p 0: none of them cuts."""
+"""(u, temperature, top_k, top_p, min_p) of a row. u: the random number, in [0, 1]. temperature 0:
+the likeliest token. top_k >= V, top_p 1 and min_p 0 have no effect."""
 LIKELIEST: How = (0.0, 0.0, 1.0, 1.0, 0.0)
 
 
 def usable(logits_BV: Tensor) -> bool:
-    """Whether the kernel draws from these."""
+    """Whether the kernel can draw from these logits."""
     fits = (
         logits_BV.dtype in (BF16, FP32)
         and logits_BV.is_cpu
@@ -37,7 +37,8 @@ def usable(logits_BV: Tensor) -> bool:
 
 
 def draw(logits_BV: Tensor, how: Sequence[How], *, level: int = ANY_LEVEL) -> list[int]:
-    """A token of each row, BROKEN or NOTHING. MemoryError: no room to sort in."""
+    """Returns for each row a token, BROKEN or NOTHING. Raises MemoryError if sorting lacks
+    memory."""
     settings, tokens = array("d", chain.from_iterable(how)), array("q", bytes(8 * len(logits_BV)))
     if len(settings) != 5 * len(logits_BV) or not all(map(math.isfinite, settings)):
         raise CallError("five numbers for each row")

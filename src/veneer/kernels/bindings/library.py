@@ -26,13 +26,13 @@ BUILT_ELSEWHERE = "VENEER_NATIVE"
 
 
 MAX_ISA = "VENEER_MAX_CPU_ISA"
-"""Environment variable: the most that compiled functions use of a processor, one of LIMITS; read
-once, with the library. torch's own limits are ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA: with all
-three a processor acts as an older one."""
+"""Environment variable: the newest instructions that compiled functions may use, one of LIMITS. It
+is read once, when the library is loaded. torch has its own limits, ATEN_CPU_CAPABILITY and
+ONEDNN_MAX_CPU_ISA: with all three set, a processor acts as an older one."""
 
 LIMITS = {"plain": 0, "avx2": 2, "avx512": 3, "avx512_bf16": 4}
-"""avx512: without the products of bf16 pairs and the byte permutes that newer processors add to it;
-avx512_bf16: with these, without tiles (AMX)."""
+"""avx512 excludes the products of bf16 pairs and the byte permutes of newer processors; avx512_bf16
+includes these, and excludes AMX tiles."""
 
 _SOFTLY = 1
 """OpenMP's omp_pause_soft."""
@@ -46,7 +46,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "veneer_has_amx": (_INT, []),
     "veneer_replay": (_INT, [_POINTER]),
 }
-"""Every function of the library that is called: (what it returns, what it takes)."""
+"""Every function of the library that is called -> (return type, argument types)."""
 
 
 def add_signature(name: str, returns: Any, takes: list[Any]) -> None:
@@ -66,9 +66,13 @@ Place = Literal["cpu", "cuda"]
 
 @dataclass
 class StepCounts:
-    """Counts of a planned step. flops: of kernels; replayed_layers: layers whose calls are replayed
-    (kernels/tape/layer_tape.py); times: turns of a loop that the present one stands for (`turns`);
-    own: whether torch's product now stands for a kernel of ours (`own_product`)."""
+    """Counts of a planned step.
+
+    flops            operations of our kernels
+    replayed_layers  layers whose calls are replayed (kernels/tape/layer_tape.py)
+    times            iterations of a loop that the present one stands for (`turns`)
+    own              whether torch's product now stands for a kernel of ours (`own_product`)
+    """
 
     flops: int = 0
     replayed_layers: int = 0
@@ -77,13 +81,13 @@ class StepCounts:
 
 
 planned_counts: ContextVar[tuple[Place, StepCounts] | None] = ContextVar("planning", default=None)
-"""For where, while planning."""
+"""(device that is planned for, counts) while planning, else None."""
 
 
 @contextmanager
 def planning(place: Place = "cpu") -> Iterator[None]:
-    """Within the block tensors without storage (meta) take the paths of tensors that lie there, and
-    no kernel is called: what a step would allocate there can be counted."""
+    """Within the block tensors without storage (meta) take the paths of tensors on this device, and
+    no kernel is called. So a plan can count what a step would allocate."""
     token = planned_counts.set((place, StepCounts()))
     try:
         yield
@@ -92,15 +96,15 @@ def planning(place: Place = "cpu") -> Iterator[None]:
 
 
 def note_flops(count: Callable[[], int]) -> None:
-    """Called beside a kernel: what it computes, asked for only while planning."""
+    """Adds the operations of a kernel to a plan. count is called only while planning."""
     if (planned := planned_counts.get()) is not None:
         planned[1].flops += count() * planned[1].times
 
 
 def turns(starts: range) -> Iterator[int]:
-    """`starts`, for a loop whose turns hold and compute the same, but the first, which finds
-    nothing of one before, and the last, which may be shorter. While planning one of those between
-    stands for all of them."""
+    """Yields `starts`, for a loop whose iterations allocate and compute the same. The first and the
+    last may differ: nothing is allocated before the first, and the last may be shorter. While
+    planning, one of the others stands for all of them."""
     planned = planned_counts.get()
     if planned is None or len(starts) < 4:
         yield from starts
@@ -116,7 +120,7 @@ def turns(starts: range) -> Iterator[int]:
 
 @contextmanager
 def own_product() -> Iterator[None]:
-    """Around a product by torch while planning, in the place of a kernel of ours."""
+    """Within the block a product of torch stands for a kernel of ours. Only while planning."""
     planned = planned_counts.get()
     assert planned is not None
     planned[1].own = True
@@ -127,7 +131,7 @@ def own_product() -> Iterator[None]:
 
 
 def noted_now() -> StepCounts:
-    """What is said of what is computed now."""
+    """Returns the counts of the plan in progress; empty ones if nothing is planned."""
     planned = planned_counts.get()
     return StepCounts() if planned is None else planned[1]
 
@@ -139,7 +143,8 @@ def count_replayed_layer() -> None:
 
 
 def take_noted() -> StepCounts:
-    """What was noted since the last time; nothing where nothing is planned."""
+    """Returns the counts since the last call, and resets flops and replayed_layers; empty counts if
+    nothing is planned."""
     if (planned := planned_counts.get()) is None:
         return StepCounts()
     noted = planned[1]
@@ -148,14 +153,14 @@ def take_noted() -> StepCounts:
 
 
 def on_cpu(tensor: Any) -> bool:
-    """Whether a tensor lies where compiled functions may be called on it; while planning, whether
-    it is planned to."""
+    """Whether a tensor is on the CPU, so that compiled functions take it; while planning, whether
+    it is planned for the CPU."""
     planned = planned_counts.get()
     return bool(tensor.is_cpu if planned is None else tensor.is_meta and planned[0] == "cpu")
 
 
 def on_cuda(tensor: Any) -> bool:
-    """The same of kernels on CUDA."""
+    """Whether a tensor is on CUDA; while planning, whether it is planned for CUDA."""
     planned = planned_counts.get()
     return bool(tensor.is_cuda if planned is None else tensor.is_meta and planned[0] == "cuda")
 
@@ -204,7 +209,7 @@ def compiled_function(name: str) -> Any:
 
 
 def level() -> int:
-    """3 AVX-512, 2 AVX2, 0 plain C; -1 without the library."""
+    """Returns 3 for AVX-512, 2 for AVX2, 0 for plain C, -1 without the library."""
     found = library()
     return -1 if found is None else int(found.veneer_level())
 
@@ -218,23 +223,23 @@ def has_bf16() -> bool:
 
 
 def has_floats() -> bool:
-    """Whether the functions over float32 are there: even without AVX2 they take half of torch's
-    time or less."""
+    """Whether there are compiled functions for float32. Even without AVX2 they take at most half of
+    torch's time."""
     return library() is not None
 
 
 def has_amx() -> bool:
-    """Whether bf16 products that have enough rows are made of AMX tiles."""
+    """Whether bf16 products with enough rows use AMX tiles."""
     found = library()
     return found is not None and bool(found.veneer_has_amx())
 
 
 def end_helpers() -> None:
-    """The threads that help this one end; its next parallel call starts others.
+    """Ends the OpenMP helper threads of this thread. Its next parallel call starts new ones.
 
-    For a thread that has another one compute from now on. libgomp counts the helpers of all
-    threads, and where these are more than the processors none waits for the next call awake: an
-    answer's step, some 200 calls, took 21 ms in place of 15.
+    Call it in a thread that leaves the computing to another one. libgomp counts the helpers of all
+    threads. If there are more than processors, no helper stays awake between calls: a decoding
+    step of some 200 calls took 21 ms instead of 15.
     """
     for path in _openmp_libraries("libgomp*"):
         with suppress(OSError, AttributeError):
@@ -242,8 +247,8 @@ def end_helpers() -> None:
 
 
 def _openmp() -> tuple[int, ...] | None:
-    """Addresses of the four OpenMP functions that parallel.c wants, from the library that torch
-    itself uses."""
+    """Returns the addresses of the four OpenMP functions that parallel.c needs, from the library
+    that torch uses."""
     names = ("GOMP_parallel", "omp_get_max_threads", "omp_get_thread_num", "omp_in_parallel")
     for path in _openmp_libraries("libgomp*", "libomp*", "libiomp*"):
         try:

@@ -14,7 +14,7 @@ from veneer.kernels.bindings.declarations import declare, declare_structure, str
 
 MOST_PRODUCT_ROWS = 8
 MOST_ROWS = 2**20
-"""Of one call of the products that decode W."""
+"""Most rows in one call of the products that decode W."""
 BLOCKS = {
     2: (32, 18),
     3: (32, 20),
@@ -25,8 +25,7 @@ BLOCKS = {
     13: (256, 176),
     14: (256, 210),
 }
-"""ggml's number of a kind of block -> the values in one, and its bytes, as native/gguf/gguf.c has
-them."""
+"""ggml's number of a kind of block -> (values, bytes) of a block. Also in native/gguf/gguf.c."""
 
 
 _NF4 = """
@@ -40,7 +39,7 @@ _NF4 = """
     body nested_table, nested_scales, nested_block, offset, blocks
 """
 NF4Weights = structure("NF4Weights", _NF4)
-"""A checked weight, by address: whoever holds it holds the tensors too."""
+"""A checked weight. It holds addresses, so its owner must keep the tensors."""
 
 
 @declare_structure(NF4Weights, _NF4)
@@ -87,8 +86,8 @@ def nf4_quantize(
     absmax: Tensor,
     level: int,
 ) -> None:
-    """values flat; limits (16) float32, ascending, codes (16) int32 -> packed (ceil(n / 2)), absmax
-    (blocks)."""
+    """Quantizes values (n) to packed (ceil(n / 2)) and absmax (blocks). limits (16) float32,
+    ascending; codes (16) int32."""
     _check_power_of_two(block, 32)
 
 
@@ -98,7 +97,7 @@ def nf4_quantize(
     "body stored, weights",
 )
 def nf4_dequantize(weights: Any, out: Tensor, *, start: int, level: int) -> Values:
-    """The elements from `start` on into out, of any shape."""
+    """Decodes the elements from `start` on into out, which has any shape."""
     return {"stored": weights.count, "weights": ctypes.byref(weights)}
 
 
@@ -109,7 +108,8 @@ def nf4_dequantize(weights: Any, out: Tensor, *, start: int, level: int) -> Valu
     fails=MemoryError("no memory for one row of a packed weight"),
 )
 def nf4_product(weights: Any, x: Tensor, y: Tensor, *, start: int, level: int) -> Values:
-    """y (M, O) = x (M, I) W^T, W being O rows of I elements from `start` on; M from 1 to 8."""
+    """Computes y (M, O) = x (M, I) W^T, W being O rows of I elements from `start` on; M is 1 to
+    8."""
     return {"stored": weights.count, "weights": ctypes.byref(weights)}
 
 
@@ -120,7 +120,7 @@ def nf4_product(weights: Any, x: Tensor, y: Tensor, *, start: int, level: int) -
     fails=CallError("C does not know blocks of this kind"),
 )
 def gguf_dequantise(kind: int, blocks: Tensor, out: Tensor, level: int) -> Values:
-    """blocks uint8 (O, bytes of a row) -> out (O, I). kind: ggml's number."""
+    """Decodes blocks, uint8 (O, bytes of a row), into out (O, I). kind: ggml's number."""
     return {"row_bytes": _row_bytes(kind, out.shape[1])}
 
 
@@ -136,7 +136,7 @@ def _row_bytes(kind: int, columns: int) -> int:
 def nf4_rows(
     weights: Any, x: Tensor, y: Tensor, bias: Tensor | None, *, start: int, level: int
 ) -> None:
-    """y (M, O) = x (M, I) W^T + bias, W being O rows of I elements from `start` on."""
+    """Computes y (M, O) = x (M, I) W^T + bias, W being O rows of I elements from `start` on."""
     number(start, 0, weights.count - y.shape[1] * number(x.shape[1], 1))
     _packed_rows(ctypes.addressof(weights), -1, x, y, bias, start, level, weights)
 
@@ -144,7 +144,7 @@ def nf4_rows(
 def gguf_rows(
     kind: int, blocks: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, level: int
 ) -> None:
-    """The same with blocks uint8 (O, bytes of a row). kind: ggml's number."""
+    """Computes y = x W^T + bias, W being blocks, uint8 (O, bytes of a row). kind: ggml's number."""
     at(blocks, BYTES, y.shape[1], _row_bytes(kind, x.shape[1]))
     _packed_rows(blocks.data_ptr(), kind, x, y, bias, 0, level, None)
 
@@ -175,4 +175,4 @@ def _packed_rows(
     level: int,
     weights: object,
 ) -> None:
-    """packed: the address of blocks, or of `weights`, NF4Weights, of kind -1."""
+    """packed: address of the blocks, or of `weights`, an NF4Weights, whose kind is -1."""

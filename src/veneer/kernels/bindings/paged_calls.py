@@ -14,14 +14,14 @@ from veneer.kernels.bindings.checks import Values
 from veneer.kernels.bindings.declarations import declare
 
 SLOTS = 16
-"""Tokens of a block: as many as a register has lanes."""
+"""Tokens in a block: the number of lanes of a register."""
 MOST_PLACES = 2**31
 
 
 @dataclass
 class PagedSpans:
-    """Checked: their tables lie within `tables` and name blocks below `blocks`; `rows`: of all
-    together."""
+    """Checked spans: each has its table within `tables`, and all block numbers are below `blocks`.
+    rows: total number of rows of all spans."""
 
     tables: Tensor
     spans: Tensor
@@ -30,8 +30,8 @@ class PagedSpans:
 
 
 def paged_spans(tables: Tensor, spans: Tensor) -> PagedSpans:
-    """tables int32; spans (count, 5) int64: where its table begins, blocks and places of its front,
-    start, stop."""
+    """Checks spans. tables int32, one after the other; spans (count, 5) int64: the start of its
+    table, blocks and tokens of its trained prefix, first token, last token + 1."""
     count, _ = spans.shape
     at(tables, INT32, size := tables.numel())
     at(spans, INT64, count, 5)
@@ -99,8 +99,8 @@ def paged_attention(
     sinks: Tensor | None,
     level: int = 4,
 ) -> Values:
-    """out (N, H, E) of q (N, H, D), k (N, K, D), v (N, K, E), which are written into keys and
-    values; filler stays."""
+    """Writes k (N, K, D) and v (N, K, E) into the blocks `keys` and `values`, then computes
+    attention of q (N, H, D) into out (N, H, E). Rows of no span stay as they are."""
     return {
         **_addresses(spans),
         "checked": spans,
@@ -120,14 +120,14 @@ def _addresses(spans: PagedSpans) -> Values:
 
 
 def point_at(struct: Any, spans: PagedSpans) -> None:
-    """Replaces the spans of a call by others of as many rows, in blocks that exist."""
+    """Replaces the spans of a recorded call by others with the same number of rows."""
     for name, value in _addresses(spans).items():
         setattr(struct, name, value)
     struct.kept = spans
 
 
 def lie_in(struct: Any, keys: Tensor, values: Tensor, dtype: torch.dtype) -> None:
-    """Replaces the blocks of a call by others of its type, for as many heads of the same sizes."""
+    """Replaces the blocks of a recorded call by others of the same type, heads and head sizes."""
     pair, blocks, heads = 2 if dtype is BF16 else 1, len(keys), struct.kv_heads
     struct.keys = at(keys, dtype, blocks, heads, struct.size // pair, SLOTS, pair, words=4)
     shape = blocks, heads, SLOTS // pair, struct.value_size, pair

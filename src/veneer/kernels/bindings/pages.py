@@ -1,8 +1,8 @@
-"""Memory that is read again and again: on huge pages, where the system has such.
+"""Allocates memory that is read again and again, on huge pages if the system has them.
 
-A processor finds a page of 4 KiB by several reads before it reads what lies there. On pages of 2
-MiB two threads of an Intel Xeon (virtual, AMX) read 35 to 39 GB/s where they read 28 to 33, in a
-slower hour 29 and 17.
+To find a page of 4 KiB, a processor may need several reads before that of the data. Two threads of
+an Intel Xeon (virtual, AMX) read 35 to 39 GB/s from pages of 2 MiB, and 28 to 33 from pages of 4
+KiB; in a slower hour 29 and 17.
 """
 
 import mmap
@@ -17,16 +17,14 @@ HUGE = 2**21
 
 
 MOST_SPARE = 8
-"""The last huge page is asked for where what it has over is less than one in so many of what is
-used."""
+"""The last huge page is used only if its unused part is less than 1 / MOST_SPARE of the size."""
 
 
 def room(count: int) -> Tensor:
-    """(count) bytes, at a multiple of 64; less than a huge page wherever it fits. MemoryError:
-    there are none.
+    """Returns `count` bytes at an address that is a multiple of 64. Raises MemoryError.
 
-    From the beginning of a huge page on: what shares one with another mapping gets small pages for
-    its part of it.
+    Memory of a huge page or more begins at a huge page: a part that shared a huge page with another
+    mapping would get small pages.
     """
     advice: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
     if count < HUGE or advice is None:
@@ -39,7 +37,7 @@ def room(count: int) -> Tensor:
     found = torch.frombuffer(mapped, dtype=torch.uint8)
     start = -found.data_ptr() % HUGE
     asked = whole if (whole - count) * MOST_SPARE < count else whole - HUGE
-    with suppress(OSError):  # of a system that was built without them
+    with suppress(OSError):  # raised by a system that was built without huge pages
         mapped.madvise(advice, start, asked)
     return found[start : start + count]
 

@@ -15,7 +15,7 @@ from veneer.kernels.bindings.row_calls import dropout_threshold
 PAIR_BYTES = 4
 """Two bf16 neighbours are read as one word."""
 MOST_RANK, MOST = 256, 3
-"""The second: layers of one input. native/layers/rank.h names the same numbers."""
+"""The largest rank; the most layers with the same input. Also in native/layers/rank.h."""
 MOST_STRIDE = 2**27
 """Values from one row of a tensor to the next: 16 rows are gathered with indices of 32 bits."""
 
@@ -23,12 +23,12 @@ DropoutMask = structure(
     "DropoutMask", "keys: pointer; row_key, column_key, threshold: uint32; rows, columns: pointer"
 )
 Mask = tuple[Tensor, int, int, float]
-"""Of dropout: keys of the rows (M) int64, those of all rows and of the columns, and the share that
-is dropped."""
+"""A dropout mask: (int64 keys of the rows (M), key of all rows, key of all columns, share that is
+dropped)."""
 
 
 def mask_fields(mask: Mask, rows: int) -> tuple[int, int, int, int]:
-    """Returns the fields of a DropoutMask of so many rows."""
+    """Returns the fields of a DropoutMask for this number of rows."""
     keys, row_key, column_key, share = mask
     most = 2**32 - 1
     return (
@@ -65,7 +65,7 @@ def _fields_with_factor(x: str) -> str:
 
 
 def _masked(mask: Mask | None, x: Tensor, scale: float) -> Values:
-    """Returns mask and scale, divided by the share that is not dropped."""
+    """Returns the mask, and the scale divided by the share that is kept."""
     if mask is None:
         return {"mask": (), "scale": scale}
     return {"mask": mask_fields(mask, len(x)), "scale": scale / (1 - mask[3])}
@@ -83,14 +83,14 @@ def _factor(factor: Tensor, outs: int, ins: int) -> Values:
 def rank_down(
     x: Tensor, factor: Tensor, out: Tensor, scale: float, mask: Mask | None = None
 ) -> Values:
-    """out (M, R) = scale * x (M, I) factor^T, x through the mask; factor (R, I)."""
+    """Computes out (M, R) = scale * drop(x) (M, I) factor^T; factor (R, I)."""
     sizes = out.shape[1], x.shape[1]
     return {"narrow": out, **_factor(factor, *sizes), **_masked(mask, x, scale)}
 
 
 @declare("veneer_rank_up(*)", _fields_with_factor("bf16[rows, width]; body x"), Mask=DropoutMask)
 def rank_up(d: Tensor, factor: Tensor, y: Tensor, scale: float, mask: Mask | None = None) -> Values:
-    """y (M, O) += scale * d (M, R) factor^T, what is added through the mask; factor (O, R)."""
+    """Adds drop(scale * d (M, R) factor^T) to y (M, O); factor (O, R)."""
     sizes = y.shape[1], d.shape[1]
     return {"x": y, "narrow": d, **_factor(factor, *sizes), **_masked(mask, y, scale)}
 
@@ -123,8 +123,11 @@ def rank_gradient(
     turned: bool,
     add: bool,
 ) -> Values:
-    """scale * u^T x, x (M, I) through the mask, to outs: float32 (R, I) of each of some factors, u
-    (M, R) theirs side by side; turned: (I, R). add: + what they were."""
+    """Computes scale * u^T drop(x), x (M, I), the gradients of up to MOST factors with the same x.
+
+    u (M, R): those of all factors side by side. outs: float32 (R, I) for each factor, or (I, R) if
+    turned. add: adds the gradients to outs.
+    """
     width = x.shape[1]
     ranks = tuple(out.shape[int(turned)] for out in outs)
     if sum(ranks) != u.shape[1] or any(rank % 16 for rank in ranks) or len(ranks) > MOST:

@@ -39,7 +39,7 @@ def rms_norm_forward(
 def rms_norm_backward(
     x: Tensor, weight: Tensor, grad: Tensor, out: Tensor, scale: Tensor, offset: float = 0.0
 ) -> None:
-    """out: the gradient of x."""
+    """Writes the gradient of x to out."""
 
 
 @declare(
@@ -104,8 +104,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, back: bool) -> N
     """,
 )
 def entropy(logits: Tensor, targets: Tensor, loss: Tensor) -> None:
-    """loss (M) = -log softmax(logits)[target]; the first M rows of logits (>= M, V) become softmax
-    - onehot."""
+    """Computes loss (M) = -log softmax(logits)[target]. Replaces the first M rows of logits (>= M,
+    V) by their gradient, softmax - onehot."""
 
 
 @declare(
@@ -123,7 +123,8 @@ def entropy(logits: Tensor, targets: Tensor, loss: Tensor) -> None:
 def dropout(
     x: Tensor, out: Tensor, rows: Tensor, *, row_key: int, column_key: int, share: float
 ) -> Values:
-    """out (M, D): x / (1 - share), or 0 by the hash of rows (M), columns and both keys."""
+    """Computes out (M, D) = x / (1 - share), or 0 where the hash of row key (M), column and both
+    keys drops a value."""
     return {"threshold": dropout_threshold(share), "scale": 1 - share}
 
 

@@ -36,8 +36,8 @@ def step_norm(
     epsilon: float,
     level: int = ANY_LEVEL,
 ) -> None:
-    """sum_ (N, D) = x + delta, out = weight * normalised sum_; without a delta of x, and there is
-    no sum_."""
+    """Computes sum_ (N, D) = x + delta, and out = weight * the normalised sum_. Without a delta,
+    and so without sum_, out = weight * the normalised x."""
     if (delta is None) != (sum_ is None):
         raise CallError("a delta requires a sum, and a sum a delta")
 
@@ -89,8 +89,8 @@ def step_inputs(
     cos: Tensor,
     sin: Tensor,
 ) -> Values:
-    """h (N, D) = table (V, D) at ids (N); cos and sin (N, E) = their tables (P, E) at the fourth
-    column of spans (N, 5), the row's position (paged_calls.py)."""
+    """Looks up h (N, D) in table (V, D) by ids (N), and cos and sin (N, E) in their tables (P, E)
+    by position: the fourth column of spans (N, 5) (paged_calls.py)."""
     if spans.is_cpu:
         for position in spans[:, 3].tolist():
             number(position, 0, len(cos_table) - 1)
