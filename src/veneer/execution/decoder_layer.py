@@ -1,13 +1,13 @@
 """The decoder layers of a model as data: what each of them computes.
 
     h = x + norm(attention(norm(x)))
-    y = h + norm(feed_forward(norm(h)))         of these norms any may be missing
+    y = h + norm(feed_forward(norm(h)))         any of these norms may be missing
 
-A fact is read from the module tree and confirmed by running the module beside our own computation,
-around small projections of random values: what a layer computes depends on neither its weights nor
-their format, so a plan without weights finds what a run finds. Every layer is looked at: limits,
-windows and epsilons differ by layer in several families. What is not understood says why, and is
-computed by the model's own code.
+A fact is read from the module tree. It is confirmed by running the module and our own computation
+on small random projections and comparing the results. What a layer computes depends on neither its
+weights nor their format, so a plan without weights finds the same facts as a run. Every layer is
+tested, because limits, windows and epsilons differ by layer in several families. A layer that is
+not understood has the reason (DecoderLayer.unknown), and the model's own code computes it.
 
 Knows nothing of adapters' values or of how a step is computed (train_step.py, decode_step.py).
 Shapes: B batch, T tokens, N rows (B times T), H query heads, K key heads, S head size, D hidden.
@@ -53,14 +53,15 @@ from veneer.private.torch import children_of, replace_children, replace_paramete
 from veneer.private.transformers import attention_of
 
 NORM_KINDS = ((0.0, False), (0.0, True), (1.0, True))
-"""(offset, is_wide) of the norms that are known."""
+"""(offset, is_wide) of the kinds of norms that find_norm tries."""
 INNER = 12
-"""Sizes of what the parts are tried on."""
+"""Inner size of the small feed-forward block that is tried."""
 
 
 @dataclass(frozen=True)
 class _Layers:
-    """The layers of a model, as long as it has these modules and this attention."""
+    """The layers that were found in a model; valid while it has these modules and this
+    attention."""
 
     layers: tuple[DecoderLayer, ...]
     modules: tuple[nn.Module, ...]
@@ -68,9 +69,9 @@ class _Layers:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
-    """The list that holds one module per hidden layer."""
+    """Returns the list that holds one module per hidden layer."""
     depth = model.config.get_text_config().num_hidden_layers
-    for part in (decoder(model), model):  # a tower may be as deep
+    for part in (decoder(model), model):  # the decoder first: a vision tower may be as deep
         for module in () if part is None else part.modules():
             if isinstance(module, nn.ModuleList) and len(module) == depth:
                 return module
@@ -78,9 +79,9 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
 
 
 def find_layers(model: PreTrainedModel) -> tuple[DecoderLayer, ...]:
-    """Returns the layers of a model, found once as long as it holds the same modules.
+    """Returns the layers of a model; computes them again only if its modules have changed.
 
-    AdapterSource may stand in it; nothing may stand in for its modules (stand_in.py).
+    The model may have adapters, but no stand-ins (stand_in.py).
     """
     places = decoder_layers(model)
     modules = () if places is None else tuple(plain_modules(places).values())
@@ -123,7 +124,7 @@ def _look_at(layer: nn.Module) -> DecoderLayer:
 
 @torch.no_grad()
 def find_norm(module: nn.Module, name: str = "") -> Norm | None:
-    """Returns the norm that a module is; None for another one, as one without a mean square."""
+    """Returns the facts of an RMS norm; None for any other module."""
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     names = [name for name, _ in module.named_parameters(recurse=False)]
     if names != ["weight"] or any(module.children()) or not isinstance(epsilon, float):
@@ -145,7 +146,8 @@ def find_norm(module: nn.Module, name: str = "") -> Norm | None:
 
 @torch.no_grad()
 def find_feed_forward(module: nn.Module) -> FeedForward | None:
-    """Returns the gated block that a module is; None for another one, as one with a limit."""
+    """Returns the facts of a gated feed-forward block; None for any other module, for instance one
+    that clips its values."""
     names, activation = {name for name, _ in module.named_children()}, None
     if set(GATED) <= names <= {*GATED, "act_fn"}:
         activation = getattr(module, "act_fn", None)
@@ -173,9 +175,10 @@ def find_feed_forward(module: nn.Module) -> FeedForward | None:
 
 @torch.no_grad()
 def find_attention(block: Any) -> Attention | None:
-    """Returns the attention block that a module is; None for another one.
+    """Returns the facts of an attention block; None for any other module.
 
-    What the block hands to the attention, and what it makes of the answer, must be ours to the bit.
+    The block must pass the same bits to the attention function as `attend` does, and compute the
+    same bits from its output.
     """
     names, size = {name for name, _ in block.named_children()}, getattr(block, "head_dim", None)
     first = QKV[0]
@@ -195,7 +198,7 @@ def find_attention(block: Any) -> Attention | None:
         return None
     try:
         return _confirmed(block, size, view.dtype, tuple(norms))
-    except Exception:  # modelling code, as of agreement.disagreement
+    except Exception:  # modelling code may raise any, as in agreement.disagreement
         return None
 
 
@@ -222,8 +225,8 @@ def _confirmed(
 
     def own_code(angle_type: torch.dtype) -> tuple[Any, ...]:
         layout = _Heads()
-        beyond = torch.arange(ROWS)[None] * 10**6  # whatever a block counts from
-        out = small(**inputs(angle_type), position_ids=beyond, veneer_layout=layout)
+        positions = torch.arange(ROWS)[None] * 10**6  # a block that uses positions itself shows it
+        out = small(**inputs(angle_type), position_ids=positions, veneer_layout=layout)
         return (*out, *layout.heads, layout.rules)
 
     rules = own_code(dtype)[-1]
@@ -254,7 +257,8 @@ def attend(
     attention_mask: Tensor | None,
     **others: Any,
 ) -> tuple[Tensor, Any]:
-    """(B, T, D) of an attention block, by what is known of it and by the modules in its places."""
+    """Computes the output (B, T, D) of an attention block by its facts, with the block's
+    modules."""
     (B, T), S = hidden_states.shape[:2], facts.head_dim
     q, k, v = apply_together([getattr(block, name) for name in QKV], hidden_states)
     if facts.norms:
@@ -277,7 +281,7 @@ def attend(
 
 
 class _Heads:
-    """A layout (attention.BatchAttention) that keeps what attends, and answers q."""
+    """A layout (attention.BatchAttention) that records its arguments and returns q."""
 
     def attend(
         self,
@@ -292,20 +296,20 @@ class _Heads:
 
 
 def _small(ins: int, outs: int, dtype: torch.dtype, seed: int) -> nn.Linear:
-    made = nn.Linear(ins, outs, bias=False, device="meta")
+    linear = nn.Linear(ins, outs, bias=False, device="meta")
     draw = torch.Generator().manual_seed(seed)
     values = torch.randn(outs, ins, generator=draw).to(dtype)
-    made.weight = nn.Parameter(values, requires_grad=False)
-    return made
+    linear.weight = nn.Parameter(values, requires_grad=False)
+    return linear
 
 
 def _with_small_weight(module: nn.Module, device: str | None = None) -> tuple[nn.Module, Tensor]:
-    """A norm with a random weight near 1, and the weight; on the module's device where it has
-    values there."""
+    """Returns a copy of a norm with a random weight near 1, and this weight. They are on the norm's
+    own device, on the CPU if it has no values."""
     own = module.get_parameter("weight")
     draw = torch.Generator().manual_seed(0)
-    there = device or ("cpu" if own.is_meta else own.device)
-    weight = torch.rand(own.shape, generator=draw).add_(0.5).to(own.dtype).to(there)
+    target = device or ("cpu" if own.is_meta else own.device)
+    weight = torch.rand(own.shape, generator=draw).add_(0.5).to(own.dtype).to(target)
     small = copy.copy(module)
     replace_parameters(small, {"weight": nn.Parameter(weight, requires_grad=False)})
     return small, weight

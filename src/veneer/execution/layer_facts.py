@@ -1,7 +1,7 @@
 """What a decoder layer computes, as data (found by decoder_layer.py).
 
 h = x + norm(attention(norm(x)))
-y = h + norm(feed_forward(norm(h)))         of these norms any may be missing
+y = h + norm(feed_forward(norm(h)))         any of these norms may be missing
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HEAD_NORMS = ("q_norm", "k_norm")
 GATED = ("gate_proj", "up_proj", "down_proj")
 
 Gate = Callable[[Tensor, Tensor], Tensor]
-"""The product of what the gate's projection gives, activated, and what the other one gives."""
+"""(gate_proj(x), up_proj(x)) -> activation(gate_proj(x)) * up_proj(x)."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Norm:
     """(weight + offset) * x / sqrt(mean(x^2) + epsilon) of each row.
 
     name     its name in the module that holds it
-    is_wide  multiplied by the weight in float32 and rounded once; otherwise rounded before that
+    is_wide  the product with the weight is in float32 and rounded once; otherwise the normalised x
+             is rounded before it is multiplied by the weight
     """
 
     module: nn.Module
@@ -67,12 +68,12 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Attention:
-    """o(attend(turn(q(x)), turn(k(x)), v(x))), each whole head turned by halves.
+    """o(attend(rotate(q(x)), rotate(k(x)), v(x))); each whole head is rotated, half against half.
 
-    rules          how its attention weighs
-    norms          of q and of k before they are turned, of each head or of all of a row; or none
-    is_turned      False: nothing is turned
-    takes_float32  angles in float32 are taken too, and heads rounded once behind them
+    rules          scale, window, softcap and sinks of the attention
+    norms          of q and of k before their rotation, over each head or over a row; or none
+    is_turned      False: nothing is rotated
+    takes_float32  cosines and sines may be float32 too; heads are rounded once after the rotation
     """
 
     module: nn.Module
@@ -84,7 +85,7 @@ class Attention:
 
     @property
     def is_plain(self) -> bool:
-        """Whether each head is turned, behind a plain norm of its own or none."""
+        """Whether each head is rotated, after a plain norm over the head or none."""
         norms = [norm.is_plain and norm.weight.numel() == self.head_dim for norm in self.norms]
         return self.is_turned and all(norms)
 
@@ -96,8 +97,8 @@ NO_NORMS = LayerNorms()
 class DecoderLayer:
     """What a layer computes.
 
-    feed_forward  None: its module computes it
-    unknown       what is not understood, so that the layer's own code computes it; None: nothing
+    feed_forward  None: its own module computes it
+    unknown       why the layer's own code has to compute it; None: the layer is understood
     """
 
     module: nn.Module
@@ -108,7 +109,7 @@ class DecoderLayer:
 
     @property
     def parts(self) -> list[Norm | FeedForward | Attention]:
-        """All that is understood of it."""
+        """The parts of the layer that are understood."""
         within = () if self.attention is None else (self.attention, *self.attention.norms)
         norms = [norm for norm in self.norms if norm is not None]
         return [*norms, *within, *(() if self.feed_forward is None else (self.feed_forward,))]

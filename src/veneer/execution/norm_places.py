@@ -1,5 +1,5 @@
-"""Finds where the norms of a decoder layer stand, and whether it adds up its parts as
-layer_facts.py says: tried with parts that are known."""
+"""Finds the places of the norms in a decoder layer, and whether it adds up its parts as in
+layer_facts.py, by running the layer with known functions as its parts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from veneer.execution.layer_facts import ATTENTION, FEED_FORWARD, LayerNorms, No
 from veneer.private.torch import buffers_of, parameters_of, replace_children
 
 WIDTH, ROWS = 8, 5
-"""Sizes of what parts are tried on."""
+"""Sizes of the rows that parts are tried on."""
 
 
 class _KnownPart(nn.Module):
-    """Stands for a part: other values of a row, by its number. called: the parts in the order of
-    their calls; keywords: what this one is called with beside rows."""
+    """Replaces a part by a function of its own: it rolls each row by `number` and scales it.
+
+    called: names of the parts, in the order of their calls. keywords: the keyword arguments of the
+    last call of this part.
+    """
 
     def __init__(self, number: int, name: str, called: list[str]) -> None:
         super().__init__()
@@ -34,8 +37,8 @@ class _KnownPart(nn.Module):
 
 
 def find_places(layer: nn.Module, norms: Sequence[Norm]) -> LayerNorms | None:
-    """Where the norms of a layer stand, if it adds up its parts as written above and hands on what
-    they need: tried with parts that are known."""
+    """Returns the places of a layer's norms, by running it with known parts. Returns None if it
+    does not add up its parts as in layer_facts.py, or does not pass on the arguments they need."""
     own: Mapping[str, Any] = {**parameters_of(layer), **buffers_of(layer)}
     if any(value is not None for value in own.values()) or len(norms) > len(LayerNorms._fields):
         return None
@@ -46,16 +49,16 @@ def find_places(layer: nn.Module, norms: Sequence[Norm]) -> LayerNorms | None:
     vars(small).update(vars(layer))
     replace_children(small, dict(parts))
     x = random_rows(WIDTH, torch.bfloat16)[None]
-    handed = {"position_embeddings": (x, x), "veneer_layout": object()}
+    arguments = {"position_embeddings": (x, x), "veneer_layout": object()}
 
     def own_code(x: Tensor) -> tuple[Any, ...]:
-        y = small.forward(x, attention_mask=None, **handed)  # without the layer's hooks
+        y = small.forward(x, attention_mask=None, **arguments)  # without the layer's hooks
         keywords = parts[ATTENTION].keywords
-        return y, all(keywords.get(name) is value for name, value in handed.items())
+        return y, all(keywords.get(name) is value for name, value in arguments.items())
 
     try:
         own_code(x)
-    except Exception:  # modelling code, as of agreement.disagreement
+    except Exception:  # modelling code may raise any, as in agreement.disagreement
         return None
     by_name = {norm.name: norm for norm in norms}
     for names_of_places in _orders(tuple(called)):
@@ -74,8 +77,9 @@ def find_places(layer: nn.Module, norms: Sequence[Norm]) -> LayerNorms | None:
 
 
 def _orders(called: Sequence[str]) -> list[tuple[str, str, str, str]]:
-    """The names of norms by their places that agree with the order of calls; "": there is none. A
-    single norm between attention and the feed-forward block may belong to either."""
+    """Returns the possible (names of norms by their places), given the order of calls. "" is a
+    place without a norm. A single norm between attention and the feed-forward block may be after
+    the one or before the other."""
     if sorted(called) != sorted(set(called)) or not {ATTENTION, FEED_FORWARD} <= set(called):
         return []
     first, second = called.index(ATTENTION), called.index(FEED_FORWARD)
@@ -90,8 +94,8 @@ def _orders(called: Sequence[str]) -> list[tuple[str, str, str, str]]:
 
 
 def random_rows(width: int, dtype: torch.dtype) -> Tensor:
-    """(ROWS, width) random values from small to large: what clips, or adds something small, shows
-    it. float16 holds no such values."""
+    """Returns (ROWS, width) random values, from small to large rows, so that a part that clips
+    values or adds a small one gives another result. In float16 all rows have one scale."""
     draw = torch.Generator().manual_seed(0)
     wide = torch.finfo(dtype).max > 1e30
     scale = torch.logspace(-2, 6, ROWS) if wide else torch.full((ROWS,), 3.0)

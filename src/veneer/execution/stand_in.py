@@ -1,5 +1,4 @@
-"""A module that stands in another one's place for a while: what computes a model's parts otherwise
-holds the part itself."""
+"""Stand-ins: modules that take the place of a model's modules for a while, and hold them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +8,8 @@ from torch import nn
 
 
 class StandIn(nn.Module):
-    """`base` is the module itself; models read its other attributes as if nothing stood in front of
-    it."""
+    """Takes the place of the module `base`. Other attributes are those of `base`, so models read
+    them as before."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -26,8 +25,7 @@ class StandIn(nn.Module):
 
 @contextmanager
 def put_aside(model: nn.Module) -> Iterator[None]:
-    """Within the block the model's own modules are in their places, and no stand-in is; afterwards
-    all is as before."""
+    """Within the block every stand-in of the model is replaced by its own module."""
     found = [
         (parent, name, child)
         for parent in model.modules()

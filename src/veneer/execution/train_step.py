@@ -1,9 +1,9 @@
-"""A model's layers while it trains, computed in fewer passes: norms, gated feed-forward blocks and
-attention blocks wherever they stand, and whole decoder layers as one node of the graph.
+"""Trains a model's layers in fewer passes: norms, gated feed-forward blocks and attention blocks
+anywhere in the model, and whole decoder layers as one node of the graph.
 
-What a module computes is found by decoder_layer.py. The base's modules stand inside what stands in
-for them and come back to their places afterwards. A forward that a stand-in does not compute goes
-through the module itself: other methods, rows of several adapters, other attention.
+decoder_layer.py finds what a module computes. A stand-in takes the place of a module and holds it;
+afterwards the module is put back. If a stand-in cannot compute a forward (other methods, rows of
+several adapters, another attention), it calls its module.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ from veneer.private.transformers import attention_of
 
 
 class FusedNorm(StandIn):
-    """base: the norm, or the wrapper around one whose weight an adapter trains."""
+    """A norm in one pass. base: the norm, or the wrapper of a norm whose weight an adapter
+    trains."""
 
     def __init__(self, base: nn.Module, facts: Norm) -> None:
         super().__init__(base)
@@ -65,14 +66,16 @@ class FusedNorm(StandIn):
         return rms_norm(x, weight, facts.epsilon, offset=facts.offset, is_wide=facts.is_wide)
 
     def frozen(self) -> block_operands.Norm | None:
-        """The norm as a block takes it; None: it trains, or rows have several."""
+        """Returns the norm for a block. Returns None if it trains, or rows have different
+        weights."""
         weight, facts = self.weight_acting(), self.facts
         if weight is None or weight.requires_grad:
             return None
         return block_operands.Norm(weight, facts.epsilon, facts.offset, facts.is_wide)
 
     def weight_acting(self) -> Tensor | None:
-        """The weight of all rows, trained or the base's own; None: rows of several adapters."""
+        """Returns the weight of all rows, trained or the base's own. Returns None if several
+        adapters act, each on its rows."""
         trained: dict[str, Tensor] = {}
         if isinstance(self.base, SwappedModule):
             acting = self.base.routing.acting.whole
@@ -83,8 +86,7 @@ class FusedNorm(StandIn):
 
 
 class FusedGate(StandIn):
-    """down(gate(gate_proj(x), up_proj(x))), the projections being the model's own, adapted or
-    not."""
+    """down(gate(gate_proj(x), up_proj(x))), by the model's own projections, adapted or not."""
 
     def __init__(self, base: nn.Module, facts: FeedForward) -> None:
         super().__init__(base)
@@ -96,8 +98,8 @@ class FusedGate(StandIn):
 
 
 class FusedAttention(StandIn):
-    """q, k and v as one node and one pass for their rotation, without copies between; the
-    projections being the model's own, adapted or not."""
+    """Computes q, k and v as one node and rotates them in one pass, without copies between them, by
+    the model's own projections, adapted or not."""
 
     def __init__(self, base: nn.Module, facts: Attention) -> None:
         super().__init__(base)
@@ -114,12 +116,12 @@ class FusedAttention(StandIn):
         if cached or not self.takes(hidden_states, position_embeddings):
             return self.base(hidden_states, position_embeddings, attention_mask, **others)
         assert position_embeddings is not None
-        given = hidden_states, position_embeddings, attention_mask
-        return attend(self.facts, self.base, *given, **others)
+        inputs = hidden_states, position_embeddings, attention_mask
+        return attend(self.facts, self.base, *inputs, **others)
 
     def takes(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> bool:
-        """Whether this forward is one that was proven: our attention, whole heads turned, in x's
-        type."""
+        """Whether this forward was proven: our attention, whole heads rotated, angles of a type
+        that the block takes."""
         block: Any = self.base
         if position_embeddings is None or attention_of(block.config) != NAME or x.dim() != 3:
             return False
@@ -197,8 +199,8 @@ class FusedLayer(StandIn):
         return block
 
     def _layers(self, x_MI: Tensor, spans: Sequence[slice]) -> list[tuple[LoRALinear, ...]] | None:
-        """The linear layers of each part of the rows; None: one is not adapted as a block takes it,
-        or none is adapted."""
+        """Returns the linear layers of each part of the rows. Returns None if one has an adapter
+        that a block does not compute, or if none has an adapter."""
         # The blocks themselves, whose attributes a stand-in finds last.
         children: Any = children_of(self.base)
         attention, gated = (children[name].base for name in (ATTENTION, FEED_FORWARD))
@@ -214,7 +216,7 @@ class FusedLayer(StandIn):
         return list(zip(*layers, strict=True))
 
     def _norms(self) -> block_operands.Norms | None:
-        """The norms; None: one of them is not frozen."""
+        """Returns the norms of the layer, or None if one of them is not frozen."""
         base: Any = self.base
         heads = self.facts.attention
         assert heads is not None
@@ -232,7 +234,7 @@ class FusedLayer(StandIn):
 
 @torch.no_grad()
 def replacements(model: PreTrainedModel) -> dict[str, StandIn]:
-    """Path -> what may stand there, one for every module that is understood."""
+    """Returns {path: stand-in} for every module that is understood."""
     layers = {layer.module: layer for layer in find_layers(model)}
     known = {part.module: part for layer in layers.values() for part in layer.parts}
     stand_ins: dict[str, StandIn] = {}
@@ -258,7 +260,7 @@ def replacements(model: PreTrainedModel) -> dict[str, StandIn]:
 
 
 def _is_one_node(path: str, layer: DecoderLayer, stand_ins: Mapping[str, StandIn]) -> bool:
-    """Whether the kernels compute a layer: all of it is understood, in bf16, a LoRA in it."""
+    """Whether the kernels compute a layer: it is understood, in bf16, and has an adapted linear."""
     if layer.unknown is not None or layer.attention is None or layer.feed_forward is None:
         return False
     if layer.feed_forward.gate not in (silu_gate, gelu_gate) or not has_bf16():
@@ -289,16 +291,16 @@ def unknown_layers(model: PreTrainedModel) -> list[str]:
 
 @contextmanager
 def fused(model: PreTrainedModel, stand_ins: Mapping[str, StandIn]) -> Iterator[None]:
-    """Within the block what `replacements` gave is computed in one pass; afterwards all stands as
-    before."""
+    """Within the block the stand-ins take the places of their modules, which are put back
+    afterwards."""
     exchanged = []
-    # What stands within another is exchanged first: afterwards its parent is no module of the base.
+    # Inner modules are replaced first: later the path to them would lead through a stand-in.
     for path in sorted(stand_ins, key=lambda path: -path.count(".")):
-        made = stand_ins[path]
+        stand_in = stand_ins[path]
         above, _, name = path.rpartition(".")
         parent = model.get_submodule(above) if above else model
-        exchanged.append((parent, name, made.base))
-        setattr(parent, name, made)
+        exchanged.append((parent, name, stand_in.base))
+        setattr(parent, name, stand_in)
     try:
         yield
     finally:

@@ -102,9 +102,9 @@ def note_flops(count: Callable[[], int]) -> None:
 
 
 def turns(starts: range) -> Iterator[int]:
-    """Yields `starts`, for a loop whose iterations allocate and compute the same. The first and the
-    last may differ: nothing is allocated before the first, and the last may be shorter. While
-    planning, one of the others stands for all of them."""
+    """Yields `starts`, for a loop whose iterations allocate and compute the same. The first may
+    differ, because no iteration before it has left tensors, and so may the last, which may be
+    shorter. While planning, one of the others stands for all of them."""
     planned = planned_counts.get()
     if planned is None or len(starts) < 4:
         yield from starts

@@ -120,7 +120,7 @@ def _addresses(spans: PagedSpans) -> Values:
 
 
 def point_at(struct: Any, spans: PagedSpans) -> None:
-    """Replaces the spans of a recorded call by others with the same number of rows."""
+    """Replaces the spans of a recorded call by others of as many rows, in blocks that exist."""
     for name, value in _addresses(spans).items():
         setattr(struct, name, value)
     struct.kept = spans

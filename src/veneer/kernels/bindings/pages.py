@@ -34,12 +34,12 @@ def room(count: int) -> Tensor:
         mapped = mmap.mmap(-1, whole + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as fault:
         raise MemoryError(f"no {count:,} bytes") from fault
-    found = torch.frombuffer(mapped, dtype=torch.uint8)
-    start = -found.data_ptr() % HUGE
-    asked = whole if (whole - count) * MOST_SPARE < count else whole - HUGE
+    memory = torch.frombuffer(mapped, dtype=torch.uint8)
+    start = -memory.data_ptr() % HUGE
+    huge_bytes = whole if (whole - count) * MOST_SPARE < count else whole - HUGE
     with suppress(OSError):  # raised by a system that was built without huge pages
-        mapped.madvise(advice, start, asked)
-    return found[start : start + count]
+        mapped.madvise(advice, start, huge_bytes)
+    return memory[start : start + count]
 
 
 def served() -> bool:

@@ -4,18 +4,19 @@
     y = h + norm(down(activation(gate(m)) * up(m)))     m = norm(h), the activation SiLU or GELU
 
 Any of these norms may be missing, and so may the rotation.
-The same calls as those of its parts (lora.py, attention/compiled.py, fused.py), in the same order
-and to the same bits, without the graph between them: a sum and the norms beside it are one pass,
-forward and backward. A layer without an adapter has an update of rank 0. This runs in bf16 alone,
-on processors that multiply pairs of bf16.
+It makes the same calls as its parts (lora.py, attention/compiled.py, fused.py), in the same order
+and with the same bits, without a graph between them. A sum and the norms beside it are one pass,
+forward and backward. A layer without an adapter has an update of rank 0. This runs in bf16 only, on
+processors that multiply pairs of bf16.
 
 Rows of several adapters are several parts. The products with the base's weights are computed once
-over all rows, everything between them part by part, to the bits of a forward of that part alone.
+over all rows. Everything else is computed part by part, with the bits of a forward of that part
+alone.
 
-Backward keeps what the parts keep. For many rows it recomputes n, m, q and k behind their norms and
-the input of `down`, a third of the memory. If a layer computes by calls into compiled functions
-alone, a tape of the calls is replayed for the layers behind it that are like it
-(tape/layer_tape.py).
+Forward saves the same tensors as its parts would. For many rows backward recomputes n, m, q and k
+after their norms, and the input of `down`: a third of the memory. If a layer computes only by calls
+into compiled functions, its calls are recorded on a tape and replayed for later layers of the same
+kind (tape/layer_tape.py).
 
 Knows nothing of modules. Its operands are in block_operands.py, its calls in block_passes.py.
 Shapes: M rows, D hidden.
@@ -43,10 +44,10 @@ _adding: ContextVar[bool] = ContextVar("adding", default=False)
 
 @contextmanager
 def adding_gradients_in_place() -> Iterator[None]:
-    """Within the block a backward adds the gradients of factors to those that they have.
+    """Within the block backward adds the gradients of factors directly to their `grad`.
 
-    This holds for a block whose factors all have a gradient and no hook that waits for it. autograd
-    gets no gradient of these factors. The sums have the same bits as autograd's.
+    It does so if all factors of a layer have a gradient and none has a hook. autograd then gets no
+    gradient for them. The sums have the same bits as autograd's.
     """
     token = _adding.set(True)
     try:
@@ -57,7 +58,7 @@ def adding_gradients_in_place() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _SavedTensors:
-    """What forward saves for backward: tensors, or the buffers of a tape that hold them."""
+    """The tensors that forward saves for backward, or the buffers of a tape that hold them."""
 
     buffers: Sequence[Tensor] = ()
     tape: LayerTape | None = None
@@ -80,7 +81,8 @@ def _run(
     inputs: Sequence[Input],
     saved: _SavedTensors,
 ) -> tuple[Sequence[Tensor], _SavedTensors]:
-    """Returns the two groups of compute(), by the tape of a layer like this one if there is one."""
+    """Returns the two groups of compute(), by replaying the tape of a like layer if there is
+    one."""
     derived = block.parts[0].layout.derived
     if key is None or is_observed() or (key in derived and derived[key] is None):
         first, second = compute()
@@ -155,7 +157,7 @@ class _Block(torch.autograd.Function):
 
 
 def _existing_gradients(factors: Sequence[Any]) -> list[Tensor] | None:
-    """Returns the gradients that the factors have; an empty factor stands for its own.
+    """Returns the gradients that the factors have; for an empty factor, the factor itself.
 
     Returns None if a factor is not a leaf, has no matching gradient, or has a hook.
     """
@@ -174,7 +176,7 @@ def _existing_gradients(factors: Sequence[Any]) -> list[Tensor] | None:
 
 
 def lora_block(x: Tensor, block: Block) -> Tensor:
-    """x (1, M, D) -> (1, M, D), for a block that is usable for x[0]."""
+    """Computes y (1, M, D) of x (1, M, D). The block must be usable for x[0]."""
     apply: Any = _Block.apply
     y: Tensor = apply(x, block, *block.factors())
     return y

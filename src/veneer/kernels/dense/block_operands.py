@@ -1,4 +1,4 @@
-"""What a decoder layer with LoRA is computed from, as one node of the graph (block.py).
+"""The operands of a decoder layer with LoRA that is one node of the graph (block.py).
 
 Shapes: M rows, D hidden, H query heads, K key heads, S head size, R rank.
 """
@@ -25,9 +25,9 @@ from veneer.kernels.rules import AttentionRules
 from veneer.kernels.tape.layer_tape import Input
 
 QKV, O, GATES, DOWN, LAYERS = (0, 1, 2), 3, (4, 5), 6, 7
-"""The linear layers by their places among all."""
+"""Numbers of the linear layers: q, k, v; o; gate, up; down; and how many there are."""
 MANY_ROWS = 2048
-"""From so many rows on backward recomputes what one pass over memory gives again."""
+"""From this number of rows on, backward recomputes tensors that take one pass over memory."""
 _LEAST_ROWS = 16
 """Fewer rows do not fill the registers of the kernels for small ranks."""
 
@@ -37,7 +37,7 @@ class Norm:
     """(weight + offset) * x / sqrt(mean(x^2) + epsilon), rounded before it is multiplied by the
     weight unless is_wide.
 
-    weight  (D); of q and k (S), a head's, or (H S), that of all heads of a row
+    weight  (D); for q and k (S) if each head is normed, (H S) if all heads of a row are
     """
 
     weight: Tensor
@@ -50,14 +50,15 @@ class Norm:
 
 
 def with_scale(norm: Norm | None, scale: Tensor) -> block_calls.Norm | None:
-    """Returns the norm as the kernels take it, with a float32 value for each row that it norms."""
+    """Returns the norm for the kernels. scale: float32, one value for each row that is normed."""
     if norm is None:
         return None
     return block_calls.Norm(norm.weight, scale, norm.epsilon, norm.offset, norm.is_wide)
 
 
 class Norms(NamedTuple):
-    """The norms of a layer; None: there is none. q and k have both or none."""
+    """The norms of a layer, None where there is none. Either both of q and k have one, or
+    neither."""
 
     before_attention: Norm | None = None
     q: Norm | None = None
@@ -69,10 +70,10 @@ class Norms(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockPart:
-    """A part of the rows, with updates and documents of its own.
+    """A part of the rows, with its own updates and documents.
 
-    rows    the rows, of M
-    layers  q, k, v, o, gate, up and down, all with the same share of dropout or none with any
+    rows    which of the M rows
+    layers  q, k, v, o, gate, up and down; all have the same share of dropout, or none has dropout
     angles  cosines and sines (rows, S), bf16 or float32; None: nothing is rotated
     """
 
@@ -126,7 +127,7 @@ class Block:
 
     @property
     def layers(self) -> Sequence[LoRALinear]:
-        """Layers whose base and bias are those of every part."""
+        """The layers of the first part; base and bias are the same in every part."""
         return self.parts[0].layers
 
     def usable(self, x: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """The steps of a pass over a decoder layer with LoRA (block.py), each over all parts of the rows.
 
-Names are those of block.py; o and d are the outputs of the layers o and down where a norm stands
-behind them. Shapes: M rows, D hidden, S head size, R ranks side by side.
+Names are those of block.py. o and d are the outputs of the layers o and down if a norm follows
+them. Shapes: M rows, D hidden, S head size, R ranks side by side.
 """
 
 from collections.abc import Iterator, Sequence
@@ -72,8 +72,8 @@ class Part:
         return x.new_empty(count, sum(len(self.A[number]) for number in numbers))
 
     def scale(self, scale: Tensor, rows: int) -> Tensor:
-        """Returns what belongs to the rows of this part. scale: of so many rows, one value or
-        several for each."""
+        """Returns the values of this part's rows. scale: one or several values for each of
+        `rows`."""
         count = len(scale) // rows
         return scale[self.rows.start * count : self.rows.stop * count]
 
@@ -97,7 +97,8 @@ class Part:
         *,
         add: bool,
     ) -> None:
-        """x and grads: of all rows. above: g B of each layer, side by side; down: x A^T of each."""
+        """Writes the gradients of A and B. x and grads are of all rows. above: g B of each layer,
+        side by side; down: x A^T of each."""
         adapted = [number for number in numbers if len(self.A[number])]
         if not adapted:
             return
@@ -144,7 +145,7 @@ class Pass:
         return layer.base.product(x, layer.bias)
 
     def scales(self, norm: Norm | None, x: Tensor) -> Tensor:
-        """Creates a place for the scales of a norm of x, empty without a norm."""
+        """Allocates the scales of a norm of x; without a norm they are empty."""
         count = 0 if norm is None else x.numel() // norm.weight.numel()
         return torch.empty(count, dtype=torch.float32, device=x.device)
 
@@ -168,9 +169,9 @@ class Pass:
         norm: Norm | None,
         behind: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-        """Computes h = beside + the norm `after` of x + update, m = norm(h), and of m the narrow
-        sides of the layers `behind`. Returns h, the scales of `after`, m, its scales and these
-        sides of each part."""
+        """Computes h = beside + after(x + update), m = norm(h), and the products of m with A of the
+        layers `behind`. Returns h, the scales of `after`, m, its scales and these products of each
+        part."""
         after_scale, scale = self.scales(after, x), self.scales(norm, x)
         h = x if after is None else torch.empty_like(x)
         m, downs = h if norm is None else torch.empty_like(x), self.narrow(behind)
@@ -196,8 +197,8 @@ class Pass:
         *,
         back: bool = False,
     ) -> None:
-        """Calls block_calls.heads. downs: of the updates; None: heads have theirs already. scales,
-        beside: of q and k, read only if these have norms."""
+        """Calls block_calls.heads for each part. downs: x A^T of the updates; None: they are added
+        already. scales, beside: those of q and k, read only if these have norms."""
         norms = self.block.norms.q, self.block.norms.k
         for number, part in enumerate(self.parts):
             own = [wide[part.rows] for wide in heads]
@@ -245,8 +246,8 @@ class BackwardPass(Pass):
     def through_last_norm(
         self, number: int, grad: Tensor, norm: Norm | None, normed: Tensor, scale: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        """Takes the gradient behind the norm that follows a layer to that of the layer's output.
-        Returns it and its product with B of each part."""
+        """Takes a gradient back through the norm that follows a layer. Returns the gradient of the
+        layer's output, and its product with B of each part."""
         if norm is None:
             return grad, [
                 rank.down(grad[part.rows], part.B[number].T, part.part.layers[number].scaling)
@@ -274,8 +275,8 @@ class BackwardPass(Pass):
         beside: Tensor,
         behind: Sequence[Side | None] | None = None,
     ) -> None:
-        """Adds the updates of the layers `numbers` to grad, the gradient of their input, and turns
-        it into that of `normed`, which has `beside` too."""
+        """Adds the updates of the layers `numbers` to grad, the gradient of their input. Then
+        replaces it by the gradient of `normed`: through the norm, plus `beside`."""
         behind = [None for _ in self.parts] if behind is None else behind
         for part, above, side in zip(self.parts, aboves, behind, strict=True):
             block_calls.norm_backward(
@@ -290,8 +291,9 @@ class BackwardPass(Pass):
     def through_norms(
         self, grad_h: Tensor, gate_aboves: Sequence[Tensor], grad: Tensor, kept: Kept
     ) -> tuple[Tensor, list[Tensor]]:
-        """Turns grad_h, the gradient of m without updates, into that of h, which has `grad` too.
-        Returns the gradient of the output of the layer o, and its product with B of each part."""
+        """Replaces grad_h, the gradient of m without updates, by that of h: through the norm, plus
+        `grad`. Returns the gradient of the output of the layer o, and its product with B of each
+        part."""
         norm, after = self.block.norms.before_feed_forward, self.block.norms.after_attention
         aboves = self.narrow([O])
         behind = self.output_sides(O, aboves) if after is None else None
@@ -303,7 +305,7 @@ class BackwardPass(Pass):
     def attention_gradients(
         self, grad: Tensor, aboves: Sequence[Tensor], kept: Kept, entropies: Iterator[Tensor]
     ) -> list[Tensor]:
-        """Returns the gradients of q, k and v. grad: of the input of the layer o, but for its
+        """Returns the gradients of q, k and v. grad: that of the input of the layer o, without its
         updates."""
         q, k = self.heads_again(kept)
         grad_heads = [torch.empty_like(values) for values in (q, k, kept.v)]
@@ -327,8 +329,8 @@ class BackwardPass(Pass):
     def norm_again(
         self, norm: Norm | None, x: Tensor, kept: Tensor, downs: Sequence[Tensor]
     ) -> Tensor:
-        """Returns the norm of x if a factor's gradient needs it: that of an A which made one of
-        `downs` of it."""
+        """Returns the norm of x if the gradient of an A needs it: if a layer that reads it has an
+        update (`downs`). Otherwise returns x."""
         if norm is None or not is_adapted(downs):
             return x
         if self.keeps_all:
@@ -347,7 +349,7 @@ class BackwardPass(Pass):
         return gated
 
     def heads_again(self, kept: Kept) -> tuple[Tensor, Tensor]:
-        """Returns q and k behind their norms and their rotation."""
+        """Returns q and k after their norms and their rotation."""
         norms = self.block.norms.q, self.block.norms.k
         if self.keeps_all or norms[0] is None:
             return kept.q, kept.k

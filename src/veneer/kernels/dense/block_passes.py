@@ -21,8 +21,8 @@ from veneer.kernels.dense.block_parts import BackwardPass, Kept, Pass, is_adapte
 def forward(
     block: Block, x: Tensor, factors: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Returns y, and what backward needs: a `Kept`, the narrow sides of the updates of each part,
-    then what attention keeps."""
+    """Returns y and the tensors for backward: a `Kept`, the x A^T of each part, and the tensors
+    that attention saves."""
     run, norms, rows = Pass(block, x, factors), block.norms, len(x)
     _, _, n, n_scale, n_downs = run.add(
         x, [None for _ in run.parts], None, None, norms.before_attention, QKV
