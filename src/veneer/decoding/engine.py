@@ -240,7 +240,7 @@ class Engine:
 
 def _no_memory() -> DoesNotFitError:
     return DoesNotFitError(
-        "out of memory answering", next_step="Ask for less at once, or end others."
+        "out of memory while answering", next_step="Send fewer requests at once, or cancel some."
     )
 
 

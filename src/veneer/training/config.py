@@ -120,9 +120,9 @@ class RunConfig(StrictSettings):
     batch: Annotated[int, ROWS] = 8
     """Rows per optimizer step."""
     micro_batch: Annotated[int, ROWS] | None = None
-    """Rows computed at once, at evaluations too; gradients are summed until `batch` is reached.
-    Default: batch divided by the processes; with reduce: exact an eighth of batch on any number of
-    processes."""
+    """Rows computed at once, in training and evaluation. Gradients are summed until `batch` is
+    reached. Default: batch divided by the processes; with reduce: exact an eighth of batch on any
+    number of processes."""
     length: Annotated[int, LENGTH] = 2048
     """Longest row kept, tokens; never more than the model has positions."""
     order: Literal["bucketed", "shuffled", "file"] = "bucketed"

@@ -211,16 +211,17 @@ class Acting:
         )
 
     def keeping(self, rows: Tensor) -> "Acting":
-        """The same value for a model whose output head gets only these rows."""
+        """Returns a copy for a model whose output head gets only these rows."""
         return replace(self, kept=rows)
 
     def drawing(self, keys: TokenKeys | None) -> "Acting":
-        """The same value with dropout masks drawn from these keys."""
+        """Returns a copy that draws dropout masks from these keys."""
         return replace(self, keys=keys)
 
 
 def in_turn(rows: Sequence[tuple[int, Applied]]) -> Acting:
-    """One part for each (rows, adapters), neighbours with the same adapters joined."""
+    """Returns an Acting with a part for each (rows, adapters), one after the other. Neighbours with
+    the same adapters are joined."""
     parts = _joined(rows)
     return Acting.everywhere(parts[0].adapters) if len(parts) == 1 else Acting(parts)
 

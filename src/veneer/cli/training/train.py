@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         nargs="+",
         metavar="DIR",
-        help="continue the run in DIR exactly, with its own settings; several together",
+        help="continue the run in DIR bit for bit, with its own settings; several train together",
     )
     group.add_argument(
         "--fit",

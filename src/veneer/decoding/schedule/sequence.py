@@ -115,7 +115,7 @@ class Request:
                 f" {self.max_new_tokens:,}"
             )
         if faults:
-            raise ConfigError("this cannot be asked", faults)
+            raise ConfigError("the request is invalid", faults)
 
     @property
     def most_places(self) -> int:

@@ -45,7 +45,7 @@ VARIABLES = {
     "V": (torch.float32, torch.bfloat16, torch.float16),
     "S": (torch.float32, torch.uint8),
 }
-"""Names of types that a tensor sets, and the types that it may have."""
+"""Type variables, which a tensor sets, and the types that each may be."""
 TENSOR = re.compile(
     r"(?P<dtype>\w+)(?P<bracket>[\[{])(?P<axes>.+)[\]}](?P<optional>\??)"
     r"(?: words (?P<words>\d+))?(?: (?P<order>below|ascending to) (?P<limit>.+))?$"
@@ -65,13 +65,13 @@ class Entry(NamedTuple):
     kind: str
 
     def match(self, pattern: re.Pattern[str]) -> Match:
-        """Returns the parts of a kind, or nothing if it is of another form."""
+        """Returns the groups of a match of the kind; empty if it does not match."""
         match = pattern.match(self.kind)
         return match.groupdict("") if match else {}
 
 
 class _Template(ast.NodeTransformer):
-    """Puts values in place of names: another name, several names, an expression or statements."""
+    """Replaces names by values: another name, several names, an expression or statements."""
 
     def __init__(self, values: Values) -> None:
         self._values = values
@@ -95,7 +95,7 @@ class _Template(ast.NodeTransformer):
         return node
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
-        """Turns a division into one that leaves no rest."""
+        """Replaces a division by _divide, which refuses a remainder."""
         self.generic_visit(node)
         if isinstance(node.op, ast.Div):
             return ast.Call(ast.Name("_divide", ast.Load()), [node.left, node.right], [])
@@ -109,7 +109,8 @@ def _statements(template: str, **values: Any) -> list[ast.stmt]:
 
 
 def _expression(text: str, **values: Any) -> ast.expr:
-    """The same of an expression, in which names of types stand for their numbers in C."""
+    """Returns an expression with values in place of its names. A type stands for its number in
+    C."""
     numbers = {name: f"{name}_number" for name in VARIABLES}
     tree: ast.expr = _Template(numbers | values).visit(ast.parse(text.strip(), mode="eval").body)
     return tree
@@ -131,8 +132,9 @@ def generate_call(
     c_names: list[str],
     helpers: Values,
 ) -> Callable[..., Any]:
-    """Generates the function that replaces a declared one; without c_names it returns the struct.
-    helpers: _struct, None without a struct, _fails, and what else the statements use."""
+    """Generates the function that replaces a declared one. Without c_names it returns the struct.
+    helpers: other names that the statements use: _struct (None if there is none), _fails,
+    _refused."""
     parameters = signature(function).parameters
     keywords = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
     positional = [name for name in parameters if name not in keywords]
@@ -181,11 +183,11 @@ def generate_call(
 
 
 def _without_body() -> None:
-    """Has the code of a function that declares its parameters alone."""
+    """Has the same code as a declared function without a body."""
 
 
 def _value(entry: Entry) -> ast.expr:
-    """Returns what C gets of an entry."""
+    """Returns the expression that is passed to C for an entry."""
     if entry.kind.startswith("unused"):
         return _expression("()" if "*" in entry.kind else "None")
     if entry.match(TENSOR):
@@ -214,8 +216,8 @@ def _checks(entries: list[Entry], parameters: Iterable[str]) -> list[ast.stmt]:
 
 
 def _read_sizes(entry: Entry, match: Match, known: set[str]) -> list[ast.stmt]:
-    """Reads the sizes, the strides and the type which this tensor is the first to name, and adds
-    them to the known names."""
+    """Returns the statements that read the sizes, strides and type that this tensor is the first to
+    name. Adds these to the known names."""
     x, dtype, statements = entry.name, match["dtype"], list[ast.stmt]()
     axes, strides = _axes(match), _axes(match, 2)
     new = [i for i, axis in enumerate(axes) if axis.isidentifier() and axis not in known]
@@ -286,19 +288,19 @@ def _check_tensor(entry: Entry, match: Match) -> list[ast.stmt]:
 
 
 def _axes(match: Match, part: int = 0) -> list[str]:
-    """Returns the sizes of axes, or their strides: part 2."""
+    """Returns the names of the axes' sizes, or with part 2 those of their strides."""
     return [axis.partition("@")[part].strip() for axis in match["axes"].split(",")]
 
 
 def _divide(dividend: int, divisor: int) -> int:
-    """Divides without a rest, or raises CallError."""
+    """Divides exactly. Raises CallError if there is a remainder."""
     if divisor < 1 or dividend % divisor:
         raise CallError(f"{dividend} is not a multiple of {divisor}")
     return dividend // divisor
 
 
 def _is_within(tensor: Tensor, limit: int, order: str) -> bool:
-    """True if the values lie between 0 and the limit, in order if that is asked."""
+    """True if the values are within 0 and the limit. order: "below", or "ascending to"."""
     numbers = [] if tensor.is_meta else tensor.tolist()
     if order == "below":
         return all(0 <= number < limit for number in numbers)
@@ -306,7 +308,7 @@ def _is_within(tensor: Tensor, limit: int, order: str) -> bool:
 
 
 def refused(function: str, name: str, kind: str, values: Values) -> CallError:
-    """Describes what differs from an entry, with the sizes that it names."""
+    """Returns the error for a value that does not match its entry, with the sizes in the entry."""
     value = values[name]
     if isinstance(value, Tensor):
         strides = value.stride()

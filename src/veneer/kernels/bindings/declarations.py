@@ -104,7 +104,7 @@ def declare(
     c_call: str, fields: str = "", *, fails: Exception | None = None, **structs: Any
 ) -> Callable[[Callable[P, Values | None]], Callable[P, None]]:
     """Makes a function check its arguments and call C. structs: struct classes by their kinds.
-    fails: the error where C returns another number than 0."""
+    fails: the error that is raised if C does not return 0."""
     text, _, c_arguments = c_call.removesuffix(")").partition("(")
     names = text.split("|")
     entries, arguments = _entries(fields), _entries(c_arguments, r",(?![^[{]*[\]}])")

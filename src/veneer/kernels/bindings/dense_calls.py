@@ -128,7 +128,7 @@ def update_columns() -> int:
     in the lower half of the last word."""
     fields = [getattr(_Update, name).offset for name, _ in _Update._fields_]
     if fields != [8 * n for n in range(len(fields))] or sys.byteorder != "little":
-        raise CallError("updates do not lie as C and dense/mixes.py take them to")
+        raise CallError("the fields of an update are not where C and dense/mixes.py expect them")
     return ctypes.sizeof(_Update) // 8
 
 

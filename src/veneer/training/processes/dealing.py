@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 
 def dealt(costs: Sequence[int], size: int) -> list[int]:
-    """Returns the process that computes each micro-batch: the costliest first, to the one with
-    least so far.
+    """Returns the process of each micro-batch. Goes from the costliest micro-batch to the cheapest,
+    and gives each to the process with the lowest total so far.
 
-    Longest processing time first (Graham 1969): at most 4/3 of the best plan's longest share.
+    Longest processing time first (Graham 1969): the longest total is at most 4/3 of the best
+    plan's.
     """
     shares = [0] * size
     owner = [0] * len(costs)
