@@ -9,13 +9,16 @@ from tests.adapters.test_methods import move
 from tests.support.decoding.copying import copying_base
 from veneer.adapters.attach import attach
 from veneer.adapters.config import DoRA, LoRA, Prefix
-from veneer.decoding.engine import Engine
+from veneer.decoding.engine import Engine, bytes_per_token
+from veneer.decoding.generate import generate
 from veneer.decoding.sampling.grammar import Grammars
 from veneer.decoding.sampling.sampling import Sampling
 from veneer.decoding.schedule import lookup
 from veneer.decoding.schedule.adapters import FixedAdapters
+from veneer.decoding.schedule.limits import Limits
 from veneer.decoding.schedule.lookup import AnswerHistory, AnswerLookup, TokenIndex
 from veneer.decoding.schedule.sequence import FinishReason, Request
+from veneer.errors import ConfigError
 from veneer.kernels.bindings import library as native
 
 pytestmark = pytest.mark.skipif(
@@ -131,6 +134,18 @@ def test_an_answer_that_repeats_itself_takes_fewer_steps():
     assert len(auto.steps) < 0.5 * len(off.steps)
 
 
+def test_generate_calls_back_with_each_token_of_a_step_in_order():
+    base = copying_base(keep=0.0)
+    prompt, told = list(repetitive(0)), {"off": [], "auto": []}
+    answers = {
+        mode: generate(base, [prompt], max_new_tokens=90, lookup=mode, on_token=tokens.append)
+        for mode, tokens in told.items()
+    }
+    assert answers["off"] == answers["auto"] == [told["off"]] == [told["auto"]]
+    with pytest.raises(ConfigError, match="lookup is 'fast'"):
+        generate(base, [prompt], max_new_tokens=1, lookup="fast")
+
+
 def test_adapters_whose_rows_depend_on_others_are_answered_beside_guesses(eager):
     base, applied = base_with_adapters()
     requests = [
@@ -179,9 +194,6 @@ def test_stop_tokens_checks_and_grammars_end_answers_as_without_guesses(eager):
 
 
 def test_few_blocks_and_small_steps_change_no_answer(eager):
-    from veneer.decoding.engine import bytes_per_token
-    from veneer.decoding.schedule.limits import Limits
-
     base, applied = base_with_adapters()
     requests = [
         Request(prompt=repetitive(n, 20 + n), max_new_tokens=40, adapter=EXACT[n % 4])
