@@ -2,6 +2,7 @@
 
     python benchmarks/lookup.py                                       edits and stories, by the base
     python benchmarks/lookup.py --adapter runs/e2e --data held.jsonl  answers of an adapter too
+    OMP_NUM_THREADS=1 python benchmarks/lookup.py --processor-time    on a machine that is busy
 
 Greedy, smollm2-135m in bf16, answers up to 160 tokens. At one row, an engine answers the prompts in
 turn. The two modes alternate within a turn, after one turn that is not counted. Prints, for each
@@ -14,6 +15,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import veneer
@@ -59,7 +61,11 @@ def tasks(base: Base, data: Path | None) -> dict[str, tuple[list[list[int]], Ide
 
 
 def answer(
-    base: Base, groups: list[list[list[int]]], who: Identity, lookup: LookupMode
+    base: Base,
+    groups: list[list[list[int]]],
+    who: Identity,
+    lookup: LookupMode,
+    clock: Callable[[], float],
 ) -> tuple[float, int, int, list[list[int]]]:
     """Answers groups of prompts in turn. Returns seconds, tokens and steps after the first tokens
     of each group, and the answers."""
@@ -80,17 +86,24 @@ def answer(
         ]
         while not all(answer.new for answer in answers):
             engine.step(0.0)
-        first, start = sum(len(answer.new) for answer in answers), time.perf_counter()
+        first, start = sum(len(answer.new) for answer in answers), clock()
         while not engine.scheduler.idle:
             engine.step(0.0)
             steps += 1
-        seconds += time.perf_counter() - start
+        seconds += clock() - start
         tokens += sum(len(answer.new) for answer in answers) - first
         texts += [answer.new for answer in answers]
     return seconds, tokens, steps, texts
 
 
-def measure(base: Base, prompts: list[list[int]], who: Identity, rows: int, turns: int) -> str:
+def measure(
+    base: Base,
+    prompts: list[list[int]],
+    who: Identity,
+    rows: int,
+    turns: int,
+    clock: Callable[[], float],
+) -> str:
     groups = [
         [prompts[(start + row) % len(prompts)] for row in range(rows)]
         for start in range(0, max(len(prompts), rows), rows)
@@ -100,7 +113,7 @@ def measure(base: Base, prompts: list[list[int]], who: Identity, rows: int, turn
     tokens_a_step, texts = {}, {}
     for turn in range(turns + 1):
         for mode in modes if turn % 2 else modes[::-1]:
-            seconds, tokens, steps, texts[mode] = answer(base, groups, who, mode)
+            seconds, tokens, steps, texts[mode] = answer(base, groups, who, mode, clock)
             tokens_a_step[mode] = tokens / steps
             milliseconds[mode] += [1e3 * seconds / tokens] if turn else []
         if texts["off"] != texts["auto"]:
@@ -121,13 +134,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="rows whose first turns are prompts")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--processor-time", action="store_true", help="count this process's alone")
     options = parser.parse_args()
+    clock = time.process_time if options.processor_time else time.perf_counter
     base = veneer.load(options.base)
     if options.adapter:
         base.load_adapter(options.adapter, name="adapter")
     for name, (prompts, who) in tasks(base, options.data).items():
         for rows in options.rows:
-            print(f"{name:8}", measure(base, prompts, who, rows, options.turns), flush=True)
+            print(f"{name:8}", measure(base, prompts, who, rows, options.turns, clock), flush=True)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ LookupMode = Literal["auto", "off"]
 MODES: tuple[LookupMode, ...] = get_args(LookupMode)
 
 STEP_ROWS = 12
-"""Most rows of a step with guesses. The products take up to 12 rows together (few_rows): on a Zen 4
+"""Most rows of a step with guesses. The products take up to 12 rows together (few_rows): on a Zen 5
 core a step of 1, 2, 9, 12 and 16 rows of SmolLM2-135M took 9.5, 11.1, 12.3, 12.8 and 18.1 ms."""
 MOST_GUESSES = 11
 FIRST_GUESSES = 4
@@ -123,12 +123,13 @@ class AnswerLookup:
         self._stops, self._indexed = request.stops, 0
         self._guesses, self._credit = history.guesses, history.credit
 
-    def guess(self, new: Sequence[int], most: int) -> list[int]:
-        """Guesses up to `most` tokens after the answer's new tokens, before a stop token."""
+    def guess(self, new: Sequence[int], most: int, least_credit: float = 0.0) -> list[int]:
+        """Guesses up to `most` tokens after the answer's new tokens, before a stop token, if it has
+        more than this credit."""
         self._credit = min(self._credit + TOKEN_CREDIT * (len(new) - self._indexed), MOST_CREDIT)
         self._index.extend(new[self._indexed :])
         self._indexed = len(new)
-        if self._credit <= 0 or most <= 0:
+        if self._credit <= least_credit or most <= 0:
             return []
         newest, best, text = self._index.tokens[-LONGEST_MATCH:], (0, -1), self._index
         for index in (self._index, *self._history.indexes):
@@ -180,6 +181,8 @@ class Lookup:
             return {}
         guesses: dict[Answer, list[int]] = {}
         lookups, self._lookups = self._lookups, {}
+        # Beside others, an answer's wrong guesses delay them too: it must have earned its credit.
+        least_credit = 0.0 if len(answers) == 1 else STEP_COST * len(answers)
         for answer in answers:
             request = answer.request
             if not self._keeps_bits(request.adapter):
@@ -187,7 +190,7 @@ class Lookup:
             own = lookups.get(answer) or AnswerLookup(request, self._history(request))
             self._lookups[answer] = own
             most = min(MOST_GUESSES, request.max_new_tokens - len(answer.new) - 1)
-            if tokens := own.guess(answer.new, most):
+            if tokens := own.guess(answer.new, most, least_credit):
                 guesses[answer] = tokens
         self._guessing = max(1, len(guesses))
         if not (share := (most_rows - len(answers)) // self._guessing):
