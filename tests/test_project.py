@@ -23,7 +23,7 @@ from veneer.cli.main import command_module
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
-MOST_LINES = 420
+MOST_LINES = 400
 
 # Ways to run what a stranger wrote. Models, adapters, templates and run files come from strangers.
 BANNED = {

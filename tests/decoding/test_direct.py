@@ -19,13 +19,9 @@ from veneer.adapters.placement.acting import Acting, in_turn
 from veneer.decoding.engine import Engine, decode_step_of
 from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.execution.agreement import difference as apart
-from veneer.execution.decode_step import (
-    LayersForward,
-    forward_by_layers,
-    own_forward,
-    read_and_continued,
-)
+from veneer.execution.decode_step import LayersForward, forward_by_layers, own_forward
 from veneer.execution.proofs.model import prove_packing
+from veneer.execution.proofs.steps import read_and_continued
 from veneer.kernels.bindings.arguments import observe_calls
 from veneer.kernels.decoding import decoder_step
 from veneer.kernels.dense import few_rows

@@ -14,13 +14,9 @@ from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import make_batch
 from veneer.execution.agreement import difference
 from veneer.execution.attention import NAME
-from veneer.execution.decode_step import (
-    LayersForward,
-    forward_by_layers,
-    own_forward,
-    read_and_continued,
-)
+from veneer.execution.decode_step import LayersForward, forward_by_layers, own_forward
 from veneer.execution.decoder_layer import find_layers
+from veneer.execution.proofs.steps import read_and_continued
 from veneer.execution.train_step import (
     FusedAttention,
     FusedLayer,

@@ -20,8 +20,9 @@ from veneer.adapters.placement.attachment import Attachment
 from veneer.decoding.schedule.blocks import BlockManager, PrefixWrite
 from veneer.decoding.schedule.step_plan import Span, StepPlan
 from veneer.execution.cuda_graphs import HEAD, Graphs, recorder_here
-from veneer.execution.decode_step import Again, Run
+from veneer.execution.decode_step import Again
 from veneer.execution.paged import PagedKeys, PagedStep
+from veneer.execution.proofs.steps import Run
 from veneer.kernels.attention.paged import SpanRows
 from veneer.kernels.dense import few_rows
 from veneer.kernels.layout import round_up

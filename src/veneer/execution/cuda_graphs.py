@@ -24,8 +24,8 @@ from torch import Tensor
 from veneer.adapters.placement.acting import Acting, BatchPart
 from veneer.adapters.placement.attachment import Attachment
 from veneer.execution.agreement import MODEL, difference
-from veneer.execution.decode_step import Run
 from veneer.execution.paged import PagedKeys, RowsStep
+from veneer.execution.proofs.steps import Run
 from veneer.kernels.attention.paged_rows import BlockTables
 from veneer.quant.scratch import held_buffers
 

@@ -35,13 +35,13 @@ from veneer.execution.layer_facts import (
     Norm,
     O,
 )
-from veneer.execution.paged import PagedKeys, PagedStep
+from veneer.execution.paged import PagedStep
 from veneer.execution.proofs.model import in_front, some_ids, structure
 from veneer.execution.proofs.same_values import same_values
 from veneer.execution.proofs.small_copy import NoCopyError, small_copy
+from veneer.execution.proofs.steps import Run, read_and_continued
 from veneer.execution.proofs.structure import LIMIT, sample_texts, structure_proof
 from veneer.execution.recorded import Inputs, RecordedEnds, RecordedSteps, Snapshot
-from veneer.kernels.attention.paged import SpanRows
 from veneer.kernels.decoding import decoder_step
 from veneer.kernels.dense import few_rows
 from veneer.kernels.dense.fused import silu_gate
@@ -49,13 +49,8 @@ from veneer.linear import FewRowsLinear
 from veneer.private.torch import children_of, has_hooks
 from veneer.sharded import is_sharded
 
-SLOTS = 16
 DENSE = (nn.Linear, FewRowsLinear)
 """Modules whose products few_rows computes."""
-
-Run = Callable[[Tensor, Any, Tensor | None], Tensor]
-"""(2, N) ids and positions, a step (execution/attention.py: BatchAttention), the rows that are kept
-or all -> their logits."""
 
 Again = Callable[[Sequence[int], PagedStep], Tensor | None]
 """(N) ids, a step -> the logits of all its rows, (N, V); None: nothing was computed."""
@@ -372,25 +367,6 @@ def own_forward(model: PreTrainedModel) -> Run:
         return logits
 
     return run
-
-
-def read_and_continued(run: Run, texts: Sequence[Sequence[int]]) -> Tensor:
-    """(tokens, V): all of the texts but their last two tokens in one step, then these one by
-    one."""
-    blocks = [-(-len(text) // SLOTS) for text in texts]
-    tables = [list(range(sum(blocks[:n]), sum(blocks[: n + 1]))) for n in range(len(texts))]
-    keys, found = PagedKeys(sum(blocks), SLOTS), []
-    for step in range(3):
-        cuts = [
-            (0, len(t) - 2) if step == 0 else (len(t) - 3 + step, len(t) - 2 + step) for t in texts
-        ]
-        ids = [i for text, (start, stop) in zip(texts, cuts, strict=True) for i in text[start:stop]]
-        positions = [place for start, stop in cuts for place in range(start, stop)]
-        laid = PagedStep(
-            keys, [SpanRows(*cut, table) for cut, table in zip(cuts, tables, strict=True)]
-        )
-        found.append(run(torch.tensor([ids, positions]), laid, torch.arange(len(ids))))
-    return torch.cat(found)
 
 
 def _taken_apart(model: PreTrainedModel) -> LayersForward | str:

@@ -36,13 +36,13 @@ def block_cases(
     heads = [rng.randint(1, 3) for _ in range(3)]
     is_wide, is_gelu, back, has_norms = (bool(rng.randint(0, 1)) for _ in range(4))
 
-    def norm(columns: int = width, spans: int = 1) -> block_calls.Norm:
+    def norm(columns: int = width, spans: int = 1) -> block_calls.NormOperands:
         scale = filled(torch.float32, rows * spans)
-        return block_calls.Norm(filled(BF16, columns), scale, 1e-5, 1.0, is_wide)
+        return block_calls.NormOperands(filled(BF16, columns), scale, 1e-5, 1.0, is_wide)
 
     float_angles = tuple(filled(torch.float32, rows, size) for _ in range(2))
 
-    def norm_of_heads(heads: int) -> block_calls.Norm | None:
+    def norm_of_heads(heads: int) -> block_calls.NormOperands | None:
         if not has_norms:
             return None
         return norm(size, heads) if is_wide else norm(heads * size)

@@ -41,10 +41,10 @@ _SIDE = """
 _Side = structure("Side", _SIDE, Mask=DropoutMask)
 
 
-_Norm = structure("Norm", "weight, scale: pointer; is_wide; epsilon, offset: float")
+_Norm = structure("NormOperands", "weight, scale: pointer; is_wide; epsilon, offset: float")
 
 
-class Norm(NamedTuple):
+class NormOperands(NamedTuple):
     """(weight + offset) * x * scale, scale = 1 / root mean square of each row, written or read.
 
     weight (D) bf16; scale (M) float32; is_wide: x * scale is not rounded before it is multiplied.
@@ -58,7 +58,7 @@ class Norm(NamedTuple):
     is_wide: bool = False
 
 
-def _norm(norm: Norm | None, rows: int, width: int) -> Any:
+def _norm(norm: NormOperands | None, rows: int, width: int) -> Any:
     """Checks a norm of this number of rows. None: no norm."""
     if norm is None:
         return _Norm()
@@ -129,22 +129,22 @@ _SIZES = "rows: 0..2**27; width: 16..2**27 % 16"
     normed: unused
     total: bf16[rows, width] words 4
     out: bf16[rows, width]? words 4
-    after, norm: Norm
+    after, norm: NormOperands
     before, behind: Side
     {_SIZES}
     body total, after, norm, before, behind
     """,
     Side=_Side,
-    Norm=_Norm,
+    NormOperands=_Norm,
 )
 def norm_forward(
     x: Tensor,
     *,
     before: Side | None = None,
-    after: Norm | None = None,
+    after: NormOperands | None = None,
     total: Tensor | None = None,
     beside: Tensor | None = None,
-    norm: Norm | None = None,
+    norm: NormOperands | None = None,
     out: Tensor | None = None,
     behind: Side | None = None,
 ) -> Values:
@@ -174,19 +174,19 @@ def norm_forward(
     beside, normed: bf16[rows, width]?
     total: unused
     out: bf16[rows, width] words 4
-    after, norm: Norm
+    after, norm: NormOperands
     before, behind: Side
     {_SIZES}
     body out, after, norm, before, behind
     """,
     Side=_Side,
-    Norm=_Norm,
+    NormOperands=_Norm,
 )
 def norm_backward(
     x: Tensor,
     *,
     before: Side | None = None,
-    norm: Norm | None = None,
+    norm: NormOperands | None = None,
     normed: Tensor | None = None,
     beside: Tensor | None = None,
     out: Tensor | None = None,
@@ -276,7 +276,7 @@ def gate_backward(
     """
     x: pointer*3
     out, normed: pointer*2
-    norms: Norm*2
+    norms: NormOperands*2
     spans: int*2
     heads: int*3
     sides: Side*3
@@ -288,7 +288,7 @@ def gate_backward(
     body x, out, normed, norms, spans, heads, sides, cos, sin, rows, is_wide
     """,
     Side=_Side,
-    Norm=_Norm,
+    NormOperands=_Norm,
 )
 def heads(
     x: Sequence[Tensor],
@@ -296,7 +296,7 @@ def heads(
     angles: tuple[Tensor, Tensor] | None,
     sides: Sequence[Side],
     *,
-    norms: Sequence[Norm | None] = (None, None),
+    norms: Sequence[NormOperands | None] = (None, None),
     beside: Sequence[Tensor | None] = (None, None),
     back: bool,
 ) -> Values:

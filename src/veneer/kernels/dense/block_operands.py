@@ -49,11 +49,11 @@ class Norm:
         return self.weight.shape, self.epsilon, self.offset, self.is_wide
 
 
-def with_scale(norm: Norm | None, scale: Tensor) -> block_calls.Norm | None:
+def with_scale(norm: Norm | None, scale: Tensor) -> block_calls.NormOperands | None:
     """Returns the norm for the kernels. scale: float32, one value for each row that is normed."""
     if norm is None:
         return None
-    return block_calls.Norm(norm.weight, scale, norm.epsilon, norm.offset, norm.is_wide)
+    return block_calls.NormOperands(norm.weight, scale, norm.epsilon, norm.offset, norm.is_wide)
 
 
 class Norms(NamedTuple):

@@ -157,7 +157,9 @@ class Pass:
             part.output_side(number, down) for part, down in zip(self.parts, downs, strict=True)
         ]
 
-    def norm_of(self, norm: Norm | None, scale: Tensor, part: Part) -> block_calls.Norm | None:
+    def norm_of(
+        self, norm: Norm | None, scale: Tensor, part: Part
+    ) -> block_calls.NormOperands | None:
         return with_scale(norm, part.scale(scale, self.rows))
 
     def add(
