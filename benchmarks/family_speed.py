@@ -5,8 +5,9 @@
 Random bases in bf16 of SmolLM2-135M's shape (--layers of them), each in the form of its family:
 norms, gates, rotation. LoRA of rank 16 on all linear layers, 8 rows that share a prompt. The
 families take steps in turn in one process, so that what else the machine does falls on all alike;
-the fastest step of each counts. Where a family is computed by other paths, its column says by
-which: one node a layer, or parts.
+the fastest step of each counts. On a machine that others use, --clock cpu with one thread
+(OMP_NUM_THREADS=1) counts the time that the process itself computed. `path` says how layers are
+computed: one node each, or parts.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from veneer.adapters.config import LoRA
 from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import make_batch
 from veneer.data.examples import Example, RowRef
-from veneer.execution.train_step import FusedLayer, fused, replacements
+from veneer.execution.train_step import fused, replacements
 from veneer.models.step import batch_loss, prepare
 
 SHAPE: dict[str, Any] = {
@@ -39,6 +41,7 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 3,
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
+    "pad_token_id": 0,
 }
 GEMMA = {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 512}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -53,7 +56,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": {},
     "granite": {},
     "glm4": {"head_dim": 64},
-    "phi3": {"pad_token_id": 0},
+    "phi3": {},
     "cohere": {},
 }
 """What the form of a family asks of its config beside the shape."""
@@ -89,14 +92,16 @@ class Trained:
         )
         self.stand_ins = replacements(self.model)
 
-    def step(self) -> float:
-        """Seconds of a forward and a backward."""
-        began = time.perf_counter()
+    def loss(self) -> Tensor:
         total = float(self.batch.trained_tokens)
         with fused(self.model, self.stand_ins):
-            loss = batch_loss(self.model, self.paths, self.routing, self.batch, total=total)
-            torch.autograd.grad(loss, self.parameters)
-        return time.perf_counter() - began
+            return batch_loss(self.model, self.paths, self.routing, self.batch, total=total)
+
+    def step(self, clock: Callable[[], float] = time.perf_counter) -> float:
+        """Seconds of a forward and a backward."""
+        began = clock()
+        torch.autograd.grad(self.loss(), self.parameters)
+        return clock() - began
 
     def kept_bytes(self) -> int:
         """Bytes of all tensors that a forward keeps for backward, parameters aside."""
@@ -114,8 +119,14 @@ class Trained:
         return sum(kept.values())
 
     def path(self) -> str:
-        nodes = sum(isinstance(module, FusedLayer) for module in self.stand_ins.values())
-        return f"{nodes} nodes" if nodes else "parts"
+        """How the layers are computed: one node each, or parts."""
+        nodes, waiting = set[Any](), [self.loss().grad_fn]
+        while waiting:
+            if (node := waiting.pop()) is not None and node not in nodes:
+                nodes.add(node)
+                waiting += [above for above, _ in node.next_functions]
+        layers = sum(node.name() == "_BlockBackward" for node in nodes)
+        return f"{layers} nodes" if layers else "parts"
 
 
 def main() -> None:
@@ -127,15 +138,17 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=45)
     parser.add_argument("--answer", type=int, default=70)
     parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    clock = time.perf_counter if args.clock == "wall" else time.process_time
     rows = examples(8, args.prompt, args.answer)
     trained = {family: Trained(family, args.layers, rows) for family in args.families}
     kept = {family: own.kept_bytes() for family, own in trained.items()}
     seconds: dict[str, list[float]] = {family: [] for family in trained}
     for _ in range(args.repeats):
         for family, own in trained.items():
-            seconds[family].append(own.step())
+            seconds[family].append(own.step(clock))
     first = args.families[0]
     table = {
         family: {
@@ -152,6 +165,7 @@ def main() -> None:
     if args.out is not None:
         about = {
             "machine": platform.processor() or platform.machine(),
+            "clock": args.clock,
             "threads": torch.get_num_threads(),
             "load": os.getloadavg()[0],
             "torch": torch.__version__,
