@@ -78,6 +78,12 @@ def test_a_sweep_over_methods_names_the_method_before_its_settings(tmp_path):
     ]
 
 
+def test_a_sweep_that_gives_one_setting_twice_is_refused(tmp_path):
+    with pytest.raises(ConfigError) as refusal:
+        read(tmp_path, {**ABOVE, "out": "o"}, sweep=["rank=8,16", "method.rank=4"])
+    assert "--sweep gives method.rank 2 times" in str(refusal.value.faults)
+
+
 def test_every_fault_is_named_with_its_job(tmp_path):
     jobs = [{"out": "a", "seed": "x"}, {"seed": 3}, {"out": "c", "ranc": 3}, {"out": "d"}]
     with pytest.raises(ConfigError) as caught:

@@ -13,6 +13,7 @@ job of every combination of its values, each in a folder of its own below `out`.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -121,6 +122,12 @@ def _grid(sweep: Sequence[str], faults: list[str]) -> list[Point]:
             continue
         path = FLAGS.get(name.replace("-", "_"), tuple(name.split(".")))
         axes.append([(name, path, value) for value in dict.fromkeys(texts)])
+    for path, count in Counter(axis[0][1] for axis in axes).items():
+        if count > 1:
+            faults.append(
+                f"C314 --sweep gives {'.'.join(path)} {count} times: write all its values in one"
+                " list, for instance rank=8,16"
+            )
     # A method is named before its settings are given: another name clears them.
     axes.sort(key=lambda axis: axis[0][1] != FLAGS["method"])
     return [list(point) for point in product(*axes)]

@@ -120,7 +120,7 @@ def prepare_run(
                 base,
                 config,
                 data.train,
-                name=f"{ADAPTER_NAME} {len(beside) + 1}" if beside else ADAPTER_NAME,
+                name=f"{ADAPTER_NAME} {len(base.attachments) + 1}" if beside else ADAPTER_NAME,
                 tokens=new_tokens,
                 resumes=started is not None,
             )

@@ -94,7 +94,8 @@ def run_jobs(
 ) -> list[Result]:
     """Trains jobs in the same forwards until each has ended or failed; returns their results.
 
-    budget: most tokens in a forward of several jobs. finished: called when a job has its result.
+    budget: most tokens in a forward of several jobs. finished: called when a job has its result;
+    an error that it raises becomes the job's, and it is called with that.
     Raises ConfigError with the faults of all jobs before any of them starts, RunInterrupted, and
     errors that concern all jobs.
     """
@@ -179,7 +180,11 @@ def _train_all(
                 results.append((run, run.result))
         for run, result in results:
             run.end(result)
-            finished(run.job, result)
+            try:
+                finished(run.job, run.result)
+            except VeneerError as fault:
+                run.result = fault
+                finished(run.job, fault)
 
 
 class _Run:
@@ -271,11 +276,17 @@ class _Run:
         self.result = summary
 
     def end(self, result: Result) -> None:
-        """Takes the adapter off the base and unlocks the folder."""
+        """Takes the adapter off the base, closes the records and unlocks the folder.
+
+        The result becomes the error of records that cannot be closed, unless it is one already.
+        """
         self.result = result
         if self.prepared.attachment is not None:
             self.prepared.base.detach(self.prepared.attachment.name)
-        self._stack.close()
+        try:
+            self._stack.close()
+        except VeneerError as fault:
+            self.result = result if isinstance(result, VeneerError) else fault
 
 
 @contextmanager

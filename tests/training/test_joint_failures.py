@@ -1,0 +1,67 @@
+"""A job whose records or report cannot be written ends alone: the others train to their end."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.tiny import save_tiny
+from veneer import runs
+from veneer.errors import VeneerError
+from veneer.training.config import RunConfig
+from veneer.training.output.screen import QuietScreen
+from veneer.training.trainee import Trainee
+
+FULL_DISK = Path("/dev/full")
+
+
+@pytest.fixture
+def configs(tmp_path):
+    """A job that is to fail, and one with more steps."""
+    save_tiny(tmp_path / "base")
+    rows = [json.dumps({"prompt": f"row {n}", "completion": "is " * (n % 5 + 1)}) for n in range(9)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    fields = {
+        "base": str(tmp_path / "base"),
+        "data": {"train": str(tmp_path / "rows.jsonl"), "validation_share": 0.2},
+        "method": {"name": "lora", "rank": 2},
+        "batch": 2,
+        "show_answers": False,
+    }
+    return [
+        RunConfig.model_validate({**fields, "out": str(tmp_path / out), "steps": steps})
+        for out, steps in (("bad", 2), ("good", 4))
+    ]
+
+
+def train(configs):
+    return runs.train_jobs(configs, resume=False, screens=[QuietScreen() for _ in configs])
+
+
+@pytest.mark.skipif(not FULL_DISK.exists(), reason="needs a device that is always full")
+def test_records_that_cannot_be_written_end_their_job_alone(configs, monkeypatch):
+    begin_step = Trainee.begin_step
+
+    def begin_on_full_disk(trainee):
+        if trainee.inputs.out.name == "bad" and trainee.progress.step == 1:
+            trainee.records._file = FULL_DISK.open("w")
+        begin_step(trainee)
+
+    monkeypatch.setattr(Trainee, "begin_step", begin_on_full_disk)
+    failed, summary = train(configs)
+    assert isinstance(failed, VeneerError) and summary["steps"] == 4
+    assert (Path(configs[1].out) / "summary.json").exists()
+
+
+def test_a_report_that_cannot_be_written_ends_its_job_alone(configs, monkeypatch):
+    write_report = runs.write_report
+
+    def write_one(folder):
+        if folder.name == "bad":
+            raise VeneerError("the report cannot be written")
+        return write_report(folder)
+
+    monkeypatch.setattr(runs, "write_report", write_one)
+    failed, summary = train(configs)
+    assert isinstance(failed, VeneerError) and "report" in failed.headline
+    assert summary["steps"] == 4
