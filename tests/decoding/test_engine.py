@@ -124,7 +124,7 @@ def test_an_adapter_that_is_not_here_and_a_base_that_cannot_be_packed_are_refuse
     engine = Engine(base, budget_bytes=2**20, adapters=FixedAdapters(applied))
     with pytest.raises(ConfigError, match="is not attached"):
         engine.add(Request(prompt=(1,), max_new_tokens=1, adapter=(("nobody", 1.0),)))
-    with pytest.raises(ConfigError, match="one request after another"):
+    with pytest.raises(ConfigError, match="several requests in one step"):
         Engine(tiny_base("bloom"), budget_bytes=2**20, adapters=FixedAdapters({}))
     with pytest.raises(ConfigError, match="rows for"):
         engine.add(Request(prompt=(1, 2**20), max_new_tokens=1))

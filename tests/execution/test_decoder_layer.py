@@ -98,7 +98,7 @@ def test_a_gate_of_gelu_is_told_from_one_of_silu():
 
 @pytest.mark.parametrize(
     ("family", "reason"),
-    [("phi3", "qkv_proj"), ("starcoder2", "no RMS norms"), ("stablelm", "usual parts: dropout")],
+    [("phi3", "qkv_proj"), ("starcoder2", "no RMS norms"), ("stablelm", "than Llama: dropout")],
 )
 def test_what_is_not_understood_says_why(family, reason):
     model = prepared(family)
@@ -144,7 +144,7 @@ def test_one_layer_that_is_not_understood_is_called_whole_among_others():
     assert isinstance(found, LayersForward), found
     assert [layer.unknown is None for layer in found.layers] == [True, False, True]
     assert unknown_layers(base.model) == [
-        "1 of 3 layers by the model's own code (1): it adds up its parts otherwise"
+        "1 of 3 layers by the model's own code (1): it adds up its parts in another way"
     ]
     with torch.no_grad():
         ours = read_and_continued(found.logits, PROMPTS)

@@ -856,7 +856,7 @@ def test_a_server_that_is_to_end_answers_those_that_are_open_and_no_others(libra
 
 def test_a_base_whose_answers_go_one_by_one_is_not_served(library):
     with (
-        pytest.raises(VeneerError, match="one request after another"),
+        pytest.raises(VeneerError, match="several requests in one step"),
         running(library, base=made_base("bloom")),
     ):
         pass

@@ -67,7 +67,7 @@ class Engine:
             with base.routing.none():
                 reason = prove_decoding(base.model)
             raise ConfigError(
-                "this base answers one request after another",
+                "this base cannot answer several requests in one step",
                 [reason] if reason else [],
                 "Use base.generate.",
             )

@@ -108,7 +108,7 @@ def _look_at(layer: nn.Module) -> DecoderLayer:
         beside |= {ATTENTION, FEED_FORWARD} - {name for name, _ in layer.named_children()}
     if beside or children not in (usual, usual | set(HEAD_NORMS)):
         unusual = sorted(beside | (children ^ usual))
-        return DecoderLayer(layer, unknown=f"it is not of the usual parts: {', '.join(unusual)}")
+        return DecoderLayer(layer, unknown=f"it has other parts than Llama: {', '.join(unusual)}")
     norms = [norm for name, module in parts.items() if (norm := find_norm(module, name))]
     if len(norms) != len(parts):
         return DecoderLayer(layer, unknown="its norms are no RMS norms")
@@ -118,7 +118,7 @@ def _look_at(layer: nn.Module) -> DecoderLayer:
     if heads is None:
         unknown = "its attention block computes something else"
     elif places is None:
-        unknown = "it adds up its parts otherwise"
+        unknown = "it adds up its parts in another way"
     return DecoderLayer(layer, places or LayerNorms(), heads, feed_forward, unknown)
 
 

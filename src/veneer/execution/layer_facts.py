@@ -121,7 +121,7 @@ class DecoderLayer:
         if self.unknown is not None or self.attention is None:
             return self.unknown
         if before is None or before_feed_forward is None or after or after_feed_forward:
-            return "its norms stand otherwise than in Llama"
+            return "its norms stand in other places than in Llama"
         if not (before.is_plain and before_feed_forward.is_plain and self.attention.is_plain):
             return "its norms or heads are of another kind than Llama's"
         return None
