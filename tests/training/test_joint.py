@@ -40,6 +40,8 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     save_tiny(folder / "base")
     save_tiny(folder / "bf16", "llama", torch.bfloat16)
+    for family in ("bloom", "falcon"):
+        save_tiny(folder / family, family)
     save_tiny(folder / "wide", "llama", torch.bfloat16, **WIDE)
     chance = random.Random(1)
     for name, count in (("rows", 14), ("others", 9)):
@@ -122,6 +124,19 @@ def test_every_job_is_the_run_that_it_would_be_alone(world, tmp_path):
         assert_same_run(tmp_path / "joint" / name, tmp_path / "alone" / name)
         assert result["trained_tokens"] == summary["trained_tokens"]
         assert result.keys() == summary.keys()
+
+
+@pytest.mark.parametrize("base", ["bloom", "falcon"])
+def test_padded_rows_of_jobs_get_the_same_length(base, world, tmp_path):
+    """A family that cannot be packed: a job's rows are widened to those of its neighbours."""
+    names = ("lora", "dropout", "batch", "targets")
+    jobs = {name: {**JOBS[name], "base": base} for name in names}
+    jobs["targets"]["method"] = {"name": "lora", "rank": 3, "dropout": 0.2}
+    jobs["lora"]["batch"] = 1
+    together([config(world, tmp_path / "joint" / name, **job) for name, job in jobs.items()])
+    for name, job in jobs.items():
+        alone(world, tmp_path / "alone" / name, **job)
+        assert_same_run(tmp_path / "joint" / name, tmp_path / "alone" / name)
 
 
 @pytest.mark.parametrize("base", ["bf16", "nf4"])

@@ -14,22 +14,27 @@ from veneer.data.batching import Batch
 from veneer.kernels.layout import BatchLayout
 
 
-def join_batches(batches: Sequence[Batch]) -> Batch:
-    """Joins batches that are all packed or all padded; padded ones get the longest row's length."""
+def join_batches(batches: Sequence[Batch]) -> tuple[Batch, list[int]]:
+    """Joins batches that are all packed or all padded; padded ones get the longest row's length.
+
+    Also returns the number of token rows of each in the joined batch, filler included.
+    """
     if len(batches) == 1:
-        return batches[0]
+        return batches[0], [batches[0].ids.numel()]
     if all(batch.layout is not None for batch in batches):
         parts = [(batch.ids.numel(), batch.layout) for batch in batches if batch.layout is not None]
         joined = [batch.ids for batch in batches], [batch.positions for batch in batches]
         ids, positions = (torch.cat(tensors, dim=1) for tensors in joined)
-        return _joined(batches, ids, positions, BatchLayout.joined(parts), None)
+        joint = _joined(batches, ids, positions, BatchLayout.joined(parts), None)
+        return joint, [count for count, _ in parts]
     longest = max(batch.ids.shape[1] for batch in batches)
     wide = [_widened(batch, longest) for batch in batches]
     ids, positions = (
         torch.cat([getattr(batch, name) for batch in wide]) for name in ("ids", "positions")
     )
     masks = [batch.mask for batch in wide if batch.mask is not None]
-    return _joined(wide, ids, positions, None, torch.cat(masks))
+    joint = _joined(wide, ids, positions, None, torch.cat(masks))
+    return joint, [batch.ids.numel() for batch in wide]
 
 
 def _joined(

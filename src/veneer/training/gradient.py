@@ -182,16 +182,15 @@ def forward_backward(micro_batches: Sequence[MicroBatch]) -> None:
     gradients = [micro_batch.gradient for micro_batch in micro_batches]
     inputs = gradients[0].inputs
     parts = [micro_batch.batch() for micro_batch in micro_batches]
-    batch = join_batches(parts)
+    batch, rows = join_batches(parts)
     shares = [
         LossShare(gradient.inputs.adapters, part.trained_tokens, micro_batch.total)
         for gradient, part, micro_batch in zip(gradients, parts, micro_batches, strict=True)
     ]
     draws = [
-        (part.ids.numel(), gradient.step, gradient.inputs.config.seed)
-        for gradient, part in zip(gradients, parts, strict=True)
+        (count, gradient.step, gradient.inputs.config.seed)
+        for gradient, count in zip(gradients, rows, strict=True)
     ]
-    rows = [count for count, _, _ in draws]
     acting = in_turn([(n, share.adapters) for n, share in zip(rows, shares, strict=True)])
     keys = TokenKeys.of_runs(batch.dropout_rows, draws)
     with inputs.routing.held(acting.drawing(keys)):

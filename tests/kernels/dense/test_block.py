@@ -410,7 +410,7 @@ def test_rows_of_several_adapters_get_the_bits_of_each_alone(family, adding, tak
 
     def gradients(numbers):
         chosen = [batches[number] for number in numbers]
-        joined = join_batches(chosen)
+        joined, _ = join_batches(chosen)
         shares = [
             LossShare(((flats[n][0], 1.0),), batches[n].trained_tokens, 7.0 + n) for n in numbers
         ]
