@@ -397,7 +397,7 @@ def test_answers_of_the_demo_depend_on_base_tokenizer_template_versions_files_an
     files = [tmp_path / name for name in ("train.jsonl", "held_out.jsonl")]
     for file in files:
         file.write_text("{}\n")
-    rows = demo._Rows([], [], *files)
+    rows = demo._DemoRows([], [], *files)
     base, other, added, worded = tiny_base(), tiny_base(seed=1), tiny_base(), tiny_base()
     added.tokenizer.add_tokens(["<new>"])
     worded.tokenizer.chat_template = "other " + str(worded.tokenizer.chat_template)

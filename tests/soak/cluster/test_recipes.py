@@ -140,5 +140,5 @@ def test_every_recipe_of_the_guide_is_tried() -> None:
         each
         for each in headings
         if each
-        not in ("What to know", "A base in shards", "What to expect", "torchrun", "What was tested")
+        not in ("How it works", "A base in shards", "What to expect", "torchrun", "What was tested")
     ] == LAUNCHERS
