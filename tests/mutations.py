@@ -349,7 +349,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "bases/identity/fingerprint.py": ("bases/test_fingerprint.py",),
     "models/step.py": ("models/test_step.py",),
     "training/optimizer/buffer.py": ("training/test_optimizers.py", "training/test_loop.py"),
-    "training/loop.py": ("training/test_loop.py", "training/test_joint.py"),
+    "training/loop.py": (
+        "training/test_loop.py",
+        "training/test_joint.py",
+        "training/test_joint_leaving.py",
+    ),
     "training/trainee.py": ("training/test_loop.py", "training/test_run_folder.py"),
     "training/gradient.py": ("training/test_loop.py", "training/test_run_folder.py"),
     "training/evaluations.py": ("training/test_loop.py", "training/test_run_folder.py"),

@@ -1,119 +1,31 @@
 """Jobs that train in the same forwards: each is the run that it would be alone, whoever its
 neighbours are, and whenever they begin, end or fail."""
 
-import json
 import os
-import random
 import signal
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from tests.support.tiny import save_tiny
+from tests.support.joint import JOBS, alone, assert_same_run, config, losses, make_world, together
 from veneer.data.batching import used_length
-from veneer.errors import ConfigError, DivergedError, RunInterrupted
+from veneer.errors import ConfigError, RunInterrupted
 from veneer.kernels.bindings.library import has_bf16
 from veneer.plan.probe import forecast
-from veneer.training import gradient, loop, run
-from veneer.training.config import RunConfig
-from veneer.training.output.records import read_records
+from veneer.training import loop, run
 from veneer.training.output.screen import QuietScreen
 from veneer.training.run import Job, run_jobs, run_training
 from veneer.training.state.checkpoint import load_checkpoint, newest_valid
 from veneer.training.state.folder import resume_config
 from veneer.training.trainee import Trainee
 
-FLOAT32 = 2e-6
-"""Largest difference of losses and tensors in float32: products over more rows add in another
-order."""
 BF16_LOSS = 0.02
 """Relative difference of losses in bf16, whose values are 2^-8 apart."""
-
-WIDE = {"hidden_size": 128, "intermediate_size": 224, "num_hidden_layers": 4, "head_dim": 32}
-"""A model whose decoder layers are one node (kernels/dense/block.py)."""
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with bases and rows of ragged lengths."""
-    folder = tmp_path_factory.mktemp("world")
-    save_tiny(folder / "base")
-    save_tiny(folder / "bf16", "llama", torch.bfloat16)
-    for family in ("bloom", "falcon"):
-        save_tiny(folder / family, family)
-    save_tiny(folder / "wide", "llama", torch.bfloat16, **WIDE)
-    chance = random.Random(1)
-    for name, count in (("rows", 14), ("others", 9)):
-        lines = [
-            json.dumps({"prompt": f"{name} {n}", "completion": "is " * chance.randrange(1, 9)})
-            for n in range(count)
-        ]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-def config(world, out, *, base="base", rows="rows", **settings):
-    fields = {
-        "base": str(world / base),
-        "data": {"train": str(world / f"{rows}.jsonl"), "validation_share": 0.2},
-        "method": {"name": "lora", "rank": 2},
-        "steps": 6,
-        "batch": 3,
-        "evaluate_every": 2,
-        "learning_rate": 0.01,
-        "show_answers": False,
-    }
-    return RunConfig.model_validate({**fields, "out": str(out), **settings})
-
-
-JOBS = {
-    "lora": {"seed": 3},
-    "dropout": {"method": {"name": "lora", "rank": 5, "alpha": 7, "dropout": 0.3}, "seed": 1},
-    "targets": {
-        "method": {"name": "lora", "rank": 3, "targets": ["q_proj", "down_proj"], "rslora": True},
-        "rows": "others",
-        "clip": 0.01,
-    },
-    "batch": {"batch": 5, "micro_batch": 2, "weight_decay": 0.3, "steps": 4, "seed": 7},
-    "dora": {"method": {"name": "dora", "rank": 2, "dropout": 0.2}, "schedule": "linear"},
-    "bottleneck": {"method": {"name": "bottleneck", "size": 4}, "order": "shuffled", "steps": 3},
-    "prefix": {"method": {"name": "prefix", "tokens": 3}, "rows": "others", "batch": 2},
-    "exact": {"reduce": "exact", "batch": 4, "learning_rate": 0.003},
-}
-
-
-def alone(world, out, **settings):
-    return run_training(config(world, out, **settings), resume=False, screen=QuietScreen())
-
-
-def together(configs, **options):
-    return run_jobs([Job(each, False, QuietScreen()) for each in configs], **options)
-
-
-def losses(out):
-    """(kind, step, loss) of steps and evaluations."""
-    return [
-        (record["kind"], record["step"], record["loss"])
-        for record in read_records(out / "metrics.jsonl")
-        if record["kind"] in ("step", "evaluation")
-    ]
-
-
-def assert_same_run(ours, theirs, *, tolerance=FLOAT32):
-    """Two folders hold the same run: losses, tensors of the adapter and of the last checkpoint."""
-    first, second = losses(ours), losses(theirs)
-    assert [record[:2] for record in first] == [record[:2] for record in second]
-    assert [r[2] for r in first] == pytest.approx([r[2] for r in second], rel=tolerance)
-    for name in ("adapter", "checkpoints"):
-        folders = ours / name, theirs / name
-        if name == "checkpoints":
-            tensors = [load_checkpoint(newest_valid(folder)[0])[0] for folder in folders]
-        else:
-            tensors = [load_file(next(folder.glob("*.safetensors"))) for folder in folders]
-        assert tensors[0].keys() == tensors[1].keys()
-        for key, value in tensors[0].items():
-            assert torch.allclose(value, tensors[1][key], rtol=tolerance, atol=tolerance), key
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def test_every_job_is_the_run_that_it_would_be_alone(world, tmp_path):
@@ -191,77 +103,6 @@ def test_a_budget_of_tokens_changes_no_job_and_nobody_starves(budget, world, tmp
     for name in names:
         alone(world, tmp_path / "alone" / name, **JOBS[name])
         assert_same_run(tmp_path / name, tmp_path / "alone" / name)
-
-
-def poisoned(monkeypatch, *, seed, step):
-    """The loss of the job with this seed is NaN at this step."""
-    own = gradient.batch_losses
-
-    def batch_losses(model, paths, routing, batch, shares):
-        found = own(model, paths, routing, batch, shares)
-        return [
-            loss * float("nan") if name in poisons else loss
-            for loss, name in zip(found, names_now, strict=True)
-        ]
-
-    names_now, poisons = [], set()
-    own_forward = loop.forward_backward
-
-    def forward_backward(micro_batches):
-        gradients = [each.gradient for each in micro_batches]
-        names_now[:] = [g.inputs.out for g in gradients]
-        poisons.clear()
-        poisons.update(
-            g.inputs.out for g in gradients if (g.inputs.config.seed, g.step) == (seed, step)
-        )
-        own_forward(micro_batches)
-
-    monkeypatch.setattr(gradient, "batch_losses", batch_losses)
-    monkeypatch.setattr(loop, "forward_backward", forward_backward)
-
-
-def test_a_job_that_diverges_leaves_and_the_others_do_not_notice(world, tmp_path, monkeypatch):
-    names = ("lora", "dropout", "dora")
-    with monkeypatch.context() as patch:
-        poisoned(patch, seed=3, step=4)
-        finished = []
-        results = together(
-            [config(world, tmp_path / "joint" / n, **JOBS[n]) for n in names],
-            finished=lambda job, result: finished.append((job.config.out, result)),
-        )
-    assert isinstance(results[0], DivergedError) and "step 5" in str(results[0])
-    assert finished[0] == (str(tmp_path / "joint" / "lora"), results[0])
-    assert not (tmp_path / "joint" / "lora" / "summary.json").exists()
-    assert int(newest_valid(tmp_path / "joint" / "lora" / "checkpoints")[0].name) == 4
-    for name in names[1:]:
-        alone(world, tmp_path / "alone" / name, **JOBS[name])
-        assert_same_run(tmp_path / "joint" / name, tmp_path / "alone" / name)
-    resumed = run_training(
-        resume_config(tmp_path / "joint" / "lora"), resume=True, screen=QuietScreen()
-    )
-    assert resumed["steps"] == 6
-    alone(world, tmp_path / "alone" / "lora", **JOBS["lora"])
-    assert_same_run(tmp_path / "joint" / "lora", tmp_path / "alone" / "lora")
-
-
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_reach_no_neighbour(poison, world, tmp_path, monkeypatch):
-    """Its adapter itself computes NaN, in forward and backward, in every module."""
-    own = Trainee.begin_step
-
-    def begin_step(self):
-        if self.inputs.config.seed == 3 and self.progress.step == 2:
-            self.inputs.flat.values.data.fill_(poison)
-        own(self)
-
-    names = ("lora", "dropout", "bottleneck", "prefix")
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainee, "begin_step", begin_step)
-        results = together([config(world, tmp_path / "joint" / n, **JOBS[n]) for n in names])
-    assert isinstance(results[0], DivergedError)
-    for name in names[1:]:
-        alone(world, tmp_path / "alone" / name, **JOBS[name])
-        assert_same_run(tmp_path / "joint" / name, tmp_path / "alone" / name)
 
 
 def test_interrupted_jobs_go_on_alone_or_together(world, tmp_path, monkeypatch):

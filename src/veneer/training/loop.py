@@ -1,4 +1,4 @@
-"""The training loop: forwards over the rows of one trainee or of several, until one has ended.
+"""The training loop: forwards over the rows of one trainee or of several, until one has left.
 
     before step 1   the largest micro-batch of every trainee is tried once, so that a run that does
                     not fit ends now; then each evaluates its held-out rows
@@ -12,7 +12,7 @@ Knows nothing of files and records (trainee.py), or of what is computed (gradien
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 from veneer.errors import DivergedError, DoesNotFitError, RunInterrupted, VeneerError
@@ -23,7 +23,7 @@ from veneer.training.trainee import Trainee
 
 
 class Loop:
-    """Trains trainees until one or more of them have ended; then `run` goes on with the others.
+    """Trains trainees until one or more have ended or failed; then `run` goes on with the others.
 
     budget: most tokens in a forward of several trainees; None: no limit
     """
@@ -49,21 +49,24 @@ class Loop:
                     trainee.evaluate()
 
     def run(self) -> list[Trainee]:
-        """Trains until a trainee has ended, or until none is left; returns those that have ended.
+        """Trains until a trainee has ended or failed; returns those that have ended.
 
         Raises RunInterrupted after saving, and errors that concern all trainees.
         """
         interrupted = False
         with Interrupt() as interrupt:
-            while self.trainees and not interrupted and not self._ended():
+            while self.trainees and not (interrupted or self.failed or self._ended()):
                 self._evaluate_and_save(self.step())
                 if interrupted := self.world.any(interrupt.asked):
                     self._save_all()
         ended = self._ended()
         if interrupted and len(ended) < len(self.trainees):
-            raise _interrupted(self.trainees)
+            raise _interrupted(self.trainees, self.failed)
         for trainee in ended:
             with self._leaves_on_error(trainee):
+        if self.trainees:
+            for trainee in self.failed:
+                trainee.release()
                 trainee.take_best()
         self.trainees = [trainee for trainee in self.trainees if trainee not in ended]
         return [trainee for trainee in ended if trainee not in self.failed]
@@ -193,12 +196,17 @@ def _finish_trial(trainee: Trainee) -> None:
         trainee.gradient.finish()
 
 
-def _interrupted(trainees: Sequence[Trainee]) -> RunInterrupted:
+def _interrupted(
+    trainees: Sequence[Trainee], failed: Mapping[Trainee, VeneerError]
+) -> RunInterrupted:
+    """The error after an interrupt. failed: trainees whose errors nobody has seen yet"""
     folders = " ".join(str(trainee.inputs.out) for trainee in trainees)
     places = [f"step {t.progress.step} of {t.inputs.steps}" for t in trainees]
     if len(trainees) == 1:
-        headline, faults = f"stopped at {places[0]}; checkpoint saved", []
+        headline, faults = f"stopped at {places[0]}; checkpoint saved", list[str]()
     else:
         headline = f"stopped {len(trainees)} runs; checkpoints saved"
         faults = [f"{t.inputs.out}: {place}" for t, place in zip(trainees, places, strict=True)]
     return RunInterrupted(headline, faults, f"Continue with: veneer train --resume {folders}")
+    for trainee, fault in failed.items():
+        faults += [f"{trainee.inputs.out}: {line}" for line in (fault.headline, *fault.faults)]

@@ -1,0 +1,123 @@
+"""Jobs that fail leave a joint training: they are told at once, the others do not notice."""
+
+import os
+import signal
+
+import pytest
+
+from tests.support.joint import JOBS, alone, assert_same_run, config, make_world, together
+from veneer.errors import DivergedError, RunInterrupted
+from veneer.training import gradient, loop
+from veneer.training.output.screen import QuietScreen
+from veneer.training.run import run_training
+from veneer.training.state.checkpoint import newest_valid
+from veneer.training.state.folder import resume_config
+from veneer.training.trainee import Trainee
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def poisoned(monkeypatch, *, seed, step):
+    """The loss of the job with this seed is NaN at this step."""
+    own = gradient.batch_losses
+
+    def batch_losses(model, paths, routing, batch, shares):
+        found = own(model, paths, routing, batch, shares)
+        return [
+            loss * float("nan") if name in poisons else loss
+            for loss, name in zip(found, names_now, strict=True)
+        ]
+
+    names_now, poisons = [], set()
+    own_forward = loop.forward_backward
+
+    def forward_backward(micro_batches):
+        gradients = [each.gradient for each in micro_batches]
+        names_now[:] = [g.inputs.out for g in gradients]
+        poisons.clear()
+        poisons.update(
+            g.inputs.out for g in gradients if (g.inputs.config.seed, g.step) == (seed, step)
+        )
+        own_forward(micro_batches)
+
+    monkeypatch.setattr(gradient, "batch_losses", batch_losses)
+    monkeypatch.setattr(loop, "forward_backward", forward_backward)
+
+
+def test_a_job_that_diverges_leaves_and_the_others_do_not_notice(world, tmp_path, monkeypatch):
+    names = ("lora", "dropout", "dora")
+    with monkeypatch.context() as patch:
+        poisoned(patch, seed=3, step=4)
+        finished = []
+        results = together(
+            [config(world, tmp_path / "joint" / n, **JOBS[n]) for n in names],
+            finished=lambda job, result: finished.append((job.config.out, result)),
+        )
+    assert isinstance(results[0], DivergedError) and "step 5" in str(results[0])
+    assert finished[0] == (str(tmp_path / "joint" / "lora"), results[0])
+    assert not (tmp_path / "joint" / "lora" / "summary.json").exists()
+    assert int(newest_valid(tmp_path / "joint" / "lora" / "checkpoints")[0].name) == 4
+    for name in names[1:]:
+        alone(world, tmp_path / "alone" / name, **JOBS[name])
+        assert_same_run(tmp_path / "joint" / name, tmp_path / "alone" / name)
+    resumed = run_training(
+        resume_config(tmp_path / "joint" / "lora"), resume=True, screen=QuietScreen()
+    )
+    assert resumed["steps"] == 6
+    alone(world, tmp_path / "alone" / "lora", **JOBS["lora"])
+    assert_same_run(tmp_path / "joint" / "lora", tmp_path / "alone" / "lora")
+
+
+def test_a_failed_job_is_told_while_the_others_train(world, tmp_path, monkeypatch):
+    poisoned(monkeypatch, seed=3, step=1)
+    own, steps, told = Trainee.begin_step, [], []
+
+    def begin_step(self):
+        steps.append(self.progress.step)
+        own(self)
+
+    monkeypatch.setattr(Trainee, "begin_step", begin_step)
+    together(
+        [config(world, tmp_path / n, **JOBS[n]) for n in ("lora", "exact")],
+        finished=lambda job, result: told.append((job.config.out, steps[-1])),
+    )
+    assert told == [(str(tmp_path / "lora"), 1), (str(tmp_path / "exact"), 5)]
+
+
+def test_an_interrupt_tells_of_a_job_that_failed_in_the_same_round(world, tmp_path, monkeypatch):
+    poisoned(monkeypatch, seed=3, step=2)
+    own = Trainee.begin_step
+
+    def begin_step(self):
+        if self.progress.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        own(self)
+
+    monkeypatch.setattr(Trainee, "begin_step", begin_step)
+    with pytest.raises(RunInterrupted) as caught:
+        together([config(world, tmp_path / n, **JOBS[n]) for n in ("lora", "exact")])
+    assert "T601 the loss is nan at step 3" in str(caught.value)
+    assert caught.value.next_step == f"Continue with: veneer train --resume {tmp_path / 'exact'}"
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_reach_no_neighbour(poison, world, tmp_path, monkeypatch):
+    """Its adapter itself computes NaN, in forward and backward, in every module."""
+    own = Trainee.begin_step
+
+    def begin_step(self):
+        if self.inputs.config.seed == 3 and self.progress.step == 2:
+            self.inputs.flat.values.data.fill_(poison)
+        own(self)
+
+    names = ("lora", "dropout", "bottleneck", "prefix")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainee, "begin_step", begin_step)
+        results = together([config(world, tmp_path / "joint" / n, **JOBS[n]) for n in names])
+    assert isinstance(results[0], DivergedError)
+    for name in names[1:]:
+        alone(world, tmp_path / "alone" / name, **JOBS[name])
+        assert_same_run(tmp_path / "joint" / name, tmp_path / "alone" / name)
