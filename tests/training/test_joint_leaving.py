@@ -6,7 +6,8 @@ import signal
 import pytest
 
 from tests.support.joint import JOBS, alone, assert_same_run, config, make_world, together
-from veneer.errors import DivergedError, RunInterrupted
+from veneer.errors import DivergedError, DoesNotFitError, RunInterrupted, VeneerError
+from veneer.kernels.bindings.library import has_bf16
 from veneer.training import gradient, loop
 from veneer.training.output.screen import QuietScreen
 from veneer.training.run import run_training
@@ -101,6 +102,62 @@ def test_an_interrupt_tells_of_a_job_that_failed_in_the_same_round(world, tmp_pa
         together([config(world, tmp_path / n, **JOBS[n]) for n in ("lora", "exact")])
     assert "T601 the loss is nan at step 3" in str(caught.value)
     assert caught.value.next_step == f"Continue with: veneer train --resume {tmp_path / 'exact'}"
+
+
+NO_MEMORY = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+
+
+@pytest.mark.parametrize("after", ["forward", "backward"])
+@pytest.mark.parametrize("base", ["base", "wide"])
+def test_forwards_that_do_not_fit_get_smaller(after, base, world, tmp_path, monkeypatch):
+    """Steps begin again: nothing of a forward that ran out of memory is left in a gradient."""
+    own, own_losses, sizes, big = loop.forward_backward, gradient.batch_losses, [], [False]
+
+    def forward_backward(micro_batches):
+        sizes.append(len(micro_batches))
+        # 4 do not fit from the start on, 3 from later on.
+        big[0] = sizes[-1] == 4 or (sizes[-1] == 3 and len(sizes) > 12)
+        own(micro_batches)
+        if big[0]:
+            raise RuntimeError(NO_MEMORY)
+
+    def batch_losses(*arguments):
+        found = own_losses(*arguments)
+        if big[0] and after == "forward":
+            raise RuntimeError(NO_MEMORY)
+        return found
+
+    names = ("lora", "dropout", "batch", "exact")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "forward_backward", forward_backward)
+        patch.setattr(gradient, "batch_losses", batch_losses)
+        results = together([config(world, tmp_path / n, base=base, **JOBS[n]) for n in names])
+    assert 4 in sizes and 2 in sizes and not any(isinstance(r, VeneerError) for r in results)
+    for name in names:
+        alone(world, tmp_path / "alone" / name, base=base, **JOBS[name])
+        if base == "base" or has_bf16():
+            assert_same_run(tmp_path / name, tmp_path / "alone" / name)
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_job_that_does_not_fit_by_itself_leaves(step, world, tmp_path, monkeypatch):
+    """Before the first step, in the trial of its largest batch, or later."""
+    own = loop.forward_backward
+
+    def forward_backward(micro_batches):
+        for each in micro_batches:
+            if each.gradient.inputs.config.seed == 3 and each.gradient.step == step:
+                raise RuntimeError(NO_MEMORY)
+        own(micro_batches)
+
+    names = ("lora", "batch", "exact")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "forward_backward", forward_backward)
+        results = together([config(world, tmp_path / n, **JOBS[n]) for n in names])
+    assert isinstance(results[0], DoesNotFitError) and "a batch of 3 rows" in str(results[0])
+    for name in names[1:]:
+        alone(world, tmp_path / "alone" / name, **JOBS[name])
+        assert_same_run(tmp_path / name, tmp_path / "alone" / name)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

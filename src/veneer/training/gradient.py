@@ -8,7 +8,6 @@ or checkpoints.
 import math
 from collections import deque
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,7 @@ from veneer.adapters.placement.acting import TokenKeys, in_turn
 from veneer.data.batching import Batch, RowSpans, used_length
 from veneer.data.examples import Example
 from veneer.data.joint_batch import join_batches
-from veneer.errors import DivergedError, fits_memory
+from veneer.errors import DivergedError, DoesNotFitError, fits_memory
 from veneer.kernels.dense.block import adding_gradients_in_place
 from veneer.models.step import LossShare, batch_losses, batch_of
 from veneer.training.inputs import TrainingInputs
@@ -78,9 +77,19 @@ class StepGradient:
         self.trained = sum(
             int(inputs.train[i].trained.sum()) for part in micro_batches for i in part
         )
-        self._losses, self._tokens, self.seconds = {}, [0, 0, 0], 0.0
+        self.seconds = 0.0
+        self._assign()
+
+    def begin_again(self) -> None:
+        """Drops what was computed of the step, and begins it with the same micro-batches."""
+        self.inputs.flat.gradient.zero_()
+        self._assign()
+
+    def _assign(self) -> None:
+        inputs = self.inputs
+        self._losses, self._tokens = {}, [0, 0, 0]
         self.assigned = deque(
-            assigned_here(micro_batches, inputs.train, self.world, sharded=inputs.sharded)
+            assigned_here(self.micro_batches, inputs.train, self.world, sharded=inputs.sharded)
         )
         self.sum.begin()
 
@@ -204,13 +213,12 @@ def forward_backward(micro_batches: Sequence[MicroBatch]) -> None:
         gradient.add(micro_batch, loss, part)
 
 
-def fits(gradients: Sequence[StepGradient]) -> AbstractContextManager[None]:
-    """Within the block a lack of memory is reported with the rows of these steps."""
-    words = [gradient.batch_words() for gradient in gradients]
-    rows, tokens = sum(rows for rows, _, _ in words), sum(tokens for _, tokens, _ in words)
-    return fits_memory(
-        f"on a batch of {rows} rows, {tokens} tokens",
-        [place for _, _, places in words for place in places][:8],
+def out_of_memory(gradient: StepGradient) -> DoesNotFitError:
+    """The error for a micro-batch of this step that does not fit, with some rows of the step."""
+    rows, tokens, places = gradient.batch_words()
+    return DoesNotFitError(
+        f"out of memory on a batch of {rows} rows, {tokens} tokens",
+        places,
         "Try --checkpointing, a smaller --set micro_batch=N, or a smaller --length.",
     )
 

@@ -3,7 +3,8 @@
     before step 1   the largest micro-batch of every trainee is tried once, so that a run that does
                     not fit ends now; then each evaluates its held-out rows
     a round         one forward and backward over micro-batches of trainees, at most one of each,
-                    as many as the budget of tokens allows; the longest waiting are first
+                    as many as the budget of tokens allows; the longest waiting are first. If they
+                    do not fit into memory, the budget is halved and their steps begin again
     a step          once its micro-batches are computed, a trainee updates its values, evaluates
                     and saves
 
@@ -15,8 +16,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
-from veneer.errors import DivergedError, DoesNotFitError, RunInterrupted, VeneerError
-from veneer.training.gradient import MicroBatch, fits, forward_backward
+from veneer.errors import DivergedError, RunInterrupted, VeneerError, is_out_of_memory
+from veneer.training.gradient import MicroBatch, forward_backward, out_of_memory
 from veneer.training.processes.world import ALONE, World
 from veneer.training.state.interrupt import Interrupt
 from veneer.training.trainee import Trainee
@@ -36,13 +37,10 @@ class Loop:
         """Trainees that left, with their errors."""
         self._open: list[Trainee] = []
         """Trainees that are in a step, the longest waiting first."""
-        self._most_tokens = 0
-        """Most tokens in a forward of several trainees so far."""
 
     def start(self) -> None:
         """Tries the largest micro-batches, and evaluates before the first step."""
-        while not self._fits_largest():
-            self.budget = self._most_tokens // 2
+        self._try_largest()
         for trainee in list(self.trainees):
             if trainee.progress.step == 0:
                 with self._leaves_on_error(trainee):
@@ -64,11 +62,11 @@ class Loop:
             raise _interrupted(self.trainees, self.failed)
         for trainee in ended:
             with self._leaves_on_error(trainee):
+                trainee.take_best()
+        self.trainees = [trainee for trainee in self.trainees if trainee not in ended]
         if self.trainees:
             for trainee in self.failed:
                 trainee.release()
-                trainee.take_best()
-        self.trainees = [trainee for trainee in self.trainees if trainee not in ended]
         return [trainee for trainee in ended if trainee not in self.failed]
 
     def _ended(self) -> list[Trainee]:
@@ -96,9 +94,8 @@ class Loop:
 
         end: called with each of them; a trainee that fails there is not returned
         """
-        start, gradients = time.perf_counter(), [trainee.gradient for trainee in self._open]
-        tokens = dict.fromkeys(self._open, 0)
-        with self.world.together(f"at step {gradients[0].step + 1}"), fits(gradients):
+        start, tokens = time.perf_counter(), dict.fromkeys(self._open, 0)
+        with self.world.together(f"at step {self._open[0].gradient.step + 1}"):
             while self._open and all(trainee.gradient.assigned for trainee in self._open):
                 for trainee, cost in self._forward_backward():
                     tokens[trainee] += cost
@@ -127,11 +124,16 @@ class Loop:
                 lengths += own_lengths
         waiting = [trainee for trainee in self._open if trainee not in dict(chosen)]
         self._open = waiting + [trainee for trainee, _ in chosen]
-        if len(chosen) > 1:
-            self._most_tokens = max(self._most_tokens, sum(lengths))
-        if micro_batches:
-            forward_backward(micro_batches)
-        return chosen
+        if not micro_batches or _fits(micro_batches):
+            return chosen
+        if len(chosen) == 1:
+            with self._leaves_on_error(chosen[0][0]):
+                raise out_of_memory(chosen[0][0].gradient)
+        else:
+            self.budget = sum(lengths) // 2
+            for trainee, _ in chosen:
+                trainee.gradient.begin_again()
+        return []
 
     def _joins(self, trainee: Trainee, lengths: Sequence[int], own_lengths: Sequence[int]) -> bool:
         """Whether a micro-batch with these lengths may be computed with those chosen before."""
@@ -142,26 +144,15 @@ class Loop:
 
     # before the first step
 
-    def _fits_largest(self) -> bool:
-        """Computes the largest micro-batches once, as rounds would, and drops their gradients.
-
-        Returns False if a forward of several trainees was out of memory. Raises DoesNotFitError if
-        that of a single one was.
-        """
-        self._most_tokens = 0
+    def _try_largest(self) -> None:
+        """Computes the largest micro-batches once, as rounds would, and drops their gradients."""
         for trainee in list(self.trainees):
             with self._leaves_on_error(trainee):
                 trainee.begin_trial()
         self._open = list(self.trainees)
-        try:
-            while self._open:
-                for trainee in self._compute(_finish_trial):
-                    trainee.end_trial()
-        except DoesNotFitError:
-            if not self._most_tokens:
-                raise
-            return False
-        return True
+        while self._open:
+            for trainee in self._compute(_finish_trial):
+                trainee.end_trial()
 
     # leaving
 
@@ -190,6 +181,17 @@ class Loop:
                     trainee.save()
 
 
+def _fits(micro_batches: Sequence[MicroBatch]) -> bool:
+    """Runs forward_backward; False if memory lacks. Nothing of the forward is then held."""
+    try:
+        forward_backward(micro_batches)
+    except Exception as fault:
+        if isinstance(fault, VeneerError) or not is_out_of_memory(fault):
+            raise
+        return False
+    return True
+
+
 def _finish_trial(trainee: Trainee) -> None:
     """Reads the gradient of a trial. If it diverges, the step with these rows reports it later."""
     with suppress(DivergedError):
@@ -207,6 +209,6 @@ def _interrupted(
     else:
         headline = f"stopped {len(trainees)} runs; checkpoints saved"
         faults = [f"{t.inputs.out}: {place}" for t, place in zip(trainees, places, strict=True)]
-    return RunInterrupted(headline, faults, f"Continue with: veneer train --resume {folders}")
     for trainee, fault in failed.items():
         faults += [f"{trainee.inputs.out}: {line}" for line in (fault.headline, *fault.faults)]
+    return RunInterrupted(headline, faults, f"Continue with: veneer train --resume {folders}")
