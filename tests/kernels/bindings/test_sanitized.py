@@ -90,16 +90,22 @@ OF_PAIRS = (
 
 
 def sanitizer() -> str:
-    """The library that must be loaded before all others; skips where there is none."""
+    """The libraries that must be loaded before all others; skips where there are none.
+
+    The sanitizer looks for the function that throws C++ exceptions before torch has loaded it.
+    """
     compiler = shutil.which("gcc")
     if compiler is None or sys.platform != "linux":
         pytest.skip("no gcc here, whose sanitizers this uses")
-    done = subprocess.run(
-        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    )
-    if not Path(done.stdout.strip()).is_file():
-        pytest.skip("gcc without its address sanitizer")
-    return str(Path(done.stdout.strip()).resolve())
+    paths = []
+    for name in ("libasan.so", "libstdc++.so.6"):
+        done = subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        )
+        paths.append(Path(done.stdout.strip()))
+        if not paths[-1].is_file():
+            pytest.skip(f"gcc without {name}")
+    return " ".join(str(path.resolve()) for path in paths)
 
 
 def gcc(*arguments: str | Path) -> None:
