@@ -43,8 +43,10 @@ def check_guesses(
     first: dict[int, SampleResult],
     draw: Callable[[Sequence[Draw]], list[SampleResult]],
 ) -> dict[int, list[SampleResult]]:
-    """What each answer with guesses draws, by number. first: what answers draw from the first row
-    of their logits."""
+    """Draws the tokens of each answer with guesses until one differs from its guess.
+
+    Returns them by the answer's number. first: the token of each answer's first row of logits
+    """
     checks, row = [], 0
     for span in spans:
         if span.guesses:

@@ -95,7 +95,7 @@ NO_NORMS = LayerNorms()
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """What a layer computes.
+    """Describes what a decoder layer computes.
 
     feed_forward  None: its own module computes it
     unknown       why the layer's own code has to compute it; None: the layer is understood

@@ -104,7 +104,7 @@ class ComputePaths:
         return self.groups_of_lengths([in_front + used_length(e) for e in examples])
 
     def groups_of_lengths(self, lengths: Sequence[int]) -> list[list[int]]:
-        """As `together`, for examples of so many tokens, prefix tokens included."""
+        """Groups examples like `together`. lengths: tokens of each example and of its prefix"""
         if not self.packed and self.padded_reason is not None:
             return [[number] for number in range(len(lengths))]
         return sides(lengths, self.switches)

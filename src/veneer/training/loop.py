@@ -122,16 +122,16 @@ class Loop:
                 micro_batches.append(trainee.gradient.take())
                 chosen.append((trainee, sum(own_lengths)))
                 lengths += own_lengths
-        waiting = [trainee for trainee in self._open if trainee not in dict(chosen)]
-        self._open = waiting + [trainee for trainee, _ in chosen]
+        taken = [trainee for trainee, _ in chosen]
+        self._open = [trainee for trainee in self._open if trainee not in taken] + taken
         if not micro_batches or _fits(micro_batches):
             return chosen
         if len(chosen) == 1:
-            with self._leaves_on_error(chosen[0][0]):
-                raise out_of_memory(chosen[0][0].gradient)
+            with self._leaves_on_error(taken[0]):
+                raise out_of_memory(taken[0].gradient)
         else:
             self.budget = sum(lengths) // 2
-            for trainee, _ in chosen:
+            for trainee in taken:
                 trainee.gradient.begin_again()
         return []
 

@@ -97,8 +97,10 @@ class AdaptedLinear(AdaptedModule):
         return self._lora_of(adapters, x, acting.keys)
 
     def part_loras(self, x_MI: Tensor, parts: Sequence[slice]) -> list[LoRALinear] | None:
-        """As sole_lora, for each part of the rows of x. Returns None if the adapters act on other
-        parts."""
+        """Returns the layer with its LoRA for each part of the rows of x, like `sole_lora`.
+
+        None if the adapters act on other parts, or if `sole_lora` would give None for one.
+        """
         acting = self.routing.acting
         if acting.whole is not None:
             sole_layer = self.sole_lora(x_MI) if len(parts) == 1 else None

@@ -68,7 +68,7 @@ class TokenKeys:
 
 
 def _drawn(step: int, seed: int) -> int:
-    """What a mask adds to each row's key, as a number of 32 bits."""
+    """Returns the number of 32 bits that a mask adds to each row's key."""
     return (step * 0x9E3779B1 + seed * 0x27D4EB2F) & 0xFFFFFFFF
 
 

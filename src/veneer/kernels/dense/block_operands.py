@@ -171,7 +171,7 @@ class Block:
 
     @cached_property
     def inputs(self) -> list[Input]:
-        """What the calls read besides x, saved tensors and factors."""
+        """The tensors that the calls read, without x, saved tensors and factors."""
         dense = [layer.base.weight for layer in self.layers if isinstance(layer.base, DenseLinear)]
         biases = [layer.bias for layer in self.layers]
         norms = [None if norm is None else norm.weight for norm in self.norms]

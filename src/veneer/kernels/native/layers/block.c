@@ -98,17 +98,17 @@ struct weighting {
     float epsilon, offset;
 };
 
-static VENEER_BF16 void norm(const struct weighting *w, const uint16_t *x, uint16_t *out, int64_t row,
-                 int64_t n, int64_t width) {
+static VENEER_BF16 void norm(const struct weighting *w, const uint16_t *x, uint16_t *out,
+                             int64_t row, int64_t n, int64_t width) {
     for (int64_t r = 0; r < n; r++)
         w->scale[row + r] = norm_row(x + r * width, w->weight, out + r * width, width, w->epsilon,
                                      w->offset, w->is_wide);
 }
 
 /* x: the gradient of what the norm gave of `normed`; out: that of normed, + beside. */
-static VENEER_BF16 void norm_gradient(const struct weighting *w, const uint16_t *normed, const uint16_t *x,
-                          const uint16_t *beside, uint16_t *out, int64_t row, int64_t n,
-                          int64_t width) {
+static VENEER_BF16 void norm_gradient(const struct weighting *w, const uint16_t *normed,
+                                      const uint16_t *x, const uint16_t *beside, uint16_t *out,
+                                      int64_t row, int64_t n, int64_t width) {
     for (int64_t r = 0, at = 0; r < n; r++, at += width)
         norm_row_gradient(normed + at, w->weight, x + at, w->scale[row + r],
                           beside ? beside + at : NULL, out + at, width, w->offset);
@@ -139,7 +139,8 @@ static VENEER_BF16 void norm_forward(void *arguments, int64_t from, int64_t to) 
     const int64_t width = a->width;
     for (int64_t block = from; block < to; block++) {
         const int64_t row = block * BLOCK, n = rank_rows(block, a->rows), at = row * width;
-        uint16_t *x = a->x + at, *total = a->total + at, *out = a->norm.weight ? a->out + at : total;
+        uint16_t *x = a->x + at, *total = a->total + at;
+        uint16_t *out = a->norm.weight ? a->out + at : total;
         up(&a->before, x, row, n, width);
         if (a->after.weight) norm(&a->after, x, total, row, n, width);
         if (a->beside) sum(total, a->beside + at, total, n * width);
@@ -156,10 +157,8 @@ static VENEER_BF16 void norm_backward(void *arguments, int64_t from, int64_t to)
         const uint16_t *beside = a->beside ? a->beside + at : NULL;
         uint16_t *x = a->x + at, *out = a->out + at;
         up(&a->before, x, row, n, width);
-        if (a->norm.weight)
-            norm_gradient(&a->norm, a->normed + at, x, beside, out, row, n, width);
-        else
-            sum(x, beside, out, n * width);
+        if (a->norm.weight) norm_gradient(&a->norm, a->normed + at, x, beside, out, row, n, width);
+        else sum(x, beside, out, n * width);
         down(&a->behind, out, row, n, width);
     }
 }
@@ -275,7 +274,8 @@ struct heads {
 };
 
 /* Rows of q (i = 0) or of k. */
-static VENEER_BF16 void turn(const struct heads *a, int64_t i, uint16_t *x, int64_t row, int64_t n) {
+static VENEER_BF16 void turn(const struct heads *a, int64_t i, uint16_t *x, int64_t row,
+                             int64_t n) {
     const int64_t width = a->heads[i] * a->size, start = row * width;
     const struct weighting *w = a->norms + i;
     const int64_t span = w->weight ? a->spans[i] : 1, spans = width / span;
