@@ -21,13 +21,26 @@ LETTERS = {
     "/v1/responses": "R",
     "/v1/messages": "M",
 }
+SUBJECTS = {
+    "Model": "model adapters cache_salt",
+    "Prompt": "messages prompt input instructions system chat_template_kwargs",
+    "Sampling": "temperature top_p top_k min_p seed",
+    "Penalties": "repetition_penalty presence_penalty frequency_penalty logit_bias",
+    "Length": "max_tokens max_completion_tokens max_output_tokens min_tokens",
+    "Stopping": "stop stop_sequences stop_token_ids ignore_eos",
+    "Output": "n best_of stream stream_options logprobs top_logprobs",
+    "Answer format": "response_format text structured_outputs"
+    " guided_json guided_regex guided_choice guided_grammar",
+    "Tools": "tools tool_choice",
+}
+"""The headings of the tables of supported fields, and the fields below each."""
 NOT_SUPPORTED = get_args(NotSupported)[1]
 
 
 def kind_of(field: FieldInfo) -> str:
     if NOT_SUPPORTED in field.metadata:
         return "refused"
-    return "without effect" if NO_EFFECT in field.metadata else "honoured"
+    return "without effect" if NO_EFFECT in field.metadata else "supported"
 
 
 def values_of(schema: dict[str, Any], defs: dict[str, Any]) -> str:
@@ -86,37 +99,67 @@ def rows_of(body: type[Body]) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def made() -> dict[str, str]:
-    """Each table by the name of its place in the page."""
+    """Returns the tables by the name of their place in the page."""
     rows: dict[str, dict[tuple[str, ...], str]] = {
-        "honoured": {},
+        "supported": {},
         "without effect": {},
         "refused": {},
     }
     for path, letter in LETTERS.items():
         for kind, row in rows_of(BODIES[path]):
             rows[kind][row] = rows[kind].get(row, "") + letter
-    heads = {
-        "honoured": ("field", "values", "meaning", "where"),
-        "without effect": ("field", "values", "why", "where"),
-        "refused": ("field", "instead", "where"),
-    }
-    tables = {
-        name: _table(heads[name], [(*row, where) for row, where in letters.items()])
-        for name, letters in rows.items()
-    }
-    small = [
-        (f"`{path}`", *row)
-        for path, body in BODIES.items()
-        if path not in (*LETTERS, "/v1/messages/count_tokens")
-        for kind, row in rows_of(body)
-        if kind == "honoured"
-    ]
-    bounds = [(limit.what, _amount(limit), limit.beyond) for limit in LIMITS]
     return {
-        **tables,
-        "others": _table(("path", "field", "values", "meaning"), small),
-        "limits": _table(("what", "at most", "beyond"), bounds),
+        "supported": _by_subject(rows["supported"]),
+        "without effect": _by_protocol(("field", "values", "why"), rows["without effect"]),
+        "refused": _by_protocol(("field", "instead"), rows["refused"]),
+        "others": _other_paths(),
+        "limits": _limits(),
     }
+
+
+def _by_subject(rows: dict[tuple[str, ...], str]) -> str:
+    """Makes a table for each subject. Every field belongs to exactly one."""
+    head = ("field", "values", "meaning", "where")
+    subjects = {f"`{name}`": title for title, names in SUBJECTS.items() for name in names.split()}
+    tables: dict[str, list[tuple[str, ...]]] = {title: [head] for title in SUBJECTS}
+    for row, letters in rows.items():
+        tables[subjects[row[0]]].append((*row, letters))
+    return _sections(tables)
+
+
+def _by_protocol(head: tuple[str, ...], rows: dict[tuple[str, ...], str]) -> str:
+    """Makes a table of the fields of all protocols, one of several protocols' and one of each."""
+    paths = {letter: path for path, letter in LETTERS.items()}
+    tables: dict[str, list[tuple[str, ...]]] = {}
+    for row, letters in sorted(rows.items(), key=lambda item: -len(item[1])):
+        if len(letters) == len(LETTERS):
+            tables.setdefault("All protocols", [head]).append(row)
+        elif len(letters) > 1:
+            tables.setdefault("Several protocols", [(*head, "where")]).append((*row, letters))
+        else:
+            tables.setdefault(f"`{paths[letters]}` alone", [head]).append(row)
+    return _sections(tables)
+
+
+def _other_paths() -> str:
+    head = ("field", "values", "meaning")
+    paths = [path for path in BODIES if path not in (*LETTERS, "/v1/messages/count_tokens")]
+    tables = {
+        f"`{path}`": [head, *(row for kind, row in rows_of(BODIES[path]) if kind == "supported")]
+        for path in paths
+    }
+    return _sections(tables)
+
+
+def _limits() -> str:
+    tables = {
+        title: [
+            ("what", "at most", "beyond"),
+            *((limit.what, _amount(limit), limit.beyond) for limit in limits),
+        ]
+        for title, limits in LIMITS.items()
+    }
+    return _sections(tables, "###")
 
 
 def _amount(limit: Limit) -> str:
@@ -127,8 +170,16 @@ def _amount(limit: Limit) -> str:
     return f"{limit.most:,.0f} {limit.unit}".strip()
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
+def _sections(tables: dict[str, list[tuple[str, ...]]], level: str = "####") -> str:
+    """Writes tables with a heading above each."""
+    sections = [f"{level} {title}\n\n{_table(rows)}" for title, rows in tables.items()]
+    return "\n" + "\n\n".join(sections) + "\n"
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    """Writes a table. Its first row is the head."""
+    head, *body = rows
+    lines = [head, ("---",) * len(head), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -77,45 +77,60 @@ class Limit(NamedTuple):
     beyond: str
 
 
-LIMITS = (
-    Limit("first line and header", MOST_HEADER_BYTES, "bytes", "400, closed"),
-    Limit("time for a header to arrive", HEADER_SECONDS, "seconds", "closed"),
-    Limit("time between an answer and the next request", KEEP_ALIVE_SECONDS, "seconds", "closed"),
-    Limit("body", BODY_BYTES, "bytes", "413"),
-    Limit("time for a body to arrive", BODY_SECONDS, "seconds", "408"),
-    Limit("time in which a client reads nothing", STALLED_SECONDS, "seconds", "closed"),
-    Limit(
-        "connections, and half of the files that may be open",
-        MOST_CONNECTIONS,
-        "",
-        "the longest idle is closed, or 503",
+LIMITS = {
+    "Connections and bodies": (
+        Limit("first line and header", MOST_HEADER_BYTES, "bytes", "400, closed"),
+        Limit("time for a header to arrive", HEADER_SECONDS, "seconds", "closed"),
+        Limit(
+            "time between an answer and the next request", KEEP_ALIVE_SECONDS, "seconds", "closed"
+        ),
+        Limit("body", BODY_BYTES, "bytes", "413"),
+        Limit("time for a body to arrive", BODY_SECONDS, "seconds", "408"),
+        Limit("time in which a client reads nothing", STALLED_SECONDS, "seconds", "closed"),
+        Limit(
+            "connections, and half of the files that may be open",
+            MOST_CONNECTIONS,
+            "",
+            "the longest idle is closed, or 503",
+        ),
     ),
-    Limit("depth of JSON", MAX_JSON_DEPTH, "levels", "400"),
-    Limit("the same key in an object", 1, "time", "400"),
-    Limit("faults that an error names", MOST_FAULTS, "", "validation stops"),
-    Limit("name of a model or an adapter", MOST_NAME, "characters", "400"),
-    Limit("text", MOST_TEXT, "characters", "400"),
-    Limit("prompts of a request", MOST_PROMPTS, "", "400"),
-    Limit("token ids of a prompt", MOST_IDS, "", "400"),
-    Limit("answers to a prompt", CHOICES.most, "", "400"),
-    Limit("messages", MOST_MESSAGES, "", "400"),
-    Limit("parts (blocks) of a message", MOST_PARTS, "", "400"),
-    Limit("tools", MOST_TOOLS, "", "400"),
-    Limit("tool calls of a message", MOST_CALLS, "", "400"),
-    Limit("arguments of a tool call", MOST_ARGUMENTS, "characters", "400"),
-    Limit("variables of the chat template", MOST_VARIABLES, "", "400"),
-    Limit("processor time to render a prompt", TEMPLATE_SECONDS, "seconds", "400"),
-    Limit("messages that are rendered again", MOST_RENDERED, "", "400"),
-    Limit("stop strings", MOST_STOPS, "", "400"),
-    Limit("stop string", MOST_STOP, "characters", "400"),
-    Limit("stop tokens", MOST_STOP_TOKENS, "", "400"),
-    Limit("biases of tokens", MOST_BIASES, "", "400"),
-    Limit("adapters that act together", MOST_ADAPTERS, "", "400"),
-    Limit("texts of guided_choice", MOST_TEXTS, "", "400"),
-    Limit("schema, grammar, choice, or schemas of all tools", MOST_CHARACTERS, "characters", "400"),
-    Limit("regular expression", MOST_PATTERN, "characters", "400"),
-    Limit("rules of a grammar in llama.cpp's notation", MOST_RULES, "", "400"),
-    Limit("check of an answer's shape", MOST_STEPS, "steps", "422"),
-    Limit("prompts that wait to be tokenised", MOST_PROMPTS_WAITING, "", "429"),
-    Limit("names added for adapters", MAX_ALIASES, "", "409"),
-)
+    "JSON": (
+        Limit("depth of JSON", MAX_JSON_DEPTH, "levels", "400"),
+        Limit("the same key in an object", 1, "time", "400"),
+        Limit("faults that an error names", MOST_FAULTS, "", "validation stops"),
+    ),
+    "Prompts and tools": (
+        Limit("text", MOST_TEXT, "characters", "400"),
+        Limit("prompts of a request", MOST_PROMPTS, "", "400"),
+        Limit("token ids of a prompt", MOST_IDS, "", "400"),
+        Limit("answers to a prompt", CHOICES.most, "", "400"),
+        Limit("messages", MOST_MESSAGES, "", "400"),
+        Limit("parts (blocks) of a message", MOST_PARTS, "", "400"),
+        Limit("tools", MOST_TOOLS, "", "400"),
+        Limit("tool calls of a message", MOST_CALLS, "", "400"),
+        Limit("arguments of a tool call", MOST_ARGUMENTS, "characters", "400"),
+        Limit("variables of the chat template", MOST_VARIABLES, "", "400"),
+        Limit("processor time to render a prompt", TEMPLATE_SECONDS, "seconds", "400"),
+        Limit("messages that are rendered again", MOST_RENDERED, "", "400"),
+        Limit("prompts that wait to be tokenised", MOST_PROMPTS_WAITING, "", "429"),
+    ),
+    "Sampling and answer formats": (
+        Limit("stop strings", MOST_STOPS, "", "400"),
+        Limit("stop string", MOST_STOP, "characters", "400"),
+        Limit("stop tokens", MOST_STOP_TOKENS, "", "400"),
+        Limit("biases of tokens", MOST_BIASES, "", "400"),
+        Limit("texts of guided_choice", MOST_TEXTS, "", "400"),
+        Limit(
+            "schema, grammar, choice, or schemas of all tools", MOST_CHARACTERS, "characters", "400"
+        ),
+        Limit("regular expression", MOST_PATTERN, "characters", "400"),
+        Limit("rules of a grammar in llama.cpp's notation", MOST_RULES, "", "400"),
+        Limit("check of an answer's shape", MOST_STEPS, "steps", "422"),
+    ),
+    "Models and adapters": (
+        Limit("name of a model or an adapter", MOST_NAME, "characters", "400"),
+        Limit("adapters that act together", MOST_ADAPTERS, "", "400"),
+        Limit("names added for adapters", MAX_ALIASES, "", "409"),
+    ),
+}
+"""By the heading of the table in docs/serve.md."""
