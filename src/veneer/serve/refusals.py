@@ -118,8 +118,9 @@ class Refusal(Exception):
 def without_folders(text: str) -> str:
     """Replaces every absolute path by its last part, so that no client learns where files are.
 
-    The server's working folder and its user's home are known, so their names may hold blanks. Other
-    paths are recognised by how paths are usually written.
+    Every message passes here last. Where a path has a better name, such as "the library", hide_path
+    has replaced it before. The server's working folder and its user's home are known, so their
+    names may hold blanks. Other paths are recognised by how paths are usually written.
     """
     for folder in sorted(_own_folders(), key=len, reverse=True):
         pattern = rf"(?<![\w.~/\\]){re.escape(folder)}(?![\w-])(?=([/\\])?)"

@@ -96,7 +96,7 @@ class Service:
             for folder, name in folders.items()
             if folder and folder.is_absolute()
         ]
-        # The innermost block of _without_folders acts first: that of the longest path.
+        # The innermost block of _hide_folders acts first: that of the longest path.
         self._folders = sorted(absolute, key=lambda pair: len(pair[0]))
         self._labels: dict[str, str] = {}
         self._files = ThreadPoolExecutor(4, thread_name_prefix="veneer-files")
@@ -118,13 +118,13 @@ class Service:
 
     async def _run(self, threads: ThreadPoolExecutor, function: Callable[[], T]) -> T:
         def run() -> T:
-            with self._without_folders():
+            with self._hide_folders():
                 return function()
 
         return await asyncio.get_running_loop().run_in_executor(threads, run)
 
     @contextmanager
-    def _without_folders(self) -> Iterator[None]:
+    def _hide_folders(self) -> Iterator[None]:
         """Replaces folders in the errors of the block by names: the library, the base, the folder
         of runs.
 
@@ -203,10 +203,10 @@ class Service:
 
         Refusal: 404, or why its adapter cannot be used.
         """
-        with refusing("model"), self._without_folders():
+        with refusing("model"), self._hide_folders():
             model = self.names.model(request.model, request.adapters)
             preamble = self.residents.preamble(model.identity)
-        with refusing("adapters"), self._without_folders():
+        with refusing("adapters"), self._hide_folders():
             return model, preamble, self.residents.front_places(model.identity)
 
     async def _grammar(self, request: GenerationRequest) -> Grammar | None:

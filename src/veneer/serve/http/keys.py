@@ -17,13 +17,12 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from veneer.errors import ConfigError, SourceError
 from veneer.files.system_errors import explained
 
 Scope = Literal["use", "admin"]
-SCOPES: tuple[Scope, ...] = get_args(Scope)
 VARIABLES: dict[str, Scope] = {"VENEER_API_KEY": "use", "VENEER_ADMIN_KEY": "admin"}
 SHORTEST = 16
 MOST_KEYS = 1000
