@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -62,6 +65,26 @@ def add_adapter(
     fill(made.parameters().values(), seed=seed)
     write_adapter(folder, made, manifest_for(base, method="lora"), model=base.model)
     library.add(folder, name=name)
+
+
+@contextmanager
+def server_process(base: Path, library: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
+    """Runs `veneer serve` on a free port, and kills it at the end of the block."""
+    settings = {"base": base, "library": library, "port": 0, "cache-mib": 8, "drain": 20}
+    command = [sys.executable, "-P", "-m", "veneer.cli.main", "serve"]
+    command += [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    process = subprocess.Popen(
+        [*command, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @dataclass

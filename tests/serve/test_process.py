@@ -3,12 +3,9 @@
 import asyncio
 import gc
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from tests.serve.server import BASE, add_adapter, read_status, running
+from tests.serve.server import BASE, add_adapter, read_status, running, server_process
 from tests.support.tiny import save_tiny
 from veneer import api
 from veneer.cli.main import main
@@ -40,35 +37,8 @@ def places(tmp_path_factory):
 
 @pytest.fixture
 def process(places):
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "veneer.cli.main",
-        "serve",
-        "--base",
-        str(places / "tiny-llama"),
-    ]
-    command += [
-        "--library",
-        str(places / "adapters"),
-        "--port",
-        "0",
-        "--cache-mib",
-        "8",
-        "--drain",
-        "20",
-    ]
-    started = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
-    yield started
-    started.kill()
-    started.communicate()
+    with server_process(places / "tiny-llama", places / "adapters") as started:
+        yield started
 
 
 def test_it_says_what_it_serves_and_ends_when_those_that_are_open_are_answered(process, places):

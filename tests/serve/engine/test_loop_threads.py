@@ -132,6 +132,17 @@ def test_requests_that_come_together_are_read_in_one_step(refused, monkeypatch):
     assert time.monotonic() - began < 5.0
 
 
+async def begin_generation(
+    loop: EngineLoop, requests: list[Request]
+) -> tuple[Generation, asyncio.Task[Generation]]:
+    """Queues requests, and returns the task of a client that waits until they are accepted."""
+    request = GenerationRequest(model="tiny", prompts=())
+    generation = Generation(loop, requests, request, TokenTexts(tiny_tokenizer()))
+    client = asyncio.create_task(generation.__aenter__())
+    await asyncio.sleep(0)
+    return generation, client
+
+
 @pytest.mark.parametrize("accepted", range(4))
 def test_a_client_that_leaves_while_its_prompts_are_accepted_leaves_none_running(accepted):
     """Whoever waits for the acceptance of prompts is cancelled at one of them: those behind it must
@@ -141,15 +152,8 @@ def test_a_client_that_leaves_while_its_prompts_are_accepted_leaves_none_running
 
     async def left() -> int:
         loop = EngineLoop(engine)
-        answering = Generation(
-            loop,
-            requests,
-            GenerationRequest(model="tiny", prompts=()),
-            TokenTexts(tiny_tokenizer()),
-        )
-        client = asyncio.create_task(answering.__aenter__())
-        await asyncio.sleep(0)
-        for ticket in answering._tickets[:accepted]:
+        generation, client = await begin_generation(loop, requests)
+        for ticket in generation._tickets[:accepted]:
             ticket.accepted.set_result(None)
         await asyncio.sleep(0)
         client.cancel()
@@ -161,7 +165,7 @@ def test_a_client_that_leaves_while_its_prompts_are_accepted_leaves_none_running
             if not loop.open_answers:
                 break
             await asyncio.sleep(0.005)
-        new = sum(ticket.new_tokens for ticket in answering._tickets)
+        new = sum(ticket.new_tokens for ticket in generation._tickets)
         await loop.close(1.0)
         return new
 
@@ -176,22 +180,15 @@ def test_a_refused_request_whose_client_has_gone_leaves_no_traceback(caplog):
 
     async def refused() -> None:
         loop = EngineLoop(engine)
-        answering = Generation(
-            loop,
-            requests,
-            GenerationRequest(model="tiny", prompts=()),
-            TokenTexts(tiny_tokenizer()),
-        )
-        client = asyncio.create_task(answering.__aenter__())
-        await asyncio.sleep(0)
-        answering._tickets[0].accepted.set_exception(QueueFullError(3, 3))
+        generation, client = await begin_generation(loop, requests)
+        generation._tickets[0].accepted.set_exception(QueueFullError(3, 3))
         with pytest.raises(Refusal) as caught:
             await client
         assert caught.value.status == 429
         loop.start()  # it refuses the last of the three, of which nobody asks any more
         await loop.run_between_steps(lambda engine: None)
         await loop.close(10.0)
-        answering._tickets.clear()
+        generation._tickets.clear()
         gc.collect()
 
     asyncio.run(refused())

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serve.server import add_adapter
+from tests.serve.server import add_adapter, server_process
 from tests.soak.counts import rounds
 from tests.support.tiny import save_tiny
 from veneer import api
@@ -58,44 +57,17 @@ def cluster() -> Iterator[Any]:
 
 @pytest.fixture
 def server(cluster: Any, places: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "veneer.cli.main",
-        "serve",
-        "--base",
-        str(places / "tiny"),
-    ]
-    command += [
-        "--library",
-        str(places / "adapters"),
-        "--port",
-        "0",
-        "--cache-mib",
-        "8",
-        "--drain",
-        "20",
-    ]
-    command += ["--on", "ray", "--address", cluster.address, "--replicas", "2"]
-    started = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
-    assert started.stdout is not None
-    told = ""
-    while "Ctrl-C" not in told:
-        line = started.stdout.readline()
-        assert line, started.communicate()[1]
-        told += line
-    found = re.search(r"http://127\.0\.0\.1:\d+", told)
-    assert found is not None and "2 replicas" in told
-    yield started, found[0]
-    started.kill()
-    started.communicate()
+    replicas = ("--on", "ray", "--address", cluster.address, "--replicas", "2")
+    with server_process(places / "tiny", places / "adapters", *replicas) as process:
+        assert process.stdout is not None
+        screen = ""
+        while "Ctrl-C" not in screen:
+            line = process.stdout.readline()
+            assert line, process.communicate()[1]
+            screen += line
+        url = re.search(r"http://127\.0\.0\.1:\d+", screen)
+        assert url is not None and "2 replicas" in screen
+        yield process, url[0]
 
 
 def ask(url: str, model: str, **fields: Any) -> httpx.Response:
