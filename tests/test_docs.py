@@ -17,7 +17,7 @@ import yaml
 
 import veneer.errors
 from tests.support.pages import OUTPUT, blocks
-from veneer.cli.config_file import list_setting_paths
+from veneer.cli.config_file import list_setting_paths, read_settings
 from veneer.cli.job_settings import read_jobs
 from veneer.cli.main import COMMANDS, EXIT_CODES, Parser, command_module
 from veneer.training.config import RunConfig
@@ -112,7 +112,7 @@ def settings_faults(text: str) -> list[str]:
         if "jobs" in said:
             with tempfile.TemporaryDirectory() as folder:
                 (Path(folder) / "jobs.yaml").write_text(text)
-                read_jobs(Path(folder) / "jobs.yaml", {}, [], {}, None)
+                read_jobs(read_settings(Path(folder) / "jobs.yaml"), {}, [], {}, None)
             return []
         RunConfig.of({"base": "b", "out": "o", **said})
     return []

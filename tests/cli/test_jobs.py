@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from tests.support.tiny import save_tiny
+from veneer.cli.config_file import read_settings
 from veneer.cli.job_settings import read_jobs
 from veneer.cli.main import main
 from veneer.cli.training.train_jobs import short_names
@@ -25,11 +26,22 @@ ABOVE = {
 def read(tmp_path, settings, flags=None, sets=(), sweep=None):
     file = tmp_path / "jobs.yaml"
     file.write_text(yaml.safe_dump(settings, sort_keys=False))
-    return read_jobs(file, flags or {}, sets, {}, sweep)
+    return read_jobs(read_settings(file), flags or {}, sets, {}, sweep)
 
 
 def test_a_file_without_jobs_and_a_command_without_a_sweep_are_one_run(tmp_path):
     assert read(tmp_path, {**ABOVE, "out": "o"}) is None
+
+
+def test_a_run_file_is_read_once_so_it_may_be_a_pipe(tmp_path, capfd):
+    reader, writer = os.pipe()
+    folder = str(tmp_path / "no base")
+    os.write(writer, yaml.safe_dump({**ABOVE, "base": folder, "out": "o"}).encode())
+    os.close(writer)
+    assert main(["train", f"/dev/fd/{reader}"]) == 2
+    os.close(reader)
+    error = capfd.readouterr().err
+    assert folder in error and "is missing" not in error
 
 
 def test_a_job_overrides_what_stands_above_it_key_by_key(tmp_path):

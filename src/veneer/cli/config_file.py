@@ -84,6 +84,11 @@ class UncheckedSettings:
         node[path[-1]] = value
         self.origins[path] = origin
 
+    @property
+    def source(self) -> str:
+        """The run file and the flags, as errors name them."""
+        return f"{self.origins[()]} and the flags" if () in self.origins else "the flags"
+
     def origin(self, path: KeyPath) -> str:
         """Where the value at `path` came from, or the nearest mapping around it."""
         for depth in range(len(path), 0, -1):
@@ -102,15 +107,21 @@ def read_run_config(
 
     Raises ConfigError with every fault of all three.
     """
-    settings = UncheckedSettings()
-    if file is not None:
-        read_file(settings, Path(file))
-    override(settings, flags, sets, columns or {})
+    return resolve_run(read_settings(file), flags, sets, columns or {})
+
+
+def resolve_run(
+    settings: UncheckedSettings,
+    flags: Mapping[str, Any],
+    sets: Sequence[str],
+    columns: Mapping[str, str | None],
+) -> RunConfig:
+    """Returns the run that settings of a file, flags, --set and columns describe together."""
+    override(settings, flags, sets, columns)
     config, faults = validate(settings)
     if config is None or settings.faults:
-        where = f"{file} and the flags" if file is not None else "the flags"
         raise ConfigError(
-            f"{where} do not describe a run",
+            f"{settings.source} do not describe a run",
             settings.faults + faults,
             "`veneer explain settings` lists the settings.",
         )
@@ -164,8 +175,13 @@ def summarize_setting(path: KeyPath) -> str:
     return f"{summary}; default: {default}" if plain else summary
 
 
-def read_file(settings: UncheckedSettings, file: Path) -> None:
-    """Reads the values of a run file and where each stands. Raises ConfigError."""
+def read_settings(file: str | Path | None) -> UncheckedSettings:
+    """Reads the values of a run file and where each stands; none without a file. Raises
+    ConfigError."""
+    settings = UncheckedSettings()
+    if file is None:
+        return settings
+    file = Path(file)
     try:
         if file.stat().st_size > MAX_FILE_BYTES:
             raise ConfigError(
@@ -183,6 +199,7 @@ def read_file(settings: UncheckedSettings, file: Path) -> None:
         )
     settings.values = values
     settings.origins[()] = str(file)
+    return settings
 
 
 def parse_yaml(text: str, name: str, settings: UncheckedSettings) -> Any:

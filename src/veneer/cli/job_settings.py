@@ -25,7 +25,6 @@ from veneer.cli.config_file import (
     copy_values,
     override,
     put_yaml,
-    read_file,
     validate,
 )
 from veneer.errors import ConfigError
@@ -40,7 +39,7 @@ NEXT_STEP = "`veneer explain settings` lists the settings."
 
 
 def read_jobs(
-    file: str | Path | None,
+    above: UncheckedSettings,
     flags: Mapping[str, Any],
     sets: Sequence[str],
     columns: Mapping[str, str | None],
@@ -48,11 +47,9 @@ def read_jobs(
 ) -> list[RunConfig] | None:
     """Reads the settings of every job; None if neither the file nor a sweep asks for several.
 
+    above: settings of the run file, with its `jobs`.
     Raises ConfigError with every fault of all jobs.
     """
-    above = UncheckedSettings()
-    if file is not None:
-        read_file(above, Path(file))
     lists_jobs = "jobs" in above.values
     if not lists_jobs and sweep is None:
         return None
@@ -70,9 +67,10 @@ def read_jobs(
         jobs = [_at_point(job, point) for job in jobs for point in points]
     configs = _validate_all(jobs, faults)
     if faults or above.faults:
-        where = "the flags" if file is None else f"{file} and the flags"
         raise ConfigError(
-            f"{where} do not describe jobs", list(dict.fromkeys(above.faults + faults)), NEXT_STEP
+            f"{above.source} do not describe jobs",
+            list(dict.fromkeys(above.faults + faults)),
+            NEXT_STEP,
         )
     return configs
 

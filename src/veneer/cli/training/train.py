@@ -26,7 +26,14 @@ from typing import Any
 from veneer.bounds import PROCESSES
 from veneer.cli.bases import locate_base_and_adapter
 from veneer.cli.common import add_json, add_map, parse_columns, pause_collection, print_json
-from veneer.cli.config_file import FLAGS, find_first_parent, read_run_config, summarize_setting
+from veneer.cli.config_file import (
+    FLAGS,
+    find_first_parent,
+    read_run_config,
+    read_settings,
+    resolve_run,
+    summarize_setting,
+)
 from veneer.cli.early import check_place, check_run
 from veneer.cli.job_settings import read_jobs
 from veneer.cli.training.plan import parse_size
@@ -186,10 +193,11 @@ def _read_configs(args: argparse.Namespace) -> tuple[list[RunConfig], bool]:
         flags["base"] = None if parent is None else locate_base_and_adapter(None, parent)[0]
     if args.resume is None:
         columns = parse_columns(args)
-        jobs = read_jobs(args.run, flags, args.sets, columns, args.sweep)
+        settings = read_settings(args.run)  # once: the file may be a pipe
+        jobs = read_jobs(settings, flags, args.sets, columns, args.sweep)
         if jobs is not None:
             return jobs, True
-        return [read_run_config(args.run, flags, args.sets, columns)], False
+        return [resolve_run(settings, flags, args.sets, columns)], False
     _refuse_settings(args, flags)
     folders = _unfinished(args.resume)
     return [_resumed_config(folder) for folder in folders], len(folders) > 1
