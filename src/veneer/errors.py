@@ -48,6 +48,10 @@ class VeneerError(Exception):
         lines += [next_step] if next_step else []
         super().__init__("\n".join(lines))
 
+    def lines_about(self, name: str) -> list[str]:
+        """Returns the headline and the faults, each behind the name of what they are about."""
+        return [f"{name}: {line}" for line in (self.headline, *self.faults)]
+
 
 def _shorten(line: str) -> str:
     """Shortens a line: it may quote a file, and be a million characters long."""

@@ -243,7 +243,7 @@ def test_the_largest_batch_runs_first_and_changes_nothing(tmp_path, monkeypatch)
         f"largest batch fits: 4 rows, up to {max(map(used_length, seen[0]))} tokens, 1.23 GB"
         in said
     )
-    costs = [int(made._rows.lengths[rows].sum()) for rows in plan]
+    costs = [int(made.inputs.rows.lengths[rows].sum()) for rows in plan]
     assert sum(len(e.ids) for e in seen[0]) >= max(costs)
     monkeypatch.setattr(Loop, "_try_largest", lambda self: None)
     without, _ = run(make_job(tmp_path / "b", steps=1, micro_batch=4))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapters.placement.acting import TokenKeys, in_turn
-from veneer.data.batching import Batch, RowSpans, used_length
+from veneer.data.batching import Batch, used_length
 from veneer.data.examples import Example
 from veneer.data.joint_batch import join_batches
 from veneer.errors import DivergedError, DoesNotFitError, fits_memory
@@ -63,7 +63,6 @@ class StepGradient:
         self.assigned: deque[tuple[int, bool]] = deque()
         self._losses: dict[int, Tensor] = {}
         self._tokens = [0, 0, 0]
-        self._row_spans = RowSpans.of(inputs.train)
 
     def begin(
         self, rows: Sequence[int], micro_batches: Sequence[Sequence[int]], *, step: int
@@ -151,9 +150,10 @@ class StepGradient:
     def batch_words(self) -> tuple[int, int, list[str]]:
         """Returns the number of rows and tokens of the step, and the places of some rows in
         their files."""
-        tokens = int(self._row_spans.lengths[self.rows].sum())
-        examples = self._row_spans.examples(self.rows)
-        return len(self.rows), tokens, [str(self.inputs.train[i].ref) for i in examples[:8]]
+        rows, train = self.inputs.rows, self.inputs.train
+        tokens = int(rows.lengths[self.rows].sum())
+        places = [str(train[i].ref) for i in rows.examples(self.rows)[:8]]
+        return len(self.rows), tokens, places
 
 
 @dataclass(frozen=True)

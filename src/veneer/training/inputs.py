@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -51,11 +52,16 @@ class TrainingInputs:
     """Micro-batches, as numbers of examples, that are tried before step 1; empty: those of
     find_largest."""
 
+    @cached_property
+    def rows(self) -> RowSpans:
+        """The examples of each row of `train`."""
+        return RowSpans.of(self.train)
+
     def find_largest(self) -> list[list[int]]:
         """Finds the micro-batches of all steps that may take the most memory (data/longest.py)."""
-        config, rows = self.config, RowSpans.of(self.train)
+        config = self.config
         plans = plans_of_run(
-            rows,
+            self.rows,
             batch=config.batch,
             seed=config.seed,
             order=config.order,
@@ -65,7 +71,7 @@ class TrainingInputs:
         with self.routing.held(Acting.everywhere(self.adapters)):
             return largest_micro_batches(
                 self.train,
-                rows,
+                self.rows,
                 plans,
                 micro_batch=config.rows_at_once,
                 packed=self.paths.packed,

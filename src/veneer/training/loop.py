@@ -210,5 +210,5 @@ def _interrupted(
         headline = f"stopped {len(trainees)} runs; checkpoints saved"
         faults = [f"{t.inputs.out}: {place}" for t, place in zip(trainees, places, strict=True)]
     for trainee, fault in failed.items():
-        faults += [f"{trainee.inputs.out}: {line}" for line in (fault.headline, *fault.faults)]
+        faults += fault.lines_about(str(trainee.inputs.out))
     return RunInterrupted(headline, faults, f"Continue with: veneer train --resume {folders}")

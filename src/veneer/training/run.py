@@ -125,7 +125,7 @@ def _prepare_all(jobs: Sequence[Job], stack: ExitStack, world: World) -> "list[_
         except VeneerError as fault:
             if len(jobs) == 1:
                 raise
-            faults += [f"{job.config.out}: {line}" for line in (fault.headline, *fault.faults)]
+            faults += fault.lines_about(job.config.out)
         else:
             runs.append(run)
     if faults:
@@ -219,8 +219,8 @@ class _Run:
     def forecast(self, planner: RunPlanner | None) -> None:
         """Opens the records, and forecasts the run."""
         prepared, world, screen = self.prepared, self.world, self.job.screen
-        self._of_records = self._stack.enter_context(ExitStack())
-        self.records = self._of_records.enter_context(
+        self._records_stack = self._stack.enter_context(ExitStack())
+        self.records = self._records_stack.enter_context(
             _open_records(prepared, self._checkpoint, self._started, screen, world)
         )
         inputs = prepared.inputs
@@ -268,7 +268,7 @@ class _Run:
         trainee.release()
         summary = _write(self.prepared, self.start, trainee, self.world)
         self.records.write({"kind": "end", "reason": trainee.reason, "step": trainee.progress.step})
-        self._of_records.close()
+        self._records_stack.close()
         summary["failed_loggers"] = self.records.failed
         if self.world.leads:
             with atomic_file(self.prepared.inputs.out / "summary.json", replace=True) as partial:

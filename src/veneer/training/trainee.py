@@ -26,7 +26,7 @@ from typing import Any
 from torch import Tensor
 
 from veneer.adapters.placement.acting import Acting
-from veneer.data.batching import EpochPlan, RowSpans, plan_epoch, used_length
+from veneer.data.batching import EpochPlan, plan_epoch, used_length
 from veneer.errors import fits_memory
 from veneer.execution.proofs.model import in_front
 from veneer.formats.manifest import HeldOut
@@ -82,10 +82,8 @@ class Trainee:
             )
             self.gradient = StepGradient(inputs, world)
         self.progress = RunProgress()
-        self._rows = RowSpans.of(inputs.train)
         self._cells = LossCells.over(inputs.validation, inputs.validation_sets)
         self._epoch_plan: tuple[int, EpochPlan] | None = None
-        self._largest: list[int] = []
         self._timed = False  # the first step is not timed: it allocates
         self.saved_step: int | None = None
         """Step of the newest checkpoint of this process."""
@@ -139,7 +137,7 @@ class Trainee:
         )
         totals, rows = self.gradient.finish(), self.gradient.rows
         if not math.isfinite(totals.norm):
-            examples = self._rows.examples(rows)
+            examples = inputs.rows.examples(rows)
             raise diverged(inputs, "gradient norm", totals.norm, examples, step=progress.step)
         with fits_memory(
             f"on the optimizer's step {progress.step + 1}",
@@ -193,7 +191,7 @@ class Trainee:
             config = self.inputs.config
             self._epoch_plan = None  # so that only one plan is in memory
             plan = plan_epoch(
-                self._rows.lengths,
+                self.inputs.rows.lengths,
                 batch=config.batch,
                 seed=config.seed,
                 epoch=epoch,
@@ -215,7 +213,7 @@ class Trainee:
         """Divides rows into micro-batches of examples, the same for every process."""
         inputs, size = self.inputs, self.inputs.config.rows_at_once
         parts = (
-            self._rows.examples(rows[start : start + size]) for start in range(0, len(rows), size)
+            inputs.rows.examples(rows[start : start + size]) for start in range(0, len(rows), size)
         )
         with self.acting():
             return list(parts_of(inputs.model, inputs.paths, inputs.train, parts))
@@ -229,23 +227,21 @@ class Trainee:
     def begin_trial(self) -> None:
         """Begins a step of the largest micro-batch of the run. Every process computes it, because
         any of them may have to in a later step."""
-        self._largest = list((self.inputs.largest or self.inputs.find_largest())[0])
-        rows = self._rows.of_examples(self._largest)
-        micro_batches = [self._largest for _ in range(self.world.size)]
-        self.gradient.begin(rows, micro_batches, step=self.progress.step)
+        largest = (self.inputs.largest or self.inputs.find_largest())[0]
+        rows = self.inputs.rows.of_examples(largest)
+        self.gradient.begin(rows, [largest] * self.world.size, step=self.progress.step)
 
     def end_trial(self) -> None:
         """Drops the gradient of a trial and says that the largest batch fits.
 
         If the trial diverged, the step with these rows reports it later.
         """
-        inputs, largest = self.inputs, self._largest
-        rows = self._rows.of_examples(largest)
+        inputs, gradient = self.inputs, self.gradient
         inputs.flat.gradient.zero_()
         gigabytes = peak_memory_bytes(str(inputs.flat.values.device)) / 1e9
-        longest = max(used_length(inputs.train[i]) for i in largest)
+        longest = max(used_length(inputs.train[i]) for i in gradient.micro_batches[0])
         self.screen.message(
-            f"largest batch fits: {len(rows)} rows, up to {longest} tokens, {gigabytes:.2f} GB"
+            f"largest batch fits: {len(gradient.rows)} rows, up to {longest} tokens, {gigabytes:.2f} GB"
         )
 
     # evaluations and checkpoints

@@ -47,7 +47,7 @@ def train_jobs(configs: Sequence[RunConfig], args: argparse.Namespace) -> int:
         folders = " ".join(out for out, _ in failed)
         raise type(failed[0][1])(
             f"{len(failed)} of {len(configs)} jobs failed",
-            [f"{out}: {line}" for out, fault in failed for line in (fault.headline, *fault.faults)],
+            [line for out, fault in failed for line in fault.lines_about(out)],
             f"Continue them from their last checkpoints: veneer train --resume {folders}",
         )
     return 0
@@ -75,9 +75,7 @@ def check_all(configs: Sequence[RunConfig], *, resume: bool) -> None:
             try:
                 check(config)
             except VeneerError as fault:
-                faults |= dict.fromkeys(
-                    f"{config.out}: {line}" for line in (fault.headline, *fault.faults)
-                )
+                faults |= dict.fromkeys(fault.lines_about(config.out))
     if faults:
         raise ConfigError(
             "not all jobs can start, so none was started",
@@ -88,8 +86,8 @@ def check_all(configs: Sequence[RunConfig], *, resume: bool) -> None:
 
 def short_names(folders: Sequence[str]) -> list[str]:
     """Names jobs by their folders, without the part that all have in common."""
-    common = Path(os.path.commonpath([Path(folder).absolute() for folder in folders]))
     paths = [Path(folder).absolute() for folder in folders]
+    common = Path(os.path.commonpath(paths))
     return [str(path.relative_to(common)) if path != common else path.name for path in paths]
 
 
@@ -100,10 +98,10 @@ def job_table(
 ) -> list[str]:
     """Returns a table of the jobs: the settings that differ, and what came of each; the lowest
     held-out loss first."""
-    columns = _different_settings(configs)
+    settings = [flat_settings(config) for config in configs]
+    columns = _different_settings(settings)
     rows = [["job", *columns, "steps", "loss", "held out", "95% interval"]]
     order = sorted(range(len(names)), key=lambda n: _rank(results[n]))
-    settings = [flat_settings(config) for config in configs]
     for n in order:
         own = [_cell(settings[n].get(column)) for column in columns]
         rows.append([shown(names[n]), *own, *_outcome(results[n])])
@@ -122,8 +120,7 @@ def flat_settings(config: RunConfig) -> dict[str, Any]:
     return flat(config.model_dump(mode="json", exclude={"out"}))
 
 
-def _different_settings(configs: Sequence[RunConfig]) -> list[str]:
-    settings = [flat_settings(config) for config in configs]
+def _different_settings(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     names = dict.fromkeys(name for values in settings for name in values)
     different = [name for name in names if len({repr(values.get(name)) for values in settings}) > 1]
     return different[:MOST_SETTINGS]
