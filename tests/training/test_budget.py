@@ -2,8 +2,8 @@
 
 from veneer.training.budget import FREE_SHARE, JobMemory, plan_jobs
 
-SMALL = JobMemory(peak=900, step=200, tokens=20, values=1)
-LARGE = JobMemory(peak=1500, step=800, tokens=40, values=5)
+SMALL = JobMemory(peak=900, step=200, tokens=20, values=8, optimizer=8)
+LARGE = JobMemory(peak=1500, step=800, tokens=40, values=40, optimizer=40)
 
 
 def test_a_job_alone_is_planned_as_it_is():

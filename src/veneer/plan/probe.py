@@ -16,7 +16,7 @@ from veneer.data.examples import Example
 from veneer.data.load import DataSet
 from veneer.errors import DoesNotFitError
 from veneer.plan.choice import Choice
-from veneer.plan.counted import STATIC
+from veneer.plan.counted import GRADIENTS, MOMENTS, STATIC, SUMS, VALUES
 from veneer.plan.estimate import LIBRARIES_BYTES, PROCESS
 from veneer.plan.fit import find_remedy, nearest
 from veneer.plan.planner import Planner
@@ -105,8 +105,17 @@ def forecast(
     choice = replace(Choice.of(config, processes), dtype=NAMES[dtype])
     index, estimate = planner.largest_estimate(choice)
     traffic = planner.sent(choice)
-    stays = sum(estimate.run.static.get(label, 0) for label in STATIC)
+    static = estimate.run.static
+    stays = sum(static.get(label, 0) for label in STATIC)
     if PROCESS in estimate.parts:
         stays += estimate.parts[PROCESS] + LIBRARIES_BYTES
     step = max(estimate.peak_bytes - stays, 0)
-    return RunForecast(estimate.peak_bytes, index, traffic.gradient, traffic.layers, step)
+    return RunForecast(
+        estimate.peak_bytes,
+        index,
+        traffic.gradient,
+        traffic.layers,
+        step,
+        values=static[VALUES] + static[GRADIENTS],
+        optimizer=static[MOMENTS] + static.get(SUMS, 0),
+    )

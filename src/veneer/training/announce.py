@@ -33,6 +33,7 @@ class RunForecast:
     largest: index of the micro-batch that needs the most memory, of those that may be the largest.
     gradient, layers: bytes sent in a step, for the gradient and for sharded layers.
     step: bytes of the peak that only a step holds, without what stays between steps.
+    values, optimizer: bytes that stay for trained values with gradients, and for the optimizer.
     """
 
     peak: int
@@ -40,6 +41,8 @@ class RunForecast:
     gradient: int = 0
     layers: int = 0
     step: int = 0
+    values: int = 0
+    optimizer: int = 0
 
 
 class RunPlanner(Protocol):

@@ -14,19 +14,24 @@ from veneer.training.output.records import process_memory_bytes
 
 FREE_SHARE = 0.8
 """Share of the free memory that forwards may take; others use the machine too."""
-VALUE_BYTES, MOMENT_BYTES = 8, 8
-"""Of a trained value: itself with its gradient, and its moments, which are allocated later."""
 
 
 @dataclass(frozen=True)
 class JobMemory:
-    """The plan of one job. peak: of the job alone. step: the part of it that a step holds while it
-    computes the largest micro-batch, of so many tokens. values: number of trained values."""
+    """The plan of one job.
+
+    peak       of the job alone
+    step       the part of the peak that a step holds while it computes the largest micro-batch
+    tokens     number of tokens of that micro-batch
+    values     the part of trained values and their gradients, which are allocated already
+    optimizer  the part of the optimizer's moments and sums, which are allocated later
+    """
 
     peak: int
     step: int
     tokens: int
     values: int
+    optimizer: int
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,12 @@ def plan_jobs(jobs: Sequence[JobMemory], free: int | None) -> JointMemory:
     bytes_per_token = max(job.step / max(job.tokens, 1) for job in jobs)
     tokens = None
     if free is not None:
-        room = FREE_SHARE * free - MOMENT_BYTES * sum(job.values for job in jobs)
+        room = FREE_SHARE * free - sum(job.optimizer for job in jobs)
         tokens = max(int(room / max(bytes_per_token, 1)), 0)
     all_tokens = sum(job.tokens for job in jobs)
     largest_step = max(job.step for job in jobs)
     joint_step = bytes_per_token * (all_tokens if tokens is None else min(tokens, all_tokens))
-    others = (VALUE_BYTES + MOMENT_BYTES) * sum(job.values for job in jobs[1:])
+    others = sum(job.values + job.optimizer for job in jobs[1:])
     peak = jobs[0].peak - jobs[0].step + others + max(largest_step, round(joint_step))
     return JointMemory(peak, tokens)
 

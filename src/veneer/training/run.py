@@ -238,8 +238,7 @@ class _Run:
         if forecast is None:
             return None
         tokens = sum(used_length(inputs.train[i]) for i in inputs.largest[0])
-        values = sum(p.numel() for p in inputs.flat.parameters.values())
-        return JobMemory(forecast.peak, forecast.step, tokens, values)
+        return JobMemory(forecast.peak, forecast.step, tokens, forecast.values, forecast.optimizer)
 
     def announce(self, planned: int | None) -> None:
         """Records and shows the start. planned: bytes of the peak of all runs together."""

@@ -241,7 +241,8 @@ class Trainee:
         gigabytes = peak_memory_bytes(str(inputs.flat.values.device)) / 1e9
         longest = max(used_length(inputs.train[i]) for i in gradient.micro_batches[0])
         self.screen.message(
-            f"largest batch fits: {len(gradient.rows)} rows, up to {longest} tokens, {gigabytes:.2f} GB"
+            f"largest batch fits: {len(gradient.rows)} rows, up to {longest} tokens,"
+            f" {gigabytes:.2f} GB"
         )
 
     # evaluations and checkpoints
