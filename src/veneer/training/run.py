@@ -18,7 +18,7 @@ from veneer.data.batching import used_length
 from veneer.data.files.writing import Record
 from veneer.errors import ConfigError, VeneerError
 from veneer.execution.train_step import fused, replacements
-from veneer.files.atomic import atomic_file
+from veneer.files.atomic import write_text
 from veneer.files.strict_json import json_text
 from veneer.models.checkpointing import checkpointed
 from veneer.training.announce import RunPlanner, forecast_run, start_record
@@ -270,8 +270,8 @@ class _Run:
         self._records_stack.close()
         summary["failed_loggers"] = self.records.failed
         if self.world.leads:
-            with atomic_file(self.prepared.inputs.out / "summary.json", replace=True) as partial:
-                partial.write_text(json_text(summary), encoding="utf-8")
+            file = self.prepared.inputs.out / "summary.json"
+            write_text(file, json_text(summary), replace=True)
         self.result = summary
 
     def end(self, result: Result) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from veneer.formats.norms import LowRankUpdate
     from veneer.library.entry import Entry
     from veneer.library.library import Library
+    from veneer.library.records import ObjectFacts
 
 _BARS = "▁▂▃▄▅▆▇█"
 MAX_CELLS = 48  # layers on one line; in deeper models, neighbours share a cell
@@ -52,11 +53,12 @@ def _show(args: argparse.Namespace, library: Library) -> int:
     update_by_path, other_tensors = updates(stored)
     base = load_plain_base(args)
     base_norms_by_path = {} if base is None else base_norms(base, update_by_path)
+    norms = {path: update.norm() for path, update in update_by_path.items()}
     modules: dict[str, dict[str, float | None]] = {
         path: {
             "rank": update.rank,
             "scaling": update.scaling,
-            "norm": update.norm(),
+            "norm": norms[path],
             "base_norm": base_norms_by_path.get(path),
         }
         for path, update in update_by_path.items()
@@ -82,12 +84,9 @@ def _show(args: argparse.Namespace, library: Library) -> int:
         )
         return 0
     console = make_console(json=False)
-    lines = _head(args.adapter, entry, stored, update_by_path, len(other_tensors))
-    norms = {
-        path: update.norm() / (base_norms_by_path.get(path) or 1.0)
-        for path, update in update_by_path.items()
-    }
-    lines += _picture(norms, relative=bool(base_norms_by_path))
+    lines = _head(args.adapter, entry, stored, facts, update_by_path, len(other_tensors))
+    sizes = {path: norm / (base_norms_by_path.get(path) or 1.0) for path, norm in norms.items()}
+    lines += _picture(sizes, relative=bool(base_norms_by_path))
     if facts.metrics:
         lines.append(
             "  metrics   "
@@ -129,12 +128,10 @@ def _head(
     title: str,
     entry: Entry | None,
     stored: StoredAdapter,
+    facts: ObjectFacts,
     update_by_path: Mapping[str, LowRankUpdate],
     num_other_tensors: int,
 ) -> list[str]:
-    from veneer.library.examination import facts_of
-
-    facts = facts_of(stored)
     title = title if entry is None else entry.reference
     size_line = (
         f"{title} · {facts.method} · {millions(facts.parameters)} parameters · {size(facts.bytes)}"
