@@ -152,7 +152,7 @@ def guarded(
     settings: ServeSettings,
     keys: ApiKeys,
     *,
-    counted: Callable[[str, int, float], None],
+    counted: Callable[[str, int], None],
     closing: Callable[[], None],
     ending: Callable[[], None] = lambda: None,
 ) -> tuple[Server, socket.socket]:

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -39,7 +38,7 @@ class ExportReport:
     rank: int | None = None
 
 
-def vllm_faults(placed: PlacedAdapter, model: Any) -> list[str]:
+def _vllm_faults(placed: PlacedAdapter) -> list[str]:
     """Lists what vLLM refuses or ignores, and what no conversion can fix."""
     faults = [
         f"{name}: a value trained in full; vLLM reads low-rank factors alone"
@@ -67,7 +66,7 @@ def export_vllm(
     base: str,
 ) -> ExportReport:
     """Writes a folder with one rank and scaling 1. RefusedError lists what vLLM would not apply."""
-    faults = vllm_faults(placed, skeleton.model)
+    faults = _vllm_faults(placed)
     if skeleton.whole is not None:
         faults.append(
             f"vLLM reads this checkpoint as {skeleton.whole}, within which these modules have other"

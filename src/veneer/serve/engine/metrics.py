@@ -74,7 +74,7 @@ class Metrics:
         self._tokens: Counter[str] = Counter()
         self._first, self._whole = Histogram(), Histogram()
 
-    def count_http(self, path: str, status: int, seconds: float) -> None:
+    def count_http(self, path: str, status: int) -> None:
         """Counts an HTTP request, whatever its status."""
         self._answers[path if path in self._routes else "other", status] += 1
 

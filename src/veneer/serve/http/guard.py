@@ -47,7 +47,7 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 class Guard:
     """An ASGI application that checks requests before another one answers them.
 
-    counted: called with (path, status, seconds) of each response.
+    counted: called with (path, status) of each response.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Guard:
         keys: ApiKeys,
         hosts: Collection[str] = (),
         origins: Collection[str] = (),
-        counted: Callable[[str, int, float], None] | None = None,
+        counted: Callable[[str, int], None] | None = None,
     ) -> None:
         self.app, self.keys, self.counted = app, keys, counted
         self.hosts = {"localhost", *(host.lower() for host in hosts)}
@@ -87,7 +87,6 @@ class Guard:
             else:
                 await self.app(scope, receive, sending)
         finally:
-            seconds = time.monotonic() - began
             if scope["path"] not in OPEN:  # probes ask for these every few seconds
                 path = shown(scope["path"][:_PATH_CHARACTERS])
                 log.info(
@@ -95,11 +94,11 @@ class Guard:
                     scope["method"],
                     path,
                     status or "gone",
-                    1000 * seconds,
+                    1000 * (time.monotonic() - began),
                     request_id,
                 )
             if self.counted is not None:
-                self.counted(scope["path"], status, seconds)
+                self.counted(scope["path"], status)
 
     def _check(self, scope: Scope, headers: Headers) -> Refusal | None:
         host = headers.get("host", "")
@@ -110,7 +109,7 @@ class Guard:
                 code="unknown_host",
             )
         origin = headers.get("origin")
-        if origin is not None and not self._known_origin(origin, host, scope["scheme"]):
+        if origin is not None and not self._known_origin(origin, host):
             return Refusal(
                 403,
                 "Requests from other sites are not allowed. To allow this one, start the server"
@@ -138,7 +137,7 @@ class Guard:
             return False
         return name in self.hosts or _is_address(name)
 
-    def _known_origin(self, origin: str, host: str, scheme: str) -> bool:
+    def _known_origin(self, origin: str, host: str) -> bool:
         # Behind a proxy the scheme may differ.
         same_site = {f"http://{host}".lower(), f"https://{host}".lower()}
         return origin.lower() in same_site or origin.lower() in self.origins

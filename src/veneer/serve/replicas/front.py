@@ -79,7 +79,7 @@ class Frontend:
     def refuse_new(self) -> None:
         self._closing = True
 
-    def count_http(self, path: str, status: int, seconds: float) -> None:
+    def count_http(self, path: str, status: int) -> None:
         """Counts an HTTP request, whatever its status."""
         self._answers[path if path in PATHS else "other", status] += 1
 
