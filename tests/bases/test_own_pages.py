@@ -22,7 +22,7 @@ from veneer.models.load import load_base
 
 MIB = 2**20
 
-pytestmark = pytest.mark.skipif(not pages.served(), reason="no huge pages here")
+pytestmark = pytest.mark.skipif(not pages.has_huge_pages(), reason="no huge pages here")
 
 
 class Mapped(nn.Module):
@@ -103,7 +103,7 @@ print(take_own_pages(module) // 2**20, read, status("VmHWM") - before)
 
 def test_memory_that_is_read_again_and_again_shares_no_huge_page_with_any_other() -> None:
     """Where two mappings meet within one, the system gives both small pages there."""
-    rooms = [pages.room(count) for count in (pages.HUGE, 9_830_400, 10 * pages.HUGE + 1)]
+    rooms = [pages.allocate(count) for count in (pages.HUGE, 9_830_400, 10 * pages.HUGE + 1)]
     assert [len(room) for room in rooms] == [pages.HUGE, 9_830_400, 10 * pages.HUGE + 1]
     assert all(room.data_ptr() % pages.HUGE == 0 for room in rooms)
     for room in rooms:

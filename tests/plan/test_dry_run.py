@@ -211,11 +211,11 @@ def test_products_of_kernels_of_ours_are_none_of_a_library():
 
 
 @pytest.mark.parametrize("count", [3, 5, 7])
-def test_turns_of_the_loss_that_are_alike_are_counted_by_one_of_them(count, monkeypatch):
+def test_chunks_of_the_loss_that_are_alike_are_counted_by_one_of_them(count, monkeypatch):
     rows = synthetic_rows(1, 128 * count + 9)
     step = step_of(tiny_model("llama", torch.bfloat16, head_dim=16), lora(3), rows)
     found = dry_run(step)
-    monkeypatch.setattr(loss, "turns", iter)
+    monkeypatch.setattr(loss, "chunk_starts", iter)
     assert dry_run(step) == found
 
 

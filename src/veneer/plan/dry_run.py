@@ -37,7 +37,7 @@ from veneer.execution.proofs.model import structure
 from veneer.execution.train_step import fused, replacements
 from veneer.formats.adapter import adapter_file_bytes
 from veneer.formats.peft.tensors import tensor_file_bytes
-from veneer.kernels.bindings.library import planning, take_noted
+from veneer.kernels.bindings.library import planning, take_counts
 from veneer.kernels.layout import round_up
 from veneer.models.checkpointing import checkpointed
 from veneer.models.left_out import reached_weights
@@ -254,14 +254,14 @@ def _run(
             with fused(model, fused_modules), checkpointed(model, routing, on=step.checkpointing):
                 tracker.enter("forward", label=ACTIVATIONS)
                 tracker.work = Work()
-                take_noted()
+                take_counts()
                 with routing.drawing(TokenKeys(batch.dropout_rows, 0)):
                     with _offloading(offload), without_values(type(model).__name__):
                         loss = batch_loss(model, paths, routing, batch, total=1.0)
                     forward_shapes = len(tracker.work.of_libraries)
                     tracker.enter("backward", label=BACKWARD)
                     loss.backward()
-                noted = take_noted()
+                noted = take_counts()
                 tracker.work.products[COMPILED] += noted.flops
                 tracker.work.replayed_layers = noted.replayed_layers
                 tracker.work.host_bytes = 0 if offload is None else offload.moved_bytes

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from veneer.errors import ConfigError, VeneerError
-from veneer.kernels.bindings.library import noted_now
+from veneer.kernels.bindings.library import current_counts
 from veneer.private.torch import (
     FLASH_BACKWARD,
     FLASH_FORWARD,
@@ -223,22 +223,22 @@ class Tracker(MetaMode):
     def _count_work(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> None:
-        packet, now = packet_of(func), noted_now()
-        times = now.times
+        packet, counts = packet_of(func), current_counts()
+        iterations = counts.iterations
         if packet in _NOTED:
-            self.work.operations += times
+            self.work.operations += iterations
         elif packet in flop_registry:
             flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
             shape = _shape(packet, args)
-            if not now.own:
+            if not counts.is_kernel:
                 self.work.own.discard(shape)
             elif shape not in self.work.products:
                 self.work.own.add(shape)
-            self.work.products[shape] += flops * times
-            self.work.operations += times
+            self.work.products[shape] += flops * iterations
+            self.work.operations += iterations
         elif not func.is_view and packet not in _FREE:
-            self.work.operations += times
-            self.work.moved_bytes += sum(t.nbytes for t in _tensors((args, out))) * times
+            self.work.operations += iterations
+            self.work.moved_bytes += sum(t.nbytes for t in _tensors((args, out))) * iterations
 
 
 @contextmanager

@@ -39,9 +39,9 @@ def take_own_pages(model: nn.Module) -> int:
     for parameter in moved:
         starts.append(total)
         total += -(-parameter.nbytes // LINE) * LINE
-    if total < pages.HUGE or not pages.served() or 2 * total > available_bytes():
+    if total < pages.HUGE or not pages.has_huge_pages() or 2 * total > available_bytes():
         return 0
-    memory_block = pages.room(total)
+    memory_block = pages.allocate(total)
     for parameter, start in zip(moved, starts, strict=True):
         copy = (
             memory_block[start : start + parameter.nbytes]

@@ -167,7 +167,7 @@ def laid_out(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> list
         sources.append((A, B))
         sizes.append((even, width, outs))
         placed.append((*addresses, to_A, to_B, rank, width, outs, _type_number(A.dtype)))
-    memory = pages.room(memory_bytes)
+    memory = pages.allocate(memory_bytes)
     start = at(memory, BYTES, memory_bytes, words=LINE)
     array = (_Factors * len(placed))(
         *[

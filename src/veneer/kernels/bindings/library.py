@@ -70,14 +70,14 @@ class StepCounts:
 
     flops            operations of our kernels
     replayed_layers  layers whose calls are replayed (kernels/tape/layer_tape.py)
-    times            iterations of a loop that the present one stands for (`turns`)
-    own              whether torch's product now stands for a kernel of ours (`own_product`)
+    iterations       iterations of a loop that the present one stands for (`chunk_starts`)
+    is_kernel        whether torch's product now stands for a kernel of ours (`counted_as_kernel`)
     """
 
     flops: int = 0
     replayed_layers: int = 0
-    times: int = 1
-    own: bool = False
+    iterations: int = 1
+    is_kernel: bool = False
 
 
 planned_counts: ContextVar[tuple[Place, StepCounts] | None] = ContextVar("planning", default=None)
@@ -98,39 +98,39 @@ def planning(place: Place = "cpu") -> Iterator[None]:
 def note_flops(count: Callable[[], int]) -> None:
     """Adds the operations of a kernel to a plan. count is called only while planning."""
     if (planned := planned_counts.get()) is not None:
-        planned[1].flops += count() * planned[1].times
+        planned[1].flops += count() * planned[1].iterations
 
 
-def turns(starts: range) -> Iterator[int]:
-    """Yields `starts`, for a loop whose iterations allocate and compute the same. The first may
-    differ, because no iteration before it has left tensors, and so may the last, which may be
-    shorter. While planning, one of the others stands for all of them."""
+def chunk_starts(starts: range) -> Iterator[int]:
+    """Yields where the chunks of a loop start. While planning, the second chunk stands for all but
+    the first and the last: they allocate and compute the same. The first chunk differs, because no
+    chunk before it has left tensors; the last may be shorter."""
     planned = planned_counts.get()
     if planned is None or len(starts) < 4:
         yield from starts
         return
     yield starts[0]
-    planned[1].times = len(starts) - 2
+    planned[1].iterations = len(starts) - 2
     try:
         yield starts[1]
     finally:
-        planned[1].times = 1
+        planned[1].iterations = 1
     yield starts[-1]
 
 
 @contextmanager
-def own_product() -> Iterator[None]:
+def counted_as_kernel() -> Iterator[None]:
     """Within the block a product of torch stands for a kernel of ours. Only while planning."""
     planned = planned_counts.get()
     assert planned is not None
-    planned[1].own = True
+    planned[1].is_kernel = True
     try:
         yield
     finally:
-        planned[1].own = False
+        planned[1].is_kernel = False
 
 
-def noted_now() -> StepCounts:
+def current_counts() -> StepCounts:
     """Returns the counts of the plan in progress; empty ones if nothing is planned."""
     planned = planned_counts.get()
     return StepCounts() if planned is None else planned[1]
@@ -142,7 +142,7 @@ def count_replayed_layer() -> None:
         planned[1].replayed_layers += 1
 
 
-def take_noted() -> StepCounts:
+def take_counts() -> StepCounts:
     """Returns the counts since the last call, and resets flops and replayed_layers; empty counts if
     nothing is planned."""
     if (planned := planned_counts.get()) is None:

@@ -20,7 +20,7 @@ MOST_SPARE = 8
 """The last huge page is used only if its unused part is less than 1 / MOST_SPARE of the size."""
 
 
-def room(count: int) -> Tensor:
+def allocate(count: int) -> Tensor:
     """Returns `count` bytes at an address that is a multiple of 64. Raises MemoryError.
 
     Memory of a huge page or more begins at a huge page: a part that shared a huge page with another
@@ -42,7 +42,7 @@ def room(count: int) -> Tensor:
     return memory[start : start + count]
 
 
-def served() -> bool:
+def has_huge_pages() -> bool:
     """Whether the system gives huge pages to a process that asks for them."""
     state = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return hasattr(mmap, "MADV_HUGEPAGE") and state.is_file() and "[never]" not in state.read_text()

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.kernels.bindings import row_calls
-from veneer.kernels.bindings.library import on_cpu, turns
+from veneer.kernels.bindings.library import chunk_starts, on_cpu
 from veneer.kernels.cuda import launch
 from veneer.kernels.dense import products
 from veneer.kernels.dense.frozen import times
@@ -196,7 +196,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         grad_rows = None if rows_nD is None or not trains else torch.zeros_like(rows_nD)
         chunk = _chunk(h, head.width)
         buffer = h.new_empty(round_up(min(chunk, h.shape[0])), head.width)
-        for start in turns(range(0, h.shape[0], chunk)):
+        for start in chunk_starts(range(0, h.shape[0], chunk)):
             rows = slice(start, start + chunk)
             chosen = targets[rows]
             count = chosen.numel()

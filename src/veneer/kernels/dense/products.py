@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from veneer.kernels.bindings import dense_calls
-from veneer.kernels.bindings.library import has_amx, has_bf16, on_cpu, own_product
+from veneer.kernels.bindings.library import counted_as_kernel, has_amx, has_bf16, on_cpu
 from veneer.kernels.dense import few_rows
 
 MAX_WIDTH_ON_TILES = 2048
@@ -74,7 +74,7 @@ def times(grad: Tensor, weight: Tensor, so_far: Tensor | None) -> Tensor:
 
 def _count_in_plan(x: Tensor, matrix: Tensor, added: Tensor | None, out: Tensor) -> None:
     """Computes on tensors without storage, so that a plan counts the product of a call."""
-    with own_product():
+    with counted_as_kernel():
         torch.mm(x, matrix, out=out) if added is None else torch.addmm(added, x, matrix, out=out)
 
 
