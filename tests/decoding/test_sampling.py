@@ -74,7 +74,7 @@ def test_the_compiled_draw_is_the_reference_with_any_instructions(dtype, cut, id
     logits[::3, 5:30] = -math.inf
     logits[1::3, 3] = logits[1::3].amax(1)
     rows = [asked(sampling, seed=n) for n, sampling in enumerate(samplings)]
-    hows = [draws._how((row, []), ids) for row in rows]
+    hows = [draws._draw_settings((row, []), ids) for row in rows]
     expected = [
         draw_reference(row.float(), s, uniform(n, 0, 0))
         for n, (row, s) in enumerate(zip(logits, samplings, strict=True))

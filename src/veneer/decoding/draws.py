@@ -17,7 +17,7 @@ from veneer.decoding.schedule.sequence import Request
 from veneer.decoding.schedule.step_plan import SampledToken, SampleResult
 from veneer.errors import ConfigError, DivergedError, VeneerError
 from veneer.kernels.bindings import draw_calls
-from veneer.kernels.bindings.draw_calls import BROKEN, LIKELIEST, NOTHING, How
+from veneer.kernels.bindings.draw_calls import BROKEN, LIKELIEST, NO_TOKEN, DrawSettings
 from veneer.kernels.upload import sent
 
 CANDIDATES = 512
@@ -109,7 +109,7 @@ def draw(logits_BV: Tensor, rows: Sequence[Row]) -> list[SampleResult]:
     A row gets its own error if its logits are not finite, no token is allowed, or its constraint or
     check fails.
     """
-    compiled = draw_calls.usable(logits_BV)
+    compiled = draw_calls.can_draw(logits_BV)
     if compiled and all(sampler.plain and len(new) >= sampler.least for sampler, new in rows):
         tokens = _draw_compiled(logits_BV, rows, [], logits_BV)
         return [
@@ -145,21 +145,23 @@ def draw(logits_BV: Tensor, rows: Sequence[Row]) -> list[SampleResult]:
 def _draw_compiled(
     logits_BV: Tensor, rows: Sequence[Row], changed: Sequence[int], wide: Tensor
 ) -> list[int]:
-    """Returns a token for each row, BROKEN or NOTHING. wide: the logits of changed rows, after
+    """Returns a token for each row, BROKEN or NO_TOKEN. wide: the logits of changed rows, after
     edits."""
     ids, edited = logits_BV.shape[1], set(changed)
-    settings = [LIKELIEST if n in edited else _how(row, ids) for n, row in enumerate(rows)]
+    settings = [
+        LIKELIEST if n in edited else _draw_settings(row, ids) for n, row in enumerate(rows)
+    ]
     tokens = [
-        BROKEN if token == NOTHING else token for token in draw_calls.draw(logits_BV, settings)
+        BROKEN if token == NO_TOKEN else token for token in draw_calls.draw(logits_BV, settings)
     ]
     if changed:
-        redrawn = draw_calls.draw(wide, [_how(rows[n], ids) for n in changed])
+        redrawn = draw_calls.draw(wide, [_draw_settings(rows[n], ids) for n in changed])
         for n, token in zip(changed, redrawn, strict=True):
             tokens[n] = tokens[n] if tokens[n] == BROKEN else token
     return tokens
 
 
-def _how(row: Row, ids: int) -> How:
+def _draw_settings(row: Row, ids: int) -> DrawSettings:
     sampler, new = row
     sampling = sampler.sampling
     if sampling.greedy:
@@ -198,7 +200,7 @@ def _draw_changed(wide_BV: Tensor, rows: Sequence[Row]) -> Tensor:
             tokens[numbers] = sampled(
                 wide_BV[numbers], [rows[n][0].sampling for n in numbers], drawn, cut=cut
             )
-    return torch.where(possible, tokens, NOTHING)
+    return torch.where(possible, tokens, NO_TOKEN)
 
 
 def sampled(
@@ -288,7 +290,7 @@ def _result(
         return DivergedError(
             "the model's logits are not finite", next_step="Look at the adapter's values."
         )
-    if token == NOTHING:
+    if token == NO_TOKEN:
         return ConfigError(
             "no token is allowed",
             next_step="Allow one: a constraint or min_new_tokens forbids all of them.",

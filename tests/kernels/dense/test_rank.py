@@ -119,15 +119,15 @@ def test_gradients_are_put_where_they_are_wanted_to_the_same_bits(rows, width, s
         for n, _ in enumerate(sizes)
     ]
     plain = rank.gradients(u, x, sizes, dropouts)
-    ways = [(turned, add) for turned in (False, True) for add in (False, True)]
-    for turned, add in ways:
+    ways = [(transposed, add) for transposed in (False, True) for add in (False, True)]
+    for transposed, add in ways:
         before = [
-            torch.randn(width, size) if turned else torch.randn(size, width) for size in sizes
+            torch.randn(width, size) if transposed else torch.randn(size, width) for size in sizes
         ]
         outs = [each.clone() for each in before]
-        rank.put_gradients(outs, u, x, dropouts, turned=turned, add=add)
+        rank.put_gradients(outs, u, x, dropouts, transposed=transposed, add=add)
         for out, old, each in zip(outs, before, plain, strict=True):
-            expected = each.T if turned else each
+            expected = each.T if transposed else each
             assert torch.equal(out, old + expected if add else expected)
 
 

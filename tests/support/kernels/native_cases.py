@@ -98,11 +98,12 @@ def _rank(rng: random.Random) -> list[Call]:
 
     mask = None if rows % 5 else (filled(torch.int64, rows), 2**32 - 1, 7, 0.25)
     ways, ranks = (
-        {"turned": rng.random() < 0.5, "add": rng.random() < 0.5},
+        {"transposed": rng.random() < 0.5, "add": rng.random() < 0.5},
         ([16] * (rank // 16) if rank < 64 else [rank]),
     )
     outs = tuple(
-        filled(torch.float32, *((width, own) if ways["turned"] else (own, width))) for own in ranks
+        filled(torch.float32, *((width, own) if ways["transposed"] else (own, width)))
+        for own in ranks
     )
     return [
         (
@@ -480,7 +481,9 @@ def _draw(rng: random.Random) -> list[Call]:
 
     logits = filled(rng.choice([torch.float32, BF16]), rows, ids)
     given = tuple(how() for _ in range(rows))
-    return [(draw_calls.draw, {"logits_BV": logits, "how": given, "level": rng.choice([0, 2, 3])})]
+    return [
+        (draw_calls.draw, {"logits_BV": logits, "settings": given, "level": rng.choice([0, 2, 3])})
+    ]
 
 
 def valid_calls(seed: int) -> list[Call]:

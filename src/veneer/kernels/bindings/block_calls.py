@@ -14,7 +14,7 @@ from veneer.kernels.bindings.arguments import BF16, FP32, CallError, at, number
 from veneer.kernels.bindings.checks import Values
 from veneer.kernels.bindings.declarations import declare, declare_structure, structure
 from veneer.kernels.bindings.rank_calls import (
-    MOST,
+    MOST_LAYERS,
     MOST_STRIDE,
     PAIR_BYTES,
     DropoutMask,
@@ -88,8 +88,8 @@ def _side(side: Side | None, wide: Tensor, *, across: bool, of_A: bool) -> Any:
         return ()
     factors, narrow, scale, masks = side
     ranks = tuple(factor.shape[0 if of_A else 1] for factor in factors)
-    if not 0 < len(ranks) <= MOST or any(rank % 16 or rank < 16 for rank in ranks):
-        raise CallError(f"ranks {ranks} where C takes up to {MOST} multiples of 16")
+    if not 0 < len(ranks) <= MOST_LAYERS or any(rank % 16 or rank < 16 for rank in ranks):
+        raise CallError(f"ranks {ranks} where C takes up to {MOST_LAYERS} multiples of 16")
     if (dtype := factors[0].dtype) not in (FP32, BF16):
         raise CallError(f"a factor of {dtype} where C takes float32 or bf16")
     if masks and (len(masks) != len(ranks) or len({share for *_, share in masks}) > 1):
@@ -309,7 +309,7 @@ def heads(
     `beside`; then the product of each of the three with B of its layer is computed.
     """
     lengths = len(x), len(sides), len(norms), len(beside)
-    if lengths != (MOST, MOST, 2, 2) or type(back) is not bool:
+    if lengths != (MOST_LAYERS, MOST_LAYERS, 2, 2) or type(back) is not bool:
         raise CallError(f"{len(x)} of {len(sides)} sides where C takes q, k and v")
     rows, size = len(x[0]), number(size, 1)
     widths = [number(tensor.shape[1], size, MOST_STRIDE) for tensor in x]

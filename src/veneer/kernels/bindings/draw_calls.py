@@ -13,19 +13,19 @@ from veneer.kernels.bindings.arguments import BF16, FP32, CallError, available
 from veneer.kernels.bindings.checks import Values
 from veneer.kernels.bindings.declarations import declare
 
-BROKEN, NOTHING = -1, -2
-"""BROKEN: the row has a value that is neither finite nor -inf. NOTHING: no token may follow,
+BROKEN, NO_TOKEN = -1, -2
+"""BROKEN: the row has a value that is neither finite nor -inf. NO_TOKEN: no token may follow,
 because all values are -inf."""
 _NO_ROOM = -3
 ANY_LEVEL = 3
 
-How = tuple[float, float, float, float, float]
+DrawSettings = tuple[float, float, float, float, float]
 """(u, temperature, top_k, top_p, min_p) of a row. u: the random number, in [0, 1]. temperature 0:
 the likeliest token. top_k >= V, top_p 1 and min_p 0 have no effect."""
-LIKELIEST: How = (0.0, 0.0, 1.0, 1.0, 0.0)
+LIKELIEST: DrawSettings = (0.0, 0.0, 1.0, 1.0, 0.0)
 
 
-def usable(logits_BV: Tensor) -> bool:
+def can_draw(logits_BV: Tensor) -> bool:
     """Whether the kernel can draw from these logits."""
     fits = (
         logits_BV.dtype in (BF16, FP32)
@@ -36,13 +36,18 @@ def usable(logits_BV: Tensor) -> bool:
     return fits and available("veneer_draw")
 
 
-def draw(logits_BV: Tensor, how: Sequence[How], *, level: int = ANY_LEVEL) -> list[int]:
-    """Returns for each row a token, BROKEN or NOTHING. Raises MemoryError if sorting lacks
+def draw(
+    logits_BV: Tensor, settings: Sequence[DrawSettings], *, level: int = ANY_LEVEL
+) -> list[int]:
+    """Returns for each row a token, BROKEN or NO_TOKEN. Raises MemoryError if sorting lacks
     memory."""
-    settings, tokens = array("d", chain.from_iterable(how)), array("q", bytes(8 * len(logits_BV)))
-    if len(settings) != 5 * len(logits_BV) or not all(map(math.isfinite, settings)):
+    numbers, tokens = (
+        array("d", chain.from_iterable(settings)),
+        array("q", bytes(8 * len(logits_BV))),
+    )
+    if len(numbers) != 5 * len(logits_BV) or not all(map(math.isfinite, numbers)):
         raise CallError("five numbers for each row")
-    _draw(logits_BV, settings, tokens, level)
+    _draw(logits_BV, numbers, tokens, level)
     if _NO_ROOM in tokens:
         raise MemoryError("no memory to draw tokens in")
     return tokens.tolist()

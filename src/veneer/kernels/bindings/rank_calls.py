@@ -14,7 +14,7 @@ from veneer.kernels.bindings.row_calls import dropout_threshold
 
 PAIR_BYTES = 4
 """Two bf16 neighbours are read as one word."""
-MOST_RANK, MOST = 256, 3
+MOST_RANK, MOST_LAYERS = 256, 3
 """The largest rank; the most layers with the same input. Also in native/layers/rank.h."""
 MOST_STRIDE = 2**27
 """Values from one row of a tensor to the next: 16 rows are gathered with indices of 32 bits."""
@@ -54,7 +54,7 @@ def _fields_with_factor(x: str) -> str:
     factor: F{{rank * width}}
     {_NARROW}
     grads, ranks: unused*3
-    count, turned, add = 0
+    count, transposed, add = 0
     rows
     {_SIZES}
     across: flag
@@ -104,7 +104,7 @@ def rank_up(d: Tensor, factor: Tensor, y: Tensor, scale: float, mask: Mask | Non
     grads: pointer*3
     ranks: int*3
     count
-    turned, add: flag
+    transposed, add: flag
     rows: 1..2**27
     {_SIZES}
     across, half = 0
@@ -120,19 +120,20 @@ def rank_gradient(
     scale: float,
     mask: Mask | None = None,
     *,
-    turned: bool,
+    transposed: bool,
     add: bool,
 ) -> Values:
-    """Computes scale * u^T drop(x), x (M, I), the gradients of up to MOST factors with the same x.
+    """Computes scale * u^T drop(x), x (M, I): the gradients of up to MOST_LAYERS factors with the
+    same x.
 
     u (M, R): those of all factors side by side. outs: float32 (R, I) for each factor, or (I, R) if
-    turned. add: adds the gradients to outs.
+    transposed. add: adds the gradients to outs.
     """
     width = x.shape[1]
-    ranks = tuple(out.shape[int(turned)] for out in outs)
-    if sum(ranks) != u.shape[1] or any(rank % 16 for rank in ranks) or len(ranks) > MOST:
-        raise CallError(f"ranks {ranks} where C takes up to {MOST} multiples of 16")
-    shapes = [(width, rank) if turned else (rank, width) for rank in ranks]
+    ranks = tuple(out.shape[int(transposed)] for out in outs)
+    if sum(ranks) != u.shape[1] or any(rank % 16 for rank in ranks) or len(ranks) > MOST_LAYERS:
+        raise CallError(f"ranks {ranks} where C takes up to {MOST_LAYERS} multiples of 16")
+    shapes = [(width, rank) if transposed else (rank, width) for rank in ranks]
     grads = tuple(at(out, FP32, *shape) for out, shape in zip(outs, shapes, strict=True))
     sides = {"narrow": u, "grads": grads, "ranks": ranks, "count": len(ranks)}
     return {**sides, **_masked(mask, x, scale)}

@@ -84,7 +84,7 @@ class BlockPart:
 
     def fits_ranks(self) -> bool:
         ranks = [len(layer.A) for layer in self.layers]
-        if max(sum(ranks[:3]), sum(ranks[4:6])) > rank.MOST:
+        if max(sum(ranks[:3]), sum(ranks[4:6])) > rank.MOST_RANK:
             return False
         rows = self.rows.stop - self.rows.start
         if rows < _LEAST_ROWS or not all(map(_is_updated_by_kernels, self.layers)):
@@ -213,7 +213,7 @@ def _is_updated_by_kernels(layer: LoRALinear) -> bool:
     if layer.bias is not None and layer.bias.requires_grad:
         return False
     sizes = len(layer.A), layer.A.shape[1], len(layer.B)
-    if len(layer.A) > rank.MOST or any(size % 16 for size in sizes):
+    if len(layer.A) > rank.MOST_RANK or any(size % 16 for size in sizes):
         return False
     return all(t.is_contiguous() and t.dtype is torch.float32 for t in (layer.A, layer.B))
 

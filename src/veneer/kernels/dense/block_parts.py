@@ -91,27 +91,27 @@ class Part:
         self,
         numbers: Sequence[int],
         x: Tensor,
-        above: Tensor,
+        grad_down: Tensor,
         grads: Sequence[Tensor],
         down: Tensor,
         *,
         add: bool,
     ) -> None:
-        """Writes the gradients of A and B. x and grads are of all rows. above: g B of each layer,
-        side by side; down: x A^T of each."""
+        """Writes the gradients of A and B. x and grads are of all rows. down: x A^T of each layer,
+        side by side; grad_down: g B of each."""
         adapted = [number for number in numbers if len(self.A[number])]
         if not adapted:
             return
         layers = self.part.layers
         dropouts = [layers[number].dropout for number in adapted]
         targets = [self.grads[number] for number in adapted]
-        rank.put_gradients(targets, above, x[self.rows], dropouts, add=add)
+        rank.put_gradients(targets, grad_down, x[self.rows], dropouts, add=add)
         parts = split_ranks(down, [self.A[number] for number in numbers])
         for number, low, g in zip(numbers, parts, grads, strict=True):
             if number in adapted:
                 target, scaling = self.grads[LAYERS + number], layers[number].scaling
                 rank.put_gradients(
-                    [target], low, g[self.rows], [None], scaling, turned=True, add=add
+                    [target], low, g[self.rows], [None], scaling, transposed=True, add=add
                 )
 
 
@@ -190,7 +190,7 @@ class Pass:
             )
         return h, after_scale, m, scale, downs
 
-    def turn(
+    def rotate_heads(
         self,
         heads: Sequence[Tensor],
         downs: Sequence[Tensor] | None,
@@ -235,15 +235,15 @@ class BackwardPass(Pass):
         self,
         numbers: Sequence[int],
         x: Tensor,
-        aboves: Sequence[Tensor],
+        grad_downs: Sequence[Tensor],
         grads: Sequence[Tensor],
         downs: Sequence[Tensor],
         *,
         add: bool,
     ) -> None:
         """Writes the gradients of these layers' factors."""
-        for part, above, down in zip(self.parts, aboves, downs, strict=True):
-            part.write_factor_gradients(numbers, x, above, grads, down, add=add)
+        for part, grad_down, down in zip(self.parts, grad_downs, downs, strict=True):
+            part.write_factor_gradients(numbers, x, grad_down, grads, down, add=add)
 
     def through_last_norm(
         self, number: int, grad: Tensor, norm: Norm | None, normed: Tensor, scale: Tensor
@@ -255,8 +255,8 @@ class BackwardPass(Pass):
                 rank.down(grad[part.rows], part.B[number].T, part.part.layers[number].scaling)
                 for part in self.parts
             ]
-        out, aboves = torch.empty_like(grad), self.narrow([number])
-        for part, behind in zip(self.parts, self.output_sides(number, aboves), strict=True):
+        out, grad_downs = torch.empty_like(grad), self.narrow([number])
+        for part, behind in zip(self.parts, self.output_sides(number, grad_downs), strict=True):
             block_calls.norm_backward(
                 grad[part.rows],
                 norm=self.norm_of(norm, scale, part),
@@ -264,13 +264,13 @@ class BackwardPass(Pass):
                 out=out[part.rows],
                 behind=behind,
             )
-        return out, aboves
+        return out, grad_downs
 
     def through_norm(
         self,
         grad: Tensor,
         numbers: Sequence[int],
-        aboves: Sequence[Tensor],
+        grad_downs: Sequence[Tensor],
         norm: Norm | None,
         normed: Tensor,
         scale: Tensor,
@@ -280,10 +280,10 @@ class BackwardPass(Pass):
         """Adds the updates of the layers `numbers` to grad, the gradient of their input. Then
         replaces it by the gradient of `normed`: through the norm, plus `beside`."""
         behind = [None for _ in self.parts] if behind is None else behind
-        for part, above, side in zip(self.parts, aboves, behind, strict=True):
+        for part, grad_down, side in zip(self.parts, grad_downs, behind, strict=True):
             block_calls.norm_backward(
                 grad[part.rows],
-                before=part.input_side(numbers, above),
+                before=part.input_side(numbers, grad_down),
                 norm=self.norm_of(norm, scale, part),
                 normed=None if norm is None else normed[part.rows],
                 beside=beside[part.rows],
@@ -291,29 +291,29 @@ class BackwardPass(Pass):
             )
 
     def through_norms(
-        self, grad_h: Tensor, gate_aboves: Sequence[Tensor], grad: Tensor, kept: Kept
+        self, grad_h: Tensor, grad_m_downs: Sequence[Tensor], grad: Tensor, kept: Kept
     ) -> tuple[Tensor, list[Tensor]]:
         """Replaces grad_h, the gradient of m without updates, by that of h: through the norm, plus
         `grad`. Returns the gradient of the output of the layer o, and its product with B of each
         part."""
         norm, after = self.block.norms.before_feed_forward, self.block.norms.after_attention
-        aboves = self.narrow([O])
-        behind = self.output_sides(O, aboves) if after is None else None
-        self.through_norm(grad_h, GATES, gate_aboves, norm, kept.h, kept.m_scale, grad, behind)
+        grad_downs = self.narrow([O])
+        behind = self.output_sides(O, grad_downs) if after is None else None
+        self.through_norm(grad_h, GATES, grad_m_downs, norm, kept.h, kept.m_scale, grad, behind)
         if after is None:
-            return grad_h, aboves
+            return grad_h, grad_downs
         return self.through_last_norm(O, grad_h, after, kept.o, kept.o_scale)
 
     def attention_gradients(
-        self, grad: Tensor, aboves: Sequence[Tensor], kept: Kept, entropies: Iterator[Tensor]
+        self, grad: Tensor, grad_downs: Sequence[Tensor], kept: Kept, entropies: Iterator[Tensor]
     ) -> list[Tensor]:
         """Returns the gradients of q, k and v. grad: that of the input of the layer o, without its
         updates."""
-        q, k = self.heads_again(kept)
+        q, k = self.recompute_heads(kept)
         grad_heads = [torch.empty_like(values) for values in (q, k, kept.v)]
-        for part, above in zip(self.parts, aboves, strict=True):
+        for part, grad_down in zip(self.parts, grad_downs, strict=True):
             wide, layout = grad[part.rows], part.part.layout
-            rank.add_up(wide, above, part.A[O].T, dropout=part.part.layers[O].dropout)
+            rank.add_up(wide, grad_down, part.A[O].T, dropout=part.part.layers[O].dropout)
             own_q, own_k, own_v, out = (values[part.rows] for values in (q, k, kept.v, kept.out))
             packed_backward(
                 own_q,
@@ -328,7 +328,7 @@ class BackwardPass(Pass):
             )
         return grad_heads
 
-    def norm_again(
+    def recompute_norm(
         self, norm: Norm | None, x: Tensor, kept: Tensor, downs: Sequence[Tensor]
     ) -> Tensor:
         """Returns the norm of x if the gradient of an A needs it: if a layer that reads it has an
@@ -341,7 +341,7 @@ class BackwardPass(Pass):
         block_calls.norm_forward(x, norm=with_scale(norm, scale), out=out)
         return out
 
-    def gated_again(self, kept: Kept, downs: Sequence[Tensor]) -> Tensor:
+    def recompute_gated(self, kept: Kept, downs: Sequence[Tensor]) -> Tensor:
         """Returns the input of the layer down if a factor's gradient needs it."""
         if self.keeps_all or not is_adapted(downs):
             return kept.gated
@@ -350,7 +350,7 @@ class BackwardPass(Pass):
         gate(kept.gate, kept.up, gated)
         return gated
 
-    def heads_again(self, kept: Kept) -> tuple[Tensor, Tensor]:
+    def recompute_heads(self, kept: Kept) -> tuple[Tensor, Tensor]:
         """Returns q and k after their norms and their rotation."""
         norms = self.block.norms.q, self.block.norms.k
         if self.keeps_all or norms[0] is None:
@@ -358,7 +358,7 @@ class BackwardPass(Pass):
         raw = kept.q_raw, kept.k_raw
         turned = torch.empty_like(raw[0]), torch.empty_like(raw[1])
         scales = self.scales(norms[0], raw[0]), self.scales(norms[1], raw[1])
-        self.turn([*raw, kept.v.view(self.rows, -1)], None, scales, turned)
+        self.rotate_heads([*raw, kept.v.view(self.rows, -1)], None, scales, turned)
         q, k = (wide.view(self.rows, -1, self.block.size) for wide in turned)
         return q, k
 

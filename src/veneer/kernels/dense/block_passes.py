@@ -30,7 +30,7 @@ def forward(
     raw = [run.product(number, n) for number in QKV]
     q_scale, k_scale = run.scales(norms.q, raw[0]), run.scales(norms.k, raw[1])
     turned = raw[:2] if norms.q is None else [torch.empty_like(wide) for wide in raw[:2]]
-    run.turn(raw, n_downs, (q_scale, k_scale), turned)
+    run.rotate_heads(raw, n_downs, (q_scale, k_scale), turned)
     q, k, v = (wide.view(rows, -1, block.size) for wide in (*turned, raw[2]))
     out, entropies, out_downs = torch.empty_like(q), list[Tensor](), list[Tensor]()
     for part in run.parts:
@@ -102,38 +102,40 @@ def backward(
     n_downs, out_downs, m_downs, gated_downs = (
         [next(rest) for _ in run.parts] for _ in (QKV, O, GATES, DOWN)
     )
-    grad_d, aboves = run.through_last_norm(
+    grad_d, grad_downs = run.through_last_norm(
         DOWN, grad, norms.after_feed_forward, kept.d, kept.d_scale
     )
     grad_gate, grad_up = run.input_gradient([DOWN], [grad_d]), torch.empty_like(kept.up)
-    run.write([DOWN], run.gated_again(kept, gated_downs), aboves, [grad_d], gated_downs, add=add)
-    gate_aboves = run.narrow(GATES)
-    for part, above, gate_above in zip(run.parts, aboves, gate_aboves, strict=True):
+    run.write(
+        [DOWN], run.recompute_gated(kept, gated_downs), grad_downs, [grad_d], gated_downs, add=add
+    )
+    grad_m_downs = run.narrow(GATES)
+    for part, grad_down, grad_m_down in zip(run.parts, grad_downs, grad_m_downs, strict=True):
         own = [values[part.rows] for values in (grad_gate, kept.gate, kept.up, grad_up)]
-        of_gate, of_up = part.output_sides(GATES, gate_above)
+        of_gate, of_up = part.output_sides(GATES, grad_m_down)
         block_calls.gate_backward(
             own[0],
             own[1],
             own[2],
             own[3],
-            before=part.input_side([DOWN], above),
+            before=part.input_side([DOWN], grad_down),
             of_gate=of_gate,
             of_up=of_up,
             is_gelu=block.is_gelu,
         )
-    m = run.norm_again(norms.before_feed_forward, kept.h, kept.m, m_downs)
-    run.write(GATES, m, gate_aboves, [grad_gate, grad_up], m_downs, add=add)
+    m = run.recompute_norm(norms.before_feed_forward, kept.h, kept.m, m_downs)
+    run.write(GATES, m, grad_m_downs, [grad_gate, grad_up], m_downs, add=add)
     grad_h = run.input_gradient(GATES, [grad_gate, grad_up])
-    grad_o, aboves = run.through_norms(grad_h, gate_aboves, grad, kept)
-    run.write([O], kept.out.view(len(x), -1), aboves, [grad_o], out_downs, add=add)
-    grad_heads = run.attention_gradients(run.input_gradient([O], [grad_o]), aboves, kept, rest)
-    grads, aboves = [values.view(len(x), -1) for values in grad_heads], run.narrow(QKV)
+    grad_o, grad_downs = run.through_norms(grad_h, grad_m_downs, grad, kept)
+    run.write([O], kept.out.view(len(x), -1), grad_downs, [grad_o], out_downs, add=add)
+    grad_heads = run.attention_gradients(run.input_gradient([O], [grad_o]), grad_downs, kept, rest)
+    grads, grad_downs = [values.view(len(x), -1) for values in grad_heads], run.narrow(QKV)
     scales, raw = (kept.q_scale, kept.k_scale), (kept.q_raw, kept.k_raw)
-    run.turn(grads, aboves, scales, raw, back=True)
-    n = run.norm_again(norms.before_attention, x, kept.n, n_downs)
-    run.write(QKV, n, aboves, grads, n_downs, add=add)
+    run.rotate_heads(grads, grad_downs, scales, raw, back=True)
+    n = run.recompute_norm(norms.before_attention, x, kept.n, n_downs)
+    run.write(QKV, n, grad_downs, grads, n_downs, add=add)
     if not needs_x:
         return []
     grad_x = run.input_gradient(QKV, grads)
-    run.through_norm(grad_x, QKV, aboves, norms.before_attention, x, kept.n_scale, grad_h)
+    run.through_norm(grad_x, QKV, grad_downs, norms.before_attention, x, kept.n_scale, grad_h)
     return [grad_x]

@@ -23,13 +23,13 @@ from veneer.kernels.bindings.library import has_bf16, on_cpu
 from veneer.kernels.dense.dropout import Dropout
 from veneer.kernels.dense.fused import compiled
 
-MOST = rank_calls.MOST_RANK
+MOST_RANK = rank_calls.MOST_RANK
 _HALVES = (torch.bfloat16, torch.float16)
 
 
 def is_compiled(rank: int, width: int, *tensors: Tensor) -> bool:
     """True if a kernel computes these: rank and width fill registers, and there are enough rows."""
-    if rank % 16 or width % 16 or not 0 < rank <= rank_calls.MOST_RANK or tensors[0].shape[0] < 16:
+    if rank % 16 or width % 16 or not 0 < rank <= MOST_RANK or tensors[0].shape[0] < 16:
         return False
     return compiled(*tensors)
 
@@ -112,7 +112,7 @@ def gradient(u: Tensor, x: Tensor, scale: float = 1.0, *, dropout: Dropout | Non
         product = torch.mm(u.T, x, out_dtype=torch.float32) if wide else u.T @ x
         return product if scale == 1.0 else product.mul_(scale)
     out = torch.empty(rank, x.shape[1], dtype=torch.float32, device=x.device)
-    rank_calls.rank_gradient(u, x, [out], scale, _mask(dropout), turned=False, add=False)
+    rank_calls.rank_gradient(u, x, [out], scale, _mask(dropout), transposed=False, add=False)
     return out
 
 
@@ -121,7 +121,7 @@ def together(sizes: Sequence[int], dropouts: Sequence[Dropout | None]) -> bool:
 
     They must have no dropout, and no more ranks than a kernel takes.
     """
-    return not any(dropouts) and (len(sizes) == 1 or sum(sizes) <= MOST)
+    return not any(dropouts) and (len(sizes) == 1 or sum(sizes) <= MOST_RANK)
 
 
 def gradients(
@@ -146,17 +146,19 @@ def put_gradients(
     dropouts: Sequence[Dropout | None],
     scale: float = 1.0,
     *,
-    turned: bool = False,
+    transposed: bool = False,
     add: bool = False,
 ) -> None:
     """Writes compiled `gradients`, times scale, into float32 outs (R, I).
 
-    turned  outs are (I, R)
+    transposed  outs are (I, R)
     add     adds to what outs hold
     """
-    sizes = [out.shape[int(turned)] for out in outs]
+    sizes = [out.shape[int(transposed)] for out in outs]
     if together(sizes, dropouts):
-        rank_calls.rank_gradient(u, x, outs, scale, turned=turned, add=add)
+        rank_calls.rank_gradient(u, x, outs, scale, transposed=transposed, add=add)
         return
     for out, part, dropout in zip(outs, u.split(sizes, dim=1), dropouts, strict=True):
-        rank_calls.rank_gradient(part, x, [out], scale, _mask(dropout), turned=turned, add=add)
+        rank_calls.rank_gradient(
+            part, x, [out], scale, _mask(dropout), transposed=transposed, add=add
+        )

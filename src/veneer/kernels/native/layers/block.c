@@ -17,14 +17,14 @@
    masks, all or none, are parts of their own: each sees the wide side through its mask. Those
    without are one part. */
 struct side {
-    const void *factors[MOST];
-    int64_t ranks[MOST], count, across, half;
-    struct mask masks[MOST];
+    const void *factors[MOST_LAYERS];
+    int64_t ranks[MOST_LAYERS], count, across, half;
+    struct mask masks[MOST_LAYERS];
     uint16_t *narrow; /* (rows, R), its rows `apart` values from each other */
     int64_t apart;
     float scale;
     uint32_t *pairs; /* C's own, as what is below */
-    int64_t parts, sizes[MOST], starts[MOST];
+    int64_t parts, sizes[MOST_LAYERS], starts[MOST_LAYERS];
 };
 
 static int64_t rank_of(const struct side *s) {
@@ -264,11 +264,11 @@ void veneer_block_gate_backward(struct gates *a) {
    turned back and taken through the norms of `normed`, in place, then each one's first product. A
    norm is of so many values of a row side by side (spans): a head, or all heads. */
 struct heads {
-    uint16_t *x[MOST], *out[2];
+    uint16_t *x[MOST_LAYERS], *out[2];
     const uint16_t *normed[2];
     struct weighting norms[2];
-    int64_t spans[2], heads[MOST];
-    struct side sides[MOST];
+    int64_t spans[2], heads[MOST_LAYERS];
+    struct side sides[MOST_LAYERS];
     const void *cos, *sin; /* (rows, size), float32 where is_wide, else bf16; NULL: no rotation */
     int64_t rows, size, back, is_wide;
 };
@@ -292,7 +292,7 @@ static VENEER_BF16 void heads_body(void *arguments, int64_t from, int64_t to) {
     const struct heads *a = arguments;
     for (int64_t block = from; block < to; block++) {
         const int64_t row = block * BLOCK, n = rank_rows(block, a->rows);
-        for (int64_t i = 0; i < MOST; i++) {
+        for (int64_t i = 0; i < MOST_LAYERS; i++) {
             const int64_t width = a->heads[i] * a->size;
             uint16_t *x = a->x[i] + row * width;
             if (!a->back) up(a->sides + i, x, row, n, width);
@@ -303,10 +303,10 @@ static VENEER_BF16 void heads_body(void *arguments, int64_t from, int64_t to) {
 }
 
 void veneer_block_heads(struct heads *a) {
-    for (int i = 0; i < MOST; i++)
+    for (int i = 0; i < MOST_LAYERS; i++)
         (a->back ? pack_down : pack_up)(a->sides + i, a->rows, a->heads[i] * a->size);
     veneer_parallel_dealt(heads_body, a, rank_blocks(a->rows), 1, 4);
-    for (int i = 0; i < MOST; i++) release(a->sides + i);
+    for (int i = 0; i < MOST_LAYERS; i++) release(a->sides + i);
 }
 
 #endif

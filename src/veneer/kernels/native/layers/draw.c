@@ -13,7 +13,7 @@
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 enum { LANES = 16, RUN = 256, MOST_RUNS = 1024, BUCKETS = 1024 };
-enum { BROKEN = -1, NOTHING = -2, NO_ROOM = -3 };
+enum { BROKEN = -1, NO_TOKEN = -2, NO_ROOM = -3 };
 
 #define NEAR (-8.0f)      /* how far below the likeliest most cuts are decided */
 #define FARTHEST (-87.0f) /* chances below are none */
@@ -323,7 +323,7 @@ INLINE void draw_rows(const int bf16, const struct draw *a, int64_t from, int64_
         const struct how *how = a->how + row;
         const float peak = peak_of(bf16, x, a->ids), temperature = (float)how->temperature;
         const int cut = how->top_k < (double)a->ids || how->top_p < 1 || how->min_p > 0;
-        if (peak == -INFINITY) a->tokens[row] = NOTHING;
+        if (peak == -INFINITY) a->tokens[row] = NO_TOKEN;
         else if (!(peak < INFINITY)) a->tokens[row] = BROKEN;
         else if (!(temperature > 0)) a->tokens[row] = first_of(bf16, x, a->ids, peak);
         else if (cut) a->tokens[row] = drawn_of_some(bf16, x, a->ids, run, peak, temperature, how);

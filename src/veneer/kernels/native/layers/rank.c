@@ -14,8 +14,8 @@ struct rank {
     const uint16_t *x;
     const void *factor;
     uint16_t *narrow;
-    float *grads[MOST]; /* a gradient's factors, of `ranks`, `count` of them */
-    int64_t ranks[MOST], count, turned, add;
+    float *grads[MOST_LAYERS]; /* a gradient's factors, of `ranks`, `count` of them */
+    int64_t ranks[MOST_LAYERS], count, transposed, add;
     int64_t rows, width, rank, apart, across, half;
     float scale;
     struct mask mask;
@@ -113,16 +113,16 @@ VENEER_INLINE void put(float *to, __m512 x, int64_t add) {
 }
 
 /* sums (rank, COLUMNS) to columns [c, c + wide) of grad (rank, width), or to these rows of it
- * turned, (width, rank). */
+ * transposed, (width, rank). */
 static VENEER_BF16 void finish(const struct rank *a, const float *sums, int64_t rank, float *grad,
                                int64_t c, int64_t wide) {
     _Alignas(64) uint32_t turned[16 * 16];
     for (int64_t r = 0; r < rank; r += 16)
         for (int64_t i = 0; i < wide; i += 16) {
             const float *from = sums + r * COLUMNS + i;
-            if (a->turned) words_across((const uint32_t *)from, COLUMNS, 16, turned);
+            if (a->transposed) words_across((const uint32_t *)from, COLUMNS, 16, turned);
             for (int64_t k = 0; k < 16; k++) {
-                if (a->turned)
+                if (a->transposed)
                     put(grad + (c + i + k) * rank + r,
                         _mm512_load_ps((const float *)turned + 16 * k), a->add);
                 else

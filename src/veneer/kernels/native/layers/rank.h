@@ -11,7 +11,7 @@
 #define BLOCK 48 /* rows */
 #define COLUMNS 64
 #define MOST_RANK 256
-#define MOST 3 /* layers of one input; kernels/bindings/rank_calls.py knows it too */
+#define MOST_LAYERS 3 /* layers of one input; kernels/bindings/rank_calls.py knows it too */
 
 static inline int64_t rank_blocks(int64_t rows) { return (rows + BLOCK - 1) / BLOCK; }
 
