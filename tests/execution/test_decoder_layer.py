@@ -83,7 +83,7 @@ def test_norms_are_found_in_their_places_and_of_their_kind(family, places, kind,
             assert (norm.offset, norm.is_wide) == kind
             assert norm.name in (*dict(layer.module.named_children()), "q_norm", "k_norm")
         assert tuple(norm.weight.numel() for norm in layer.attention.norms) == of_heads
-    assert [layer.attention.is_turned for layer in layers] == turned
+    assert [layer.attention.is_rotated for layer in layers] == turned
     assert all(layer.attention.takes_float32 for layer in layers) == (family == "olmo2")
 
 

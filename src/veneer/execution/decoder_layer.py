@@ -81,25 +81,27 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
 def find_layers(model: PreTrainedModel) -> tuple[DecoderLayer, ...]:
     """Returns the layers of a model; computes them again only if its modules have changed.
 
-    The model may have adapters, but no stand-ins (stand_in.py).
+    The model may have adapters and checkpointed layers (models/checkpointing.py), but no other
+    stand-ins (stand_in.py).
     """
     places = decoder_layers(model)
     modules = () if places is None else tuple(plain_modules(places).values())
     attention = attention_of(model.config)
     known = record_of(model).known(_Layers)
     if known is None or (known.modules, known.attention) != (modules, attention):
-        layers = tuple(_look_at(_own(place)) for place in places or ())
+        layers = tuple(_find_layer(_own_module(place)) for place in places or ())
         known = record_of(model).keep(_Layers(layers, modules, attention))
     return known.layers
 
 
-def _own(place: nn.Module) -> nn.Module:
+def _own_module(place: nn.Module) -> nn.Module:
+    """Returns the base's layer inside wrappers and checkpointing."""
     while isinstance(place, AdaptedModule | StandIn):
         place = place.base
     return place
 
 
-def _look_at(layer: nn.Module) -> DecoderLayer:
+def _find_layer(layer: nn.Module) -> DecoderLayer:
     parts = {name: unwrapped(child) for name, child in layer.named_children()}
     attention, feed = parts.pop(ATTENTION, layer), parts.pop(FEED_FORWARD, layer)
     children = {name for name, _ in attention.named_children()}
@@ -158,7 +160,7 @@ def find_feed_forward(module: nn.Module) -> FeedForward | None:
     dtype = torch.float32 if view is None else view.dtype
     small = copy.copy(module)
     sizes = ((WIDTH, INNER), (WIDTH, INNER), (INNER, WIDTH))
-    projections = [_small(*size, dtype, seed) for seed, size in enumerate(sizes)]
+    projections = [_small_linear(*size, dtype, seed) for seed, size in enumerate(sizes)]
     replace_children(small, {**children_of(module), **dict(zip(GATED, projections, strict=True))})
     first, second, down = projections
     for gate in (silu_gate, gelu_gate):
@@ -197,12 +199,12 @@ def find_attention(block: Any) -> Attention | None:
     if len(norms) != len(modules):
         return None
     try:
-        return _confirmed(block, size, view.dtype, tuple(norms))
+        return _confirm_attention(block, size, view.dtype, tuple(norms))
     except Exception:  # modelling code may raise any, as in agreement.disagreement
         return None
 
 
-def _confirmed(
+def _confirm_attention(
     block: Any, size: int, dtype: torch.dtype, norms: tuple[Norm, ...]
 ) -> Attention | None:
     small = copy.copy(block)
@@ -210,7 +212,7 @@ def _confirmed(
     for seed, name in enumerate((*QKV, O)):
         own: Any = unwrapped(children_of(block)[name])
         ins, outs = (own.in_features, WIDTH) if name == O else (WIDTH, own.out_features)
-        children_of(small)[name] = _small(ins, outs, dtype, seed)
+        children_of(small)[name] = _small_linear(ins, outs, dtype, seed)
     for name, norm in zip(HEAD_NORMS, norms, strict=False):
         children_of(small)[name] = _with_small_weight(norm.module, "cpu")[0]
 
@@ -224,7 +226,7 @@ def _confirmed(
         }
 
     def own_code(angle_type: torch.dtype) -> tuple[Any, ...]:
-        layout = _Heads()
+        layout = _RecordingLayout()
         positions = torch.arange(ROWS)[None] * 10**6  # a block that uses positions itself shows it
         out = small(**inputs(angle_type), position_ids=positions, veneer_layout=layout)
         return (*out, *layout.heads, layout.rules)
@@ -235,14 +237,14 @@ def _confirmed(
 
     def agrees_with(facts: Attention, angle_type: torch.dtype) -> bool:
         def computed() -> tuple[Any, ...]:
-            layout = _Heads()
+            layout = _RecordingLayout()
             out = attend(facts, small, **inputs(angle_type), veneer_layout=layout)
             return (*out, *layout.heads, layout.rules)
 
         return agrees(computed, lambda: own_code(angle_type), (), EXACT)
 
-    for is_turned in (True, False):
-        facts = Attention(block, size, rules, norms, is_turned)
+    for is_rotated in (True, False):
+        facts = Attention(block, size, rules, norms, is_rotated)
         if agrees_with(facts, dtype):
             takes_float32 = agrees_with(facts, torch.float32)
             return replace(facts, takes_float32=takes_float32)
@@ -266,7 +268,7 @@ def attend(
         q = block.q_norm(q.view(B, T, -1, q_norm.weight.numel()))
         k = block.k_norm(k.view(B, T, -1, k_norm.weight.numel()))
     q, k = q.view(B * T, -1, S), k.view(B * T, -1, S)
-    if facts.is_turned:
+    if facts.is_rotated:
         cos, sin = (angles.expand(B, T, S).reshape(-1, S) for angles in position_embeddings)
         q, k = rotary(q, k, cos, sin)
     q, k, v = (heads.view(B, T, -1, S).transpose(1, 2) for heads in (q, k, v))
@@ -280,7 +282,7 @@ def attend(
     return block.o_proj(out.reshape(B, T, -1)), weights
 
 
-class _Heads:
+class _RecordingLayout:
     """A layout (attention.BatchAttention) that records its arguments and returns q."""
 
     def attend(
@@ -295,7 +297,7 @@ class _Heads:
         return query_NHD
 
 
-def _small(ins: int, outs: int, dtype: torch.dtype, seed: int) -> nn.Linear:
+def _small_linear(ins: int, outs: int, dtype: torch.dtype, seed: int) -> nn.Linear:
     linear = nn.Linear(ins, outs, bias=False, device="meta")
     draw = torch.Generator().manual_seed(seed)
     values = torch.randn(outs, ins, generator=draw).to(dtype)

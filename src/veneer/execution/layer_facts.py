@@ -72,7 +72,7 @@ class Attention:
 
     rules          scale, window, softcap and sinks of the attention
     norms          of q and of k before their rotation, over each head or over a row; or none
-    is_turned      False: nothing is rotated
+    is_rotated     False: nothing is rotated
     takes_float32  cosines and sines may be float32 too; heads are rounded once after the rotation
     """
 
@@ -80,14 +80,14 @@ class Attention:
     head_dim: int
     rules: AttentionRules
     norms: tuple[Norm, ...] = ()
-    is_turned: bool = True
+    is_rotated: bool = True
     takes_float32: bool = False
 
     @property
     def is_plain(self) -> bool:
         """Whether each head is rotated, after a plain norm over the head or none."""
         norms = [norm.is_plain and norm.weight.numel() == self.head_dim for norm in self.norms]
-        return self.is_turned and all(norms)
+        return self.is_rotated and all(norms)
 
 
 NO_NORMS = LayerNorms()

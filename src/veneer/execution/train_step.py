@@ -187,7 +187,10 @@ class FusedLayer(StandIn):
         cos, sin = (angles[0].contiguous() for angles in position_embeddings)
         parts = [
             BlockPart(
-                span, of_part, (cos[span], sin[span]) if heads.is_turned else None, layout.groups[0]
+                span,
+                of_part,
+                (cos[span], sin[span]) if heads.is_rotated else None,
+                layout.groups[0],
             )
             for span, of_part, (_, layout) in zip(spans, layers, layouts, strict=True)
         ]

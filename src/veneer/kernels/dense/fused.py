@@ -4,7 +4,7 @@
                                                                    saves x and one float32 a row
     silu_gate    y = silu(gate) * up                               saves gate and up
     gelu_gate    y = gelu(gate) * up, by the formula with tanh     saves gate and up
-    rotary       y = x cos + turned(x) sin, for q and k            saves cos and sin
+    rotary       y = x cos + rotate_half(x) sin, for q and k       saves cos and sin
 
 Plain torch makes six to eight passes over memory for each, and its norm saves two float32 copies of
 x. The chains are compiled for bf16 on processors that have its arithmetic (native/layers/fused.c)
@@ -41,7 +41,7 @@ def compiled(*tensors: Tensor) -> bool:
 
 
 def are_compiled_angles(cos: Tensor, sin: Tensor) -> bool:
-    """Whether the kernels turn bf16 heads by these: of their type, or float32."""
+    """Whether the kernels rotate bf16 heads by these: of their type, or float32."""
     if cos.dtype is sin.dtype is torch.float32:
         return has_bf16() and all(on_cpu(t) and t.is_contiguous() for t in (cos, sin))
     return compiled(cos, sin)
@@ -161,24 +161,24 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _turn_both(q, k, cos, sin, back=False)
+        return _rotate_both(q, k, cos, sin, back=False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        return *_turn_both(grad_q, grad_k, *ctx.saved_tensors, back=True), None, None
+        return *_rotate_both(grad_q, grad_k, *ctx.saved_tensors, back=True), None, None
 
 
-def _turn_both(
+def _rotate_both(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, back: bool
 ) -> tuple[Tensor, Tensor]:
     q, k = q.contiguous(), k.contiguous()
     if (liger := launch.kernels_for("liger_kernels", q, k, cos, sin)) is not None:
         return liger.rotate(q, k, cos, sin, back=back)
-    return _turn(q, cos, sin, back), _turn(k, cos, sin, back)
+    return _rotate(q, cos, sin, back), _rotate(k, cos, sin, back)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     is_compiled = in_one_pass(x) and (
         in_one_pass(x, cos, sin) if x.dtype is cos.dtype else are_compiled_angles(cos, sin)
     )
@@ -187,34 +187,34 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
         row_calls.rotary(x, cos, sin, out, back=back)
         return out
     cos, sin = cos[:, None], sin[:, None]
-    turned = x * cos - _half_turned(x * sin) if back else x * cos + _half_turned(x) * sin
-    return turned.to(x.dtype)
+    rotated = x * cos - _rotate_half(x * sin) if back else x * cos + _rotate_half(x) * sin
+    return rotated.to(x.dtype)
 
 
-def _half_turned(x: Tensor) -> Tensor:
+def _rotate_half(x: Tensor) -> Tensor:
     """Turns (a, b) into (-b, a), a and b being the halves of a head."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q (M, H, D), k (M, K, D), cos and sin (M, D), which get no gradient -> q and k turned.
+    """q (M, H, D), k (M, K, D), cos and sin (M, D), which get no gradient -> q and k rotated.
 
     Both halves of a row of cos, and of sin, are equal; on CUDA the first is read for both. By
     angles in float32 values are rounded once, not after each product. Source: Su et al. 2021,
     arXiv:2104.09864.
     """
     apply: Any = _Rotary.apply
-    turned: tuple[Tensor, Tensor] = apply(q, k, cos, sin)
-    return turned
+    rotated: tuple[Tensor, Tensor] = apply(q, k, cos, sin)
+    return rotated
 
 
 def rotary_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Defines rotary, under torch's own autograd."""
     cos, sin, dtype = cos[:, None], sin[:, None], torch.promote_types(q.dtype, cos.dtype)
     wide_q, wide_k = q.to(dtype), k.to(dtype)
-    turned_q, turned_k = (x * cos + _half_turned(x) * sin for x in (wide_q, wide_k))
-    return turned_q.to(q.dtype), turned_k.to(k.dtype)
+    rotated_q, rotated_k = (x * cos + _rotate_half(x) * sin for x in (wide_q, wide_k))
+    return rotated_q.to(q.dtype), rotated_k.to(k.dtype)
 
 
 def rms_norm(
