@@ -20,7 +20,7 @@ from veneer.adapters.placement.attachment import Attachment
 from veneer.decoding.schedule.blocks import BlockManager, PrefixWrite
 from veneer.decoding.schedule.step_plan import Span, StepPlan
 from veneer.execution.cuda_graphs import HEAD, Graphs, recorder_here
-from veneer.execution.decode_step import Again
+from veneer.execution.decode_step import Replay
 from veneer.execution.paged import PagedKeys, PagedStep
 from veneer.execution.proofs.steps import Run
 from veneer.kernels.attention.paged import SpanRows
@@ -63,7 +63,7 @@ class PagedForward:
     run     a model's proven forward (decoding/proof.py, execution/decode_step.py)
     blocks  the blocks that tables refer to
     filled  whether rows are filled up to few shapes
-    again   runs a step whose rows all have logits, if it is recorded
+    replay  runs a step whose rows all have logits, if it is recorded
     keys    storage shared with another forward, which then has the graphs; None: its own
     """
 
@@ -74,10 +74,10 @@ class PagedForward:
         run: Run,
         *,
         filled: bool = True,
-        again: Again | None = None,
+        replay: Replay | None = None,
         keys: PagedKeys | None = None,
     ) -> None:
-        self._device, self._run, self._filled, self._again = device, run, filled, again
+        self._device, self._run, self._filled, self._replay = device, run, filled, replay
         on_cuda = device.type == "cuda"
         # One more block for filler rows.
         self.keys = (
@@ -125,16 +125,16 @@ class PagedForward:
         acting: what the caller holds; execution/recorded.py reads its mix of adapters.
         """
         last, self._last = self._last, None
-        again = self._again
+        replay = self._replay
         if step.rows is None:
             assert last is not None
             paged_step = last[1]
-            if again is not None and paged_step.go_on(acting.plan.mix):
+            if replay is not None and paged_step.go_on(acting.plan.mix):
                 ids = [span.sequence.new[-1] for span in plan.spans]
-                if (logits := again(ids, paged_step)) is not None:
+                if (logits := replay(ids, paged_step)) is not None:
                     self._last = plan.number, paged_step
                     return logits
-                again = None
+                replay = None
             step = self._rows(plan)
         assert step.rows is not None
         for copy in plan.copies:
@@ -145,14 +145,14 @@ class PagedForward:
             self.keys, [_rows(span) for span in plan.spans], acting.plan.mix, spare=SPARE
         )
         logits = None
-        if step.kept is None and again is not None:
-            logits = again(step.rows[0].tolist(), paged_step)
+        if step.kept is None and replay is not None:
+            logits = replay(step.rows[0].tolist(), paged_step)
         if logits is None:
             with few_rows.any_rows():  # answers do not depend on other rows of their step
                 logits = self._run(step.rows, paged_step, step.kept)
         if len(logits) != (count := sum(span.logits for span in plan.spans)):
             raise ValueError(f"asked for {count} rows of logits, the model gives {len(logits)}")
-        if all(span.rows == 1 for span in plan.spans) and self._again is not None:
+        if all(span.rows == 1 for span in plan.spans) and self._replay is not None:
             self._last = plan.number, paged_step
         return logits
 

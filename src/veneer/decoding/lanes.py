@@ -101,9 +101,9 @@ class Lanes:
         self, base: FrozenBase, blocks: BlockManager, adapters: AdapterSource, step: DecodeStep
     ) -> None:
         self._adapters, self._step = adapters, step
-        again = step.again if (by_parts := step.not_by_parts is None) else None
+        replay = step.replay if (by_parts := step.not_by_parts is None) else None
         run, filled = step.logits, not by_parts
-        first = PagedForward(base.device, blocks, run, filled=filled, again=again)
+        first = PagedForward(base.device, blocks, run, filled=filled, replay=replay)
         second = PagedForward(base.device, blocks, run, filled=filled, keys=first.keys)
         self.exact, self.mixed = Lane(base, adapters, first), Lane(base, adapters, second)
         self._splits = by_parts and few_rows.takes_updates(1, base.dtype, base.device)
@@ -149,7 +149,7 @@ class Lanes:
         }
         for lane in (self.exact, self.mixed):
             lane.let_go(attached)
-        self._step.let_go()
+        self._step.drop_references()
 
     def keeps_bits(self, identity: Identity) -> bool:
         """Whether rows of these adapters have the same bits in whatever step they are computed."""

@@ -1,11 +1,13 @@
-"""A step through the layers of a model, few calls a layer, where that gives what the model gives.
+"""Computes a step through the layers of a model with few calls a layer, if this is proven to give
+what the model gives.
 
     residual and norm, q k v, rotary, attention over blocks, o, residual and norm, gate and up,
         activation, down
 
 The model's own modules are called, found in their places at every step; between them one call does
-what several did (kernels/decoding/decoder_step.py). A module that an adapter stands beside is
-called as it is. A small copy, then the model itself, must give the same by its own forward.
+what several did (kernels/decoding/decoder_step.py). A module with an adapter is called as it is.
+The proof: a small copy, then the model itself, give the same values this way as by their own
+forward.
 Shapes: N rows of the step, D width, E head size, V ids.
 """
 
@@ -52,13 +54,13 @@ from veneer.sharded import is_sharded
 DENSE = (nn.Linear, FewRowsLinear)
 """Modules whose products few_rows computes."""
 
-Again = Callable[[Sequence[int], PagedStep], Tensor | None]
+Replay = Callable[[Sequence[int], PagedStep], Tensor | None]
 """(N) ids, a step -> the logits of all its rows, (N, V); None: nothing was computed."""
 
 
 class LayersForward:
-    """A step through the layers of a model, proven to be the model's own (`forward_by_layers`).
-    Which adapters act is the caller's to hold."""
+    """Computes steps through the layers of a model; `forward_by_layers` proves that they give what
+    the model gives. The caller chooses the adapters that act."""
 
     def __init__(
         self, model: PreTrainedModel, inner: nn.Module, layers: Sequence[DecoderLayer], norm: Norm
@@ -70,13 +72,13 @@ class LayersForward:
     @property
     def model(self) -> PreTrainedModel:
         model = self._model()
-        assert model is not None, "whoever computes a step holds the base"
+        assert model is not None, "the caller of a step holds the base"
         return model
 
     @property
     def fits(self) -> bool:
-        """Whether what acts now leaves the parts where they are: a prefix comes in through the
-        model's own forward."""
+        """Whether all parts are in their places and no prefix acts, which only the model's own
+        forward reads."""
         in_place = all(a is b.module for a, b in zip(self.inner.layers, self.layers, strict=True))
         return in_place and in_front(self.model) == 0
 
@@ -85,8 +87,8 @@ class LayersForward:
         head: Any = self.model.get_output_embeddings()
         return type(unwrapped(head)) in DENSE
 
-    def logits(self, rows: Tensor, laid: PagedStep, kept: Tensor | None) -> Tensor:
-        """rows (2, N): ids and positions -> (kept, V); None: all rows."""
+    def logits(self, rows: Tensor, paged_step: PagedStep, kept: Tensor | None) -> Tensor:
+        """Returns the logits (kept, V); kept None: of all rows. rows (2, N): ids and positions."""
         h_1ND = self.inner.embed_tokens(rows[:1])
         cos_1NE, sin_1NE = self.inner.rotary_emb(h_1ND, position_ids=rows[1:])
         inputs, head = (h_1ND[0], cos_1NE[0], sin_1NE[0]), self.model.get_output_embeddings()
@@ -94,19 +96,21 @@ class LayersForward:
             if free:
                 beside = _keys_around(self.inner.embed_tokens) | _keys_around(head)
                 states = self.steps.compute(
-                    inputs, laid, self._layers, self._called, beside, self._ends
+                    inputs, paged_step, self._layers, self._called, beside, self._ends
                 )
             else:
-                states = self._layers(inputs, laid)
+                states = self._layers(inputs, paged_step)
             return _product(states if kept is None else states[kept], head)
 
-    def again(self, ids: Sequence[int], laid: PagedStep) -> Tensor | None:
-        """(N, V) of all rows, by what was recorded; None: it is to be computed by `logits`."""
+    def replay(self, ids: Sequence[int], paged_step: PagedStep) -> Tensor | None:
+        """Returns the logits (N, V) of all rows by replaying a recorded step. Returns None if no
+        recording fits: `logits` computes them."""
         with self.steps.leased() as free:
-            return self.steps.logits(ids, laid) if free else None
+            return self.steps.logits(ids, paged_step) if free else None
 
     def _ends(self) -> RecordedEnds | None:
-        """What stands around the layers, where nothing else acts there and that can be recorded."""
+        """Returns the embedding and the head; None if an adapter or a hook acts on them, or if they
+        cannot be recorded."""
         embedding, rotary, head = (
             self.inner.embed_tokens,
             self.inner.rotary_emb,
@@ -118,56 +122,55 @@ class LayersForward:
         ends = Ends.of(bare, _dense(bare.weight[:1], head), rotary)
         if ends is None:
             return None
-        modules = [each for own in (embedding, head, rotary) for each in own.modules()]
+        modules = [*embedding.modules(), *head.modules(), *rotary.modules()]
         beside = frozenset(_keys_around(embedding) | _keys_around(head))
         return RecordedEnds(ends, Snapshot(modules, [self.model]), beside)
 
-    def _layers(self, inputs: Inputs, laid: PagedStep) -> Tensor:
+    def _layers(self, inputs: Inputs, paged_step: PagedStep) -> Tensor:
         h, cos, sin = inputs
         angles, delta = (cos[None], sin[None]), None
         for layer in self.layers:
-            h, delta = _layer(layer, h, delta, angles, laid)
+            h, delta = _layer(layer, h, delta, angles, paged_step)
         return _add_norm(h, delta, self.inner.norm, self.norm)[1]
 
     def _called(self) -> list[nn.Module]:
-        """All modules that `_layers` may call."""
-        within = (self.inner.layers, self.inner.norm)
-        return [self.inner, *(module for each in within for module in each.modules())]
+        """Returns all modules that `_layers` may call."""
+        return [self.inner, *self.inner.layers.modules(), *self.inner.norm.modules()]
 
 
 class DecodeStep:
-    """A model's forwards over blocks: by its parts where that is proven and nothing is in the way,
-    else its own.
+    """Computes a model's forwards over blocks: by its parts (LayersForward) if this is proven and
+    nothing prevents it, else by its own code.
 
-    Made while nothing acts. not_by_parts: why its own; None: by its parts.
+    Create it while no adapter acts. not_by_parts: why its own code is used; None: its parts are.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        found, self._model = forward_by_layers(model), ref(model)
-        self._parts = None if isinstance(found, str) else found
-        self.not_by_parts = found if isinstance(found, str) else None
+        forward, self._model = forward_by_layers(model), ref(model)
+        self._parts = None if isinstance(forward, str) else forward
+        self.not_by_parts = forward if isinstance(forward, str) else None
 
-    def logits(self, rows: Tensor, laid: PagedStep, kept: Tensor | None) -> Tensor:
-        """rows (2, N): ids and positions -> (kept, V); None: all rows."""
+    def logits(self, rows: Tensor, paged_step: PagedStep, kept: Tensor | None) -> Tensor:
+        """Returns the logits (kept, V); kept None: of all rows. rows (2, N): ids and positions."""
         if self._parts is not None and self._parts.fits:
-            return self._parts.logits(rows, laid, kept)
+            return self._parts.logits(rows, paged_step, kept)
         model = self._model()
         assert model is not None
-        return own_forward(model)(rows, laid, kept)
+        return own_forward(model)(rows, paged_step, kept)
 
-    def again(self, ids: Sequence[int], laid: PagedStep) -> Tensor | None:
-        """(N, V) of all rows, replayed; None: nothing was computed."""
-        return None if self._parts is None else self._parts.again(ids, laid)
+    def replay(self, ids: Sequence[int], paged_step: PagedStep) -> Tensor | None:
+        """Returns the logits (N, V) of all rows, replayed; None if nothing was computed."""
+        return None if self._parts is None else self._parts.replay(ids, paged_step)
 
     @property
     def is_recorded(self) -> bool:
-        """Whether compiled functions compute whole steps of any few rows: no bit of a row depends
-        on the others."""
+        """Whether compiled functions compute whole steps, from one row on. Then no bit of a row
+        depends on other rows."""
         parts = self._parts
         return parts is not None and parts.steps.have_any_rows and parts.has_dense_head
 
-    def let_go(self) -> None:
-        """No adapter is held that acted in a step before."""
+    def drop_references(self) -> None:
+        """Drops references to adapters of earlier steps."""
         if self._parts is not None:
             self._parts.steps.drop_references()
 
@@ -177,12 +180,14 @@ def _layer(
     h: Tensor,
     delta: Tensor | None,
     angles: tuple[Tensor, Tensor],
-    laid: PagedStep,
+    paged_step: PagedStep,
 ) -> tuple[Tensor, Tensor | None]:
-    """(h, delta) whose sum the layer gives."""
+    """Returns (h, delta); their sum is the layer's output."""
     if layer.unlike_llama is not None:
         whole: Any = layer.module
-        return whole((h if delta is None else h + delta)[None], **_given(angles, laid))[0], None
+        return whole(
+            (h if delta is None else h + delta)[None], **_arguments_of(angles, paged_step)
+        )[0], None
     parts = children_of(layer.module)
     first, second = layer.norms.before_attention, layer.norms.before_feed_forward
     attention, feed = parts[ATTENTION], parts[FEED_FORWARD]
@@ -190,9 +195,9 @@ def _layer(
     assert attention is not None and feed is not None
     h, x = _add_norm(h, delta, parts[first.name], first)
     if _bare(attention) is layer.attention.module:
-        delta = _attention(layer.attention, x, angles, laid)
+        delta = _attention(layer.attention, x, angles, paged_step)
     else:
-        delta = attention(hidden_states=x[None], **_given(angles, laid))[0][0]
+        delta = attention(hidden_states=x[None], **_arguments_of(angles, paged_step))[0][0]
     h, x = _add_norm(h, delta, parts[second.name], second)
     gated = layer.feed_forward
     if gated is None or gated.gate is not silu_gate or _bare(feed) is not gated.module:
@@ -201,14 +206,14 @@ def _layer(
     return h, _product(decoder_step.gate(*_products(x, [gate, up])), down)
 
 
-def _given(angles: tuple[Tensor, Tensor], laid: PagedStep) -> dict[str, Any]:
-    """What a layer's own code is given beside its rows."""
+def _arguments_of(angles: tuple[Tensor, Tensor], paged_step: PagedStep) -> dict[str, Any]:
+    """Returns the arguments of a layer's own code, without its rows."""
     mask = unused_mask(angles[0].device)
-    return {"position_embeddings": angles, "attention_mask": mask, "veneer_layout": laid}
+    return {"position_embeddings": angles, "attention_mask": mask, "veneer_layout": paged_step}
 
 
 def _attention(
-    facts: Attention, x: Tensor, angles: tuple[Tensor, Tensor], laid: PagedStep
+    facts: Attention, x: Tensor, angles: tuple[Tensor, Tensor], paged_step: PagedStep
 ) -> Tensor:
     places, (rows, size) = children_of(facts.module), angles[0].shape[1:]
     q, k, v = _products(x, [places[name] for name in QKV])
@@ -220,11 +225,11 @@ def _attention(
     decoder_step.rotate(q, k, angles[0][0], angles[1][0])
     key = k.view(rows, -1, size)
     heads = q.view(rows, -1, size), key, v.view(rows, key.shape[1], -1)
-    return _product(laid.attend(*heads, (), facts.rules).flatten(1), places[O])
+    return _product(paged_step.attend(*heads, (), facts.rules).flatten(1), places[O])
 
 
 def _bare(module: nn.Module | None) -> nn.Module | None:
-    """The base's own module where nothing acts beside it and nobody listens, else None."""
+    """Returns the base's own module; None if an adapter acts on it or it has hooks."""
     while isinstance(module, AdaptedModule):
         if not module.idle() or has_hooks(module):
             return None
@@ -233,7 +238,8 @@ def _bare(module: nn.Module | None) -> nn.Module | None:
 
 
 def _dense(x: Tensor, place: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a linear layer whose product with x few_rows computes."""
+    """Returns weight and bias of a linear layer; None if few_rows does not compute its product
+    with x."""
     bare: Any = _bare(place)
     if type(bare) not in DENSE or not few_rows.usable(x, bare.weight, bare.bias):
         return None
@@ -253,38 +259,39 @@ def _product(x: Tensor, place: Any) -> Tensor:
 
 
 def _products(x: Tensor, places: Sequence[nn.Module | None]) -> list[Tensor]:
-    """Of each, contiguous and nobody else's."""
+    """Returns the product of x with each layer, contiguous and in a tensor of its own."""
     parts = [part for place in places if (part := _part(x, place)) is not None]
     if (
         len(parts) == len(places)
-        and sum(len(few or ()) for *_, few in parts) <= few_rows.MOST_UPDATES
+        and sum(len(updates or ()) for *_, updates in parts) <= few_rows.MOST_UPDATES
     ):
-        if all(few is None for *_, few in parts):
+        if all(updates is None for *_, updates in parts):
             return few_rows.products(x, [(weight, bias) for weight, bias, _ in parts])
         return few_rows.updated(x, parts)
     return [_product(x, place).contiguous() for place in places]
 
 
 def _part(x: Tensor, place: nn.Module | None) -> few_rows.UpdatedWeight | None:
-    """What one call computes beside others of the same x. What adapters may add is listed, be it
-    nothing today."""
-    if isinstance(place, AdaptedLinear) and (own := place.step_operand(x)) is not None:
-        return own
+    """Returns weight, bias and updates of a layer, for a call that computes several layers of the
+    same x; None if few_rows does not compute it. The updates of an adapted layer are listed even if
+    there are none now."""
+    if isinstance(place, AdaptedLinear) and (operand := place.step_operand(x)) is not None:
+        return operand
     dense = _dense(x, place)
     return None if dense is None else (*dense, None)
 
 
 def _keys_around(module: nn.Module) -> set[str]:
-    """Of the wrappers that stand there."""
-    found = set()
+    """Returns the keys of the wrappers around a module."""
+    keys = set()
     while isinstance(module, AdaptedModule):
-        found.add(module.key)
+        keys.add(module.key)
         module = module.base
-    return found
+    return keys
 
 
 def _by_heads(x: Tensor, size: int, place: nn.Module | None, facts: Norm) -> Tensor:
-    """Each head normalised by itself."""
+    """Computes the norm of each head of x."""
     norm: Any = _bare(place)
     if norm is None:
         trained: Any = place
@@ -306,62 +313,62 @@ def _add_norm(
 
 @torch.no_grad()
 def forward_by_layers(model: PreTrainedModel) -> LayersForward | str:
-    """The way through the layers of a model that decodes over blocks (decoding/proof.py); or why
-    there is none. Asked while nothing acts on the model."""
+    """Returns a forward by the layers of a model that decodes over blocks (decoding/proof.py), or
+    why there is none. To be called while no adapter acts on the model."""
     if (reason := structure(model).packed) is not None:
         return reason
     if not decoder_step.usable(next(model.parameters())):
         return "its numbers are of a type or on a device for which no kernels are compiled"
     reason = structure_proof(
-        "parts", type(model), model.config, str | None, lambda: _on_a_copy(model)
+        "parts", type(model), model.config, str | None, lambda: _prove_on_copy(model)
     )
     if reason is not None:
         return reason
-    forward = _taken_apart(model)
+    forward = _take_apart(model)
     if isinstance(forward, str):
         return forward
     ids = some_ids(model, 23, 4).tolist()
     texts, by_layers = [ids[:14], ids[14:]], forward.logits
 
-    def differs() -> str | None:
-        theirs = read_and_continued(own_forward(model), texts)
+    def compare() -> str | None:
+        expected = read_and_continued(own_forward(model), texts)
         return disagreement(
             model,
             "its parts called one by one",
-            lambda: difference(read_and_continued(by_layers, texts), theirs),
-            MODEL.limits[theirs.dtype],
+            lambda: difference(read_and_continued(by_layers, texts), expected),
+            MODEL.limits[expected.dtype],
         )
 
-    reason = same_values("by_parts", model, str | None, differs)
+    reason = same_values("by_parts", model, str | None, compare)
     return forward if reason is None else reason
 
 
-def _on_a_copy(model: PreTrainedModel) -> str | None:
+def _prove_on_copy(model: PreTrainedModel) -> str | None:
     try:
         copy = small_copy(type(model), model.config)
     except NoCopyError as fault:
         return str(fault).splitlines()[0]
     copy.set_attn_implementation(NAME)
-    texts, found = sample_texts(copy), _taken_apart(copy)
-    if isinstance(found, str):
-        return found
+    texts, forward = sample_texts(copy), _take_apart(copy)
+    if isinstance(forward, str):
+        return forward
 
     def measure() -> float:
-        ours = read_and_continued(found.logits, texts)
-        return difference(ours, read_and_continued(own_forward(copy), texts))
+        logits = read_and_continued(forward.logits, texts)
+        return difference(logits, read_and_continued(own_forward(copy), texts))
 
     return disagreement(copy, "its parts called one by one", measure, LIMIT)
 
 
 def own_forward(model: PreTrainedModel) -> Run:
-    """The model's own, over blocks."""
+    """Returns the model's own forward over blocks."""
 
-    def run(rows: Tensor, laid: Any, kept: Tensor | None) -> Tensor:
+    def run(rows: Tensor, paged_step: Any, kept: Tensor | None) -> Tensor:
         call: Any = model
         out = call(
             input_ids=rows[:1],
             logits_to_keep=0 if kept is None else kept,
-            **packed_arguments(rows[1:], laid),
+            **packed_arguments(rows[1:], paged_step),
         )
         logits: Tensor = out.logits[0]
         return logits
@@ -369,13 +376,13 @@ def own_forward(model: PreTrainedModel) -> Run:
     return run
 
 
-def _taken_apart(model: PreTrainedModel) -> LayersForward | str:
-    """As far as what is known of its layers says it. Layers that are not understood are called
-    whole."""
+def _take_apart(model: PreTrainedModel) -> LayersForward | str:
+    """Returns a forward by the layers of a model, not yet proven, or why there is none. Layers that
+    are not understood are called whole."""
     name, inner = type(model).__name__, decoder(model)
     places: Any = None if inner is None else unwrapped(inner)
-    wanted = ("embed_tokens", "rotary_emb", "layers", "norm")
-    missing = [each for each in wanted if getattr(places, each, None) is None]
+    names = ("embed_tokens", "rotary_emb", "layers", "norm")
+    missing = [part for part in names if getattr(places, part, None) is None]
     if missing:
         return f"{name} has no {', '.join(missing)}"
     layers = find_layers(model)

@@ -79,10 +79,10 @@ class RecordedSteps:
             for step in self._steps if free else ():
                 step.drop_references()
 
-    def logits(self, ids: Sequence[int], laid: PagedStep) -> Tensor | None:
+    def logits(self, ids: Sequence[int], paged_step: PagedStep) -> Tensor | None:
         """Replays a whole step, embedding and head included: (N, V). Only within `leased`. Returns
         None if no recording fits this step or a snapshot does not match."""
-        mix, snapshot = laid.mix, self._snapshot
+        mix, snapshot = paged_step.mix, self._snapshot
         if mix is None or mix.others or snapshot is None:
             return None
         for step in self._steps:
@@ -90,13 +90,13 @@ class RecordedSteps:
             if step.takes(len(ids)) and ends is not None and mix.keys.isdisjoint(ends.keys):
                 if step.lacks(mix, frozenset()) or not self._match(snapshot, ends.snapshot):
                     return None
-                return step.logits(ids, laid)
+                return step.logits(ids, paged_step)
         return None
 
     def compute(
         self,
         inputs: Inputs,
-        laid: PagedStep,
+        paged_step: PagedStep,
         layers: Layers,
         modules: Callable[[], Sequence[nn.Module]],
         outside: Set[str],
@@ -109,24 +109,24 @@ class RecordedSteps:
         outside    keys of adapters' layers that `layers` does not pass
         find_ends  the embedding and the head, if they can be recorded too
         """
-        mix, rows, self._unchecked = laid.mix, len(inputs[0]), 0
-        if mix is None or not mix.others <= outside or laid.spans.rows != rows:
-            return layers(inputs, laid)
+        mix, rows, self._unchecked = paged_step.mix, len(inputs[0]), 0
+        if mix is None or not mix.others <= outside or paged_step.spans.rows != rows:
+            return layers(inputs, paged_step)
         if self._snapshot is not None and not self._snapshot.matches():
             self._steps, self._snapshot, self._declined = [], None, False
         if self._declined or any(step.lacks(mix, outside) for step in self._steps):
-            return layers(inputs, laid)
+            return layers(inputs, paged_step)
         for step in self._steps:
             if step.takes(rows):
-                states = step.replay(inputs, laid)
-                return layers(inputs, laid) if states is None else states
+                states = step.replay(inputs, paged_step)
+                return layers(inputs, paged_step) if states is None else states
         self._seen, seen = True, self._seen
         # An engine makes its blocks in its first step. In the memory of a recording, replayed calls
         # would write over them.
-        if not seen or not laid.keys.layers or _have_hooks(called := modules()):
-            return layers(inputs, laid)
+        if not seen or not paged_step.keys.layers or _have_hooks(called := modules()):
+            return layers(inputs, paged_step)
         self._snapshot = self._snapshot or Snapshot(called)
-        return self._record(inputs, laid, layers, find_ends)
+        return self._record(inputs, paged_step, layers, find_ends)
 
     def _match(self, *snapshots: Snapshot) -> bool:
         """True if the snapshots still match; compared every UNCHECKED steps."""
@@ -140,7 +140,7 @@ class RecordedSteps:
     def _record(
         self,
         inputs: Inputs,
-        laid: PagedStep,
+        paged_step: PagedStep,
         layers: Layers,
         find_ends: Callable[[], RecordedEnds | None],
     ) -> Tensor:
@@ -152,12 +152,15 @@ class RecordedSteps:
         copies = [memory.empty(tensor.dtype, *tensor.shape) for tensor in inputs]
         for copy, tensor in zip(copies, inputs, strict=True):
             copy.copy_(tensor)
-        _ = laid.spans.checked, laid.mix and laid.mix.listed  # computed before the recording
+        _ = (
+            paged_step.spans.checked,
+            paged_step.mix and paged_step.mix.listed,
+        )  # computed before the recording
         with record_step(memory) as tape:
-            states = layers((copies[0], copies[1], copies[2]), laid)
+            states = layers((copies[0], copies[1], copies[2]), paged_step)
         tape.check_memory([*copies, states])
         if tape.unsupported_call is None:
-            step = _RecordedStep(tape, copies, states, laid, find_ends())
+            step = _RecordedStep(tape, copies, states, paged_step, find_ends())
             self._steps = [*(old for old in self._steps if not step.replaces(old)), step]
         self._declined = tape.unsupported_call is not None
         return states
@@ -231,7 +234,7 @@ class _RecordedStep:
         tape: StepTape,
         inputs: Sequence[Tensor],
         states: Tensor,
-        laid: PagedStep,
+        paged_step: PagedStep,
         ends: RecordedEnds | None,
     ) -> None:
         self._tape, self._inputs, self._states = tape, inputs, states
@@ -239,7 +242,7 @@ class _RecordedStep:
         self._updated = tape.structs("veneer_few_rows_updated")
         self._like = [
             KeyValueBlocks(blocks.keys[:0].clone(), blocks.values[:0].clone())
-            for blocks in laid.keys.layers.values()
+            for blocks in paged_step.keys.layers.values()
         ]
         self._keys = frozenset(
             updates.key
@@ -272,41 +275,41 @@ class _RecordedStep:
     def drop_references(self) -> None:
         self._mix = None
 
-    def replay(self, inputs: Inputs, laid: PagedStep) -> Tensor | None:
+    def replay(self, inputs: Inputs, paged_step: PagedStep) -> Tensor | None:
         """Returns the states, (N, D); None if the mix has more updates than one call takes."""
         rows = len(inputs[0])
-        if not self._prepare(rows, laid):
+        if not self._prepare(rows, paged_step):
             return None
         for recorded, tensor in zip(self._inputs, inputs, strict=True):
             _first(recorded, rows).copy_(tensor)
         self._tape.replay()
         return _first(self._states, rows)
 
-    def logits(self, ids: Sequence[int], laid: PagedStep) -> Tensor | None:
+    def logits(self, ids: Sequence[int], paged_step: PagedStep) -> Tensor | None:
         """Returns the logits, (N, V); None if the mix has more updates than one call takes, or a
         position lies beyond the table of rotations."""
         assert self.ends is not None
-        if not self._prepare(len(ids), laid):
+        if not self._prepare(len(ids), paged_step):
             return None
-        if (logits := self.ends.ends.take(ids, laid.spans)) is None:
+        if (logits := self.ends.ends.take(ids, paged_step.spans)) is None:
             return None
         self._tape.replay(enclosed=True)
         return logits
 
-    def _prepare(self, rows: int, laid: PagedStep) -> bool:
+    def _prepare(self, rows: int, paged_step: PagedStep) -> bool:
         """Points the recorded calls at this step's rows, blocks and updates. False if the mix has
         more updates than one call takes."""
-        spans, mix = laid.spans.checked, laid.mix
+        spans, mix = paged_step.spans.checked, paged_step.mix
         assert mix is not None
         if mix is not self._mix and not self._take_mix(mix):
             return False
-        if mix.rows > rows or spans.rows != rows or spans.blocks > laid.keys.num_blocks:
+        if mix.rows > rows or spans.rows != rows or spans.blocks > paged_step.keys.num_blocks:
             raise ValueError(
                 f"{rows} rows, of spans {spans.rows}, up to {mix.rows} updated, {spans.blocks}"
                 " blocks"
             )
-        if self._pages is None or laid.keys is not self._pages():
-            self._take_blocks(laid.keys)
+        if self._pages is None or paged_step.keys is not self._pages():
+            self._take_blocks(paged_step.keys)
         if rows != self._rows:
             self._tape.set_rows(rows)
             self._rows = rows
