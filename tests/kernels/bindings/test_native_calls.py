@@ -3,6 +3,7 @@ beside its tensors."""
 
 import inspect
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,7 @@ from veneer.kernels.bindings import (
     draw_calls,
     packed_calls,
     paged_calls,
-    rank_calls,
     row_calls,
-    step_calls,
 )
 from veneer.kernels.bindings import library as native
 from veneer.kernels.bindings.arguments import CallError
@@ -42,22 +41,13 @@ needs_bf16 = pytest.mark.skipif(
 )
 
 
-MODULES = (
-    attention_calls,
-    block_calls,
-    dense_calls,
-    draw_calls,
-    packed_calls,
-    paged_calls,
-    rank_calls,
-    row_calls,
-    step_calls,
-)
-
-
 def declared_functions():
     """Returns the functions that are declared to call C."""
-    functions = {f for module in MODULES for _, f in inspect.getmembers(module, inspect.isfunction)}
+    modules = [
+        import_module(f"veneer.kernels.bindings.{path.stem}")
+        for path in (KERNELS / "bindings").glob("*_calls.py")
+    ]
+    functions = {f for module in modules for _, f in inspect.getmembers(module, inspect.isfunction)}
     return {f for f in functions if hasattr(f, "__wrapped__")}
 
 
