@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import openai
@@ -75,6 +76,17 @@ def test_it_says_what_it_serves_and_ends_when_those_that_are_open_are_answered(p
     assert all(len(line) <= 80 for line in lines) and "hello" not in log
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/healthz")
+
+
+def test_a_library_given_by_a_relative_path_hides_no_word_of_an_error(places, monkeypatch):
+    monkeypatch.chdir(places)
+    Path("tickets").symlink_to("adapters")  # the name of an adapter too
+    with server_process(places / "tiny-llama", Path("tickets")) as started:
+        url = re.search(r"http\S+(?=/v1)", "".join(started.stdout.readline() for _ in "123"))[0]
+        body = {"lora_name": "alias", "lora_path": "nobody"}
+        refused = httpx.post(f"{url}/v1/load_lora_adapter", json=body, timeout=60)
+    message = refused.json()["error"]["message"]
+    assert message == "no adapter 'nobody' in the library. There is: tickets."
 
 
 LONG = {"model": BASE, "messages": HELLO, "max_tokens": 900, "ignore_eos": True}

@@ -198,7 +198,8 @@ def run(args: argparse.Namespace) -> int:
     from veneer.library.library import Library
     from veneer.training.output.working import working
 
-    library = Library(args.library)
+    # Errors give the library's whole path another name, and a relative one may be any word.
+    library = Library(args.library and Path(args.library).resolve())
     library.entries()  # checks the library before a base is loaded
     with working(f"loading {args.base}"):
         with pause_collection():
@@ -283,7 +284,7 @@ def _start_on_ray(
     base = str(Path(args.base).resolve()) if Path(args.base).exists() else args.base
     settings = replace(settings, name=settings.name or name_of(args.base))
     served = ReplicaConfig(
-        base, str(library.folder.resolve()), args.dtype, args.device, args.quantize, settings
+        base, str(library.folder), args.dtype, args.device, args.quantize, settings
     )
     replica_set = RayReplicas(args.address, served, ReplicaSize(replicas, max_replicas, args.cpus))
     try:
