@@ -1,5 +1,6 @@
 """The loop: a resumed run is the run that never stopped, and what must not happen does not."""
 
+import dataclasses
 import itertools
 import math
 import os
@@ -265,7 +266,7 @@ def test_the_largest_batch_is_the_one_with_most_computed_rows_in_any_epoch(tmp_p
         job = make_job(
             tmp_path / order, steps=8, order=order, micro_batch=micro_batch, validation=0
         )
-        job.train = [*sharing, *apart]
+        job = dataclasses.replace(job, train=[*sharing, *apart])
         run(job)
         (first, *steps) = [packed_rows(rows, share_prompt=True) for rows in seen if len(rows) > 0]
         assert first >= max(steps) / SLACK

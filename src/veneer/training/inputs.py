@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -52,10 +51,11 @@ class TrainingInputs:
     """Micro-batches, as numbers of examples, that are tried before step 1; empty: those of
     find_largest."""
 
-    @cached_property
-    def rows(self) -> RowSpans:
-        """The examples of each row of `train`."""
-        return RowSpans.of(self.train)
+    rows: RowSpans = field(init=False)
+    """The examples of each row of `train`."""
+
+    def __post_init__(self) -> None:
+        self.rows = RowSpans.of(self.train)
 
     def find_largest(self) -> list[list[int]]:
         """Finds the micro-batches of all steps that may take the most memory (data/longest.py)."""
