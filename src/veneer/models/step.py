@@ -298,7 +298,9 @@ class _AdaptedHead(Head):
         return self.logits(h)
 
     def logits(self, h: Tensor) -> Tensor:
-        with self.module.routing.held(self.rows):
+        # Rows behind those of the adapters fill up the chunk; their logits are not read.
+        filler = 0 if self.rows.rows is None else len(h) - self.rows.rows
+        with self.module.routing.held(self.rows.padded(filler)):
             z = self.module(h)
         z = z if self.scale == 1.0 else z * self.scale
         if self.softcap is None:

@@ -1,0 +1,142 @@
+"""Log-probabilities of given answers, for one adapter or for several in the same forward.
+
+    log p(token | tokens before it) = log softmax(z)[token],   z: logits of the row before the token
+
+It is the forward of a training step (models/step.py) without its gradient: packed rows, a shared
+prompt once, logits of target tokens only and in chunks. Each adapter acts on its own rows, and
+computes prompts of its own because its keys and values differ.
+Shapes: T target tokens of a batch, E examples.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from veneer.adapters.placement.acting import Acting, Applied, in_turn
+from veneer.adapters.placement.routing import Routing
+from veneer.data.batching import Batch, by_length, used_length
+from veneer.data.examples import Example
+from veneer.data.joint_batch import join_batches
+from veneer.execution.proofs.model import in_front
+from veneer.kernels.wide import wide
+from veneer.models.step import ComputePaths, batch_of, parts_of, token_losses
+
+FORWARD_TOKENS = 8192
+"""Most tokens of one forward, unless the rows that must be computed together have more."""
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Examples to score, and the adapters that act on them (empty: the base alone)."""
+
+    adapters: Applied
+    examples: Sequence[Example]
+
+
+def target_log_probs(
+    model: PreTrainedModel, paths: ComputePaths, routing: Routing, batch: Batch
+) -> Tensor:
+    """Returns log p of every target of the batch, (T) float32, without a gradient.
+
+    The adapters are those that the routing holds. A float64 model gives float64.
+    """
+    return token_losses(model, paths, routing, batch).neg_()
+
+
+def answer_sums(log_probs: Tensor, batch: Batch) -> Tensor:
+    """Sums log-probabilities (T) over each example's targets, (E) float64; autograd follows."""
+    counts = torch.tensor([int(example.trained.sum()) for example in batch.examples])
+    owners = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    values = wide(log_probs)
+    return values.new_zeros(len(counts)).index_add(0, owners.to(values.device), values)
+
+
+def join_requests(
+    model: PreTrainedModel,
+    paths: ComputePaths,
+    requests: Sequence[ScoreRequest],
+    *,
+    share_prompt: bool = True,
+) -> tuple[Batch, Acting]:
+    """Builds one batch of all requests, in order, and what acts on its rows.
+
+    The caller ensures that the paths allow these lengths in one forward (paths.together).
+    """
+    batches = [
+        batch_of(
+            model, paths, request.examples, range(len(request.examples)), share_prompt=share_prompt
+        )
+        for request in requests
+    ]
+    batch, rows = join_batches(batches)
+    adapters = [request.adapters for request in requests]
+    return batch, in_turn(list(zip(rows, adapters, strict=True)))
+
+
+def score_examples(
+    model: PreTrainedModel,
+    paths: ComputePaths,
+    routing: Routing,
+    requests: Sequence[ScoreRequest],
+    *,
+    batch_rows: int = 1,
+) -> list[list[Tensor]]:
+    """Returns the log-probabilities of each example's targets, on the CPU, by request.
+
+    batch_rows: rows of each request in one forward; more if they are short. Results do not depend
+    on it.
+    """
+    results: list[list[Tensor]] = [[torch.empty(0)] * len(request.examples) for request in requests]
+    computed = []
+    for parts in _forwards(model, paths, routing, requests, batch_rows):
+        chosen = [
+            ScoreRequest(requests[number].adapters, [requests[number].examples[i] for i in part])
+            for number, part in parts
+        ]
+        batch, acting = join_requests(model, paths, chosen)
+        with routing.held(acting):
+            computed.append((parts, batch, target_log_probs(model, paths, routing, batch)))
+    for parts, batch, log_probs in computed:
+        counts = [int(example.trained.sum()) for example in batch.examples]
+        by_example = iter(log_probs.cpu().split(counts))
+        for number, part in parts:
+            for i in part:
+                results[number][i] = next(by_example)
+    return results
+
+
+def _forwards(
+    model: PreTrainedModel,
+    paths: ComputePaths,
+    routing: Routing,
+    requests: Sequence[ScoreRequest],
+    batch_rows: int,
+) -> Iterator[list[tuple[int, list[int]]]]:
+    """Yields the parts of each forward: the number of a request, and numbers of its examples."""
+    longest = max((used_length(e) for request in requests for e in request.examples), default=1)
+    batch_rows = max(batch_rows, FORWARD_TOKENS // (max(longest, 1) * max(len(requests), 1)))
+    parts_by_request, fronts = [], []
+    for request in requests:
+        with routing.held(Acting.everywhere(request.adapters)):
+            fronts.append(in_front(model))
+            order = by_length(request.examples, batch_rows)
+            parts_by_request.append([*parts_of(model, paths, request.examples, order)])
+    forward: list[tuple[int, list[int]]] = []
+    lengths: list[int] = []
+    for parts in zip_longest(*parts_by_request):
+        for number, part in enumerate(parts):
+            if part is None:
+                continue
+            own = [fronts[number] + used_length(requests[number].examples[i]) for i in part]
+            fits = sum(lengths) + sum(own) <= FORWARD_TOKENS
+            if forward and not (fits and len(paths.groups_of_lengths(lengths + own)) == 1):
+                yield forward
+                forward, lengths = [], []
+            forward.append((number, part))
+            lengths += own
+    if forward:
+        yield forward
