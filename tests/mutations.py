@@ -360,7 +360,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "training/best.py": ("training/test_loop.py", "training/test_run_folder.py"),
     "training/state/checkpoint.py": ("training/test_loop.py", "training/test_run_folder.py"),
     "training/optimizer/offload.py": ("training/test_offload.py",),
-    "training/processes/dealing.py": ("processes/test_parts.py",),
+    "training/processes/assignment.py": ("processes/test_parts.py",),
     "training/processes/reduce.py": ("processes/test_parts.py",),
     "training/processes/world.py": ("processes/test_parts.py",),
     "training/state/parents.py": ("training/test_parents.py",),

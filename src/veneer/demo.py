@@ -43,8 +43,8 @@ from veneer.files.atomic import write_text
 from veneer.files.remembered import own_files_hash
 from veneer.files.strict_json import read_json
 from veneer.training.config import DataConfig, RunConfig
+from veneer.training.output.console import log_console
 from veneer.training.output.screen import make_screen
-from veneer.training.output.talk import talking_console
 from veneer.training.state.folder import remove_run
 from veneer.training.state.place import locked_folder
 from veneer.wording import cut, shown, size
@@ -99,7 +99,7 @@ def run_demo(
 
 
 def _demo(out: Path, *, again: bool, base: str, schedule: dict[str, Any]) -> dict[str, Any]:
-    console = talking_console(stderr=False)
+    console = log_console(stderr=False)
     _say(console, "Teaching a small language model to answer with function calls, on this machine.")
     held_out = _prepare_rows(out, console, most=TRIED if "steps" in schedule else None)
     loaded = api.load(base)

@@ -23,7 +23,7 @@ from veneer.plan.probe import fit_config, forecast
 from veneer.report.page import write_report
 from veneer.training.config import RunConfig
 from veneer.training.output.screen import Screen
-from veneer.training.processes.world import joined, world_of
+from veneer.training.processes.world import join_processes, world_of
 from veneer.training.run import Job, run_jobs, run_training
 from veneer.training.state.folder import resume_config as resume_config
 
@@ -41,8 +41,8 @@ def train_run(
     the environment this is one of several processes (training/processes/world.py): all compute the
     run of rank 0, and the others may give None.
     """
-    with joined() as world:
-        settings, set_fields = world.shared(
+    with join_processes() as world:
+        settings, set_fields = world.broadcast_value(
             None
             if config is None
             else [config.model_dump(mode="json"), sorted(config.method.model_fields_set)]

@@ -33,8 +33,8 @@ from veneer.models.initial_values import begin
 from veneer.models.load import load_base
 from veneer.plan.counted import Step
 from veneer.plan.dry_run import attached_facts
+from veneer.training.coordination import every_weight
 from veneer.training.processes.world import ALONE
-from veneer.training.together import every_weight
 
 IDS = torch.tensor([[5, 80, 99, 7, 250, 31, 31, 80, 12, 0, 77, 140]])
 TEXT = {

@@ -38,8 +38,8 @@ from veneer.plan.estimate import (
     CUDA_WORKSPACES_BYTES,
     KERNEL_BYTES,
     MOST_KERNELS,
+    PENDING_BYTES,
     UNDER_WAY,
-    UNDER_WAY_BYTES,
     compiled_kernels,
     estimate,
 )
@@ -155,7 +155,7 @@ def test_offload_is_offered_on_cuda_alone_and_takes_out_most_of_what_is_kept(pla
     assert kept_bytes(less) < 0.5 * kept_bytes(kept)
     assert less.work.host_bytes > kept_bytes(kept) - kept_bytes(less)
     moving = less.work.host_bytes // 2
-    assert moving < UNDER_WAY_BYTES and cuda.estimate(away).parts[UNDER_WAY] == moving
+    assert moving < PENDING_BYTES and cuda.estimate(away).parts[UNDER_WAY] == moving
     assert UNDER_WAY not in cuda.estimate(there).parts
     assert _offload(cuda, there) is not None and _offload(planner, there) is None
     gpu = named_gpu("L4")

@@ -45,7 +45,7 @@ from veneer.training.announce import forecast_line
 from veneer.training.config import RunConfig
 from veneer.training.output.records import read_records
 from veneer.training.output.screen import QuietScreen
-from veneer.training.processes.dealing import dealt
+from veneer.training.processes.assignment import assign_by_cost
 
 TINY = Choice(method=LoRA(rank=3, alpha=4.0), batch=8, length=64)
 FOUR = replace(TINY, processes=4)
@@ -144,7 +144,7 @@ def test_the_longest_share_is_that_of_the_runs_own_plan(
     costs: list[list[int]], processes: int
 ) -> None:
     total = sum(map(sum, costs))
-    owners = [dealt(step, processes) for step in costs]
+    owners = [assign_by_cost(step, processes) for step in costs]
     longest = sum(
         max(
             sum(c for c, o in zip(step, own, strict=True) if o == rank) for rank in range(processes)

@@ -14,7 +14,7 @@ from tests.support.tiny import save_tiny
 from veneer.errors import ConfigError
 from veneer.training.config import RunConfig
 from veneer.training.output.records import read_records
-from veneer.training.processes.dealing import in_rounds
+from veneer.training.processes.assignment import group_by_cost
 
 __all__ = ["world"]
 SHARDED = {
@@ -207,5 +207,5 @@ def test_full_fine_tuning_that_cannot_lie_in_parts_is_refused_by_name():
 
 
 def test_micro_batches_of_like_cost_are_computed_at_the_same_time():
-    assert in_rounds([5, 1, 9, 4, 8], 2) == [[2, 4], [0, 3], [1]]
-    assert in_rounds([5], 4) == [[0]]
+    assert group_by_cost([5, 1, 9, 4, 8], 2) == [[2, 4], [0, 3], [1]]
+    assert group_by_cost([5], 4) == [[0]]

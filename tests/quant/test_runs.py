@@ -11,7 +11,7 @@ from tests.support.tiny import save_tiny
 from veneer import api
 from veneer.cli import main
 from veneer.models.load import load_base
-from veneer.training import together
+from veneer.training import coordination
 from veneer.training.config import RunConfig
 from veneer.training.output.screen import QuietScreen
 from veneer.training.state.folder import resume_config
@@ -84,7 +84,7 @@ def test_a_resumed_run_over_4_bits_is_the_run_that_never_stopped(
         seen.append((base := load_base(*args, **named), digest(base.model)))
         return base
 
-    monkeypatch.setattr(together, "load_base", loaded)
+    monkeypatch.setattr(coordination, "load_base", loaded)
     whole = run(settings(tmp_path, "whole", **others))
     own = Trainee.save
 

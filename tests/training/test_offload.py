@@ -49,7 +49,7 @@ def gradients(dtype, *, moved, lanes=None, most=2**29):
         make_examples(6), packed=paths.packed, share_prompt=True, device=torch.device("cpu")
     )
     weights = [*model.parameters(), *model.buffers()]
-    hooks = Offload(weights, moves="cpu", lanes=lanes, under_way_bytes=most) if moved else None
+    hooks = Offload(weights, moves="cpu", lanes=lanes, pending_bytes=most) if moved else None
     with offloaded(hooks):
         loss = batch_loss(model, paths, routing, batch, total=1.0)
     loss.backward()
@@ -212,35 +212,35 @@ def test_copies_that_run_as_late_as_they_may_change_no_bit(dtype, under_way):
 
 def test_copies_hold_no_more_than_is_said_and_are_under_way_before_they_are_asked_for():
     size, lanes = 64 * 64 * 4, Late()
-    hooks = Offload([], moves="cpu", lanes=lanes, under_way_bytes=3 * size)
+    hooks = Offload([], moves="cpu", lanes=lanes, pending_bytes=3 * size)
     hooks.begin()
     away = []
     for number in range(8):
         away.append(hooks.pack(torch.full((64, 64), float(number))))
-        assert hooks.under_way_bytes == min(number + 1, 3) * size
+        assert hooks.pending_bytes == min(number + 1, 3) * size
     hooks.forget()
     assert [float(hooks.unpack(each)[0, 0]) for each in (away[7], away[6], away[5])] == [7, 6, 5]
     assert "back" not in [way for way, _ in lanes.said], "they had not gone"
     lanes.said.clear()
     assert float(hooks.unpack(away[4])[0, 0]) == 4
     backs = [number for way, number in lanes.said if way == "back"]
-    assert backs == [4, 3, 2, 1] and hooks.under_way_bytes == 3 * size
+    assert backs == [4, 3, 2, 1] and hooks.pending_bytes == 3 * size
     lanes.said.clear()
     assert float(hooks.unpack(away[3])[0, 0]) == 3
     assert lanes.said == [("wait", None), ("back", 0)]
     assert [float(hooks.unpack(away[n])[0, 0]) for n in (2, 1, 0)] == [2, 1, 0]
-    assert hooks.under_way_bytes == 0
+    assert hooks.pending_bytes == 0
 
 
 def test_what_a_backward_left_behind_is_let_go_when_its_copies_are_over():
     lanes = Late()
-    hooks = Offload([], moves="cpu", lanes=lanes, under_way_bytes=2 * 64 * 64 * 4)
+    hooks = Offload([], moves="cpu", lanes=lanes, pending_bytes=2 * 64 * 64 * 4)
     for _ in range(3):
         hooks.begin()
-        assert hooks.under_way_bytes == 0
+        assert hooks.pending_bytes == 0
         away = [hooks.pack(torch.full((64, 64), float(number))) for number in range(6)]
         hooks.forget()
-        assert float(hooks.unpack(away[2])[0, 0]) == 2 and hooks.under_way_bytes
+        assert float(hooks.unpack(away[2])[0, 0]) == 2 and hooks.pending_bytes
         assert float(hooks.unpack(away[5])[0, 0]) == 5, "out of turn"
         del away
     hooks.begin()

@@ -22,10 +22,10 @@ def test_the_line_counts_up_and_then_down():
     line = ProgressLine("loading b\x1b", clock)
     clock.seconds = 3
     assert line.text() == "  loading b· · 0:03"
-    line.tell("writing", 0, 40)
+    line.update("writing", 0, 40)
     assert line.text() == "  writing 0/40 · 0:03"
     clock.seconds = 13
-    line.tell("writing", 10, 40)
+    line.update("writing", 10, 40)
     assert (
         line.text() == "  writing 10/40 · 0:30 left"
     )  # 10 s for 10 of them, whatever loading took

@@ -220,14 +220,14 @@ def make_console(*, json: bool) -> Console:
     """
     from rich.console import Console
 
-    from veneer.training.output.talk import talking_console
+    from veneer.training.output.console import log_console
 
     class ResultConsole(Console):
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError  # rich would leave by SystemExit(1)
 
     return (
-        talking_console(stderr=True)
+        log_console(stderr=True)
         if json
         else ResultConsole(highlight=False, markup=False, emoji=False)
     )

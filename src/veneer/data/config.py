@@ -80,7 +80,7 @@ class DataConfig(StrictSettings):
 
     @field_validator("train", "validation", mode="before")
     @classmethod
-    def _short_forms(cls, value: Any) -> Any:
+    def _expand_short_forms(cls, value: Any) -> Any:
         """Expands short forms: [a.jsonl, {path: b.jsonl}] and {path: a.jsonl}."""
         if isinstance(value, dict):
             return [value]

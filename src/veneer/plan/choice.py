@@ -53,7 +53,7 @@ class Choice:
 
     @property
     def rows_at_once(self) -> int:
-        """Returns the rows of a micro-batch, as training/together.py divides the batch."""
+        """Returns the rows of a micro-batch, as training/coordination.py divides the batch."""
         return rows_at_once(self.batch, self.micro_batch, self.reduce, self.processes)
 
     @property

@@ -22,7 +22,7 @@ from veneer.kernels.bindings.library import has_amx
 from veneer.kernels.layout import STEP
 from veneer.plan.counted import ACTIVATIONS, BACKWARD, LOGITS, STATIC, DryRun
 from veneer.plan.tracker import Parts, Phase
-from veneer.training.optimizer.offload import UNDER_WAY_BYTES
+from veneer.training.optimizer.offload import PENDING_BYTES
 
 Device = Literal["cpu", "cuda"]
 
@@ -156,7 +156,7 @@ def _total(phase: Phase, run: DryRun, device: Device, idle_bytes: int, checkpoin
 
 def _under_way(run: DryRun) -> int:
     """Returns bytes of offload's copies in progress, which its dry run does not hold."""
-    return min(run.work.host_bytes // 2, UNDER_WAY_BYTES)
+    return min(run.work.host_bytes // 2, PENDING_BYTES)
 
 
 def scaled(run: DryRun, extent: Extent, to: Extent) -> DryRun:

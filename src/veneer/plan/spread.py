@@ -1,7 +1,8 @@
 """A step over several processes: its longest share of computing, what is sent, and how long that
 takes.
 
-Computed from the plan that the run itself makes (training/processes/dealing.py), measured nowhere.
+Computed from the plan that the run itself makes (training/processes/assignment.py); nothing is
+measured.
 
     gradient   one sum a step over a ring: each process sends 2 (N - 1) / N of its bytes
     layers     sharded: each is gathered forward and again backward, (N - 1) / N of its bytes from
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from veneer.bounds import LINK
 from veneer.errors import ConfigError
 from veneer.plan.counted import SUM_BYTES, DryRun
-from veneer.training.processes.dealing import dealt, in_rounds
+from veneer.training.processes.assignment import assign_by_cost, group_by_cost
 from veneer.training.processes.reduce import ReduceKind
 
 HOP_SECONDS = 50e-6
@@ -102,11 +103,12 @@ def longest_share(costs: Costs, processes: int, *, together: bool) -> float:
         total += sum(step)
         if together:
             longest += sum(
-                max(step[number] for number in numbers) for numbers in in_rounds(step, processes)
+                max(step[number] for number in numbers)
+                for numbers in group_by_cost(step, processes)
             )
         else:
             shares = [0] * processes
-            for cost, owner in zip(step, dealt(step, processes), strict=True):
+            for cost, owner in zip(step, assign_by_cost(step, processes), strict=True):
                 shares[owner] += cost
             longest += max(shares)
     return longest / total

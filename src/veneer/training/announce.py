@@ -19,10 +19,10 @@ from veneer.formats.adapter import adapter_file_bytes
 from veneer.linear import num_parameters
 from veneer.quant.weight import PackedSize
 from veneer.training.config import RunConfig
+from veneer.training.coordination import shard_lines
 from veneer.training.output.screen import Screen
 from veneer.training.prepare import PreparedRun
 from veneer.training.processes.world import World
-from veneer.training.together import shard_lines
 from veneer.wording import percent, size
 
 

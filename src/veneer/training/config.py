@@ -61,7 +61,7 @@ class TemplateConfig(StrictSettings):
 
     @field_validator("variables")
     @classmethod
-    def _can_be_told(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    def _check_variables(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
         if faults := variable_faults(value):
             raise ValueError("; ".join(faults))
         return value
@@ -187,7 +187,7 @@ class RunConfig(StrictSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _short_forms(cls, values: Any) -> Any:
+    def _expand_short_forms(cls, values: Any) -> Any:
         if isinstance(values, dict):
             values = dict(values)
             if isinstance(values.get("data"), (str, Path)):
@@ -211,19 +211,19 @@ class RunConfig(StrictSettings):
 
     @field_validator("out")
     @classmethod
-    def _at_home(cls, value: str) -> str:
+    def _expand_home(cls, value: str) -> str:
         """Expands ~, as a shell would."""
         return str(expanded(value)) if value.startswith("~") else value
 
     @field_validator("new_tokens")
     @classmethod
-    def _can_be_tokens(cls, value: list[str]) -> list[str]:
+    def _check_new_tokens(cls, value: list[str]) -> list[str]:
         if faults := text_faults(value):
             raise ValueError("; ".join(faults))
         return value
 
     @model_validator(mode="after")
-    def _one_length(self) -> "RunConfig":
+    def _check_combinations(self) -> "RunConfig":
         if self.steps is not None and self.epochs is not None:
             raise ValueError("steps and epochs are both given: give one")
         if self.micro_batch is not None and self.micro_batch > self.batch:

@@ -11,7 +11,7 @@ from veneer.data.batching import by_length
 from veneer.errors import fits_memory
 from veneer.models.step import part_nats, parts_of
 from veneer.training.first_evaluation import EvaluationResult
-from veneer.training.gradient import assigned_here
+from veneer.training.gradient import own_micro_batches
 from veneer.training.held_out import LossCells, losses_by_set, mean_loss
 from veneer.training.inputs import TrainingInputs
 from veneer.training.processes.world import World
@@ -27,7 +27,7 @@ def compute_evaluation(inputs: TrainingInputs, world: World, *, step: int) -> Ev
     parts = list(parts_of(inputs.model, inputs.paths, examples, order))
     nats = [0.0] * len(examples)
     with _evaluating(inputs, world, step):
-        assigned = assigned_here(parts, examples, world, sharded=inputs.sharded)
+        assigned = own_micro_batches(parts, examples, world, sharded=inputs.sharded)
         computed = part_nats(
             inputs.model,
             inputs.paths,
@@ -49,7 +49,7 @@ def compute_evaluation(inputs: TrainingInputs, world: World, *, step: int) -> Ev
 @contextmanager
 def _evaluating(inputs: TrainingInputs, world: World, step: int) -> Iterator[None]:
     doing = f"on the evaluation at step {step}"
-    with world.together(doing), fits_memory(doing, next_step=inputs.memory_advice(FEWER_ROWS)):
+    with world.fail_together(doing), fits_memory(doing, next_step=inputs.memory_advice(FEWER_ROWS)):
         yield
 
 

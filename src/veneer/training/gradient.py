@@ -22,7 +22,7 @@ from veneer.kernels.dense.block import adding_gradients_in_place
 from veneer.models.step import LossShare, batch_losses, batch_of
 from veneer.training.inputs import TrainingInputs
 from veneer.training.optimizer.offload import offload_for, offloaded
-from veneer.training.processes.dealing import dealt, in_rounds
+from veneer.training.processes.assignment import assign_by_cost, group_by_cost
 from veneer.training.processes.reduce import KINDS, GradientSum
 from veneer.training.processes.world import World
 
@@ -48,7 +48,7 @@ class StepGradient:
 
     rows       rows of the step, for errors
     seconds    seconds that the step took so far
-    assigned   micro-batches that this process still has to compute, as of assigned_here
+    assigned   micro-batches that this process still has to compute, as of own_micro_batches
     """
 
     def __init__(self, inputs: TrainingInputs, world: World) -> None:
@@ -88,7 +88,7 @@ class StepGradient:
         inputs = self.inputs
         self._losses, self._tokens = {}, [0, 0, 0]
         self.assigned = deque(
-            assigned_here(self.micro_batches, inputs.train, self.world, sharded=inputs.sharded)
+            own_micro_batches(self.micro_batches, inputs.train, self.world, sharded=inputs.sharded)
         )
         self.sum.begin()
 
@@ -223,7 +223,7 @@ def out_of_memory(gradient: StepGradient) -> DoesNotFitError:
     )
 
 
-def assigned_here(
+def own_micro_batches(
     micro_batches: Sequence[Sequence[int]],
     examples: Sequence[Example],
     world: World,
@@ -237,11 +237,11 @@ def assigned_here(
     """
     costs = [sum(used_length(examples[i]) for i in part) for part in micro_batches]
     if not sharded:
-        owners = dealt(costs, world.size)
+        owners = assign_by_cost(costs, world.size)
         return [(number, True) for number, owner in enumerate(owners) if owner == world.rank]
     return [
         (numbers[min(world.rank, len(numbers) - 1)], world.rank < len(numbers))
-        for numbers in in_rounds(costs, world.size)
+        for numbers in group_by_cost(costs, world.size)
     ]
 
 

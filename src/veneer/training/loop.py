@@ -95,7 +95,7 @@ class Loop:
         end: called with each of them; a trainee that fails there is not returned
         """
         start, tokens = time.perf_counter(), dict.fromkeys(self._open, 0)
-        with self.world.together(f"at step {self._open[0].gradient.step + 1}"):
+        with self.world.fail_together(f"at step {self._open[0].gradient.step + 1}"):
             while self._open and all(trainee.gradient.assigned for trainee in self._open):
                 for trainee, cost in self._forward_backward():
                     tokens[trainee] += cost
@@ -124,7 +124,7 @@ class Loop:
                 lengths += own_lengths
         taken = [trainee for trainee, _ in chosen]
         self._open = [trainee for trainee in self._open if trainee not in taken] + taken
-        if not micro_batches or _fits(micro_batches):
+        if not micro_batches or _try_forward_backward(micro_batches):
             return chosen
         if len(chosen) == 1:
             with self._leaves_on_error(taken[0]):
@@ -181,7 +181,7 @@ class Loop:
                     trainee.save()
 
 
-def _fits(micro_batches: Sequence[MicroBatch]) -> bool:
+def _try_forward_backward(micro_batches: Sequence[MicroBatch]) -> bool:
     """Runs forward_backward; False if memory lacks. Nothing of the forward is then held."""
     try:
         forward_backward(micro_batches)

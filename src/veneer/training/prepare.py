@@ -24,6 +24,7 @@ from veneer.models.frozen_base import FrozenBase, hidden_size
 from veneer.models.initial_values import FreshAdapter
 from veneer.models.step import refuse_untrainable
 from veneer.training.config import EPOCHS_UNSAID, RunConfig
+from veneer.training.coordination import every_weight, load_on_all_processes
 from veneer.training.gradient import FEWER_VALUES
 from veneer.training.inputs import TrainingInputs
 from veneer.training.optimizer.buffer import FlatParameters, FlatValues
@@ -42,7 +43,6 @@ from veneer.training.state.origin import (
     origin_of,
 )
 from veneer.training.state.parents import ADAPTER_NAME, begin_adapter, with_tokens
-from veneer.training.together import every_weight, load_together
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,12 @@ def prepare_run(
         idle_bytes, base = beside[0].idle_bytes, beside[0].base
     else:
         idle_bytes = process_memory_bytes()
-        base = load_together(config, _base_dtype(config, started), world)
+        base = load_on_all_processes(config, _base_dtype(config, started), world)
         reset_peak_memory(str(base.device))
     config = config.model_copy(update={"dtype": base.compute.name})
     base.routing.active = ()
     day = _first_day(started, world)
-    with world.together("before its first step"):
+    with world.fail_together("before its first step"):
         if started is None:
             config = with_tokens(config)
         else:
@@ -145,7 +145,7 @@ def _base_dtype(config: RunConfig, started: Origin | None) -> HeldAs:
 def _first_day(started: Origin | None, world: World) -> date:
     """Returns the day the run started on: a chat template may write the date."""
     day = date.today().isoformat() if started is None else started.date
-    return date.fromisoformat(world.shared(day))
+    return date.fromisoformat(world.broadcast_value(day))
 
 
 def _load_rows(

@@ -24,6 +24,7 @@ from veneer.models.checkpointing import checkpointed
 from veneer.training.announce import RunPlanner, forecast_run, start_record
 from veneer.training.budget import JobMemory, JointMemory, free_bytes, plan_jobs
 from veneer.training.config import RunConfig
+from veneer.training.coordination import divide_batch, require_common_settings, require_same_run
 from veneer.training.loop import Loop
 from veneer.training.optimizer.heap import steady_heap
 from veneer.training.output.loggers import open_loggers
@@ -42,7 +43,6 @@ from veneer.training.state.folder import (
 from veneer.training.state.origin import Origin, with_rows_at_once
 from veneer.training.state.place import locked_folder, refuse_unless_new
 from veneer.training.state.progress import load_state
-from veneer.training.together import agree, divide_batch, refuse_apart
 from veneer.training.trainee import Trainee
 
 
@@ -99,7 +99,7 @@ def run_jobs(
     Raises ConfigError with the faults of all jobs before any of them starts, RunInterrupted, and
     errors that concern all jobs.
     """
-    refuse_apart([job.config for job in jobs], world)
+    require_common_settings([job.config for job in jobs], world)
     with ExitStack() as stack:
         runs = _prepare_all(jobs, stack, world)
         for run in runs:
@@ -225,10 +225,10 @@ class _Run:
         )
         inputs = prepared.inputs
         if world.size > 1:
-            agree(world, prepared.base, prepared.data, inputs.flat)
+            require_same_run(world, prepared.base, prepared.data, inputs.flat)
         inputs.largest = inputs.find_largest()
         self._forecast = forecast_run(prepared, planner, screen, world) if world.leads else None
-        largest = world.shared(None if self._forecast is None else self._forecast.largest)
+        largest = world.broadcast_value(None if self._forecast is None else self._forecast.largest)
         if largest is not None:
             inputs.largest = [inputs.largest[largest]]
 
@@ -298,7 +298,7 @@ def _open_folder(
     """
     with ExitStack() as stack:
         checkpoint, started = None, None
-        with world.together("at its folder"):
+        with world.fail_together("at its folder"):
             if world.leads:
                 if not resume:
                     refuse_unless_new(out)  # before a lock file is put among other files
@@ -309,7 +309,9 @@ def _open_folder(
                 stack.enter_context(written_rows(out, rows))
                 checkpoint = resume_point(out, screen.message) if resume else None
                 started = None if checkpoint is None else load_state(checkpoint).origin
-        path, fields = world.shared([checkpoint and str(checkpoint), started and started.to_dict()])
+        path, fields = world.broadcast_value(
+            [checkpoint and str(checkpoint), started and started.to_dict()]
+        )
         yield path and Path(path), fields and Origin(**fields)
 
 
@@ -320,7 +322,7 @@ def _open_records(
     """Writes run.yaml, unless a resumed run has it, and opens metrics.jsonl on the leader."""
     with ExitStack() as stack:
         records: Records | NoRecords = NoRecords()
-        with world.together("before its first step"):
+        with world.fail_together("before its first step"):
             if world.leads:
                 if started is None or started.settings is None:
                     write_run_file(with_absolute_paths(run.config))
@@ -354,7 +356,7 @@ def _write(
         held_out=held_out,
         damaged_best=trainee.damaged_best,
     )
-    with world.together("on writing its result"):
+    with world.fail_together("on writing its result"):
         if world.leads and run.attachment is not None:
             manifest = run_manifest(
                 config, base, run.data, best_loss=trainee.progress.best_loss, held_out=held_out

@@ -280,11 +280,11 @@ class Trainee:
     def save(self) -> None:
         step, flat = self.progress.step, self.inputs.flat
         if self.world.size > 1:
-            self.world.same(
+            self.world.require_same(
                 {f"the values of step {step}": flat.digest()},
                 "Start again from the last checkpoint with --resume.",
             )
-        with self.world.together(f"on the checkpoint of step {step}"):
+        with self.world.fail_together(f"on the checkpoint of step {step}"):
             tensors = {name: flat.whole(tensor) for name, tensor in self.optimizer.state().items()}
             if self.world.leads:
                 self._write_checkpoint(tensors)
@@ -310,7 +310,7 @@ class Trainee:
         flat, doing = self.inputs.flat, f"on reading {path}"
         advice = "Free memory, then resume again."
         stored: dict[str, Tensor] = {}
-        with self.world.together(doing), fits_memory(doing, next_step=advice):
+        with self.world.fail_together(doing), fits_memory(doing, next_step=advice):
             if self.world.leads:
                 stored, _ = load_checkpoint(path)
                 self.progress = load_state(path).progress
@@ -319,7 +319,7 @@ class Trainee:
             for name in sorted(state):
                 flat.fill(state[name], stored[name] if self.world.leads else None, self.world)
             self.optimizer.load(state)
-        self.progress = RunProgress(**self.world.shared(vars(self.progress)))
+        self.progress = RunProgress(**self.world.broadcast_value(vars(self.progress)))
         self.saved_step = self.progress.step
 
     def take_best(self) -> None:
@@ -328,7 +328,7 @@ class Trainee:
         if progress.best_step is None or progress.best_step == progress.step:
             return
         values = None
-        with self.world.together("on reading the best checkpoint"):
+        with self.world.fail_together("on reading the best checkpoint"):
             if self.world.leads:
                 values, self.damaged_best = read_best(
                     self.inputs.out / "checkpoints", progress, self.screen.message
@@ -336,4 +336,4 @@ class Trainee:
         if self.world.any(values is not None):
             flat.fill(flat.values.data, values, self.world)
             flat.publish()
-        self.progress = RunProgress(**self.world.shared(vars(progress)))
+        self.progress = RunProgress(**self.world.broadcast_value(vars(progress)))

@@ -36,10 +36,10 @@ def train_jobs(configs: Sequence[RunConfig], args: argparse.Namespace) -> int:
     if args.json:
         print_json([result if isinstance(result, dict) else str(result) for result in results])
     elif not args.quiet:
-        from veneer.training.output.talk import talking_console
+        from veneer.training.output.console import log_console
 
         for line in job_table(names, configs, results):
-            talking_console(stderr=False).print(line, soft_wrap=True)
+            log_console(stderr=False).print(line, soft_wrap=True)
     failed = [
         (c.out, r) for c, r in zip(configs, results, strict=True) if isinstance(r, VeneerError)
     ]

@@ -120,7 +120,7 @@ class FlatParameters:
     def fill(self, own: Tensor, stored: Tensor | None, world: World) -> None:
         if stored is not None:
             own.copy_(stored)
-        world.follow(own)
+        world.broadcast(own)
 
     def digest(self) -> str:
         return tensor_hash(self.values)

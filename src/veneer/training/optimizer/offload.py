@@ -5,7 +5,7 @@ Exact to the bit: values are copied in their type and layout. A tensor that seve
 copy.
 
 Copies run beside the GPU's computation, on one stream per direction, from and to pinned memory. A
-tensor that leaves is kept until its copy is over, UNDER_WAY_BYTES at most; if backward asks before
+tensor that leaves is kept until its copy is over, PENDING_BYTES at most; if backward asks before
 that, the kept tensor is used. While a layer is computed backward, tensors of the layers before it
 are on their way back.
 """
@@ -26,7 +26,7 @@ from veneer.private.torch import version_of
 
 WORTH_BYTES = 2**16
 """Tensors below this size stay: masks, statistics of norms, an adapter's factors."""
-UNDER_WAY_BYTES = 2**29
+PENDING_BYTES = 2**29
 """Device memory kept for copies in progress: 20 ms of a bus of 25 GB/s."""
 
 
@@ -117,12 +117,12 @@ class Offload:
         *,
         moves: str = "cuda",
         lanes: CopyStreams | None = None,
-        under_way_bytes: int = UNDER_WAY_BYTES,
+        pending_bytes: int = PENDING_BYTES,
     ) -> None:
         self.moves, self._lanes, self._most = (
             moves,
             InOrderCopies() if lanes is None else lanes,
-            under_way_bytes,
+            pending_bytes,
         )
         self._weights = {tensor.untyped_storage().data_ptr() for tensor in weights}
         self._known: dict[tuple[object, ...], _CopiedStorage] = {}
@@ -133,7 +133,7 @@ class Offload:
         """Copies from this number on are back, or on their way."""
 
     @property
-    def under_way_bytes(self) -> int:
+    def pending_bytes(self) -> int:
         """Bytes kept on the device for copies."""
         leaving = sum(
             host_copy.kept.nbytes for host_copy in self._leaving if host_copy.kept is not None
@@ -172,7 +172,7 @@ class Offload:
         if host_copy.over is not None:
             host_copy.kept = tensor
             self._leaving.append(host_copy)
-            self._settle(self._most)
+            self._finish_copies(self._most)
         return host_copy
 
     def unpack(self, saved: Tensor | _HostCopy) -> Tensor:
@@ -180,7 +180,7 @@ class Offload:
             return saved
         if saved.kept is not None:
             return saved.kept
-        self._settle(0)
+        self._finish_copies(0)
         on_device, event = (
             self._coming.pop(saved.number)
             if saved.number in self._coming
@@ -197,7 +197,7 @@ class Offload:
         while self._next > 0:
             host_copy = self._order[self._next - 1]()
             if host_copy is not None:
-                if self.under_way_bytes + host_copy.host.nbytes > self._most:
+                if self.pending_bytes + host_copy.host.nbytes > self._most:
                     return
                 self._coming[host_copy.number] = self._start_back(host_copy)
             self._next -= 1
@@ -206,9 +206,9 @@ class Offload:
         on_device = _empty_like(host_copy.host, host_copy.device)
         return on_device, self._lanes.back(on_device, host_copy.host, host_copy.over)
 
-    def _settle(self, most: int) -> None:
+    def _finish_copies(self, most: int) -> None:
         """Waits until at most so many bytes are kept for copies to the host."""
-        while self._leaving and (most == 0 or self.under_way_bytes > most):
+        while self._leaving and (most == 0 or self.pending_bytes > most):
             host_copy = self._leaving.popleft()
             self._lanes.wait(host_copy.over)
             host_copy.kept = None
@@ -217,7 +217,7 @@ class Offload:
         """Starts a forward pass: frees what the previous one left behind, once its copies are
         over.
         """
-        self._settle(0)
+        self._finish_copies(0)
         for _, event in self._coming.values():
             self._lanes.wait(event)
         self._coming.clear()

@@ -127,7 +127,7 @@ class ShardedValues:
         if own.shape != self.values.shape:
             if stored is not None:
                 own.copy_(stored)
-            world.follow(own)
+            world.broadcast(own)
             return
         for offset, parameter, rows in zip(
             self._offsets, self.parameters.values(), self._views(own), strict=True
@@ -135,7 +135,7 @@ class ShardedValues:
             values = own.new_zeros(parameter.shape)
             if stored is not None:
                 values.view(-1).copy_(stored[offset : offset + values.numel()])
-            world.follow(values)
+            world.broadcast(values)
             start = world.rank * -(-len(values) // world.size)
             rows.copy_(values[start : start + len(rows)])
 

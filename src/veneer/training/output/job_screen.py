@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
+from veneer.training.output.console import log_console
 from veneer.training.output.screen import Facts, PlainScreen, QuietScreen
-from veneer.training.output.talk import talking_console
 from veneer.wording import shown
 
 
@@ -34,7 +34,7 @@ def make_job_screens(
     """Returns a screen for each job; on stderr if stdout is data."""
     if quiet:
         return [QuietScreen() for _ in names]
-    console, width = talking_console(stderr=json), max(map(len, names))
+    console, width = log_console(stderr=json), max(map(len, names))
     return [
         JobScreen(console, name, width, is_first=number == 0) for number, name in enumerate(names)
     ]

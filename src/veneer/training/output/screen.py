@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from veneer.training.config import MOMENT_BYTES
-from veneer.training.output.talk import talking_console
+from veneer.training.output.console import log_console
 from veneer.wording import (
     clock,
     cut,
@@ -244,7 +244,7 @@ def make_screen(
     """
     if quiet:
         return QuietScreen()
-    console = talking_console(stderr=json)
+    console = log_console(stderr=json)
     return (
         LiveScreen(console)
         if console.is_terminal and not console.is_dumb_terminal

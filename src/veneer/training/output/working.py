@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from veneer.training.output.talk import talking_console
+from veneer.training.output.console import log_console
 from veneer.wording import clock, shown
 
 SILENT_SECONDS = 1.0
@@ -33,7 +33,7 @@ class ProgressLine:
         self._done = self._total = 0
         self._since = self._began  # start of this part, for its time left
 
-    def tell(self, label: str, done: int, total: int) -> None:
+    def update(self, label: str, done: int, total: int) -> None:
         if label != self._label or done < self._done:
             self._label, self._since = label, self._now()
         self._done, self._total = done, total
@@ -70,10 +70,10 @@ class ProgressLine:
 @contextmanager
 def working(label: str, console: Console | None = None) -> Iterator[ReportProgress]:
     """Shows progress until the block ends; yields the function that reports it."""
-    console = console or talking_console(stderr=True)
+    console = console or log_console(stderr=True)
     line = ProgressLine(label)
     if not console.is_terminal or console.is_dumb_terminal:
-        yield line.tell
+        yield line.update
         return
     with Live(
         line,
@@ -83,4 +83,4 @@ def working(label: str, console: Console | None = None) -> Iterator[ReportProgre
         redirect_stdout=False,
         redirect_stderr=False,
     ):
-        yield line.tell
+        yield line.update

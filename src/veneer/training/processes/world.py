@@ -4,7 +4,7 @@ started.
     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT     as every launcher sets them
 
 A single process opens no process group. Every call below is made by all processes in the same
-order: a decision of one is a decision of all, and an error of one ends all (`together`). Only
+order: a decision of one is a decision of all, and an error of one ends all (`fail_together`). Only
 tensors and JSON are sent.
 """
 
@@ -78,12 +78,12 @@ class World:
     def any(self, value: bool) -> bool:
         return self.summed([float(value)])[0] > 0
 
-    def follow(self, values: Tensor) -> None:
+    def broadcast(self, values: Tensor) -> None:
         """Copies the leader's tensor to all, in place."""
         if self.size > 1:
             self._call(lambda: dist.broadcast(values, src=0))
 
-    def shared(self, value: Any) -> Any:
+    def broadcast_value(self, value: Any) -> Any:
         """Returns the leader's value to all; it must fit into JSON."""
         return self.gathered(value if self.leads else None)[0]
 
@@ -133,7 +133,7 @@ class World:
         ]
 
     @contextmanager
-    def together(self, doing: str) -> Iterator[None]:
+    def fail_together(self, doing: str) -> Iterator[None]:
         """Ends the block on all processes if it fails on one.
 
         Raises this process's own fault, or LostProcessError naming those of others. Nothing in the
@@ -152,7 +152,7 @@ class World:
         if faults := _faults(self.gathered(None)):
             raise LostProcessError(f"the run ends {doing}", faults)
 
-    def same(self, values: Mapping[str, Any], next_step: str) -> None:
+    def require_same(self, values: Mapping[str, Any], next_step: str) -> None:
         """Raises ConfigError on all processes if their values differ, with every difference."""
         all_values = self.gathered(dict(values))
         faults = [
@@ -245,7 +245,7 @@ ALONE = World()
 
 
 @contextmanager
-def joined(environment: Mapping[str, str] = os.environ) -> Iterator[World]:
+def join_processes(environment: Mapping[str, str] = os.environ) -> Iterator[World]:
     """Joins the processes that a launcher started, within the block; yields ALONE if there are
     none.
 

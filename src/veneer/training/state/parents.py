@@ -239,7 +239,7 @@ def _take_over(old: Attachment, new: Attachment) -> None:
         strength = old_layer.scaling / new_layer.scaling
         for part, value in old_layer.parts().items():
             target = new_layer.parts().get(part)
-            if target is None or not _fits(value, target):
+            if target is None or not _has_room(value, target):
                 shape = None if target is None else tuple(target.shape)
                 faults.append(
                     f"{path}.{part}: {tuple(value.shape)} there, {shape} with these settings"
@@ -261,7 +261,7 @@ def _take_over(old: Attachment, new: Attachment) -> None:
             new.tokens.places[path].rows[: len(old_rows.ids)].copy_(old_rows.rows)
 
 
-def _fits(value: Tensor, target: Tensor) -> bool:
+def _has_room(value: Tensor, target: Tensor) -> bool:
     return value.dim() == target.dim() and all(
         a <= b for a, b in zip(value.shape, target.shape, strict=True)
     )

@@ -5,7 +5,7 @@ plan.
 from collections.abc import Sequence
 
 
-def dealt(costs: Sequence[int], size: int) -> list[int]:
+def assign_by_cost(costs: Sequence[int], size: int) -> list[int]:
     """Returns the process of each micro-batch. Goes from the costliest micro-batch to the cheapest,
     and gives each to the process with the lowest total so far.
 
@@ -20,7 +20,7 @@ def dealt(costs: Sequence[int], size: int) -> list[int]:
     return owner
 
 
-def in_rounds(costs: Sequence[int], size: int) -> list[list[int]]:
+def group_by_cost(costs: Sequence[int], size: int) -> list[list[int]]:
     """Groups micro-batches into rounds of at most `size` that are computed at the same time.
 
     Micro-batches of similar cost share a round, because all processes wait for the costliest.

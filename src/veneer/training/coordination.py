@@ -27,7 +27,7 @@ COMMON = ("base", "quantize", "keep_dense", "dtype", "device", "checkpointing", 
 """Settings that jobs of the same forwards have in common."""
 
 
-def refuse_apart(configs: Sequence[RunConfig], world: World) -> None:
+def require_common_settings(configs: Sequence[RunConfig], world: World) -> None:
     """Raises ConfigError with every setting that keeps jobs from training in the same forwards."""
     if len(configs) < 2:
         return
@@ -89,7 +89,7 @@ def divide_batch(config: RunConfig, world: World, screen: Screen) -> RunConfig:
     return config.model_copy(update={"micro_batch": size})
 
 
-def load_together(config: RunConfig, dtype: HeldAs, world: World) -> FrozenBase:
+def load_on_all_processes(config: RunConfig, dtype: HeldAs, world: World) -> FrozenBase:
     """Loads the base on every process.
 
     The leader finds it first and chooses the type for all; then one process of each machine
@@ -97,14 +97,14 @@ def load_together(config: RunConfig, dtype: HeldAs, world: World) -> FrozenBase:
     """
     device, own_dtype = world.device(config.device), ""
     for turn in range(3 if world.size > 1 else 0):
-        with world.together("on finding its base"):
+        with world.fail_together("on finding its base"):
             if turn == (0 if world.leads else 1 if world.local_rank == 0 else 2):
                 own_dtype = compute_of(
                     config.base, dtype=dtype, device=device, quantize=config.quantize
                 ).name
-        shared_dtype = world.shared(own_dtype)
+        shared_dtype = world.broadcast_value(own_dtype)
         dtype = shared_dtype if turn == 0 and not world.leads else dtype
-    with world.together("on loading its base"):
+    with world.fail_together("on loading its base"):
         sharding = None
         if config.shard and world.size > 1:
             sharding = FullyShard(world, trains=config.method.trains_base)
@@ -131,7 +131,7 @@ def every_weight(base: FrozenBase, world: World) -> FlatValues:
     return ShardedValues(base.sharding, left_out, world)
 
 
-def agree(world: World, base: FrozenBase, data: DataSet, flat: FlatValues) -> None:
+def require_same_run(world: World, base: FrozenBase, data: DataSet, flat: FlatValues) -> None:
     """Compares what would make processes compute different runs. Raises ConfigError."""
     facts = {
         "base": base.fingerprint().digest,
@@ -141,7 +141,7 @@ def agree(world: World, base: FrozenBase, data: DataSet, flat: FlatValues) -> No
         "torch": torch.__version__,
         "transformers": version("transformers"),
     }
-    world.same(facts, "Give every process the same base, rows and versions.")
+    world.require_same(facts, "Give every process the same base, rows and versions.")
 
 
 def shard_lines(base: FrozenBase, flat: FlatValues) -> list[str]:
