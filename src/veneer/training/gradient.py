@@ -1,6 +1,9 @@
 """The gradients of optimizer steps: forward and backward of micro-batches, of one trainee or of
 several at once, summed over all processes.
 
+forward_backward computes for everything that collects gradients: here a run's step, and the step of
+a loop that a user writes (own_loop/).
+
 Raises before any weight changes if a loss is not finite. Knows nothing of optimizers, evaluations
 or checkpoints.
 """
@@ -9,6 +12,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,8 +24,8 @@ from veneer.data.joint_batch import join_batches
 from veneer.errors import DivergedError, DoesNotFitError, fits_memory
 from veneer.kernels.dense.block import adding_gradients_in_place
 from veneer.models.step import LossShare, batch_losses, batch_of
-from veneer.training.inputs import TrainingInputs
-from veneer.training.optimizer.offload import offload_for, offloaded
+from veneer.training.inputs import ForwardInputs, TrainingInputs
+from veneer.training.optimizer.offload import Offload, offload_for, offloaded
 from veneer.training.processes.assignment import assign_by_cost, group_by_cost
 from veneer.training.processes.reduce import KINDS, GradientSum
 from veneer.training.processes.world import World
@@ -43,6 +47,23 @@ class StepTotals:
     computed_tokens: int
 
 
+class GradientCollector(Protocol):
+    """Collects the gradient of one step in the buffer of its adapter.
+
+    step: number of steps before this one, from which dropout masks are drawn
+    """
+
+    step: int
+    offload: Offload | None
+
+    @property
+    def forward(self) -> ForwardInputs:
+        """Returns what a forward over its rows needs."""
+
+    def add(self, micro_batch: "MicroBatch", loss: Tensor, batch: Batch) -> None:
+        """Adds the result of a micro-batch, whose gradient is in the buffer."""
+
+
 class StepGradient:
     """The gradient of one trainee's step, in its flat buffer; forward_backward adds to it.
 
@@ -52,7 +73,7 @@ class StepGradient:
     """
 
     def __init__(self, inputs: TrainingInputs, world: World) -> None:
-        self.inputs, self.world = inputs, world
+        self.inputs, self.world, self.forward = inputs, world, inputs.forward
         flat = inputs.flat
         self.sum: GradientSum = KINDS[inputs.config.reduce](flat.gradient, world, apart=flat.apart)
         weights = [*inputs.model.parameters(), *inputs.model.buffers(), flat.values]
@@ -158,13 +179,14 @@ class StepGradient:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A micro-batch of one trainee's step, for forward_backward.
+    """A micro-batch of one step, for forward_backward.
 
     number: its place among the step's micro-batches. counts: False if another process counts it.
-    total: trained tokens of the step, infinity if it does not count
+    total: divisor of the summed loss; the trained tokens of a run's step, infinity if it does not
+    count
     """
 
-    gradient: StepGradient
+    gradient: GradientCollector
     examples: Sequence[Example]
     number: int
     counts: bool
@@ -172,32 +194,32 @@ class MicroBatch:
 
     def batch(self) -> Batch:
         """Builds the batch that a forward of its own would compute."""
-        inputs = self.gradient.inputs
+        forward = self.gradient.forward
         return batch_of(
-            inputs.model,
-            inputs.paths,
+            forward.model,
+            forward.paths,
             self.examples,
             range(len(self.examples)),
-            share_prompt=inputs.config.share_prompt,
+            share_prompt=forward.share_prompt,
         )
 
 
 def forward_backward(micro_batches: Sequence[MicroBatch]) -> None:
-    """Runs one forward and backward of micro-batches, at most one of each trainee.
+    """Runs one forward and backward of micro-batches, at most one of each step.
 
     Products with the base are computed once over all rows; each adapter acts on its own rows, so
     a loss that is not finite reaches no other trainee's gradient.
     """
     gradients = [micro_batch.gradient for micro_batch in micro_batches]
-    inputs = gradients[0].inputs
+    inputs = gradients[0].forward
     parts = [micro_batch.batch() for micro_batch in micro_batches]
     batch, rows = join_batches(parts)
     shares = [
-        LossShare(gradient.inputs.adapters, part.trained_tokens, micro_batch.total)
+        LossShare(gradient.forward.adapters, part.trained_tokens, micro_batch.total)
         for gradient, part, micro_batch in zip(gradients, parts, micro_batches, strict=True)
     ]
     draws = [
-        (count, gradient.step, gradient.inputs.config.seed)
+        (count, gradient.step, gradient.forward.seed)
         for gradient, count in zip(gradients, rows, strict=True)
     ]
     acting = in_turn([(n, share.adapters) for n, share in zip(rows, shares, strict=True)])

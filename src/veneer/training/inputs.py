@@ -21,6 +21,21 @@ from veneer.training.output.sample import Sample
 from veneer.training.state.checkpoint import numbers
 
 
+@dataclass(frozen=True)
+class ForwardInputs:
+    """Holds what a forward over the rows of one adapter needs.
+
+    adapters: what acts on the rows. seed: of the dropout masks.
+    """
+
+    model: PreTrainedModel
+    paths: ComputePaths
+    routing: Routing
+    adapters: Applied
+    share_prompt: bool
+    seed: int
+
+
 @dataclass
 class TrainingInputs:
     """Holds what a run trains, on what, and how.
@@ -78,6 +93,14 @@ class TrainingInputs:
                 share_prompt=config.share_prompt,
                 divide=lambda part: parts_of(self.model, self.paths, self.train, [part]),
             )
+
+    @property
+    def forward(self) -> ForwardInputs:
+        """Returns what a forward over the training rows needs."""
+        config = self.config
+        return ForwardInputs(
+            self.model, self.paths, self.routing, self.adapters, config.share_prompt, config.seed
+        )
 
     @property
     def evaluate_every(self) -> int:
