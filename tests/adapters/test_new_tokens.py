@@ -31,8 +31,10 @@ from veneer.kernels.dense.loss import (
     Head,
     TrainedHeadRows,
     frozen_head_loss,
+    frozen_head_nats,
     head_loss_reference,
     head_nats,
+    head_nats_reference,
 )
 from veneer.merge.fold.merge_run import merge_adapters
 from veneer.models.load import load_base
@@ -242,6 +244,12 @@ def test_the_loss_in_chunks_is_the_references(softcap: float | None, bias: bool)
     assert torch.allclose(head_nats(h, targets, head).sum() / 77, found[0], rtol=1e-5)
     for mine, theirs in zip(*grads, strict=True):
         assert torch.allclose(mine, theirs, atol=1e-5, rtol=1e-4)
+    weights = drawn(300)
+    nats = [function(h, targets, head) for function in (frozen_head_nats, head_nats_reference)]
+    assert torch.allclose(*nats, rtol=1e-4, atol=1e-5)
+    grads = [torch.autograd.grad(row_nats @ weights, (h, rows)) for row_nats in nats]
+    for mine, theirs in zip(*grads, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_texts_that_cannot_be_new_tokens_are_refused_with_both_sides() -> None:

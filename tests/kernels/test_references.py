@@ -21,9 +21,12 @@ from veneer.kernels.dense.lora import lora_linear, lora_linear_reference
 from veneer.kernels.dense.loss import (
     Head,
     frozen_head_loss,
+    frozen_head_nats,
     head_loss_reference,
     head_nats,
+    head_nats_reference,
     trained_head_loss,
+    trained_head_nats,
 )
 from veneer.kernels.layout import BatchLayout, Group, round_up
 from veneer.kernels.rules import AttentionRules
@@ -300,6 +303,35 @@ def test_the_chunked_loss_is_its_reference(softcap, scale, with_bias, rows):
     grads = [torch.autograd.grad(3 * loss, h)[0] for loss in losses]
     for one, other in itertools.pairwise(grads):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 128, 300])
+def test_nats_of_every_row_have_the_gradient_of_their_reference(softcap, with_bias, rows):
+    """Each row has a weight of its own, as in the loss of a preference."""
+    torch.manual_seed(3)
+    bias = torch.randn(41, dtype=torch.float64) if with_bias else None
+    head = Head(torch.randn(41, 6, dtype=torch.float64), bias, 0.5, softcap)
+    h = torch.randn(rows, 6, dtype=torch.float64, requires_grad=True)
+    targets, weights = torch.randint(0, 41, (rows,)), torch.randn(rows, dtype=torch.float64)
+    functions = (frozen_head_nats, head_nats_reference, trained_head_nats)
+    nats = [function(h, targets, head) for function in functions]
+    grads = [torch.autograd.grad(row_nats @ weights, h)[0] for row_nats in nats]
+    for values in (nats, grads):
+        for one, other in itertools.pairwise(values):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_nats_in_bf16_do_not_round_the_weights_of_rows():
+    """A weight is that of a whole answer: rounded to bf16 it would change all its rows alike."""
+    torch.manual_seed(4)
+    head = Head(torch.randn(41, 16, dtype=torch.bfloat16))
+    targets, weights = torch.randint(0, 41, (256,)), torch.full((256,), 1.0 + 3 * 2.0**-9)
+    h = torch.randn(256, 16, dtype=torch.bfloat16, requires_grad=True)
+    plain = torch.autograd.grad(frozen_head_nats(h, targets, head).sum(), h)[0].double()
+    found = torch.autograd.grad(frozen_head_nats(h, targets, head) @ weights, h)[0].double()
+    assert (found.norm() / plain.norm() - 1).item() == pytest.approx(3 * 2.0**-9, rel=0.2)
 
 
 def test_a_head_that_trains_fetches_no_random_state_for_its_chunks(monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 from tests.support.joint import JOBS, alone, assert_same_run, config, make_world, together
 from veneer.errors import DivergedError, DoesNotFitError, RunInterrupted, VeneerError
 from veneer.kernels.bindings.library import has_bf16
+from veneer.objectives.objective import ObjectiveLoss
 from veneer.training import gradient, loop
 from veneer.training.output.screen import QuietScreen
 from veneer.training.run import run_training
@@ -28,8 +29,8 @@ def poisoned(monkeypatch, *, seed, step):
     def batch_losses(model, paths, routing, batch, shares):
         found = own(model, paths, routing, batch, shares)
         return [
-            loss * float("nan") if name in poisons else loss
-            for loss, name in zip(found, names_now, strict=True)
+            ObjectiveLoss(share.loss * float("nan")) if name in poisons else share
+            for share, name in zip(found, names_now, strict=True)
         ]
 
     names_now, poisons = [], set()

@@ -22,6 +22,7 @@ from veneer.errors import CorruptFileError, DivergedError, DoesNotFitError, RunI
 from veneer.files import atomic
 from veneer.models.checkpointing import checkpointed
 from veneer.models.step import prepare
+from veneer.objectives.objective import ObjectiveLoss
 from veneer.training import evaluations, gradient, trainee
 from veneer.training.config import RunConfig
 from veneer.training.inputs import TrainingInputs
@@ -183,7 +184,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched_and_name
 
     def poisoned(model, paths, routing, batch, shares):
         losses = own(model, paths, routing, batch, shares)
-        return [loss * float("nan") if routing.acting.keys.step == 4 else loss for loss in losses]
+        if routing.acting.keys.step != 4:
+            return losses
+        return [ObjectiveLoss(share.loss * float("nan")) for share in losses]
 
     monkeypatch.setattr(gradient, "batch_losses", poisoned)
     with pytest.raises(DivergedError) as caught:

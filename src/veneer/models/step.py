@@ -12,12 +12,12 @@ Otherwise transformers' own path is taken: padded rows, or one row at a time if 
 logits. That is slower but never wrong, and `ComputePaths.lines` says why.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from veneer.adapters.methods.new_tokens import ExtendedHead
@@ -36,14 +36,10 @@ from veneer.execution.proofs.model import (
     takes_packing,
 )
 from veneer.execution.switches import RopeSwitches, forget_lengths, sides, switches
-from veneer.kernels.dense.loss import (
-    Head,
-    TrainedHeadRows,
-    frozen_head_loss,
-    head_nats,
-    trained_head_loss,
-)
+from veneer.kernels.dense.loss import Head, TrainedHeadRows, head_nats
 from veneer.models.left_out import left_out
+from veneer.models.predictions import HeadPredictions, LogitPredictions
+from veneer.objectives.objective import ObjectiveLoss, Predictions
 
 
 @dataclass(frozen=True)
@@ -169,19 +165,26 @@ def batch_loss(
 ) -> Tensor:
     """The summed cross-entropy (nats) of the trained tokens, divided by `total`, the number of
     trained tokens of the step."""
+    return predictions(model, paths, routing, batch).cross_entropy(total)
+
+
+def predictions(
+    model: PreTrainedModel, paths: ComputePaths, routing: Routing, batch: Batch
+) -> Predictions:
+    """Runs the model on a batch; returns what it says of the batch's targets."""
     if paths.head_reason is not None:
-        return _whole_logits_loss(whole_logits(model, batch), batch.targets, total)
+        return LogitPredictions(whole_logits(model, batch), batch.targets)
     rows, linear = _predicting(model, paths, routing, hidden_states(model, batch), batch.loss_rows)
-    return _head_loss(rows, batch.targets, linear, total)
+    return _head_predictions(rows, batch.targets, linear)
 
 
 @dataclass(frozen=True)
-class LossShare:
-    """One run's share of a batch: its adapters, its trained tokens there, and those of its step."""
+class BatchShare:
+    """One run's share of a batch: its adapters, the number of its targets there, its loss."""
 
     adapters: Applied
-    trained_tokens: int
-    total: float
+    targets: int
+    loss: Callable[[Predictions], ObjectiveLoss]
 
 
 def batch_losses(
@@ -189,33 +192,30 @@ def batch_losses(
     paths: ComputePaths,
     routing: Routing,
     batch: Batch,
-    shares: Sequence[LossShare],
-) -> list[Tensor]:
-    """The loss of each run in a batch of several, as batch_loss would give it for that run alone.
+    shares: Sequence[BatchShare],
+) -> list[ObjectiveLoss]:
+    """The loss of each run in a batch of several, as for that run alone.
 
     The routing holds what acts on all rows; the head sees one run after the other.
     """
-    counts = [share.trained_tokens for share in shares]
+    counts = [share.targets for share in shares]
     rows_of_runs, targets = batch.loss_rows.split(counts), batch.targets.split(counts)
     if paths.head_reason is not None:
         all_logits = whole_logits(model, batch).split(counts)
         return [
-            _whole_logits_loss(logits, chosen, share.total)
+            share.loss(LogitPredictions(logits, chosen))
             for logits, chosen, share in zip(all_logits, targets, shares, strict=True)
         ]
     states, keys, losses = hidden_states(model, batch), routing.acting.keys, []
     for share, loss_rows, chosen in zip(shares, rows_of_runs, targets, strict=True):
         with routing.held(Acting.everywhere(share.adapters).drawing(keys)):
             rows, linear = _predicting(model, paths, routing, states, loss_rows)
-            losses.append(_head_loss(rows, chosen, linear, share.total))
+            losses.append(share.loss(_head_predictions(rows, chosen, linear)))
     return losses
 
 
-def _head_loss(rows: Tensor, targets: Tensor, linear: Head, total: float) -> Tensor:
-    trains = linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad)
-    chunked = isinstance(linear, _AdaptedHead) or (trains and torch.is_grad_enabled())
-    loss = trained_head_loss if chunked else frozen_head_loss
-    return loss(rows, targets, linear, total)
+def _head_predictions(rows: Tensor, targets: Tensor, linear: Head) -> HeadPredictions:
+    return HeadPredictions(rows, targets, linear, adapted=isinstance(linear, _AdaptedHead))
 
 
 @torch.no_grad()
@@ -224,9 +224,7 @@ def token_losses(
 ) -> Tensor:
     """-log p of every target of the batch, (T), without a gradient."""
     if paths.head_reason is not None:
-        return nn.functional.cross_entropy(
-            whole_logits(model, batch).float(), batch.targets, reduction="none"
-        )
+        return LogitPredictions(whole_logits(model, batch), batch.targets).nats()
     rows, linear = _predicting(model, paths, routing, hidden_states(model, batch), batch.loss_rows)
     return head_nats(rows, batch.targets, linear)
 
@@ -307,11 +305,6 @@ class _AdaptedHead(Head):
             return z
         unknown = z == float("-inf")  # new tokens of other adapters
         return (torch.tanh(z / self.softcap) * self.softcap).masked_fill(unknown, float("-inf"))
-
-
-def _whole_logits_loss(logits: Tensor, targets: Tensor, total: float) -> Tensor:
-    """The loss of logits by the model's own head."""
-    return nn.functional.cross_entropy(logits.float(), targets, reduction="sum") / total
 
 
 def whole_logits(model: PreTrainedModel, batch: Batch) -> Tensor:

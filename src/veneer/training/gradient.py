@@ -10,8 +10,9 @@ or checkpoints.
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -23,7 +24,8 @@ from veneer.data.examples import Example
 from veneer.data.joint_batch import join_batches
 from veneer.errors import DivergedError, DoesNotFitError, fits_memory
 from veneer.kernels.dense.block import adding_gradients_in_place
-from veneer.models.step import LossShare, batch_losses, batch_of
+from veneer.models.step import BatchShare, batch_losses, batch_of
+from veneer.objectives.objective import ObjectiveLoss, Predictions
 from veneer.training.inputs import ForwardInputs, TrainingInputs
 from veneer.training.optimizer.offload import Offload, offload_for, offloaded
 from veneer.training.processes.assignment import assign_by_cost, group_by_cost
@@ -60,7 +62,7 @@ class GradientCollector(Protocol):
     def forward(self) -> ForwardInputs:
         """Returns what a forward over its rows needs."""
 
-    def add(self, micro_batch: "MicroBatch", loss: Tensor, batch: Batch) -> None:
+    def add(self, micro_batch: "MicroBatch", result: ObjectiveLoss, batch: Batch) -> None:
         """Adds the result of a micro-batch, whose gradient is in the buffer."""
 
 
@@ -80,7 +82,7 @@ class StepGradient:
         self.offload = offload_for(flat.values.device, weights) if inputs.config.offload else None
         self.rows: Sequence[int] = ()
         self.micro_batches: Sequence[Sequence[int]] = ()
-        self.step, self.seconds, self.trained = 0, 0.0, 0
+        self.step, self.seconds, self.total = 0, 0.0, 0
         self.assigned: deque[tuple[int, bool]] = deque()
         self._losses: dict[int, Tensor] = {}
         self._tokens = [0, 0, 0]
@@ -88,14 +90,14 @@ class StepGradient:
     def begin(
         self, rows: Sequence[int], micro_batches: Sequence[Sequence[int]], *, step: int
     ) -> None:
-        """Begins the gradient of the mean loss over the trained tokens of these micro-batches.
+        """Begins the gradient of the objective over the examples of these micro-batches.
 
         step: number of steps before this one
         """
         inputs = self.inputs
         self.rows, self.micro_batches, self.step = rows, micro_batches, step
-        self.trained = sum(
-            int(inputs.train[i].trained.sum()) for part in micro_batches for i in part
+        self.total = inputs.objective.total(
+            [inputs.train[i] for part in micro_batches for i in part]
         )
         self.seconds = 0.0
         self._assign()
@@ -118,19 +120,20 @@ class StepGradient:
         number, counts = self.assigned.popleft()
         examples = [self.inputs.train[i] for i in self.micro_batches[number]]
         # If another process counts it, the loss is divided by infinity, so the gradient is 0.
-        total = float(self.trained) if counts else math.inf
-        return MicroBatch(self, examples, number, counts, total)
+        total = float(self.total) if counts else math.inf
+        loss = partial(self.inputs.objective.loss, examples=examples, total=total)
+        return MicroBatch(self, examples, number, counts, loss)
 
     def next_lengths(self) -> list[int]:
         """Counts the tokens of each example of the next micro-batch."""
         number, _ = self.assigned[0]
         return [used_length(self.inputs.train[i]) for i in self.micro_batches[number]]
 
-    def add(self, micro_batch: "MicroBatch", loss: Tensor, batch: Batch) -> None:
+    def add(self, micro_batch: "MicroBatch", result: ObjectiveLoss, batch: Batch) -> None:
         """Adds the result of a micro-batch, whose gradient is in the flat buffer."""
         self.sum.add()
         if micro_batch.counts:
-            self._losses[micro_batch.number] = loss.detach()
+            self._losses[micro_batch.number] = result.loss.detach()
             counts = batch.tokens, batch.trained_tokens, batch.computed_tokens
             self._tokens = [sum(pair) for pair in zip(self._tokens, counts, strict=True)]
 
@@ -182,15 +185,14 @@ class MicroBatch:
     """A micro-batch of one step, for forward_backward.
 
     number: its place among the step's micro-batches. counts: False if another process counts it.
-    total: divisor of the summed loss; the trained tokens of a run's step, infinity if it does not
-    count
+    loss: computes its part of the step's loss from the model's predictions of its targets.
     """
 
     gradient: GradientCollector
     examples: Sequence[Example]
     number: int
     counts: bool
-    total: float
+    loss: Callable[[Predictions], ObjectiveLoss]
 
     def batch(self) -> Batch:
         """Builds the batch that a forward of its own would compute."""
@@ -215,7 +217,7 @@ def forward_backward(micro_batches: Sequence[MicroBatch]) -> None:
     parts = [micro_batch.batch() for micro_batch in micro_batches]
     batch, rows = join_batches(parts)
     shares = [
-        LossShare(gradient.forward.adapters, part.trained_tokens, micro_batch.total)
+        BatchShare(gradient.forward.adapters, part.trained_tokens, micro_batch.loss)
         for gradient, part, micro_batch in zip(gradients, parts, micro_batches, strict=True)
     ]
     draws = [
@@ -228,11 +230,11 @@ def forward_backward(micro_batches: Sequence[MicroBatch]) -> None:
         with offloaded(gradients[0].offload):
             losses = batch_losses(inputs.model, inputs.paths, inputs.routing, batch, shares)
         with adding_gradients_in_place():
-            sum(losses[1:], start=losses[0]).backward()
-    for gradient, micro_batch, loss, part in zip(
+            sum((share.loss for share in losses[1:]), start=losses[0].loss).backward()
+    for gradient, micro_batch, result, part in zip(
         gradients, micro_batches, losses, parts, strict=True
     ):
-        gradient.add(micro_batch, loss, part)
+        gradient.add(micro_batch, result, part)
 
 
 def out_of_memory(gradient: StepGradient) -> DoesNotFitError:

@@ -15,6 +15,8 @@ from veneer.data.examples import Example
 from veneer.data.longest import largest_micro_batches, plans_of_run
 from veneer.data.mixture import Mixture
 from veneer.models.step import ComputePaths, parts_of
+from veneer.objectives.answers import AnswersObjective
+from veneer.objectives.objective import Objective
 from veneer.training.config import RunConfig
 from veneer.training.optimizer.buffer import FlatValues
 from veneer.training.output.sample import Sample
@@ -68,9 +70,12 @@ class TrainingInputs:
 
     rows: RowSpans = field(init=False)
     """The examples of each row of `train`."""
+    objective: Objective = field(init=False)
+    """What the run minimises."""
 
     def __post_init__(self) -> None:
         self.rows = RowSpans.of(self.train)
+        self.objective = AnswersObjective()
 
     def find_largest(self) -> list[list[int]]:
         """Finds the micro-batches of all steps that may take the most memory (data/longest.py)."""

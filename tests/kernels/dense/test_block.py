@@ -19,7 +19,8 @@ from veneer.execution.train_step import FusedLayer, fused, replacements
 from veneer.kernels.bindings import library as native
 from veneer.kernels.dense import block, block_operands
 from veneer.models.checkpointing import checkpointed
-from veneer.models.step import LossShare, batch_loss, batch_losses, prepare
+from veneer.models.step import BatchShare, batch_loss, batch_losses, prepare
+from veneer.objectives.objective import ObjectiveLoss
 from veneer.training.optimizer.buffer import FlatParameters
 
 pytestmark = pytest.mark.skipif(
@@ -412,7 +413,12 @@ def test_rows_of_several_adapters_get_the_bits_of_each_alone(family, adding, tak
         chosen = [batches[number] for number in numbers]
         joined, _ = join_batches(chosen)
         shares = [
-            LossShare(((flats[n][0], 1.0),), batches[n].trained_tokens, 7.0 + n) for n in numbers
+            BatchShare(
+                ((flats[n][0], 1.0),),
+                batches[n].trained_tokens,
+                lambda predictions, n=n: ObjectiveLoss(predictions.cross_entropy(7.0 + n)),
+            )
+            for n in numbers
         ]
         rows = [batch.ids.numel() for batch in chosen]
         acting = in_turn([(n, share.adapters) for n, share in zip(rows, shares, strict=True)])
@@ -420,7 +426,12 @@ def test_rows_of_several_adapters_get_the_bits_of_each_alone(family, adding, tak
         for number in numbers:
             flats[number][1].gradient.zero_()
         with trained.routing.held(acting.drawing(TokenKeys.of_runs(joined.dropout_rows, keys))):
-            found = batch_losses(trained.model, trained.paths, trained.routing, joined, shares)
+            found = [
+                share.loss
+                for share in batch_losses(
+                    trained.model, trained.paths, trained.routing, joined, shares
+                )
+            ]
             with block.adding_gradients_in_place() if adding else nullcontext():
                 sum(found[1:], start=found[0]).backward()
         return [

@@ -10,9 +10,13 @@ log-sum-exp and the loss are float32 (float64 for float64).
 
 A head may have trained rows of new tokens beside W. Their logits replace columns of W or stand
 behind them, and softmax is over all columns.
+
+The nats -log softmax(z)[target] of every row have a gradient too, for losses that weigh targets.
+Forward then keeps the gradient of h for a weight of 1, so the logits are computed once as well.
 Shapes: M rows, D hidden, V vocabulary, n trained rows beside W.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,8 +116,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _entropy(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the sum of -log softmax(z)[target], and softmax - onehot rounded to z's type.
+def _entropy(z: Tensor, targets: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Returns terms (M) whose sum is -log softmax(z)[target] of each row, and softmax - onehot
+    rounded to z's type.
 
     z has at least len(targets) rows and is overwritten. Rows of the gradient behind those of the
     targets must not be read.
@@ -125,19 +130,19 @@ def _entropy(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     if _is_compiled(z, targets):
         losses = torch.empty(count, dtype=torch.float32, device=z.device)
         row_calls.entropy(z, targets, losses)
-        return losses.sum(), z
+        return [losses], z
     if (liger := launch.kernels_for("liger_kernels", z)) is not None:
-        return liger.entropy(z, targets, True).sum(), z
+        return [liger.entropy(z, targets, True)], z
     place = torch.arange(count, device=z.device)
     p = z.to(_wide(z.dtype))
     top = p.amax(dim=-1, keepdim=True)
     p.sub_(top)
-    loss = -p[place, targets].sum()
+    distance = -p[place, targets]
     mass = p.exp_().sum(dim=-1, keepdim=True)
-    loss += mass[:count].log().sum()
+    log_mass = mass[:count, 0].log()
     p.mul_(mass.reciprocal_())
     p[place, targets] -= 1
-    return loss, p.to(z.dtype)
+    return [distance, log_mass], p.to(z.dtype)
 
 
 def _chunk(h: Tensor, width: int) -> int:
@@ -183,6 +188,43 @@ def _hidden_gradient(d_z: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
     return (own @ head.weight).addmm_(columns, head.beside.rows.to(d_z.dtype)), columns
 
 
+@dataclass(frozen=True)
+class _Chunk:
+    """Some rows of h with their losses.
+
+    rows      their place in h
+    terms     (M) tensors whose sum is the nats of each row
+    gradient  (M, D) of h, for nats of weight 1 and without the head's scale; None if not needed
+    columns   (M, n) the gradient of the logits of rows beside W; None without such rows
+    """
+
+    rows: slice
+    terms: list[Tensor]
+    gradient: Tensor | None
+    columns: Tensor | None
+
+
+def _chunks(h: Tensor, targets: Tensor, head: Head, *, gradient: bool) -> Iterator[_Chunk]:
+    """Computes a frozen head's losses chunk by chunk. gradient: whether that of h is needed"""
+    chunk = _chunk(h, head.width)
+    buffer = h.new_empty(round_up(min(chunk, h.shape[0])), head.width)
+    for start in chunk_starts(range(0, h.shape[0], chunk)):
+        rows = slice(start, start + chunk)
+        chosen = targets[rows]
+        count = chosen.numel()
+        # Filled up to one of few shapes (kernels/layout.py); rows behind `count` are not read.
+        padded = round_up(count)
+        z = head.logits_into(buffer[:padded], F.pad(h[rows], (0, 0, 0, padded - count)))
+        slope = None if head.softcap is None else 1 - (z / head.softcap) ** 2
+        terms, d_z = _entropy(z, chosen)
+        if not gradient:
+            yield _Chunk(rows, terms, None, None)
+            continue
+        d_z = d_z if slope is None else d_z * slope
+        d_h, columns = _hidden_gradient(d_z, head)
+        yield _Chunk(rows, terms, d_h[:count], None if columns is None else columns[:count])
+
+
 class _FrozenHeadLoss(torch.autograd.Function):
     """rows_nD: the rows of head.beside, for autograd; None if there are none."""
 
@@ -194,25 +236,14 @@ class _FrozenHeadLoss(torch.autograd.Function):
         trains = any(ctx.needs_input_grad[:2])
         grad = torch.empty_like(h) if trains else None
         grad_rows = None if rows_nD is None or not trains else torch.zeros_like(rows_nD)
-        chunk = _chunk(h, head.width)
-        buffer = h.new_empty(round_up(min(chunk, h.shape[0])), head.width)
-        for start in chunk_starts(range(0, h.shape[0], chunk)):
-            rows = slice(start, start + chunk)
-            chosen = targets[rows]
-            count = chosen.numel()
-            # Filled up to one of few shapes (kernels/layout.py); rows behind `count` are not read.
-            padded = round_up(count)
-            z = head.logits_into(buffer[:padded], F.pad(h[rows], (0, 0, 0, padded - count)))
-            slope = None if head.softcap is None else 1 - (z / head.softcap) ** 2
-            chunk_loss, d_z = _entropy(z, chosen)
-            loss += chunk_loss
-            if grad is not None:
-                d_z = d_z if slope is None else d_z * slope
-                d_h, columns = _hidden_gradient(d_z, head)
-                grad[rows] = d_h[:count].mul_(head.scale / total)
-                if columns is not None and grad_rows is not None:
-                    own = (columns[:count].t() @ h[rows]).to(grad_rows.dtype)
-                    grad_rows.add_(own, alpha=head.scale / total)
+        for chunk in _chunks(h, targets, head, gradient=trains):
+            first, *others = chunk.terms
+            loss += sum((term.sum() for term in others), start=first.sum())
+            if grad is not None and chunk.gradient is not None:
+                grad[chunk.rows] = chunk.gradient.mul_(head.scale / total)
+            if chunk.columns is not None and grad_rows is not None:
+                own = (chunk.columns.t() @ h[chunk.rows]).to(grad_rows.dtype)
+                grad_rows.add_(own, alpha=head.scale / total)
         ctx.save_for_backward(grad, grad_rows)
         return loss / total
 
@@ -224,10 +255,47 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return grad_h * grad.to(grad_h.dtype), own, None, None, None
 
 
+class _FrozenHeadNats(torch.autograd.Function):
+    """Like _FrozenHeadLoss, for the nats of every row. Backward weighs each row's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, rows_nD: Tensor | None, targets: Tensor, head: Head) -> Tensor:
+        nats = torch.empty(len(h), dtype=_wide(h.dtype), device=h.device)
+        trains = any(ctx.needs_input_grad[:2])
+        grad = torch.empty_like(h) if trains else None
+        columns = None if rows_nD is None or not trains else h.new_empty(len(h), len(rows_nD))
+        for chunk in _chunks(h, targets, head, gradient=trains):
+            first, *others = chunk.terms
+            nats[chunk.rows] = sum(others, start=first)
+            if grad is not None and chunk.gradient is not None:
+                grad[chunk.rows] = chunk.gradient
+            if columns is not None and chunk.columns is not None:
+                columns[chunk.rows] = chunk.columns
+        ctx.scale = head.scale
+        ctx.save_for_backward(grad, columns, None if columns is None else h, rows_nD)
+        return nats
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, weights: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        grad_h, columns, h, rows_nD = ctx.saved_tensors
+        weights = (weights * ctx.scale)[:, None]  # float32: bf16 would round all rows alike
+        own = None
+        if columns is not None:
+            own = ((columns * weights).to(h.dtype).t() @ h).to(rows_nD.dtype)
+        return (grad_h * weights).to(grad_h.dtype), own, None, None
+
+
 def frozen_head_loss(h: Tensor, targets: Tensor, head: Head, total: float) -> Tensor:
     """h (M, D), targets (M) int64 -> scalar, with gradients of h and of the rows beside W alone."""
     apply: Any = _FrozenHeadLoss.apply
     return apply(h, None if head.beside is None else head.beside.rows, targets, head, total)
+
+
+def frozen_head_nats(h: Tensor, targets: Tensor, head: Head) -> Tensor:
+    """Returns what head_nats returns, with gradients of h and of the rows beside W alone."""
+    apply: Any = _FrozenHeadNats.apply
+    return apply(h, None if head.beside is None else head.beside.rows, targets, head)
 
 
 @torch.no_grad()
@@ -263,20 +331,45 @@ def head_loss_reference(h: Tensor, targets: Tensor, head: Head, total: float) ->
     return F.cross_entropy(z.to(_wide(z.dtype)), targets, reduction="sum") / total
 
 
+def head_nats_reference(h: Tensor, targets: Tensor, head: Head) -> Tensor:
+    """Defines the nats of every row, like head_loss_reference."""
+    z = head.logits(h)
+    return F.cross_entropy(z.to(_wide(z.dtype)), targets, reduction="none")
+
+
 def trained_head_loss(h: Tensor, targets: Tensor, head: Head, total: float) -> Tensor:
     """Computes the loss of a head that trains, chunk by chunk; backward recomputes the logits."""
-    from torch.utils.checkpoint import checkpoint
-
     loss = torch.zeros((), dtype=_wide(h.dtype), device=h.device)
     for start in range(0, h.shape[0], CHUNK):
-        rows = slice(start, start + CHUNK)
-        loss = loss + checkpoint(
-            head_loss_reference,
-            h[rows],
-            targets[rows],
-            head.of(rows),
-            total,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
+        loss = loss + _recomputed(head_loss_reference, h, targets, head, start, total)
     return loss
+
+
+def trained_head_nats(h: Tensor, targets: Tensor, head: Head) -> Tensor:
+    """Computes the nats of every row under a head that trains, chunk by chunk."""
+    starts = range(0, h.shape[0], CHUNK)
+    return torch.cat([_recomputed(head_nats_reference, h, targets, head, n) for n in starts])
+
+
+def _recomputed(
+    function: Callable[..., Tensor],
+    h: Tensor,
+    targets: Tensor,
+    head: Head,
+    start: int,
+    *more: float,
+) -> Tensor:
+    """Calls a reference for the chunk at `start`; backward computes it again."""
+    from torch.utils.checkpoint import checkpoint
+
+    rows = slice(start, start + CHUNK)
+    result: Tensor = checkpoint(
+        function,
+        h[rows],
+        targets[rows],
+        head.of(rows),
+        *more,
+        use_reentrant=False,
+        preserve_rng_state=False,
+    )
+    return result

@@ -1,0 +1,57 @@
+"""What a model says of the targets of a batch, as objectives read it (objectives/objective.py)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from veneer.kernels.dense.loss import (
+    Head,
+    frozen_head_loss,
+    frozen_head_nats,
+    trained_head_loss,
+    trained_head_nats,
+)
+
+
+@dataclass(frozen=True)
+class HeadPredictions:
+    """Predictions from hidden states (T, D), by the head and a few rows at a time.
+
+    adapted: whether an adapter acts on the head
+    """
+
+    states: Tensor
+    targets: Tensor
+    head: Head
+    adapted: bool
+
+    @property
+    def _trains(self) -> bool:
+        """Whether backward must reach the head, which then computes its logits twice."""
+        head = self.head
+        trained = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+        return self.adapted or (trained and torch.is_grad_enabled())
+
+    def cross_entropy(self, total: float) -> Tensor:
+        loss = trained_head_loss if self._trains else frozen_head_loss
+        return loss(self.states, self.targets, self.head, total)
+
+    def nats(self) -> Tensor:
+        nats = trained_head_nats if self._trains else frozen_head_nats
+        return nats(self.states, self.targets, self.head)
+
+
+@dataclass(frozen=True)
+class LogitPredictions:
+    """Predictions as whole logits (T, V), by the model's own head."""
+
+    logits: Tensor
+    targets: Tensor
+
+    def cross_entropy(self, total: float) -> Tensor:
+        return F.cross_entropy(self.logits.float(), self.targets, reduction="sum") / total
+
+    def nats(self) -> Tensor:
+        return F.cross_entropy(self.logits.float(), self.targets, reduction="none")
