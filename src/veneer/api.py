@@ -9,7 +9,6 @@ print(base.generate("Where is my parcel?"))
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,9 @@ from veneer.comparison.local import LocalExecutor
 from veneer.comparison.plan import DEFAULT_STEPS, Candidate, Comparison, prepare_rows
 from veneer.data.checks.check import refuse_beyond
 from veneer.data.checks.closer import look_closer
-from veneer.data.examples import Example, RowRef, grouped
-from veneer.data.files.writing import ROWS_NAME, Record, as_set, is_rows
-from veneer.data.load import DataSet, examine_data, load_data
+from veneer.data.examples import Example, grouped
+from veneer.data.files.writing import Record
+from veneer.data.load import DataSet, examine_data
 from veneer.decoding.schedule.lookup import LookupMode, check_lookup
 from veneer.errors import ConfigError
 from veneer.evaluation.evaluation import EvaluationOptions, Progress
@@ -34,6 +33,7 @@ from veneer.evaluation.evaluation import evaluate as evaluate_rows
 from veneer.evaluation.general import BUILT_IN
 from veneer.evaluation.intervals import Counts
 from veneer.evaluation.registry import find_metrics
+from veneer.evaluation.rows import RowOptions, load_rows
 from veneer.evaluation.user_function import UserFunction
 from veneer.formats.packed_base import WrittenBase, write_packed
 from veneer.library.library import Library
@@ -206,28 +206,13 @@ def evaluate(
             variables=preamble.variables,
         )
         capacity, tokenizer = capacity_of(base), base.acting_tokenizer
-        with as_set(data) as set_name:
-            fields = DataConfig.of(
-                {
-                    "train": set_name,
-                    "validation_share": 0.0,
-                    "format": format,
-                    "train_on": train_on,
-                    "map": columns or {},
-                }
-            )
-            loaded = load_data(
-                fields,
-                length=length,
-                capacity=capacity,
-                tokenizer=tokenizer,
-                preamble=preamble,
-                purpose="evaluated",
-            )
-        rows, examples = list(loaded.train_rows), list(loaded.train)
-        if is_rows(data):
-            rows = [replace(row, ref=RowRef(ROWS_NAME, row.ref.line)) for row in rows]
-            examples = [replace(e, ref=RowRef(ROWS_NAME, e.ref.line)) for e in examples]
+        rows, examples = load_rows(
+            base,
+            data,
+            RowOptions(length, format, train_on, columns or {}),
+            preamble=preamble,
+            purpose="evaluated",
+        )
         paths = base.paths
 
         def nats(examples: Sequence[Example]) -> Counts:

@@ -5,7 +5,7 @@ This file only composes those rooms.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, overload
@@ -13,14 +13,18 @@ from typing import Any, Self, overload
 from veneer.adapters.attach import check_settings
 from veneer.adapters.config import AdapterConfig
 from veneer.adapters.placement.attachment import Attachment
+from veneer.adapters.placement.names import active_adapters, adapter_names, check_name, name_error
 from veneer.adapters.placement.routing import Active
-from veneer.bounds import SEED, check_numbers, check_weights
+from veneer.bounds import LENGTH, ROWS, SEED, check_numbers
+from veneer.data.files.writing import Record
 from veneer.data.template.new_tokens import bring
 from veneer.data.template.user_prompt import UserPrompt, prompt_ids, prompt_list
 from veneer.decoding.generate import generate, limits_of
 from veneer.decoding.schedule.lookup import LookupMode
 from veneer.decoding.text import TextStream, text_of
 from veneer.errors import ConfigError
+from veneer.evaluation.rows import RowOptions
+from veneer.evaluation.scores import Score, score_rows
 from veneer.formats.loading import load_adapter
 from veneer.library.library import Library
 from veneer.library.pool import Pool
@@ -98,7 +102,7 @@ class Base(FrozenBase):
         match no module, or if one of the texts is a token already.
         """
         check_numbers(seed=(SEED, seed))
-        _check_name(name)
+        check_name(name)
         check_settings(config)
         _ = self.paths
         with self.routing.none():
@@ -117,9 +121,9 @@ class Base(FrozenBase):
         fingerprint, never another shape), SourceError if there is no such adapter.
         """
         if not isinstance(named, str | Path):
-            raise _name_error(named)
+            raise name_error(named)
         if name is not None:
-            _check_name(name)
+            check_name(name)
         _ = self.paths
         chosen = Path(named).name if name is None else name
 
@@ -156,29 +160,10 @@ class Base(FrozenBase):
         self._pool.pin(names, pinned=False)
 
     def _active(self, name: str | Sequence[str] | None, weights: Sequence[float] | None) -> Active:
-        if name is None:
-            names: list[str] = []
-        elif isinstance(name, str) or not isinstance(name, Iterable):
-            names = [name]
-        else:
-            names = [*name]
-        for item in names:
-            if not isinstance(item, str):
-                raise _name_error(item)
-        if names:
+        active = active_adapters(name, weights)
+        if active:
             self._refuse_if_merged()
-        if weights is not None and (isinstance(weights, str) or not isinstance(weights, Iterable)):
-            raise ConfigError(
-                f"weights is {weights!r}, and takes one for each adapter",
-                next_step="For instance [0.5].",
-            )
-        weights = None if weights is None else [*weights]
-        check_weights(weights or ())
-        if weights is not None and len(weights) != len(names):
-            raise ConfigError(
-                f"{len(names)} adapters and {len(weights)} weights: give one weight for each"
-            )
-        return tuple(zip(names, weights or [1.0] * len(names), strict=True))
+        return active
 
     def _refuse_if_merged(self) -> None:
         """Raises ConfigError while an adapter is merged: another one would take the merged weights
@@ -322,23 +307,92 @@ class Base(FrozenBase):
         ]
         return answers if several else answers[0]
 
+    @overload
+    def score(  # type: ignore[overload-overlap]  # str is a sequence of str
+        self,
+        rows: str | Path | Iterable[Record],
+        *,
+        adapter: str | None = None,
+        per_token: bool = False,
+        system: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+        length: int = 2048,
+        format: str = "auto",
+        train_on: str = "assistant",
+        columns: Mapping[str, str | None] | None = None,
+        batch: int = 16,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Score]: ...
+
+    @overload
+    def score(
+        self,
+        rows: str | Path | Iterable[Record],
+        *,
+        adapter: Sequence[str | None],
+        per_token: bool = False,
+        system: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+        length: int = 2048,
+        format: str = "auto",
+        train_on: str = "assistant",
+        columns: Mapping[str, str | None] | None = None,
+        batch: int = 16,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> dict[str | None, list[Score]]: ...
+
+    def score(
+        self,
+        rows: str | Path | Iterable[Record],
+        *,
+        adapter: str | Sequence[str | None] | None = None,
+        per_token: bool = False,
+        system: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+        length: int = 2048,
+        format: str = "auto",
+        train_on: str = "assistant",
+        columns: Mapping[str, str | None] | None = None,
+        batch: int = 16,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Score] | dict[str | None, list[Score]]:
+        """Computes the log-probability of the answers in rows: a Score for each row, in order.
+
+        rows       the name of a set of rows, or the rows themselves, each a dict
+        adapter    a name; a list of names, scored in the same forwards, gives {name: scores}, with
+                   None in the list for the base alone. Default: the adapters in use
+        per_token  also the log-probability of each token
+
+        Rows are read as the adapter's training rows were, unless system or variables override that;
+        train_on, length, format and columns are those of a run. Raises DataError with every row
+        that is longer than `length` or cannot be computed.
+        """
+        check_numbers(length=(LENGTH, length), batch=(ROWS, batch))
+        names = [] if adapter is None else adapter_names(adapter)
+        with ExitStack() as stack:
+            stack.enter_context(self.routing.held())  # a switch elsewhere concerns later calls
+            sets = [self.routing.applied(self.routing.active)] if adapter is None else []
+            for name in names:
+                stack.enter_context(self.using(name))
+                sets.append(self.routing.applied(self.routing.active))
+            scores = score_rows(
+                self,
+                rows,
+                sets,
+                RowOptions(length, format, train_on, columns or {}),
+                per_token=per_token,
+                system=system,
+                variables=variables,
+                batch_rows=batch,
+                progress=progress,
+            )
+        if adapter is None or isinstance(adapter, str):
+            return scores[0]
+        return dict(zip(names, scores, strict=True))
+
 
 def _refuse_none(**numbers: object) -> None:
     if missing := [name for name, value in numbers.items() if value is None]:
         raise ConfigError(
             f"{', '.join(missing)} is None, not a number", next_step="Leave it out for the default."
         )
-
-
-def _check_name(name: object) -> None:
-    if not isinstance(name, str) or not name:
-        raise _name_error(name)
-
-
-def _name_error(name: object) -> ConfigError:
-    step = (
-        f"Give its name: {name.name!r}."
-        if isinstance(name, Attachment)
-        else "For instance 'tickets'."
-    )
-    return ConfigError(f"an adapter is named by text, and this is {kind_of(name)}", next_step=step)

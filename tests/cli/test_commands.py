@@ -677,6 +677,7 @@ def test_what_evaluate_says_beside_a_figure_stays_within_eighty_columns(api, cap
 WRITES = {
     "train": ["train", "--base", "b", "--data", "d.jsonl", "--out"],
     "evaluate": ["evaluate", "--base", "b", "--data", "d.jsonl", "--predictions"],
+    "score": ["score", "--base", "b", "--data", "d.jsonl", "--out"],
     "merge": ["merge", "--adapter", "a", "--out"],
     "export": ["export", "a", "--to", "peft", "--out"],
     "quantize": ["quantize", "--base", "b", "--out"],

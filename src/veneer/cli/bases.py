@@ -18,18 +18,28 @@ if TYPE_CHECKING:
     from veneer.models.frozen_base import FrozenBase
 
 
-def add_base(parser: argparse.ArgumentParser) -> None:
-    """Adds --base, --adapter and the flags of how the base is loaded."""
+def add_base(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Adds --base, --adapter and the flags of how the base is loaded.
+
+    several: --adapter takes several names, and args.adapter is a list
+    """
     parser.add_argument(
         "--base",
         metavar="B",
         help="hub id, folder, .gguf file or named default; default: the adapter's own base",
     )
-    parser.add_argument(
-        "--adapter",
-        metavar="A",
-        help="name in the library (NAME or NAME@2), or folder of an adapter or a run",
-    )
+    help_of_adapter = "name in the library (NAME or NAME@2), or folder of an adapter or a run"
+    if several:
+        parser.add_argument(
+            "--adapter",
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="A",
+            help=f"{help_of_adapter}; several may be given; default: the base alone",
+        )
+    else:
+        parser.add_argument("--adapter", metavar="A", help=help_of_adapter)
     add_library(parser)
     parser.add_argument(
         "--force-base",

@@ -51,6 +51,7 @@ GROUPS = {
     },
     "use": {
         "evaluate": "measure loss and metrics on held-out rows",
+        "score": "write the log-probability of given answers, by row",
         "generate": "answer one prompt",
         "chat": "talk to a base, with or without an adapter",
         "serve": "answer OpenAI-style HTTP requests for a base and its adapters",
@@ -71,7 +72,9 @@ FOLDERS = {
     **dict.fromkeys(
         ("adapters", "combine", "export", "extract", "lint", "merge", "quantize"), "library."
     ),
-    **dict.fromkeys(("train", "compare", "evaluate", "report", "plan", "demo"), "training."),
+    **dict.fromkeys(
+        ("train", "compare", "evaluate", "score", "report", "plan", "demo"), "training."
+    ),
     **dict.fromkeys(("serve", "chat", "generate"), "answers."),
     "data": "rows.",
 }

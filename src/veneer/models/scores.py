@@ -8,7 +8,7 @@ computes prompts of its own because its keys and values differ.
 Shapes: T target tokens of a batch, E examples.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -84,14 +84,17 @@ def score_examples(
     requests: Sequence[ScoreRequest],
     *,
     batch_rows: int = 1,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Tensor]]:
     """Returns the log-probabilities of each example's targets, on the CPU, by request.
 
-    batch_rows: rows of each request in one forward; more if they are short. Results do not depend
-    on it.
+    batch_rows  rows of each request in one forward; more if they are short. Results do not depend
+                on it.
+    progress    receives (examples done, examples of all requests)
     """
     results: list[list[Tensor]] = [[torch.empty(0)] * len(request.examples) for request in requests]
-    computed = []
+    total = sum(len(request.examples) for request in requests)
+    computed, done = [], 0
     for parts in _forwards(model, paths, routing, requests, batch_rows):
         chosen = [
             ScoreRequest(requests[number].adapters, [requests[number].examples[i] for i in part])
@@ -100,6 +103,9 @@ def score_examples(
         batch, acting = join_requests(model, paths, chosen)
         with routing.held(acting):
             computed.append((parts, batch, target_log_probs(model, paths, routing, batch)))
+        done += len(batch.examples)
+        if progress is not None:
+            progress(done, total)
     for parts, batch, log_probs in computed:
         counts = [int(example.trained.sum()) for example in batch.examples]
         by_example = iter(log_probs.cpu().split(counts))

@@ -1,0 +1,118 @@
+"""Scores rows: the log-probability of each row's answers, for one set of adapters or for several in
+the same forwards (models/scores.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from veneer.adapters.methods.new_tokens import texts_of
+from veneer.adapters.placement.acting import Acting, Applied
+from veneer.adapters.preamble import Preamble
+from veneer.data.batching import RowSpans
+from veneer.data.examples import Example
+from veneer.data.files.writing import Record, is_rows
+from veneer.errors import fits_memory
+from veneer.evaluation.answers import finite
+from veneer.evaluation.rows import RowOptions, load_rows
+from veneer.models.frozen_base import FrozenBase
+from veneer.models.scores import ScoreRequest, score_examples
+
+
+@dataclass(frozen=True)
+class Score:
+    """The log-probability of a row's answers, everything that a run would train on.
+
+    row        location of the row
+    sum        log-probability of all scored tokens, nats
+    tokens     how many there are, the end of the turn included
+    ids        the scored tokens;  log_probs: of each, nats; both None unless requested
+    """
+
+    row: str
+    sum: float
+    tokens: int
+    ids: tuple[int, ...] | None = None
+    log_probs: tuple[float, ...] | None = None
+
+    @property
+    def mean(self) -> float:
+        """Log-probability per token, nats."""
+        return self.sum / self.tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = {"sum": self.sum, "mean": self.mean, "tokens": self.tokens}
+        if self.ids is None or self.log_probs is None:
+            return fields
+        return {**fields, "ids": list(self.ids), "log_probs": list(self.log_probs)}
+
+
+def score_rows(
+    base: FrozenBase,
+    data: str | Path | Iterable[Record],
+    adapters: Sequence[Applied],
+    options: RowOptions,
+    *,
+    per_token: bool = False,
+    system: str | None = None,
+    variables: Mapping[str, Any] | None = None,
+    batch_rows: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[Score]]:
+    """Returns the score of every row, for each of the given sets of adapters.
+
+    Each reads the rows with its own preamble and new tokens. Raises DataError with every row that
+    cannot be computed, DivergedError for rows whose score is not finite.
+    """
+    rows = data if isinstance(data, str | Path) or not is_rows(data) else [*data]
+    examples_of: list[tuple[tuple[Preamble, tuple[str, ...]], list[Example]]] = []
+    requests = []
+    for applied in adapters:
+        with base.routing.held(Acting.everywhere(applied)):
+            preamble = base.preamble.asked(system, variables)
+            key = preamble, texts_of(base.routing.acting.adapters)
+            examples = next((known for other, known in examples_of if other == key), None)
+            if examples is None:
+                _, examples = load_rows(base, rows, options, preamble=preamble, purpose="scored")
+                examples_of.append((key, examples))
+        requests.append(ScoreRequest(applied, examples))
+    step = "Take fewer rows at once (batch), or fewer adapters."
+    with fits_memory("while rows were scored", next_step=step):
+        log_probs = score_examples(
+            base.model, base.paths, base.routing, requests, batch_rows=batch_rows, progress=progress
+        )
+    return [
+        _row_scores(request.examples, values, per_token=per_token)
+        for request, values in zip(requests, log_probs, strict=True)
+    ]
+
+
+def _row_scores(
+    examples: Sequence[Example], log_probs: Sequence[torch.Tensor], *, per_token: bool
+) -> list[Score]:
+    sums = [values.double().sum().item() for values in log_probs]
+    counts = [len(values) for values in log_probs]
+    finite(np.stack([sums, counts], axis=1, dtype=np.float64), examples)
+    spans = RowSpans.of(examples)
+    scores = []
+    for row in range(len(spans.lengths)):
+        numbers = spans.examples([row])
+        ids = log_probs_of_row = None
+        if per_token:
+            ids = tuple(int(i) for n in numbers for i in examples[n].ids[examples[n].trained])
+            log_probs_of_row = tuple(v for n in numbers for v in log_probs[n].tolist())
+        scores.append(
+            Score(
+                str(examples[numbers[0]].ref),
+                sum(sums[n] for n in numbers),
+                sum(counts[n] for n in numbers),
+                ids,
+                log_probs_of_row,
+            )
+        )
+    return scores
