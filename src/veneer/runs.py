@@ -26,6 +26,7 @@ from veneer.training.output.screen import Screen
 from veneer.training.processes.world import join_processes, world_of
 from veneer.training.run import Job, run_jobs, run_training
 from veneer.training.state.folder import resume_config as resume_config
+from veneer.training.supervisor import Supervisor
 
 
 def train_run(
@@ -64,11 +65,16 @@ def train_run(
 
 
 def train_jobs(
-    configs: Sequence[RunConfig], *, resume: bool, screens: Sequence[Screen]
+    configs: Sequence[RunConfig],
+    *,
+    resume: bool,
+    screens: Sequence[Screen],
+    supervisor: Supervisor | None = None,
 ) -> list[dict[str, Any] | VeneerError]:
     """Trains several runs of one base in the same forwards, and writes their reports.
 
-    Returns for each the content of summary.json, or the error that ended it.
+    supervisor: decides which runs go on (training/supervisor.py). Returns for each the content of
+    summary.json, or the error that ended it.
     """
     jobs = [Job(config, resume, screen) for config, screen in zip(configs, screens, strict=True)]
 
@@ -79,7 +85,7 @@ def train_jobs(
             write_report(Path(job.config.out))
             job.screen.end(result)
 
-    return run_jobs(jobs, plan=forecast, finished=finish)
+    return run_jobs(jobs, plan=forecast, supervisor=supervisor, finished=finish)
 
 
 def _with_set_fields(config: RunConfig, fields: Sequence[str]) -> RunConfig:

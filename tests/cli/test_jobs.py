@@ -23,10 +23,10 @@ ABOVE = {
 }
 
 
-def read(tmp_path, settings, flags=None, sets=(), sweep=None):
+def read(tmp_path, settings, flags=None, sets=(), sweep=None, draws=None):
     file = tmp_path / "jobs.yaml"
     file.write_text(yaml.safe_dump(settings, sort_keys=False))
-    return read_jobs(read_settings(file), flags or {}, sets, {}, sweep)
+    return read_jobs(read_settings(file), flags or {}, sets, {}, sweep, draws)
 
 
 def test_a_file_without_jobs_and_a_command_without_a_sweep_are_one_run(tmp_path):
@@ -96,6 +96,50 @@ def test_a_sweep_that_gives_one_setting_twice_is_refused(tmp_path):
     assert "--sweep gives method.rank 2 times" in str(refusal.value.faults)
 
 
+def test_random_draws_are_within_their_ranges_and_follow_the_seed(tmp_path):
+    sweep = [
+        "learning_rate=log:1e-4..3e-3",
+        "rank=log:2..64",
+        "batch=1,2,8",
+        "warmup=even:0..0.1",
+        "keep=even:1..3",
+    ]
+
+    def drawn(seed):
+        jobs = read(tmp_path, {**ABOVE, "out": "o"}, {"seed": seed}, sweep=sweep, draws=12)
+        assert len({job.out for job in jobs}) == 12 and {job.seed for job in jobs} == {int(seed)}
+        return [(j.learning_rate, j.method.rank, j.batch, j.warmup, j.keep) for j in jobs]
+
+    first = drawn("3")
+    assert first == drawn("3") != drawn("4")
+    rates, ranks, batches, warmups, kept = zip(*first, strict=True)
+    assert all(1e-4 <= rate <= 3e-3 for rate in rates) and min(rates) < 5e-4
+    assert all(2 <= rank <= 64 for rank in ranks) and set(batches) <= {1, 2, 8}
+    assert all(0 <= warmup <= 0.1 for warmup in warmups) and set(kept) <= {1, 2, 3}
+
+
+def test_draws_from_lists_are_a_part_of_the_grid(tmp_path):
+    found = read(tmp_path, {**ABOVE, "out": "o"}, sweep=["rank=2,3,4", "batch=1,2"], draws=5)
+    assert len({(job.method.rank, job.batch) for job in found}) == 5
+
+
+@pytest.mark.parametrize(
+    ("sweep", "draws", "fault"),
+    [
+        ("learning_rate=log:1e-4..3e-3", None, "a range needs --draws"),
+        ("learning_rate=log:3e-3..1e-4", 3, "LOW below HIGH"),
+        ("learning_rate=log:0..1", 3, "above 0 for log"),
+        ("learning_rate=even:x..1", 3, "write a range as"),
+        ("rank=2,3", 3, "has only 2 different points"),
+        ("learning_rate=log:1..5000", 30, "learning_rate"),
+    ],
+)
+def test_ranges_that_cannot_be_drawn_from_are_refused(sweep, draws, fault, tmp_path):
+    with pytest.raises(ConfigError) as refusal:
+        read(tmp_path, {**ABOVE, "out": "o"}, sweep=[sweep], draws=draws)
+    assert fault in str(refusal.value)
+
+
 def test_every_fault_is_named_with_its_job(tmp_path):
     jobs = [{"out": "a", "seed": "x"}, {"seed": 3}, {"out": "c", "ranc": 3}, {"out": "d"}]
     with pytest.raises(ConfigError) as caught:
@@ -141,7 +185,7 @@ def test_train_writes_a_whole_run_for_every_job_and_a_table(files, capsys):
         assert {"run.yaml", "metrics.jsonl", "adapter", "summary.json", "report.html"} <= names
         assert "jobs" not in (tmp_path / name / "run.yaml").read_text()
     shown = capsys.readouterr().out
-    assert "method.rank" in shown and "held out" in shown
+    assert "  rank  " in shown and "held out" in shown
 
 
 def test_train_of_a_sweep_prints_the_summaries_as_json(files, capsys):
@@ -200,3 +244,42 @@ def test_interrupted_jobs_are_resumed_together_and_finished_ones_are_left_out(
     steps = [json.loads((tmp_path / n / "summary.json").read_text())["steps"] for n in "abc"]
     assert steps == [1, 3, 4]
     assert main(["train", "--resume", *folders]) == 2  # all are finished
+
+
+def test_a_sweep_with_halving_ends_with_a_table_and_a_page(files, capsys):
+    tmp_path, settings = files
+    out = tmp_path / "o"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**settings, "steps": 4, "out": str(out)}))
+    sweep = ["--sweep", "learning_rate=1e-6,1e-2", "batch=1,4"]
+    assert main(["train", str(tmp_path / "run.yaml"), *sweep, "--halving"]) == 0
+    output = capsys.readouterr()
+    table = output.out[output.out.rindex("  learning_rate") :].splitlines()
+    assert max(map(len, table[:5])) <= 80 and "(halved)" in table[4]
+    assert table[-2].startswith("  best: ") and table[-1] == f"  page: {out / 'sweep.html'}"
+    assert "halving compares after equal steps" in output.out + output.err
+    page = (out / "sweep.html").read_text()
+    assert (
+        "http:" not in page
+        and "https:" not in page
+        and "<script" not in page
+        and page.count("<polyline") > 8
+    )
+    reasons = [json.loads(p.read_text())["reason"] for p in out.glob("*/summary.json")]
+    assert sorted(reasons) == ["done", "halving", "halving", "halving"]
+
+
+def test_the_table_compares_batch_sizes_after_equal_tokens(files, capsys):
+    tmp_path, settings = files
+    (tmp_path / "run.yaml").write_text(
+        yaml.safe_dump({**settings, "steps": 4, "out": str(tmp_path / "o")})
+    )
+    assert main(["train", str(tmp_path / "run.yaml"), "--sweep", "batch=1,4"]) == 0
+    shown = capsys.readouterr().out
+    assert "  at " in shown and "a larger batch sees more rows" in shown
+
+
+def test_flags_of_a_sweep_are_refused_without_one(files, capsys):
+    tmp_path, settings = files
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**settings, "out": str(tmp_path / "o")}))
+    assert main(["train", str(tmp_path / "run.yaml"), "--halving", "--draws", "3"]) == 2
+    assert "--draws, --halving: only with --sweep" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Several runs from one run file: its `jobs:`, or the grid of --sweep.
+"""Several runs from one run file: its `jobs:`, or the points of --sweep (sweep_points.py).
 
     base: smollm2-135m
     data: tickets.jsonl
@@ -6,16 +6,15 @@
       - {out: runs/small, method: {rank: 8}}
       - {out: runs/other, data: orders.jsonl, learning_rate: 1e-3}
 
-A job overrides what stands above it, key by key. Flags and --set override both. --sweep makes a
-job of every combination of its values, each in a folder of its own below `out`.
+A job overrides what stands above it, key by key. Flags and --set override both. --sweep makes
+several jobs of each, in folders of their own below `out`.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,13 @@ from veneer.cli.config_file import (
     put_yaml,
     validate,
 )
+from veneer.cli.sweep_points import Point, draw, grid, read_axes
 from veneer.errors import ConfigError
 from veneer.training.config import RunConfig
 from veneer.vocabulary import KeyPath
 
 MOST_JOBS = 256
 """Most jobs of one command: beyond that a sweep is a typing error."""
-Point = list[tuple[str, KeyPath, str]]
-"""Values of a sweep for one job: name, path and YAML text of each."""
 NEXT_STEP = "`veneer explain settings` lists the settings."
 
 
@@ -44,10 +42,12 @@ def read_jobs(
     sets: Sequence[str],
     columns: Mapping[str, str | None],
     sweep: Sequence[str] | None,
+    draws: int | None = None,
 ) -> list[RunConfig] | None:
     """Reads the settings of every job; None if neither the file nor a sweep asks for several.
 
-    above: settings of the run file, with its `jobs`.
+    above: settings of the run file, with its `jobs`. draws: random points of the sweep for each
+    job, by the job's seed; None: every combination.
     Raises ConfigError with every fault of all jobs.
     """
     lists_jobs = "jobs" in above.values
@@ -61,10 +61,15 @@ def read_jobs(
     for job in jobs:
         override(job, flags, sets, columns)
     if sweep is not None:
-        points = _grid(sweep, faults)
-        if len(points) * len(jobs) > MOST_JOBS:
-            raise ConfigError(f"{len(points) * len(jobs):,} jobs are more than {MOST_JOBS}")
-        jobs = [_at_point(job, point) for job in jobs for point in points]
+        axes = read_axes(sweep, ranges=draws is not None, faults=faults)
+        count = (draws or math.prod(len(axis) for axis in axes)) * len(jobs)
+        if count > MOST_JOBS:
+            raise ConfigError(f"{count:,} jobs are more than {MOST_JOBS}")
+        jobs = [
+            _at_point(job, point)
+            for job in jobs
+            for point in (grid(axes) if draws is None else draw(axes, draws, _seed(job), faults))
+        ]
     configs = _validate_all(jobs, faults)
     if faults or above.faults:
         raise ConfigError(
@@ -109,30 +114,14 @@ def _leaves(values: Mapping[Any, Any], path: KeyPath = ()) -> Iterator[tuple[Key
             yield short_forms.get(inner, inner), value
 
 
-def _grid(sweep: Sequence[str], faults: list[str]) -> list[Point]:
-    """Returns every combination of a sweep's values."""
-    axes = []
-    for text in sweep:
-        name, sign, listed = text.partition("=")
-        texts = [value.strip() for value in re.split(r",(?![^\[{]*[\]}])", listed)]
-        if not sign or not name or not all(texts):
-            faults.append(f"C314 --sweep {text}: write name=value,value, for instance rank=8,32")
-            continue
-        path = FLAGS.get(name.replace("-", "_"), tuple(name.split(".")))
-        axes.append([(name, path, value) for value in dict.fromkeys(texts)])
-    for path, count in Counter(axis[0][1] for axis in axes).items():
-        if count > 1:
-            faults.append(
-                f"C314 --sweep gives {'.'.join(path)} {count} times: write all its values in one"
-                " list, for instance rank=8,16"
-            )
-    # A method is named before its settings are given: another name clears them.
-    axes.sort(key=lambda axis: axis[0][1] != FLAGS["method"])
-    return [list(point) for point in product(*axes)]
+def _seed(job: UncheckedSettings) -> int:
+    """Returns the seed of a job; a seed that is no number is a fault that `validate` reports."""
+    seed = str(job.values.get("seed", 0))  # a flag's value is still a text
+    return int(seed) if seed.isdecimal() else 0
 
 
 def _at_point(job: UncheckedSettings, point: Point) -> UncheckedSettings:
-    """Returns a job's settings at a point of the grid, in a folder named after it."""
+    """Returns a job's settings at a point of the sweep, in a folder named after it."""
     settings = UncheckedSettings(copy_values(job.values), dict(job.origins), list(job.faults))
     for name, path, text in point:
         put_yaml(settings, path, text, f"--sweep {name}={text}")

@@ -31,7 +31,13 @@ from veneer.wording import clock, interval_of_95, millions, number, percent, sha
 
 NAME = "report.html"
 SAMPLES = 20  # most that are shown
-REASONS = {"done": "finished", "early_stop": "stopped early: the held-out loss no longer fell"}
+REASONS = {
+    "done": "finished",
+    "early_stop": "stopped early: the held-out loss no longer fell",
+    "halving": "stopped by halving: other jobs of the sweep had a lower held-out loss",
+    "time": "stopped because its time was used up",
+    "interrupted": "interrupted; its best values are kept",
+}
 
 
 def write_report(run_folder: str | Path) -> Path:

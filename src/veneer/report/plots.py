@@ -26,12 +26,14 @@ class Series:
 
     colour   a CSS class of the page: a, b or quiet; comparison/page.py has one for each method
     marks    also draw each point, with its value as a tooltip
+    group    lines of a group share one entry of the legend, which names the group
     """
 
     name: str
     points: Sequence[Point]
     colour: str
     marks: bool = False
+    group: str = ""
 
 
 def line_chart(
@@ -44,9 +46,8 @@ def line_chart(
     series = [line for line in series if any(y is not None for _, y in line.points)]
     if not series:
         return ""
-    legend = "".join(
-        f'<span class="key {line.colour}">{escape(line.name)}</span>' for line in series
-    )
+    keys = dict.fromkeys((line.group or line.name, line.colour) for line in series)
+    legend = "".join(f'<span class="key {colour}">{escape(name)}</span>' for name, colour in keys)
     wide = (WIDE[0] // 2, 200) if small else WIDE
     narrow = (NARROW[0], 190) if small else NARROW
     drawings = "".join(

@@ -20,6 +20,7 @@ from veneer.errors import DivergedError, RunInterrupted, VeneerError, is_out_of_
 from veneer.training.gradient import MicroBatch, forward_backward, out_of_memory
 from veneer.training.processes.world import ALONE, World
 from veneer.training.state.interrupt import Interrupt
+from veneer.training.supervisor import Supervisor, Unsupervised
 from veneer.training.trainee import Trainee
 
 
@@ -27,12 +28,19 @@ class Loop:
     """Trains trainees until one or more have ended or failed; then `run` goes on with the others.
 
     budget: most tokens in a forward of several trainees; None: no limit
+    supervisor: decides which trainees wait or stop
     """
 
     def __init__(
-        self, trainees: Sequence[Trainee], *, world: World = ALONE, budget: int | None = None
+        self,
+        trainees: Sequence[Trainee],
+        *,
+        world: World = ALONE,
+        budget: int | None = None,
+        supervisor: Supervisor | None = None,
     ) -> None:
         self.trainees, self.world, self.budget = list(trainees), world, budget
+        self.supervisor = supervisor or Unsupervised()
         self.failed: dict[Trainee, VeneerError] = {}
         """Trainees that left, with their errors."""
         self._open: list[Trainee] = []
@@ -40,6 +48,7 @@ class Loop:
 
     def start(self) -> None:
         """Tries the largest micro-batches, and evaluates before the first step."""
+        self.supervisor.begin(self.trainees)
         self._try_largest()
         for trainee in list(self.trainees):
             if trainee.progress.step == 0:
@@ -55,8 +64,10 @@ class Loop:
         with Interrupt() as interrupt:
             while self.trainees and not (interrupted or self.failed or self._ended()):
                 self._evaluate_and_save(self.step())
+                self.supervisor.review(self.trainees)
                 if interrupted := self.world.any(interrupt.asked):
                     self._save_all()
+                    self.supervisor.interrupted(self.trainees)
         ended = self._ended()
         if interrupted and len(ended) < len(self.trainees):
             raise _interrupted(self.trainees, self.failed)
@@ -64,6 +75,7 @@ class Loop:
             with self._leaves_on_error(trainee):
                 trainee.take_best()
         self.trainees = [trainee for trainee in self.trainees if trainee not in ended]
+        self._open = [trainee for trainee in self._open if trainee not in ended]
         if self.trainees:
             for trainee in self.failed:
                 trainee.release()
@@ -73,12 +85,13 @@ class Loop:
         return [trainee for trainee in self.trainees if trainee.ended]
 
     def step(self) -> list[Trainee]:
-        """Begins a step of every trainee that is not in one, and computes until one is done.
+        """Begins a step of every trainee that neither is in one nor waits, and computes until one
+        is done.
 
         Returns the trainees whose step is done.
         """
         for trainee in list(self.trainees):
-            if trainee not in self._open:
+            if trainee not in self._open and not self.supervisor.waits(trainee):
                 with self._leaves_on_error(trainee):
                     trainee.begin_step()
                     self._open.append(trainee)

@@ -43,6 +43,7 @@ from veneer.training.state.folder import (
 from veneer.training.state.origin import Origin, with_rows_at_once
 from veneer.training.state.place import locked_folder, refuse_unless_new
 from veneer.training.state.progress import load_state
+from veneer.training.supervisor import Supervisor
 from veneer.training.trainee import Trainee
 
 
@@ -90,18 +91,22 @@ def run_jobs(
     plan: RunPlanner | None = None,
     world: World = ALONE,
     budget: int | None = None,
+    supervisor: Supervisor | None = None,
     finished: Callable[[Job, Result], None] = lambda job, result: None,
 ) -> list[Result]:
     """Trains jobs in the same forwards until each has ended or failed; returns their results.
 
-    budget: most tokens in a forward of several jobs. finished: called when a job has its result;
-    an error that it raises becomes the job's, and it is called with that.
+    budget: most tokens in a forward of several jobs. supervisor: decides which jobs go on; without
+    one, all do. finished: called when a job has its result; an error that it raises becomes the
+    job's, and it is called with that.
     Raises ConfigError with the faults of all jobs before any of them starts, RunInterrupted, and
     errors that concern all jobs.
     """
     require_common_settings([job.config for job in jobs], world)
     with ExitStack() as stack:
         runs = _prepare_all(jobs, stack, world)
+        if supervisor is not None:
+            supervisor.check([run.prepared.inputs for run in runs])
         for run in runs:
             run.forecast(plan)
         joint = _plan_memory(runs)
@@ -109,7 +114,7 @@ def run_jobs(
             run.announce(None if joint is None else joint.peak)
         if budget is None and joint is not None and len(runs) > 1:
             budget = joint.tokens
-        _train_all(runs, world, budget, finished)
+        _train_all(runs, world, budget, supervisor, finished)
         return [run.result for run in runs]
 
 
@@ -150,6 +155,7 @@ def _train_all(
     runs: "Sequence[_Run]",
     world: World,
     budget: int | None,
+    supervisor: Supervisor | None,
     finished: Callable[[Job, Result], None],
 ) -> None:
     """Trains until every run has its result."""
@@ -157,7 +163,8 @@ def _train_all(
     model, on_cpu = prepared.base.model, prepared.base.device.type == "cpu"
     planned_bytes = max(run.start["planned_memory_bytes"] or 0 for run in runs)
     runs_of = {run.begin(): run for run in runs}
-    loop, is_new = Loop(list(runs_of), world=world, budget=budget), True
+    loop = Loop(list(runs_of), world=world, budget=budget, supervisor=supervisor)
+    is_new = True
     while loop.trainees:
         with (
             steady_heap(planned_bytes) if on_cpu else nullcontext(),

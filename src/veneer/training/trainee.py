@@ -18,7 +18,7 @@ trains the tensors it receives.
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -87,17 +87,27 @@ class Trainee:
         self._timed = False  # the first step is not timed: it allocates
         self.saved_step: int | None = None
         """Step of the newest checkpoint of this process."""
+        self.rungs: Sequence[int] = ()
+        """Steps after which it is evaluated and saved besides the usual ones (supervisor.py)."""
+        self._stop_reason: str | None = None
         if resume_from is not None:
             self._resume(resume_from)
 
     @property
     def ended(self) -> bool:
-        """True after the last step, or after too many evaluations without an improvement."""
-        return self.progress.step >= self.inputs.steps or self._out_of_patience()
+        """True after the last step, after too many evaluations without an improvement, and if a
+        supervisor stopped it."""
+        at_end = self.progress.step >= self.inputs.steps
+        return at_end or self._out_of_patience() or self._stop_reason is not None
 
     @property
     def reason(self) -> str:
-        return "early_stop" if self._out_of_patience() else "done"
+        return self._stop_reason or ("early_stop" if self._out_of_patience() else "done")
+
+    def stop(self, reason: str, message: str) -> None:
+        """Ends the training after this step. message: says why on the screen."""
+        self._stop_reason = reason
+        self.screen.message(message)
 
     def acting(self) -> AbstractContextManager[None]:
         """Within the block only its own adapter acts, on all rows."""
@@ -250,7 +260,7 @@ class Trainee:
     def after_step(self) -> None:
         """Evaluates and saves if an evaluation or a checkpoint is due at this step."""
         inputs, step = self.inputs, self.progress.step
-        evaluates = step == inputs.steps or step % inputs.evaluate_every == 0
+        evaluates = step == inputs.steps or step % inputs.evaluate_every == 0 or step in self.rungs
         if evaluates:
             self.evaluate()
         if evaluates or step % (inputs.config.save_every or inputs.steps) == 0:

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from veneer.bounds import PROCESSES
+from veneer.bounds import COUNT, PROCESSES
 from veneer.cli.bases import locate_base_and_adapter
 from veneer.cli.common import add_json, add_map, parse_columns, pause_collection, print_json
 from veneer.cli.config_file import (
@@ -68,7 +68,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sweep",
         nargs="+",
         metavar="NAME=VALUES",
-        help="train every combination of these values together, for instance rank=8,32",
+        help=(
+            "train every combination of these values together, for instance rank=8,32; with"
+            " --draws also ranges, learning_rate=log:1e-4..3e-3 or warmup=even:0..0.1"
+        ),
+    )
+    group.add_argument(
+        "--draws",
+        metavar="N",
+        type=COUNT,
+        help="train N random points of the sweep instead, drawn by --seed",
+    )
+    group.add_argument(
+        "--halving",
+        action="store_true",
+        help="stop the worse half of the sweep's jobs at each rung, by held-out loss",
     )
     group.add_argument(
         "--resume",
@@ -194,13 +208,24 @@ def _read_configs(args: argparse.Namespace) -> tuple[list[RunConfig], bool]:
     if args.resume is None:
         columns = parse_columns(args)
         settings = read_settings(args.run)  # once: the file may be a pipe
-        jobs = read_jobs(settings, flags, args.sets, columns, args.sweep)
+        _refuse_without_sweep(args)
+        jobs = read_jobs(settings, flags, args.sets, columns, args.sweep, args.draws)
         if jobs is not None:
             return jobs, True
         return [resolve_run(settings, flags, args.sets, columns)], False
     _refuse_settings(args, flags)
     folders = _unfinished(args.resume)
     return [_resumed_config(folder) for folder in folders], len(folders) > 1
+
+
+def _refuse_without_sweep(args: argparse.Namespace) -> None:
+    """Raises ConfigError for flags that change a sweep, if there is none."""
+    flags = [f"--{name}" for name in ("draws", "halving") if getattr(args, name)]
+    if flags and args.sweep is None:
+        raise ConfigError(
+            f"{', '.join(flags)}: only with --sweep",
+            next_step="Name what is tried, for instance --sweep learning_rate=3e-4,1e-3 rank=8,32.",
+        )
 
 
 def _refuse_settings(args: argparse.Namespace, flags: Mapping[str, Any]) -> None:
@@ -211,7 +236,7 @@ def _refuse_settings(args: argparse.Namespace, flags: Mapping[str, Any]) -> None
     conflicting += [f"--map {text}" for text in args.columns]
     conflicting += [f"--set {text}" for text in args.sets] + ([args.run] if args.run else [])
     conflicting += ["--fit"] if args.fit else []
-    conflicting += ["--sweep"] if args.sweep else []
+    conflicting += [f"--{n}" for n in ("sweep", "draws", "halving") if getattr(args, n)]
     if conflicting:
         raise ConfigError(
             f"--resume {' '.join(args.resume)} takes its settings from that folder's run.yaml;"

@@ -6,16 +6,28 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from veneer.cli.common import pause_collection, print_json
 from veneer.cli.early import check_place, check_run
 from veneer.errors import ConfigError, VeneerError
+from veneer.report.jobs import (
+    JobRecord,
+    different_settings,
+    equal_tokens,
+    ranked,
+    read_job,
+    short_title,
+)
+from veneer.report.jobs_page import (
+    RESULT_TITLES,
+    result_cells,
+    setting_cells,
+    tokens_note,
+    tokens_title,
+    write_sweep_page,
+)
 from veneer.training.config import RunConfig
-from veneer.wording import number, shown
-
-MOST_SETTINGS = 5
-"""Most settings that the table shows."""
+from veneer.wording import shown, wrapped
 
 
 def train_jobs(configs: Sequence[RunConfig], args: argparse.Namespace) -> int:
@@ -29,17 +41,24 @@ def train_jobs(configs: Sequence[RunConfig], args: argparse.Namespace) -> int:
     names = short_names([config.out for config in configs])
     screens = make_job_screens(names, json=args.json, quiet=args.quiet)
     screens[0].message(f"loading {configs[0].base} for {len(configs)} jobs")
+    if args.halving and len({config.batch for config in configs if config.steps}) > 1:
+        screens[0].message(
+            "halving compares after equal steps, where larger batches have seen more rows: set"
+            " epochs instead of steps to compare after equal rows"
+        )
     with pause_collection():
         from veneer import api
+        from veneer.training.supervisor import Halving, halving_shares
 
-    results = api.train_jobs(configs, resume=resume, screens=screens)
+    halving = Halving(halving_shares(len(configs))) if args.halving else None
+    results = api.train_jobs(configs, resume=resume, screens=screens, supervisor=halving)
+    jobs = [read_job(config, result) for config, result in zip(configs, results, strict=True)]
+    is_sweep = args.sweep is not None
+    page = write_sweep_page(_common_folder(jobs), jobs) if is_sweep else None
     if args.json:
         print_json([result if isinstance(result, dict) else str(result) for result in results])
     elif not args.quiet:
-        from veneer.training.output.console import log_console
-
-        for line in job_table(names, configs, results):
-            log_console(stderr=False).print(line, soft_wrap=True)
+        _print_results(jobs, None if is_sweep else names, page)
     failed = [
         (c.out, r) for c, r in zip(configs, results, strict=True) if isinstance(r, VeneerError)
     ]
@@ -51,6 +70,31 @@ def train_jobs(configs: Sequence[RunConfig], args: argparse.Namespace) -> int:
             f"Continue them from their last checkpoints: veneer train --resume {folders}",
         )
     return 0
+
+
+def _common_folder(jobs: Sequence[JobRecord]) -> Path:
+    """Returns the nearest folder around the folders of all jobs."""
+    return Path(os.path.commonpath([job.folder.parent for job in jobs]))
+
+
+def _print_results(
+    jobs: Sequence[JobRecord], names: Sequence[str] | None, page: Path | None
+) -> None:
+    """Prints the table of all jobs, and where the best one and the page are."""
+    from veneer.training.output.console import log_console
+
+    console = log_console(stderr=False)
+    by_folder = (
+        None
+        if names is None
+        else {str(job.folder): name for job, name in zip(jobs, names, strict=True)}
+    )
+    lines = job_table(jobs, by_folder)
+    best = ranked(jobs)[0]
+    if page is not None and best.loss is not None:
+        lines += [f"  best: {shown(best.folder)}", f"  page: {shown(page)}"]
+    for line in lines:
+        console.print(wrapped(line, console.width) if line[2:6] == "With" else line, soft_wrap=True)
 
 
 def refuse_flags(args: argparse.Namespace) -> None:
@@ -91,58 +135,24 @@ def short_names(folders: Sequence[str]) -> list[str]:
     return [str(path.relative_to(common)) if path != common else path.name for path in paths]
 
 
-def job_table(
-    names: Sequence[str],
-    configs: Sequence[RunConfig],
-    results: Sequence[Mapping[str, Any] | VeneerError],
-) -> list[str]:
+def job_table(jobs: Sequence[JobRecord], names: Mapping[str, str] | None) -> list[str]:
     """Returns a table of the jobs: the settings that differ, and what came of each; the lowest
-    held-out loss first."""
-    settings = [flat_settings(config) for config in configs]
-    columns = _different_settings(settings)
-    rows = [["job", *columns, "steps", "loss", "held out", "95% interval"]]
-    order = sorted(range(len(names)), key=lambda n: _rank(results[n]))
-    for n in order:
-        own = [_cell(settings[n].get(column)) for column in columns]
-        rows.append([shown(names[n]), *own, *_outcome(results[n])])
+    held-out loss first.
+
+    names: of the jobs, by folder; None: their settings name them, as in a sweep
+    """
+    order, tokens = ranked(jobs), equal_tokens(jobs)
+    columns = different_settings(jobs)
+    head = [] if names is None else ["job"]
+    head += [short_title(column, columns) for column in columns] + list(RESULT_TITLES)
+    rows = [head if tokens is None else [*head, tokens_title(tokens)]]
+    for job in order:
+        own = [] if names is None else [shown(names[str(job.folder)])]
+        rows.append([*own, *setting_cells(job, columns), *result_cells(job, tokens)])
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    return [
+    lines = [
         "  "
         + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-
-
-def flat_settings(config: RunConfig) -> dict[str, Any]:
-    """Returns the settings of a run by dotted names, without its folder."""
-    from veneer.training.output.loggers import flat
-
-    return flat(config.model_dump(mode="json", exclude={"out"}))
-
-
-def _different_settings(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    names = dict.fromkeys(name for values in settings for name in values)
-    different = [name for name in names if len({repr(values.get(name)) for values in settings}) > 1]
-    return different[:MOST_SETTINGS]
-
-
-def _rank(result: Mapping[str, Any] | VeneerError) -> tuple[bool, bool, float]:
-    """Sorts results: by held-out loss, those without one behind them, failed jobs last."""
-    if isinstance(result, VeneerError):
-        return True, True, 0.0
-    loss = result["validation_loss"]
-    return False, loss is None, result["last_loss"] if loss is None else loss
-
-
-def _outcome(result: Mapping[str, Any] | VeneerError) -> list[str]:
-    if isinstance(result, VeneerError):
-        return ["", "", "failed", ""]
-    figures = (result["held_out"] or {}).get("loss") or {}
-    low, high = figures.get("low"), figures.get("high")
-    interval = "" if low is None or high is None else f"{number(low)} to {number(high)}"
-    steps = str(result["steps"]) + (" (early)" if result["reason"] == "early_stop" else "")
-    return [steps, number(result["last_loss"]), number(result["validation_loss"]), interval]
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else shown(f"{value:g}" if isinstance(value, float) else value)
+    return lines if tokens is None else [*lines, f"  {tokens_note(tokens)}"]
