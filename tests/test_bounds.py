@@ -349,13 +349,13 @@ def test_the_largest_seed_starts_every_method(config):
 
 def test_clip_null_leaves_gradients_as_they_are():
     from tests.support.helpers import filled_lora
-    from veneer.training.optimizer.buffer import AdamW, FlatParameters
+    from veneer.training.optimizer.buffer import FlatAdamW, FlatParameters
 
     def first_moment(clip):
         made = filled_lora(tiny_base())
         flat = FlatParameters(made.parameters())
         flat.gradient.fill_(3.0)
-        optimizer = AdamW(flat, weight_decay=0.0)
+        optimizer = FlatAdamW(flat, weight_decay=0.0)
         optimizer.step(learning_rate=1e-3, clip=clip, norm=float(flat.gradient.norm()))
         return optimizer.state()["exp_avg"]
 

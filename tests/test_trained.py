@@ -255,7 +255,9 @@ def test_prompts_in_a_list_are_answered_as_one_alone_and_say_where_they_were_cut
 def test_an_answer_that_ends_by_itself_was_not_cut(base, monkeypatch):
     loaded = veneer.load(base)
     for answer, cut in (([65] * 3, None), ([65] * 4, 4)):
-        monkeypatch.setattr("veneer.base.generate", lambda *_, answer=answer, **__: [answer])
+        monkeypatch.setattr(
+            "veneer.decoding.answers.generate", lambda *_, answer=answer, **__: [answer]
+        )
         assert loaded.generate("one", max_new_tokens=4).cut_after == cut
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdamW": "veneer.training.own_loop.adamw",
     "Base": "veneer.base",
     "Bottleneck": "veneer.adapters.config",
     "DoRA": "veneer.adapters.config",
@@ -26,6 +27,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdamW",
     "Base",
     "Bottleneck",
     "DoRA",
@@ -55,6 +57,7 @@ if TYPE_CHECKING:  # the same names as _HOMES, for type checkers and editors
     from veneer.library.library import Library as Library
     from veneer.trained import train as train
     from veneer.training.config import RunConfig as RunConfig
+    from veneer.training.own_loop.adamw import AdamW as AdamW
 
 
 def __getattr__(name: str) -> Any:

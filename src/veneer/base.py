@@ -6,9 +6,9 @@ This file only composes those rooms.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, overload
 
 from veneer.adapters.attach import check_settings
 from veneer.adapters.config import AdapterConfig
@@ -16,15 +16,17 @@ from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.names import active_adapters, adapter_names, check_name, name_error
 from veneer.adapters.placement.routing import Active
 from veneer.bounds import LENGTH, ROWS, SEED, check_numbers
+from veneer.data.examples import TrainOn
 from veneer.data.files.writing import Record
 from veneer.data.template.new_tokens import bring
-from veneer.data.template.user_prompt import UserPrompt, prompt_ids, prompt_list
-from veneer.decoding.generate import generate, limits_of
+from veneer.data.template.user_prompt import UserPrompt
+from veneer.decoding.answers import Answer as Answer
+from veneer.decoding.answers import answer_prompts
 from veneer.decoding.schedule.lookup import LookupMode
-from veneer.decoding.text import TextStream, text_of
 from veneer.errors import ConfigError
 from veneer.evaluation.rows import RowOptions
 from veneer.evaluation.scores import Score, score_rows
+from veneer.formats.adapter import read_adapter
 from veneer.formats.loading import load_adapter
 from veneer.library.library import Library
 from veneer.library.pool import Pool
@@ -32,19 +34,9 @@ from veneer.merge.fold.in_memory import MergedParameters, merged_weights
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.initial_values import begin
-from veneer.wording import html_table, kind_of, millions
-
-
-class Answer(str):
-    """The text of an answer. cut_after: the number of tokens at which the limit cut it; None if it
-    ended by itself."""
-
-    cut_after: int | None
-
-    def __new__(cls, text: str, *, cut_after: int | None = None) -> Self:
-        answer = super().__new__(cls, text)
-        answer.cut_after = cut_after
-        return answer
+from veneer.training.own_loop.forward_queue import ForwardQueue
+from veneer.training.own_loop.trainer import Trainer, TrainerOptions, open_trainer
+from veneer.wording import html_table, millions
 
 
 @dataclass
@@ -57,6 +49,7 @@ class Base(FrozenBase):
     library: Library | None = None
     _pool: Pool = field(init=False, repr=False)
     _merged: MergedParameters | None = field(default=None, init=False, repr=False)
+    _queue: ForwardQueue = field(init=False, repr=False)
 
     def __reduce__(self) -> Any:  # called by copy, deepcopy and pickle
         raise ConfigError(
@@ -67,6 +60,7 @@ class Base(FrozenBase):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._pool = Pool(self, lambda: self.library, self._refuse_if_merged)
+        self._queue = ForwardQueue(self)
 
     def _repr_html_(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -134,6 +128,40 @@ class Base(FrozenBase):
         self._pool.adopt(loaded)
         return chosen
 
+    def trainer(
+        self,
+        method: AdapterConfig | str | Path,
+        *,
+        name: str | None = None,
+        seed: int = 0,
+        new_tokens: Sequence[str] = (),
+        length: int = 2048,
+        train_on: TrainOn = "assistant",
+        variables: Mapping[str, Any] | None = None,
+    ) -> Trainer:
+        """Returns a trainer, for a training loop that you write yourself.
+
+        method     settings of a new adapter, or an existing one to go on with: as in load_adapter
+        name       of the adapter on this base
+        seed       of its initial values and dropout masks
+        length     longest row, tokens
+        train_on   tokens that are trained: as data.train_on in a run file
+        variables  variables of the chat template
+
+        Raises what attach and load_adapter raise.
+        """
+        name = name or f"trainer {len(self.attachments) + 1}"
+        options = TrainerOptions(seed, length, train_on, variables or {})
+        if isinstance(method, str | Path):
+            if new_tokens:
+                raise ConfigError("new_tokens are for a new adapter, and this one exists")
+            stored = read_adapter((self.library or Library(None)).locate(method))
+            self._pool.adopt(lambda: load_adapter(self, stored, name=name))
+            options = replace(options, parent=stored.content_hash)
+        else:
+            self.attach(method, name=name, seed=seed, new_tokens=new_tokens)
+        return open_trainer(self, self.attachments[name], self._queue, options)
+
     def use(self, name: str | Sequence[str] | None, weights: Sequence[float] | None = None) -> None:
         """Switches to one adapter, to several with weights, or with None to the base alone.
 
@@ -194,7 +222,12 @@ class Base(FrozenBase):
             self.routing.active, self._merged = (), merged
 
     def _require_idle(self, change: str) -> None:
-        """Raises ConfigError while anything computes with the base."""
+        """Raises ConfigError while anything computes with the base, or trains on it."""
+        if self._queue.gradients:
+            raise ConfigError(
+                f"a trainer is open, and {change} changes the base's weights",
+                next_step="Close the trainers of this base first.",
+            )
         if self.routing.is_held:
             raise ConfigError(
                 f"the base is in use, and {change} changes its weights",
@@ -262,50 +295,18 @@ class Base(FrozenBase):
         lookup "auto" guesses tokens that the answer may copy from its prompt or from itself, and
         checks them in one step; "off" computes a token a step. The text is the same.
         """
-        _refuse_none(temperature=temperature, top_p=top_p, seed=seed, max_new_tokens=max_new_tokens)
-        if system is not None and not isinstance(system, str):
-            raise ConfigError(
-                f"system is {kind_of(system)}, not text",
-                next_step='Give a text; "" is no system turn.',
-            )
-        if variables is not None and not isinstance(variables, Mapping):
-            raise ConfigError(
-                f"variables is {kind_of(variables)}, not a dict",
-                next_step="Give them as {name: value}.",
-            )
-        prompts, several = prompt_list(prompt)
-        if several and on_text is not None:
-            raise ConfigError(
-                "on_text takes a single prompt, and several are given",
-                next_step="Give one prompt at a time to stream its answer.",
-            )
-
-        def send(text: str) -> None:
-            if on_text is not None and text:
-                on_text(text)
-
-        with self.routing.held():  # a switch in another thread concerns later answers
-            tokenizer = self.acting_tokenizer
-            stream = TextStream(tokenizer)
-            preamble = self.preamble.asked(system, variables)
-            prompts_ids = [prompt_ids(tokenizer, prompt, preamble) for prompt in prompts]
-            answer_ids = generate(
-                self,
-                prompts_ids,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                seed=seed,
-                lookup=lookup,
-                on_token=None if on_text is None else lambda token: send(stream.push(token)),
-            )
-            limits = limits_of(self, prompts_ids, max_new_tokens)
-        send(stream.end())
-        answers = [
-            Answer(text_of(tokenizer, ids), cut_after=limit if len(ids) >= limit else None)
-            for ids, limit in zip(answer_ids, limits, strict=True)
-        ]
-        return answers if several else answers[0]
+        return answer_prompts(
+            self,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            system=system,
+            variables=variables,
+            lookup=lookup,
+            on_text=on_text,
+        )
 
     @overload
     def score(  # type: ignore[overload-overlap]  # str is a sequence of str
@@ -389,10 +390,3 @@ class Base(FrozenBase):
         if adapter is None or isinstance(adapter, str):
             return scores[0]
         return dict(zip(names, scores, strict=True))
-
-
-def _refuse_none(**numbers: object) -> None:
-    if missing := [name for name, value in numbers.items() if value is None]:
-        raise ConfigError(
-            f"{', '.join(missing)} is None, not a number", next_step="Leave it out for the default."
-        )

@@ -114,7 +114,7 @@ def test_an_answer_is_asked_for_as_it_was_taught_unless_somebody_says_otherwise(
     base = loaded(world)
     asked = []
     monkeypatch.setattr(
-        "veneer.base.generate", lambda base, ids, **_: [asked.append(ids[0]) or [65]]
+        "veneer.decoding.answers.generate", lambda base, ids, **_: [asked.append(ids[0]) or [65]]
     )
     system = {"role": "system", "content": SYSTEM}
     other = {"role": "system", "content": "other"}

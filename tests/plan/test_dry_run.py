@@ -25,7 +25,7 @@ from veneer.plan.dry_run import dry_run
 from veneer.plan.estimate import estimate
 from veneer.plan.tracker import Tracker
 from veneer.plan.workload import synthetic_rows
-from veneer.training.optimizer.buffer import AdamW, FlatParameters
+from veneer.training.optimizer.buffer import FlatAdamW, FlatParameters
 
 MIXTURES = ("mixtral", "qwen3_moe")
 CPU = torch.device("cpu")
@@ -306,7 +306,7 @@ def test_what_stays_is_what_the_flat_buffer_and_the_optimizer_hold(method, dtype
         )
         parameters = attachment.parameters()
     flat = FlatParameters(parameters)
-    optimizer = AdamW(flat, weight_decay=0.0)
+    optimizer = FlatAdamW(flat, weight_decay=0.0)
     optimizer.step(learning_rate=1e-3, clip=1.0, norm=0.5)
     state = optimizer.state()
     moved = isinstance(method, Full) and dtype == torch.float32

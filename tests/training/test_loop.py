@@ -27,7 +27,7 @@ from veneer.training import evaluations, gradient, trainee
 from veneer.training.config import RunConfig
 from veneer.training.inputs import TrainingInputs
 from veneer.training.loop import Loop
-from veneer.training.optimizer.buffer import AdamW, FlatParameters, learning_rate_at
+from veneer.training.optimizer.buffer import FlatAdamW, FlatParameters, learning_rate_at
 from veneer.training.output.records import Records, read_records
 from veneer.training.output.screen import QuietScreen
 from veneer.training.processes.reduce import PlainSum
@@ -306,7 +306,7 @@ def test_the_moments_are_there_before_the_largest_batch_is_said_to_fit(tmp_path,
 
 OUT_OF_MEMORY = [
     (trainee, "make_optimizer", 1, "the optimizer's moments"),
-    *[(AdamW, "step", call, "the optimizer's step") for call in (1, 5)],
+    *[(FlatAdamW, "step", call, "the optimizer's step") for call in (1, 5)],
     *[(evaluations, "part_nats", call, "the evaluation") for call in (1, 5)],
     *[(trainee, "save_checkpoint", call, "the checkpoint") for call in (1, 5)],
 ]
@@ -467,7 +467,7 @@ def test_a_write_that_fails_at_any_moment_leaves_the_last_checkpoint_intact(tmp_
 def test_flat_parameters_round_small_steps_into_the_master_and_not_away():
     parameter = torch.nn.Parameter(torch.ones(40, dtype=torch.bfloat16))
     flat = FlatParameters({"p": parameter})
-    optimizer = AdamW(flat, weight_decay=0.0)
+    optimizer = FlatAdamW(flat, weight_decay=0.0)
     for _ in range(20):
         parameter.sum().backward()
         optimizer.step(learning_rate=1e-3, clip=1e9, norm=optimizer.flat.gradient.norm().item())
@@ -483,7 +483,7 @@ def test_the_flat_step_is_torchs_adamw_on_the_separate_tensors():
     }
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours.values()]
     flat = FlatParameters(ours)
-    optimizer = AdamW(flat, weight_decay=0.1)
+    optimizer = FlatAdamW(flat, weight_decay=0.1)
     other = torch.optim.AdamW(theirs, lr=0.02, weight_decay=0.1)
     for number in range(5):
         for group in (list(ours.values()), theirs):
@@ -513,7 +513,7 @@ def test_parts_of_another_rate_are_stepped_at_it_and_a_checkpoint_continues_them
     factors = {name: 16.0 if name.endswith("B") else 1.0 for name in ours}
     flat = FlatParameters(ours, factors)
     assert [factor for factor, _ in flat.groups] == [1.0, 16.0]
-    optimizer = AdamW(flat, weight_decay=0.1)
+    optimizer = FlatAdamW(flat, weight_decay=0.1)
     parts = [[p for n, p in theirs.items() if n.endswith(end)] for end in "AB"]
     other = torch.optim.AdamW(
         [{"params": parts[0], "lr": 0.01}, {"params": parts[1], "lr": 0.16}], weight_decay=0.1
@@ -523,7 +523,7 @@ def test_parts_of_another_rate_are_stepped_at_it_and_a_checkpoint_continues_them
             state = {name: value.clone() for name, value in optimizer.state().items()}
             ours = made()
             flat = FlatParameters(ours, factors)
-            optimizer = AdamW(flat, weight_decay=0.1)
+            optimizer = FlatAdamW(flat, weight_decay=0.1)
             optimizer.load(state)
         step(ours, number, optimizer, learning_rate=0.01, clip=1e9, norm=0.0)
         step(theirs, number, other)

@@ -11,7 +11,7 @@ from torch import nn
 from veneer.errors import ConfigError
 from veneer.training.config import MOMENT_BYTES
 from veneer.training.optimizer import optimizers
-from veneer.training.optimizer.buffer import AdamW, FlatParameters
+from veneer.training.optimizer.buffer import FlatAdamW, FlatParameters
 from veneer.training.optimizer.optimizers import AdamW8bit, make_optimizer
 from veneer.training.state.checkpoint import load_checkpoint, save_checkpoint
 
@@ -87,7 +87,7 @@ def test_resumed_from_a_checkpoint_it_is_the_run_that_never_stopped(
 def test_its_steps_are_those_of_adamw_as_far_as_8_bits_go():
     eight, full = (
         AdamW8bit(flat_of((96, 64)), weight_decay=0.1),
-        AdamW(flat_of((96, 64)), weight_decay=0.1),
+        FlatAdamW(flat_of((96, 64)), weight_decay=0.1),
     )
     before = full.flat.values.data.clone()
     for optimizer in (eight, full):
@@ -123,7 +123,7 @@ def test_without_the_library_it_says_what_to_install(monkeypatch):
 
 
 def test_the_names_are_those_of_the_settings():
-    assert isinstance(make_optimizer("adamw", flat_of((10, 7)), weight_decay=0.0), AdamW)
+    assert isinstance(make_optimizer("adamw", flat_of((10, 7)), weight_decay=0.0), FlatAdamW)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,4 +1,7 @@
-"""Reads rows that are evaluated or scored, as the adapters in use were trained on theirs."""
+"""Reads rows that are passed in Python or named: to be evaluated, scored or trained on.
+
+They are rendered as the rows were that the adapters in use were trained on.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from veneer.adapters.preamble import Preamble
 from veneer.data.config import DataConfig
 from veneer.data.examples import Example, Row, RowRef
 from veneer.data.files.writing import ROWS_NAME, Record, as_set, is_rows
-from veneer.data.load import load_data
+from veneer.data.load import DataSet, load_data
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
 
@@ -33,7 +36,20 @@ def load_rows(
     preamble: Preamble,
     purpose: str,
 ) -> tuple[list[Row], list[Example]]:
-    """Loads rows and their examples, in the same order, by the tokenizer of the acting adapters.
+    """Loads rows and their examples, in the same order. The arguments are those of load_row_set."""
+    loaded = load_row_set(base, data, options, preamble=preamble, purpose=purpose)
+    return loaded.train_rows, list(loaded.train)
+
+
+def load_row_set(
+    base: FrozenBase,
+    data: str | Path | Iterable[Record],
+    options: RowOptions,
+    *,
+    preamble: Preamble,
+    purpose: str,
+) -> DataSet:
+    """Loads a set of rows, of which none is held out, by the tokenizer of the acting adapters.
 
     data     the name of a set of rows, or the rows themselves, each a dict
     purpose  what the rows are used for, as errors name it
@@ -57,8 +73,8 @@ def load_rows(
             preamble=preamble,
             purpose=purpose,
         )
-    rows, examples = list(loaded.train_rows), list(loaded.train)
-    if is_rows(data):
-        rows = [replace(row, ref=RowRef(ROWS_NAME, row.ref.line)) for row in rows]
-        examples = [replace(e, ref=RowRef(ROWS_NAME, e.ref.line)) for e in examples]
-    return rows, examples
+    if not is_rows(data):
+        return loaded
+    rows = [replace(row, ref=RowRef(ROWS_NAME, row.ref.line)) for row in loaded.train_rows]
+    examples = [replace(e, ref=RowRef(ROWS_NAME, e.ref.line)) for e in loaded.train]
+    return replace(loaded, train=examples, train_rows=rows)

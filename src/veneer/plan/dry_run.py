@@ -309,7 +309,7 @@ def moment_bytes(values: int, optimizer: OptimizerName) -> int:
 def _static(
     model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: OptimizerName
 ) -> Parts:
-    """Returns permanent bytes by label, laid out as FlatParameters and AdamW do."""
+    """Returns permanent bytes by label, laid out as FlatParameters and FlatAdamW do."""
     unique = {
         storage_key(t): t.untyped_storage().nbytes()
         for t in [*model.parameters(), *model.buffers()]

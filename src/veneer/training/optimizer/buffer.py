@@ -142,8 +142,11 @@ def gradient_hook(gradient: Tensor) -> Callable[[Tensor], None]:
     return hook
 
 
-class AdamW:
-    """Steps the flat buffer by torch's fused AdamW. beta 0.9, 0.999, epsilon 1e-8."""
+class FlatAdamW:
+    """Steps the flat buffer by torch's fused AdamW.
+
+    Unless `configure` changes them: betas 0.9 and 0.999, epsilon 1e-8.
+    """
 
     def __init__(self, flat: FlatValues, *, weight_decay: float) -> None:
         self.flat = flat
@@ -154,6 +157,11 @@ class AdamW:
         self.inner = torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay, fused=True)
         # torch allocates moments at the first step; if they do not fit, that must show before.
         self.inner.state.update({part: _no_moments(part) for part in self.parts})
+
+    def configure(self, *, betas: tuple[float, float], epsilon: float, weight_decay: float) -> None:
+        """Sets the constants of the next steps."""
+        for group in self.inner.param_groups:
+            group.update(betas=betas, eps=epsilon, weight_decay=weight_decay)
 
     def step(self, *, learning_rate: float, clip: float | None, norm: float) -> None:
         if clip is not None and norm > clip:

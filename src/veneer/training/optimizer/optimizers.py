@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from veneer.errors import ConfigError
 from veneer.training.config import OptimizerName
-from veneer.training.optimizer.buffer import AdamW, FlatValues
+from veneer.training.optimizer.buffer import FlatAdamW, FlatValues
 
 _PART = 2**30
 """Values that one call steps: the library's kernels index with 32 bits."""
@@ -71,7 +71,7 @@ class AdamW8bit:
 
 def make_optimizer(
     name: OptimizerName, flat: FlatValues, *, weight_decay: float
-) -> AdamW | AdamW8bit:
+) -> FlatAdamW | AdamW8bit:
     """Makes an optimizer. ConfigError if adamw8bit is not installed, or would need several
     rates.
     """
@@ -80,7 +80,7 @@ def make_optimizer(
             "optimizer adamw8bit steps all values at one rate, and method.lr_ratio asks for two",
             next_step="Take optimizer adamw: an adapter's moments are a few MB.",
         )
-    return (AdamW8bit if name == "adamw8bit" else AdamW)(flat, weight_decay=weight_decay)
+    return (AdamW8bit if name == "adamw8bit" else FlatAdamW)(flat, weight_decay=weight_decay)
 
 
 def _library() -> Any:

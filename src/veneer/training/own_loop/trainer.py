@@ -1,0 +1,281 @@
+"""`base.trainer(...)`: an adapter and its optimizer, for people who write the loop themselves.
+
+A trainer knows forward and backward, the step of the optimizer, answers, and the adapter's folder.
+Rates, batches, evaluations and when to stop are up to the loop.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self, TypeGuard, cast, get_args
+
+from veneer.adapters.placement.acting import Acting
+from veneer.adapters.placement.attachment import Attachment
+from veneer.bounds import LENGTH, SEED, check_numbers
+from veneer.data.checks.check import refuse_beyond
+from veneer.data.examples import Example, TrainOn
+from veneer.data.files.writing import Record
+from veneer.data.template.user_prompt import UserPrompt
+from veneer.decoding.answers import Answer, answer_prompts
+from veneer.errors import ConfigError, VeneerError, fits_memory
+from veneer.evaluation.rows import RowOptions, load_row_set
+from veneer.files.home import expanded
+from veneer.formats.adapter import manifest_for, write_adapter
+from veneer.formats.manifest import make_readable
+from veneer.models.capacity import capacity_of
+from veneer.models.frozen_base import FrozenBase
+from veneer.training.inputs import ForwardInputs
+from veneer.training.optimizer.buffer import FlatAdamW, FlatParameters
+from veneer.training.own_loop.adamw import AdamW
+from veneer.training.own_loop.forward_queue import ForwardQueue, SummedLoss, TrainerGradient
+from veneer.wording import kind_of
+
+Loss = Literal["cross_entropy"]
+
+
+@dataclass(frozen=True)
+class OptimizerStep:
+    """The figures of one step.
+
+    step           number of steps up to here
+    gradient_norm  norm of the gradient after `divide_by`, before it is scaled down to max_norm
+    loss_sum       sum of -log p (nats) over the trained tokens of all calls of the step
+    tokens         number of these tokens
+    """
+
+    step: int
+    gradient_norm: float
+    loss_sum: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class TrainerOptions:
+    """Options of `base.trainer`. parent: content hash of the adapter that training starts from.
+
+    Raises ConfigError for options out of bounds.
+    """
+
+    seed: int
+    length: int
+    train_on: TrainOn
+    variables: Mapping[str, Any]
+    parent: str | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers(seed=(SEED, self.seed), length=(LENGTH, self.length))
+        if self.train_on not in get_args(TrainOn):
+            choices = ", ".join(get_args(TrainOn))
+            raise ConfigError(f"train_on is {self.train_on!r}, not one of {choices}")
+
+
+class Trainer:
+    """Trains an adapter of a base, step by step; made by `base.trainer`. Use it in a `with` block,
+    or close it.
+
+    name        name of the adapter on the base
+    attachment  the adapter, with its settings
+    step        number of optimizer steps so far
+    """
+
+    def __init__(
+        self, base: FrozenBase, attachment: Attachment, queue: ForwardQueue, options: TrainerOptions
+    ) -> None:
+        self._base, self.attachment, self._queue = base, attachment, queue
+        self.name, self._options = attachment.name, options
+        attachment.preamble = attachment.preamble.asked(variables=options.variables)
+        self._systems: set[str | None] = set()
+        adapters = ((attachment, 1.0),)
+        self._acting = Acting.everywhere(adapters)
+        with fits_memory("on the trained values, their gradient and the optimizer's moments"):
+            flat = FlatParameters(attachment.parameters(), attachment.learning_rate_factors())
+            self._optimizer: FlatAdamW | None = FlatAdamW(flat, weight_decay=0.0)
+        forward = ForwardInputs(
+            base.model, base.paths, base.routing, adapters, share_prompt=True, seed=options.seed
+        )
+        self._gradient = TrainerGradient(forward, flat)
+        queue.enter(self._gradient)
+
+    @property
+    def step(self) -> int:
+        return self._gradient.step
+
+    def encode(self, rows: str | Path | Iterable[Record]) -> list[Example]:
+        """Encodes rows, or a file of rows, as `veneer.train` does: token ids and which of them are
+        trained. A row may become several examples.
+
+        Raises DataError, with every fault, for rows that cannot be trained on.
+        """
+        base, preamble = self._base, self.attachment.preamble
+        self._require_open()
+        given = [rows] if isinstance(rows, Mapping) else rows
+        with base.routing.held(self._acting):
+            capacity, tokenizer = capacity_of(base), base.acting_tokenizer
+            data = load_row_set(
+                base,
+                given,
+                RowOptions(length=self._options.length, train_on=self._options.train_on),
+                preamble=replace(preamble, system=None),
+                purpose="trained on",
+            )
+            examples = list(data.train)
+            refuse_beyond("these rows do not fit", examples, capacity, tokenizer)
+        self._systems.add(data.preamble.system)
+        system = next(iter(self._systems)) if len(self._systems) == 1 else None
+        self.attachment.preamble = replace(preamble, system=system)
+        return examples
+
+    def forward_backward(
+        self,
+        rows: str | Path | Iterable[Record] | Sequence[Example],
+        *,
+        loss: Loss = "cross_entropy",
+    ) -> SummedLoss:
+        """Adds the gradient of these rows to that of the next step.
+
+        Loss and gradient are sums over the trained tokens, not means: several calls before a step
+        add up as if their rows came in one. `optim_step(..., divide_by=tokens)` makes a mean.
+
+        Rows are encoded at once. Their forward runs when `loss_sum` is read, or at the next step of
+        any trainer of this base; the rows that all of them wait for are computed together.
+
+        rows  rows, each a dict, a file of rows, or examples that `encode` made
+        """
+        self._require_open()
+        if loss not in get_args(Loss):
+            raise ConfigError(f"loss is {loss!r}, not one of {', '.join(get_args(Loss))}")
+        examples = rows if _are_encoded(rows) else self.encode(cast(Iterable[Record], rows))
+        call = SummedLoss(examples, self._queue.compute)
+        self._gradient.add_call(call)
+        return call
+
+    def optim_step(self, adamw: AdamW, *, divide_by: float = 1.0) -> OptimizerStep:
+        """Changes the adapter by the gradient of all calls since the last step.
+
+        divide_by: the gradient is divided by this number first, for instance by the number of
+        tokens. Raises ConfigError if no call was made, DivergedError if the gradient is not finite,
+        and the error of a call that could not be computed. The adapter does not change then, and
+        the next step begins without a gradient.
+        """
+        optimizer = self._require_open()
+        if not isinstance(adamw, AdamW):
+            raise ConfigError(
+                f"optim_step takes veneer.AdamW(learning_rate=...), and this is {kind_of(adamw)}"
+            )
+        if not (math.isfinite(divide_by) and divide_by > 0):
+            raise ConfigError(f"divide_by is {divide_by}, and takes a number above 0")
+        if not self._gradient.calls:
+            raise ConfigError(
+                "there is no gradient for a step", next_step="Call forward_backward first."
+            )
+        self._queue.compute()
+        calls, flat = self._gradient.end(), self._gradient.flat
+        if divide_by != 1.0:
+            flat.gradient.div_(divide_by)
+        norm = float(flat.gradient.norm())
+        if not math.isfinite(norm):
+            raise self._gradient.diverged(norm)
+        optimizer.configure(betas=adamw.betas, epsilon=adamw.eps, weight_decay=adamw.weight_decay)
+        optimizer.step(learning_rate=adamw.learning_rate, clip=adamw.max_norm, norm=norm)
+        self._gradient.step += 1
+        loss_sum, tokens = sum(call.loss_sum for call in calls), sum(call.tokens for call in calls)
+        return OptimizerStep(self.step, norm, loss_sum, tokens)
+
+    def sample(
+        self,
+        prompt: UserPrompt | Sequence[UserPrompt],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Answer | list[Answer]:
+        """Answers a prompt, or a list of prompts, as `base.generate` does, with the adapter as it
+        is now. Nothing is copied."""
+        self._require_open()
+        with self._base.routing.held(self._acting):
+            return answer_prompts(
+                self._base,
+                prompt,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+            )
+
+    def save(self, out: str | Path, *, replace: bool = False) -> Path:
+        """Writes the adapter as it is now into a new folder, which a library and PEFT read.
+
+        replace: an existing folder is replaced. Raises ConfigError otherwise.
+        """
+        self._require_open()
+        if not isinstance(out, str | Path):
+            raise ConfigError(f"out is {out!r}, not a folder's name")
+        base, attachment, parent = self._base, self.attachment, self._options.parent
+        manifest = make_readable(
+            lambda: manifest_for(
+                base,
+                method=attachment.config.name,
+                preamble=attachment.preamble,
+                parents=[] if parent is None else [(parent, 1.0)],
+                template_hash=base.template_hash(),
+            )
+        )
+        folder = expanded(out)
+        return write_adapter(folder, attachment, manifest, model=base.model, replace=replace).path
+
+    def close(self) -> None:
+        """Takes the adapter off the base and frees the optimizer. Calls that wait are dropped."""
+        if self._optimizer is None:
+            return
+        self._queue.leave(self._gradient)
+        self._gradient.fail(
+            VeneerError(f"trainer {self.name!r} was closed before this was computed")
+        )
+        self._optimizer = None
+        if self._base.attachments.get(self.name) is self.attachment:
+            self._base.detach(self.name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        self.close()
+
+    def _require_open(self) -> FlatAdamW:
+        """Returns the optimizer. Raises ConfigError if there is none any more."""
+        if self._optimizer is None:
+            raise ConfigError(
+                f"trainer {self.name!r} is closed", next_step="Make a new one: base.trainer(...)."
+            )
+        if self._base.attachments.get(self.name) is not self.attachment:
+            raise ConfigError(
+                f"adapter {self.name!r} was detached from the base",
+                next_step="Close this trainer and make a new one.",
+            )
+        return self._optimizer
+
+    def __repr__(self) -> str:
+        state = "closed" if self._optimizer is None else f"{self.step} steps"
+        return f"Trainer({self.name!r}, {self.attachment.config.name}, {state})"
+
+
+def open_trainer(
+    base: FrozenBase, attachment: Attachment, queue: ForwardQueue, options: TrainerOptions
+) -> Trainer:
+    """Opens a trainer of an adapter; takes the adapter off the base if that fails."""
+    try:
+        return Trainer(base, attachment, queue, options)
+    except BaseException:
+        base.detach(attachment.name)
+        raise
+
+
+def _are_encoded(rows: object) -> TypeGuard[Sequence[Example]]:
+    """Whether the rows are examples. Raises ConfigError if there are none."""
+    if not isinstance(rows, Sequence) or isinstance(rows, str):
+        return False
+    if not rows:
+        raise ConfigError("there are no rows to train on")
+    return all(isinstance(row, Example) for row in rows)

@@ -1,0 +1,295 @@
+"""base.trainer: a loop written by hand learns what a run learns, alone and beside other trainers."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import veneer
+from tests.support.joint import FLOAT32, alone, losses, make_world
+from veneer.errors import ConfigError, DataError, DivergedError, DoesNotFitError
+from veneer.training.own_loop import forward_queue
+
+DIVIDED = 1e-5
+"""Relative difference after some steps: a run divides each loss by the tokens, a loop the sum of the
+gradients, which rounds differently."""
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "own_loop.md"
+METHODS = {
+    "lora": veneer.LoRA(rank=3, alpha=5, dropout=0.2),
+    "targets": veneer.LoRA(rank=5, targets=["q_proj", "down_proj"], lr_ratio=4.0),
+    "dora": veneer.DoRA(rank=2),
+    "bottleneck": veneer.Bottleneck(size=4),
+    "prefix": veneer.Prefix(tokens=3),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def base(world):
+    return veneer.load(world / "base")
+
+
+@pytest.fixture
+def rows(world):
+    return [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """The number of trainers in each forward, in order."""
+    counts = []
+    own = forward_queue.forward_backward
+
+    def counted(micro_batches):
+        counts.append(len(micro_batches))
+        own(micro_batches)
+
+    monkeypatch.setattr(forward_queue, "forward_backward", counted)
+    return counts
+
+
+def batches(rows, size=3):
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def step(trainer, rows, rate=0.01):
+    """Takes a step by the mean over the trained tokens; returns its loss."""
+    loss = trainer.forward_backward(rows)
+    adamw = veneer.AdamW(learning_rate=rate, weight_decay=0.3, max_norm=1.0)
+    return trainer.optim_step(adamw, divide_by=loss.tokens).loss_sum / loss.tokens
+
+
+def values(trainer):
+    return {name: value.detach().clone() for name, value in trainer.attachment.parameters().items()}
+
+
+def assert_close(ours, theirs, tolerance=FLOAT32):
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.allclose(value, theirs[name], rtol=tolerance, atol=tolerance), name
+
+
+@pytest.mark.parametrize("method", ["lora", "targets", "dora"])
+def test_a_loop_by_hand_learns_what_a_run_learns(method, base, world, rows, tmp_path):
+    alone(
+        world,
+        tmp_path / "run",
+        data={"train": str(world / "rows.jsonl"), "validation_share": 0},
+        method=METHODS[method],
+        order="file",
+        steps=7,
+        schedule="constant",
+        warmup=0,
+        weight_decay=0.3,
+        seed=4,
+    )
+    with base.trainer(METHODS[method], seed=4) as trainer:
+        ours = [step(trainer, batch) for batch in (batches(rows) * 2)[:7]]
+        folder = trainer.save(tmp_path / "saved")
+    theirs = [loss for kind, _, loss in losses(tmp_path / "run") if kind == "step"]
+    assert ours[:3] == pytest.approx(theirs[:3], rel=FLOAT32)
+    assert ours == pytest.approx(theirs, rel=DIVIDED)
+    files = [f / "adapter_model.safetensors" for f in (folder, tmp_path / "run" / "adapter")]
+    assert_close(*map(load_file, files), DIVIDED)
+
+
+def test_trainers_called_in_turn_share_forwards_and_learn_what_each_would_alone(
+    base, rows, forwards
+):
+    trainers = {name: base.trainer(method, seed=2) for name, method in METHODS.items()}
+    adamw = veneer.AdamW(learning_rate=0.01, betas=(0.8, 0.95), eps=1e-6)
+    for batch in batches(rows)[:3]:
+        for number, trainer in enumerate(trainers.values()):
+            trainer.forward_backward(batch[: 1 + number % 3])
+        for trainer in trainers.values():
+            trainer.optim_step(adamw)
+    assert forwards == [len(METHODS)] * 3
+    together = {name: values(trainer) for name, trainer in trainers.items()}
+    for trainer in trainers.values():
+        trainer.close()
+    assert not base.attachments
+    for number, (name, method) in enumerate(METHODS.items()):
+        with base.trainer(method, seed=2) as trainer:
+            for batch in batches(rows)[:3]:
+                trainer.forward_backward(batch[: 1 + number % 3])
+                trainer.optim_step(adamw)
+            assert_close(values(trainer), together[name])
+
+
+def test_loss_and_gradient_are_sums_over_trained_tokens(base, rows):
+    with base.trainer(METHODS["targets"]) as trainer:
+        whole = trainer.forward_backward(rows[:5])
+        gradient = trainer._gradient.flat.gradient
+        assert whole.loss_sum == pytest.approx(
+            whole.tokens * veneer.evaluate(base, rows[:5])["loss"], rel=1e-5
+        )
+        at_once = gradient.clone()
+        gradient.zero_()
+        parts = [trainer.forward_backward(trainer.encode(part)) for part in (rows[:2], rows[2:5])]
+        assert sum(part.loss_sum for part in parts) == pytest.approx(whole.loss_sum, rel=1e-6)
+        assert sum(part.tokens for part in parts) == whole.tokens
+        assert [part.rows for part in parts] == [2, 3]
+        assert torch.allclose(gradient, at_once, rtol=1e-4, atol=1e-5)
+
+
+def test_a_call_is_computed_when_its_loss_is_read_or_at_a_step(base, rows, forwards):
+    with base.trainer(METHODS["lora"]) as first, base.trainer(METHODS["dora"]) as second:
+        loss = first.forward_backward(rows[:2])
+        second.forward_backward(rows[2:4])
+        second.forward_backward(rows[4:6])
+        first.sample("row", max_new_tokens=2)
+        assert forwards == [] and "not computed" in repr(loss)
+        assert loss.loss_sum > 0
+        assert forwards == [2, 1]  # micro-batches of one trainer follow one another
+        second.optim_step(veneer.AdamW(learning_rate=0.01))
+        assert forwards == [2, 1]
+
+
+def test_errors_of_a_trainer_reach_that_trainer_alone(base, rows):
+    with base.trainer(METHODS["lora"]) as good, base.trainer(METHODS["targets"]) as bad:
+        loss = good.forward_backward(rows[:2])
+        with pytest.raises(DataError, match="rows:2"):
+            bad.forward_backward([rows[0], {"prompt": "no answer"}])
+        with pytest.raises(DataError, match="row 1 is no JSON"):
+            bad.forward_backward([{"prompt": "x", "completion": float("nan")}])
+        next(iter(bad.attachment.parameters().values())).data.fill_(float("nan"))
+        bad.forward_backward(rows[:1])
+        before = values(good)
+        with pytest.raises(DivergedError, match="step 1"):
+            bad.optim_step(veneer.AdamW(learning_rate=0.1))
+        good.optim_step(veneer.AdamW(learning_rate=0.1))
+        assert loss.loss_sum > 0 and good.step == 1 and bad.step == 0
+        assert all(torch.isfinite(value).all() for value in values(good).values())
+        assert any(not torch.equal(value, before[name]) for name, value in values(good).items())
+        with pytest.raises(ConfigError, match="no gradient"):
+            bad.optim_step(veneer.AdamW(learning_rate=0.1))
+
+
+def test_rows_that_do_not_fit_together_are_computed_one_trainer_at_a_time(base, rows, monkeypatch):
+    own = forward_queue.forward_backward
+
+    def computed(micro_batches):
+        own(micro_batches)  # gradients of a forward that fails may be in the buffers
+        if len(micro_batches) > 1 or len(micro_batches[0].examples) > 3:
+            raise RuntimeError("out of memory")
+
+    def steps(method):
+        with base.trainer(METHODS["dora"]) as first, base.trainer(METHODS["lora"]) as second:
+            first.forward_backward(rows[:1]).loss_sum  # noqa: B018  # computed before
+            for trainer in (first, second):
+                trainer.forward_backward(rows[:3])
+            for trainer in (first, second):
+                trainer.optim_step(veneer.AdamW(learning_rate=0.01))
+            return values(first) | values(second)
+
+    alike = steps(own)
+    monkeypatch.setattr(forward_queue, "forward_backward", computed)
+    assert_close(steps(computed), alike)
+    with base.trainer(METHODS["lora"]) as trainer:
+        kept = trainer.forward_backward(rows[:2])
+        kept_sum = kept.loss_sum
+        loss = trainer.forward_backward(rows[:4])
+        with pytest.raises(DoesNotFitError, match="4 rows"):
+            loss.loss_sum  # noqa: B018
+        assert kept.loss_sum == kept_sum
+        with pytest.raises(DoesNotFitError):
+            trainer.optim_step(veneer.AdamW(learning_rate=0.01))
+        step(trainer, rows[:3])
+        assert trainer.step == 1
+
+
+def test_answers_and_files_are_those_of_the_adapter_as_it_stands(base, rows, tmp_path):
+    chats = [
+        {
+            "messages": [
+                {"role": "system", "content": "short"},
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["completion"]},
+            ]
+        }
+        for row in rows
+    ]
+    with base.trainer(METHODS["targets"], name="mine") as trainer:
+        untrained = trainer.sample(["row 1", "row 2"], max_new_tokens=6)
+        for _ in range(4):
+            step(trainer, chats[:4], rate=0.05)
+        trained = trainer.sample(["row 1", "row 2"], max_new_tokens=6)
+        assert trained != untrained and base.routing.active == ()
+        folder = trainer.save(tmp_path / "saved")
+        with pytest.raises(ConfigError, match="exists"):
+            trainer.save(folder)
+        trainer.save(folder, replace=True)
+        with pytest.raises(ConfigError, match="trainer is open"):
+            base.merge("mine")
+    base.use(base.load_adapter(folder))
+    assert base.generate(["row 1", "row 2"], max_new_tokens=6) == trained
+    assert base.preamble.system == "short"
+    entry = veneer.Library(tmp_path / "library").add(folder, name="mine")
+    assert entry.reference == "mine@1"
+
+
+def test_a_trainer_goes_on_with_an_adapter(base, rows, tmp_path):
+    with base.trainer(METHODS["dora"]) as trainer:
+        step(trainer, rows[:3])
+        folder = trainer.save(tmp_path / "first")
+        trained = values(trainer)
+    with base.trainer(folder) as trainer:
+        assert_close(values(trainer), trained)
+        step(trainer, rows[:3])
+        trainer.save(tmp_path / "second")
+    first, second = (
+        json.loads((tmp_path / name / "veneer.json").read_text()) for name in ("first", "second")
+    )
+    assert second["parent"] == first["content_hash"] and first["recipe"] is None
+
+
+def test_mistakes_are_refused_in_words(base, rows):
+    with pytest.raises(ConfigError, match="length"):
+        base.trainer(METHODS["lora"], length=0)
+    with pytest.raises(ConfigError, match="train_on"):
+        base.trainer(METHODS["lora"], train_on="everything")
+    with pytest.raises(ConfigError, match="settings of its method"):
+        base.trainer(veneer.Full())
+    assert not base.attachments
+    trainer = base.trainer(METHODS["lora"])
+    for wrong in ("mse", None):
+        with pytest.raises(ConfigError, match="cross_entropy"):
+            trainer.forward_backward(rows, loss=wrong)
+    with pytest.raises(ConfigError, match="no rows"):
+        trainer.forward_backward([])
+    trainer.forward_backward(rows[0])
+    for divisor in (0, float("nan")):
+        with pytest.raises(ConfigError, match="divide_by"):
+            trainer.optim_step(veneer.AdamW(learning_rate=0.1), divide_by=divisor)
+    with pytest.raises(ConfigError, match="AdamW"):
+        trainer.optim_step(0.1)
+    with pytest.raises(ConfigError, match="learning_rate"):
+        veneer.AdamW(learning_rate=-1)
+    waiting = trainer.forward_backward(rows[:1])
+    trainer.close()
+    trainer.close()
+    with pytest.raises(veneer.VeneerError, match="closed"):
+        waiting.loss_sum  # noqa: B018
+    with pytest.raises(ConfigError, match="closed"):
+        trainer.sample("row")
+    trainer = base.trainer(METHODS["lora"])
+    base.detach(trainer.name)
+    with pytest.raises(ConfigError, match="detached"):
+        trainer.forward_backward(rows)
+    trainer.close()
+
+
+def test_the_example_of_the_guide_runs(world, tmp_path, monkeypatch, capsys):
+    (example,) = re.findall(r"```python\n(import veneer\n.*?)```", GUIDE.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(example.replace("smollm2-135m", str(world / "base")), {})
+    printed = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()[:20]]
+    assert printed[-1] < printed[0]
+    assert (tmp_path / "adapters" / "orders" / "adapter_model.safetensors").exists()
