@@ -57,7 +57,7 @@ def test_no_package_or_module_has_the_name_of_a_public_function():
 
 
 def test_an_unknown_name_is_an_attribute_error_that_lists_the_names():
-    with pytest.raises(AttributeError, match="it has Base, Bottleneck, DoRA"):
+    with pytest.raises(AttributeError, match="it has AdamW, Base, Bottleneck, DoRA"):
         _ = veneer.Lora
 
 

@@ -46,7 +46,7 @@ def steps(optimizer, first, last, clip=1e9):
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("kind", [AdamW, pytest.param(AdamW8bit, marks=needs_library)])
+@pytest.mark.parametrize("kind", [FlatAdamW, pytest.param(AdamW8bit, marks=needs_library)])
 def test_a_gradient_longer_than_clip_is_cut_to_clip_and_a_shorter_one_is_left(kind, size):
     def stepped_with(clip):
         optimizer, seen = kind(flat_of(size), weight_decay=0.0), []

@@ -1,4 +1,4 @@
-"""base.trainer: a loop written by hand learns what a run learns, alone and beside other trainers."""
+"""base.trainer: a loop written by hand learns what a run learns, alone and beside others."""
 
 import json
 import re
@@ -14,8 +14,8 @@ from veneer.errors import ConfigError, DataError, DivergedError, DoesNotFitError
 from veneer.training.own_loop import forward_queue
 
 DIVIDED = 1e-5
-"""Relative difference after some steps: a run divides each loss by the tokens, a loop the sum of the
-gradients, which rounds differently."""
+"""Relative difference after some steps: a run divides each loss by the tokens, and a loop divides
+the sum of the gradients, which rounds differently."""
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "own_loop.md"
 METHODS = {
     "lora": veneer.LoRA(rank=3, alpha=5, dropout=0.2),
