@@ -28,7 +28,7 @@ SUBJECTS = {
     "Penalties": "repetition_penalty presence_penalty frequency_penalty logit_bias",
     "Length": "max_tokens max_completion_tokens max_output_tokens min_tokens",
     "Stopping": "stop stop_sequences stop_token_ids ignore_eos",
-    "Output": "n best_of stream stream_options logprobs top_logprobs",
+    "Output": "n best_of stream stream_options echo logprobs top_logprobs",
     "Answer format": "response_format text structured_outputs"
     " guided_json guided_regex guided_choice guided_grammar",
     "Tools": "tools tool_choice",

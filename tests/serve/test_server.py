@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import httpx
 import openai
 import pytest
+import torch
 
 from tests.serve.server import BASE, add_adapter, made_base, running
 from veneer.decoding.schedule.limits import Limits
@@ -380,6 +381,67 @@ def test_streamed_completions_say_what_the_whole_ones_say(client, logprobs):
             ] == choice.logprobs.text_offset
         else:
             assert not any(chunk.logprobs for chunk in own)
+
+
+@pytest.mark.parametrize("name", [BASE, "tickets"])
+def test_an_echoed_prompt_comes_with_its_logprobs(client, library, name):
+    base = made_base()
+    if name != BASE:
+        base.use(base.load_adapter(library.path(name), name=name))
+    ids = base.tokenizer("hello").input_ids
+    settings = {"model": name, "temperature": 0, "logprobs": 2, "echo": True}
+    whole = client.completions.create(**settings, prompt=["hello", "ab"], max_tokens=3)
+    logs = whole.choices[0].logprobs
+    assert whole.choices[0].text.startswith("hello") and whole.choices[1].text.startswith("ab")
+    assert logs.tokens[:5] == [*"hello"] and len(logs.tokens) == 8
+    assert logs.token_logprobs[0] is None and logs.top_logprobs[0] is None
+    assert logs.text_offset[:6] == [0, 1, 2, 3, 4, 5]
+    with torch.no_grad():
+        rows = base.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = [float(row[token]) for row, token in zip(rows, ids[1:], strict=False)]
+    assert logs.token_logprobs[1:5] == pytest.approx(expected, abs=1e-4)
+    for token, top in zip(logs.token_logprobs[1:], logs.top_logprobs[1:], strict=True):
+        assert max(top.values()) >= token - 1e-6
+    plain = client.completions.create(
+        model=name, prompt="hello", temperature=0, max_tokens=3, logprobs=2
+    )
+    assert whole.choices[0].text == "hello" + plain.choices[0].text
+    assert logs.token_logprobs[5:] == pytest.approx(plain.choices[0].logprobs.token_logprobs)
+    assert whole.usage.completion_tokens == 6 and whole.usage.prompt_tokens == 7
+
+    alone = client.completions.create(**settings, prompt=[ids], max_tokens=0)
+    assert alone.choices[0].text == "hello" and alone.choices[0].finish_reason == "length"
+    assert alone.choices[0].logprobs.token_logprobs == pytest.approx(
+        logs.token_logprobs[:5], abs=1e-4
+    )
+    assert alone.usage.completion_tokens == 0 and alone.usage.total_tokens == 5
+
+
+@pytest.mark.parametrize("logprobs", [None, 0, 2])
+def test_an_echoed_prompt_is_the_first_of_what_is_streamed(client, logprobs):
+    settings = {
+        "model": "poems",
+        "prompt": "abcdef",
+        "max_tokens": 5,
+        "n": 2,
+        "temperature": 0,
+        "echo": True,
+        "logprobs": logprobs,
+    }
+    whole = client.completions.create(**settings)
+    chunks = [chunk.choices[0] for chunk in client.completions.create(**settings, stream=True)]
+    for choice in whole.choices:
+        own = [chunk for chunk in chunks if chunk.index == choice.index]
+        assert "".join(chunk.text for chunk in own) == choice.text
+        assert choice.text.startswith("abcdef") and own[0].text.startswith("abcdef")
+        if logprobs is None:
+            assert choice.logprobs is None
+        else:
+            parts = [chunk.logprobs for chunk in own if chunk.logprobs]
+            assert [token for part in parts for token in part.tokens] == choice.logprobs.tokens
+            places = [place for part in parts for place in part.text_offset]
+            assert places == choice.logprobs.text_offset
+            assert choice.logprobs.token_logprobs[0] is None
 
 
 @pytest.mark.parametrize("what", SHAPES)

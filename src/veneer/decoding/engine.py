@@ -20,10 +20,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from veneer.adapters.methods.new_tokens import width_of
-from veneer.decoding.draws import ChoiceSampler, draw
+from veneer.decoding.draws import ChoiceSampler, draw, prompt_chances
 from veneer.decoding.guesses import Draw, check_guesses
 from veneer.decoding.lanes import Lanes
 from veneer.decoding.proof import decodes_packed, prove_decoding
+from veneer.decoding.sampling.sampling import TokenChance
 from veneer.decoding.schedule.adapters import AdapterSource
 from veneer.decoding.schedule.blocks import BlockManager
 from veneer.decoding.schedule.limits import Limits
@@ -38,6 +39,8 @@ from veneer.model_record import record_of
 from veneer.models.capacity import capacity_of, read_alike
 from veneer.models.frozen_base import FrozenBase
 
+PromptScores = dict[int, list[TokenChance]]
+"""Probabilities of prompt tokens, by the answer's number."""
 BLOCK_SLOTS = 16
 """Tokens per block, as kernels expect."""
 
@@ -136,7 +139,7 @@ class Engine:
                 self._undo()
                 raise
             if results is not None:
-                return self._let_go([*ended, *self.scheduler.finish_step(results)])
+                return self._let_go([*ended, *self.scheduler.finish_step(*results)])
             self._undo()
             tokens = sum(span.rows for span in plan.spans)
             most = max(1, tokens // 2)
@@ -170,11 +173,12 @@ class Engine:
                 self._undo()
                 self.scheduler.fail(span.sequence, _no_memory())
             else:
-                ended += self.scheduler.finish_step(results)
+                ended += self.scheduler.finish_step(*results)
         return ended
 
-    def _results(self, plan: StepPlan) -> dict[int, StepResult] | None:
-        """Returns what each answer draws, by number. None if out of memory."""
+    def _results(self, plan: StepPlan) -> tuple[dict[int, StepResult], PromptScores] | None:
+        """Returns what each answer draws, by number, and the probabilities of prompt tokens. None
+        if out of memory."""
         try:
             computed = self.lanes.logits(plan) if plan.spans else []
         except Exception as fault:
@@ -182,17 +186,34 @@ class Engine:
                 raise
             return None
         results: dict[int, StepResult] = {}
+        scores: PromptScores = {}
         for numbers, logits in computed:
-            results |= self._draw_spans([plan.spans[n] for n in numbers], logits)
-        return results
+            spans = [plan.spans[n] for n in numbers]
+            scores |= self._score_prompts(spans, logits)
+            results |= self._draw_spans(spans, logits)
+        return results, scores
+
+    def _score_prompts(self, spans: Sequence[Span], logits: Tensor) -> PromptScores:
+        """Returns the probabilities of the prompt tokens that these spans score."""
+        scores: PromptScores = {}
+        row = 0
+        for span in spans:
+            if tokens := span.scored:
+                answer, rows = span.sequence, logits[row : row + len(tokens)]
+                if self._ids is not None and logits.shape[1] > self._ids:
+                    rows = rows[:, : self._width(answer, self._ids)]
+                alternatives = answer.request.sampling.logprobs or 0
+                scores[answer.number] = prompt_chances(rows, tokens, alternatives)
+            row += span.logits
+        return scores
 
     def _draw_spans(self, spans: Sequence[Span], logits: Tensor) -> dict[int, StepResult]:
         """Draws for the answers of these spans from their logits (rows, V)."""
         draws: list[Draw] = []
         row = 0
         for span in spans:
-            draws += [(answer, answer.new, row) for answer in span.draws]
             row += span.logits
+            draws += [(answer, answer.new, row - 1 - len(span.guesses)) for answer in span.draws]
         if not draws:
             return {}
         drawn = self._draw(logits, draws)

@@ -261,6 +261,14 @@ def test_a_tool_reaches_the_template_with_its_keys_in_the_order_of_the_client():
     assert json.dumps(prompt.tools) == json.dumps([tool])
 
 
+def test_an_answer_without_a_token_is_an_echo_alone():
+    path = "/v1/completions"
+    assert refused(path, {"max_tokens": 0}).param == "max_tokens"
+    asked = completions.PROTOCOL.read({**ASK[path], "max_tokens": 0, "echo": True})
+    assert asked.prompt_only and asked.repeats_prompt and asked.max_new_tokens == 1
+    assert refused("/v1/chat/completions", {"echo": True}).param == "echo"
+
+
 def test_stops_logprobs_and_lengths_are_where_each_protocol_has_them():
     path = "/v1/chat/completions"
     asked = chat.PROTOCOL.read(

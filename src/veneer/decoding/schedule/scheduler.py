@@ -39,6 +39,7 @@ from veneer.decoding.schedule.step_plan import (
 from veneer.errors import DoesNotFitError, QueueFullError, VeneerError
 
 if TYPE_CHECKING:
+    from veneer.decoding.sampling.sampling import TokenChance
     from veneer.decoding.schedule.adapters import AdapterSource
 
 
@@ -172,9 +173,14 @@ class Scheduler:
         fronts, copies = self.blocks.pending(sequence.table)
         return self._new_plan((self._span(sequence, take),), fronts, copies)
 
-    def finish_step(self, results: Mapping[int, StepResult]) -> tuple[Sequence, ...]:
+    def finish_step(
+        self,
+        results: Mapping[int, StepResult],
+        scores: Mapping[int, list[TokenChance]] | None = None,
+    ) -> tuple[Sequence, ...]:
         """Takes the results of the plan and returns the sequences that have ended.
 
+        scores    of each span with `scored` tokens, by sequence number
         results   the result of every sequence in the plan's `draws`, by sequence number. A sequence
                   that was cancelled meanwhile gets no token.
         """
@@ -185,6 +191,8 @@ class Scheduler:
         self.blocks.done(plan.fronts, plan.copies)
         for span in plan.spans:
             self._fill(span.sequence, span.stop)
+            known = len(span.sequence.prompt_logprobs) - span.start
+            span.sequence.prompt_logprobs += (scores or {}).get(span.sequence.number, [])[known:]
             if span.draws:
                 self._queues.choices.pop(span.sequence.number, None)
             # The first choice is last: if it ends, its blocks are released, so others fork before.
@@ -292,7 +300,8 @@ class Scheduler:
             adapter = s.request.adapter
             if (
                 adapter not in places
-                or self._queues.will_be_cached(s, reading)
+                # No cached block is looked up for a prompt whose tokens are scored.
+                or (not s.scores_prompt and self._queues.will_be_cached(s, reading))
                 or not adapters.allow(s)
             ):
                 continue
@@ -370,7 +379,7 @@ class Scheduler:
         reason = FinishReason.STOP if sampled.ends else s.ended_by(sampled.token)
         first = span.sequence
         if s is not first:
-            s.cached_tokens = first.cached_tokens
+            s.cached_tokens, s.prompt_logprobs = first.cached_tokens, first.prompt_logprobs
         if reason is not None:
             if self._lookup is not None:
                 self._lookup.end(s)

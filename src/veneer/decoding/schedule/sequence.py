@@ -65,6 +65,8 @@ class Request:
     deadline        time on the same clock at which the answer is cut; None: never
     priority        higher ones go first
     salt            requests with different salts share no keys and values
+    prompt_logprobs report the probabilities of the prompt's tokens too, with as many alternatives
+                    as those of new tokens; the whole prompt is then computed
     """
 
     prompt: tuple[int, ...]
@@ -81,6 +83,7 @@ class Request:
     deadline: float | None = None
     priority: int = 0
     salt: str = ""
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
         faults = number_faults(
@@ -131,6 +134,8 @@ class Sequence:
     order          sort key, lower goes first: priority, then age
     new            ids drawn so far, a stop token included
     logprobs       probabilities of the drawn tokens, if requested (Sampling.logprobs)
+    prompt_logprobs  of the prompt's tokens from the second on, if requested; complete once a token
+                   is drawn
     computed       number of tokens whose keys and values are in its blocks
     cached_tokens  prompt tokens that were cached when it first ran; for usage
     table          its blocks, while it runs
@@ -145,6 +150,7 @@ class Sequence:
         self.error: Exception | None = None
         self.new: list[int] = []
         self.logprobs: list[TokenChance] = []
+        self.prompt_logprobs: list[TokenChance] = []
         self.computed = 0
         self.cached_tokens: int | None = None
         self.table: BlockTable | None = None
@@ -160,6 +166,12 @@ class Sequence:
     def length(self) -> int:
         """Number of tokens, prompt and answer."""
         return len(self.request.prompt) + len(self.new)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether probabilities of the prompt's tokens are still to be computed."""
+        missing = len(self.request.prompt) - 1 - len(self.prompt_logprobs)
+        return self.request.prompt_logprobs and missing > 0
 
     @property
     def most_left(self) -> int:

@@ -37,7 +37,13 @@ class Span(NamedTuple):
     @property
     def logits(self) -> int:
         """Number of its last tokens whose logits are computed."""
-        return 1 + len(self.guesses)
+        return self.rows if self.sequence.scores_prompt else 1 + len(self.guesses)
+
+    @property
+    def scored(self) -> tuple[int, ...]:
+        """Prompt tokens whose probabilities its logits give, the first by its first logits."""
+        sequence = self.sequence
+        return sequence.request.prompt[self.start + 1 : self.stop + 1] * sequence.scores_prompt
 
 
 @dataclass(frozen=True)

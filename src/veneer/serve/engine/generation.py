@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from veneer.decoding.sampling.grammar import Grammar
@@ -16,7 +17,7 @@ from veneer.decoding.tool_calls.calls import CallReader, CallStyle
 from veneer.serve.engine.loop import EngineLoop, Inbox, Ticket, TokenUpdate
 from veneer.serve.engine.token_text import TokenTexts
 from veneer.serve.protocols.answers import AnswerDelta, AnswerEnd, TokenLogprob, ToolCall, Usage
-from veneer.serve.protocols.request import GenerationRequest
+from veneer.serve.protocols.request import GenerationRequest, TextPrompt
 from veneer.serve.refusals import Refusal, refusal_of
 
 
@@ -53,6 +54,7 @@ def engine_requests(
             arrival=now,
             deadline=now + seconds,
             salt=salt,
+            prompt_logprobs=request.repeats_prompt and request.sampling.logprobs is not None,
         )
         for number, (ids, length) in enumerate(zip(prompts, lengths, strict=True))
     ]
@@ -88,6 +90,7 @@ class Generation:
         self._inbox = Inbox(every_step=request.stream)
         self._tickets: list[Ticket] = []
         self._decoders: list[list[_AnswerDecoder]] = []
+        self._unrepeated: set[int] = set()  # answers that do not have their prompt yet
         self.style: CallStyle | None = None
 
     async def __aenter__(self) -> Generation:
@@ -113,7 +116,9 @@ class Generation:
         return Usage(
             prompt=sum(len(request.prompt) for request in self._engine_requests),
             cached=sum(ticket.cached_tokens for ticket in self._tickets),
-            new=sum(ticket.new_tokens for ticket in self._tickets),
+            new=0
+            if self._request.prompt_only
+            else sum(ticket.new_tokens for ticket in self._tickets),
         )
 
     async def deltas(self) -> AsyncIterator[list[AnswerDelta]]:
@@ -126,6 +131,8 @@ class Generation:
             ]
             for request in self._engine_requests
         ]
+        if self._request.repeats_prompt:
+            self._unrepeated = {*range(sum(map(len, self._decoders)))}
         open_answers = sum(map(len, self._decoders))
         while open_answers:
             deltas = []
@@ -155,7 +162,29 @@ class Generation:
 
     def _delta(self, update: TokenUpdate) -> AnswerDelta:
         index = update.request * self._request.choices + update.choice
-        return self._decoders[update.request][update.choice].delta(index, update)
+        delta = self._decoders[update.request][update.choice].delta(index, update)
+        if self._request.prompt_only:
+            end = None if delta.end is None else AnswerEnd("length")
+            delta = replace(delta, text="", logprobs=(), end=end)
+        if index in self._unrepeated:
+            self._unrepeated.remove(index)
+            delta = self._behind_prompt(delta, update)
+        return delta
+
+    def _behind_prompt(self, delta: AnswerDelta, update: TokenUpdate) -> AnswerDelta:
+        """Puts the prompt's text and logprobs in front of an answer's first delta."""
+        prompt = self._request.prompts[update.request]
+        ids = self._engine_requests[update.request].prompt
+        sent_text = prompt.text if isinstance(prompt, TextPrompt) else None
+        text = str(self._texts.tokenizer.decode(ids)) if sent_text is None else sent_text
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if self._request.sampling.logprobs is not None:
+            sequence = self._tickets[update.request].sequences[update.choice]
+            logprobs = (
+                self._texts.logprob(ids[0], None),
+                *(logprob_of(self._texts, chance) for chance in sequence.prompt_logprobs),
+            )
+        return replace(delta, text=text + delta.text, logprobs=(*logprobs, *delta.logprobs))
 
 
 class _AnswerDecoder:
@@ -201,7 +230,8 @@ class _AnswerDecoder:
                 last_text, last_pairs = self._call_reader.end()
                 text, pairs = text + last_text, pairs + last_pairs
             calls = [ToolCall(name, arguments) for name, arguments in pairs]
-        return AnswerDelta(index, text, tuple(map(self._logprob, logprobs)), tuple(calls), end)
+        chances = tuple(logprob_of(self._texts, chance) for chance in logprobs)
+        return AnswerDelta(index, text, chances, tuple(calls), end)
 
     def _decode(self, token: int) -> str:
         """Decodes a token; marks of calls are text too."""
@@ -244,6 +274,7 @@ class _AnswerDecoder:
             message = f"{param}: the model's answer does not follow it: {faults[0][:300]}"
             raise Refusal(422, message, param, "answer_refused")
 
-    def _logprob(self, token: TokenChance) -> TokenLogprob:
-        alternatives = tuple(self._texts.logprob(*pair) for pair in token.alternatives)
-        return self._texts.logprob(token.token, token.logprob, alternatives)
+
+def logprob_of(texts: TokenTexts, chance: TokenChance) -> TokenLogprob:
+    alternatives = tuple(texts.logprob(*pair) for pair in chance.alternatives)
+    return texts.logprob(chance.token, chance.logprob, alternatives)

@@ -32,11 +32,12 @@ class TokenTexts:
         return self._extended(tokens) if tokens else self
 
     def logprob(
-        self, token: int, logprob: float, alternatives: tuple[TokenLogprob, ...] = ()
+        self, token: int, logprob: float | None, alternatives: tuple[TokenLogprob, ...] = ()
     ) -> TokenLogprob:
         text, spelled = self._spell_cached(token)
         spelled_bytes = None if spelled is None else list(spelled)
-        return TokenLogprob(text, max(logprob, _LOWEST), spelled_bytes, alternatives)
+        bounded = None if logprob is None else max(logprob, _LOWEST)
+        return TokenLogprob(text, bounded, spelled_bytes, alternatives)
 
     def _spell(self, token: int) -> tuple[str, bytes | None]:
         """Returns a token's text and its bytes, None if they are unknown."""

@@ -19,11 +19,13 @@ EndReason = Literal["stop", "length", "deadline", "cancelled"]
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token with its log probability and the likeliest tokens in its place. bytes: None if they
-    are unknown."""
+    """A token with its log probability and the likeliest tokens in its place.
+
+    logprob: None for the first token of a repeated prompt. bytes: None if they are unknown.
+    """
 
     text: str
-    logprob: float
+    logprob: float | None
     bytes: list[int] | None = None
     alternatives: tuple[TokenLogprob, ...] = ()
 

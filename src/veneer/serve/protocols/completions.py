@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Annotated, Any, cast
 
-from veneer.bounds import CHOICES, LOGPROBS
+from veneer.bounds import CHOICES, LOGPROBS, NEW_TOKENS, Number
 from veneer.decoding.sampling.sampling import Sampling
 from veneer.serve.limits import MOST_IDS, MOST_PROMPTS, MOST_TEXT
 from veneer.serve.protocols.answers import (
@@ -21,10 +21,10 @@ from veneer.serve.protocols.answers import (
     ResponseHead,
     TokenLogprob,
 )
-from veneer.serve.protocols.body import BY_TYPE, Length, NotSupported, Num, OnlyFalse, OnlyTrue
+from veneer.serve.protocols.body import BY_TYPE, Length, NotSupported, Num, OnlyTrue
 from veneer.serve.protocols.chunks import ChoiceWriter
 from veneer.serve.protocols.request import GenerationRequest, TextPrompt
-from veneer.serve.protocols.sampling_body import ChoicesBody, NewTokens, TokenId
+from veneer.serve.protocols.sampling_body import ChoicesBody, TokenId
 from veneer.serve.protocols.shapes import ShapedBody
 from veneer.serve.refusals import Fault
 
@@ -43,14 +43,14 @@ class CompletionBody(ShapedBody, ChoicesBody):
         BY_TYPE,
     ]
     """one or several texts, or lists of token ids; no chat template is applied"""
-    max_tokens: NewTokens = 16
-    """longest answer; default 16"""
+    max_tokens: Annotated[int, Num(Number(int, 0, NEW_TOKENS.most))] = 16
+    """longest answer; default 16; 0 with echo: the prompt alone"""
     logprobs: Annotated[int, Num(LOGPROBS)] | None = None
     """return each token's log probability, and that of this many of the likeliest tokens"""
     best_of: Annotated[int, Num(CHOICES)] | None = None
     """must equal n"""
-    echo: OnlyFalse = False
-    """answers do not repeat the prompt"""
+    echo: bool = False
+    """answers begin with the prompt, and logprobs with those of its tokens"""
     add_special_tokens: OnlyTrue = True
     """the tokenizer adds its own"""
     messages: NotSupported = None
@@ -62,13 +62,19 @@ class CompletionBody(ShapedBody, ChoicesBody):
         yield from super().conflicts()
         if self.best_of not in (None, self.n):
             yield Fault("best_of", "is not n: all answers are returned")
+        if not self.max_tokens and not self.echo:
+            yield Fault("max_tokens", "is 0: an answer needs a token, or echo")
 
     def sampling(self, **settings: Any) -> Sampling:
         return super().sampling(logprobs=self.logprobs, **settings)
 
     def generation_request(self) -> GenerationRequest:
         return replace(
-            self.request_for(*self._prompts()), max_new_tokens=self.max_tokens, shape=self.shape()
+            self.request_for(*self._prompts()),
+            max_new_tokens=self.max_tokens or 1,
+            shape=self.shape(),
+            repeats_prompt=self.echo,
+            prompt_only=not self.max_tokens,
         )
 
     def _prompts(self) -> list[TextPrompt]:
@@ -99,7 +105,7 @@ class CompletionWriter(ChoiceWriter):
 
     def logprobs(self, tokens: Sequence[TokenLogprob], offset: int = 0) -> dict[str, Any]:
         lengths = [len(token.text) for token in tokens]
-        alternatives = [{other.text: other.logprob for other in t.alternatives} for t in tokens]
+        alternatives = [_by_text(token) for token in tokens]
         return {
             "tokens": [token.text for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
@@ -116,6 +122,16 @@ class CompletionWriter(ChoiceWriter):
             yield self.chunk(index, self.text_fields(delta.text), logprobs, delta.end)
         elif delta.text:
             yield self.text_chunk(index, delta.text)
+
+
+def _by_text(token: TokenLogprob) -> dict[str, float | None] | None:
+    """Returns the likeliest tokens by their text; of tokens with the same text, the likeliest."""
+    if token.logprob is None:
+        return None
+    by_text: dict[str, float | None] = {}
+    for other in token.alternatives:
+        by_text.setdefault(other.text, other.logprob)
+    return by_text
 
 
 PROTOCOL = ApiProtocol("cmpl-", CompletionBody, CompletionWriter)

@@ -58,6 +58,8 @@ class GenerationRequest:
     seed             None: a random one
     ignore_eos       the base's own stop tokens do not end an answer
     salt             only requests of the same salt share cached prompts
+    repeats_prompt   answers begin with their prompts, and their logprobs with those of the prompt
+    prompt_only      answers have no new token
     echo             fields of the request that the response repeats
     """
 
@@ -74,6 +76,8 @@ class GenerationRequest:
     ignore_eos: bool = False
     shape: AnswerShape | None = None
     salt: str = ""
+    repeats_prompt: bool = False
+    prompt_only: bool = False
     stream: bool = False
     stream_usage: bool = False
     echo: Mapping[str, Any] = field(default_factory=dict)

@@ -111,7 +111,7 @@ class SamplingBody(Body):
     priority: Annotated[int, Num(Number(int, 0, 0)), NO_EFFECT] = 0
     """requests are answered in order of arrival"""
     prompt_logprobs: NotSupported = None
-    """only answers have logprobs"""
+    """use /v1/completions with echo and logprobs"""
     truncate_prompt_tokens: NotSupported = None
     """shorten the prompt"""
     logits_processors: NotSupported = None
