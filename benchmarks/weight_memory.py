@@ -15,7 +15,7 @@ from torch import nn
 from veneer.bases.loading.blueprint import config_from
 from veneer.bases.loading.from_config import build
 from veneer.bases.loading.shapes import SHAPES
-from veneer.plan.weights import packing
+from veneer.plan.simulation.weights import packing
 
 LLAMA = SHAPES["llama-2-7b"]
 MODELS = {

@@ -41,9 +41,10 @@ from veneer.execution.proofs import same_values
 from veneer.execution.proofs.structure import kept_proof
 from veneer.files import remembered as memory
 from veneer.formats.adapter import manifest_for, write_adapter
-from veneer.plan import kept, machine
-from veneer.plan.counted import Step
-from veneer.plan.tracker import Work
+from veneer.plan import machine
+from veneer.plan.simulation import remembered
+from veneer.plan.simulation.step_counts import Step
+from veneer.plan.simulation.tracker import Work
 from veneer.plan.workload import synthetic_rows
 from veneer.training.config import DataConfig, RunConfig, StartFrom
 
@@ -132,9 +133,9 @@ def test_values_are_known_with_their_attention_and_with_buffers(cache: Path) -> 
 
 def test_a_dry_run_depends_on_the_number_of_threads(more_threads: Callable[[], None]) -> None:
     step = Step(tiny_model("llama").config, torch.float32, LoRA(rank=4), synthetic_rows(1, 8))
-    before = kept._base_key(step)
+    before = remembered._base_key(step)
     more_threads()
-    assert before is not None and kept._base_key(step) != before
+    assert before is not None and remembered._base_key(step) != before
 
 
 def test_rates_depend_on_shapes_type_device_and_threads(
@@ -171,11 +172,11 @@ def test_the_memory_of_an_idle_process_is_measured_again_after_an_upgrade(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = iter((1, 2))
-    monkeypatch.setattr(kept, "process_memory_bytes", lambda: next(sizes))
-    assert [kept.kept_idle_bytes(), kept.kept_idle_bytes()] == [1, 1]
+    monkeypatch.setattr(remembered, "process_memory_bytes", lambda: next(sizes))
+    assert [remembered.remember_idle_bytes(), remembered.remember_idle_bytes()] == [1, 1]
     monkeypatch.setattr(memory, "own_files_hash", lambda: "other files")
     memory.surroundings.cache_clear()
-    assert kept.kept_idle_bytes() == 2
+    assert remembered.remember_idle_bytes() == 2
 
 
 class Store:

@@ -25,9 +25,9 @@ from veneer.kernels.dense import loss
 from veneer.linear import frozen_linear
 from veneer.models.checkpointing import checkpointed
 from veneer.models.step import prepare
-from veneer.plan.counted import Step
-from veneer.plan.dry_run import dry_run
 from veneer.plan.estimate import estimate
+from veneer.plan.simulation.dry_run import dry_run
+from veneer.plan.simulation.step_counts import Step
 from veneer.quant import nf4
 from veneer.quant.layers import HeldLinear
 from veneer.training.config import RunConfig

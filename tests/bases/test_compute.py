@@ -32,8 +32,8 @@ from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.kernels.bindings import library as native
 from veneer.models.load import compute_of, load_base
 from veneer.plan.choice import Choice
-from veneer.plan.counted import WEIGHTS
 from veneer.plan.planner import Planner
+from veneer.plan.simulation.step_counts import WEIGHTS
 from veneer.training.state.folder import resume_config
 from veneer.training.trainee import Trainee
 

@@ -31,8 +31,8 @@ from veneer.merge.export.export_run import export_adapter
 from veneer.merge.fold.folder import merge_into_folder
 from veneer.models.initial_values import begin
 from veneer.models.load import load_base
-from veneer.plan.counted import Step
-from veneer.plan.dry_run import attached_facts
+from veneer.plan.simulation.dry_run import attached_facts
+from veneer.plan.simulation.step_counts import Step
 from veneer.training.coordination import every_weight
 from veneer.training.processes.world import ALONE
 

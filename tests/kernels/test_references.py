@@ -31,7 +31,7 @@ from veneer.kernels.dense.loss import (
 from veneer.kernels.layout import BatchLayout, Group, round_up
 from veneer.kernels.rules import AttentionRules
 from veneer.linear import DenseLinear, SliceLinear, frozen_linear, frozen_product
-from veneer.plan.tracker import Tracker
+from veneer.plan.simulation.tracker import Tracker
 
 CPU = torch.device("cpu")
 

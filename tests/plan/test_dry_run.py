@@ -18,12 +18,12 @@ from veneer.kernels.attention import packed as attention
 from veneer.kernels.bindings import library as native
 from veneer.kernels.dense import loss
 from veneer.models.step import ComputePaths, assume_paths, prepare
-from veneer.plan import dry_run as module
-from veneer.plan.counted import Step
-from veneer.plan.depth import period_of
-from veneer.plan.dry_run import dry_run
 from veneer.plan.estimate import estimate
-from veneer.plan.tracker import Tracker
+from veneer.plan.simulation import dry_run as module
+from veneer.plan.simulation.depth import period_of
+from veneer.plan.simulation.dry_run import dry_run
+from veneer.plan.simulation.step_counts import Step
+from veneer.plan.simulation.tracker import Tracker
 from veneer.plan.workload import synthetic_rows
 from veneer.training.optimizer.buffer import FlatAdamW, FlatParameters
 

@@ -29,11 +29,9 @@ from veneer.data.examples import Example, RowRef
 from veneer.data.longest import plans_of_run
 from veneer.errors import ConfigError, DoesNotFitError, SourceError
 from veneer.kernels.layout import STEP, round_up
-from veneer.plan import dry_run as counting
 from veneer.plan.advise import TuningTask, advise
 from veneer.plan.ask import PlanQuestion, answer_question
 from veneer.plan.choice import Choice
-from veneer.plan.dry_run import dry_run
 from veneer.plan.estimate import (
     CUDA_WORKSPACES_BYTES,
     KERNEL_BYTES,
@@ -46,6 +44,8 @@ from veneer.plan.estimate import (
 from veneer.plan.fit import _largest, _lower_rank, _offload, find_remedy, fits, largest_batch
 from veneer.plan.machine import named_gpu
 from veneer.plan.planner import SAMPLE_SIZES, Planner
+from veneer.plan.simulation import dry_run as counting
+from veneer.plan.simulation.dry_run import dry_run
 from veneer.plan.table import all_methods, plan_row
 from veneer.plan.workload import Workload
 from veneer.report.plan_page import plan_page, verdict

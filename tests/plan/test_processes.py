@@ -38,8 +38,8 @@ from veneer.plan.fit import find_remedy
 from veneer.plan.machine import named_gpu
 from veneer.plan.planner import Planner
 from veneer.plan.probe import forecast
+from veneer.plan.simulation.weights import base_bytes
 from veneer.plan.spread import HOP_SECONDS, StepTraffic, longest_share, parse_link, sent, step_time
-from veneer.plan.weights import base_bytes
 from veneer.plan.workload import Workload
 from veneer.training.announce import forecast_line
 from veneer.training.config import RunConfig

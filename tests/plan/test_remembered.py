@@ -18,12 +18,13 @@ from veneer.bases.loading.blueprint import named_size
 from veneer.cli import main as cli
 from veneer.execution.proofs.structure import Proven, kept_proof
 from veneer.files import remembered as memory
-from veneer.plan import dry_run as counting
-from veneer.plan import kept, machine
-from veneer.plan.counted import Step
-from veneer.plan.dry_run import attached_facts, dry_run
+from veneer.plan import machine
 from veneer.plan.machine import Rates, this_machine
-from veneer.plan.tracker import Work
+from veneer.plan.simulation import dry_run as counting
+from veneer.plan.simulation import remembered
+from veneer.plan.simulation.dry_run import attached_facts, dry_run
+from veneer.plan.simulation.step_counts import Step
+from veneer.plan.simulation.tracker import Work
 from veneer.plan.workload import synthetic_rows
 
 
@@ -232,7 +233,7 @@ def test_a_remembered_dry_run_is_the_dry_run(cache, monkeypatch):
 
     def run(step):
         ran.clear()
-        return kept.kept_run(step, lambda: kept.kept_attached_facts(step))
+        return remembered.remember_run(step, lambda: remembered.remember_attached_facts(step))
 
     first, again = run(step), run(step)
     assert not ran, "the second is read"
@@ -252,7 +253,7 @@ def test_a_remembered_dry_run_is_the_dry_run(cache, monkeypatch):
     bases = [
         replace(step, dtype=torch.bfloat16),
         replace(step, method=LoRA(rank=5)),
-        replace(step, given=small(num_hidden_layers=9)),
+        replace(step, base=small(num_hidden_layers=9)),
         replace(step, optimizer="adamw8bit"),
         replace(step, on_cpu=False),
         replace(step, new_tokens=1),
@@ -267,7 +268,7 @@ def test_a_named_size_is_the_config_that_its_fields_make(cache):
     """And its dry runs are those of a folder that says the same."""
     named = named_size("llama-3.2-1b")
     facts = [
-        kept.kept_facts(found)
+        remembered.config_facts(found)
         for found in (named, named, replace(named, config_or_fields=named.config))
     ]
     assert (
@@ -275,9 +276,9 @@ def test_a_named_size_is_the_config_that_its_fields_make(cache):
     )
     assert len(entries(cache)) == 1
     other = named_size("llama-3.2-3b")
-    assert kept.kept_facts(other).identity != facts[0].identity
+    assert remembered.config_facts(other).identity != facts[0].identity
     step = Step(named, torch.bfloat16, LoRA(rank=4), synthetic_rows(1, 24))
-    assert kept._base_key(step) == kept._base_key(replace(step, given=named.config))
+    assert remembered._base_key(step) == remembered._base_key(replace(step, base=named.config))
 
 
 def test_a_folder_of_its_name_is_no_named_size(cache, monkeypatch):

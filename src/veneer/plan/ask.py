@@ -19,9 +19,9 @@ from veneer.plan.advise import Advice, TaskKind, TuningTask, advise
 from veneer.plan.choice import Choice
 from veneer.plan.estimate import Device
 from veneer.plan.fit import fits
-from veneer.plan.kept import kept_idle_bytes
 from veneer.plan.machine import Machine, named_gpu, this_machine
 from veneer.plan.planner import Planner
+from veneer.plan.simulation.remembered import remember_idle_bytes
 from veneer.plan.spread import HOP_SECONDS
 from veneer.plan.table import PlanRow, all_methods, plan_row
 from veneer.plan.workload import Workload
@@ -150,7 +150,7 @@ def _blueprint_of(base: str) -> Blueprint:
 
 def _planner(blueprint: Blueprint, question: PlanQuestion) -> Planner:
     device: Device = "cpu" if question.gpu is None and not torch.cuda.is_available() else "cuda"
-    return Planner(blueprint, question.workload, device=device, idle_bytes=kept_idle_bytes())
+    return Planner(blueprint, question.workload, device=device, idle_bytes=remember_idle_bytes())
 
 
 def _machine(planner: Planner, choice: Choice, question: PlanQuestion) -> Machine:

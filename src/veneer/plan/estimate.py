@@ -1,4 +1,5 @@
-"""Turns what a step holds (dry_run.py) into what a machine shows: the peak, its phase, its parts.
+"""Turns what a step holds (simulation/dry_run.py) into the memory that a machine shows: the peak,
+its phase, its parts.
 
     CPU    the process: its memory before, + every live byte, + what libraries and the allocator
            keep
@@ -20,8 +21,8 @@ import torch
 from veneer.data.longest import Extent
 from veneer.kernels.bindings.library import has_amx
 from veneer.kernels.layout import STEP
-from veneer.plan.counted import ACTIVATIONS, BACKWARD, LOGITS, STATIC, DryRun
-from veneer.plan.tracker import Parts, Phase
+from veneer.plan.simulation.step_counts import ACTIVATIONS, BACKWARD, LOGITS, STATIC, DryRun
+from veneer.plan.simulation.tracker import Parts, Phase
 from veneer.training.optimizer.offload import PENDING_BYTES
 
 Device = Literal["cpu", "cuda"]

@@ -17,8 +17,8 @@ import torch
 from veneer.adapters.config import LoRA
 from veneer.bases.compute import choose
 from veneer.plan.choice import Choice
-from veneer.plan.counted import WEIGHTS
 from veneer.plan.planner import Planner
+from veneer.plan.simulation.step_counts import WEIGHTS
 from veneer.quant.config import FOUR_BITS, weight_format
 from veneer.wording import size
 

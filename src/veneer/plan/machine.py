@@ -1,7 +1,7 @@
 """How fast a machine multiplies and moves data: measured here in seconds, or a GPU's published
 figures.
 
-A step's time is the sum of its parts, as the dry run counts them (tracker.py):
+A step's time is the sum of its parts, as the dry run counts them (simulation/tracker.py):
 
     seconds = products / rate  +  moved bytes / bandwidth  +  operations * start
 
@@ -26,7 +26,7 @@ from veneer.files.memory import container_bytes
 from veneer.files.remembered import remember
 from veneer.kernels.bindings.library import has_amx, has_bf16
 from veneer.kernels.dense import products
-from veneer.plan.tracker import Shape, Work
+from veneer.plan.simulation.tracker import Shape, Work
 
 SHAPES_MEASURED = 4
 """Products timed: those with most of the step's FLOP; the others run at the mean of their rates."""

@@ -15,7 +15,6 @@ from veneer.data.examples import Example
 from veneer.data.longest import Extent
 from veneer.errors import ConfigError
 from veneer.plan.choice import Choice
-from veneer.plan.counted import DryRun, Step
 from veneer.plan.estimate import (
     KERNEL_BYTES,
     PROCESS_BYTES,
@@ -25,15 +24,22 @@ from veneer.plan.estimate import (
     estimate,
     scaled,
 )
-from veneer.plan.kept import ConfigFacts, kept_attached_facts, kept_facts, kept_run, rows_digest
 from veneer.plan.machine import Machine
+from veneer.plan.simulation.remembered import (
+    ConfigFacts,
+    config_facts,
+    remember_attached_facts,
+    remember_run,
+    rows_digest,
+)
+from veneer.plan.simulation.step_counts import DryRun, Step
 from veneer.plan.spread import StepTime, StepTraffic, longest_share, sent, step_time
 from veneer.plan.workload import Workload
 from veneer.quant.config import Quantize, weight_format
 from veneer.training.config import trains_packed
 
 if TYPE_CHECKING:
-    from veneer.plan.dry_run import AttachedFacts, BaseFacts
+    from veneer.plan.simulation.dry_run import AttachedFacts, BaseFacts
 
 SAMPLE_SIZES = 2
 """Batch sizes that a sample answer adds: the question, and one row per new token."""
@@ -60,7 +66,7 @@ class Planner:
 
     @cached_property
     def facts(self) -> ConfigFacts:
-        return kept_facts(self.blueprint)
+        return config_facts(self.blueprint)
 
     def compute(self, choice: Choice) -> Compute:
         """Returns the type that loading would choose for the base."""
@@ -210,7 +216,7 @@ class Planner:
         )
         if key not in self._runs:
             step = self._step(choice, rows)
-            self._runs[key] = kept_run(step, lambda: self._whole(base_key, step))
+            self._runs[key] = remember_run(step, lambda: self._whole(base_key, step))
         run = self._runs[key]
         if self.blueprint.packed:
             run = run.over(self.blueprint.packed, self.dtype(choice))
@@ -245,5 +251,5 @@ class Planner:
 
     def _whole(self, base_key: object, step: Step) -> AttachedFacts:
         if base_key not in self._wholes:
-            self._wholes[base_key] = kept_attached_facts(step, self._bares)
+            self._wholes[base_key] = remember_attached_facts(step, self._bares)
         return self._wholes[base_key]

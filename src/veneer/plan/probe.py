@@ -16,10 +16,10 @@ from veneer.data.examples import Example
 from veneer.data.load import DataSet
 from veneer.errors import DoesNotFitError
 from veneer.plan.choice import Choice
-from veneer.plan.counted import GRADIENTS, MOMENTS, STATIC, SUMS, VALUES
 from veneer.plan.estimate import LIBRARIES_BYTES, PROCESS
 from veneer.plan.fit import find_remedy, nearest
 from veneer.plan.planner import Planner
+from veneer.plan.simulation.step_counts import GRADIENTS, MOMENTS, STATIC, SUMS, VALUES
 from veneer.plan.workload import Workload
 from veneer.quant.weight import PackedSize
 from veneer.training.announce import RunForecast

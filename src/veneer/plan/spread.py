@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from veneer.bounds import LINK
 from veneer.errors import ConfigError
-from veneer.plan.counted import SUM_BYTES, DryRun
+from veneer.plan.simulation.step_counts import SUM_BYTES, DryRun
 from veneer.training.processes.assignment import assign_by_cost, group_by_cost
 from veneer.training.processes.reduce import ReduceKind
 

@@ -12,7 +12,6 @@ from typing import Any
 from veneer.adapters.config import METHODS
 from veneer.bases.compute import DtypeName
 from veneer.plan.choice import Choice
-from veneer.plan.counted import DryRun
 from veneer.plan.estimate import Estimate
 from veneer.plan.fit import (
     LeastMemory,
@@ -25,6 +24,7 @@ from veneer.plan.fit import (
 )
 from veneer.plan.machine import Machine
 from veneer.plan.planner import Planner
+from veneer.plan.simulation.step_counts import DryRun
 from veneer.plan.spread import StepTime, StepTraffic
 from veneer.training.config import SHORT_FORMS
 

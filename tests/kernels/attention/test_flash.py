@@ -11,7 +11,7 @@ from veneer.kernels.attention.flash import SequenceEnds, declined, flash_attenti
 from veneer.kernels.attention.prefix import prefixed_attention_reference
 from veneer.kernels.layout import Group
 from veneer.kernels.rules import AttentionRules
-from veneer.plan.tracker import Tracker
+from veneer.plan.simulation.tracker import Tracker
 
 CPU = torch.device("cpu")
 H, K, D = 4, 2, 8

@@ -21,8 +21,8 @@ from veneer.kernels.tape import layer_tape
 from veneer.kernels.tape.tape import Tape, TapeCall
 from veneer.models.checkpointing import checkpointed
 from veneer.models.step import batch_loss, prepare
-from veneer.plan.counted import Step
-from veneer.plan.dry_run import dry_run
+from veneer.plan.simulation.dry_run import dry_run
+from veneer.plan.simulation.step_counts import Step
 from veneer.plan.workload import synthetic_rows
 
 pytestmark = pytest.mark.skipif(not native.has_bf16(), reason="no products of bf16 pairs here")

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.bases.loading.from_config import build
 from veneer.execution.decoder_layer import decoder_layers
-from veneer.plan.tracker import Phase, Work
+from veneer.plan.simulation.tracker import Phase, Work
 
 PERIODS = (1, 2, 3, 4, 6)
 """Lengths of a repeating pattern of layers: all equal, or sliding and full attention in turn."""

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from veneer.execution.decoder_layer import decoder_layers
 from veneer.linear import frozen_linear
-from veneer.plan.counted import BaseBytes
+from veneer.plan.simulation.step_counts import BaseBytes
 
 TABLES_BYTES = 64 + 1024
 """Code books of a packed matrix's values and scales."""

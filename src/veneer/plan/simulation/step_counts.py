@@ -17,7 +17,7 @@ from veneer.adapters.config import MethodConfig
 from veneer.adapters.methods.targets import layer_number
 from veneer.bases.loading.blueprint import Blueprint
 from veneer.data.examples import Example
-from veneer.plan.tracker import Parts, Phase, Work
+from veneer.plan.simulation.tracker import Parts, Phase, Work
 from veneer.quant.weight import PackedSize
 from veneer.training.config import OptimizerName
 
@@ -35,10 +35,10 @@ SUM_BYTES = 16
 
 @dataclass(frozen=True)
 class Step:
-    """Holds what decides a step's cost. given: the base's config, or its blueprint. rows: of the
+    """Holds what decides a step's cost. base: its config or its blueprint. rows: of the
     largest micro-batch. new_tokens: their number."""
 
-    given: PreTrainedConfig | Blueprint
+    base: PreTrainedConfig | Blueprint
     dtype: torch.dtype
     method: MethodConfig
     rows: Sequence[Example]
@@ -54,7 +54,7 @@ class Step:
 
     @property
     def config(self) -> PreTrainedConfig:
-        return self.given.config if isinstance(self.given, Blueprint) else self.given
+        return self.base.config if isinstance(self.base, Blueprint) else self.base
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ import torch
 from veneer.bases.loading.blueprint import Blueprint
 from veneer.data.examples import Example
 from veneer.files.remembered import is_known, remember
-from veneer.plan.counted import DryRun, Step
+from veneer.plan.simulation.step_counts import DryRun, Step
 from veneer.private.transformers import attention_of
 from veneer.training.output.records import process_memory_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from veneer.plan.dry_run import AttachedFacts, BaseFacts
+    from veneer.plan.simulation.dry_run import AttachedFacts, BaseFacts
 
 _NO_STEP = ("_name_or_path", "transformers_version")
 
@@ -41,7 +41,7 @@ class ConfigFacts:
     identity: str | None
 
 
-def kept_facts(base: Blueprint) -> ConfigFacts:
+def config_facts(base: Blueprint) -> ConfigFacts:
     """Returns facts of a config; those of a named size are remembered."""
     if not isinstance(base.config_or_fields, Mapping):
         return _facts(base.config)
@@ -50,7 +50,7 @@ def kept_facts(base: Blueprint) -> ConfigFacts:
     )
 
 
-def kept_idle_bytes() -> int:
+def remember_idle_bytes() -> int:
     """Returns the memory of a process that has imported training, 0 if unknown."""
 
     def measured() -> int:
@@ -61,11 +61,11 @@ def kept_idle_bytes() -> int:
     return remember("idle", {}, int, measured)
 
 
-def kept_attached_facts(
+def remember_attached_facts(
     step: Step, bares: dict[torch.dtype, BaseFacts] | None = None
 ) -> AttachedFacts:
     """Remembers attached_facts(step, bares)."""
-    from veneer.plan.dry_run import AttachedFacts, attached_facts
+    from veneer.plan.simulation.dry_run import AttachedFacts, attached_facts
 
     key = _base_key(step)
     return (
@@ -75,11 +75,11 @@ def kept_attached_facts(
     )
 
 
-def kept_run(step: Step, known: Callable[[], AttachedFacts]) -> DryRun:
+def remember_run(step: Step, known: Callable[[], AttachedFacts]) -> DryRun:
     """Remembers dry_run(step, known())."""
 
     def counted() -> DryRun:
-        from veneer.plan.dry_run import dry_run
+        from veneer.plan.simulation.dry_run import dry_run
 
         return dry_run(step, known())
 
@@ -130,8 +130,8 @@ def _identity(config: PreTrainedConfig) -> str | None:
 
 def _base_key(step: Step) -> dict[str, Any] | None:
     """Key of a step's AttachedFacts; None if the config cannot be identified."""
-    base = step.given
-    identity = kept_facts(base).identity if isinstance(base, Blueprint) else _identity(base)
+    base = step.base
+    identity = config_facts(base).identity if isinstance(base, Blueprint) else _identity(base)
     if identity is None:
         return None
     return {

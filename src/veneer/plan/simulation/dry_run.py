@@ -48,7 +48,9 @@ from veneer.models.step import (
     keep_paths,
     refuse_untrainable,
 )
-from veneer.plan.counted import (
+from veneer.plan.simulation.depth import first_layers, grown_phase, grown_work, period_of
+from veneer.plan.simulation.planned_offload import PlannedOffload
+from veneer.plan.simulation.step_counts import (
     ACTIVATIONS,
     BACKWARD,
     GRADIENTS,
@@ -60,10 +62,8 @@ from veneer.plan.counted import (
     DryRun,
     Step,
 )
-from veneer.plan.depth import first_layers, grown_phase, grown_work, period_of
-from veneer.plan.planned_offload import PlannedOffload
-from veneer.plan.tracker import META, MetaMode, Parts, Tracker, Work, without_values
-from veneer.plan.weights import base_bytes
+from veneer.plan.simulation.tracker import META, MetaMode, Parts, Tracker, Work, without_values
+from veneer.plan.simulation.weights import base_bytes
 from veneer.private.torch import storage_key
 from veneer.training.config import OptimizerName
 from veneer.training.optimizer.buffer import FlatParameters
