@@ -32,7 +32,7 @@ import torch
 from veneer.adapters.placement.wrapping import plain_modules
 from veneer.cli.bases import locate_adapter
 from veneer.formats.loading import load_adapter
-from veneer.merge.fold.fold import stored_tensors, wanted_weights
+from veneer.merge.fold.fold import stored_tensors, weight_changes
 from veneer.merge.fold.folder import merge_into_folder
 from veneer.merge.fold.rounding import Survival, survival, total
 from veneer.merge.fold.verify import LogitCheck, compare, limited, reference, text_rows
@@ -96,7 +96,7 @@ def requantised(base: FrozenBase, rows: list[list[int]]) -> dict[str, Any]:
     """Every changed weight decoded, updated and quantised again, in the model itself."""
     asked = reference(base, [("a", 1.0)], rows)
     start = time.perf_counter()
-    wanted = wanted_weights(base.model, [(base.attachments["a"], 1.0)])
+    wanted = weight_changes(base.model, [(base.attachments["a"], 1.0)])
     base.routing.active = ()
     base.detach("a")
     modules, stored = plain_modules(base.model), stored_tensors(base.model)
@@ -131,7 +131,7 @@ def by_peft(source: str, adapter: Path, rows: list[list[int]], kind: str) -> dic
         warnings.simplefilter("ignore")
         base.model = peft.PeftModel.from_pretrained(base.model, str(adapter)).merge_and_unload()
     seconds = time.perf_counter() - start
-    wanted = wanted_weights(ours.model, [(ours.attachments["a"], 1.0)])
+    wanted = weight_changes(ours.model, [(ours.attachments["a"], 1.0)])
     merged = stored_tensors(base.model)
     left = total(survival(own[n], new(own[n]), merged[n].read()) for n, new in wanted.items())
     return row(f"peft {version('peft')}", kind, left, compare(base, asked), seconds)

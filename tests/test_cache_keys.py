@@ -38,7 +38,7 @@ from veneer.data.split import BY_COUNT, BY_THRESHOLD
 from veneer.data.template.template import ChatTemplate
 from veneer.errors import SourceError
 from veneer.execution.proofs import same_values
-from veneer.execution.proofs.structure import kept_proof
+from veneer.execution.proofs.structure import remember_proof
 from veneer.files import remembered as memory
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.plan import machine
@@ -107,7 +107,7 @@ def test_a_proof_is_made_again_for_another_number_of_threads(
     for expected in (1, 1, 2):
         if expected == 2:
             more_threads()
-        kept_proof(kind, type(model), model.config, bool, prove)
+        remember_proof(kind, type(model), model.config, bool, prove)
         assert len(calls) == expected
 
 

@@ -93,13 +93,13 @@ def test_the_subject_of_a_commit_is_one_idea_and_fits_a_line():
 
 def test_the_architecture_names_every_folder_and_no_other():
     page = (ROOT / "docs" / "architecture.md").read_text()
-    listing = page.partition("## Rooms")[2].partition("```text\n")[2].partition("```")[0]
-    room, listed = "", set()
+    listing = page.partition("## Folders")[2].partition("```text\n")[2].partition("```")[0]
+    folder, listed = "", set()
     for line in listing.splitlines():
         name = line.split()[0]
-        room = room if line.startswith(" ") else name
-        listed.add(name if name == room else room + name)
-        listed |= {room + inner for inner in re.findall(r"; (\w+/):", line)}
+        folder = folder if line.startswith(" ") else name
+        listed.add(name if name == folder else folder + name)
+        listed |= {folder + inner for inner in re.findall(r"; (\w+/):", line)}
     source = ROOT / "src" / "veneer"
     folders = {
         f"{path.relative_to(source).as_posix()}/"
@@ -190,9 +190,9 @@ def compared(source: str) -> list[tuple[int, object]]:
     return [(each.lineno, each.value) for each in flat if isinstance(each, ast.Constant)]
 
 
-def outside(rooms: tuple[str, ...]) -> list[Path]:
+def outside(folders: tuple[str, ...]) -> list[Path]:
     source = ROOT / "src" / "veneer"
-    return [path for path in SOURCES if not path.relative_to(source).as_posix().startswith(rooms)]
+    return [path for path in SOURCES if not path.relative_to(source).as_posix().startswith(folders)]
 
 
 def test_nobody_asks_which_weight_format_it_is():

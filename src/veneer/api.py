@@ -1,4 +1,4 @@
-"""What notebooks and the command line call: functions that compose the rooms below.
+"""The functions that notebooks and the command line call. They compose the folders below.
 
 base    = veneer.load("smollm2-135m")
 adapter = base.attach(veneer.LoRA(rank=16), name="tickets")

@@ -1,7 +1,7 @@
 """The public Base: a FrozenBase that attaches, loads, switches and merges adapters, and answers.
 
-FrozenBase (models/frozen_base.py) is what the other rooms take: the model and the adapters on it.
-This file only composes those rooms.
+The other folders take a FrozenBase (models/frozen_base.py): the model and the adapters on it. This
+file only calls their functions.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

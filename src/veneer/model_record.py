@@ -1,8 +1,8 @@
-"""The record of a loaded model: what was found out about it once, which lives and dies with it.
+"""The record of a loaded model: facts that were found once, and that live as long as the model.
 
-Each room defines the types of its own parts, frozen dataclasses as a rule, and asks by them. A copy
-of a model begins with an empty record. What holds for a structure, whatever model has it, is kept
-by the structure (execution/proof/structure.py).
+Each folder defines the types of its own parts, mostly frozen dataclasses, and reads a part by its
+type. A copy of a model begins with an empty record. What holds for every model of one structure is
+kept with the structure (execution/proofs/structure.py).
 """
 
 from __future__ import annotations

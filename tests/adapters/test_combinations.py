@@ -42,7 +42,7 @@ from veneer.library.library import Library
 from veneer.library.residents.residents import Residents
 from veneer.merge.combine.combine import Recipe
 from veneer.merge.combine.combine_run import combine_adapters
-from veneer.merge.fold.fold import stored_tensors, wanted_weights
+from veneer.merge.fold.fold import stored_tensors, weight_changes
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.load import load_base
 
@@ -142,7 +142,7 @@ def expected(world: World, cell: Cell) -> torch.Tensor:
             load_adapter(plain, world.path(content, number), name=name)
             beside.append((name, weight))
             continue
-        for path, change in wanted_weights(base.model, [(base.attachments[name], 1.0)]).items():
+        for path, change in weight_changes(base.model, [(base.attachments[name], 1.0)]).items():
             delta = weight * (change(before[path].clone()) - before[path])
             summed[path] = summed.get(path, before[path].clone()) + delta
     try:

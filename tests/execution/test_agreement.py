@@ -42,7 +42,7 @@ def test_a_disagreement_says_what_was_raised_or_how_much_differs():
 
     assert disagreement(Model(), "packed rows", lambda: 0.25, 0.25) is None
     assert disagreement(Model(), "packed rows", lambda: 0.5, 0.25) == (
-        "Model with packed rows differs from each alone by 5.0e-01"
+        "Model with packed rows differs from rows computed alone by 5.0e-01"
     )
     said = disagreement(Model(), "packed rows", refuse, 0.25)
     assert said == "Model does not take packed rows (KeyError: 'no such cache')"

@@ -21,7 +21,7 @@ from veneer.adapters.placement.wrapping import plain_modules
 from veneer.errors import ConfigError, CorruptFileError, RefusedError
 from veneer.formats import loading
 from veneer.formats.adapter import manifest_for, write_adapter
-from veneer.merge.fold.fold import SourceTensor, stored_tensors, wanted_weights
+from veneer.merge.fold.fold import SourceTensor, stored_tensors, weight_changes
 from veneer.merge.fold.folder import _common, _FileLayout, _refuse_lost, merge_into_folder
 from veneer.merge.fold.in_memory import merged_weights
 from veneer.merge.fold.merge_run import merge_adapters
@@ -446,10 +446,10 @@ def test_a_merge_that_loses_the_adapter_is_refused_by_its_logits(tmp_path, monke
 
     def forgetful(model, applied):
         return {
-            name: new for name, new in wanted_weights(model, applied).items() if "layers.1" in name
+            name: new for name, new in weight_changes(model, applied).items() if "layers.1" in name
         }
 
-    monkeypatch.setattr(module, "wanted_weights", forgetful)
+    monkeypatch.setattr(module, "weight_changes", forgetful)
     with pytest.raises(RefusedError, match="does not answer like the adapter on its base"):
         merge_into_folder(adapted("llama"), [(NAME, 1.0)], tmp_path / "m")
     assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from veneer.adapters.config import LoRA
 from veneer.bases.loading.blueprint import named_size
 from veneer.cli import main as cli
-from veneer.execution.proofs.structure import Proven, kept_proof
+from veneer.execution.proofs.structure import Proven, remember_proof
 from veneer.files import remembered as memory
 from veneer.plan import machine
 from veneer.plan.machine import Rates, this_machine
@@ -212,12 +212,12 @@ class OwnForCausalLM(LlamaForCausalLM):
 def test_proofs_are_remembered_of_classes_of_transformers_alone(cache):
     make = Maker(Proven(packed="why not", idle=frozenset({"x"}), scale=0.5))
     for _ in range(2):
-        assert kept_proof("structure", LlamaForCausalLM, small(), Proven, make) == make.value
+        assert remember_proof("structure", LlamaForCausalLM, small(), Proven, make) == make.value
     assert make.calls == 1
-    kept_proof("structure", LlamaForCausalLM, small(rope_theta=500.0), Proven, make)
+    remember_proof("structure", LlamaForCausalLM, small(rope_theta=500.0), Proven, make)
     assert make.calls == 2
     for _ in range(2):
-        kept_proof("structure", OwnForCausalLM, small(), Proven, make)
+        remember_proof("structure", OwnForCausalLM, small(), Proven, make)
     assert make.calls == 4
 
 

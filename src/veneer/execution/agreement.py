@@ -81,7 +81,7 @@ def disagreement(
         return f"{name} does not take {path} ({type(fault).__name__}: {str(fault).strip()[:80]})"
     if worst <= limit:
         return None
-    return f"{name} with {path} differs from each alone by {worst:.1e}"
+    return f"{name} with {path} differs from rows computed alone by {worst:.1e}"
 
 
 @torch.no_grad()

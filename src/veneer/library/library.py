@@ -189,7 +189,7 @@ class Library(LibraryFolder):
     def point(
         self,
         name: str,
-        object: str,
+        object_hash: str,
         facts: ObjectFacts,
         *,
         tags: Sequence[str] = (),
@@ -206,7 +206,7 @@ class Library(LibraryFolder):
                 for version in record.versions
             ]
             added = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-            if record.versions and record.newest.object == object:
+            if record.versions and record.newest.object == object_hash:
                 newest = record.newest
                 version = newest.model_copy(
                     update={"tags": sorted({*newest.tags, *tags}), "note": note or newest.note}
@@ -216,7 +216,7 @@ class Library(LibraryFolder):
             else:
                 version = Version(
                     version=record.next_version,
-                    object=object,
+                    object=object_hash,
                     added=added,
                     tags=sorted(set(tags)),
                     note=note,

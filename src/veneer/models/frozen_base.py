@@ -1,9 +1,9 @@
 """A frozen causal LM with its tokenizer, its name and its fingerprint, and which adapters sit on
 it.
 
-The value that every room from here up takes: formats put adapters on one, merge folds into one,
+The value that every folder from here up takes: formats put adapters on one, merge folds into one,
 decoding answers by one. What people hold is the public Base (base.py): a FrozenBase too, which also
-makes adapters, finds them in a library and answers, and therefore stands above those rooms. It
+makes adapters, finds them in a library and answers, and therefore stands above those folders. It
 knows nothing of how it was found (bases/names/sources.py) or of what an adapter computes
 (adapters/).
 """

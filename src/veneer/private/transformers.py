@@ -1,6 +1,6 @@
 """Private parts of transformers. Tried with transformers 5.20 and 5.24.
 
-It imports nothing, so that rooms which do not know transformers may use it.
+It imports nothing, so that folders which do not know transformers may use it.
 """
 
 from collections.abc import Callable

@@ -83,16 +83,17 @@ def structure_proof(
     of: Any,
     prove: Callable[[], Result],
 ) -> Result:
-    """Returns what `prove` finds of a structure, once in a process. what, of: as of kept_proof."""
+    """Returns what `prove` finds of a structure, once in a process. what, of: as for
+    remember_proof."""
     key = what, structure_key(kind, config)
     if key not in _PROOFS:
         with quiet():
-            _PROOFS[key] = kept_proof(what, kind, config, of, prove)
+            _PROOFS[key] = remember_proof(what, kind, config, of, prove)
     proof: Result = _PROOFS[key]
     return proof
 
 
-def kept_proof(
+def remember_proof(
     what: str,
     kind: type[PreTrainedModel],
     config: PreTrainedConfig,

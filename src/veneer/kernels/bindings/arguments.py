@@ -1,10 +1,10 @@
 """Calls a function of the compiled kernels, and checks single arguments.
 
-C checks nothing: a number that is too large arrives as another one, and a pointer is read as far as
-the numbers say. So numbers are taken from the tensors' own shapes wherever they can be, and a
-tensor must be what C takes it for: its type, this very shape, no gaps, on the CPU, at an address
-that fits its words. Anything else raises CallError, which only our code can cause: callers first
-ask whether a kernel takes their tensors.
+C checks nothing: a number that is too large arrives as another number, and C reads as many values
+from a pointer as the numbers say. So sizes come from the tensors' own shapes where possible, and a
+tensor must be what C expects: of this type and shape, without gaps, on the CPU, at an address that
+is a multiple of the words read. Anything else raises CallError. Only our code can cause it: callers
+first ask whether a kernel takes their tensors.
 """
 
 import threading
@@ -35,8 +35,8 @@ class CallError(AssertionError):
 
 def available(name: str) -> bool:
     """Whether the function is compiled, and for this kind of processor."""
-    found = library()
-    return found is not None and hasattr(found, name)
+    kernels = library()
+    return kernels is not None and hasattr(kernels, name)
 
 
 Observer = Callable[[str, tuple[Any, ...]], None]

@@ -1,16 +1,32 @@
 """Generates the function that checks the arguments of a declaration (declarations.py) and calls C.
 
-For "gate: T[rows, width]; out: T[rows, width]; rows, width" its statements are like these:
+C reads and writes wherever its arguments say, so every call needs checks. A step makes thousands of
+calls, and checks in functions of their own would cost more than small kernels do. So each
+declaration becomes one function without loops or further calls. The declaration
 
-    rows, width = gate.shape
-    T, T_bytes, T_number = _T[gate.dtype]
-    if gate.dtype is not T or not gate.is_contiguous() or ...: raise _refused("gate", ...)
-    if out.shape != (rows, width) or ...: raise _refused("out", ...)
-    _call("veneer_step_gate", _byref(_struct(gate_address, out_address, rows, width)))
+    @declare("veneer_step_gate(*, T, level: int32 0..3)",
+             "gate: T[rows, width]; out: T[rows, width]; rows, width")
+    def step_gate(gate: Tensor, out: Tensor, level: int = 3) -> None:
 
-The statements are syntax trees (the module ast), made of templates below in which declared names
-and expressions take the places of names in capitals. A call costs less than with checks in
-functions of their own.
+becomes this function (its tests of `out` are like those of `gate`):
+
+    def step_gate(gate, out, level=3):
+        rows, width = gate.shape                                            # _read_sizes
+        if not gate.dtype in _T: raise _refused("gate", "T[rows, width]", _locals())
+        T, T_bytes, T_number = _T[gate.dtype]
+        if not (_type(level) is _int and 0 <= level <= 3): raise ...        # _check_number
+        gate_address = gate.data_ptr()                                      # _check_tensor
+        if not (gate.shape == (rows, width) and gate.dtype is T and ...): raise ...
+        out_address = ...
+        _filled = _struct(gate_address, out_address, rows, width)           # generate_call
+        if _call("veneer_step_gate", _byref(_filled), T_number, level): raise _fails()
+
+The statements are syntax trees (the module ast). They are parsed from templates, short texts of
+Python in which names in capitals stand for what differs between declarations:
+`_statements("X = VALUE", X="rows", VALUE=expression)`. Names that begin with `_` are globals of the
+generated function: _GLOBALS, and the helpers that declarations.py passes.
+
+To read this file, begin with `generate_call`, then `_checks`.
 """
 
 import ast
@@ -29,8 +45,9 @@ from veneer.kernels.bindings.arguments import TYPES, CallError, call
 from veneer.kernels.bindings.library import on_cpu
 
 Match = dict[str, str]
+"""Named groups of TENSOR or NUMBER in the text of a kind; "" for a missing group."""
 Values = dict[str, Any]
-"""Values of names in a declaration."""
+"""Values by name."""
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -53,6 +70,7 @@ TENSOR = re.compile(
 NUMBER = re.compile(
     r"(?P<type>int32|uint32|int|)\s*(?:(?P<least>.*?)\.\.(?P<most>.*?))?(?: % (?P<multiple>\d+))?$"
 )
+"""TENSOR and NUMBER match the kinds that declarations.py lists."""
 _MOST = {"": 2**62, "int": 2**62, "int32": 2**31 - 1, "uint32": 2**32 - 1}
 
 
@@ -71,7 +89,11 @@ class Entry(NamedTuple):
 
 
 class _Template(ast.NodeTransformer):
-    """Replaces names by values: another name, several names, an expression or statements."""
+    """Fills a template: replaces names by values.
+
+    A value is a name, a list of names (a tuple of them), an expression, or a list of statements for
+    a name that stands alone on its line.
+    """
 
     def __init__(self, values: Values) -> None:
         self._values = values
@@ -87,6 +109,7 @@ class _Template(ast.NodeTransformer):
         return self._values[name] if name in self._values else self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
+        """Spreads a tuple among the arguments: f(A, B) with B = (c, d) becomes f(A, c, d)."""
         self.generic_visit(node)
         arguments = [a.value if isinstance(a, ast.Starred) else a for a in node.args]
         node.args = [
@@ -109,14 +132,15 @@ def _statements(template: str, **values: Any) -> list[ast.stmt]:
 
 
 def _expression(text: str, **values: Any) -> ast.expr:
-    """Returns an expression with values in place of its names. A type stands for its number in
-    C."""
+    """Parses an expression, and puts values in place of its names. A type variable such as T stands
+    for its number in C."""
     numbers = {name: f"{name}_number" for name in VARIABLES}
     tree: ast.expr = _Template(numbers | values).visit(ast.parse(text.strip(), mode="eval").body)
     return tree
 
 
 def _refuse_unless(entry: Entry, *tests: ast.expr) -> list[ast.stmt]:
+    """Returns the statement that raises CallError for this entry if a test fails."""
     return _statements(
         "if not TEST: raise _refused(NAME, KIND, _locals())",
         TEST=ast.BoolOp(ast.And(), list(tests)) if len(tests) > 1 else tests[0],
@@ -132,9 +156,14 @@ def generate_call(
     c_names: list[str],
     helpers: Values,
 ) -> Callable[..., Any]:
-    """Generates the function that replaces a declared one. Without c_names it returns the struct.
-    helpers: other names that the statements use: _struct (None if there is none), _fails,
-    _refused."""
+    """Generates the function that replaces a declared one. It calls C, or returns the struct if
+    there are no c_names.
+
+    fields     entries of the struct
+    arguments  entries of the C function behind the struct
+    c_names    the C function, or those for bf16 and float32
+    helpers    _struct: the struct class or None; _refused and _fails: return errors to raise
+    """
     parameters = signature(function).parameters
     keywords = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
     positional = [name for name in parameters if name not in keywords]
@@ -150,10 +179,10 @@ def generate_call(
     statements += _checks([*fields, *arguments], parameters)
     values = [_value(entry) for entry in arguments]
     if helpers["_struct"] is not None:
-        own = [entry for entry in fields if not entry.role]
-        while own[-1].kind.startswith("unused"):
-            own.pop()
-        struct_values = ast.Tuple([*map(_value, own)], ast.Load())
+        filled = [entry for entry in fields if not entry.role]
+        while filled[-1].kind.startswith("unused"):  # ctypes leaves the last fields NULL
+            filled.pop()
+        struct_values = ast.Tuple([*map(_value, filled)], ast.Load())
         statements += _statements("_filled = _struct(*VALUES)", VALUES=struct_values)
         values.insert(0, _expression("_byref(_filled)"))
     for entry in fields:
@@ -245,6 +274,7 @@ def _read_sizes(entry: Entry, match: Match, known: set[str]) -> list[ast.stmt]:
 
 
 def _check_number(entry: Entry, match: Match) -> list[ast.stmt]:
+    """Returns the statement that checks a number's type, bounds and divisor."""
     values = {
         "X": entry.name,
         "LEAST": _expression(match["least"] or "0"),
@@ -258,6 +288,8 @@ def _check_number(entry: Entry, match: Match) -> list[ast.stmt]:
 
 
 def _check_tensor(entry: Entry, match: Match) -> list[ast.stmt]:
+    """Returns the statements that set a tensor's address, and check its type, place, shape, gaps
+    and values."""
     x, axes, strides, dtype = entry.name, _axes(match), _axes(match, 2), match["dtype"]
     size = f"{dtype}_bytes" if dtype in VARIABLES else ast.Constant(DTYPES[dtype].itemsize)
     word = _expression(match["words"]) if match["words"] else size
@@ -300,7 +332,8 @@ def _divide(dividend: int, divisor: int) -> int:
 
 
 def _is_within(tensor: Tensor, limit: int, order: str) -> bool:
-    """True if the values are within 0 and the limit. order: "below", or "ascending to"."""
+    """Whether all values are from 0 to the limit. order: "below" (the limit itself is excluded), or
+    "ascending to" (included, and the values must ascend)."""
     numbers = [] if tensor.is_meta else tensor.tolist()
     if order == "below":
         return all(0 <= number < limit for number in numbers)

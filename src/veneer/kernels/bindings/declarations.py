@@ -4,7 +4,8 @@
         "veneer_step_gate(*, T, level: int32 0..3)",
         "gate: T[rows, width]; up: T{rows * width}; out: T[rows, width]; rows, width",
     )
-    def step_gate(gate: Tensor, up: Tensor, out: Tensor, level: int = 3) -> None: ...
+    def step_gate(gate: Tensor, up: Tensor, out: Tensor, level: int = 3) -> None:
+        '''out = silu(gate) * up'''
 
 The first text is the call; `*` passes a pointer to a struct, whose fields the second text lists,
 and `name|name` are the functions for bf16 and for float32. Calling step_gate checks its arguments
@@ -14,17 +15,17 @@ first, may check more, and may replace parameters. checks.py generates the funct
 
     bf16[rows, width]   a tensor of this type and shape, without gaps. The first tensor that names a
                         size sets it. `rows@apart` allows gaps, and sets the stride `apart`
-    T[rows]  F  V       a type that the first such tensor sets; `= T` is its number in C
-    T{count}            so many values in any shape, whose number may set a size
+    T[rows]  F  V       a type that the first tensor with this letter sets; `= T`: its number in C
+    T{count}            a tensor of this many values, in any shape; may set a size
     T[rows]?            None is allowed: NULL
     f32[n] words 4      C reads words of 4 bytes: addresses and strides are multiples
     i64[n] below m      holds values from 0 to m - 1; `ascending to m`: from 0 to m, in order
-    int 16..n % 16      a number with its bounds, and what it is a multiple of; int32, uint32
+    int 16..n % 16      a number from 16 to n that is a multiple of 16; also int32, uint32
     float  flag         a number, a bool
-    pointer             an address, or what ctypes takes for one
-    Mask  int*3         a struct class passed to `declare`, an array; their values are tuples
+    pointer             an address, or another value that ctypes accepts as a pointer
+    Mask  int*3         a struct class that `declare` gets, an array; the values are tuples
     unused  unused*3    a pointer that this function does not read, or an array
-    check name: kind    is checked, but is no field
+    check name: kind    a value that is checked and not passed to C
     body name, name     names whose values the body returns
     kept name           an object that the struct refers to as `kept`
 """

@@ -1,8 +1,8 @@
-"""The compiled kernels (kernels/native/*.c): found, loaded once, or None where there are none.
+"""Loads the library of compiled kernels (kernels/native/*.c), once; None if there is none.
 
-Every caller keeps a plain torch path beside its kernel and takes it when there is none. The files
-*_calls.py declare the functions (declarations.py), and tape/tape.py replays calls. The arguments
-are checked in Python (checks.py): C does not look.
+Every caller keeps a plain torch path beside its kernel and takes it without the library. The files
+*_calls.py declare the functions (declarations.py), and tape/tape.py replays calls. Python checks
+the arguments (checks.py), because C does not.
 """
 
 import ctypes
@@ -21,9 +21,8 @@ from veneer.errors import ConfigError
 OFF = "VENEER_NO_NATIVE"
 """Environment variable: set to 1, the plain paths run everywhere."""
 BUILT_ELSEWHERE = "VENEER_NATIVE"
-"""Environment variable: the file of another build of the kernels, for one with sanitizers
+"""Environment variable: the file of another build of the kernels, for example one with sanitizers
 (tests/kernels/bindings/test_sanitized.py)."""
-
 
 MAX_ISA = "VENEER_MAX_CPU_ISA"
 """Environment variable: the newest instructions that compiled functions may use, one of LIMITS. It
@@ -147,8 +146,9 @@ def take_counts() -> StepCounts:
     nothing is planned."""
     if (planned := planned_counts.get()) is None:
         return StepCounts()
-    noted = planned[1]
-    taken, noted.flops, noted.replayed_layers = replace(noted), 0, 0
+    counts = planned[1]
+    taken = replace(counts)
+    counts.flops = counts.replayed_layers = 0
     return taken
 
 
@@ -194,12 +194,13 @@ def library() -> Any:
                 next_step=f"One of {', '.join(LIMITS)}; or leave it unset.",
             )
         loaded.veneer_limit(LIMITS[named])
-    found: Any = loaded
-    found.multiplies_bf16 = hasattr(loaded, "veneer_entropy") and bool(loaded.veneer_has_bf16())
+    kernels: Any = loaded
+    # Read thousands of times a step, so C is asked once.
+    kernels.multiplies_bf16 = hasattr(loaded, "veneer_entropy") and bool(loaded.veneer_has_bf16())
     functions = _openmp()
     if functions is not None:
         loaded.veneer_use_openmp(*functions)
-    return found
+    return kernels
 
 
 @cache
@@ -210,16 +211,14 @@ def compiled_function(name: str) -> Any:
 
 def level() -> int:
     """Returns 3 for AVX-512, 2 for AVX2, 0 for plain C, -1 without the library."""
-    found = library()
-    return -1 if found is None else int(found.veneer_level())
+    kernels = library()
+    return -1 if kernels is None else int(kernels.veneer_level())
 
 
 def has_bf16() -> bool:
     """Whether compiled functions multiply bf16 pairs."""
-    found = library()
-    return (
-        found is not None and found.multiplies_bf16
-    )  # asked thousands of times a step: C was asked once
+    kernels = library()
+    return kernels is not None and kernels.multiplies_bf16
 
 
 def has_floats() -> bool:
@@ -230,8 +229,8 @@ def has_floats() -> bool:
 
 def has_amx() -> bool:
     """Whether bf16 products with enough rows use AMX tiles."""
-    found = library()
-    return found is not None and bool(found.veneer_has_amx())
+    kernels = library()
+    return kernels is not None and bool(kernels.veneer_has_amx())
 
 
 def end_helpers() -> None:
@@ -253,11 +252,13 @@ def _openmp() -> tuple[int, ...] | None:
     for path in _openmp_libraries("libgomp*", "libomp*", "libiomp*"):
         try:
             loaded = ctypes.CDLL(str(path))
-            found = [ctypes.cast(getattr(loaded, name), ctypes.c_void_p).value for name in names]
+            addresses = [
+                ctypes.cast(getattr(loaded, name), ctypes.c_void_p).value for name in names
+            ]
         except (OSError, AttributeError):
             continue
-        if all(found):
-            return tuple(int(address or 0) for address in found)
+        if all(addresses):
+            return tuple(int(address or 0) for address in addresses)
     return None
 
 

@@ -8,7 +8,7 @@
 Loader threads (loaders.py) read adapters and attach them to the base. The decoding thread asks, and
 waits for nothing but a short lock.
 
-Room is given in the order in which requests ask, to all adapters of a request at once. Others may
+Memory is given in the order in which requests ask, to all adapters of a request at once. Others may
 overtake a request that finds no room, a limited number of times; then the loaded adapters with the
 fewest users get no new ones until there is room. Knows no names: an adapter is identified by its
 content.

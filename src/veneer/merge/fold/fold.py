@@ -103,7 +103,7 @@ def is_transposed_at(modules: Mapping[str, nn.Module], path: str) -> bool:
     return isinstance(module, nn.Embedding) or _is_stored_transposed(module)
 
 
-def wanted_weights(model: nn.Module, applied: Applied) -> dict[str, Callable[[Tensor], Tensor]]:
+def weight_changes(model: nn.Module, applied: Applied) -> dict[str, Callable[[Tensor], Tensor]]:
     """Returns, by name of each changed weight, a function from its value to the merged value, both
     float32.
 
@@ -228,8 +228,8 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     }
 
 
-def parting(tied: Mapping[str, str], changed: Mapping[str, object]) -> dict[str, str]:
-    """Returns tied names that must become separate tensors.
+def names_to_untie(tied: Mapping[str, str], changed: Mapping[str, object]) -> dict[str, str]:
+    """Returns the tied names that must become tensors of their own: {alias: source}.
 
     An adapter's update of an embedding does not act on a tied head, nor the reverse.
     """

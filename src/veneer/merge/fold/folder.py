@@ -31,7 +31,13 @@ from veneer.bases.identity.fingerprint import tokenizer_hash
 from veneer.data.template.new_tokens import extended
 from veneer.errors import ConfigError, RefusedError
 from veneer.files.atomic import atomic_folder
-from veneer.merge.fold.fold import SourceTensor, parting, stored_tensors, tied_names, wanted_weights
+from veneer.merge.fold.fold import (
+    SourceTensor,
+    names_to_untie,
+    stored_tensors,
+    tied_names,
+    weight_changes,
+)
 from veneer.merge.fold.rounding import (
     Survival,
     SurvivalReport,
@@ -134,16 +140,17 @@ def merge_into_folder(
     expected = None
     if check_logits:
         expected = reference(base, names, text_rows(base) if rows is None else limited(rows))
-    merged = wanted_weights(base.model, applied)
+    changes = weight_changes(base.model, applied)
     base.routing.active = ()
     for name, _ in names:
         base.detach(name)
     tied = tied_names(base.model)
-    untied = bool(parting(tied, merged))  # one field of the config, for all tied weights of a model
+    # The config has one field for all tied weights of a model.
+    untied = bool(names_to_untie(tied, changes))
     target = None if dtype is None else DTYPES[dtype]
     stored = stored_tensors(base.model)
     if tokens is not None:
-        stored, merged = with_rows(stored, merged, tokens, tied)
+        stored, changes = with_rows(stored, changes, tokens, tied)
     layout = _FileLayout(
         base.model,
         {
@@ -157,7 +164,7 @@ def merge_into_folder(
     with atomic_folder(out, needed_bytes=layout.total_bytes) as partial:
         weights = layout.write(
             partial,
-            merged,
+            changes,
             stochastic_seed=seed if stochastic else None,
             max_shard_bytes=max_shard_bytes,
         )
@@ -221,7 +228,7 @@ class _FileLayout:
     def write(
         self,
         folder: Path,
-        merged: Mapping[str, Any],
+        changes: Mapping[str, Any],
         *,
         stochastic_seed: int | None,
         max_shard_bytes: int,
@@ -232,7 +239,7 @@ class _FileLayout:
             for names in self._layers():
                 tensors = {}
                 for name in names:
-                    tensors[name], lost = self._rounded(name, merged.get(name), stochastic_seed)
+                    tensors[name], lost = self._rounded(name, changes.get(name), stochastic_seed)
                     if lost is not None:
                         survivals[name] = lost
                     if tensors[name].is_floating_point() and not bool(

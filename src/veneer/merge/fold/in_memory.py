@@ -12,7 +12,7 @@ from torch import nn
 
 from veneer.adapters.placement.wrapping import plain_modules
 from veneer.errors import RefusedError
-from veneer.merge.fold.fold import Applied, stored_tensors, wanted_weights
+from veneer.merge.fold.fold import Applied, stored_tensors, weight_changes
 from veneer.merge.fold.tokens import refuse_tokens
 from veneer.private.torch import parameters_of
 
@@ -52,10 +52,10 @@ def merged_weights(model: nn.Module, applied: Applied) -> MergedParameters:
     Tied weights become separate. RefusedError: a method that cannot be merged, quantised weights,
     values that are not finite.
     """
-    wanted = wanted_weights(model, applied)
+    changes = weight_changes(model, applied)
     refuse_tokens(applied, "the base's tables would grow", "Write a merged folder: veneer merge.")
     stored = stored_tensors(model)
-    if packed := [name for name in wanted if stored[name].quantised]:
+    if packed := [name for name in changes if stored[name].quantised]:
         raise RefusedError(
             "these weights are held quantised and cannot be merged into in memory",
             packed[:6] + ([f"and {len(packed) - 6} more"] if len(packed) > 6 else []),
@@ -64,7 +64,7 @@ def merged_weights(model: nn.Module, applied: Applied) -> MergedParameters:
         )
     modules = plain_modules(model)
     changed = []
-    for name, new in wanted.items():
+    for name, new in changes.items():
         value = new(stored[name].read().float()).to(stored[name].dtype)
         if not bool(torch.isfinite(value).all()):
             raise RefusedError(

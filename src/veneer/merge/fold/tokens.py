@@ -14,7 +14,7 @@ from veneer.adapters.placement.token_rows import NewTokens, TokenRows
 from veneer.errors import RefusedError
 from veneer.merge.fold.fold import Applied, SourceTensor
 
-Wanted = dict[str, Callable[[Tensor], Tensor]]
+WeightChanges = dict[str, Callable[[Tensor], Tensor]]
 
 
 def tokens_of(applied: Applied) -> NewTokens | None:
@@ -33,21 +33,24 @@ def refuse_tokens(applied: Applied, why: str, next_step: str) -> None:
 
 
 def with_rows(
-    stored: Mapping[str, SourceTensor], wanted: Wanted, tokens: NewTokens, tied: Mapping[str, str]
-) -> tuple[dict[str, SourceTensor], Wanted]:
+    stored: Mapping[str, SourceTensor],
+    changes: WeightChanges,
+    tokens: NewTokens,
+    tied: Mapping[str, str],
+) -> tuple[dict[str, SourceTensor], WeightChanges]:
     """Returns tables with the tokens' rows, and the changes of weights adapted to them."""
-    tables, changes = dict(stored), dict(wanted)
+    tables, longer_changes = dict(stored), dict(changes)
     for path, rows in tokens.places.items():
         names = {f"{path}.weight"}
         names |= {name for pair in tied.items() for name in pair if names & set(pair)}
         for name in names:
             tables[name] = _longer(stored[name], rows)
-            if name in wanted:
-                changes[name] = _changed(wanted[name], rows, stored[name].shape[0])
+            if name in changes:
+                longer_changes[name] = _changed(changes[name], rows, stored[name].shape[0])
         for bias in (f"{name.removesuffix('.weight')}.bias" for name in names):
             if bias in stored and stored[bias].shape[0] < rows.end:
                 tables[bias] = _padded(stored[bias], rows.end)
-    return tables, changes
+    return tables, longer_changes
 
 
 def _longer(tensor: SourceTensor, rows: TokenRows) -> SourceTensor:

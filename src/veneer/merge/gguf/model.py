@@ -30,7 +30,13 @@ from veneer.data.template.new_tokens import extended
 from veneer.errors import RefusedError
 from veneer.files.atomic import atomic_file
 from veneer.kernels.wide import wide
-from veneer.merge.fold.fold import SourceTensor, stored_tensors, tied_names, wanted_weights
+from veneer.merge.fold.fold import (
+    SourceTensor,
+    names_to_untie,
+    stored_tensors,
+    tied_names,
+    weight_changes,
+)
 from veneer.merge.fold.folder import LEAST_SURVIVAL
 from veneer.merge.fold.rounding import Survival, SurvivalReport, survival, total
 from veneer.merge.fold.tokens import refuse_tokens, tokens_of, with_rows
@@ -88,7 +94,7 @@ def write_gguf_model(
     if type in BY_LLAMA_CPP:
         quantiser(type)
     applied = [(base.attachments[name], weight) for name, weight in names]
-    wanted, tokens = wanted_weights(base.model, applied), tokens_of(applied)
+    changes, tokens = weight_changes(base.model, applied), tokens_of(applied)
     if source_file is not None:
         refuse_tokens(
             applied,
@@ -100,14 +106,14 @@ def write_gguf_model(
         base.detach(name)
     gguf_names = names_of(base.config)
     tied = tied_names(base.model)
-    parted = {alias for alias, source in tied.items() if alias in wanted or source in wanted}
+    untied = names_to_untie(tied, changes)
     stored = stored_tensors(base.model)
     if tokens is not None:
-        stored, wanted = with_rows(stored, wanted, tokens, tied)
+        stored, changes = with_rows(stored, changes, tokens, tied)
     stored = {
         tensor_name: tensor
         for tensor_name, tensor in stored.items()
-        if tensor_name not in tied or tensor_name in parted
+        if tensor_name not in tied or tensor_name in untied
     }
     if base.config.get_text_config() is not base.config:  # towers have no place in the file
         left_out = tuple(f"{path}." for path in base.paths.left_out)
@@ -154,7 +160,7 @@ def write_gguf_model(
                 progress(f"writing {type}", count, len(stored))
             value, change, gguf_name = (
                 tensor.read().float().cpu(),
-                wanted.get(name),
+                changes.get(name),
                 str(gguf_names.of(name)),
             )
             merged = value if change is None else change(value)
@@ -180,7 +186,7 @@ def write_gguf_model(
             if progress is not None:
                 progress(f"llama-quantize, {type}", 0, 0)
             quantise(partial, type)
-            survivals = _kept_in(partial, stored, wanted, gguf_names)
+            survivals = _kept_in(partial, stored, changes, gguf_names)
         overall = total(survivals.values())
         if abs(1 - overall.share) > 1 - least_survival:
             raise RefusedError(
@@ -237,12 +243,12 @@ def _encoded(values: Tensor, kind: GGMLQuantizationType) -> tuple[np.ndarray[Any
 
 
 def _kept_in(
-    file: Path, stored: Mapping[str, SourceTensor], wanted: Mapping[str, Any], where: GGUFNames
+    file: Path, stored: Mapping[str, SourceTensor], changes: Mapping[str, Any], where: GGUFNames
 ) -> dict[str, Survival]:
     """What is left of each update in what a finished file decodes to."""
     tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     found = {}
-    for name, change in wanted.items():
+    for name, change in changes.items():
         gguf_name = str(where.of(name))
         own = stored[name].read().float().cpu()
         new, tensor = change(own), tensors[gguf_name]

@@ -85,9 +85,11 @@ class Body(BaseModel):
         except ValidationError as error:
             for place, what in known_faults(error):
                 field = fields[str(place[0])]
-                explained = len(place) == 1 and _EXPLAINED.intersection(map(type, field.metadata))
-                why = f": {field.description}" if explained and field.description else ""
-                faults.append((place, what + why))
+                is_described = len(place) == 1 and _WITH_DESCRIPTION.intersection(
+                    map(type, field.metadata)
+                )
+                hint = f": {field.description}" if is_described and field.description else ""
+                faults.append((place, what + hint))
         else:
             faults += [((fault.param or "",), fault.what) for fault in body.conflicts()]
             if not faults:
@@ -187,13 +189,13 @@ class OneOf:
     """Chooses a member of a union: by a tag, or by the JSON type of the value.
 
     tag: the field of an object whose value chooses the model. Without a tag the type chooses; for a
-    list, the type of its first entry. default: the value if an object lacks the field. why: added
+    list, the type of its first entry. default: the value if an object lacks the field. hint: added
     to the error for other values.
     """
 
-    def __init__(self, tag: str = "", *, default: str | None = None, why: str = "") -> None:
+    def __init__(self, tag: str = "", *, default: str | None = None, hint: str = "") -> None:
         self._tag, self._default = tag, default
-        self._why = f": {why}" if why else ""
+        self._hint = f": {hint}" if hint else ""
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
@@ -201,7 +203,7 @@ class OneOf:
         members = get_args(source) or (source,)
         names = self._tags(members) if self._tag else _json_types(members)
         choices = {name: handler.generate_schema(member) for name, member in names.items()}
-        expected = " or ".join(_TYPE_WORDS.get(name, name) for name in choices) + self._why
+        expected = " or ".join(_TYPE_WORDS.get(name, name) for name in choices) + self._hint
 
         def choose(value: Any) -> Any:
             if isinstance(value, Body):  # pydantic serialises it
@@ -278,7 +280,8 @@ OnlyTrue = Annotated[Literal[True], NO_EFFECT]
 EmptyList = Annotated[list[Any], Length(0, 0), NO_EFFECT]
 Object = dict[str, Any]
 """An object of any content; the size of the body bounds it."""
-_EXPLAINED = {_NoEffect, _NotSupported}
+_WITH_DESCRIPTION = {_NoEffect, _NotSupported}
+"""Marks of fields whose description is added to an error."""
 _TYPE_WORDS = {
     "str": "text",
     "dict": "an object",

@@ -31,7 +31,7 @@ from veneer.serve.refusals import Fault, refuse
 
 Text = Annotated[str, Length(0, MOST_TEXT)]
 Id = Annotated[str, Length(1, MOST_NAME)]
-TEXT_ALONE = "text alone is read"
+TEXT_ONLY = "only text is read"
 
 
 class TextPart(Body):
@@ -43,7 +43,7 @@ class _ChatText(TextPart):
 
 
 TextParts = Annotated[
-    list[Annotated[_ChatText, OneOf("type", why=TEXT_ALONE)]], Length(0, MOST_PARTS)
+    list[Annotated[_ChatText, OneOf("type", hint=TEXT_ONLY)]], Length(0, MOST_PARTS)
 ]
 Content = Annotated[Text | TextParts, BY_TYPE]
 
@@ -65,7 +65,7 @@ class AssistantMessage(_Message):
     refusal: Annotated[Text, NO_EFFECT] = ""
     annotations: EmptyList = Field(default_factory=list)
     audio: NotSupported = None
-    """text alone is read"""
+    """only text is read"""
     function_call: NotSupported = None
     """use tool_calls"""
 

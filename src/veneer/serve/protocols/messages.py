@@ -37,7 +37,7 @@ from veneer.serve.protocols.body import (
     OnlyFalse,
 )
 from veneer.serve.protocols.conversation import (
-    TEXT_ALONE,
+    TEXT_ONLY,
     Id,
     Text,
     TextPart,
@@ -69,7 +69,7 @@ class _TextBlock(TextPart, _CacheControl):
 
 
 _TextBlocks = Annotated[
-    list[Annotated[_TextBlock, OneOf("type", why=TEXT_ALONE)]], Length(0, MOST_PARTS)
+    list[Annotated[_TextBlock, OneOf("type", hint=TEXT_ONLY)]], Length(0, MOST_PARTS)
 ]
 _TextContent = Annotated[Text | _TextBlocks, BY_TYPE]
 
@@ -89,7 +89,7 @@ class _ToolUse(_CacheControl):
     caller: Annotated[Object, NO_EFFECT] = Field(default_factory=dict)
 
 
-_BLOCK = OneOf("type", why="text and tools are read")
+_BLOCK = OneOf("type", hint="text and tools are read")
 _UserBlocks = Annotated[list[Annotated[_TextBlock | _ToolResult, _BLOCK]], Length(1, MOST_PARTS)]
 _AssistantBlocks = Annotated[list[Annotated[_TextBlock | _ToolUse, _BLOCK]], Length(1, MOST_PARTS)]
 

@@ -30,7 +30,7 @@ from veneer.serve.protocols.body import (
     OnlyTrue,
 )
 from veneer.serve.protocols.conversation import (
-    TEXT_ALONE,
+    TEXT_ONLY,
     Id,
     Text,
     TextPart,
@@ -66,7 +66,7 @@ class _OutputText(TextPart):
     logprobs: EmptyList = Field(default_factory=list)
 
 
-_Part = Annotated[_InputText | _OutputText, OneOf("type", why=TEXT_ALONE)]
+_Part = Annotated[_InputText | _OutputText, OneOf("type", hint=TEXT_ONLY)]
 _Content = Annotated[Text | Annotated[list[_Part], Length(0, MOST_PARTS)], BY_TYPE]
 
 
@@ -98,7 +98,7 @@ _Items = Annotated[
     list[
         Annotated[
             _MessageItem | _CallItem | _OutputItem,
-            OneOf("type", default="message", why="text and calls of functions are read"),
+            OneOf("type", default="message", hint="text and calls of functions are read"),
         ]
     ],
     Length(1, MOST_MESSAGES),
