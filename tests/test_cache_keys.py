@@ -122,12 +122,12 @@ def test_values_are_known_with_their_attention_and_with_buffers(cache: Path) -> 
     for change in (0.0, 1.0):
         other = copy.deepcopy(model)
         other.get_buffer("model.rotary_emb.inv_freq").add_(change)
-        same_values.take_note(other)
-        noted = same_values.noted(other)
+        same_values.snapshot_values(other)
+        noted = same_values.snapshot_digest(other)
         assert noted is not None
         hashes.append(noted[0])
         other.get_buffer("model.rotary_emb.inv_freq").add_(1)
-        assert same_values.noted(other) is None
+        assert same_values.snapshot_digest(other) is None
     assert hashes[0] != hashes[1]
 
 

@@ -240,13 +240,13 @@ def test_an_answer_that_crosses_the_switch_is_the_one_given_alone(kind):
 def test_the_switch_of_the_copy_lies_within_its_texts(kind):
     model = rotary(kind)
     found = switches(small_copy(type(model), model.config).config)
-    assert {*found.at, found.each} - {None} == {structure.SWITCH}
+    assert {*found.at, found.dynamic_from} - {None} == {structure.SWITCH}
     assert min(proof.LENGTHS) < structure.SWITCH < max(proof.LENGTHS)
 
 
 def test_rows_go_together_on_one_side_of_a_switch():
     assert sides([5, 20, 16, 17], RopeSwitches(at=(16,))) == [[0, 2], [1, 3]]
-    assert sides([5, 20, 16, 17, 20], RopeSwitches(each=16)) == [[0, 2], [1, 4], [3]]
+    assert sides([5, 20, 16, 17, 20], RopeSwitches(dynamic_from=16)) == [[0, 2], [1, 4], [3]]
     assert sides([5, 20], switches(tiny_model("llama").config)) == [[0, 1]]
 
 

@@ -171,10 +171,10 @@ def test_values_that_were_changed_since_are_asked_anew(folder: Path, asked: set[
     used(folder)
     for change in (write, move, exchange):
         base = veneer.load(str(folder), dtype="bfloat16")
-        assert same_values.noted(base.model) is not None
+        assert same_values.snapshot_digest(base.model) is not None
         change(base.model.get_submodule("model.layers.0.mlp.up_proj"))
         asked.clear()
-        assert same_values.noted(base.model) is None
+        assert same_values.snapshot_digest(base.model) is None
         assert base.paths and base.read_past == frozenset() and decodes_packed(base)
         assert asked == {"paths", "past", "decoding"}, change
 
@@ -184,7 +184,7 @@ def test_no_base_is_hashed_where_nothing_is_remembered(
 ) -> None:
     memory._enabled = False  # the fixture puts it back
     base = veneer.load(str(folder))
-    assert same_values.noted(base.model) is None
+    assert same_values.snapshot_digest(base.model) is None
 
 
 def test_the_digest_tells_every_tensor_by_name_type_shape_and_bytes() -> None:
@@ -204,7 +204,9 @@ def test_the_digest_tells_every_tensor_by_name_type_shape_and_bytes() -> None:
 
 def test_a_base_in_shards_is_not_hashed(folder: Path, asked: set[str]) -> None:
     """Its values are not all here."""
-    assert same_values.noted(load.load_base(str(folder), dtype="bfloat16").model) is not None
+    assert (
+        same_values.snapshot_digest(load.load_base(str(folder), dtype="bfloat16").model) is not None
+    )
     with absent_processes(2) as sharding:
         base = load.load_base(str(folder), dtype="bfloat16", sharding=sharding)
-        assert same_values.noted(base.model) is None
+        assert same_values.snapshot_digest(base.model) is None

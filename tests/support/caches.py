@@ -10,7 +10,7 @@ SOURCE = Path(veneer.__file__).parent
 PAGE = Path(__file__).parents[2] / "docs" / "caches.md"
 DECORATORS = ("cache", "lru_cache")
 CONTAINERS = ("dict", "list", "set", "OrderedDict", "defaultdict", "Counter", "local")
-REMEMBERS = ("remember", "structure_proof", "same_values")
+REMEMBERS = ("remember", "structure_proof", "remember_by_values")
 
 
 def caches() -> set[str]:

@@ -27,7 +27,7 @@ from veneer.decoding.schedule.limits import Limits
 from veneer.execution.agreement import MODEL, difference, disagreement
 from veneer.execution.attention import NAME, take_packed
 from veneer.execution.proofs.model import prove_packing, some_ids, structure
-from veneer.execution.proofs.same_values import same_values
+from veneer.execution.proofs.same_values import remember_by_values
 from veneer.execution.proofs.small_copy import SWITCH, NoCopyError, small_copy
 from veneer.execution.proofs.structure import LIMIT, logits_alone, sample_texts, structure_proof
 from veneer.execution.switches import forget_lengths
@@ -164,7 +164,7 @@ def decodes_packed(base: FrozenBase) -> bool:
 
     def find() -> PackedDecoding:
         with base.routing.none():
-            holds = same_values("decoding", base.model, bool, prove, still=bool)
+            holds = remember_by_values("decoding", base.model, bool, prove, is_valid=bool)
             if holds:
                 take_packed(base.model)  # as the proof leaves it
         return PackedDecoding(holds)

@@ -39,7 +39,7 @@ from veneer.execution.layer_facts import (
 )
 from veneer.execution.paged import PagedStep
 from veneer.execution.proofs.model import in_front, some_ids, structure
-from veneer.execution.proofs.same_values import same_values
+from veneer.execution.proofs.same_values import remember_by_values
 from veneer.execution.proofs.small_copy import NoCopyError, small_copy
 from veneer.execution.proofs.steps import Run, read_and_continued
 from veneer.execution.proofs.structure import LIMIT, sample_texts, structure_proof
@@ -339,7 +339,7 @@ def forward_by_layers(model: PreTrainedModel) -> LayersForward | str:
             MODEL.limits[expected.dtype],
         )
 
-    reason = same_values("by_parts", model, str | None, compare)
+    reason = remember_by_values("by_parts", model, str | None, compare)
     return forward if reason is None else reason
 
 

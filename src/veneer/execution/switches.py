@@ -1,15 +1,15 @@
-"""Positions at which the length of a text changes how all of it is read.
+"""Lengths of a text at which its rotary frequencies change, for all of its tokens.
 
 Two kinds of rotary embedding choose their frequencies by the longest position of the batch:
 longrope has one set up to `original_max_position_embeddings` and another beyond; dynamic scaling
-has other ones for every length beyond `max_position_embeddings`, and keeps those of the longest
-text so far. A row must get what it gets alone, so rows go together only where alone they would get
-the same (`Switches.side`).
+has different ones for every length beyond `max_position_embeddings`, and keeps those of the longest
+text so far. A row must get the frequencies that it gets alone, so rows share a batch only if alone
+they would get the same (`RopeSwitches.side`).
 
-The length is that of the tokens that are read. A row is read up to the token that predicts its last
-trained one, as for an answer; transformers' own loss reads the last token too, whose prediction
-nobody asks for. With dynamic scaling its frequencies are therefore those of a text one token longer
-(0.04% of the loss at 70 tokens).
+The length counts the tokens that are read. A row is read up to the token that predicts its last
+trained token, as for an answer. transformers' own loss reads the last token too, and does not use
+its prediction. With dynamic scaling its frequencies are therefore those of a text with one more
+token (0.04% of the loss at 70 tokens).
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 @dataclass(frozen=True)
 class RopeSwitches:
-    """at: lengths beyond which other frequencies hold; each: the length beyond which every length
-    has its own."""
+    """at: lengths beyond which the frequencies are others. dynamic_from: the length beyond which
+    every length has its own frequencies."""
 
     at: tuple[int, ...] = ()
-    each: int | None = None
+    dynamic_from: int | None = None
 
     def side(self, length: int) -> tuple[int, int]:
-        """Equal for two texts that get the same frequencies."""
-        own = 0 if self.each is None or length <= self.each else length
-        return sum(length > place for place in self.at), own
+        """Returns a key that is equal for texts that get the same frequencies."""
+        is_dynamic = self.dynamic_from is not None and length > self.dynamic_from
+        return sum(length > place for place in self.at), length if is_dynamic else 0
 
     @property
     def words(self) -> str | None:
-        """What the screen says; None: the length changes nothing."""
-        if self.each is not None:
+        """Returns the line for the screen; None if the length changes nothing."""
+        if self.dynamic_from is not None:
             return (
-                f"rows of more than {self.each} tokens only beside rows of their length (dynamic"
-                " RoPE)"
+                f"rows of more than {self.dynamic_from} tokens only beside rows of their length"
+                " (dynamic RoPE)"
             )
         if self.at:
             return (
@@ -53,7 +53,7 @@ class RopeSwitches:
 def switches(config: PreTrainedConfig) -> RopeSwitches:
     text = config.get_text_config()
     at: set[int] = set()
-    each: set[int] = set()
+    dynamic_from: set[int] = set()
     for parameters in _rotary(text):
         kind = str(parameters.get("rope_type", parameters.get("type")))
         if kind == "longrope":
@@ -62,41 +62,39 @@ def switches(config: PreTrainedConfig) -> RopeSwitches:
             )
             at.add(int(original or text.max_position_embeddings))
         elif "dynamic" in kind:
-            each.add(int(text.max_position_embeddings))
-    return RopeSwitches(tuple(sorted(at)), min(each, default=None))
+            dynamic_from.add(int(text.max_position_embeddings))
+    return RopeSwitches(tuple(sorted(at)), min(dynamic_from, default=None))
 
 
 def _rotary(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
-    """The rotary settings, of all layers or of each kind of layer."""
+    """Yields the rotary settings of all layers, or of each kind of layer."""
     for name in ("rope_parameters", "rope_scaling"):
-        found = getattr(config, name, None)
-        if isinstance(found, dict):
-            yield found
-            yield from (own for own in found.values() if isinstance(own, dict))
+        settings = getattr(config, name, None)
+        if isinstance(settings, dict):
+            yield settings
+            yield from (value for value in settings.values() if isinstance(value, dict))
 
 
-def sides(lengths: Sequence[int], found: RopeSwitches) -> list[list[int]]:
-    """Numbers of the rows that may go together, in their order; one group where the length changes
-    nothing."""
+def sides(lengths: Sequence[int], rope: RopeSwitches) -> list[list[int]]:
+    """Groups row numbers by rotary frequencies, in order; one group if lengths change nothing."""
     groups: dict[tuple[int, int], list[int]] = {}
     for number, length in enumerate(lengths):
-        groups.setdefault(found.side(length), []).append(number)
+        groups.setdefault(rope.side(length), []).append(number)
     return list(groups.values())
 
 
 def forget_lengths(model: PreTrainedModel) -> None:
-    """Frequencies as no text had been read: dynamic scaling keeps those of the longest one so
-    far."""
+    """Resets dynamic frequencies, which the longest text so far has set."""
+    # Called before every forward: most models return here, because a walk over all modules takes
+    # longer than a narrow layer.
     if switches(model.config) == RopeSwitches():
-        # most models, before every forward: looking at every module takes longer than a narrow
-        # layer
         return
     for module in model.modules():
-        own = vars(module)
-        for name in [n for n in own if n.endswith("max_seq_len_cached")]:
+        attributes = vars(module)
+        for name in [n for n in attributes if n.endswith("max_seq_len_cached")]:
             kind = name.removesuffix("max_seq_len_cached")
             original = getattr(module, f"{kind}original_inv_freq", None)
-            if original is not None and own[name] != own.get("original_max_seq_len"):
+            if original is not None and attributes[name] != attributes.get("original_max_seq_len"):
                 # Not the same tensor: longrope writes into it.
                 setattr(module, f"{kind}inv_freq", original.clone())
-                setattr(module, name, own["original_max_seq_len"])
+                setattr(module, name, attributes["original_max_seq_len"])

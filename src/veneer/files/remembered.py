@@ -7,7 +7,7 @@ kernels, the versions of the computing libraries, the processor, and environment
 change these.
 
 Off unless `begin` was called, as the command line does: other programs may have replaced something
-that no key covers. Not known here: what is remembered.
+that no key covers. Knows nothing of what is remembered.
 """
 
 from __future__ import annotations
@@ -76,22 +76,23 @@ def is_on() -> bool:
 def remember(
     kind: str,
     key: Mapping[str, Any],
-    of: Any,
+    value_type: Any,
     make: Callable[[], Value],
-    still: Callable[[Value], bool] = lambda _: True,
+    is_valid: Callable[[Value], bool] = lambda _: True,
 ) -> Value:
     """Returns the value of an earlier process with the same key, else makes and stores it.
 
-    kind    names a folder of the cache;  key   JSON, everything that the value depends on besides
-            `surroundings`
-    of      its type, for pydantic;  still   whether the value is still valid
+    kind        names a folder of the cache
+    key         JSON: everything that the value depends on besides `surroundings`
+    value_type  the value's type, for pydantic
+    is_valid    whether a stored value is still valid
     """
     environment = surroundings() if _enabled else None
     if environment is None:
         return make()
     full_key = json.dumps({**key, "surroundings": environment}, sort_keys=True, default=str)
     path = cache_folder() / "found" / kind / f"{_hash(full_key)}.json"
-    adapter: TypeAdapter[Value] = TypeAdapter(of)
+    adapter: TypeAdapter[Value] = TypeAdapter(value_type)
     with suppress(VeneerError, ValidationError, OSError):
         entry = read_json(path, max_bytes=MOST_BYTES)
         text = entry.get("value")
@@ -101,7 +102,7 @@ def remember(
             and entry.get("sha256") == _hash(text)
         ):
             value = adapter.validate_json(text, strict=True)
-            if still(value):
+            if is_valid(value):
                 return value
     value = make()
     with suppress(VeneerError, OSError, ValueError):  # works without a writable cache

@@ -54,7 +54,7 @@ def read_alike(config: PreTrainedConfig) -> int | None:
     """Length of the longest text within the positions and below the lengths at which reading
     switches. None if there is no limit."""
     lengths = switches(config)
-    ends = [configured_capacity(config).positions, *lengths.at, lengths.each]
+    ends = [configured_capacity(config).positions, *lengths.at, lengths.dynamic_from]
     return min((end for end in ends if end is not None), default=None)
 
 

@@ -27,7 +27,7 @@ from veneer.bases.identity.fingerprint import Fingerprint, fingerprint, tokenize
 from veneer.data.template.new_tokens import extended
 from veneer.data.template.template import ChatTemplate
 from veneer.errors import ConfigError
-from veneer.execution.proofs.same_values import same_values
+from veneer.execution.proofs.same_values import remember_by_values
 from veneer.model_record import record_of
 from veneer.models.step import ComputePaths, keep_paths, prepare
 from veneer.quant.config import Quantize
@@ -186,7 +186,9 @@ class FrozenBase:
 
         def find() -> ComputePaths:
             with self.routing.none():
-                paths = same_values("paths", self.model, ComputePaths, lambda: prepare(self.model))
+                paths = remember_by_values(
+                    "paths", self.model, ComputePaths, lambda: prepare(self.model)
+                )
                 keep_paths(self.model, paths)
             return replace(paths, not_read=self.not_read)
 
@@ -200,7 +202,7 @@ class FrozenBase:
         def find() -> ReadPast:
             with self.routing.none():
                 return ReadPast(
-                    same_values(
+                    remember_by_values(
                         "past", self.model, frozenset[str], lambda: weights_read_past(self.model)
                     )
                 )

@@ -48,7 +48,7 @@ from veneer.errors import (
     is_out_of_memory,
 )
 from veneer.execution.decoder_layer import decoder_layers
-from veneer.execution.proofs.same_values import same_values, take_note
+from veneer.execution.proofs.same_values import remember_by_values, snapshot_values
 from veneer.models.checkpointing import give_back
 from veneer.models.few_rows import take_few_rows
 from veneer.models.frozen_base import FrozenBase
@@ -142,12 +142,12 @@ def load_base(
                 )
             model.eval()
             if sharding is None and not compute.widens:
-                take_note(model, hashes)
+                snapshot_values(model, hashes)
             identity = as_held = fingerprint(model, hashes)
             if compute.widens:
                 widen(model, compute.held)
                 if sharding is None:
-                    take_note(model)
+                    snapshot_values(model)
                 as_held = earlier_fingerprint(model)
             if model.generation_config is not None:
                 check_generation(model_folder.folder, model.generation_config)
@@ -156,7 +156,9 @@ def load_base(
             take_few_rows(model)
             if sharding is not None:
                 sharding.complete(model, compute.held)
-            same_values("finite", model, bool, lambda: check_finite(model_folder.folder, model))
+            remember_by_values(
+                "finite", model, bool, lambda: check_finite(model_folder.folder, model)
+            )
     if (generation := model.generation_config) is not None:
         generation.eos_token_id = list(stop_token_ids(tokenizer, generation)) or None
     return FrozenBase(

@@ -170,7 +170,7 @@ def this_machine(work: Work, dtype: torch.dtype, device: str = "cpu") -> Machine
         key,
         Rates,
         lambda: _measured(largest, dtype, torch_device),
-        still=lambda found: found.recent,
+        is_valid=lambda found: found.recent,
     )
     of_shapes = dict(zip(largest, rates.of_shapes, strict=True))
     share, replayed_share = STEP_SHARE, STEP_SHARE

@@ -14,7 +14,12 @@ from dataclasses import dataclass
 import torch
 
 from veneer.data.examples import Example
-from veneer.execution.proofs.same_values import can_be_known, class_key, digest, noted
+from veneer.execution.proofs.same_values import (
+    can_be_remembered,
+    class_key,
+    digest,
+    snapshot_digest,
+)
 from veneer.files.remembered import remember
 from veneer.training.inputs import TrainingInputs
 
@@ -52,9 +57,9 @@ def first_evaluation(
 ) -> EvaluationResult:
     """Returns make(), or what an earlier run computed; then says so."""
     model, sample = job.model, job.sample
-    if not can_be_known(model):
+    if not can_be_remembered(model):
         return make()
-    weights_digest, weight_ids = noted(model) or ("", frozenset())
+    weights_digest, weight_ids = snapshot_digest(model) or ("", frozenset())
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     question = None if sample is None else [list(sample.ids), list(sample.stops)]
     key = {

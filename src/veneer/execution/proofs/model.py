@@ -1,9 +1,9 @@
-"""Which fast paths a model takes: what holds for its structure (execution/proofs/structure.py),
-tried once more on the model itself.
+"""Proves on the model itself the fast paths that hold for its structure
+(execution/proofs/structure.py).
 
-The proof runs on a small copy in float32. Here the real weights, in their own type and on their own
-device, read two short texts both ways, before any adapter is attached: what a kernel or a weight
-format does wrong shows here.
+The structure's proof runs a small copy in float32. Here the real weights, in their own type and on
+their own device, read two short texts both ways, before any adapter is attached. So a mistake of a
+kernel or of a weight format shows here.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from veneer.private.transformers import attention_of
 
 
 def structure(model: PreTrainedModel) -> Proven:
-    """What holds for the model's structure. SourceError: it sees what it is to predict."""
-    found = proven(type(model), model.config)
-    if found.causal is not None:
+    """Returns what holds for the model's structure. SourceError: it sees the tokens that it is to
+    predict."""
+    facts = proven(type(model), model.config)
+    if facts.causal is not None:
         raise SourceError(
             f"{type(model).__name__} does not predict each token from those before it alone",
-            [found.causal],
+            [facts.causal],
             "Take a base that generates text: a decoder, without bidirectional attention.",
         )
-    return found
+    return facts
 
 
 def in_front(model: PreTrainedModel) -> int:
-    """Places that a prefix which acts takes before every text."""
+    """Returns how many positions an acting prefix takes in front of every text."""
     inner = decoder(model)
     if not isinstance(inner, PrefixedDecoder):
         return 0
@@ -45,7 +46,7 @@ def in_front(model: PreTrainedModel) -> int:
 
 
 def some_ids(model: PreTrainedModel, count: int, seed: int) -> Tensor:
-    """(count) ids that the model has, drawn by seed."""
+    """Draws `count` ids of the model's vocabulary."""
     vocabulary = int(model.get_input_embeddings().get_parameter("weight").shape[0])
     draw = torch.Generator().manual_seed(seed)
     return torch.randint(0, min(vocabulary, 1000), (count,), generator=draw).to(model.device)
@@ -53,22 +54,22 @@ def some_ids(model: PreTrainedModel, count: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def takes_packing(model: PreTrainedModel) -> str | None:
-    """Switch a model without storage (meta device) to packed attention if its structure takes it;
-    else say why not.
+    """Switches a model without storage (meta device) to packed attention if its structure takes it;
+    else returns why not.
 
-    What prove_packing tries beyond that, the values, is not there to be tried.
+    prove_packing compares values too; here there are none.
     """
     if (reason := no_seam(model) or structure(model).packed) is not None:
         return reason
-    return _tried(model, None)
+    return _try_packing(model, None)
 
 
 @torch.no_grad()
 def prove_packing(model: PreTrainedModel) -> str | None:
-    """Switch the model to packed attention if it gives what the model gives alone; else say why
-    not.
+    """Switches the model to packed attention if that gives the same as each document alone; else
+    returns why not.
 
-    Two short documents with a shared prompt are run packed and one by one, before any adapter is
+    Runs two short documents with a shared prompt packed and one by one, before any adapter is
     attached.
     """
     if (reason := no_seam(model) or structure(model).packed) is not None:
@@ -78,10 +79,10 @@ def prove_packing(model: PreTrainedModel) -> str | None:
     assert inner is not None
     documents = [torch.cat([ids[:3], ids[3:7]]), torch.cat([ids[:3], ids[7:]])]
     alone = [inner(input_ids=d[None], use_cache=False).last_hidden_state[0] for d in documents]
-    return _tried(model, torch.cat([alone[0][:3], alone[0][3:], alone[1][3:]]))
+    return _try_packing(model, torch.cat([alone[0][:3], alone[0][3:], alone[1][3:]]))
 
 
-def _tried(model: PreTrainedModel, expected: Tensor | None) -> str | None:
+def _try_packing(model: PreTrainedModel, expected: Tensor | None) -> str | None:
     before = attention_of(model.config)
     device = next(model.parameters()).device
     layout = BatchLayout.of(3, (4, 5), device)
@@ -109,15 +110,15 @@ def _tried(model: PreTrainedModel, expected: Tensor | None) -> str | None:
 
 @torch.no_grad()
 def prove_head(model: PreTrainedModel) -> tuple[float, float | None, str | None]:
-    """(scale, softcap, reason): what the model does between its head and the logits, tried on one
-    forward."""
-    found, head, inner = structure(model), model.get_output_embeddings(), decoder(model)
-    if found.head is not None:
-        return 1.0, None, found.head
+    """Returns (scale, softcap, None) if these lead from the head's output to the logits in one
+    forward, else a reason."""
+    facts, head, inner = structure(model), model.get_output_embeddings(), decoder(model)
+    if facts.head is not None:
+        return 1.0, None, facts.head
     if not isinstance(head, nn.Linear) or inner is None:
         return 1.0, None, f"the output head is {type(head).__name__}, not a linear layer"
     ids = some_ids(model, 6, 1)[None]
-    ours = Head(head.weight, head.bias, found.scale, found.softcap).logits(
+    ours = Head(head.weight, head.bias, facts.scale, facts.softcap).logits(
         inner(input_ids=ids, use_cache=False).last_hidden_state
     )
     theirs = model(input_ids=ids, use_cache=False).logits
@@ -127,4 +128,4 @@ def prove_head(model: PreTrainedModel) -> tuple[float, float | None, str | None]
             None,
             f"{type(model).__name__} changes its logits in a way that is not known here",
         )
-    return found.scale, found.softcap, None
+    return facts.scale, facts.softcap, None

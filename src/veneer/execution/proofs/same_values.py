@@ -1,18 +1,18 @@
-"""What was found out about a model's own values, remembered under every byte of them
+"""Remembers what was found about a loaded model, under a hash of all its values
 (files/remembered.py).
 
 A proof on a model itself (execution/proofs/model.py, decoding/proof.py) reads all weights, most of
-them several times; hashing them takes as long as two of these. So a loaded base is hashed once, and
-what an earlier process found of the same bytes, class and config is taken. Only as long as the
-model holds those very values: whoever changes one, trains it or exchanges a module's weight is
-asked anew. On the CPU, over dense weights of transformers' own classes alone: elsewhere the bits
-are not known to come again, or bytes lie where they are not seen.
+them several times. Hashing them takes as long as reading them twice. So a base is hashed once, when
+it is loaded, and a result of an earlier process is used if the bytes, the class and the config are
+the same. It is used only while the model holds these values: if a value is changed, trained or
+exchanged, the proof runs again. Only for dense weights of transformers' own classes on the CPU:
+elsewhere results may differ in their bits from run to run, or the values cannot all be seen.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
@@ -28,82 +28,89 @@ from veneer.model_record import record_of
 from veneer.private.torch import version_of
 from veneer.private.transformers import attention_of
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 MOST_BYTES = 2**30
-"""A base beyond is not hashed for proofs alone: the first process would wait longer than later ones
+"""A larger base is not hashed for proofs alone: the first process would wait longer than later ones
 gain."""
 
 
 @dataclass(frozen=True)
-class NotedValues:
-    """around: what a key holds beside the values; hashed: their digest, once it is there; held:
-    each tensor, where it lay and how often it had been written when that was begun."""
+class ValueSnapshot:
+    """A model's values as they were loaded.
 
-    around: Mapping[str, Any]
-    hashed: Callable[[], str]
-    held: Sequence[tuple[Tensor, tuple[int, int]]]
+    key      what a key holds besides the values
+    digest   waits for the hash of the values, and returns it
+    tensors  each tensor with its address and version when the hashing began
+    """
 
-    def still(self, model: nn.Module) -> bool:
-        there = {id(each) for each in (*model.parameters(), *model.buffers())}
-        return all(id(each) in there and _state(each) == state for each, state in self.held)
+    key: Mapping[str, Any]
+    digest: Callable[[], str]
+    tensors: Sequence[tuple[Tensor, tuple[int, int]]]
+
+    def matches(self, model: nn.Module) -> bool:
+        """Whether the model still holds these tensors, and none was written since."""
+        current = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        return all(
+            id(tensor) in current and _state(tensor) == state for tensor, state in self.tensors
+        )
 
 
-def can_be_known(model: PreTrainedModel) -> bool:
-    """Whether this process remembers and the key would say all that a finding of this model depends
-    on."""
+def can_be_remembered(model: PreTrainedModel) -> bool:
+    """Whether this process remembers results, and a key can hold all that a result about this model
+    depends on."""
     if not (is_on() and is_known(type(model)) and is_known(type(model.config))):
         return False
-    return {each.device.type for each in model.parameters()} == {"cpu"} and not any(
+    return {parameter.device.type for parameter in model.parameters()} == {"cpu"} and not any(
         isinstance(module, PackedModule) for module in model.modules()
     )
 
 
-def take_note(model: PreTrainedModel, hashes: ByteHashes | None = None) -> None:
-    """Of a base that was just loaded: from now on `same_values` knows it. Hashed by threads of its
-    own meanwhile.
+def snapshot_values(model: PreTrainedModel, hashes: ByteHashes | None = None) -> None:
+    """Takes the snapshot of a base that was just loaded. Other threads hash it meanwhile.
 
-    hashes: of its tensors, where they were begun before
+    hashes: of its tensors, if their hashing has begun already
     """
-    if not can_be_known(model) or sum(each.nbytes for each in model.parameters()) > MOST_BYTES:
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    if not can_be_remembered(model) or size > MOST_BYTES:
         return
-    named = dict(model.named_parameters()) | dict(model.named_buffers())
-    held = [(each, _state(each)) for each in named.values()]
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    states = [(tensor, _state(tensor)) for tensor in tensors.values()]
     key = {**class_key(model), "threads": torch.get_num_threads()}
-    record_of(model).keep(NotedValues(key, hashing(named, hashes), held))
+    record_of(model).keep(ValueSnapshot(key, begin_digest(tensors, hashes), states))
 
 
-def same_values(
-    what: str,
+def remember_by_values(
+    kind: str,
     model: nn.Module,
-    of: Any,
-    make: Callable[[], Found],
-    still: Callable[[Found], bool] = lambda _: True,
-) -> Found:
-    """make(), or what it gave an earlier process of a model of the same values, on which nothing
-    acted then either.
+    value_type: Any,
+    make: Callable[[], Result],
+    is_valid: Callable[[Result], bool] = lambda _: True,
+) -> Result:
+    """Returns what an earlier process found for a model with the same values, else make().
 
-    what, of, still: as in `remembered`.
+    No adapter may act on the model. kind, value_type, is_valid: as for `remember`.
     """
-    values = record_of(model).known(NotedValues)
-    if values is None or not values.still(model):
+    snapshot = record_of(model).known(ValueSnapshot)
+    if snapshot is None or not snapshot.matches(model):
         return make()
-    return remember(what, {**values.around, "values": values.hashed()}, of, make, still)
+    key = {**snapshot.key, "values": snapshot.digest()}
+    return remember(kind, key, value_type, make, is_valid)
 
 
-def noted(model: nn.Module) -> tuple[str, frozenset[int]] | None:
-    """Digest of the values that were noted, and the ids of the tensors that hold them, as long as
-    they do."""
-    values = record_of(model).known(NotedValues)
-    if values is None or not values.still(model):
+def snapshot_digest(model: nn.Module) -> tuple[str, frozenset[int]] | None:
+    """Returns the digest of the snapshot and the ids of its tensors; None if the model has none, or
+    its values have changed."""
+    snapshot = record_of(model).known(ValueSnapshot)
+    if snapshot is None or not snapshot.matches(model):
         return None
-    return values.hashed(), frozenset(id(each) for each, _ in values.held)
+    return snapshot.digest(), frozenset(id(tensor) for tensor, _ in snapshot.tensors)
 
 
 def class_key(model: PreTrainedModel) -> dict[str, Any]:
     return {
         "class": [
-            f"{each.__module__}.{each.__qualname__}" for each in (type(model), type(model.config))
+            f"{kind.__module__}.{kind.__qualname__}" for kind in (type(model), type(model.config))
         ],
         "config": model.config.to_dict(),
         "attention": attention_of(model.config),
@@ -111,26 +118,29 @@ def class_key(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and the SHA-256 of every tensor's bytes."""
-    return hashing(tensors)()
+    """Returns the SHA-256 over names, types, shapes and the SHA-256 of every tensor's bytes."""
+    return begin_digest(tensors)()
 
 
-def hashing(tensors: Mapping[str, Tensor], hashes: ByteHashes | None = None) -> Callable[[], str]:
-    """Begins with the digest; what is returned waits for it."""
-    begun = hashes or ByteHashes(tensors.values())
-    said = {
-        name: f"{name} {each.dtype} {list(each.shape)}" for name, each in sorted(tensors.items())
+def begin_digest(
+    tensors: Mapping[str, Tensor], hashes: ByteHashes | None = None
+) -> Callable[[], str]:
+    """Begins to compute the digest; returns a function that waits for it."""
+    hashes = hashes or ByteHashes(tensors.values())
+    descriptions = {
+        name: f"{name} {tensor.dtype} {list(tensor.shape)}"
+        for name, tensor in sorted(tensors.items())
     }
 
     @cache
     def done() -> str:
-        return _joined(f"{line} {begun.digest_of(tensors[name])}\n" for name, line in said.items())
+        lines = (
+            f"{description} {hashes.digest_of(tensors[name])}\n"
+            for name, description in descriptions.items()
+        )
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     return done
-
-
-def _joined(lines: Iterable[str]) -> str:
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:

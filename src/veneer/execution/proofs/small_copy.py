@@ -1,11 +1,11 @@
-"""A small model of the same structure as a large one: what its code does, without its weights.
+"""Makes a small model with the structure of a large one, to find out what the model's code does.
 
-Kept are every kind of layer and every choice of the config. Fewer are the layers, heads, experts
-and widths; windows, chunks and the positions at which something changes stand below the length of a
-short text. So what shows on the real model after 4096 tokens shows here after ten, in float32, in
-milliseconds (execution/proofs/structure.py). No list of families: fields are known by the words in
-their names, and a copy counts only if every kind of module of the original is in it. What cannot be
-copied so is said by name.
+The copy has every kind of layer and every choice of the config. It has fewer layers, heads and
+experts, and smaller widths; windows, chunks and rotary switches are shorter than a short text. So
+what the real model does after 4096 tokens the copy does after ten, in float32, in milliseconds
+(execution/proofs/structure.py). There is no list of families: fields are recognised by words in
+their names, and a copy is used only if it has every kind of module of the original. NoCopyError
+says what cannot be copied.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from veneer.private.transformers import constructor_of, forget_attention
 WINDOW = 6
 """Tokens of every window and chunk in the copy."""
 SWITCH = 24
-"""Positions at which rotary frequencies change in the copy, where they follow the length of a
+"""Positions at which rotary frequencies change in the copy, if they depend on the length of a
 text."""
 LIMIT = 0.5
-"""Beyond which values are cut off in the copy, where the model does so at all."""
+"""Largest value in the copy where the model cuts off values."""
 VOCABULARY = 128
 EXPERTS = 16  # a square, and a multiple of the groups
 MAX_PARAMETERS = 200_000_000
-"""0.8 GB in float32: a structure that cannot be made smaller is not proven."""
+"""0.8 GB in float32. A structure that cannot be made smaller is not proven."""
 
 
 class NoCopyError(VeneerError):
@@ -58,7 +58,7 @@ _INNER = re.compile(r"intermediate|ffn|dff|dim_ff|feed_forward_size|n_inner|d_in
 _EXPERTS = re.compile(r"(num|n)(_\w+)?_experts$|expert_num$")
 _CHOSEN = re.compile(r"experts_per_tok|^moe_topk$|^moe_k$|^top_k$")
 _LIMIT = re.compile(r"clip_qkv|swiglu_limit")
-"""Where values are cut off."""
+"""Fields that cut off values."""
 _DEPTH = re.compile(
     r"first_k_dense|num_dense_layers|max_window_layers|num_kv_shared_layers|moe_layer_(start|end)"
 )
@@ -71,27 +71,26 @@ def small_copy(
     window: int = WINDOW,
     switch: int = SWITCH,
 ) -> PreTrainedModel:
-    """Of models of class `kind` with this config: a float32 model on the CPU, in eval mode, its
-    weights drawn wide. NoCopyError says why there is none.
+    """Returns a small float32 model of this class and config, on the CPU, in eval mode, with wide
+    random weights. NoCopyError says why there is none.
 
-    window   tokens of every window and chunk;  switch   positions at which rotary frequencies
-             change
+    window: tokens of every window and chunk. switch: positions at which rotary frequencies change.
     """
     faults = []
     with quiet():
         for narrow, thin in _SIZES:
             try:
-                wanted = _kinds(_on_meta(kind, _plain(config)))
-                return _made(kind, config, wanted, _Aim(window, switch, narrow, thin))
+                kinds = _kinds(_on_meta(kind, _plain(config)))
+                return _try_size(kind, config, kinds, _Target(window, switch, narrow, thin))
             except Exception as refusal:  # modelling code may refuse a size with anything
                 faults.append(f"{type(refusal).__name__}: {str(refusal).strip()[:80]}")
     raise NoCopyError(f"no small copy of its structure could be made ({faults[0]})")
 
 
 @dataclass(frozen=True)
-class _Aim:
-    """Tokens of windows, positions of rotary switches; narrow: fewest heads (1), the next few,
-    or all (0); thin: small feed-forward blocks."""
+class _Target:
+    """The size of a copy. window, switch: as of small_copy. narrow: the fewest heads (1), the next
+    number that divides (2, ...), or all (0). thin: small feed-forward blocks."""
 
     window: int
     switch: int
@@ -100,29 +99,29 @@ class _Aim:
 
 
 _SIZES = ((1, True), (1, False), (2, True), (3, True), (4, True), (0, True), (0, False))
-"""Tried in this order: what some code refuses at one size it takes at another."""
+"""(narrow, thin), tried in this order: modelling code may refuse one size and take another."""
 
 
-def _made(
+def _try_size(
     kind: type[PreTrainedModel],
     config: PreTrainedConfig,
-    wanted: set[tuple[object, ...]],
-    aim: _Aim,
+    kinds: set[tuple[object, ...]],
+    target: _Target,
 ) -> PreTrainedModel:
-    """Of the fewest layers that hold every kind of module."""
-    missing, fault = wanted, None
+    """Makes the copy with the fewest layers that have every kind of module."""
+    missing, fault = kinds, None
     for layers in _choices_of_layers(config):
         small = _plain(config)
-        _shrink(small, layers, aim)
+        _shrink(small, layers, target)
         try:
-            made = _on_meta(kind, small)
-        except Exception as refusal:  # too few layers for what ties or shares them
-            missing, fault = wanted, refusal
+            model = _on_meta(kind, small)
+        except Exception as refusal:  # too few layers for a model that ties or shares them
+            missing, fault = kinds, refusal
             continue
-        missing, fault = wanted - _kinds(made), None
+        missing, fault = kinds - _kinds(model), None
         if missing:
             continue
-        if sum(p.numel() for p in made.parameters()) > MAX_PARAMETERS:
+        if sum(p.numel() for p in model.parameters()) > MAX_PARAMETERS:
             raise ValueError("even few layers of it are too large")
         model = drawn(kind, small)
         _run(model)
@@ -141,11 +140,12 @@ def _run(model: PreTrainedModel) -> None:
 
 
 def _plain(config: PreTrainedConfig) -> PreTrainedConfig:
-    own = copy.deepcopy(config)
-    if hasattr(own, "quantization_config"):
-        del own.quantization_config
-    forget_attention(own)
-    return own
+    """Returns a copy of the config without quantisation and without a choice of attention."""
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    forget_attention(plain)
+    return plain
 
 
 def _on_meta(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -154,13 +154,13 @@ def _on_meta(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTraine
 
 
 def _built(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    # as AutoModelForCausalLM.from_config builds it
+    """Builds a model as AutoModelForCausalLM.from_config does."""
     return constructor_of(kind)(config, dtype=torch.float32)
 
 
 def _kinds(model: nn.Module) -> set[tuple[object, ...]]:
-    """What modules there are: their class and every choice (a flag, a word, present or not) that
-    they hold."""
+    """Returns the kinds of modules: the class, and every choice of the module (a flag, a word,
+    whether a value is present)."""
     kinds = set()
     for module in model.modules():
         choices = [
@@ -185,40 +185,40 @@ def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 
 def _value(config: PreTrainedConfig, name: str) -> Any:
-    """A field under its own name in this config; None where it has none."""
+    """Returns a field that may have another name in this config; None if it is missing."""
     return vars(config).get(config.attribute_map.get(name, name))
 
 
 def _depth(config: PreTrainedConfig) -> int:
-    told = _value(config, "num_hidden_layers")
-    if not isinstance(told, int):  # some count a list
-        told = getattr(config, "num_hidden_layers", None)
-    return told if isinstance(told, int) else 0
+    depth = _value(config, "num_hidden_layers")
+    if not isinstance(depth, int):  # some configs compute it from a list
+        depth = getattr(config, "num_hidden_layers", None)
+    return depth if isinstance(depth, int) else 0
 
 
 def _settings_by_layer(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
-    """Layer -> its settings that differ from the config's, where transformers keeps them apart
-    (per_layer_config)."""
+    """Returns the settings of single layers that differ from the config's, by layer (transformers'
+    per_layer_config)."""
     spec = vars(config).get("_heterogeneity_spec")
     return {} if spec is None else dict(spec.per_layer_overrides)
 
 
 def _choices_of_layers(config: PreTrainedConfig) -> Iterator[list[int]]:
-    """Which layers may stand for all, fewest first: one of each kind that lists tell, then the
-    first few, then all."""
+    """Yields choices of layers that may stand for all, fewest first: one layer of each kind
+    according to the lists by layer, then the first few layers, then all."""
     text = config.get_text_config()
     depth = _depth(text)
     lists: list[Any] = [
         v for v in vars(text).values() if isinstance(v, list | tuple) and len(v) == depth
     ]
-    if apart := _settings_by_layer(text):
-        lists.append([apart.get(layer) for layer in range(depth)])
+    if layer_settings := _settings_by_layer(text):
+        lists.append([layer_settings.get(layer) for layer in range(depth)])
     first: dict[str, int] = {}
     for layer in range(depth):
-        first.setdefault(repr([own[layer] for own in lists]), layer)
-    told = sorted(first.values())
-    if lists and len(told) < depth:
-        yield told if len(told) > 1 else [told[0], told[0] + 1]
+        first.setdefault(repr([values[layer] for values in lists]), layer)
+    layers = sorted(first.values())
+    if lists and len(layers) < depth:
+        yield layers if len(layers) > 1 else [layers[0], layers[0] + 1]
     seen = set()
     for count in (2, 3, 4, 6, 8, 12, 24, depth):
         if 0 < count <= depth and count <= 48 and count not in seen:
@@ -228,58 +228,57 @@ def _choices_of_layers(config: PreTrainedConfig) -> Iterator[list[int]]:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """heads, key_heads: before and after; factor: by which heads and widths are divided; depth:
-    layers afterwards."""
+    """Sizes of a shrunk config. depth: its layers. heads, key_heads: (before, after). factor:
+    divides heads and widths."""
 
     depth: int
     heads: tuple[int, int] = (0, 0)
     key_heads: tuple[int, int] = (0, 0)
     factor: int = 1
-    aim: _Aim = field(kw_only=True)
+    target: _Target = field(kw_only=True)
 
 
-def _shrink(config: PreTrainedConfig, layers: Sequence[int], aim: _Aim) -> None:
+def _shrink(config: PreTrainedConfig, layers: Sequence[int], target: _Target) -> None:
+    """Shrinks a config and the configs in it, in place. layers: those that stay."""
     for part in _parts(config):
         depth = _depth(part)
-        own = (
-            layers
-            if part is config.get_text_config() or part is config
-            else list(range(min(2, depth)))
-        )
-        sizes = _sizes(part, len(own), aim) if aim.narrow else _Sizes(len(own), aim=aim)
+        is_text = part is config.get_text_config() or part is config
+        part_layers = layers if is_text else list(range(min(2, depth)))
+        depth_left = len(part_layers)
+        sizes = _sizes(part, depth_left, target)
         count = part.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-        follows_length = switches(part).each is not None
-        apart = _settings_by_layer(part)
+        follows_length = switches(part).dynamic_from is not None
+        layer_settings = _settings_by_layer(part)
         for name, value in list(vars(part).items()):
             if name.startswith("_") or isinstance(value, bool) or name in ("id2label", "label2id"):
                 continue
             if depth and name == count:
-                setattr(part, name, len(own))
+                setattr(part, name, depth_left)
             elif depth and isinstance(value, int) and _STACK.search(name):
-                setattr(part, name, max(1, value * len(own) // depth))
-            elif isinstance(value, int | float) and _LIMIT.search(
-                name
-            ):  # of which some are whole numbers
+                setattr(part, name, max(1, value * depth_left // depth))
+            elif isinstance(value, int | float) and _LIMIT.search(name):
                 setattr(part, name, min(value, LIMIT))
             elif isinstance(value, int):
-                setattr(part, name, _number(name, value, sizes))
+                setattr(part, name, _shrink_number(name, value, sizes))
             elif isinstance(value, list | tuple | dict):
-                setattr(part, name, _listed(name, value, own, depth, sizes))
+                setattr(part, name, _shrink_list(name, value, part_layers, depth, sizes))
         if follows_length:
-            part.max_position_embeddings = aim.switch
-        if apart:
-            own_apart = {place: apart[old] for place, old in enumerate(own) if old in apart}
-            part.per_layer_config = _within("", own_apart, list(range(len(own))), 0, sizes)
+            part.max_position_embeddings = target.switch
+        if layer_settings:
+            renumbered = _renumbered(layer_settings, part_layers)
+            part.per_layer_config = _shrink_value("", renumbered, range(depth_left), 0, sizes)
 
 
-def _sizes(config: PreTrainedConfig, depth: int, aim: _Aim) -> _Sizes:
-    """Few heads, two key heads where there were more, the size of a head as it was."""
+def _sizes(config: PreTrainedConfig, depth: int, target: _Target) -> _Sizes:
+    """Chooses few heads, and two key heads if there were more; the size of a head stays."""
+    if not target.narrow:
+        return _Sizes(depth, target=target)
     heads = _value(config, "num_attention_heads") or _value(config, "num_heads")
     hidden = _value(config, "hidden_size")
     if not isinstance(hidden, int):
-        return _Sizes(depth, aim=aim)
+        return _Sizes(depth, target=target)
     if not isinstance(heads, int):
-        return _Sizes(depth, factor=max(1, hidden // (64 * aim.narrow)), aim=aim)
+        return _Sizes(depth, factor=max(1, hidden // (64 * target.narrow)), target=target)
     kv = _value(config, "num_key_value_heads")
     kv = kv if isinstance(kv, int) and 0 < kv <= heads else heads
     few_kv = 2 if kv % 2 == 0 else kv
@@ -288,14 +287,15 @@ def _sizes(config: PreTrainedConfig, depth: int, aim: _Aim) -> _Sizes:
         factor, rest = divmod(heads, few)
         new_kv = few if kv == heads else few_kv
         fits = rest == 0 and hidden % factor == 0 and few % new_kv == 0 and hidden // factor >= 32
-        if fits and skipped < aim.narrow:
+        if fits and skipped < target.narrow:
             skipped += 1
         elif fits:
-            return _Sizes(depth, (heads, few), (kv, new_kv), factor, aim=aim)
-    return _Sizes(depth, aim=aim)
+            return _Sizes(depth, (heads, few), (kv, new_kv), factor, target=target)
+    return _Sizes(depth, target=target)
 
 
-def _number(name: str, value: int, sizes: _Sizes) -> int:
+def _shrink_number(name: str, value: int, sizes: _Sizes) -> int:
+    """Returns the copy's value of a field with this name."""
     if value <= 0:
         return value
     if name.endswith("token_id"):
@@ -303,11 +303,11 @@ def _number(name: str, value: int, sizes: _Sizes) -> int:
     if "vocab" in name and name.endswith(("vocab_size", "per_layer_input")):
         return min(value, VOCABULARY)
     if name == "original_max_position_embeddings":
-        return sizes.aim.switch
+        return sizes.target.switch
     if _PLACES.search(name):
         return max(value, 4 * SWITCH)
     if _is_span(name):
-        return min(value, sizes.aim.window)
+        return min(value, sizes.target.window)
     if _DEPTH.search(name):
         return min(value, max(sizes.depth - 1, 1))
     if _CHOSEN.search(name) or name in ("n_group", "num_expert_group", "topk_group"):
@@ -325,7 +325,7 @@ def _number(name: str, value: int, sizes: _Sizes) -> int:
         return _divided(value, sizes.factor)
     if _INNER.search(name):
         small = _divided(value, sizes.factor)
-        return min(small, 64) if sizes.aim.thin else small
+        return min(small, 64) if sizes.target.thin else small
     return _divided(value, sizes.factor) if _WIDTH.search(name) else value
 
 
@@ -337,20 +337,21 @@ def _is_span(name: str) -> bool:
     return bool(_SPAN.search(name)) and not _NOT_SPAN.search(name)
 
 
-def _listed(name: str, value: Any, layers: Sequence[int], depth: int, sizes: _Sizes) -> Any:
-    """Lists by layer lose what is left out; numbers of layers are counted anew."""
+def _shrink_list(name: str, value: Any, layers: Sequence[int], depth: int, sizes: _Sizes) -> Any:
+    """Removes the entries of removed layers from lists by layer, and renumbers lists of layers."""
     if isinstance(value, dict):
         if value and all(str(key).isdigit() for key in value):
             return {
-                k: _within(name, v, layers, depth, sizes)
+                k: _shrink_value(name, v, layers, depth, sizes)
                 for k, v in _renumbered(value, layers).items()
             }
         inside = name if _is_span(name) else ""
         return {
-            key: _within(str(key) + inside, own, layers, depth, sizes) for key, own in value.items()
+            key: _shrink_value(str(key) + inside, entry, layers, depth, sizes)
+            for key, entry in value.items()
         }
     if depth and len(value) == depth:
-        return type(value)(_within(name, value[old], layers, depth, sizes) for old in layers)
+        return type(value)(_shrink_value(name, value[old], layers, depth, sizes) for old in layers)
     if (
         value
         and all(type(v) is int and 0 <= v < depth for v in value)
@@ -361,28 +362,28 @@ def _listed(name: str, value: Any, layers: Sequence[int], depth: int, sizes: _Si
 
 
 def _renumbered(value: dict[Any, Any], layers: Sequence[int]) -> dict[Any, Any]:
-    """By number of the layer, which some write with zeros in front."""
+    """Renumbers a dict by layer; some configs write the numbers with zeros in front."""
     new = {}
-    for key, own in value.items():
+    for key, entry in value.items():
         if int(key) in layers:
             place = layers.index(int(key))
-            new[str(place).zfill(len(key)) if isinstance(key, str) else place] = own
+            new[str(place).zfill(len(key)) if isinstance(key, str) else place] = entry
     return new
 
 
-def _within(name: str, value: Any, layers: Sequence[int], depth: int, sizes: _Sizes) -> Any:
+def _shrink_value(name: str, value: Any, layers: Sequence[int], depth: int, sizes: _Sizes) -> Any:
     if isinstance(value, dict):
-        return _listed(name, value, layers, depth, sizes)
+        return _shrink_list(name, value, layers, depth, sizes)
     if type(value) in (int, float) and _LIMIT.search(name):
         return min(value, LIMIT)
-    return _number(name, value, sizes) if type(value) is int else value
+    return _shrink_number(name, value, sizes) if type(value) is int else value
 
 
 def drawn(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """Weights drawn so wide that tokens differ strongly and a wrong mask, position or scale
-    shows."""
+    """Builds a model with random weights so wide that tokens differ strongly, and a wrong mask,
+    position or scale shows."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(0)  # the CPU's alone: nothing else is put back
+        torch.default_generator.manual_seed(0)  # the CPU's alone: only that is restored
         model = _built(kind, config)
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         for module in model.modules():

@@ -1,26 +1,28 @@
-"""What holds for a model's structure, found by running a small float32 copy of it
+"""Finds out what holds for a model's structure, by running a small float32 copy of it
 (execution/proofs/small_copy.py).
 
-    causal    what stands behind a token does not change it; else nothing can be trained or answered
-    packed    documents end to end with a shared prompt give what each gives alone
+    causal    tokens behind a token do not change it; else nothing can be trained or answered
+    packed    packed documents with a shared prompt give the same as each document alone
               (execution/attention.py)
-    padded    rows padded on the right give what each gives alone; else they are computed one by one
-    head      what lies between the head and the logits (kernels/dense/loss.py)
-    gradient  it can be trained as it stands, in eval mode; idle: the places that no gradient
-              reaches (adapters/placement/idle.py)
+    padded    rows padded on the right give the same as each row alone; else rows are computed one
+              by one
+    head      the logits are the head's output, times a scale, with a soft cap
+              (kernels/dense/loss.py)
+    gradient  backward passes through the whole model in eval mode; idle: the places that no
+              gradient reaches (adapters/placement/idle.py)
 
-The texts are longer than every window, chunk and rotary switch of the copy. Agreement is to what
-float32's rounding explains: a window that is lost, a selection that is ignored or a cap on logits
-that is not known shows a hundred times larger. What cannot be copied is not assumed: rows one by
-one, through the model's own head and loop. A config of transformers' own classes is proven once on
-a machine, others once in a process (files/remembered.py).
+The texts are longer than every window, chunk and rotary switch of the copy. Results may differ by
+float32's rounding: a lost window, an ignored selection or an unknown cap on logits shows a
+difference a hundred times larger. If a structure cannot be copied, nothing is assumed: rows are
+computed one by one, through the model's own head and loop. A config of transformers' own classes is
+proven once on a machine, others once in a process (files/remembered.py).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -48,7 +50,8 @@ LENGTHS = (20, 11, SWITCH + 7, SWITCH + 18)
 
 @dataclass(frozen=True)
 class Proven:
-    """None where it holds, else why not. scale, softcap: of the logits, where `head` is None."""
+    """For each property None if it holds, else the reason. scale, softcap: of the logits, if `head`
+    is None."""
 
     causal: str | None = None
     packed: str | None = None
@@ -68,53 +71,55 @@ _NO_STRUCTURE = (
     "architectures",
 )
 _PROOFS: dict[tuple[str, str], Any] = {}
-"""What was proven in this process, by the kind of proof and the structure."""
+"""Results of this process, by (kind of proof, structure)."""
 
 
 def proven(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Proven:
-    """What holds for models of this class and config."""
+    """Returns what holds for models of this class and config."""
     return structure_proof("structure", kind, config, Proven, lambda: _prove(kind, config))
 
 
 def structure_proof(
-    what: str,
+    proof_name: str,
     kind: type[PreTrainedModel],
     config: PreTrainedConfig,
-    of: Any,
+    value_type: Any,
     prove: Callable[[], Result],
 ) -> Result:
-    """Returns what `prove` finds of a structure, once in a process. what, of: as for
-    remember_proof."""
-    key = what, structure_key(kind, config)
+    """Returns the result of `prove` for a structure, computed once in a process."""
+    key = proof_name, structure_key(kind, config)
     if key not in _PROOFS:
         with quiet():
-            _PROOFS[key] = remember_proof(what, kind, config, of, prove)
+            _PROOFS[key] = remember_proof(proof_name, kind, config, value_type, prove)
     proof: Result = _PROOFS[key]
     return proof
 
 
 def remember_proof(
-    what: str,
+    proof_name: str,
     kind: type[PreTrainedModel],
     config: PreTrainedConfig,
-    of: Any,
+    value_type: Any,
     prove: Callable[[], Result],
 ) -> Result:
-    """What `prove` finds of models of this class and config, remembered where the class is
-    transformers' own: of others the code is not known."""
+    """Returns the result of `prove` for models of this class and config. It is remembered for
+    transformers' own classes only: the code of others may change.
+
+    proof_name, value_type: the kind and the type for `remember`.
+    """
     if not is_known(kind):
         return prove()
     key = {
         "class": f"{kind.__module__}.{kind.__qualname__}",
         "structure": structure_key(kind, config),
     }
-    return remember(what, {**key, "threads": torch.get_num_threads()}, of, prove)
+    return remember(proof_name, {**key, "threads": torch.get_num_threads()}, value_type, prove)
 
 
 def structure_key(kind: type[PreTrainedModel], config: PreTrainedConfig) -> str:
-    """The same for models of the same structure, whatever their type and path."""
+    """Returns a key that is equal for models of one structure, whatever their dtype and path."""
     fields = {name: value for name, value in config.to_dict().items() if name not in _NO_STRUCTURE}
-    names = [f"{each.__module__}.{each.__qualname__}" for each in (kind, type(config))]
+    names = [f"{cls.__module__}.{cls.__qualname__}" for cls in (kind, type(config))]
     return json.dumps([*names, fields], sort_keys=True, default=str)
 
 
@@ -126,17 +131,19 @@ def _prove(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Proven:
         reason = str(fault).splitlines()[0]
         return Proven(packed=reason, padded=reason, head=reason)
     texts = sample_texts(copy)
-    found = Proven(causal=_causal(copy, texts[0]))
+    causal = _why_not_causal(copy, texts[0])
     scale, softcap, head = _head(copy, texts[0])
-    found = replace(found, padded=_padded(copy, texts), scale=scale, softcap=softcap, head=head)
-    found = replace(found, gradient=_gradient(copy, texts[0]))
-    if found.gradient is None:
-        found = replace(found, idle=places_without_gradient(copy, torch.tensor([texts[-1]])))
-    return replace(found, packed=_packed(copy, texts))
+    padded = _why_not_padded(copy, texts)
+    gradient = _why_no_gradient(copy, texts[0])
+    idle = frozenset[str]()
+    if gradient is None:
+        idle = places_without_gradient(copy, torch.tensor([texts[-1]]))
+    packed = _why_not_packed(copy, texts)  # the last: it switches the copy's attention
+    return Proven(causal, packed, padded, head, gradient, idle, scale, softcap)
 
 
 def sample_texts(model: PreTrainedModel) -> list[list[int]]:
-    """The texts that everything is tried on; all begin with the same SHARED tokens."""
+    """Draws the texts for all proofs; all begin with the same SHARED tokens."""
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(4, VOCABULARY - 4, (len(LENGTHS), max(LENGTHS)), generator=draw)
     ids[:, :SHARED] = ids[0, :SHARED]
@@ -144,17 +151,17 @@ def sample_texts(model: PreTrainedModel) -> list[list[int]]:
 
 
 def logits_alone(model: PreTrainedModel, text: Sequence[int]) -> Tensor:
-    """(T, V) of one text alone: what everything here is held against."""
+    """Returns the logits (T, V) of one text alone, with which all proofs compare."""
     forget_lengths(model)
     return model(input_ids=torch.tensor([text]), use_cache=False).logits[0]
 
 
-def _causal(model: PreTrainedModel, text: list[int]) -> str | None:
+def _why_not_causal(model: PreTrainedModel, text: list[int]) -> str | None:
     part = len(text) - 3
-    other = [*text[:part], *reversed(text[part:])]
+    reversed_end = [*text[:part], *reversed(text[part:])]
     worst = max(
         difference(logits_alone(model, t)[:part], logits_alone(model, text)[:part])
-        for t in (text[:part], other)
+        for t in (text[:part], reversed_end)
     )
     if worst <= LIMIT:
         return None
@@ -167,12 +174,12 @@ def _causal(model: PreTrainedModel, text: list[int]) -> str | None:
 def _by_side(
     model: PreTrainedModel, texts: list[list[int]], run: Callable[[list[list[int]]], float]
 ) -> float:
-    found = switches(model.config)
-    groups = sides([len(t) for t in texts], found)
+    """Runs texts together that get the same rotary frequencies; returns the largest difference."""
+    groups = sides([len(t) for t in texts], switches(model.config))
     return max(run([texts[i] for i in group]) for group in groups)
 
 
-def _padded(model: PreTrainedModel, texts: list[list[int]]) -> str | None:
+def _why_not_padded(model: PreTrainedModel, texts: list[list[int]]) -> str | None:
     def run(rows: list[list[int]]) -> float:
         longest = max(map(len, rows))
         ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
@@ -201,8 +208,8 @@ def _states(model: PreTrainedModel, text: Sequence[int]) -> Tensor:
 
 
 @torch.enable_grad()
-def _gradient(model: PreTrainedModel, text: list[int]) -> str | None:
-    """From the logits back to the embeddings, and so through every layer."""
+def _why_no_gradient(model: PreTrainedModel, text: list[int]) -> str | None:
+    """Runs backward from the logits to the embeddings, and so through every layer."""
     table = model.get_input_embeddings().get_parameter("weight").requires_grad_(True)
     try:
         torch.autograd.grad(logits_alone(model, text).square().sum(), table, allow_unused=True)
@@ -213,15 +220,15 @@ def _gradient(model: PreTrainedModel, text: list[int]) -> str | None:
     return None
 
 
-def _packed(model: PreTrainedModel, texts: list[list[int]]) -> str | None:
-    """Also switches the copy to packed attention, where that holds."""
+def _why_not_packed(model: PreTrainedModel, texts: list[list[int]]) -> str | None:
+    """Switches the copy to packed attention if it takes it."""
     if (reason := no_seam(model)) is not None:
         return reason
     device = torch.device("cpu")
     calls: list[int] = []
 
     def run(rows: list[list[int]]) -> float:
-        # The model's own attention gives what is expected, ours what is found.
+        # The model's own attention gives the expected states, ours those to compare.
         model.set_attn_implementation(before)
         alone = [_states(model, row) for row in rows]
         model.set_attn_implementation(NAME)
@@ -232,12 +239,12 @@ def _packed(model: PreTrainedModel, texts: list[list[int]]) -> str | None:
             ids += row[shared:]
             positions += range(shared, len(row))
         layout = BatchLayout.of(shared, [len(row) - shared for row in rows], device)
-        states, layers = packed_states(
+        packed, layers = packed_states(
             model, torch.tensor([ids]), torch.tensor([positions]), layout
         )
         calls.append(layers)
-        expected = torch.cat([alone[0][:shared], *(own[shared:] for own in alone)])
-        return difference(states, expected)
+        expected = torch.cat([alone[0][:shared], *(states[shared:] for states in alone)])
+        return difference(packed, expected)
 
     before = attention_of(model.config)
     model.set_attn_implementation(NAME)
@@ -252,7 +259,7 @@ def _packed(model: PreTrainedModel, texts: list[list[int]]) -> str | None:
 
 
 def no_seam(model: PreTrainedModel) -> str | None:
-    """Why packed rows cannot reach the model's attention, as far as its class says."""
+    """Returns why packed rows cannot reach the model's attention, as far as its class tells."""
     if decoder(model) is None:
         return f"{type(model).__name__} has no part that gives its hidden states"
     return None
@@ -273,7 +280,8 @@ def unreached(model: PreTrainedModel, calls: int) -> str | None:
 
 
 def _head(model: PreTrainedModel, text: list[int]) -> tuple[float, float | None, str | None]:
-    """(scale, softcap, reason): what the model does between its head and the logits."""
+    """Returns (scale, softcap, None) if these lead from the head's output to the logits, else a
+    reason."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         return 1.0, None, f"the output head is {type(head).__name__}, not a linear layer"
@@ -302,17 +310,17 @@ def _head(model: PreTrainedModel, text: list[int]) -> tuple[float, float | None,
 
 
 def _scales(config: PreTrainedConfig) -> list[float]:
-    """What logits may be multiplied by: a field that speaks of it, as it stands or as a divisor."""
-    own = [
+    """Returns factors that logits may have: fields of that name, as a factor and as a divisor."""
+    values = [
         float(value)
         for name, value in vars(config).items()
         if "logit" in name and "scal" in name and isinstance(value, int | float) and value
     ]
-    return list(dict.fromkeys([1.0, *own, *(1.0 / value for value in own)]))
+    return list(dict.fromkeys([1.0, *values, *(1.0 / value for value in values)]))
 
 
 def _softcaps(config: PreTrainedConfig) -> list[float | None]:
-    own = [
+    values = [
         float(value)
         for name, value in vars(config).items()
         if "logit" in name
@@ -321,4 +329,4 @@ def _softcaps(config: PreTrainedConfig) -> list[float | None]:
         and isinstance(value, int | float)
         and value
     ]
-    return list(dict.fromkeys([None, *own]))
+    return list(dict.fromkeys([None, *values]))
