@@ -27,16 +27,15 @@ from veneer.errors import CorruptFileError, SourceError
 from veneer.files.strict_json import refuse_constant
 
 REQUIREMENT = "bfcl-eval==2026.3.23"
-"""What the package index is asked for; only the wheel itself is needed, none of its
-dependencies."""
+"""The requirement to download, without its dependencies."""
 
 TRAINED_ROWS = 300
 
 INSTRUCTION = 'Answer with one JSON call of the function: {"name": ..., "arguments": {...}}'
-"""The system turn of every row: what the tokens that all rows share consist of."""
+"""The system turn of every row: the tokens that all rows share."""
 
-# What zipfile raises on a file that is absent, no archive, damaged, encrypted or compressed in
-# another way.
+# Raised by zipfile for a file that is missing, damaged, encrypted, no archive, or compressed in an
+# unknown way.
 _UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
 
 _OMITTED = ""  # among a parameter's accepted values: leaving the parameter out is accepted too
@@ -67,9 +66,9 @@ class Parameter:
 
     type      BFCL's word: string, integer, float, boolean, array, tuple, dict or any
     required  the call is wrong without it
-    choices   the strings it is limited to; empty: no limit
-    element   what an array or a tuple holds; None otherwise
-    fields    what an object holds, where the schema says so
+    choices   the only strings that are allowed; empty: any
+    element   type of the elements of an array or a tuple, else None
+    fields    fields of an object, if the schema lists them
     """
 
     name: str
@@ -83,11 +82,10 @@ class Parameter:
 
 @dataclass(frozen=True)
 class BfclEntry:
-    """One entry: the question, the function that answers it, and the argument values that are
-    accepted.
+    """One entry: the question, the function that answers it, and the accepted argument values.
 
-    accepted  parameter -> accepted values; "" among them: may be left out. Where a value is an
-              object, each of its fields has a list of accepted values in the same way.
+    accepted: the accepted values of each parameter; "" among them means that it may be left out.
+    If a value is an object, each of its fields has a list of accepted values in the same way.
     """
 
     id: str
@@ -100,7 +98,7 @@ class BfclEntry:
 
 @dataclass(frozen=True)
 class Score:
-    """What an answer got right; each claim includes the one before it."""
+    """What is right in an answer; each field implies the one before it."""
 
     parses: bool
     right_function: bool
@@ -112,11 +110,10 @@ class Score:
 
 
 def read_bfcl(wheel: Path) -> list[BfclEntry]:
-    """The entries of `BFCL_v4_simple_python` in the wheel, in the file's order.
+    """Reads the entries of `BFCL_v4_simple_python` from the wheel, in the file's order.
 
-    The two files are read in memory, nothing is unpacked or run. Raises SourceError where the wheel
-    cannot be read or lacks a file, CorruptFileError where a file is not the one this code was
-    written for.
+    The two files are read in memory, nothing is unpacked or run. SourceError: the wheel cannot be read or
+    lacks a file. CorruptFileError: a file is not the one that this code was written for.
     """
     next_step = f"Download it anew: pip download --no-deps {REQUIREMENT}"
     members: list[bytes] = []
@@ -124,13 +121,13 @@ def read_bfcl(wheel: Path) -> list[BfclEntry]:
     changed: list[str] = []
     try:
         with zipfile.ZipFile(wheel) as archive:
-            held = {info.filename: info for info in archive.infolist()}
+            infos = {info.filename: info for info in archive.infolist()}
             for member in (_QUESTIONS, _ANSWERS):
-                if member.path not in held:
+                if member.path not in infos:
                     missing.append(f"{member.path} is not in it")
                     continue
                 # Before reading: a member may unpack to far more than its size in the archive.
-                if (size := held[member.path].file_size) != member.size_bytes:
+                if (size := infos[member.path].file_size) != member.size_bytes:
                     changed.append(
                         f"{member.path} has {size:,} bytes, expected {member.size_bytes:,}"
                     )
@@ -153,8 +150,7 @@ def read_bfcl(wheel: Path) -> list[BfclEntry]:
 
 
 def parse_entries(questions: bytes, answers: bytes) -> list[BfclEntry]:
-    """The entries of a BFCL "simple" category from its two files, JSON lines that go together by
-    id."""
+    """Parses a BFCL "simple" category: two files of JSON lines, joined by id."""
     truths = {entry["id"]: entry["ground_truth"] for entry in map(json.loads, answers.splitlines())}
     calls = []
     for entry in map(json.loads, questions.splitlines()):
@@ -201,11 +197,11 @@ def _parameter(name: str, schema: dict[str, Any], required: bool) -> Parameter:
 def split(
     calls: Sequence[BfclEntry], trained_rows: int = TRAINED_ROWS
 ) -> tuple[list[BfclEntry], list[BfclEntry]]:
-    """(trained, held out): exactly `trained_rows` entries, or all, with no function name on both
-    sides.
+    """Splits entries into (trained, held out). Exactly `trained_rows` entries are trained, or all. No
+    function name is on both sides.
 
     Functions go to the trained side in the order of their names' hashes while all of their entries
-    fit, so the split depends on nothing but the names. Both sides keep the order of `calls`.
+    fit, so the split depends on the names alone. Both sides keep the order of `calls`.
     """
     counts: dict[str, int] = {}
     for call in calls:
@@ -223,7 +219,7 @@ def split(
 
 
 def to_messages(call: BfclEntry) -> list[dict[str, str]]:
-    """The entry as a conversation: the instruction, signature and question, and the call that
+    """Returns the entry as a conversation: instruction, signature and question, and the call that
     answers it."""
     return [
         {"role": "system", "content": INSTRUCTION},
@@ -233,12 +229,12 @@ def to_messages(call: BfclEntry) -> list[dict[str, str]]:
 
 
 def prompt(call: BfclEntry) -> str:
-    """The user's turn: the signature and the question."""
+    """Returns the user's turn: the signature and the question."""
     return f"{signature(call)}\n{call.question}"
 
 
 def signature(call: BfclEntry) -> str:
-    """The function on one line: `area(base: integer, unit: string = optional) # Area of a
+    """Returns the function on one line: `area(base: integer, unit: string = optional) # Area of a
     triangle.`"""
     parameters = ", ".join(_declaration(parameter) for parameter in call.parameters)
     return f"{call.function}({parameters}) # {_first_sentence(call.description)}"
@@ -263,11 +259,10 @@ def _first_sentence(text: str) -> str:
 
 
 def answer(call: BfclEntry) -> str:
-    """The call that is learnt, as JSON: of all accepted calls the one that is easiest to tell.
+    """Returns the call to learn, as JSON: the easiest of all accepted calls.
 
-    Parameters that may be left out are. Of several accepted values the first one that the question
-    spells out is taken, because copying can be learnt from a few hundred rows, and otherwise the
-    first one.
+    Optional parameters are left out. Of several accepted values it takes the first that the
+    question spells out, because copying can be learnt from a few hundred rows; else the first.
     """
     required = {parameter.name for parameter in call.parameters if parameter.required}
     arguments = _chosen_fields(call.accepted, required, call.question)
@@ -290,7 +285,7 @@ def _chosen(values: list[Any], question: str) -> Any:
 
 
 def _plain(value: Any, question: str) -> Any:
-    """An accepted value without the lists of accepted values inside its objects."""
+    """Returns an accepted value without the lists of accepted values inside its objects."""
     if isinstance(value, dict):
         return _chosen_fields(value, set(), question)
     if isinstance(value, list):
@@ -315,12 +310,11 @@ _FENCE = re.compile(r"\A```(?:json)?\s*(.*?)\s*```\Z", re.DOTALL)
 
 
 def score(call: BfclEntry, answer_text: str) -> Score:
-    """Whether the text is one JSON call, of the right function, with arguments that are all
-    accepted.
+    """Scores a text: is it one JSON call, of the right function, with accepted arguments only?
 
-    The text must be the call and nothing else, but for one Markdown fence around it, as BFCL
-    allows. Arguments: nothing unknown, nothing required or expected missing; types as declared,
-    whole numbers also for floats; strings compared without case, spaces and the characters ,./-_*^.
+    The text must be only the call; one Markdown fence around it is allowed, as in BFCL. No argument
+    may be unknown, and no required or expected one missing. Types must be as declared; a float may
+    be a whole number. Strings are compared without case, spaces and the characters ,./-_*^.
     """
     text = answer_text.strip()
     if fenced := _FENCE.match(text):
@@ -356,17 +350,17 @@ def _arguments_accepted(call: BfclEntry, arguments: dict[str, Any]) -> bool:
 
 
 def _value_accepted(parameter: Parameter, value: Any, accepted: list[Any]) -> bool:
-    """BFCL: of the declared type, or of the type of the accepted values, and equal to one of
-    them."""
+    """Whether the value equals an accepted value, and has the declared type or theirs, as in
+    BFCL."""
     declared = _PYTHON_TYPES[parameter.type]
-    given = float if declared is float and type(value) is int else type(value)
-    listed = next((type(item) for item in accepted if item != _OMITTED), None)
-    return given in (declared, listed) and any(_equal(value, item) for item in accepted)
+    value_type = float if declared is float and type(value) is int else type(value)
+    accepted_type = next((type(item) for item in accepted if item != _OMITTED), None)
+    return value_type in (declared, accepted_type) and any(_equal(value, item) for item in accepted)
 
 
 def _equal(value: Any, accepted: Any) -> bool:
-    """Deep equality: numbers by value, true and false only to themselves, strings standardised, and
-    an accepted object's fields each by their own list of accepted values."""
+    """Compares deeply: numbers by value, true and false only with themselves, strings standardised,
+    and each field of an accepted object with its own list of accepted values."""
     if isinstance(accepted, dict):
         if not isinstance(value, dict) or not value.keys() <= accepted.keys():
             return False

@@ -1,10 +1,10 @@
-"""Classification by likelihood: of given labels, the one that the model finds likeliest as the
-row's answer.
+"""Classifies rows by likelihood: chooses the label that the model finds most probable as a row's
+answer.
 
-Nothing is generated, so the answer is always one of the labels. All labels of a row are
-continuations of one prompt, which is computed once for all of them. A label's score is the
-log-probability of everything that would be trained if it were the answer, its end of turn included:
-without it "card" could never lose to "card_lost".
+Nothing is generated, so the answer is always one of the labels. All labels of a row continue one
+prompt, which is computed once for all of them. A label's score is the log-probability of all tokens
+that would be trained if it were the answer, including the end of the turn: without that "card"
+could never lose to "card_lost".
 """
 
 from __future__ import annotations
@@ -23,20 +23,19 @@ from veneer.evaluation.intervals import Counts
 from veneer.files.nesting import is_text
 
 MOST_LABELS = 200
-"""Distinct answers that are taken for labels where none are given: more look like free text."""
+"""Most distinct answers that are used as labels if none are given; more look like free text."""
 LONGEST_LABEL = 60
-"""Characters of such an answer."""
+"""Most characters of an answer that is used as a label."""
 
 Nats = Callable[[Sequence[Example]], Counts]
-"""Examples -> (N, 2): the nats of the trained tokens of each, and their number."""
+"""Computes (N, 2): the nats of each example's trained tokens, and their number."""
 
 
-def read_labels(named: str) -> list[str]:
-    """The labels in a file, one a line, or those that stand here, divided by commas. Raises
-    ConfigError."""
-    path = labels_file(named)
+def read_labels(value: str) -> list[str]:
+    """Reads labels from a file, one a line, or from text with commas. Raises ConfigError."""
+    path = labels_file(value)
     if path is None:
-        return checked_labels([label.strip() for label in named.split(",") if label.strip()])
+        return checked_labels([label.strip() for label in value.split(",") if label.strip()])
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as fault:
@@ -46,20 +45,19 @@ def read_labels(named: str) -> list[str]:
     return checked_labels([line.strip() for line in text.splitlines() if line.strip()])
 
 
-def labels_file(named: str) -> Path | None:
-    """The file that `named` is; None where it is the labels themselves, which may be longer than
-    any file's name."""
+def labels_file(value: str) -> Path | None:
+    """Returns the file of this name; None if there is none, as for labels themselves."""
     try:
-        return path if (path := Path(named)).is_file() else None
-    except (OSError, ValueError):
+        return path if (path := Path(value)).is_file() else None
+    except (OSError, ValueError):  # labels may be longer than any file name
         return None
 
 
 def checked_labels(labels: Sequence[str]) -> list[str]:
-    """The labels, each once. Raises ConfigError unless there are two."""
+    """Returns the distinct labels. Raises ConfigError if there are fewer than two."""
     distinct = list(dict.fromkeys(labels))
-    if half := [ascii(label[:40]) for label in distinct if not is_text(label)]:
-        raise ConfigError("labels that are not UTF-8", half)
+    if invalid := [ascii(label[:40]) for label in distinct if not is_text(label)]:
+        raise ConfigError("labels that are not UTF-8", invalid)
     if len(distinct) < 2:
         raise ConfigError(
             f"{len(distinct)} labels: there is nothing to choose from",
@@ -69,16 +67,17 @@ def checked_labels(labels: Sequence[str]) -> list[str]:
 
 
 def labels_of(references: Sequence[Sequence[str]]) -> list[str]:
-    """The distinct answers of the rows, sorted. Raises ConfigError where they look like free text:
-    one that is chosen among the rows' own answers then says little of what the model would
-    write."""
+    """Returns the distinct answers of the rows, sorted. Raises ConfigError if they look like free
+    text: a choice among the rows' own answers then says little about what the model would write."""
     distinct = sorted({reference for row in references for reference in row})
     longest = max(map(len, distinct), default=0)
     faults = [f"{len(distinct):,} different answers of {len(references):,} rows"]
     if len(distinct) > 2 and (len(distinct) > MOST_LABELS or 2 * len(distinct) > len(references)):
-        faults.append("labels stand in two rows each, on average, at least")
+        faults.append("a label has to occur in two rows on average")
     elif longest > LONGEST_LABEL:
-        faults.append(f"the longest has {longest:,} characters, {LONGEST_LABEL} are taken")
+        faults.append(
+            f"the longest has {longest:,} characters, at most {LONGEST_LABEL} are allowed"
+        )
     else:
         faults = []
     if faults:
@@ -101,11 +100,10 @@ def likeliest_labels(
     variables: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """For each row the label with the highest log-probability, or with the highest one per token.
+    """Returns for each row the label with the highest log-probability, in total or per token.
 
-    nats   gets all labels of one row in one call. Raises DataError for rows that cannot be encoded,
-           DivergedError for
-    a row whose labels have no finite log-probability.
+    nats: gets all labels of one row in one call. Raises DataError for rows that cannot be encoded,
+    DivergedError for a row whose labels have no finite log-probability.
     """
     from veneer.evaluation.answers import finite  # loads torch
 
@@ -113,8 +111,8 @@ def likeliest_labels(
     chosen = []
     for done, row in enumerate(rows, 1):
         examples = label_examples(template, row, labels)
-        found = finite(nats(examples), examples)
-        scores = found[:, 0] / found[:, 1] if length_normalised else found[:, 0]
+        counts = finite(nats(examples), examples)
+        scores = counts[:, 0] / counts[:, 1] if length_normalised else counts[:, 0]
         chosen.append(labels[int(np.argmin(scores))])
         if progress is not None:
             progress(done, len(rows))
@@ -122,21 +120,19 @@ def likeliest_labels(
 
 
 def label_examples(template: ChatTemplate, row: Row, labels: Sequence[str]) -> list[Example]:
-    """The row once for each label as its answer, trained on that alone."""
+    """Returns the row once for each label, with the label as its answer; only that is trained."""
     variants = [
         replace(row, messages=[*row.messages[:-1], {"role": "assistant", "content": label}])
         for label in labels
     ]
     encoded = template.encode_rows(variants, train_on="last")
-    if problems := [each for each in encoded if isinstance(each, Problem)]:
+    if problems := [result for result in encoded if isinstance(result, Problem)]:
         raise refusal("labels cannot be tried as answers", problems)
     examples = []
-    for variant, each in zip(variants, encoded, strict=True):
-        assert not isinstance(each, Problem)
-        ids, trained = (
-            np.array(each[-1].ids, dtype=np.int32),
-            np.array(each[-1].trained, dtype=np.bool_),
-        )
+    for variant, result in zip(variants, encoded, strict=True):
+        assert not isinstance(result, Problem)
+        ids = np.array(result[-1].ids, dtype=np.int32)
+        trained = np.array(result[-1].trained, dtype=np.bool_)
         examples.append(Example(ids, trained, row.ref, row_key(variant)))
     if empty := [label for label, e in zip(labels, examples, strict=True) if not e.trained.any()]:
         raise DataError("labels without a token", empty)

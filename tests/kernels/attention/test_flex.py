@@ -61,10 +61,10 @@ def test_torchs_own_takes_what_it_is_given_and_answers_the_same():
 
 
 def test_blocks_that_nobody_sees_are_not_listed():
-    known = flex.seen(Group(0, (1280, 1280), CPU), 100, CPU).blocks
+    known = flex.visible_keys(Group(0, (1280, 1280), CPU), 100, CPU).blocks
     listed = known.kv_num_blocks.sum() + known.full_kv_num_blocks.sum()
     assert listed == 2 * (10 + 9)  # its own, and the one before
-    whole = flex.seen(Group(1280, (1280,), CPU), None, CPU).blocks
+    whole = flex.visible_keys(Group(1280, (1280,), CPU), None, CPU).blocks
     assert whole.kv_num_blocks.sum() == 20 and whole.full_kv_num_blocks.sum() == 19 * 20 // 2
 
 

@@ -1,5 +1,5 @@
-"""Packed attention with a soft cap on its scores on CUDA, by torch's flex attention, which compiles
-a kernel for it.
+"""Computes packed attention with a soft cap on its scores on CUDA, by torch's flex attention, which
+compiles a kernel for it.
 
 A row sees two ranges of rows: of the prompt, and of its own document up to itself; a window cuts
 both. Which blocks of BLOCK rows see which others, fully or in part, is computed on the host. Partly
@@ -42,7 +42,7 @@ _log = logging.getLogger("veneer.kernels")
 
 @cache
 def compiled() -> Attend:
-    """The compiled kernel. fullgraph: raises an error instead of running uncompiled."""
+    """Returns the compiled kernel. fullgraph: raises an error instead of running uncompiled."""
     attend: Attend = torch.compile(torch_flex_attention, dynamic=True, fullgraph=True)
     return attend
 
@@ -50,7 +50,8 @@ def compiled() -> Attend:
 def declined(
     q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules, plain: Plain
 ) -> str | None:
-    """Why flex attention does not take these. None if it does. plain: the path to compare with."""
+    """Returns why flex attention does not take these; None if it does. plain: the path to compare
+    with."""
     if rules.softcap is None:
         return "no soft cap on scores"
     if (reason := flash.declined(q, k, v, layout, replace(rules, softcap=None))) is not None:
@@ -69,10 +70,10 @@ def _fault(
     dtype: torch.dtype,
     heads: tuple[int, int, int],
     softcap: float,
-    sunk: bool,
+    has_sinks: bool,
     plain: Plain,
 ) -> str | None:
-    """Why flex attention fails there, tried on a few rows."""
+    """Returns why flex attention fails on a few rows; None if it gives the plain path's results."""
     H, K, D = heads
     group = Group(BLOCK + 40, (150, 1, 90), device)
     draw = torch.Generator().manual_seed(0)
@@ -80,13 +81,13 @@ def _fault(
         torch.randn(group.rows, count, D, generator=draw).to(device, dtype)
         for count in (H, K, K, H)
     )
-    sinks = torch.linspace(-1, 1, H).to(device, dtype) if sunk else None
+    sinks = torch.linspace(-1, 1, H).to(device, dtype) if has_sinks else None
     rules = AttentionRules(D**-0.5, window=200, softcap=softcap, sinks=sinks)
     try:
         with torch.enable_grad():
             ours, theirs = (
-                _with_gradients(way, (q, k, v), grad, group, rules)
-                for way in (flex_packed_attention, plain)
+                _with_gradients(attention, (q, k, v), grad, group, rules)
+                for attention in (flex_packed_attention, plain)
             )
         worst = max(
             float((a - b).abs().max() / b.abs().max().clamp_min(1e-6))
@@ -104,76 +105,77 @@ def _fault(
 
 
 def _with_gradients(
-    way: Callable[..., Tensor],
+    attention: Callable[..., Tensor],
     inputs: tuple[Tensor, ...],
     grad: Tensor,
     group: Group,
     rules: AttentionRules,
 ) -> list[Tensor]:
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    out = way(*leaves, group, rules)
+    out = attention(*leaves, group, rules)
     results = (out.detach(), *torch.autograd.grad(out, leaves, grad))
     return [tensor.float() for tensor in results]
 
 
 @dataclass(frozen=True)
 class VisibleKeys:
-    """The rows that each row sees. rows (4, N) int32: first and end of its range of the prompt,
-    first of its range of its document, and the row itself."""
+    """The rows that each row sees. rows (4, N) int32: start and end of its range in the prompt,
+    start of its range in its document, and the row itself."""
 
     rows: Tensor
     blocks: BlockMask
 
 
-def seen(layout: Group, window: int | None, device: torch.device) -> VisibleKeys:
+def visible_keys(layout: Group, window: int | None, device: torch.device) -> VisibleKeys:
     P, N = layout.prompt, layout.rows
     starts = torch.tensor([0, *(P + layout.starts[:-1])])
     lengths = torch.tensor([P, *layout.lengths])
     first = starts.repeat_interleave(lengths)
     row = torch.arange(N)
     start, end = torch.zeros(N, dtype=torch.int64), torch.where(row < P, 0, P)
-    own = first
+    document_start = first
     if window is not None:
-        own = torch.maximum(first, row - window + 1)
+        document_start = torch.maximum(first, row - window + 1)
         start = torch.minimum((P + row - first - window + 1).clamp_min(0), end)
-    rows = torch.stack([start, end, own, row])
+    rows = torch.stack([start, end, document_start, row])
     partial, whole = _blocks(rows)
     on_device = sent(rows.int(), device)
-    count = [_listed(each, device) for each in (partial, whole)]
-    mask = BlockMask.from_kv_blocks(*count[0], *count[1], BLOCK, _visible(on_device), (N, N))
+    lists = [_block_lists(blocks, device) for blocks in (partial, whole)]
+    mask = BlockMask.from_kv_blocks(*lists[0], *lists[1], BLOCK, _visible(on_device), (N, N))
     return VisibleKeys(on_device, mask)
 
 
 def _blocks(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(blocks, blocks) bool each: pairs that are partly visible, and pairs that are fully so."""
+    """Returns two bool tensors (blocks, blocks): pairs that are partly visible, and pairs that are
+    fully visible."""
     N = rows.shape[1]
     begin = torch.arange(0, N, BLOCK)
     stop = (begin + BLOCK).clamp_max(N)
     low, high = (
         torch.stack(
-            [getattr(rows[:, a:b], each)(1).values for a, b in zip(begin, stop, strict=True)], 1
+            [getattr(rows[:, a:b], extreme)(1).values for a, b in zip(begin, stop, strict=True)], 1
         )[..., None]
-        for each in ("min", "max")
+        for extreme in ("min", "max")
     )
     to_prompt = (begin < high[1]) & (stop > low[0])
-    to_own = (begin <= high[3]) & (stop > low[2])
+    to_document = (begin <= high[3]) & (stop > low[2])
     whole = ((begin >= high[0]) & (stop <= low[1])) | ((begin >= high[2]) & (stop <= low[3] + 1))
-    return (to_prompt | to_own) & ~whole, whole
+    return (to_prompt | to_document) & ~whole, whole
 
 
-def _listed(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The number of visible blocks of each row of blocks, and their numbers first."""
+def _block_lists(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns for each row of blocks how many blocks it sees, and all blocks with these first."""
     order = blocks.int().argsort(dim=1, descending=True, stable=True)
     both = sent(torch.cat([blocks.sum(1, keepdim=True), order], 1).int(), device)
     return both[None, None, :, 0].contiguous(), both[None, None, :, 1:].contiguous()
 
 
 def _visible(rows: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    start, end, own, _ = rows
+    start, end, document_start, _ = rows
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         of_prompt = (key >= start[query]) & (key < end[query])
-        return of_prompt | ((key >= own[query]) & (key <= query))
+        return of_prompt | ((key >= document_start[query]) & (key <= query))
 
     return visible
 
@@ -199,12 +201,12 @@ def flex_packed_attention(
     assert rules.softcap is not None
     key = "flex", rules.window, q.device
     if key not in layout.derived:
-        layout.derived[key] = seen(layout, rules.window, q.device)
+        layout.derived[key] = visible_keys(layout, rules.window, q.device)
     known: VisibleKeys = layout.derived[key]
     rows = layout.rows
-    heads = [each[:rows].transpose(0, 1)[None] for each in (q, k, v)]
+    heads = [tensor[:rows].transpose(0, 1)[None] for tensor in (q, k, v)]
     attend = compiled() if attend is None else attend
-    out, beside = attend(
+    out, auxiliary = attend(
         *heads,
         score_mod=_capped(rules.softcap),
         block_mask=known.blocks,
@@ -213,9 +215,9 @@ def flex_packed_attention(
         return_aux=AuxRequest(lse=True),
     )
     if rules.sinks is not None:  # (1, H, N)
-        kept = torch.sigmoid(beside.lse - rules.sinks.to(beside.lse.dtype)[:, None])
-        out = (out * kept[..., None]).to(out.dtype)
-    found: Tensor = out[0].transpose(0, 1)
+        share = torch.sigmoid(auxiliary.lse - rules.sinks.to(auxiliary.lse.dtype)[:, None])
+        out = (out * share[..., None]).to(out.dtype)
+    packed: Tensor = out[0].transpose(0, 1)
     if q.shape[0] == rows:
-        return found
-    return torch.cat([found, found.new_zeros(q.shape[0] - rows, *found.shape[1:])])
+        return packed
+    return torch.cat([packed, packed.new_zeros(q.shape[0] - rows, *packed.shape[1:])])
