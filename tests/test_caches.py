@@ -162,7 +162,7 @@ def test_what_a_model_is_known_by_is_of_that_model() -> None:
     layouts: list[Any] = [Bare(), Bare()]
     positions = torch.zeros(1, 1)
     masks = [attention.packed_arguments(positions, layout)["attention_mask"] for layout in layouts]
-    assert [attention._LAID[mask] for mask in masks] == layouts
+    assert [attention._LAYOUTS[mask] for mask in masks] == layouts
 
 
 def test_a_copy_of_a_model_is_asked_anew() -> None:

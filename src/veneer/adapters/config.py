@@ -51,7 +51,8 @@ class MethodConfig(StrictSettings):
 
     @property
     def contents(self) -> tuple[Content, ...]:
-        """The contents of an adapter with these settings, without new tokens (combinations.py)."""
+        """Returns the contents of an adapter with these settings, without new tokens
+        (combinations.py)."""
         return ()
 
     @property
@@ -201,7 +202,7 @@ class LoRA(LowRank):
 
     @property
     def share_of_rate(self) -> float:
-        """A quarter if the factors start as large as the weight: at the whole rate OLoRA fell far
+        """Returns 1/4 if the factors start as large as the weight: at the whole rate OLoRA fell far
         behind (docs/benchmarks.md)."""
         return super().share_of_rate * (0.25 if self.init in ("pissa", "olora") else 1.0)
 
@@ -306,7 +307,7 @@ class Prefix(AdapterConfig):
 
     @property
     def share_of_rate(self) -> float:
-        """A thirtieth with an MLP: at a third, the loss became worse than that of the base
+        """Returns 1/30 with an MLP: at a third, the loss became worse than that of the base
         (docs/benchmarks.md)."""
         return 1.0 if self.projection is None else 1 / 30
 

@@ -56,8 +56,8 @@ NONE = Preamble()
 
 
 def shared(preambles: Iterable[Preamble]) -> Preamble:
-    """What the preambles of adapters that act together agree on. One of them may have new
-    tokens."""
+    """Returns what the preambles of adapters that act together have in common. One of them may have
+    new tokens."""
     first, *rest = [*preambles] or [Preamble()]
     system = first.system if all(preamble.system == first.system for preamble in rest) else None
     variables = {
@@ -80,7 +80,7 @@ def given(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def variable_faults(variables: Mapping[str, Any]) -> list[str]:
-    """Reasons why a chat template cannot take these variables."""
+    """Returns reasons why a chat template cannot take these variables."""
     if len(variables) > MOST_VARIABLES:
         return [f"there are {len(variables):,}, at most {MOST_VARIABLES} are allowed"]
     faults = [f"{name}: {why}" for name, why in _RESERVED.items() if name in variables]

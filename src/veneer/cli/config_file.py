@@ -86,11 +86,11 @@ class UncheckedSettings:
 
     @property
     def source(self) -> str:
-        """The run file and the flags, as errors name them."""
+        """Names the run file and the flags, for errors."""
         return f"{self.origins[()]} and the flags" if () in self.origins else "the flags"
 
     def origin(self, path: KeyPath) -> str:
-        """Where the value at `path` came from, or the nearest mapping around it."""
+        """Returns where the value at `path` came from, or the nearest mapping around it."""
         for depth in range(len(path), 0, -1):
             if path[:depth] in self.origins:
                 return self.origins[path[:depth]]
@@ -103,7 +103,8 @@ def read_run_config(
     sets: Sequence[str] = (),
     columns: Mapping[str, str | None] | None = None,
 ) -> RunConfig:
-    """The run that file, flags (None: not given), --set and columns (--map) describe together.
+    """Returns the run that file, flags (None: not given), --set and columns (--map) describe
+    together.
 
     Raises ConfigError with every fault of all three.
     """
@@ -156,7 +157,8 @@ def find_first_parent(text: str) -> str | None:
 
 
 def describe_setting(path: KeyPath) -> str:
-    """The sentence under a field, as one line: the command line's help is written there, once."""
+    """Returns the sentence under a field, as one line: the command line's help is written there,
+    once."""
     return description_at(RunConfig, path[:1] if path == ("method", "name") else path)
 
 
@@ -290,8 +292,8 @@ def _expand_short_form(path: KeyPath, value: Any) -> dict[str, Any]:
 
 
 def validate(settings: UncheckedSettings) -> tuple[RunConfig | None, list[str]]:
-    """The config, or every fault. Checks across fields run only where the fields are sound, so
-    faulty values are taken out and the rest is checked again until nothing new is found."""
+    """Returns the config, or every fault. Checks across fields run only where the fields are sound,
+    so faulty values are taken out and the rest is checked again until nothing new is found."""
     values = copy_values(settings.values)
     faults: list[str] = []
     while True:
@@ -337,7 +339,7 @@ def _remove_fault(values: dict[Any, Any], path: KeyPath, *, missing: bool) -> No
 
 
 def _names(values: Mapping[str, Any]) -> list[KeyPath]:
-    """What an unknown key may have been meant as, beside the method that is chosen."""
+    """Returns the settings that an unknown key may mean, with those of the chosen method."""
     method = values.get("method")
     chosen = str(method.get("name") if isinstance(method, dict) else method)
     return [
@@ -348,7 +350,7 @@ def _names(values: Mapping[str, Any]) -> list[KeyPath]:
 
 
 def list_setting_paths(method: str = "lora") -> list[KeyPath]:
-    """The path of every setting: the run's own, data's, and those of a method."""
+    """Returns the path of every setting: the run's own, data's, and those of a method."""
     paths: list[KeyPath] = []
     for name in RunConfig.model_fields:
         models: dict[str, type[BaseModel]] = {**PARTS, "method": METHODS[method]}

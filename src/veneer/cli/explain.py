@@ -71,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _find_entries(name: str, all_codes: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
-    """What a name stands for: a code, a setting by its path or by the end of it, several settings;
-    empty if nothing."""
+    """Finds the entries of a name: a code, a setting by its path or the end of it, or several
+    settings; empty if there are none."""
     if name.upper() in all_codes:
         return {name.upper(): all_codes[name.upper()]}
     all_settings = load_settings()
@@ -86,8 +86,8 @@ def _find_entries(name: str, all_codes: dict[str, dict[str, str]]) -> dict[str, 
 
 
 def load_settings() -> dict[str, dict[str, str]]:
-    """Every setting of a run by its path: its meaning and, of a method's, the methods that have
-    it."""
+    """Returns every setting of a run by its path: its meaning and, of a method's, the methods that
+    have it."""
     from veneer.adapters.config import METHODS
     from veneer.cli.config_file import describe_setting, list_setting_paths
     from veneer.files.settings import description_at
@@ -106,7 +106,7 @@ def load_settings() -> dict[str, dict[str, str]]:
 
 
 def format_setting(path: str, entry: dict[str, str]) -> str:
-    """For the screen: the path, and its meaning in a column."""
+    """Formats a setting for the screen: the path, and its meaning in a column."""
     from textwrap import wrap
 
     of = f" ({entry['methods']})" if entry["methods"] else ""
@@ -117,22 +117,22 @@ def format_setting(path: str, entry: dict[str, str]) -> str:
 
 
 def load_codes() -> dict[str, dict[str, str]]:
-    """Every code with its FIELDS."""
+    """Returns every code with its FIELDS."""
     return tomllib.loads(FILE.read_text(encoding="utf-8"))
 
 
 def find_codes(message: str) -> list[str]:
-    """Those that begin a line of an error, each once."""
+    """Returns the distinct codes that begin a line of an error."""
     return list(dict.fromkeys(re.findall(r"^\s*([A-Z]\d{3}) ", message, re.MULTILINE)))
 
 
 def point_to_codes(codes_: list[str]) -> str:
-    """The line that leads here from a message with these codes."""
+    """Returns the line of a message that tells how to explain its codes."""
     return f"More on {'it' if len(codes_) == 1 else 'each'}: veneer explain {' '.join(codes_[:6])}"
 
 
 def format_code(code: str, entry: dict[str, str]) -> str:
-    """For the screen: a line of 80 characters at most, and what belongs to it indented."""
+    """Formats a code for the screen: its title, and its fields indented, 80 characters wide."""
     from textwrap import fill
 
     lines = [f"{code}  {entry['title']}"]
@@ -147,7 +147,7 @@ def format_code(code: str, entry: dict[str, str]) -> str:
 
 
 def format_page(entries: dict[str, dict[str, str]]) -> str:
-    """docs/errors.md."""
+    """Formats the page docs/errors.md."""
     head = (
         "# Error codes\n\nA message that has a code begins a line with it. `veneer explain D107`"
         " says the same as this page,\nwhich `veneer explain --markdown` wrote.\n\n- `C`: settings,"

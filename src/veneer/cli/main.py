@@ -348,7 +348,7 @@ def _announce_downloads() -> None:
 
 
 def print_error(message: str) -> None:
-    """To stderr, its first line red where that is a terminal and NO_COLOR is not set."""
+    """Prints to stderr; on a terminal the first line is red unless NO_COLOR is set."""
     stream: TextIO = sys.stderr
     first, *rest = shown(message).split("\n")
     if stream.isatty() and not os.environ.get("NO_COLOR"):
@@ -357,14 +357,14 @@ def print_error(message: str) -> None:
 
 
 def process() -> NoReturn:
-    """`veneer` as a process of its own: its exit code is main's."""
+    """Runs `veneer` as a process of its own, and exits with main's code."""
     leave(main())
 
 
 def leave(code: int) -> NoReturn:
-    """End the process as Python does, but for taking apart what it holds: with torch and
-    transformers loaded, that takes a second. Threads that are not daemons are waited for, what
-    asked to be called at the end is called, and what was written is flushed."""
+    """Ends the process as Python does, but without freeing its objects: with torch and transformers
+    loaded, that takes a second. It waits for threads that are not daemons, calls the functions of
+    atexit, and flushes the streams."""
     try:
         finish_threads()
         call_exit_functions()

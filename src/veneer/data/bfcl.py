@@ -112,8 +112,8 @@ class Score:
 def read_bfcl(wheel: Path) -> list[BfclEntry]:
     """Reads the entries of `BFCL_v4_simple_python` from the wheel, in the file's order.
 
-    The two files are read in memory, nothing is unpacked or run. SourceError: the wheel cannot be read or
-    lacks a file. CorruptFileError: a file is not the one that this code was written for.
+    The two files are read in memory, nothing is unpacked or run. SourceError: the wheel cannot be
+    read or lacks a file. CorruptFileError: a file is not the one that this code was written for.
     """
     next_step = f"Download it anew: pip download --no-deps {REQUIREMENT}"
     members: list[bytes] = []
@@ -197,8 +197,8 @@ def _parameter(name: str, schema: dict[str, Any], required: bool) -> Parameter:
 def split(
     calls: Sequence[BfclEntry], trained_rows: int = TRAINED_ROWS
 ) -> tuple[list[BfclEntry], list[BfclEntry]]:
-    """Splits entries into (trained, held out). Exactly `trained_rows` entries are trained, or all. No
-    function name is on both sides.
+    """Splits entries into (trained, held out). Exactly `trained_rows` entries are trained, or all.
+    No function name is on both sides.
 
     Functions go to the trained side in the order of their names' hashes while all of their entries
     fit, so the split depends on the names alone. Both sides keep the order of `calls`.

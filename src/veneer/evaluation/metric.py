@@ -48,7 +48,7 @@ class Metric:
 
 
 def ratio(totals: Counts) -> float:
-    """The first sum by the second: a mean, where the second counts rows; 0 of nothing."""
+    """Returns the first sum by the second: a mean, where the second counts rows; 0 of nothing."""
     return float(totals[0] / totals[1]) if totals[1] else 0.0
 
 
@@ -59,7 +59,7 @@ def mean_of(
     unit: Literal["share", "points"] = "share",
     needs: Literal["answers", "label"] = "answers",
 ) -> Metric:
-    """A metric that is the mean of a value of each row."""
+    """Returns a metric that is the mean of a value of each row."""
     return Metric(
         name, lambda answer, references: (float(judge(answer, references)), 1.0), ratio, unit, needs
     )

@@ -1,11 +1,11 @@
-"""Packed attention in transformers models, through their public seams.
+"""Computes packed attention in transformers models, through their public interfaces.
 
-`AttentionInterface` hands q, k, v of every layer to a function registered by name; an extra keyword
-of the model's forward (`veneer_layout`) reaches it. A 4-D attention mask is passed through
-untouched, so no mask is built; what stands in its place tells the layout where a layer hands on no
-keyword (Nemotron, StableLM). A trained prefix (adapters/methods/prefix.py) comes by a keyword
-alone. Where a model does not go through the interface, mixes tokens elsewhere than in attention, or
-answers differently when packed, execution/proofs/structure.py and execution/proofs/model.py say
+`AttentionInterface` passes q, k, v of every layer to a function registered by name; an extra
+keyword of the model's forward (`veneer_layout`) reaches it. transformers passes a 4-D attention
+mask through unchanged, so no mask is built. The mask also identifies the layout, for layers that
+pass no keywords on (Nemotron, StableLM). A trained prefix (adapters/methods/prefix.py) comes only
+as a keyword. If a model does not use the interface, mixes tokens elsewhere than in attention, or
+gives other results when packed, execution/proofs/structure.py and execution/proofs/model.py say
 why, and batches are padded for transformers' own attention.
 """
 
@@ -34,7 +34,7 @@ NAME = "veneer"
 
 
 class BatchAttention(Protocol):
-    """A batch's layout on its way through a model: what attends for its layers."""
+    """Computes the attention of a model's layers for one batch layout."""
 
     def attend(
         self,
@@ -44,7 +44,8 @@ class BatchAttention(Protocol):
         prefix: Sequence[tuple[slice, Pair | None]],
         rules: AttentionRules,
     ) -> Tensor:
-        """The next layer's rows, each with what its part sees first -> (N, H, E)."""
+        """Computes attention of the next layer (N, H, E). prefix: keys and values that a slice of
+        rows sees first."""
 
 
 def attention_forward(
@@ -72,7 +73,7 @@ def attention_forward(
         veneer_keys.take(_layer_number(module), key, value)
     prefix = [] if veneer_prefix is None else veneer_prefix.along(_layer_number(module))
     if veneer_layout is None and attention_mask is not None:
-        veneer_layout = _LAID.get(attention_mask)
+        veneer_layout = _LAYOUTS.get(attention_mask)
     if veneer_layout is not None:
         q, k, v = (rows[0].transpose(0, 1) for rows in (query, key, value))
         return veneer_layout.attend(q, k, v, prefix, rules)[None], None
@@ -86,7 +87,7 @@ def attention_forward(
 
     if veneer_prefix is None or all(pair is None for _, pair in prefix):
         return attend(query, key, value, attention_mask), None
-    found = []
+    outputs = []
     for rows, pair in batch_rows(prefix, *query.shape[::2]):
         q, k, v = query[rows], key[rows], value[rows]
         mask = (
@@ -99,17 +100,17 @@ def attention_forward(
             positions = positions if len(positions) == 1 else positions[rows]
             mask = _prefix_mask(mask, q, k, pair[0], positions, sliding_window)
             k, v = (
-                torch.cat([first.transpose(0, 1).expand(len(own), -1, -1, -1), own], dim=2)
-                for first, own in zip(pair, (k, v), strict=True)
+                torch.cat([first.transpose(0, 1).expand(len(rest), -1, -1, -1), rest], dim=2)
+                for first, rest in zip(pair, (k, v), strict=True)
             )
-        found.append(attend(q, k, v, mask))
-    return found[0] if len(found) == 1 else torch.cat(found), None
+        outputs.append(attend(q, k, v, mask))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs), None
 
 
 def batch_rows(
     prefix: Sequence[tuple[slice, Pair | None]], rows: int, length: int
 ) -> list[tuple[slice, Pair | None]]:
-    """Parts of the tokens of a padded batch (rows, length) as parts of its rows."""
+    """Turns slices of a padded batch's tokens (rows * length) into slices of its rows."""
     if len(prefix) == 1:
         return [(slice(None), prefix[0][1])]
     return [(slice(part.start // length, part.stop // length), pair) for part, pair in prefix]
@@ -127,8 +128,8 @@ def _prefix_mask(
     positions: Tensor,
     window: int | None,
 ) -> Tensor | None:
-    """The mask with the prefix's M columns in front: seen by all rows, or, with a window, by those
-    near enough.
+    """Returns the mask with the prefix's M columns in front: seen by all rows, or, with a window,
+    by those near enough.
 
     query (B, H, T, D), key (B, K, S, D), prefix (M, K, D); positions (B, T) count the prefix, never
     padding, so a row sees the same in any batch.
@@ -151,8 +152,8 @@ def _prefix_mask(
 def _masked_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rules: AttentionRules
 ) -> Tensor:
-    """Generation with a cache for models with soft caps or sinks. mask: bool, True is seen; None:
-    causal."""
+    """Computes attention over a cache for models with soft caps or sinks. mask: bool, True is seen;
+    None: causal."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = rules.capped(query @ key.transpose(2, 3) * rules.scale)
@@ -199,44 +200,45 @@ class LayoutAttention:
         return grouped_attention(query_NHD, key_NKD, value_NKD, self.layout, first, rules)
 
 
-_LAID: MutableMapping[Tensor, BatchAttention] = WeakTensorKeyDictionary()
-"""A mask that nothing looks at -> the layout that it stands for. Kept by the mask, as a
-checkpointed layer keeps it until it is computed again."""
+_LAYOUTS: MutableMapping[Tensor, BatchAttention] = WeakTensorKeyDictionary()
+"""Layouts by the unused masks that stand for them. The mask keeps the layout, and a checkpointed
+layer keeps the mask until it is computed again."""
 
 
-def packed_arguments(positions: Tensor, laid: BatchAttention) -> dict[str, Any]:
-    """Of a model's forward, beside (1, N) ids; positions (1, N)."""
+def packed_arguments(positions: Tensor, layout: BatchAttention) -> dict[str, Any]:
+    """Returns the arguments of a model's forward besides ids (1, N). positions: (1, N)."""
     mask = unused_mask(positions.device)
-    _LAID[mask] = laid
+    _LAYOUTS[mask] = layout
     return {
         "position_ids": positions,
         "attention_mask": mask,
         "use_cache": False,
-        "veneer_layout": laid,
+        "veneer_layout": layout,
     }
 
 
 def unused_mask(device: torch.device) -> Tensor:
-    """Any 4-D mask is handed through as it is; the packed attention does not look at it."""
+    """Returns a 4-D mask, which transformers passes through and packed attention does not read."""
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 @dataclass(frozen=True)
 class DecoderPath:
-    """Where the decoder stands in a model. Every forward asks, and to look for it is to walk all
-    modules. What stands there may be exchanged, the path stays."""
+    """The decoder's path in a model. It is stored because every forward needs it, and a search
+    walks all modules. The module at the path may be exchanged."""
 
     path: str | None
 
 
 def take_packed(model: PreTrainedModel) -> None:
-    """It attends as we do from now on, as proven elsewhere; nothing where it does already."""
+    """Switches the model to packed attention, which was proven elsewhere."""
     if attention_of(model.config) != NAME:
         model.set_attn_implementation(NAME)
 
 
 def decoder(model: PreTrainedModel) -> nn.Module | None:
-    """The model without its head: ids in, hidden states out. None where no part of it is that."""
+    """Returns the model without its head: ids in, hidden states out. None if it has no such
+    part."""
     path = record_of(model).part(DecoderPath, lambda: _decoder_path(model)).path
     return None if path is None else model.get_submodule(path)
 
@@ -250,11 +252,11 @@ def _decoder_path(model: PreTrainedModel) -> DecoderPath:
 def _find_decoder(model: PreTrainedModel) -> nn.Module | None:
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
 
-    def holds(part: nn.Module, wanted: nn.Module | None) -> bool:
-        return any(module is wanted for module in part.modules())
+    def holds(part: nn.Module, searched: nn.Module | None) -> bool:
+        return any(module is searched for module in part.modules())
 
-    named = [model.get_decoder()] if hasattr(model, "get_decoder") else []
-    for part in (*named, model.base_model, *model.children()):
+    declared = [model.get_decoder()] if hasattr(model, "get_decoder") else []
+    for part in (*declared, model.base_model, *model.children()):
         if part is not None and part is not table and holds(part, table) and not holds(part, head):
             return part
     return None
@@ -265,10 +267,10 @@ def packed_states(
 ) -> tuple[Tensor, int]:
     """(1, N) ids and positions of a layout -> (N, D) last hidden states, and how many layers were
     reached."""
-    inner, traced = decoder(model), LayoutAttention(layout)
+    inner, attention = decoder(model), LayoutAttention(layout)
     assert inner is not None
-    out = inner(input_ids=ids, **packed_arguments(positions, traced))
-    return out.last_hidden_state[0], traced.calls
+    out = inner(input_ids=ids, **packed_arguments(positions, attention))
+    return out.last_hidden_state[0], attention.calls
 
 
 def padded_states(model: PreTrainedModel, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
@@ -276,8 +278,8 @@ def padded_states(model: PreTrainedModel, ids: Tensor, positions: Tensor, mask: 
     inner = decoder(model)
     assert inner is not None
     takes_positions = "position_ids" in inspect.signature(inner.forward).parameters
-    own: dict[str, Any] = {"position_ids": positions} if takes_positions else {}
-    return inner(input_ids=ids, attention_mask=mask, use_cache=False, **own).last_hidden_state
+    keywords: dict[str, Any] = {"position_ids": positions} if takes_positions else {}
+    return inner(input_ids=ids, attention_mask=mask, use_cache=False, **keywords).last_hidden_state
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:

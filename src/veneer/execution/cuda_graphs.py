@@ -41,13 +41,13 @@ _log = logging.getLogger("veneer.decoding")
 
 
 class RefusedError(Exception):
-    """Why a step cannot be captured."""
+    """A step cannot be captured; the message says why."""
 
 
 class Recorder(Protocol):
     def record(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """What does the work of `run` again, on the same memory, and gives its tensor.
-        RefusedError."""
+        """Returns a function that repeats the work of `run` on the same memory, and returns its
+        tensor. RefusedError."""
 
 
 class CudaRecorder:

@@ -109,7 +109,7 @@ class DecoderLayer:
 
     @property
     def parts(self) -> list[Norm | FeedForward | Attention]:
-        """The parts of the layer that are understood."""
+        """Returns the parts of the layer that are understood."""
         within = () if self.attention is None else (self.attention, *self.attention.norms)
         norms = [norm for norm in self.norms if norm is not None]
         return [*norms, *within, *(() if self.feed_forward is None else (self.feed_forward,))]

@@ -46,7 +46,7 @@ class PagedKeys:
         return self.layers[number]
 
     def write(self, number: int, blocks: Sequence[int], key_NKD: Tensor, value_NKD: Tensor) -> None:
-        """The keys and values of a trained prefix into a layer's blocks."""
+        """Writes the keys and values of a trained prefix into a layer's blocks."""
         size = self.tokens_per_block
         places = [block * size + slot for block in blocks for slot in range(size)][: len(key_NKD)]
         self.layer(number, key_NKD, value_NKD).write(
@@ -54,7 +54,7 @@ class PagedKeys:
         )
 
     def copy(self, source: int, target: int) -> None:
-        """What of one block is wanted in another as well."""
+        """Copies one block to another in all layers."""
         for stored in self.layers.values():
             stored.copy(source, target)
 

@@ -73,7 +73,7 @@ class Group:
 
     @property
     def longest(self) -> int:
-        """Rows of each document in the rectangle."""
+        """Returns the rows of each document in the rectangle."""
         return round_up(max(self.lengths))
 
     @property
@@ -105,17 +105,17 @@ class BatchLayout:
 
     @classmethod
     def joined(cls, parts: "Sequence[tuple[int, BatchLayout]]") -> "BatchLayout":
-        """The layout of a batch of several, each with its rows."""
+        """Returns the layout of a batch of several, each with its rows."""
         return cls(tuple(group for _, part in parts for group in part.groups), tuple(parts))
 
     @property
     def rows(self) -> int:
-        """Rows without the filler."""
+        """Returns the rows without the filler."""
         return sum(group.rows for group in self.groups)
 
     @cached_property
     def spans(self) -> list[slice]:
-        """The rows of each group, computed once for all layers."""
+        """Returns the rows of each group, computed once for all layers."""
         if self.parts:
             starts = accumulate((rows for rows, _ in self.parts), initial=0)
             return [

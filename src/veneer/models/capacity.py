@@ -27,15 +27,15 @@ _RECURRENT = ("rwkv",)  # names a context, but computes text of any length
 
 
 def configured_capacity(config: PreTrainedConfig) -> Capacity:
-    """The capacity by the config, without weights."""
+    """Returns the capacity by the config, without weights."""
     text = config.get_text_config()
     vocabulary = getattr(text, "vocab_size", None)
     return Capacity(_positions(text), vocabulary if isinstance(vocabulary, int) else None)
 
 
 def capacity_of(base: FrozenBase) -> Capacity:
-    """The capacity of a loaded base: the rows of its tables, with active adapters' new tokens, and
-    the positions left after active prefixes."""
+    """Returns the capacity of a loaded base: the rows of its tables, with active adapters' new
+    tokens, and the positions left after active prefixes."""
     configured = configured_capacity(base.config)
     tables: list[Any] = [base.model.get_input_embeddings(), base.model.get_output_embeddings()]
     rows = [n for table in tables if (n := _rows(table)) is not None]
@@ -59,7 +59,7 @@ def read_alike(config: PreTrainedConfig) -> int | None:
 
 
 def _rows(table: nn.Module | None) -> int | None:
-    """Number of rows of an embedding or head, in any format."""
+    """Returns the number of rows of an embedding or head, in any format."""
     module = None if table is None else unwrapped(table)
     if isinstance(module, PackedLinear):
         return module.out_features
@@ -77,7 +77,7 @@ def _positions(text: PreTrainedConfig) -> int | None:
 
 
 def _reaches(text: PreTrainedConfig, limit: int) -> Iterator[int]:
-    """The length limit of each set of scaled rotary frequencies; layers may have several."""
+    """Yields the length limit of each set of scaled rotary frequencies; layers may have several."""
     rope = getattr(text, "rope_parameters", None)
     if not isinstance(rope, Mapping):
         return

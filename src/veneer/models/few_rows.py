@@ -18,7 +18,7 @@ ROWS = 3
 
 @torch.no_grad()
 def take_few_rows(model: nn.Module) -> None:
-    """Every plain nn.Linear that the kernel takes becomes a FewRowsLinear with the same
+    """Replaces every plain nn.Linear that the kernel takes by a FewRowsLinear with the same
     parameters."""
     agreed: dict[tuple[object, ...], bool] = {}
     made: dict[nn.Module, FewRowsLinear] = {}

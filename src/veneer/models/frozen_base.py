@@ -85,7 +85,7 @@ class FrozenBase:
 
     @property
     def attachments(self) -> dict[str, Attachment]:
-        """The adapters on this base, by name."""
+        """Returns the adapters on this base, by name."""
         return self.routing.attached
 
     def detach(self, name: str) -> None:
@@ -101,12 +101,12 @@ class FrozenBase:
 
     @property
     def preamble(self) -> Preamble:
-        """The preamble that the active adapters were trained with."""
+        """Returns the preamble that the active adapters were trained with."""
         return shared(adapter.preamble for adapter in self.routing.acting.adapters)
 
     @property
     def acting_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer with the new tokens of the active adapters."""
+        """Returns the tokenizer with the new tokens of the active adapters."""
         texts = texts_of(self.routing.acting.adapters)
         if not texts:
             return self.tokenizer
@@ -182,7 +182,8 @@ class FrozenBase:
 
     @property
     def paths(self) -> ComputePaths:
-        """The fast paths that this model takes; proven on first use, with no adapter active."""
+        """Returns the fast paths that this model takes; proven on first use, with no adapter
+        active."""
 
         def find() -> ComputePaths:
             with self.routing.none():
@@ -196,8 +197,8 @@ class FrozenBase:
 
     @property
     def read_past(self) -> frozenset[str]:
-        """Weights that the model reads without calling their modules; found on first use, with no
-        adapter active."""
+        """Returns the weights that the model reads without calling their modules; found on first
+        use, with no adapter active."""
 
         def find() -> ReadPast:
             with self.routing.none():

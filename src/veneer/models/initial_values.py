@@ -80,7 +80,7 @@ def begin(
 
 
 def _refused_by_peft(base: FrozenBase, attachment: Attachment) -> list[str]:
-    """A warning for an adapter that PEFT will not load."""
+    """Returns a warning for an adapter that PEFT will not load."""
     refused = sorted(refused_by_peft(base.model) & attachment.layers.keys())
     if not refused:
         return []

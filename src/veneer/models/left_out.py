@@ -13,8 +13,8 @@ from veneer.execution.attention import decoder
 
 
 def left_out(model: PreTrainedModel, idle: Collection[str]) -> tuple[str, ...]:
-    """Paths of the largest modules in which every weight is idle. idle: modules that no gradient
-    reaches."""
+    """Returns the paths of the largest modules in which every weight is idle. idle: modules that no
+    gradient reaches."""
     language_parts = {
         id(part) for part in (decoder(model), model.get_output_embeddings()) if part is not None
     }
@@ -36,7 +36,8 @@ def left_out(model: PreTrainedModel, idle: Collection[str]) -> tuple[str, ...]:
 
 
 def reached_weights(model: nn.Module, parts_left_out: Collection[str]) -> dict[str, nn.Parameter]:
-    """The weights that full fine-tuning trains, by path: all but those of parts left out."""
+    """Returns the weights that full fine-tuning trains, by path: all but those of parts left
+    out."""
     return {
         path: weight
         for path, weight in model.named_parameters()

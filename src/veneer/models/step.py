@@ -163,7 +163,7 @@ def keep_paths(model: PreTrainedModel, paths: ComputePaths) -> None:
 def batch_loss(
     model: PreTrainedModel, paths: ComputePaths, routing: Routing, batch: Batch, *, total: float
 ) -> Tensor:
-    """The summed cross-entropy (nats) of the trained tokens, divided by `total`, the number of
+    """Returns the summed cross-entropy (nats) of the trained tokens, divided by `total`, the number of
     trained tokens of the step."""
     return predictions(model, paths, routing, batch).cross_entropy(total)
 
@@ -194,7 +194,7 @@ def batch_losses(
     batch: Batch,
     shares: Sequence[BatchShare],
 ) -> list[ObjectiveLoss]:
-    """The loss of each run in a batch of several, as for that run alone.
+    """Returns the loss of each run in a batch of several, as for that run alone.
 
     The routing holds what acts on all rows; the head sees one run after the other.
     """

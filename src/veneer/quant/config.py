@@ -50,7 +50,8 @@ FOUR_BITS: Quantize = "nf4"
 
 
 def weight_format(quantize: Quantize | None) -> WeightFormat:
-    """The properties of a format; DENSE for None. Raises ConfigError for an unknown name."""
+    """Returns the properties of a format; DENSE for None. Raises ConfigError for an unknown
+    name."""
     if quantize is None:
         return DENSE
     if quantize not in FORMATS:
@@ -62,5 +63,5 @@ def weight_format(quantize: Quantize | None) -> WeightFormat:
 
 
 def formats_that(declare: str) -> list[Quantize]:
-    """Names of the formats with the property `declare`, for messages and choices."""
+    """Returns the names of the formats with the property `declare`, for messages and choices."""
     return [name for name, properties in FORMATS.items() if getattr(properties, declare)]

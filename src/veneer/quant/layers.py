@@ -47,7 +47,7 @@ class Holder(PackedModule):
         self._views.clear()
 
     def packed(self, name: str = "weight") -> PackedWeight:
-        """The packed weight `name`, which shares its tensors with this module."""
+        """Returns the packed weight `name`, which shares its tensors with this module."""
         return self._view(
             name,
             lambda: self._facts[name].holding(

@@ -64,7 +64,7 @@ class MXFP4:
 
 
 def high_first(codes: Tensor) -> Tensor:
-    """The two values of each byte exchanged."""
+    """Exchanges the two values of each byte."""
     return codes >> 4 | codes << 4
 
 

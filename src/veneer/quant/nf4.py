@@ -78,9 +78,9 @@ def code_book(name: BookName) -> CodeBook:
 @cache
 @torch.inference_mode(mode=False)
 def nested_map() -> Tensor:
-    """The 256 ascending float32 values of the 8-bit code that scales are stored in: for i = 0..6
-    the midpoints of 2^i + 1 points from 0.1 to 1, times 10^(i - 6), both signs; 0 and 1. Each point
-    is rounded once."""
+    """Returns the 256 ascending float32 values of the 8-bit code that scales are stored in: for i =
+    0..6 the midpoints of 2^i + 1 points from 0.1 to 1, times 10^(i - 6), both signs; 0 and 1. Each
+    point is rounded once."""
 
     def fl(x: float) -> float:
         return float(torch.tensor(x, dtype=torch.float64, device="cpu").to(torch.float32))
@@ -203,7 +203,7 @@ def quantize(
 
 
 def dequantize(weight: Packed, dtype: torch.dtype | None = None) -> Tensor:
-    """The dense weight, a new tensor in `dtype` (default: the type that was quantised)."""
+    """Returns the dense weight, a new tensor in `dtype` (default: the type that was quantised)."""
     out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.packed.device)
     return kernels.dequantize(weight.blocks, out)
 

@@ -18,7 +18,7 @@ _buffers = _Buffers()
 
 
 def scratch(rows: int, columns: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised, contiguous (rows, columns) tensor in the shared buffer."""
+    """Returns an uninitialised, contiguous (rows, columns) tensor in the shared buffer."""
     key, size = (device, dtype), rows * columns
     buffer = _buffers.by_place.get(key)
     if buffer is None or buffer.numel() < size:
@@ -27,6 +27,6 @@ def scratch(rows: int, columns: int, *, dtype: torch.dtype, device: torch.device
 
 
 def held_buffers() -> tuple[Tensor, ...]:
-    """The buffers of this thread. A recording that uses their addresses must hold them, because a
-    larger one may replace them."""
+    """Returns the buffers of this thread. A recording that uses their addresses must hold them,
+    because a larger one may replace them."""
     return tuple(_buffers.by_place.values())

@@ -35,18 +35,18 @@ class PackedWeight(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
-        """Tensors by the ending of their names: "" for the packed bytes, which are a parameter; the
-        others become buffers."""
+        """Returns the tensors by the ending of their names: "" for the packed bytes, which are a
+        parameter; the others become buffers."""
 
     def holding(self, tensors: Mapping[str, Tensor]) -> Self:
-        """The same weight with other tensors."""
+        """Returns the same weight with other tensors."""
 
     @property
     def numbers(self) -> Mapping[str, float]:
-        """Numbers that decoding needs besides the tensors."""
+        """Returns the numbers that decoding needs besides the tensors."""
 
     def matrix(
         self, dtype: torch.dtype, *, number: int | None = None, transposed: bool = False
     ) -> FrozenLinear:
-        """One matrix. number: expert of a stack, None without a stack. transposed: the dense stack
-        is (E, I, O)."""
+        """Returns one matrix of the weight. number: expert of a stack, None without a stack.
+        transposed: the dense stack is (E, I, O)."""

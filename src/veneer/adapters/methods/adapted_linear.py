@@ -46,13 +46,13 @@ class LinearLayer(Layer, Protocol):
     def update(
         self, x: Tensor, rows: slice, weight: float, keys: TokenKeys | None
     ) -> RowUpdate | None:
-        """The change of x, which lies at `rows`, as two factors. Returns None if the layer does
-        more than that."""
+        """Returns the change of x, which lies at `rows`, as two factors. Returns None if the layer
+        does more than that."""
 
     def change(
         self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None
     ) -> Tensor:
-        """The change of plain = x W^T, both (M, ...), before the adapter's weight."""
+        """Returns the change of plain = x W^T, both (M, ...), before the adapter's weight."""
 
 
 class AdaptedLinear(AdaptedModule):
@@ -68,7 +68,7 @@ class AdaptedLinear(AdaptedModule):
 
     @property
     def weight(self) -> Tensor:
-        """Some models read the type of a projection's weight."""
+        """Returns the base's weight, whose type some models read."""
         return self.base.get_parameter("weight")
 
     @property
@@ -88,8 +88,8 @@ class AdaptedLinear(AdaptedModule):
         return y_MO.view(*x.shape[:-1], -1)
 
     def sole_lora(self, x: Tensor) -> LoRALinear | None:
-        """The layer with its LoRA, for a node that computes several layers. Returns None unless at
-        most one LoRA acts here, on all rows of x, and nothing else happens here."""
+        """Returns the layer with its LoRA, for a node that computes several layers. Returns None
+        unless at most one LoRA acts here, on all rows of x, and nothing else happens here."""
         acting = self.routing.acting
         adapters = acting.whole
         if not adapters or acting.counts(x.numel() // x.shape[-1]):
@@ -120,7 +120,7 @@ class AdaptedLinear(AdaptedModule):
         return layers
 
     def _lora_of(self, adapters: Applied, x: Tensor, keys: TokenKeys | None) -> LoRALinear | None:
-        """The layer with the LoRA of these adapters, which act on all of x."""
+        """Returns the layer with the LoRA of these adapters, which act on all of x."""
         if self.replaces(adapters) or has_hooks(self):
             return None
         layers = self.drawing(adapters, keys)
@@ -157,8 +157,8 @@ class AdaptedLinear(AdaptedModule):
         return updates
 
     def _uniform_product(self, x: Tensor, adapters: Applied, keys: TokenKeys | None) -> Tensor:
-        """All rows with the same adapters. The first method takes the bias; other methods and
-        weights trained in full add their changes."""
+        """Computes all rows with the same adapters. The first method takes the bias; other methods
+        and weights trained in full add their changes."""
         by_class: dict[type[LinearLayer], list[tuple[LinearLayer, float, TokenKeys | None]]] = {}
         for entry in self.drawing(adapters, keys):
             by_class.setdefault(type(entry[0]), []).append(entry)
@@ -214,7 +214,8 @@ class AdaptedLinear(AdaptedModule):
     def _updates(
         self, x: Tensor, segment: Segment, keys: TokenKeys | None
     ) -> list[RowUpdate] | None:
-        """The adapters' updates of the segment's rows. Returns None if one of them does more."""
+        """Returns the adapters' updates of the segment's rows. Returns None if one of them does
+        more."""
         if self.replaces(segment.adapters):
             return None
         updates: list[RowUpdate] = []

@@ -128,7 +128,7 @@ class AdaptedBlock(AdaptedModule):
 
 
 def find_blocks(modules: Mapping[str, nn.Module], config: Bottleneck) -> list[str]:
-    """Paths of the blocks that the settings name, in the model's order.
+    """Returns the paths of the blocks that the settings name, in the model's order.
 
     Raises ConfigError if a layer has no such block, a block adds the residual itself, or one of
     `layers` does not exist.
@@ -174,7 +174,7 @@ def find_blocks(modules: Mapping[str, nn.Module], config: Bottleneck) -> list[st
 
 
 def _language_model(model: nn.Module) -> nn.Module:
-    """The language model without vision or audio towers, whose layers look alike."""
+    """Returns the language model without vision or audio towers, whose layers look alike."""
     get: Any = getattr(model, "get_decoder", None)
     return model if get is None else get()
 
@@ -182,7 +182,7 @@ def _language_model(model: nn.Module) -> nn.Module:
 def modules_below(
     path: str, number: int | None, modules: Mapping[str, nn.Module]
 ) -> list[tuple[str, nn.Module]]:
-    """The direct children of modules[path], or of its element `number`."""
+    """Returns the direct children of modules[path], or of its element `number`."""
     owner = path if number is None else f"{path}.{number}"
     return [
         (n.removeprefix(owner + "."), m)

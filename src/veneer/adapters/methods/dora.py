@@ -46,7 +46,7 @@ class DoRALayer:
         return torch.where(norm > 0, turned * (magnitude / norm), turned)
 
     def norm(self, base: FrozenLinear) -> Tensor:
-        """The row norms (O) of W + scaling * B A, cached unless a gradient is recorded.
+        """Returns the row norms (O) of W + scaling * B A, cached unless a gradient is recorded.
 
         The optimizer changes A and B without raising torch's version counters. Therefore every
         forward that records a gradient clears the cache.

@@ -85,8 +85,8 @@ class AdaptedExperts(AdaptedModule):
         )
 
     def adapted(self, adapters: Applied, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The stack with parameters trained in full plus other changes. They are added to outputs,
-        expert by expert, in a gated stack, and to the parameters in another module."""
+        """Returns the stack with parameters trained in full plus other changes. They are added to
+        outputs, expert by expert, in a gated stack, and to the parameters in another module."""
         trained, stacks = self.trained(adapters), expert_parameters(self.base)
         alone = all(stands_alone(values) for name, values in trained.items() if name in stacks)
         if is_gated_stack(self.base) and (not alone or self.beside(adapters)):

@@ -96,7 +96,7 @@ class LoRALayer:
     def active_dropout(
         self, x: Tensor, keys: TokenKeys | None, *, expert: int = 0
     ) -> Dropout | None:
-        """The dropout mask of x, with one key per row. Returns None outside of training."""
+        """Returns the dropout mask of x, with one key per row. Returns None outside of training."""
         if self.dropout == 0.0 or keys is None:
             return None
         if len(keys.rows) != (rows := x.numel() // x.shape[-1]):
@@ -130,7 +130,8 @@ class LoRALayer:
         self.start = (A.clone(), B.clone()) if subtract else None
 
     def factors(self) -> Factors:
-        """A and B of the update scaling * B A. If a start is subtracted, their rank is twice R:
+        """Returns A and B of the update scaling * B A. If a start is subtracted, their rank is
+        twice R:
 
         B A - B0 A0 = (B - B0) A + B0 (A - A0): both differences are exactly 0 at the start, so a
         fresh layer changes nothing.
@@ -182,8 +183,8 @@ class LoRALayer:
 
 
 def delta_weight(layer: LoRALayer) -> Tensor:
-    """What merging adds to the weight, float32. Shapes: linear (O, I), embedding (V, D), experts
-    (E, O, I)."""
+    """Returns what merging adds to the weight, float32. Shapes: linear (O, I), embedding (V, D),
+    experts (E, O, I)."""
     stored = layer.stored()
     delta = low_rank_matrix(stored["A"], stored["B"], layer.scaling)
     return delta.T if layer.kind == "embedding" else delta

@@ -173,7 +173,7 @@ def _layer(
     device: torch.device,
     dropout: float = 0.0,
 ) -> LoRALayer:
-    """The next layer of the attachment, with A and B on `device`."""
+    """Returns the next layer of the attachment, with A and B on `device`."""
     alpha = first_match(config.alpha_pattern, path, config.alpha)
     key = len(site.attachment.layers)
     return LoRALayer(

@@ -132,12 +132,12 @@ def _rows(tokens: AddedTokens, site: Site, path: str) -> TokenRows:
 
 
 def width_of(adapters: Applied, base_ids: int) -> int:
-    """Number of ids on rows where these adapters act; base_ids: number of the base."""
+    """Returns the number of ids on rows where these adapters act; base_ids: number of the base."""
     return max(
         [base_ids, *(adapter.tokens.end for adapter, _ in adapters if adapter.tokens is not None)]
     )
 
 
 def texts_of(adapters: Sequence[Any]) -> tuple[str, ...]:
-    """Texts of the adapters' new tokens."""
+    """Returns the texts of the adapters' new tokens."""
     return next((adapter.tokens.texts for adapter in adapters if adapter.tokens is not None), ())

@@ -75,8 +75,8 @@ class PrefixedDecoder(AdaptedModule):
 
 
 def _positions(ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
-    """The default positions (1, T) of transformers' models. The cache's name differs between
-    versions of transformers."""
+    """Returns the default positions (1, T) of transformers' models. The cache's name differs
+    between versions of transformers."""
     rows = kwargs["inputs_embeds"] if ids is None else ids
     cache = kwargs.get("cache", kwargs.get("past_key_values"))
     past = 0 if cache is None else cache.get_seq_length()
@@ -140,7 +140,7 @@ def prove(decoder: nn.Module, ids: Tensor, pairs: dict[int, tuple[Tensor, Tensor
 
 
 def decoder_of(model: nn.Module) -> tuple[str, nn.Module]:
-    """The path of the model without its head, and the base's module."""
+    """Returns the path of the model without its head, and the base's module."""
     get: Any = getattr(model, "get_decoder", None)
     decoder = unwrapped(get()) if get is not None else None
     for path, module in plain_modules(model).items():
@@ -161,8 +161,8 @@ class KeyShape:
 
 
 def key_shape(model: nn.Module) -> KeyShape:
-    """The one shape that the keys and values of all layers have, as a forward leaves them in the
-    model's cache.
+    """Returns the one shape that the keys and values of all layers have, as a forward leaves them
+    in the model's cache.
 
     ConfigError: they differ, and the table has room for one. Weights are not needed: a model on the
     meta device will do, and a model is asked once.

@@ -46,11 +46,11 @@ class PrefixKeys:
         return cls([(slice(0, sys.maxsize), pairs)], positions)
 
     def of(self, layer: int, row: int = 0) -> Pair | None:
-        """The prefix of a row in a layer."""
+        """Returns the prefix of a row in a layer."""
         return next(pair for rows, pair in self.along(layer) if row < rows.stop)
 
     def along(self, layer: int) -> list[tuple[slice, Pair | None]]:
-        """The row slices with their prefixes in a layer."""
+        """Returns the row slices with their prefixes in a layer."""
         self.asked.add(layer)
         return [(rows, pairs.get(layer)) for rows, pairs in self.parts]
 
@@ -135,7 +135,7 @@ class PrefixLayer:
         return self.start.shape[1] // (2 * len(self.layers))
 
     def values(self) -> Tensor:
-        """The prefix (M, 2 L t), float32, as it is stored."""
+        """Returns the prefix (M, 2 L t), float32, as it is stored."""
         return self.start if self.projection is None else self.start + self.projection()
 
     def keys(self) -> dict[int, tuple[Tensor, Tensor]]:
@@ -172,5 +172,6 @@ def put_start(layer: PrefixLayer, pairs: dict[int, tuple[Tensor, Tensor]]) -> No
 
 
 def tokens_in_front(layers: Iterable[object]) -> int:
-    """Number of tokens that the prefixes among these layers put in front of a sequence."""
+    """Returns the number of tokens that the prefixes among these layers put in front of a
+    sequence."""
     return sum(layer.tokens for layer in layers if isinstance(layer, PrefixLayer))

@@ -43,7 +43,7 @@ def ends_with(path: str, entry: str) -> bool:
 
 
 def layer_number(path: str) -> int | None:
-    """The layer of a module: the first number among the segments of its path."""
+    """Returns the layer of a module: the first number among the segments of its path."""
     return next((int(segment) for segment in path.split(".") if segment.isdigit()), None)
 
 
@@ -137,7 +137,8 @@ class _CandidateModules:
         return [p for p in (*self.linears, *self.experts) if p not in unfit]
 
     def adaptable(self, chosen: Sequence[str]) -> int:
-        """Number of adaptable modules. The head and unfit linear layers count only if chosen."""
+        """Returns the number of adaptable modules. The head and unfit linear layers count only if
+        chosen."""
         return len({*self.all_linear, *self.experts, *chosen})
 
 
@@ -173,7 +174,7 @@ def _find_candidates(
 
 
 def _trained(modules: Mapping[str, nn.Module], config: LowRank, faults: list[str]) -> list[str]:
-    """Paths of modules that the settings train in full."""
+    """Returns the paths of modules that the settings train in full."""
     trained = _by_entries(
         config.train_modules, "train_modules", [path for path in modules if path], faults
     )
@@ -191,7 +192,7 @@ def _trained(modules: Mapping[str, nn.Module], config: LowRank, faults: list[str
 
 
 def _named(places: _CandidateModules, config: LowRank, faults: list[str]) -> list[str]:
-    """Paths that `targets` names, before any are left out."""
+    """Returns the paths that `targets` names, before any are left out."""
     if config.targets == "all-linear":
         return places.all_linear
     if not isinstance(config.targets, str):
@@ -214,8 +215,8 @@ def _by_entries(
     faults: list[str],
     still: Collection[str] = (),
 ) -> list[str]:
-    """Paths that entries name, exactly or by their ending. Paths of `still` count only if an entry
-    matches no others. setting: the name of the setting, for errors."""
+    """Returns the paths that entries name, exactly or by their ending. Paths of `still` count only
+    if an entry matches no others. setting: the name of the setting, for errors."""
     matched: set[str] = set()
     # Indexed by ending, because an adapter from a file lists every module.
     by_ending: dict[str, list[str]] = {}
@@ -260,7 +261,7 @@ def _drop_excluded(
 
 
 def _pattern_faults(chosen: Sequence[str], config: LowRank) -> list[str]:
-    """Faults of rank and alpha patterns that match no adapted module."""
+    """Returns the faults of rank and alpha patterns that match no adapted module."""
     return [
         f"{field} {source!r} matches no targeted module; {near(source, chosen)}"
         for field, patterns in (
@@ -278,7 +279,7 @@ def _biases(
     chosen: Sequence[str],
     read_past: Collection[str],
 ) -> list[str]:
-    """Paths of modules whose biases the settings train."""
+    """Returns the paths of modules whose biases the settings train."""
     paths = {"none": [], "lora_only": [p for p in chosen if p in modules], "all": list(modules)}[
         config.bias
     ]
@@ -296,13 +297,14 @@ def _within(path: str, modules: Sequence[str]) -> bool:
 
 
 def _names(entry: str, paths: list[str]) -> list[str]:
-    """Paths that an exclude entry names: exactly, by ending, or as a regular expression for the
-    whole path."""
+    """Returns the paths that an exclude entry names: exactly, by ending, or as a regular expression
+    for the whole path."""
     return [p for p in paths if ends_with(p, entry) or pattern(entry).full(p)]
 
 
 def _weight(path: str, modules: Mapping[str, nn.Module]) -> str:
-    """The weight that a target's update changes. A target in experts is a parameter already."""
+    """Returns the weight that a target's update changes. A target in experts is a parameter
+    already."""
     return f"{path}.weight" if path in modules else path
 
 
@@ -318,7 +320,8 @@ def _unfit_faults(
     read_past: Collection[str],
     idle: Collection[str],
 ) -> list[str]:
-    """Faults of named modules where an update would not act or not train, one per name."""
+    """Returns the faults of named modules where an update would not act or not train, one per
+    name."""
     parameters = [
         f"{path}.{name}" for path in trained for name, _ in modules[path].named_parameters()
     ]

@@ -43,7 +43,8 @@ class TokenKeys:
 
     @classmethod
     def of_runs(cls, rows: Tensor, runs: Sequence[tuple[int, int, int]]) -> "TokenKeys":
-        """The keys of several runs in one batch, each (number of rows, step, seed), in order.
+        """Returns the keys of several runs in one batch, each (number of rows, step, seed), in
+        order.
 
         A mask hashes the sum of a row's key and what `mask` makes of step and seed. So each run
         gets the masks that it would draw alone.
@@ -60,7 +61,8 @@ class TokenKeys:
         return replace(self, rows=self.rows[rows])
 
     def mask(self, module: int, share: float, *, expert: int = 0) -> Dropout:
-        """The mask of a module, by its number in the adapter; expert: its number in a stack."""
+        """Returns the mask of a module, by its number in the adapter; expert: its number in a
+        stack."""
         drawn = _drawn(self.step, self.seed) + expert * 0xC2B2AE35
         return Dropout(
             self.rows, (module + self.number * 0x10001 << 32) + (drawn & 0xFFFFFFFF), share
@@ -123,17 +125,17 @@ class Acting:
 
     @classmethod
     def everywhere(cls, adapters: Applied) -> "Acting":
-        """The same adapters on every row."""
+        """Returns the same adapters on every row."""
         return cls((BatchPart(None, adapters),))
 
     @property
     def whole(self) -> Applied | None:
-        """The adapters of a single part. None if there are several parts."""
+        """Returns the adapters of a single part. None if there are several parts."""
         return self.parts[0].adapters if len(self.parts) == 1 else None
 
     @property
     def adapters(self) -> list[Attachment]:
-        """All adapters that act on any row, without repeats."""
+        """Returns all adapters that act on any row, without repeats."""
         return list({id(a): a for part in self.parts for a, _ in part.adapters}.values())
 
     @property
@@ -186,7 +188,7 @@ class Acting:
         return before.diff(prepend=before.new_zeros(1)).tolist()
 
     def select(self, chosen: Tensor) -> "Acting":
-        """The same value for some of the rows, by (K) ascending numbers."""
+        """Returns the same value for some of the rows, by (K) ascending numbers."""
         keys = None if self.keys is None else self.keys.of(chosen)
         if self.whole is not None:
             return replace(self, keys=keys, kept=None)
@@ -194,7 +196,7 @@ class Acting:
         return Acting(tuple(BatchPart(count, part.adapters) for count, part in counts), keys)
 
     def between(self, rows: slice) -> "Acting":
-        """The same value for a slice of the rows, with start and stop."""
+        """Returns the same value for a slice of the rows, with start and stop."""
         keys = None if self.keys is None else self.keys.of(rows)
         if self.whole is not None:
             return replace(self, keys=keys, kept=None)
@@ -202,7 +204,7 @@ class Acting:
         return replace(replace(self, keys=None).select(chosen), keys=keys)
 
     def padded(self, filler: int) -> "Acting":
-        """The same value with filler rows at the end, which belong to the last part."""
+        """Returns the same value with filler rows at the end, which belong to the last part."""
         *before, last = self.parts
         return (
             self

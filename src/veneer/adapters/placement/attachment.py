@@ -74,7 +74,8 @@ class Attachment:
         return len(self.layers) if self.places is None else self.places
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Every trained tensor by a unique name, in a fixed order: layers, values, new tokens."""
+        """Returns every trained tensor by a unique name, in a fixed order: layers, values, new
+        tokens."""
         parameters = {
             f"{path}.{part}": parameter
             for path, layer in self.layers.items()

@@ -18,13 +18,13 @@ from veneer.adapters.placement.wrapping import plain_modules
 
 
 def in_any_layer(path: str) -> str:
-    """The path with its numbers replaced: model.layers.#.mlp.up_proj."""
+    """Returns the path with its numbers replaced: model.layers.#.mlp.up_proj."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "#", path)
 
 
 def places_without_gradient(model: nn.Module, ids: Tensor) -> frozenset[str]:
-    """Paths (`in_any_layer`) of the modules with weights that no gradient of the logits of ids (B,
-    T) reaches, neither through their outputs nor through their weights.
+    """Returns the paths (`in_any_layer`) of the modules with weights that no gradient of the logits
+    of ids (B, T) reaches, neither through their outputs nor through their weights.
 
     The text should be longer than every attention window.
     """

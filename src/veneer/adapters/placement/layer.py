@@ -16,13 +16,15 @@ class Layer(Protocol):
         """Factor of the update; 1 if the method has none."""
 
     def parts(self) -> dict[str, nn.Parameter]:
-        """The trained tensors by name, in the order of the flat buffer that checkpoints hold."""
+        """Returns the trained tensors by name, in the order of the flat buffer that checkpoints
+        hold."""
 
     def stored(self) -> dict[str, Tensor]:
-        """Tensors of the adapter's file, detached. For most methods the parts as they are."""
+        """Returns tensors of the adapter's file, detached. For most methods the parts as they
+        are."""
 
     def folded(self, weight: Tensor) -> Tensor:
-        """The base's dense weight plus the update, float32, a new tensor.
+        """Returns the base's dense weight plus the update, float32, a new tensor.
 
         weight, float32: linear (O, I), whatever the base's own orientation; embedding (V, D);
         experts (E, O, I). Raises ConfigError for a method that is no change of a weight.

@@ -35,7 +35,8 @@ def may_be_refused_by_peft(tensors: Iterable[str]) -> bool:
 
 
 def refused_by_peft(model: nn.Module) -> frozenset[str]:
-    """Paths of modules for which PEFT refuses LoRA: it does not load an adapter with one of them.
+    """Returns the paths of modules for which PEFT refuses LoRA: it does not load an adapter with
+    one of them.
 
     In train mode, Mamba's kernels read the weight of a mixer's `out_proj` without calling the
     module. Here models are never in train mode, so the update acts. PEFT 0.21, tuners_utils.py,
@@ -49,7 +50,7 @@ def refused_by_peft(model: nn.Module) -> frozenset[str]:
 
 
 def weights_read_past(model: nn.Module, like: nn.Module | None = None) -> frozenset[str]:
-    """Paths of the parameters that `model` reads without calling their module.
+    """Returns the paths of the parameters that `model` reads without calling their module.
 
     model is a causal LM with no adapter acting; `like`, the same model with fewer layers, is run in
     its place. Three tokens are run. Writing into a weight is not reading it (RWKV scales some

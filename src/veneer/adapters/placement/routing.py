@@ -52,13 +52,14 @@ class Routing:
 
     @property
     def acting(self) -> Acting:
-        """The value of this thread's block or forward in progress, else that of all threads."""
+        """Returns the value of this thread's block or forward in progress, else that of all
+        threads."""
         held = self._of_thread.acting
         return self._default if held is None else held
 
     @property
     def active(self) -> Active:
-        """Names and weights of the active adapters."""
+        """Returns the names and weights of the active adapters."""
         return tuple(
             (adapter.name, weight)
             for part in self.acting.parts
@@ -101,7 +102,7 @@ class Routing:
         return self._blocks > 0
 
     def in_use(self) -> set[str]:
-        """Names of adapters that act or are leased. Call with `lock` held."""
+        """Returns the names of adapters that act or are leased. Call with `lock` held."""
         return {*(name for name, count in self._leases.items() if count), *_names(self._default)}
 
     def enter(self, model: nn.Module, name: str, adapter: Attachment) -> None:

@@ -16,7 +16,7 @@ from veneer.errors import ConfigError
 
 
 def rows_of(acting: Acting, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
-    """Number of rows of a module's first tensor; the heads of a token are one row."""
+    """Returns the number of rows of a module's first tensor; the heads of a token are one row."""
     first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     known = {acting.rows, None if acting.kept is None else len(acting.kept)} - {None}
     leading = [math.prod(first.shape[: n + 1]) for n in range(first.dim())]
@@ -54,7 +54,8 @@ def by_part(
 
 
 def cut(value: Any, part: slice, rows: int) -> Any:
-    """The part's rows of a tensor that has `rows` rows. Other values are returned as they are."""
+    """Returns the part's rows of a tensor that has `rows` rows. Other values are returned as they
+    are."""
     axis = _axis(value, rows)
     if axis is None:
         return value
@@ -92,7 +93,7 @@ def _axis(value: Any, rows: int) -> int | None:
 
 
 def _along(value: Tensor, axis: int, part: slice, rows: int) -> slice:
-    """The part as a slice of that axis: tokens, or rows of a padded batch."""
+    """Returns the part as a slice of that axis: tokens, or rows of a padded batch."""
     length = rows // value.shape[axis]
     if part.start % length or part.stop % length:
         raise ConfigError(

@@ -47,18 +47,19 @@ class TokenRows:
 
     @property
     def end(self) -> int:
-        """The largest id plus one."""
+        """Returns the largest id plus one."""
         return max(self.ids) + 1
 
     def looked_up(self, ids: Tensor, plain: Tensor, scale: Any) -> Tensor:
-        """The base's embeddings `plain` (..., D) with the rows of new tokens put in."""
+        """Returns the base's embeddings `plain` (..., D) with the rows of new tokens put in."""
         place = torch.searchsorted(self._sorted, ids).clamp(max=len(self.ids) - 1)
         is_new = self._sorted[place] == ids
         embeddings = F.embedding(self._order[place], self.rows).to(plain.dtype) * scale
         return torch.where(is_new[..., None], embeddings.to(plain.dtype), plain)
 
     def beside(self, plain: Tensor, h: Tensor, bias: Tensor | None) -> Tensor:
-        """The base's logits `plain` (..., V) of h (..., D) with new tokens' columns put in."""
+        """Returns the base's logits `plain` (..., V) of h (..., D) with new tokens' columns put
+        in."""
         z = F.linear(h, self.rows.to(h.dtype)).to(plain.dtype)
         width = plain.shape[-1]
         if bias is not None:

@@ -57,15 +57,16 @@ class AdaptedModule(nn.Module):
         return not any(part.adapters for part in acting.parts)
 
     def beside(self, adapters: Applied) -> list[tuple[Any, float]]:
-        """Layers that these adapters attached here, with the adapters' weights, in order."""
+        """Returns the layers that these adapters attached here, with the adapters' weights, in
+        order."""
         key = self.key
         return [(a.beside[key], weight) for a, weight in adapters if key in a.beside]
 
     def drawing(
         self, adapters: Applied, keys: TokenKeys | None
     ) -> list[tuple[Any, float, TokenKeys | None]]:
-        """The layers of `beside`, each with its own dropout keys. An adapter draws the same masks
-        in a mix of adapters as by itself."""
+        """Returns the layers of `beside`, each with its own dropout keys. An adapter draws the same
+        masks in a mix of adapters as by itself."""
         layers = self.beside(adapters)
         if keys is None or (len(layers) == 1 and keys.number == 0):
             return [(layer, weight, keys) for layer, weight in layers]
@@ -79,7 +80,8 @@ class AdaptedModule(nn.Module):
         return any(key in adapter.replaced for adapter, _ in adapters)
 
     def trained(self, adapters: Applied) -> Trained:
-        """Values that these adapters trained in full, with the adapters' weights, by parameter."""
+        """Returns the values that these adapters trained in full, with the adapters' weights, by
+        parameter."""
         trained: Trained = {}
         for adapter, weight in adapters:
             for name, value in adapter.replaced.get(self.key, {}).items():
@@ -87,8 +89,8 @@ class AdaptedModule(nn.Module):
         return trained
 
     def summed(self, trained: Trained) -> dict[str, Tensor]:
-        """The base's parameters plus the weighted changes. Computed at every call, which is cheap
-        for vectors and small matrices only."""
+        """Returns the base's parameters plus the weighted changes. Computed at every call, which is
+        cheap for vectors and small matrices only."""
         return {
             name: summed_change(self.base.get_parameter(name), values)
             for name, values in trained.items()
@@ -141,7 +143,7 @@ class AdaptedModule(nn.Module):
         )
 
     def adapted(self, adapters: Applied, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module with these adapters on all of its input rows."""
+        """Returns the module with these adapters on all of its input rows."""
         raise NotImplementedError
 
 
@@ -162,14 +164,14 @@ Wrapper = TypeVar("Wrapper", bound=AdaptedModule)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The base's module inside all wrappers."""
+    """Returns the base's module inside all wrappers."""
     while isinstance(module, AdaptedModule):
         module = module.base
     return module
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The base's modules by path, without wrappers."""
+    """Returns the base's modules by path, without wrappers."""
     modules: dict[str, nn.Module] = {}
     stack = [("", model)]
     while stack:
@@ -187,7 +189,7 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy of the module tree without wrappers, which later adapters do not change.
+    """Returns a copy of the module tree without wrappers, which later adapters do not change.
 
     It shares every parameter with the model. Use it for names and shapes only, not for forwards.
     """
@@ -209,8 +211,8 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
 
 def wrap(model: nn.Module, path: str, kind: type[Wrapper], routing: Routing) -> Wrapper:
-    """The wrapper of that kind around the module at `path`, added if there is none yet. `outside`
-    wrappers stay around the others."""
+    """Returns the wrapper of that kind around the module at `path`, added if there is none yet.
+    `outside` wrappers stay around the others."""
     head, _, last = path.rpartition(".")
     parent = model
     for part in head.split(".") if head else ():

@@ -64,8 +64,8 @@ class _OwnLoader:
 
 
 def _class_of_text_config(config: PreTrainedConfig) -> Any:
-    """The causal LM that the config names and that takes this config, or None. Emu3's text model is
-    one: transformers' auto classes find it by the config of the whole model alone."""
+    """Returns the causal LM that the config names and that takes this config, or None. Emu3's text
+    model is one: transformers' auto classes find it by the config of the whole model alone."""
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     for name in known.intersection(config.architectures or ()):
         kind = getattr(transformers, name, None)

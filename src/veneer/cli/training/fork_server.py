@@ -36,10 +36,10 @@ def serve() -> int:
         from veneer import api  # noqa: F401
     pages = find_file_pages()
     asks, answers = os.fdopen(os.dup(0), "rb"), os.dup(1)
-    _become(Path(os.devnull), os.O_RDONLY, 0)
-    _become(Path(os.devnull), os.O_WRONLY, 1)
+    _redirect(Path(os.devnull), os.O_RDONLY, 0)
+    _redirect(Path(os.devnull), os.O_WRONLY, 1)
     for line in iter(asks.readline, b""):
-        asked = json.loads(line)
+        request = json.loads(line)
         with (
             warnings.catch_warnings()
         ):  # the one other thread is numpy's, which OpenBLAS starts again by itself
@@ -48,53 +48,54 @@ def serve() -> int:
         if child == 0:
             asks.close()
             os.close(answers)
-            return _child(asked, pages)
-        _tell(answers, {"pid": child})
+            return _child(request, pages)
+        _send(answers, {"pid": child})
         _, status = os.waitpid(child, 0)
-        _tell(answers, {"code": os.waitstatus_to_exitcode(status)})
+        _send(answers, {"code": os.waitstatus_to_exitcode(status)})
     return 0
 
 
-def _child(asked: dict[str, Any], pages: list[int]) -> int:
-    """In a session of its own, as subprocess starts one: Ctrl-C reaches who asked, and is passed
-    on."""
+def _child(request: dict[str, Any], pages: list[int]) -> int:
+    """Runs the command in a session of its own, as subprocess does: Ctrl-C reaches the parent,
+    which passes it on."""
     os.setsid()
     end_with_parent()
     for number, name in ((1, "out"), (2, "talk")):
-        _become(Path(asked[name]), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, number)
+        _redirect(Path(request[name]), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, number)
     for page in pages:
         _ = ctypes.c_ubyte.from_address(page).value
-    sys.argv[1:] = asked["arguments"]
+    sys.argv[1:] = request["arguments"]
     return command()
 
 
 def find_file_pages() -> list[int]:
-    """Addresses of the pages of files that this process holds. A child has its parent's other
-    memory, and these only once it touches them: it would seem to need less than a process that
-    imported by itself. None where they cannot be told."""
-    found: list[int] = []
+    """Returns the addresses of file pages in this process's memory; empty if unknown.
+
+    A forked child has its parent's other memory, but file pages only after it touches them. So it
+    would seem to need less memory than a process that imported the files itself."""
+    addresses: list[int] = []
     with suppress(OSError), Path("/proc/self/pagemap").open("rb") as entries:
         for line in Path("/proc/self/maps").read_text().splitlines():
             bounds, rights, _, _, inode, *_ = line.split()
             if inode == "0" or not rights.startswith("r"):
                 continue
-            start, end = (int(each, 16) for each in bounds.split("-"))
+            start, end = (int(bound, 16) for bound in bounds.split("-"))
             entries.seek(start // mmap.PAGESIZE * 8)
             states = array("Q", entries.read((end - start) // mmap.PAGESIZE * 8))
-            found += [
+            addresses += [
                 start + place * mmap.PAGESIZE for place, state in enumerate(states) if state >> 63
             ]
-    return found
+    return addresses
 
 
-def _become(file: Path, how: int, number: int) -> None:
-    """The file as the stream of this number."""
+def _redirect(file: Path, how: int, number: int) -> None:
+    """Makes the file the stream with this number."""
     opened = os.open(file, how, 0o600)
     os.dup2(opened, number)
     os.close(opened)
 
 
-def _tell(place: int, answer: dict[str, int]) -> None:
+def _send(place: int, answer: dict[str, int]) -> None:
     os.write(place, json.dumps(answer).encode() + b"\n")
 
 

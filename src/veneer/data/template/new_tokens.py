@@ -103,7 +103,7 @@ def bring(tokenizer: Any, texts: Sequence[str], *, rows: int | None) -> AddedTok
 
 
 def room_with(capacity: Capacity, tokens: AddedTokens | None) -> Capacity:
-    """Of a base beside which these have rows."""
+    """Returns the capacity of a base when these tokens have rows too."""
     if tokens is None or capacity.tokens is None:
         return capacity
     return replace(capacity, tokens=max(capacity.tokens, *(number + 1 for number in tokens.ids)))

@@ -149,7 +149,7 @@ class Spans:
 
     @property
     def farthest(self) -> int:
-        """The highest position of a row."""
+        """Returns the highest position of a row."""
         return max(self._arrays[1][4::5]) - 1
 
     def advance(self) -> bool:

@@ -52,7 +52,7 @@ def prefixed_attention_reference(
     layout: Group,
     rules: AttentionRules,
 ) -> Tensor:
-    """The plain version of prefixed_attention: one row and head at a time."""
+    """Computes prefixed_attention plainly: one row and head at a time."""
     P, groups = layout.prompt, q.shape[1] // k.shape[1]
     window, softcap, sinks = rules.window, rules.softcap, rules.sinks
     starts = [(0, 0, P)]  # first row of a document, rows of the prompt that it sees, its length

@@ -42,7 +42,7 @@ _Part = structure("Part", _PART)
 
 @declare_structure(_Part, f"{_PART}; check x: T[rows@apart, width]")
 def _part(x: Tensor, w: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """A product with x."""
+    """Describes a product with x."""
 
 
 @declare(

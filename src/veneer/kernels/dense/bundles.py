@@ -71,7 +71,7 @@ class Bundle:
         return torch.bmm(left.mT, right)
 
     def rows_of(self, narrow: Tensor, place: int) -> Tensor:
-        """The rows of one update, without padding."""
+        """Returns the rows of one update, without padding."""
         return narrow[place, : self.lengths[place]]
 
     def add_to(self, y: Tensor, left: Tensor, right: Tensor) -> None:
@@ -148,7 +148,7 @@ def _bundle(updates: Sequence[RowUpdate], numbers: Sequence[int], device: torch.
 
 
 def not_bundled(updates: Sequence[RowUpdate], bundles: Sequence[Bundle | CudaBundle]) -> list[int]:
-    """Numbers of the updates that are in no bundle."""
+    """Returns the numbers of the updates that are in no bundle."""
     bundled = {number for bundle in bundles for number in bundle.numbers}
     return [number for number in range(len(updates)) if number not in bundled]
 
@@ -156,7 +156,7 @@ def not_bundled(updates: Sequence[RowUpdate], bundles: Sequence[Bundle | CudaBun
 def stacked_inputs(
     x_MI: Tensor, bundle: Bundle | CudaBundle, updates: Sequence[RowUpdate]
 ) -> Tensor:
-    """The bundle's rows of x, each segment after its own dropout."""
+    """Returns the bundle's rows of x, each segment after its own dropout."""
     if all(update.dropout is None for update in updates):
         return bundle.stacked(x_MI)
     return bundle.padded(x_MI, [update.dropped(x_MI) for update in updates])

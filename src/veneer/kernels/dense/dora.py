@@ -188,7 +188,7 @@ def dora_linear_reference(
     scaling: float,
     dropout: Dropout | None = None,
 ) -> Tensor:
-    """The same under torch's own autograd, W dense: the meaning of dora_linear."""
+    """Computes the same under torch's own autograd, W dense: the meaning of dora_linear."""
     x_MI = x.reshape(-1, x.shape[-1])
     dropped = x_MI if dropout is None else dropout.apply_reference(x_MI)
     y_MO = (

@@ -64,7 +64,7 @@ def takes(rows: int, most: int) -> bool:
 
 @cache
 def _level() -> int:
-    """The compiled level, or -1 without compiled functions for this processor."""
+    """Returns the compiled level, or -1 without compiled functions for this processor."""
     return native.level() if native.level() >= 2 else -1
 
 
@@ -123,9 +123,9 @@ UpdatedWeight = tuple[Tensor, Tensor | None, Updates | None]
 def updated(
     x_MI: Tensor, parts: Sequence[UpdatedWeight], *, level: int = ANY_LEVEL
 ) -> list[Tensor]:
-    """The product with each part and its updates, (M, O). Requires `usable`, updates of x's type,
-    at most MOST_UPDATES. x A^T is rounded to that type. Rows without updates have `product`'s
-    bits."""
+    """Computes the product with each part and its updates, (M, O). Requires `usable`, updates of
+    x's type, at most MOST_UPDATES. x A^T is rounded to that type. Rows without updates have
+    `product`'s bits."""
     outputs = [
         torch.empty(x_MI.shape[0], weight.shape[0], dtype=x_MI.dtype) for weight, *_ in parts
     ]
@@ -142,6 +142,6 @@ def add_updates(y_MO: Tensor, x_MI: Tensor, updates: Updates, *, level: int = AN
 
 
 def product_reference(x_MI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The plain version of `product`."""
+    """Computes `product` plainly."""
     y_MO = x_MI.double() @ weight.double().T
     return (y_MO if bias is None else y_MO + bias.double()).to(x_MI.dtype)

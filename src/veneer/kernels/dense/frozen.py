@@ -24,7 +24,7 @@ class FrozenLinear(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of x and of the products."""
+        """Returns the type of x and of the products."""
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(..., I) -> (..., O), a fresh tensor that the caller may write to.

@@ -80,5 +80,5 @@ class CudaBundle:
         return self.kernels.gradient(right, left, self.spans).mT
 
     def rows_of(self, narrow: Tensor, place: int) -> Tensor:
-        """The rows of one update."""
+        """Returns the rows of one update."""
         return narrow[self.rows[place]]

@@ -217,7 +217,7 @@ def lora_linear_reference(
     scaling: float,
     dropout: Dropout | None = None,
 ) -> Tensor:
-    """The plain version of lora_linear: dense W, torch's autograd."""
+    """Computes lora_linear plainly: dense W, torch's autograd."""
     x_MI = x.reshape(-1, x.shape[-1])
     dropped = x_MI if dropout is None else dropout.apply_reference(x_MI)
     y_MO = (

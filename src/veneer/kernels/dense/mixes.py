@@ -50,7 +50,7 @@ class FactorTable:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the memory that holds the factors."""
+        """Returns the bytes of the memory that holds the factors."""
         return sum(
             {id(f.kept): f.kept.numel() * f.kept.element_size() for f in self.factors}.values()
         )
@@ -97,12 +97,12 @@ class AdapterMix:
 
     @cached_property
     def keys(self) -> frozenset[str]:
-        """Keys of all layers that the mix changes."""
+        """Returns the keys of all layers that the mix changes."""
         return frozenset(self.listed).union(self.others)
 
     @cached_property
     def listed(self) -> dict[str, UpdateRange]:
-        """The updates of each layer that has any."""
+        """Returns the updates of each layer that has any."""
         if not self._entries:
             return {}
         tables = [table for _, (_, table, _) in self._entries]
@@ -132,8 +132,8 @@ class AdapterMix:
         return {key: UpdateRange(*row) for key, row in zip(keys, columns, strict=True)}
 
     def at(self, key: str, dtype: torch.dtype) -> Updates | None:
-        """The updates of one layer for x of this type, possibly none. Returns None if the adapters
-        do more there, for another type, or for more updates than a call takes."""
+        """Returns the updates of one layer for x of this type, possibly none. Returns None if the
+        adapters do more there, for another type, or for more updates than a call takes."""
         listed = self.listed.get(key, _NOTHING)
         if key in self.others or dtype is not self.dtype or listed.updates > MOST_UPDATES:
             return None

@@ -32,7 +32,7 @@ class RowUpdate:
         return int(self.rows.stop - self.rows.start)
 
     def dropped(self, x_MI: Tensor) -> Tensor:
-        """The rows of x after dropout."""
+        """Returns the rows of x after dropout."""
         x = x_MI[self.rows]
         return x if self.dropout is None else self.dropout.apply(x)
 

@@ -63,8 +63,8 @@ class InferenceUpdates:
     def in_one_call(
         self, x_MI: Tensor, bias: Tensor | None, base: FrozenLinear
     ) -> few_rows.UpdatedWeight | None:
-        """The operand of `few_rows.updated`, which computes several layers of the same x. Returns
-        None if that is not all."""
+        """Returns the operand of `few_rows.updated`, which computes several layers of the same x.
+        Returns None if that is not all."""
         if self.alone or self.bundled or not isinstance(base, DenseLinear):
             return None
         return (
@@ -104,7 +104,8 @@ class UpdateCache:
         self._typed.clear()
 
     def following(self, layers: Sequence[FactorSource] | None = None) -> "UpdateCache":
-        """The cache of the next mix, which reuses factors. layers: drops factors of all others."""
+        """Returns the cache of the next mix, which reuses factors. layers: drops factors of all
+        others."""
         if layers is None:
             return UpdateCache(_typed=self._typed)
         stay = set(map(id, layers))
@@ -115,15 +116,16 @@ class UpdateCache:
     def table(
         self, layers: Mapping[str, FactorSource], dtype: torch.dtype, scalings: Sequence[float]
     ) -> FactorTable:
-        """The factor table of one adapter's layers, by their keys. Requires `takes_updates`."""
+        """Returns the factor table of one adapter's layers, by their keys. Requires
+        `takes_updates`."""
         self.lay_out(layers.values(), dtype, torch.device("cpu"))
         return FactorTable(
             {key: self._typed[id(layer), dtype][1] for key, layer in layers.items()}, scalings
         )
 
     def listed(self, layer_rows: LayerRows) -> InferenceUpdates | None:
-        """The mix's updates of a layer that gets all rows of the step. Returns None if the mix does
-        not list all that acts there."""
+        """Returns the mix's updates of a layer that gets all rows of the step. Returns None if the
+        mix does not list all that acts there."""
         key, dtype, _ = layer_rows
         few = None if self.mix is None else self.mix.at(key, dtype)
         if few is None:
@@ -152,7 +154,7 @@ class UpdateCache:
     def bundles(
         self, updates: Sequence[RowUpdate], dtype: torch.dtype, device: torch.device
     ) -> list[Bundle | CudaBundle]:
-        """The bundles of short segments. Updates in no bundle are computed alone."""
+        """Returns the bundles of short segments. Updates in no bundle are computed alone."""
         shape = *((u.rows.start, u.rows.stop) for u in updates), dtype, device
         if shape not in self._bundles:
             self._bundles[shape] = make_bundles(updates, dtype, device)
@@ -303,7 +305,8 @@ def linear_with_updates(
 def linear_with_updates_reference(
     x_MI: Tensor, bias: Tensor | None, base: FrozenLinear, updates: Sequence[RowUpdate]
 ) -> Tensor:
-    """The plain version of linear_with_updates: dense W, one update at a time, torch's autograd."""
+    """Computes linear_with_updates plainly: dense W, one update at a time, torch's
+    autograd."""
     y_MO = x_MI @ base.dense_weight(x_MI.dtype).T
     y_MO = y_MO if bias is None else y_MO + bias
     for update in updates:

@@ -41,7 +41,8 @@ class NestedScales:
 
     @cached_property
     def offset_tensor(self) -> Tensor:
-        """The offset on the scales' device, () float32. It is kept for CUDA graphs that read it."""
+        """Returns the offset on the scales' device, () float32. It is kept for CUDA graphs that
+        read it."""
         return torch.full((), self.offset, dtype=torch.float32, device=self.scales.device)
 
 

@@ -186,7 +186,7 @@ def write_gguf_model(
             if progress is not None:
                 progress(f"llama-quantize, {type}", 0, 0)
             quantise(partial, type)
-            survivals = _kept_in(partial, stored, changes, gguf_names)
+            survivals = _survivals(partial, stored, changes, gguf_names)
         overall = total(survivals.values())
         if abs(1 - overall.share) > 1 - least_survival:
             raise RefusedError(
@@ -235,17 +235,17 @@ def _announce(
 
 
 def _encoded(values: Tensor, kind: GGMLQuantizationType) -> tuple[np.ndarray[Any, Any], Tensor]:
-    """The values as the file holds them, and what they decode to."""
+    """Returns the values as the file stores them, and as they are decoded."""
     data = quantize(values.contiguous().numpy(), kind)
     return data, torch.from_numpy(np.array(dequantize(data, kind), dtype=np.float32)).view(
         values.shape
     )
 
 
-def _kept_in(
+def _survivals(
     file: Path, stored: Mapping[str, SourceTensor], changes: Mapping[str, Any], where: GGUFNames
 ) -> dict[str, Survival]:
-    """What is left of each update in what a finished file decodes to."""
+    """Measures how much of each update is left in the values that a finished file decodes to."""
     tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     found = {}
     for name, change in changes.items():

@@ -51,7 +51,7 @@ class GGUFNames:
         return found
 
     def values(self, gguf_name: str, weight: Tensor) -> Tensor:
-        """A weight as the file holds it."""
+        """Returns a weight as the file holds it."""
         return (
             weight + 1
             if self.shifted and gguf_name.endswith("norm.weight")

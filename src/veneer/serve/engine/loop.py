@@ -122,7 +122,7 @@ class Ticket:
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens of the prompt that were in the cache."""
+        """Returns the tokens of the prompt that were in the cache."""
         return self.sequences[0].cached_tokens or 0 if self.sequences else 0
 
     def cancel(self) -> None:

@@ -84,7 +84,7 @@ class GenerationRequest:
 
     @property
     def tools(self) -> dict[str, Mapping[str, Any]]:
-        """The JSON schema of each offered tool's arguments, by name."""
+        """Returns the JSON schema of each offered tool's arguments, by name."""
         tools = [
             tool
             for prompt in self.prompts
