@@ -193,7 +193,7 @@ def evaluate(
             f"evaluate takes a loaded base, and this is a {type(base).__name__}", next_step=step
         )
     with base.routing.held():  # a switch in another thread concerns later calls
-        preamble = base.preamble.asked(system, variables)
+        preamble = base.preamble.overridden(system, variables)
         choices = EvaluationOptions(
             metrics=find_metrics([metrics] if isinstance(metrics, str) else metrics),
             max_new_tokens=max_new_tokens,

@@ -36,13 +36,13 @@ class Preamble:
     def __bool__(self) -> bool:
         return self.system is not None or bool(self.variables)
 
-    def asked(
+    def overridden(
         self, system: str | None = None, variables: Mapping[str, Any] | None = None
     ) -> Preamble:
         """Overrides the system turn ("" removes it) and variables (None removes one)."""
         chosen = self.system if system is None else system or None
         return replace(
-            self, system=chosen, variables=given({**self.variables, **(variables or {})})
+            self, system=chosen, variables=without_none({**self.variables, **(variables or {})})
         )
 
     def opening(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -74,7 +74,7 @@ def shared(preambles: Iterable[Preamble]) -> Preamble:
     )
 
 
-def given(variables: Mapping[str, Any]) -> dict[str, Any]:
+def without_none(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Drops variables whose value is None."""
     return {name: value for name, value in variables.items() if value is not None}
 

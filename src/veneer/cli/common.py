@@ -146,7 +146,7 @@ def parse_variables(args: argparse.Namespace) -> dict[str, Any]:
 def resolve_preamble(args: argparse.Namespace, base: Base) -> Preamble:
     """Returns the preamble of conversations with these flags; prints it if the adapter brings
     one."""
-    preamble = base.preamble.asked(args.system, parse_variables(args))
+    preamble = base.preamble.overridden(args.system, parse_variables(args))
     if base.preamble and preamble:
         parts = [] if preamble.system is None else [f"system: {cut(preamble.system, 60)!r}"]
         parts += [

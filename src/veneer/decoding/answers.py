@@ -65,7 +65,7 @@ def answer_prompts(
     with base.routing.held():  # a switch in another thread concerns later answers
         tokenizer = base.acting_tokenizer
         stream = TextStream(tokenizer)
-        preamble = base.preamble.asked(system, variables)
+        preamble = base.preamble.overridden(system, variables)
         prompts_ids = [prompt_ids(tokenizer, prompt, preamble) for prompt in prompts]
         answer_ids = generate(
             base,

@@ -74,7 +74,7 @@ def score_rows(
     requests = []
     for applied in adapters:
         with base.routing.held(Acting.everywhere(applied)):
-            preamble = base.preamble.asked(system, variables)
+            preamble = base.preamble.overridden(system, variables)
             key = preamble, texts_of(base.routing.acting.adapters)
             examples = next((known for other, known in examples_of if other == key), None)
             if examples is None:

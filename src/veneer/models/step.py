@@ -163,8 +163,8 @@ def keep_paths(model: PreTrainedModel, paths: ComputePaths) -> None:
 def batch_loss(
     model: PreTrainedModel, paths: ComputePaths, routing: Routing, batch: Batch, *, total: float
 ) -> Tensor:
-    """Returns the summed cross-entropy (nats) of the trained tokens, divided by `total`, the number of
-    trained tokens of the step."""
+    """Returns the summed cross-entropy (nats) of the trained tokens, divided by `total`, the number
+    of trained tokens of the step."""
     return predictions(model, paths, routing, batch).cross_entropy(total)
 
 

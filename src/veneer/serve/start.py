@@ -121,7 +121,7 @@ def service_of(base: FrozenBase, library: Library, settings: ServeSettings) -> S
     positions = engine.scheduler.positions
     names = ModelNames(name, library, residents, created=int(time.time()), positions=positions)
     limits = ServeLimits(seconds=settings.seconds, drain_seconds=settings.drain_seconds)
-    asked = partial(Preamble.asked, system=settings.system, variables=settings.variables)
+    asked = partial(Preamble.overridden, system=settings.system, variables=settings.variables)
     service = Service(
         base, engine, names, residents, limits=limits, routes=PATHS, asked_as=asked, runs=runs
     )

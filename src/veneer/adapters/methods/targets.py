@@ -111,10 +111,10 @@ def find_targets(
 class _CandidateModules:
     """Modules that could get a low-rank update, by kind, and those where it would not work.
 
-    head     path of the output head
-    past     candidates whose weight the model reads without calling the module
-    still    candidates that no gradient reaches
-    refused  modules where PEFT refuses LoRA
+    head       path of the output head
+    read_past  candidates whose weight the model reads without calling the module
+    idle       candidates that no gradient reaches
+    refused    modules where PEFT refuses LoRA
     """
 
     linears: list[str]
@@ -122,8 +122,8 @@ class _CandidateModules:
     experts: list[str]
     routers: list[str]
     head: str | None
-    past: frozenset[str] = frozenset()
-    still: frozenset[str] = frozenset()
+    read_past: frozenset[str] = frozenset()
+    idle: frozenset[str] = frozenset()
     refused: frozenset[str] = frozenset()
 
     @property
@@ -133,7 +133,7 @@ class _CandidateModules:
     @property
     def all_linear(self) -> list[str]:
         """Linear layers and fused experts, without the head and without those that do not work."""
-        unfit = {self.head, *self.past, *self.still, *self.refused}
+        unfit = {self.head, *self.read_past, *self.idle, *self.refused}
         return [p for p in (*self.linears, *self.experts) if p not in unfit]
 
     def adaptable(self, chosen: Sequence[str]) -> int:
@@ -164,8 +164,8 @@ def _find_candidates(
     )
     return replace(
         candidates,
-        past=frozenset(p for p in candidates.everything if _weight(p, modules) in read_past),
-        still=frozenset(p for p in candidates.everything if _is_idle(p, modules, idle)),
+        read_past=frozenset(p for p in candidates.everything if _weight(p, modules) in read_past),
+        idle=frozenset(p for p in candidates.everything if _is_idle(p, modules, idle)),
         refused=frozenset(refused),
     )
 
@@ -196,9 +196,9 @@ def _named(places: _CandidateModules, config: LowRank, faults: list[str]) -> lis
     if config.targets == "all-linear":
         return places.all_linear
     if not isinstance(config.targets, str):
-        return _by_entries(config.targets, "targets", places.everything, faults, places.still)
+        return _by_entries(config.targets, "targets", places.everything, faults, places.idle)
     chosen = [path for path in places.everything if pattern(config.targets).full(path)]
-    chosen = [path for path in chosen if path not in places.still] or chosen
+    chosen = [path for path in chosen if path not in places.idle] or chosen
     if not chosen:
         faults.append(
             f"targets {config.targets!r} is a regular expression and matches no whole path; for"
@@ -213,9 +213,9 @@ def _by_entries(
     setting: str,
     paths: Sequence[str],
     faults: list[str],
-    still: Collection[str] = (),
+    idle: Collection[str] = (),
 ) -> list[str]:
-    """Returns the paths that entries name, exactly or by their ending. Paths of `still` count only
+    """Returns the paths that entries name, exactly or by their ending. Paths of `idle` count only
     if an entry matches no others. setting: the name of the setting, for errors."""
     matched: set[str] = set()
     # Indexed by ending, because an adapter from a file lists every module.
@@ -227,7 +227,7 @@ def _by_entries(
         hits = by_ending.get(entry, [])
         if not hits:
             faults.append(f"{setting} {entry!r} matches no module; {near(entry, paths)}")
-        matched.update([path for path in hits if path not in still] or hits)
+        matched.update([path for path in hits if path not in idle] or hits)
     return [path for path in paths if path in matched]
 
 
@@ -251,7 +251,7 @@ def _drop_excluded(
     left = [path for path in named if path not in excluded and not _within(path, trained)]
     if not config.layers:
         return left
-    fit = (path for path in places.everything if path not in places.still)
+    fit = (path for path in places.everything if path not in places.idle)
     numbers = {number for path in fit if (number := layer_number(path)) is not None}
     if unknown := sorted(set(config.layers) - numbers):
         faults.append(
@@ -325,20 +325,20 @@ def _unfit_faults(
     parameters = [
         f"{path}.{name}" for path in trained for name, _ in modules[path].named_parameters()
     ]
-    named = [
+    weights_past = [
         weight
         for weight in [*(_weight(p, modules) for p in chosen), *parameters]
         if weight in read_past
     ]
-    past = (
+    past_fault = (
         "the model reads this weight without calling its module, so an adapter here would not act"
     )
-    still = (
+    idle_fault = (
         "no gradient of the model's predictions reaches this module, so an adapter here would not"
         " train"
     )
-    without = [path for path in [*chosen, *trained] if _is_idle(path, modules, idle)]
-    return [*_by_kind(named, past), *_by_kind(without, still)]
+    idle_paths = [path for path in [*chosen, *trained] if _is_idle(path, modules, idle)]
+    return [*_by_kind(weights_past, past_fault), *_by_kind(idle_paths, idle_fault)]
 
 
 def _by_kind(paths: Sequence[str], fault: str) -> list[str]:

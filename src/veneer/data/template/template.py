@@ -24,7 +24,7 @@ from datetime import date
 from itertools import zip_longest
 from typing import Any
 
-from veneer.adapters.preamble import check_variables, given
+from veneer.adapters.preamble import check_variables, without_none
 from veneer.data.examples import Problem, Row, RowRef, TrainOn, refusal
 from veneer.data.template.call_arguments import needs_text_arguments, with_text_arguments
 from veneer.data.template.control_names import Sentinels, TokenFault
@@ -119,7 +119,7 @@ class ChatTemplate:
 
     def _set_variables(self, variables: Mapping[str, Any]) -> None:
         check_variables(variables)
-        self.variables = given(variables)
+        self.variables = without_none(variables)
         unread = [name for name in self.variables if not re.search(rf"\b{name}\b", self.source)]
         if unread:
             headline = f"the chat template reads no variable {', '.join(unread)}"

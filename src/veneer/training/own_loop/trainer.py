@@ -84,7 +84,7 @@ class Trainer:
     ) -> None:
         self._base, self.attachment, self._queue = base, attachment, queue
         self.name, self._options = attachment.name, options
-        attachment.preamble = attachment.preamble.asked(variables=options.variables)
+        attachment.preamble = attachment.preamble.overridden(variables=options.variables)
         self._systems: set[str | None] = set()
         adapters = ((attachment, 1.0),)
         self._acting = Acting.everywhere(adapters)
