@@ -261,6 +261,14 @@ def test_a_cap_on_logits_is_found_under_any_name_and_an_unknown_one_takes_whole_
     assert "not known" in prove_head(model)[2]
 
 
+def test_hidden_states_of_another_type_than_the_head_take_whole_logits():
+    """Mamba keeps its residuals in float32, and its own code casts them before the head."""
+    model = made("mamba").to(torch.bfloat16)
+    paths = prepare(model)
+    assert "hidden states are torch.float32" in paths.head_reason
+    assert np.isfinite(example_nats(model, paths, make_examples(3), batch=3)).all()
+
+
 @pytest.mark.parametrize("kind", ["llama4_text", "mllama_text_model"])
 def test_the_decoder_is_a_part_of_the_model_and_gives_hidden_states(kind):
     fields = {**MASKED["llama4_text"]} if kind == "llama4_text" else {"cross_attention_layers": []}

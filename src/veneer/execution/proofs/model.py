@@ -118,9 +118,11 @@ def prove_head(model: PreTrainedModel) -> tuple[float, float | None, str | None]
     if not isinstance(head, nn.Linear) or inner is None:
         return 1.0, None, f"the output head is {type(head).__name__}, not a linear layer"
     ids = some_ids(model, 6, 1)[None]
-    ours = Head(head.weight, head.bias, facts.scale, facts.softcap).logits(
-        inner(input_ids=ids, use_cache=False).last_hidden_state
-    )
+    states = inner(input_ids=ids, use_cache=False).last_hidden_state
+    if states.dtype != head.weight.dtype:  # the model casts them: Mamba keeps float32 in bf16
+        reason = f"its hidden states are {states.dtype}, and its output head {head.weight.dtype}"
+        return 1.0, None, reason
+    ours = Head(head.weight, head.bias, facts.scale, facts.softcap).logits(states)
     theirs = model(input_ids=ids, use_cache=False).logits
     if difference(ours, theirs) > HEAD.limits[theirs.dtype]:
         return (
