@@ -84,6 +84,24 @@ def test_lora_in_bf16_is_the_run_alone_to_the_bit(base, world, tmp_path):
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.skipif(not has_bf16(), reason="this processor multiplies no bf16 pairs")
+def test_lora_beside_other_methods_is_the_run_alone_to_the_bit(world, tmp_path):
+    """Methods that no layer computes as one node have forwards of their own."""
+    others = {name: JOBS[name] for name in ("dora", "bottleneck", "prefix")} | {
+        "norms": {"method": {"name": "lora", "rank": 2, "train_modules": ["input_layernorm"]}},
+        "wide_rank": {"method": {"name": "lora", "rank": 96}},
+    }
+    loras = {name: JOBS[name] for name in ("lora", "dropout", "targets")}
+    jobs = {name: {**job, "base": "wide"} for name, job in (others | loras).items()}
+    results = together([config(world, tmp_path / "joint" / n, **job) for n, job in jobs.items()])
+    for (name, job), result in zip(jobs.items(), results, strict=True):
+        assert result["reason"] == "done"
+        if name in loras:
+            summary = alone(world, tmp_path / "alone" / name, **job)
+            assert losses(tmp_path / "joint" / name) == losses(tmp_path / "alone" / name)
+            assert result["adapter_sha256"] == summary["adapter_sha256"]
+
+
 @pytest.mark.parametrize("budget", [1, 200, None])
 def test_a_budget_of_tokens_changes_no_job_and_nobody_starves(budget, world, tmp_path, monkeypatch):
     sizes = []

@@ -7,7 +7,8 @@ import pytest
 
 from tests.support.tiny import save_tiny
 from veneer import runs
-from veneer.errors import VeneerError
+from veneer.errors import ConfigError, VeneerError
+from veneer.training import loop
 from veneer.training.config import RunConfig
 from veneer.training.output.screen import QuietScreen
 from veneer.training.trainee import Trainee
@@ -65,3 +66,35 @@ def test_a_report_that_cannot_be_written_ends_its_job_alone(configs, monkeypatch
     failed, summary = train(configs)
     assert isinstance(failed, VeneerError) and "report" in failed.headline
     assert summary["steps"] == 4
+
+
+@pytest.mark.parametrize("cause", ["a job", "several jobs together"])
+def test_an_error_in_a_joint_forward_ends_only_the_job_that_causes_it(
+    cause, configs, monkeypatch, tmp_path
+):
+    """An adapter may refuse the rows that a module gets, in forward or backward; or only a part of
+    them, and then the job trains alone."""
+    forward_backward, sizes = loop.forward_backward, []
+
+    def refusing(micro_batches):
+        folders = [each.gradient.inputs.out.name for each in micro_batches]
+        forward_backward(micro_batches)  # part of it may be in the buffers
+        sizes.append(len(folders))
+        is_late = micro_batches[0].gradient.step > 0
+        if is_late and ("bad" in folders if cause == "a job" else len(folders) > 1):
+            raise ConfigError("a module gets other rows")
+
+    monkeypatch.setattr(loop, "forward_backward", refusing)
+    third = configs[1].model_copy(update={"out": str(tmp_path / "third"), "seed": 5})
+    bad, *good = train([*configs, third])
+    if cause == "a job":
+        assert isinstance(bad, ConfigError) and "other rows" in bad.headline
+        assert sizes[-1] == 2  # the others share forwards again
+    else:
+        assert bad["steps"] == 2 and sizes[-1] == 1
+    monkeypatch.undo()
+    for summary, config in zip(good, (configs[1], third), strict=True):
+        alone = config.model_copy(update={"out": f"{config.out}-alone"})
+        (expected,) = train([alone])
+        assert summary["last_loss"] == pytest.approx(expected["last_loss"], rel=2e-6)
+        assert summary["steps"] == 4

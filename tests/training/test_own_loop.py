@@ -205,6 +205,32 @@ def test_rows_that_do_not_fit_together_are_computed_one_trainer_at_a_time(base, 
         assert trainer.step == 1
 
 
+def test_an_error_in_a_joint_forward_reaches_only_the_trainer_that_causes_it(
+    base, rows, monkeypatch
+):
+    own = forward_queue.forward_backward
+
+    def refusing(micro_batches):
+        own(micro_batches)
+        if any(len(each.examples) == 2 for each in micro_batches):
+            raise ConfigError("a module gets other rows")
+
+    monkeypatch.setattr(forward_queue, "forward_backward", refusing)
+    with base.trainer(METHODS["lora"]) as good, base.trainer(METHODS["dora"]) as bad:
+        loss, refused = good.forward_backward(rows[:3]), bad.forward_backward(rows[:2])
+        assert loss.loss_sum > 0
+        with pytest.raises(ConfigError, match="other rows"):
+            refused.loss_sum  # noqa: B018
+        good.optim_step(veneer.AdamW(learning_rate=0.01))
+        with pytest.raises(ConfigError, match="other rows"):
+            bad.optim_step(veneer.AdamW(learning_rate=0.01))
+        together = values(good)
+    with base.trainer(METHODS["lora"]) as trainer:
+        trainer.forward_backward(rows[:3])
+        trainer.optim_step(veneer.AdamW(learning_rate=0.01))
+        assert_close(values(trainer), together)
+
+
 def test_answers_and_files_are_those_of_the_adapter_as_it_stands(base, rows, tmp_path):
     chats = [
         {

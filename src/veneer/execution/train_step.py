@@ -8,6 +8,7 @@ several adapters, another attention), it calls its module.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.adapters.methods.adapted_linear import AdaptedLinear, apply_together, part_loras
-from veneer.adapters.placement.wrapping import SwappedModule, unwrapped
+from veneer.adapters.placement.attachment import Attachment
+from veneer.adapters.placement.wrapping import AdaptedModule, SwappedModule, unwrapped
 from veneer.execution.attention import NAME, LayoutAttention
 from veneer.execution.decoder_layer import (
     attend,
@@ -46,6 +48,7 @@ from veneer.kernels.dense.block import lora_block
 from veneer.kernels.dense.block_operands import Block, BlockPart
 from veneer.kernels.dense.fused import gelu_gate, rms_norm, silu_gate
 from veneer.kernels.dense.lora import LoRALinear, filled
+from veneer.kernels.dense.rank import MOST_RANK
 from veneer.linear import frozen_linear
 from veneer.private.torch import children_of
 from veneer.private.transformers import attention_of
@@ -74,14 +77,15 @@ class FusedNorm(StandIn):
         return block_operands.Norm(weight, facts.epsilon, facts.offset, facts.is_wide)
 
     def weight_acting(self) -> Tensor | None:
-        """Returns the weight of all rows, trained or the base's own. Returns None if several
-        adapters act, each on its rows."""
+        """Returns the weight of all rows, trained or the base's own. Returns None if an adapter
+        that acts on a part of the rows has trained it."""
         trained: dict[str, Tensor] = {}
         if isinstance(self.base, SwappedModule):
-            acting = self.base.routing.acting.whole
-            if acting is None:
+            acting = self.base.routing.acting
+            if acting.whole is not None:
+                trained = self.base.replaced(acting.whole)
+            elif any(self.base.replaces(part.adapters) for part in acting.parts):
                 return None
-            trained = self.base.replaced(acting)
         return trained.get("weight", unwrapped(self.base).get_parameter("weight"))
 
 
@@ -164,8 +168,7 @@ class FusedLayer(StandIn):
         veneer_layout: Any = None,
         **others: Any,
     ) -> Block | None:
-        base: Any = self.base
-        attention = children_of(base)[ATTENTION]
+        attention = self._stand_in_of(ATTENTION)
         beside = ("cache", "past_key_values", "veneer_prefix", "veneer_keys")
         if not isinstance(veneer_layout, LayoutAttention) or any(
             others.get(name) is not None for name in beside
@@ -174,7 +177,9 @@ class FusedLayer(StandIn):
         layouts = veneer_layout.layout.parts or ((x.shape[1], veneer_layout.layout),)
         if any(len(layout.groups) != 1 for _, layout in layouts):
             return None
-        if x.dim() != 3 or len(x) != 1 or not attention.takes(x, position_embeddings):
+        if attention is None or x.dim() != 3 or len(x) != 1:
+            return None
+        if not attention.takes(x, position_embeddings):
             return None
         assert position_embeddings is not None
         ends = accumulate((rows for rows, _ in layouts), initial=0)
@@ -204,9 +209,11 @@ class FusedLayer(StandIn):
     def _layers(self, x_MI: Tensor, spans: Sequence[slice]) -> list[tuple[LoRALinear, ...]] | None:
         """Returns the linear layers of each part of the rows. Returns None if one has an adapter
         that a block does not compute, or if none has an adapter."""
+        blocks = [self._stand_in_of(name) for name in (ATTENTION, FEED_FORWARD)]
+        if None in blocks:
+            return None
         # The blocks themselves, whose attributes a stand-in finds last.
-        children: Any = children_of(self.base)
-        attention, gated = (children[name].base for name in (ATTENTION, FEED_FORWARD))
+        attention, gated = (block.base for block in blocks)
         rows_of_parts, layers = [x_MI[span] for span in spans], list[list[LoRALinear]]()
         places = [getattr(attention, name) for name in (*QKV, O)]
         for place in (*places, *(getattr(gated, name) for name in GATED)):
@@ -218,12 +225,22 @@ class FusedLayer(StandIn):
             return None
         return list(zip(*layers, strict=True))
 
+    def _stand_in_of(self, name: str) -> Any:
+        """Returns the stand-in of a block. Returns None if an adapter acts on the block itself."""
+        child: Any = children_of(self.base)[name]
+        while isinstance(child, AdaptedModule):
+            if any(child.concerned(part.adapters) for part in child.routing.acting.parts):
+                return None
+            child = children_of(child)["base"]
+        return child
+
     def _norms(self) -> block_operands.Norms | None:
         """Returns the norms of the layer, or None if one of them is not frozen."""
         base: Any = self.base
         heads = self.facts.attention
         assert heads is not None
-        places, holders = self.facts.norms, [base] * 4 + [children_of(base)[ATTENTION].base] * 2
+        places = self.facts.norms
+        holders = [base] * 4 + [self._stand_in_of(ATTENTION).base] * 2
         facts = [*places, *(heads.norms or (None, None))]
         norms = [
             None if norm is None else children_of(holder)[norm.name].frozen()
@@ -271,11 +288,44 @@ def _is_one_node(path: str, layer: DecoderLayer, stand_ins: Mapping[str, StandIn
     q_proj = frozen_linear(unwrapped(layer.attention.module.get_submodule(QKV[0])))
     if q_proj is None or q_proj.dtype is not torch.bfloat16:
         return False
-    kinds: dict[str, type[StandIn]] = {ATTENTION: FusedAttention, FEED_FORWARD: FusedGate}
-    kinds |= {norm.name: FusedNorm for norm in layer.norms if norm is not None}
-    kinds |= {f"{ATTENTION}.{norm.name}": FusedNorm for norm in layer.attention.norms}
-    in_place = all(type(stand_ins.get(f"{path}.{name}")) is kind for name, kind in kinds.items())
+    attention_path = _path_within(f"{path}.{ATTENTION}", layer.module, ATTENTION, stand_ins)
+    feed_forward_path = _path_within(
+        f"{path}.{FEED_FORWARD}", layer.module, FEED_FORWARD, stand_ins
+    )
+    kinds: dict[str, type[StandIn]] = {attention_path: FusedAttention, feed_forward_path: FusedGate}
+    kinds |= {f"{path}.{norm.name}": FusedNorm for norm in layer.norms if norm is not None}
+    kinds |= {f"{attention_path}.{norm.name}": FusedNorm for norm in layer.attention.norms}
+    in_place = all(type(stand_ins.get(place)) is kind for place, kind in kinds.items())
     return in_place and any(isinstance(each, AdaptedLinear) for each in layer.module.modules())
+
+
+def _path_within(path: str, layer: nn.Module, name: str, stand_ins: Mapping[str, StandIn]) -> str:
+    """Returns the path of a block of the layer, which may lie within wrappers."""
+    place = children_of(layer)[name]
+    while path not in stand_ins and isinstance(place, AdaptedModule):
+        path, place = f"{path}.base", children_of(place)["base"]
+    return path
+
+
+def fits_one_node(adapter: Attachment) -> bool:
+    """Whether a decoder layer in which this adapter acts is computed as one node, where others are.
+
+    It must be updates of two factors alone, of ranks that the kernels take.
+    """
+    if not adapter.config.two_factors or adapter.replaced:
+        return False
+    ranks: Counter[str] = Counter()  # of the layers that read the same input
+    for path, layer in adapter.layers.items():
+        block, _, name = path.rpartition(".")
+        if name in (*QKV, *GATED[:2]) and (A := layer.parts().get("A")) is not None:
+            ranks[block] += -(-len(A) // 16) * 16  # as `filled` pads it
+    return max(ranks.values(), default=0) <= MOST_RANK
+
+
+def one_node(stand_ins: Mapping[str, StandIn]) -> bool:
+    """Whether some decoder layers are computed as one node, which the kernels of a CPU do."""
+    layers = [stand_in for stand_in in stand_ins.values() if isinstance(stand_in, FusedLayer)]
+    return bool(layers) and next(layers[0].parameters()).is_cpu
 
 
 def unknown_layers(model: PreTrainedModel) -> list[str]:

@@ -3,8 +3,9 @@
     before step 1   the largest micro-batch of every trainee is tried once, so that a run that does
                     not fit ends now; then each evaluates its held-out rows
     a round         one forward and backward over micro-batches of trainees, at most one of each,
-                    as many as the budget of tokens allows; the longest waiting are first. If they
-                    do not fit into memory, the budget is halved and their steps begin again
+                    as many as forward_room.py admits; the longest waiting are first. If they do
+                    not fit into memory, the budget is halved and their steps begin again. After
+                    another error they are computed one by one, so only its cause leaves
     a step          once its micro-batches are computed, a trainee updates its values, evaluates
                     and saves
 
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 from veneer.errors import DivergedError, RunInterrupted, VeneerError, is_out_of_memory
+from veneer.training.forward_room import ForwardRoom
 from veneer.training.gradient import MicroBatch, forward_backward, out_of_memory
 from veneer.training.processes.world import ALONE, World
 from veneer.training.state.interrupt import Interrupt
@@ -27,8 +29,9 @@ from veneer.training.trainee import Trainee
 class Loop:
     """Trains trainees until one or more have ended or failed; then `run` goes on with the others.
 
-    budget: most tokens in a forward of several trainees; None: no limit
-    supervisor: decides which trainees wait or stop
+    budget      most tokens in a forward of several trainees; None: no limit
+    supervisor  decides which trainees wait or stop
+    one_node    whether decoder layers are computed as one node
     """
 
     def __init__(
@@ -41,10 +44,13 @@ class Loop:
     ) -> None:
         self.trainees, self.world, self.budget = list(trainees), world, budget
         self.supervisor = supervisor or Unsupervised()
+        self.one_node = False
         self.failed: dict[Trainee, VeneerError] = {}
         """Trainees that left, with their errors."""
         self._open: list[Trainee] = []
         """Trainees that are in a step, the longest waiting first."""
+        self._single: set[Trainee] = set()
+        """Trainees that share no forward, because a forward with them raised an error."""
 
     def start(self) -> None:
         """Tries the largest micro-batches, and evaluates before the first step."""
@@ -126,34 +132,31 @@ class Loop:
         """Computes the next micro-batches of as many trainees as the budget allows; returns them
         with their tokens."""
         chosen: list[tuple[Trainee, int]] = []
-        micro_batches, lengths = list[MicroBatch](), list[int]()
+        micro_batches, room = list[MicroBatch](), ForwardRoom(self.budget, one_node=self.one_node)
         for trainee in list(self._open):
+            if chosen and (trainee in self._single or chosen[0][0] in self._single):
+                continue
             with self._leaves_on_error(trainee):
-                own_lengths = trainee.next_lengths()
-                if chosen and not self._joins(trainee, lengths, own_lengths):
-                    continue
-                micro_batches.append(trainee.gradient.take())
-                chosen.append((trainee, sum(own_lengths)))
-                lengths += own_lengths
+                lengths, forward = trainee.next_lengths(), trainee.inputs.forward
+                if room.admit(forward, lengths):
+                    micro_batches.append(trainee.gradient.take())
+                    chosen.append((trainee, sum(lengths)))
         taken = [trainee for trainee, _ in chosen]
         self._open = [trainee for trainee in self._open if trainee not in taken] + taken
-        if not micro_batches or _try_forward_backward(micro_batches):
+        fault = _try_forward_backward(micro_batches) if micro_batches else None
+        if fault is None:
             return chosen
         if len(chosen) == 1:
+            is_own = isinstance(fault, VeneerError)
             with self._leaves_on_error(taken[0]):
-                raise out_of_memory(taken[0].gradient)
+                raise fault if is_own else out_of_memory(taken[0].gradient)
+        elif isinstance(fault, VeneerError):
+            self._single.update(taken)
         else:
-            self.budget = sum(lengths) // 2
-            for trainee in taken:
-                trainee.gradient.begin_again()
+            self.budget = sum(room.lengths) // 2
+        for trainee in taken:
+            trainee.gradient.begin_again()
         return []
-
-    def _joins(self, trainee: Trainee, lengths: Sequence[int], own_lengths: Sequence[int]) -> bool:
-        """Whether a micro-batch with these lengths may be computed with those chosen before."""
-        all_lengths = [*lengths, *own_lengths]
-        if self.budget is not None and sum(all_lengths) > self.budget:
-            return False
-        return len(trainee.inputs.paths.groups_of_lengths(all_lengths)) == 1
 
     # before the first step
 
@@ -181,6 +184,7 @@ class Loop:
             if self.world.size > 1:
                 raise
             self.failed[trainee] = fault
+            self._single.clear()
             self.trainees = [other for other in self.trainees if other is not trainee]
             self._open = [other for other in self._open if other is not trainee]
 
@@ -194,15 +198,20 @@ class Loop:
                     trainee.save()
 
 
-def _try_forward_backward(micro_batches: Sequence[MicroBatch]) -> bool:
-    """Runs forward_backward; False if memory lacks. Nothing of the forward is then held."""
+def _try_forward_backward(micro_batches: Sequence[MicroBatch]) -> VeneerError | MemoryError | None:
+    """Runs forward_backward; returns its VeneerError, or a MemoryError if memory lacks.
+
+    Nothing of the forward is then held.
+    """
     try:
         forward_backward(micro_batches)
     except Exception as fault:
-        if isinstance(fault, VeneerError) or not is_out_of_memory(fault):
+        if isinstance(fault, VeneerError):
+            return fault.with_traceback(None)
+        if not is_out_of_memory(fault):
             raise
-        return False
-    return True
+        return MemoryError()
+    return None
 
 
 def _finish_trial(trainee: Trainee) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from veneer.data.batching import used_length
 from veneer.data.files.writing import Record
 from veneer.errors import ConfigError, VeneerError
-from veneer.execution.train_step import fused, replacements
+from veneer.execution.train_step import fused, one_node, replacements
 from veneer.files.atomic import write_text
 from veneer.files.strict_json import json_text
 from veneer.models.checkpointing import checkpointed
@@ -166,9 +166,11 @@ def _train_all(
     loop = Loop(list(runs_of), world=world, budget=budget, supervisor=supervisor)
     is_new = True
     while loop.trainees:
+        stand_ins = replacements(model)
+        loop.one_node = one_node(stand_ins)
         with (
             steady_heap(planned_bytes) if on_cpu else nullcontext(),
-            fused(model, replacements(model)),
+            fused(model, stand_ins),
             checkpointed(model, prepared.base.routing, on=prepared.config.checkpointing),
         ):
             if is_new:

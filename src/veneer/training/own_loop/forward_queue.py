@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -21,11 +22,12 @@ from veneer.data.examples import Example
 from veneer.errors import DivergedError, DoesNotFitError, VeneerError, is_out_of_memory
 from veneer.execution.proofs.model import in_front
 from veneer.execution.stand_in import StandIn
-from veneer.execution.train_step import fused, replacements
+from veneer.execution.train_step import fused, one_node, replacements
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.step import parts_of
 from veneer.objectives.answers import AnswersObjective
 from veneer.objectives.objective import ObjectiveLoss
+from veneer.training.forward_room import ForwardRoom
 from veneer.training.gradient import MicroBatch, forward_backward
 from veneer.training.inputs import ForwardInputs
 from veneer.training.optimizer.buffer import FlatParameters
@@ -171,6 +173,7 @@ class ForwardQueue:
         self.base = base
         self.gradients: list[TrainerGradient] = []
         self.budget: int | None = None
+        self._single: WeakSet[TrainerGradient] = WeakSet()
         self._heap = ExitStack()
         self._stand_ins: tuple[list[Attachment], Mapping[str, StandIn]] | None = None
 
@@ -204,12 +207,10 @@ class ForwardQueue:
 
     def _forward_backward(self, waiting: Sequence[TrainerGradient]) -> None:
         """Computes the next micro-batches of as many trainers as may share a forward."""
-        chosen, lengths = list[TrainerGradient](), list[int]()
-        for gradient in waiting:
-            own_lengths = gradient.next_lengths()
-            if not chosen or self._joins(gradient, [*lengths, *own_lengths]):
-                chosen.append(gradient)
-                lengths += own_lengths
+        if any(gradient in self._single for gradient in waiting):
+            waiting = waiting[:1]
+        room = ForwardRoom(self.budget, one_node=one_node(self._fused_modules()))
+        chosen = [g for g in waiting if room.admit(g.forward, g.next_lengths())]
         try:
             forward_backward([gradient.waiting.popleft() for gradient in chosen])
         except BaseException as fault:
@@ -218,19 +219,15 @@ class ForwardQueue:
             if isinstance(fault, VeneerError):
                 own_fault = fault
             elif isinstance(fault, Exception) and is_out_of_memory(fault):
-                own_fault = _out_of_memory(lengths)
+                own_fault = _out_of_memory(room.lengths)
             else:
                 raise
             if len(chosen) == 1:
                 chosen[0].fail(own_fault)
+            elif own_fault is fault:
+                self._single.update(chosen)  # one by one, only the cause fails
             else:
-                self.budget = sum(lengths) // 2
-
-    def _joins(self, gradient: TrainerGradient, lengths: Sequence[int]) -> bool:
-        """Whether rows of these lengths, a trainer's among them, may be computed at once."""
-        if self.budget is not None and sum(lengths) > self.budget:
-            return False
-        return len(gradient.forward.paths.groups_of_lengths(lengths)) == 1
+                self.budget = sum(room.lengths) // 2
 
 
 def _out_of_memory(lengths: Sequence[int]) -> DoesNotFitError:
