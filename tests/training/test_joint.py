@@ -188,9 +188,9 @@ def test_the_plan_bounds_a_forward_by_the_free_memory(world, tmp_path, monkeypat
     budgets = []
     own = run.Loop
 
-    def made(trainees, *, world, budget):
+    def made(trainees, *, budget, **others):
         budgets.append(budget)
-        return own(trainees, world=world, budget=budget)
+        return own(trainees, budget=budget, **others)
 
     monkeypatch.setattr(run, "Loop", made)
     monkeypatch.setattr(run, "free_bytes", lambda device: 5_000_000)
