@@ -283,3 +283,39 @@ def test_flags_of_a_sweep_are_refused_without_one(files, capsys):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**settings, "out": str(tmp_path / "o")}))
     assert main(["train", str(tmp_path / "run.yaml"), "--halving", "--draws", "3"]) == 2
     assert "--draws, --halving: only with --sweep" in capsys.readouterr().err
+
+
+def test_jobs_are_planned_each_and_together(tmp_path, capsys):
+    base = save_tiny(tmp_path / "tiny")
+    rows = [json.dumps({"prompt": f"row {n}", "completion": "is " * (n % 5 + 1)}) for n in range(9)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    jobs = [
+        {"out": str(tmp_path / "runs" / "small"), "method": {"rank": 2}},
+        {"out": str(tmp_path / "runs" / "dora"), "method": "dora", "batch": 4},
+        {"out": str(tmp_path / "runs" / "large"), "method": {"rank": 32}, "steps": 12},
+    ]
+    file = tmp_path / "jobs.yaml"
+    data = {"train": str(tmp_path / "rows.jsonl"), "validation_share": 0.2}
+    file.write_text(yaml.safe_dump({"base": str(base), "data": data, "steps": 6, "jobs": jobs}))
+    assert main(["plan", str(file), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    alone = [job["needed_memory_bytes"] for job in plan["jobs"]]
+    together = plan["together"]
+    assert [job["out"] for job in plan["jobs"]] == [job["out"] for job in jobs]
+    assert max(alone) <= together["needed_memory_bytes"] < sum(alone)
+    assert together["least_needed_memory_bytes"] <= together["needed_memory_bytes"]
+    assert together["run_seconds_one_after_another"] == pytest.approx(
+        sum(job["run_seconds"] for job in plan["jobs"])
+    )
+    assert main(["plan", str(file), "--set", "method.rank=3"]) == 0
+    shown = capsys.readouterr().out
+    assert "3 jobs" in shown and "dora" in shown and "together: " in shown
+    assert main(["plan", str(file), "--memory", "1MB"]) == 3
+    assert "does not fit" in capsys.readouterr().out
+    assert main(["plan", str(file), "--compare", "--processes", "2"]) == 2
+    assert "--compare, --processes" in capsys.readouterr().err
+    assert main(["plan", str(file), "--set", "device=cpu"]) == 0
+    jobs[0]["dtype"] = "float32"
+    file.write_text(yaml.safe_dump({"base": str(base), "data": data, "steps": 6, "jobs": jobs}))
+    assert main(["plan", str(file)]) == 2
+    assert "dtype" in capsys.readouterr().err

@@ -86,9 +86,13 @@ class PlanAnswer:
 
 
 def answer_question(
-    question: PlanQuestion, tell: Callable[[int, int], None] = lambda done, total: None
+    question: PlanQuestion,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    idle_bytes: int | None = None,
 ) -> PlanAnswer:
     """Answers a question. tell: receives (plans made, plans to make) if there are several.
+    idle_bytes: memory of the process before the base is loaded; None: as measured before.
 
     Raises SourceError for a base that is not found, ConfigError if nothing fits a base.
     """
@@ -100,7 +104,8 @@ def answer_question(
             next_step="Give a smaller --micro-batch, --batch or --length.",
         )
     blueprints = [named_size(base) or _blueprint_of(base) for base in question.bases]
-    planners = [_planner(blueprint, question) for blueprint in blueprints]
+    idle_bytes = remember_idle_bytes() if idle_bytes is None else idle_bytes
+    planners = [_planner(blueprint, question, idle_bytes) for blueprint in blueprints]
     choices = (
         all_methods(question.choice) if question.compare or len(planners) > 1 else [question.choice]
     )
@@ -148,9 +153,9 @@ def _blueprint_of(base: str) -> Blueprint:
     return blueprint(base)
 
 
-def _planner(blueprint: Blueprint, question: PlanQuestion) -> Planner:
+def _planner(blueprint: Blueprint, question: PlanQuestion, idle_bytes: int) -> Planner:
     device: Device = "cpu" if question.gpu is None and not torch.cuda.is_available() else "cuda"
-    return Planner(blueprint, question.workload, device=device, idle_bytes=remember_idle_bytes())
+    return Planner(blueprint, question.workload, device=device, idle_bytes=idle_bytes)
 
 
 def _machine(planner: Planner, choice: Choice, question: PlanQuestion) -> Machine:

@@ -16,10 +16,9 @@ from veneer.data.examples import Example
 from veneer.data.load import DataSet
 from veneer.errors import DoesNotFitError
 from veneer.plan.choice import Choice
-from veneer.plan.estimate import LIBRARIES_BYTES, PROCESS
 from veneer.plan.fit import find_remedy, nearest
+from veneer.plan.joint import job_memory
 from veneer.plan.planner import Planner
-from veneer.plan.simulation.step_counts import GRADIENTS, MOMENTS, STATIC, SUMS, VALUES
 from veneer.plan.workload import Workload
 from veneer.quant.weight import PackedSize
 from veneer.training.announce import RunForecast
@@ -105,17 +104,13 @@ def forecast(
     choice = replace(Choice.of(config, processes), dtype=NAMES[dtype])
     index, estimate = planner.largest_estimate(choice)
     traffic = planner.sent(choice)
-    static = estimate.run.static
-    stays = sum(static.get(label, 0) for label in STATIC)
-    if PROCESS in estimate.parts:
-        stays += estimate.parts[PROCESS] + LIBRARIES_BYTES
-    step = max(estimate.peak_bytes - stays, 0)
+    memory = job_memory(estimate, estimate.run.computed_tokens)
     return RunForecast(
         estimate.peak_bytes,
         index,
         traffic.gradient,
         traffic.layers,
-        step,
-        values=static[VALUES] + static[GRADIENTS],
-        optimizer=static[MOMENTS] + static.get(SUMS, 0),
+        memory.step,
+        values=memory.values,
+        optimizer=memory.optimizer,
     )

@@ -8,11 +8,13 @@ For instance:
   veneer plan --models llama-3.2-1b,qwen3-4b,llama-70b --gpu H100 --batch 1
   veneer plan --base smollm2-135m --data tickets.jsonl --probe
   veneer plan RUN.yaml --processes 4 --link 10Gb/s
+  veneer plan JOBS.yaml
   veneer plan --base llama-70b --batch 8 --gpu H100 --processes 8 --shard --link 200Gb/s
 
-RUN.yaml is planned with its own settings and rows. --base is a folder, a .gguf file, a hub id (only
+RUN.yaml is planned with its own settings and rows. If it lists `jobs:`, each is planned, and all
+together, as `veneer train` would train them. --base is a folder, a .gguf file, a hub id (only
 its config is downloaded) or a named size such as llama-70b. The exit code is 3 if there is one plan
-and it does not fit.
+and it does not fit, or if jobs do not fit.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ from typing import TYPE_CHECKING
 from veneer.bounds import BYTES, COUNT, EPOCHS, LENGTH, PRICE, PROCESSES, RANK, ROWS
 from veneer.cli.bases import add_dtype
 from veneer.cli.common import add_json, add_map, make_console, pause_collection, print_json
-from veneer.cli.config_file import read_run_config
+from veneer.cli.config_file import read_settings, resolve_run
 from veneer.cli.early import check_plannable, check_rows, check_writable
+from veneer.cli.job_settings import read_jobs
 from veneer.cli.training.plan_flags import SETTINGS, list_bases, read_flags
+from veneer.cli.training.plan_jobs import print_jobs, refuse_flags
 from veneer.cli.training.plan_output import print_plan, write_run_file
 from veneer.errors import ConfigError
 from veneer.quant.config import FORMATS
@@ -177,8 +181,13 @@ def run(args: argparse.Namespace) -> int:
         return run_probe(args)
     from veneer.training.output.working import working
 
+    config = _read_run_file(args) if args.run else read_flags(args)
+    if isinstance(config, list):
+        refuse_flags(config, args)
+        questions = [read_question(args, job) for job in config]
+        return 0 if print_jobs(config, questions, args) else DOES_NOT_FIT
     with working("planning") as show_progress:
-        question = _read_question(args)
+        question = read_question(args, config)
         from veneer.plan.ask import answer_question
 
         answer = answer_question(
@@ -220,9 +229,9 @@ def parse_size(text: str) -> int:
     return int(size_bytes)
 
 
-def _read_question(args: argparse.Namespace) -> PlanQuestion:
+def read_question(args: argparse.Namespace, config: RunConfig) -> PlanQuestion:
+    """Returns the question about this run that the flags ask."""
     memory = parse_size(args.memory) if args.memory else None
-    config = _read_run_file(args) if args.run else read_flags(args)
     bases = list_bases(args) or [config.base]
     for base in bases:
         check_plannable(base)
@@ -258,7 +267,8 @@ def _read_question(args: argparse.Namespace) -> PlanQuestion:
     )
 
 
-def _read_run_file(args: argparse.Namespace) -> RunConfig:
+def _read_run_file(args: argparse.Namespace) -> RunConfig | list[RunConfig]:
+    """Returns the run of the file, or its jobs."""
     conflicting = [name for name in SETTINGS if getattr(args, name) is not None]
     conflicting += ["map"] * bool(args.columns) + ["write"] * bool(args.write)
     if conflicting:
@@ -267,4 +277,6 @@ def _read_run_file(args: argparse.Namespace) -> RunConfig:
             f"{args.run} already sets what to plan; also given: {flags}",
             next_step="Leave them out, or change settings with --set path=value.",
         )
-    return read_run_config(args.run, {"out": "planned"}, args.sets)
+    settings = read_settings(args.run)  # once: the file may be a pipe
+    jobs = read_jobs(settings, {}, args.sets, {}, None)
+    return jobs or resolve_run(settings, {"out": "planned"}, args.sets, {})
