@@ -24,6 +24,7 @@ _HOMES = {
     "evaluate": "veneer.api",
     "load": "veneer.api",
     "train": "veneer.trained",
+    "tune": "veneer.tuning.tune",
 }
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "evaluate",
     "load",
     "train",
+    "tune",
 ]
 
 if TYPE_CHECKING:  # the same names as _HOMES, for type checkers and editors
@@ -58,6 +60,7 @@ if TYPE_CHECKING:  # the same names as _HOMES, for type checkers and editors
     from veneer.trained import train as train
     from veneer.training.config import RunConfig as RunConfig
     from veneer.training.own_loop.adamw import AdamW as AdamW
+    from veneer.tuning.tune import tune as tune
 
 
 def __getattr__(name: str) -> Any:

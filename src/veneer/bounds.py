@@ -175,6 +175,7 @@ LOGPROBS = Number(int, 0, 20)
 SEEDS = Number(int, 1, 1000)
 EXTENSIONS = Number(int, 0, 100)
 SECONDS = Number(float, 0, 10**9, above=True)
+MINUTES = Number(float, 0, 10**6, above=True)
 PRICE = Number(float, 0, 10**9)
 LINE = Number(int, 1, 2**53)
 """Line of a file, counted from 1."""

@@ -46,6 +46,7 @@ GROUPS = {
         "data": "check, convert, split or sample rows",
         "plan": "predict memory, time and cost before a run",
         "train": "train an adapter, or all weights",
+        "tune": "search settings on your rows, train the best and judge it",
         "report": "rebuild the report of a run",
         "compare": "compare methods on your rows",
     },
@@ -73,7 +74,7 @@ FOLDERS = {
         ("adapters", "combine", "export", "extract", "lint", "merge", "quantize"), "library."
     ),
     **dict.fromkeys(
-        ("train", "compare", "evaluate", "score", "report", "plan", "demo"), "training."
+        ("train", "tune", "compare", "evaluate", "score", "report", "plan", "demo"), "training."
     ),
     **dict.fromkeys(("serve", "chat", "generate"), "answers."),
     "data": "rows.",

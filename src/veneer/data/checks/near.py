@@ -16,8 +16,11 @@ from numpy.typing import NDArray
 WORDS = 3
 """Words of a shingle. A text of fewer than LEAST words is too short to compare."""
 LEAST = 8
+COMMON = 0.1
+"""Share of texts from which on a shingle is common to them."""
 PLACES, BANDS = 48, 16
 _PRIME = (1 << 31) - 1
+_NONE = np.zeros(0, dtype=np.int64)
 _WORD = re.compile(r"\w+")
 
 
@@ -28,7 +31,7 @@ def shingles(text: str) -> NDArray[np.int64]:
         [zlib.crc32(word.encode()) for word in _WORD.findall(text.lower())], dtype=np.int64
     )
     if len(words) < LEAST:
-        return np.zeros(0, dtype=np.int64)
+        return _NONE
     hashes = words % _PRIME
     rows = [
         hashes[offset : len(hashes) - WORDS + 1 + offset] * (1_000_003**offset % _PRIME) % _PRIME
@@ -43,6 +46,45 @@ def similarity(a: NDArray[np.int64], b: NDArray[np.int64]) -> float:
     return both / (len(a) + len(b) - both) if len(a) + len(b) else 0.0
 
 
+def _bands(values: NDArray[np.int64]) -> list[bytes]:
+    """Returns the bands of a text's signature. values: its shingles, at least one"""
+    generator = np.random.Generator(np.random.Philox(key=[0, 0]))
+    factors = generator.integers(1, _PRIME, (2, PLACES), dtype=np.int64)
+    hashed = (values[:, None] * factors[0] % _PRIME + factors[1]) % _PRIME
+    lowest = hashed.min(axis=0).reshape(BANDS, -1)
+    return [number.to_bytes(1, "big") + band.tobytes() for number, band in enumerate(lowest)]
+
+
+def similar_groups(texts: Sequence[str], *, least: float) -> list[int]:
+    """Groups texts: two of them share a group if they, or others between them, are similar.
+
+    Shingles of more than COMMON of all texts, such as those of a shared instruction, do not count.
+    Returns the number of each text's group: that of its first text.
+    """
+    of_texts = [shingles(text) for text in texts]
+    all_shingles, counts = np.unique(np.concatenate([*of_texts, _NONE]), return_counts=True)
+    common = all_shingles[counts > max(2.0, COMMON * len(texts))]
+    of_texts = [np.setdiff1d(values, common, assume_unique=True) for values in of_texts]
+    groups = list(range(len(texts)))
+
+    def first_of(number: int) -> int:
+        while groups[number] != number:
+            groups[number] = number = groups[groups[number]]
+        return number
+
+    texts_by_band: dict[bytes, list[int]] = {}
+    for number, values in enumerate(of_texts):
+        if not len(values):
+            continue
+        for band in _bands(values):
+            for other in texts_by_band.setdefault(band, []):
+                ours, theirs = first_of(number), first_of(other)
+                if ours != theirs and similarity(values, of_texts[other]) >= least:
+                    groups[max(ours, theirs)] = min(ours, theirs)
+            texts_by_band[band].append(number)
+    return [first_of(number) for number in range(len(texts))]
+
+
 def nearest(
     texts: Sequence[str], among: Sequence[str], *, least: float
 ) -> list[tuple[int, float] | None]:
@@ -50,25 +92,17 @@ def nearest(
 
     Returns its number and similarity, or None if none reaches `least`.
     """
-    generator = np.random.Generator(np.random.Philox(key=[0, 0]))
-    factors = generator.integers(1, _PRIME, (2, PLACES), dtype=np.int64)
-
-    def bands(values: NDArray[np.int64]) -> list[bytes]:
-        hashed = (values[:, None] * factors[0] % _PRIME + factors[1]) % _PRIME
-        lowest = hashed.min(axis=0).reshape(BANDS, -1)
-        return [number.to_bytes(1, "big") + band.tobytes() for number, band in enumerate(lowest)]
-
     texts_by_band: dict[bytes, list[int]] = {}
     known_shingles = [shingles(text) for text in among]
     for number, values in enumerate(known_shingles):
-        for band in bands(values) if len(values) else ():
+        for band in _bands(values) if len(values) else ():
             texts_by_band.setdefault(band, []).append(number)
     results: list[tuple[int, float] | None] = []
     for text in texts:
         text_shingles = shingles(text)
         candidates = {
             n
-            for band in (bands(text_shingles) if len(text_shingles) else ())
+            for band in (_bands(text_shingles) if len(text_shingles) else ())
             for n in texts_by_band.get(band, ())
         }
         best = max(

@@ -1,0 +1,68 @@
+"""What the plan advises for a set of rows, and what the runs of `veneer tune` will need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from veneer.adapters.config import LoRA
+from veneer.data.load import DataSet
+from veneer.errors import DoesNotFitError
+from veneer.files.memory import memory
+from veneer.plan.ask import PlanQuestion, answer_question
+from veneer.plan.choice import Choice
+from veneer.plan.workload import Workload
+from veneer.training.config import RunConfig
+from veneer.tuning.candidates import Advised, candidates
+from veneer.wording import size
+
+ALPHA_OF_RANK = 2
+VALUE_BYTES = 16
+"""Bytes of a trained value with its gradient and moments."""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """The advice, and the memory that all candidates need. free: None if unknown"""
+
+    advised: Advised
+    memory_bytes: int
+    free: int | None
+
+    @property
+    def memory_line(self) -> str:
+        free = "" if self.free is None else f", {size(self.free)} free"
+        return f"about {size(self.memory_bytes)} (plan){free}"
+
+
+def ask_plan(base: str, data: DataSet) -> Outlook:
+    """Asks the plan for a start. Raises DoesNotFitError if LoRA does not fit on this machine."""
+    config = RunConfig.of({"base": base, "data": "rows", "out": "planned"})
+    question = PlanQuestion([base], Choice.of(config), Workload.of(config, data), kind="task")
+    answer = answer_question(question)
+    assert answer.advice is not None
+    advice, reasons = answer.advice, list(answer.advice.reasons)
+    if not advice.fits:
+        raise DoesNotFitError(
+            f"{base} does not fit into the memory of this machine, even in 4 bits",
+            next_step=f"See what would fit: veneer plan --base {base} --compare",
+        )
+    rank, rate = advice.choice.method.update_rank, advice.learning_rate
+    if rank is None:
+        reasons.append(f"The search is over settings of LoRA, not of {advice.choice.method.name}.")
+        rank, rate = LoRA().rank, LoRA().default_learning_rate(base_width(base))
+    method = LoRA(rank=rank, alpha=ALPHA_OF_RANK * rank)
+    advised = Advised(method, rate, advice.choice.quantize, reasons)
+    row = answer.rows[0]
+    planned_rank = row.choice.method.update_rank or rank
+    values = row.run.trainable_parameters / planned_rank
+    more_ranks = sum(candidate.rank for candidate in candidates(advised)) - planned_rank
+    needed = row.estimate.peak_bytes + round(VALUE_BYTES * values * max(more_ranks, 0))
+    return Outlook(advised, needed, memory().get("MemAvailable"))
+
+
+def base_width(base: str) -> int:
+    """Returns the hidden size of a base, from its config alone."""
+    from veneer.bases.loading.without_weights import load_skeleton
+    from veneer.models.frozen_base import hidden_size
+
+    return hidden_size(load_skeleton(base).model.config)

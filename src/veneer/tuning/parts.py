@@ -1,0 +1,111 @@
+"""Divides rows into three parts by content: to train on, to search with, and to judge with.
+
+Rows with the same prompt, and rows whose prompts are nearly the same, stay in one part. So no part
+is easier because the model has seen its prompts. The division depends on the rows' content alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from veneer.data.checks.closer import LIKE, text_of
+from veneer.data.checks.near import similar_groups
+from veneer.data.examples import Row, prompt_key
+from veneer.data.files.writing import record_of
+from veneer.data.split import part_of, parts_of_shares
+from veneer.errors import DataError
+from veneer.files.atomic import write_text
+
+SHARE = 0.15
+"""Share of the rows to search with, and of those to judge with."""
+LEAST_PART = 8
+MOST_SEARCH, MOST_JUDGE = 100, 300
+"""Most rows of these parts: more would take time, and narrow an interval little."""
+LEAST_ROWS = 40
+LARGEST_GROUP = 0.2
+"""Largest share of rows in a group of similar prompts. Above it, similarity says nothing here, and
+only equal prompts stay together."""
+
+
+@dataclass(frozen=True)
+class RowParts:
+    """The parts. by_likeness: similar prompts stay together, not only equal ones."""
+
+    train: list[Row]
+    search: list[Row]
+    judge: list[Row]
+    by_likeness: bool
+
+
+@dataclass(frozen=True)
+class PartFiles:
+    train: Path
+    search: Path
+    judge: Path
+
+
+def divide(rows: Sequence[Row], name: str) -> RowParts:
+    """Divides the rows of a set. name: of the set, for errors. Raises DataError for few rows."""
+    if len(rows) < LEAST_ROWS:
+        raise _too_small(name, f"it has {len(rows)} rows, and {LEAST_ROWS} are needed")
+    keys, by_likeness = _group_keys(rows)
+    shares = [_share(len(rows), most) for most in (MOST_JUDGE, MOST_SEARCH)]
+    groups = parts_of_shares(keys, shares)
+    parts: list[list[Row]] = [[], [], []]
+    for row, key in zip(rows, keys, strict=True):
+        parts[part_of(key, groups)].append(row)
+    if min(map(len, parts)) < LEAST_PART:
+        raise _too_small(
+            name,
+            f"it has {len(rows)} rows of {len(set(keys))} different prompts, and each part needs"
+            f" {LEAST_PART} rows",
+        )
+    train, judge, search = parts
+    return RowParts(train, search, judge, by_likeness)
+
+
+def _share(rows: int, most: int) -> float:
+    return min(max(SHARE, LEAST_PART / rows), most / rows)
+
+
+def _too_small(name: str, fault: str) -> DataError:
+    return DataError(
+        f"{name} is too small to train, search and judge on different rows",
+        [fault],
+        "Collect more rows. Or train one adapter and judge it yourself: veneer train.",
+    )
+
+
+def _group_keys(rows: Sequence[Row]) -> tuple[list[int], bool]:
+    """Returns a key for each row, equal within a group, and whether groups join similar prompts.
+
+    The key is the smallest prompt key of the group, so the order of the rows does not matter.
+    """
+    prompts = {prompt_key(row): row for row in rows}
+    keys = sorted(prompts)
+    numbers = similar_groups([text_of(prompts[key], "user") for key in keys], least=LIKE)
+    smallest = {key: keys[number] for key, number in zip(keys, numbers, strict=True)}
+    own = [prompt_key(row) for row in rows]
+    grouped = [smallest[key] for key in own]
+    largest = max(Counter(grouped).values())
+    if largest > max(LARGEST_GROUP * len(rows), max(Counter(own).values())):
+        return own, False
+    return grouped, True
+
+
+def write_parts(folder: Path, parts: RowParts) -> PartFiles:
+    """Writes train.jsonl, search.jsonl and judge.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = PartFiles(*(folder / f"{name}.jsonl" for name in ("train", "search", "judge")))
+    for file, rows in (
+        (files.train, parts.train),
+        (files.search, parts.search),
+        (files.judge, parts.judge),
+    ):
+        lines = (json.dumps(record_of(row), ensure_ascii=False) + "\n" for row in rows)
+        write_text(file, "".join(lines), replace=True)
+    return files

@@ -1,0 +1,101 @@
+"""Supervisors of the runs of `veneer tune`: one that measures, and one that searches in time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from veneer.training.inputs import TrainingInputs
+from veneer.training.state.interrupt import Interrupt
+from veneer.training.supervisor import Halving, best_loss
+from veneer.training.trainee import Trainee
+from veneer.wording import number
+
+TIME, INTERRUPTED = "time", "interrupted"
+"""Reasons of a run that ended because its time was used up, or because a person stopped it."""
+
+
+class OneByOne:
+    """Lets one trainee train at a time, so that its steps are timed by themselves."""
+
+    def check(self, jobs: Sequence[TrainingInputs]) -> None: ...
+
+    def begin(self, trainees: Sequence[Trainee]) -> None:
+        self._first = trainees[0]
+
+    def waits(self, trainee: Trainee) -> bool:
+        return trainee is not self._first
+
+    def review(self, trainees: Sequence[Trainee]) -> None:
+        running = [trainee for trainee in trainees if not trainee.ended]
+        self._first = running[0] if running else self._first
+
+    def interrupted(self, trainees: Sequence[Trainee]) -> None: ...
+
+
+class TimedSearch:
+    """Halves the trainees at rungs, and ends the last one within the time.
+
+    deadline: by time.monotonic(). interrupt: of the whole command; trainees that it stops keep
+    their best values. say: shows progress. name: of a trainee's settings
+    """
+
+    def __init__(
+        self,
+        halving: Halving,
+        *,
+        deadline: float,
+        interrupt: Interrupt,
+        say: Callable[[str], None],
+        name: Callable[[Trainee], str],
+    ) -> None:
+        self._halving, self._deadline, self._interrupt = halving, deadline, interrupt
+        self._say, self._name = say, name
+        self.was_interrupted = False
+        self.search_end: float | None = None
+        """When the last rung was passed, by time.monotonic()."""
+        self._evaluated: tuple[int, float] | None = None
+
+    def check(self, jobs: Sequence[TrainingInputs]) -> None:
+        self._halving.check(jobs)
+
+    def begin(self, trainees: Sequence[Trainee]) -> None:
+        self._halving.begin(trainees)
+
+    def waits(self, trainee: Trainee) -> bool:
+        return self._halving.waits(trainee)
+
+    def review(self, trainees: Sequence[Trainee]) -> None:
+        running = [trainee for trainee in trainees if not trainee.ended]
+        self._halving.review(trainees)
+        left = [trainee for trainee in running if not trainee.ended]
+        if len(left) < len(running):
+            best = min(left, key=best_loss)
+            self._say(
+                f"best of {len(running)}: {self._name(best)}, held-out loss"
+                f" {number(best_loss(best))}; {len(left)} go on"
+            )
+        if self._halving.is_over and self.search_end is None:
+            self.search_end = time.monotonic()
+        if self._interrupt.asked:
+            self.interrupted(left)
+        elif self._is_late(left):
+            for trainee in left:
+                trainee.stop(TIME, "stopped: the time is used up")
+
+    def _is_late(self, left: Sequence[Trainee]) -> bool:
+        """Returns whether the next evaluation would be after the deadline, judged at evaluations;
+        with several trainees left, whether the deadline is over."""
+        now = time.monotonic()
+        if len(left) != 1:
+            return bool(left) and now > self._deadline
+        step = left[0].progress.step
+        if step % left[0].inputs.evaluate_every or (self._evaluated or (0, 0))[0] == step:
+            return False
+        before, self._evaluated = self._evaluated, (step, now)
+        return before is not None and now + (now - before[1]) > self._deadline
+
+    def interrupted(self, trainees: Sequence[Trainee]) -> None:
+        self.was_interrupted = True
+        for trainee in trainees:
+            trainee.stop(INTERRUPTED, "interrupted: its best values are kept")

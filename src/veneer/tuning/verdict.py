@@ -1,0 +1,134 @@
+"""Says in five lines what `veneer tune` did, how sure it is, and what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from veneer.wording import clock, number
+
+Result = Mapping[str, Any]
+"""The content of tune.json."""
+
+
+def verdict(result: Result) -> list[str]:
+    """Returns the lines, in reading order."""
+    return [_done(result), *_judged(result), _surety(result), *_forgetting(result), _next(result)]
+
+
+def _done(result: Result) -> str:
+    search, run = result["search"], result["run"]
+    tried = f"{len(search['candidates'])} settings in {clock(search['seconds'])}"
+    if result["interrupted"] and run["loss"] is None:
+        return (
+            "Interrupted before the first comparison: the adapter is that of"
+            f" {result['chosen']['text']}, after {_steps(run['steps'])}."
+        )
+    if result["interrupted"]:
+        head = f"Interrupted. Of {len(search['candidates'])} settings the best so far is"
+        return f"{head} {result['chosen']['text']}, after {_steps(run['steps'])}."
+    return (
+        f"Tried {tried}, and trained the best, {result['chosen']['text']}, for"
+        f" {_steps(run['steps'])} in all ({run['epochs']:.1f} passes over {result['rows']['train']}"
+        " rows)."
+    )
+
+
+def _steps(count: int) -> str:
+    return f"{count:,} step{'' if count == 1 else 's'}"
+
+
+def _judged(result: Result) -> list[str]:
+    judging = result["judging"]
+    if judging is None:
+        return ["Not judged: the rows to judge with have not been used."]
+    rows, against = judging["base"]["rows"], judging["adapter"]["against"]
+    names = ["loss", *judging["metrics"]]
+    parts = [_change(name, judging, against[name]) for name in names]
+    return [f"On {rows} rows that nothing had seen: {'; '.join(parts)}."]
+
+
+def _change(name: str, judging: Mapping[str, Any], difference: Mapping[str, Any]) -> str:
+    """Describes a figure of base and adapter, and the interval of the difference."""
+    share = judging["adapter"]["units"].get(name) == "share"
+    before, after = judging["base"][name], judging["adapter"][name]
+    title = {"field_f1": "field F1"}.get(name, name.replace("_", " "))
+    return (
+        f"{title} {_figure(before, share)} → {_figure(after, share)} (difference"
+        f" {_signed(difference['difference'], share)}, {_ends(difference['interval'], share)})"
+    )
+
+
+def _figure(value: float, share: bool) -> str:
+    return f"{100 * value:.1f}%" if share else number(value)
+
+
+def _signed(value: float, share: bool) -> str:
+    return f"{100 * value:+.1f}%" if share else f"{value:+.3f}"
+
+
+def _ends(ends: Sequence[float] | None, share: bool) -> str:
+    if ends is None:
+        return "no interval"
+    return f"95% interval {_signed(ends[0], share)} to {_signed(ends[1], share)}"
+
+
+def is_better(result: Result) -> bool | None:
+    """Returns whether the loss on the judging rows fell for sure; None if it was not judged, or if
+    the interval holds zero."""
+    if result["judging"] is None:
+        return None
+    ends = result["judging"]["adapter"]["against"]["loss"]["interval"]
+    if ends is None or ends[0] <= 0 <= ends[1]:
+        return None
+    return bool(ends[1] < 0)
+
+
+def _surety(result: Result) -> str:
+    better, search = is_better(result), result["search"]
+    if result["judging"] is None:
+        sentence = "Not sure: only the rows to search with say that it is better."
+    elif better is None:
+        sentence = "Not sure: the interval holds zero, so these rows cannot tell the two apart."
+    elif better:
+        sentence = "Sure that it is better than the base on such rows: the interval is below zero."
+    else:
+        sentence = "Sure that it is worse than the base on such rows: the interval is above zero."
+    if search["runner_up"] is None:
+        return sentence
+    gap = search["runner_up"]["gap"]
+    return (
+        f"{sentence} Less sure of the setting: when {search['runner_up']['text']} stopped, its loss"
+        f" was {number(gap)} higher."
+    )
+
+
+def _forgetting(result: Result) -> list[str]:
+    if result["judging"] is None:
+        return []
+    general = result["judging"]["adapter"]["general"]
+    change, ends = general["forgetting"], general["forgetting_interval"]
+    if ends is not None and ends[0] <= 0 <= ends[1]:
+        sentence = "forgetting cannot be told from chance"
+    elif change > 0:
+        sentence = "it forgot some general text"
+    else:
+        sentence = "it forgot nothing there"
+    return [
+        f"General text: loss {number(general['before'])} → {number(general['loss'])} (difference"
+        f" {change:+.3f}, {_ends(ends, False)}): {sentence}."
+    ]
+
+
+def _next(result: Result) -> str:
+    adapter = result["library"] or result["out"]
+    commands = f"veneer chat --adapter {adapter}"
+    if result["interrupted"]:
+        return f"Next: {commands}. To judge it: veneer evaluate --adapter {adapter} --data ROWS."
+    if is_better(result) is not True:
+        return "Next: read rows with `veneer data check`, collect more, or give more --minutes."
+    more = ""
+    if result["run"]["reason"] == "time" or not result["run"]["whole"]:
+        more = " More --minutes may help: the time ended the training."
+    keep = "" if result["library"] else f" Keep it: veneer adapters add {result['out']}."
+    return f"Next: {commands}.{keep}{more}"

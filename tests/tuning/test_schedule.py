@@ -1,0 +1,128 @@
+"""The minutes are divided by measured times, and the verdict says what the figures say."""
+
+import pytest
+
+from veneer.adapters.config import LoRA
+from veneer.errors import ConfigError
+from veneer.training.supervisor import rung_steps
+from veneer.tuning.candidates import Advised, candidates
+from veneer.tuning.schedule import MOST_EPOCHS, Pace, schedule
+from veneer.tuning.verdict import is_better, verdict
+
+ADVISED = Advised(LoRA(rank=8, alpha=16), 1.3e-3, None, [])
+TRIED = candidates(ADVISED)
+PACE = Pace({2: 0.12, 8: 0.1}, evaluation=0.5, start=5.0)
+
+
+def search_seconds(plan, pace, count):
+    """Seconds of training up to each rung, without what a joint forward saves."""
+    seconds, running, before = 0.0, list(TRIED), 0.0
+    for rung in plan.rungs:
+        for each in running:
+            row = pace.seconds_per_row[each.batch]
+            seconds += (rung - before) * plan.steps[each.batch] * each.batch * row
+        running, before = running[: len(running) // 2], rung
+    return seconds
+
+
+def test_candidates_are_the_advice_and_its_neighbours():
+    assert len(TRIED) == len(set(TRIED)) == len({each.name for each in TRIED}) == 8
+    assert (TRIED[0].learning_rate, TRIED[0].rank, TRIED[0].batch) == (1.3e-3, 8, 8)
+    assert {each.batch for each in TRIED} == {2, 8} and {each.rank for each in TRIED} == {8, 32}
+    assert {each.learning_rate for each in TRIED} == {6.5e-4, 1.3e-3, 2.6e-3}
+
+
+@pytest.mark.parametrize("seconds", [120, 600, 3600])
+@pytest.mark.parametrize("rows", [60, 1000, 50_000])
+def test_search_and_training_fit_into_the_time(seconds, rows):
+    plan = schedule(TRIED, rows, PACE, seconds)
+    assert search_seconds(plan, PACE, rows) <= seconds / 3
+    for batch, steps in plan.steps.items():
+        assert PACE.seconds_per_row[batch] * batch * steps <= 2 / 3 * seconds
+        assert steps * batch <= MOST_EPOCHS * rows
+        assert rung_steps(steps, plan.rungs)[-1] < steps
+    assert plan.warmup <= plan.rungs[0]
+
+
+def test_a_whole_run_has_a_bounded_number_of_passes():
+    plan = schedule(TRIED, 60, PACE, 3600)
+    assert plan.is_whole and plan.steps == {8: 60, 2: 240}
+    assert not schedule(TRIED, 50_000, PACE, 600).is_whole
+
+
+def test_too_little_time_is_refused_with_what_is_needed():
+    with pytest.raises(ConfigError) as refusal:
+        schedule(TRIED, 300, Pace({2: 2.0, 8: 2.0}, 4.0, 20.0), 60)
+    minutes = int(str(refusal.value.faults[0]).split()[1])
+    schedule(TRIED, 300, Pace({2: 2.0, 8: 2.0}, 4.0, 20.0), 60 * minutes + 60)
+
+
+def result(interval, *, forgetting=(0.1, [0.05, 0.15]), interrupted=False, runner_up=0.02):
+    judged = {
+        "metrics": ["field_f1"],
+        "base": {"rows": 45, "loss": 2.0, "field_f1": 0.1},
+        "adapter": {
+            "loss": 1.0,
+            "field_f1": 0.9,
+            "units": {"field_f1": "share"},
+            "against": {
+                "loss": {"difference": -1.0, "interval": interval},
+                "field_f1": {"difference": 0.8, "interval": [0.7, 0.9]},
+            },
+            "general": {
+                "before": 3.0,
+                "loss": 3.0 + forgetting[0],
+                "forgetting": forgetting[0],
+                "forgetting_interval": forgetting[1],
+            },
+        },
+    }
+    return {
+        "out": "runs/t",
+        "rows": {"train": 210},
+        "search": {
+            "candidates": [{}] * 8,
+            "seconds": 62.0,
+            "runner_up": runner_up and {"text": "rank 8", "gap": runner_up},
+        },
+        "chosen": {"text": "learning rate 0.0013, rank 8, batch 2"},
+        "run": {"steps": 400, "epochs": 3.8, "reason": "done", "whole": True, "loss": 1.1},
+        "interrupted": interrupted,
+        "judging": None if interrupted else judged,
+        "library": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("interval", "better", "words"),
+    [
+        ([-1.2, -0.8], True, "Sure that it is better"),
+        ([-0.3, 0.1], None, "Not sure"),
+        ([0.1, 0.4], False, "Sure that it is worse"),
+        (None, None, "Not sure"),
+    ],
+)
+def test_the_verdict_is_as_sure_as_its_interval(interval, better, words):
+    made = result(interval)
+    lines = verdict(made)
+    assert is_better(made) is better and len(lines) == 5
+    assert words in lines[2] and "0.0200 higher" in lines[2]
+    assert "field F1 10.0% → 90.0%" in lines[1] and "on 45 rows" in lines[1].lower()
+    assert ("veneer chat --adapter runs/t" in lines[4]) == bool(better)
+
+
+@pytest.mark.parametrize(
+    ("forgetting", "words"),
+    [
+        ((0.1, [0.05, 0.15]), "it forgot some general text"),
+        ((0.1, [-0.05, 0.25]), "cannot be told from chance"),
+        ((-0.1, [-0.2, -0.05]), "it forgot nothing"),
+    ],
+)
+def test_the_verdict_says_what_was_forgotten(forgetting, words):
+    assert words in verdict(result([-1.2, -0.8], forgetting=forgetting))[3]
+
+
+def test_an_interrupted_verdict_claims_nothing():
+    lines = verdict(result(None, interrupted=True))
+    assert lines[0].startswith("Interrupted.") and "Not judged" in lines[1]

@@ -1,0 +1,213 @@
+"""veneer tune on tiny models: one command to a verdict, and who sees the rows that judge."""
+
+import json
+import os
+import random
+import signal
+from contextlib import contextmanager, suppress
+
+import pytest
+import torch
+
+import veneer
+from tests.support.tiny import save_tiny, tiny_tokenizer
+from veneer.cli.main import main
+from veneer.errors import ConfigError, DataError, RunInterrupted
+from veneer.files.strict_json import read_json
+from veneer.library.library import Library
+from veneer.training.trainee import Trainee
+from veneer.tuning import tune as tune_module
+from veneer.tuning.schedule import Schedule
+
+WORDS = "red green blue small large round flat warm cold loud quiet old new fast slow".split()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tune")
+    save_tiny(folder / "base")
+    chance = random.Random(1)
+    lines = []
+    for number in range(60):
+        # The mark is last: a beginning that rows share is computed once, apart from them.
+        prompt = " ".join(chance.choices(WORDS, k=4)) + f" <{number:03}>"
+        lines.append(json.dumps({"prompt": prompt, "completion": json.dumps({"n": number % 3})}))
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Runs of a few steps, whatever the clock says."""
+    plan = Schedule({2: 12, 8: 8}, [0.125, 0.25, 0.5], 1.0, 0.03, True)
+    monkeypatch.setattr(tune_module, "schedule", lambda *_: plan)
+
+
+@contextmanager
+def recorded_batches():
+    """Yields a list to which the text of every tensor of token ids is added that a module gets."""
+    tokenizer, texts = tiny_tokenizer(), []
+
+    def record(module, arguments):
+        for value in arguments:
+            if not isinstance(value, torch.Tensor) or value.dtype != torch.int64:
+                continue
+            with suppress(RuntimeError):  # a plan's tensors have no values
+                ids = value.flatten().tolist()
+                if ids and min(ids) >= 0 and max(ids) < len(tokenizer):
+                    texts.append(tokenizer.decode(ids))
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(record)
+    own = torch.nn.Embedding.forward
+
+    def forward(self, input):
+        record(self, (input,))
+        return own(self, input)
+
+    torch.nn.Embedding.forward = forward
+    try:
+        yield texts
+    finally:
+        torch.nn.Embedding.forward = own
+        hook.remove()
+
+
+def marks(file):
+    return {json.loads(line)["prompt"][0]["content"][-5:] for line in file.read_text().splitlines()}
+
+
+def test_rows_that_judge_reach_no_forward_before_the_end(files, tmp_path, short, monkeypatch):
+    out, before = tmp_path / "tuned", []
+    own = tune_module.judge
+
+    def judge(*arguments, **keywords):
+        before.extend(texts)
+        texts.clear()
+        return own(*arguments, **keywords)
+
+    monkeypatch.setattr(tune_module, "judge", judge)
+    with recorded_batches() as texts:
+        veneer.tune(files / "base", files / "rows.jsonl", out=out)
+    seen, afterwards = "".join(before), "".join(texts)
+    judging = marks(out / "data" / "judge.jsonl")
+    assert len(judging) == 9 and not any(mark in seen for mark in judging)
+    assert all(mark in afterwards for mark in judging)
+    training, searching = (marks(out / "data" / f"{part}.jsonl") for part in ("train", "search"))
+    assert all(mark in seen for mark in searching)
+    assert sum(mark in seen for mark in training) > len(training) / 2
+    assert not any(mark in afterwards for mark in training | searching)
+
+
+def test_one_command_makes_an_adapter_a_verdict_and_a_page(files, tmp_path, short, capsys):
+    out, library = tmp_path / "tickets", tmp_path / "lib"
+    command = ["tune", "--base", files / "base", "--data", files / "rows.jsonl", "--out", out]
+    assert main([*map(str, command), "--library", str(library), "--yes"]) == 0
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    assert "60 rows, 42 to train on, 9 to search with, 9 to judge with" in " ".join(
+        shown.err.split()
+    )
+    assert lines[0].startswith("Tried 8 settings") and max(map(len, lines[:-1])) <= 80
+    result = read_json(out / "tune.json")
+    assert len(result["verdict"]) == 5 and result["judging"]["metrics"] == ["field_f1"]
+    assert result["judging"]["adapter"]["general"]["forgetting_interval"] is not None
+    summaries = [read_json(path) for path in (out / "runs").glob("*/summary.json")]
+    reasons = sorted(each["reason"] for each in summaries)
+    assert reasons == ["done", *["halving"] * 7]
+    assert not list(out.rglob("checkpoints")) and not (out / "probe").exists()
+    page = (out / "tune.html").read_text()
+    assert "Judged once" in page and "http:" not in page and "<script" not in page
+    assert Library(library).get("tickets").reference == "tickets@1"
+    veneer.load(files / "base").load_adapter(out, name="t")
+
+
+def test_an_interrupt_keeps_the_best_so_far(files, tmp_path, short, monkeypatch, capsys):
+    out, own = tmp_path / "tuned", Trainee.begin_step
+
+    def begin_step(self):
+        if self.inputs.out.parent.name == "runs" and self.progress.step == 3 and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+        own(self)
+
+    sent = []
+    monkeypatch.setattr(Trainee, "begin_step", begin_step)
+    command = ["tune", "--base", files / "base", "--data", files / "rows.jsonl", "--out", out]
+    assert main([*map(str, command), "--yes"]) == 130
+    shown = capsys.readouterr().out
+    assert shown.startswith("Interrupted.") and "Not judged" in shown
+    result = read_json(out / "tune.json")
+    losses = [each["loss"] for each in result["search"]["candidates"]]
+    assert result["run"]["loss"] == min(losses) and result["judging"] is None
+    base = veneer.load(files / "base")
+    base.load_adapter(out, name="best")
+
+
+@pytest.mark.parametrize(
+    ("folder", "method"), [("probe", "begin_step"), ("runs", "begin_trial"), ("runs", "evaluate")]
+)
+def test_an_interrupt_before_the_first_step_leaves_nothing(
+    folder, method, files, tmp_path, short, monkeypatch
+):
+    own, sent = getattr(Trainee, method), []
+
+    def interrupted(self):
+        if self.inputs.out.parent.name == folder and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+        own(self)
+
+    monkeypatch.setattr(Trainee, method, interrupted)
+    with pytest.raises(RunInterrupted, match="before the search began"):
+        veneer.tune(files / "base", files / "rows.jsonl", out=tmp_path / "t")
+    assert not (tmp_path / "t").exists()
+
+
+def test_measured_times_plan_a_real_search(files, tmp_path):
+    lines = []
+    result = veneer.tune(
+        files / "base", files / "rows.jsonl", out=tmp_path / "t", minutes=0.5, say=lines.append
+    )
+    assert result["seconds"] < 60 and any("best of 8" in line for line in lines)
+    assert result["run"]["steps"] >= 8
+
+
+def test_a_second_interrupt_names_the_runs_that_can_go_on(files, tmp_path, short, monkeypatch):
+    own, out = Trainee.begin_step, tmp_path / "t"
+
+    def begin_step(self):
+        if self.inputs.out.parent.name == "runs" and self.progress.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        own(self)
+
+    monkeypatch.setattr(Trainee, "begin_step", begin_step)
+    with pytest.raises(RunInterrupted) as stopped:
+        veneer.tune(files / "base", files / "rows.jsonl", out=out)
+    assert f"veneer train --resume {out / 'runs'}" in stopped.value.next_step
+
+
+def test_too_little_time_leaves_nothing(files, tmp_path):
+    with pytest.raises(ConfigError, match="the time is too short"):
+        veneer.tune(files / "base", files / "rows.jsonl", out=tmp_path / "t", minutes=0.001)
+    assert not (tmp_path / "t").exists()
+
+
+def test_rows_in_python_are_tuned_and_bad_ones_refused_with_their_code(files, tmp_path):
+    with pytest.raises(DataError, match="D101"):
+        rows = [{"prompt": f"q {n}", "completion": ""} for n in range(60)]
+        veneer.tune(files / "base", rows, out=tmp_path / "t")
+    with pytest.raises(DataError, match="too small"):
+        rows = [{"prompt": f"q {n}", "completion": "a"} for n in range(20)]
+        veneer.tune(files / "base", rows, out=tmp_path / "t")
+    assert not (tmp_path / "t").exists()
+
+
+def test_without_a_terminal_it_refuses_and_names_the_next_step(files, tmp_path, capsys):
+    command = ["tune", "--base", files / "base", "--data", files / "rows.jsonl"]
+    assert main([*map(str, command), "--out", str(tmp_path / "t")]) == 2
+    assert "--yes" in capsys.readouterr().err and not (tmp_path / "t").exists()
+
+
+def test_a_no_starts_nothing(files, tmp_path):
+    with pytest.raises(RunInterrupted, match="nothing was started"):
+        veneer.tune(files / "base", files / "rows.jsonl", out=tmp_path / "t", confirm=lambda: False)
+    assert not (tmp_path / "t").exists()
