@@ -34,25 +34,27 @@ KINDS = [
     ids=str,
 )
 @pytest.mark.parametrize(("dtype", "bound"), KINDS)
-@pytest.mark.parametrize("window", [None, 1, 17, 64])
+@pytest.mark.parametrize(
+    ("window", "softcap"), [(None, None), (1, None), (17, None), (64, None), (None, 2.0), (33, 20.0)]
+)
 def test_the_compiled_attention_is_its_reference(
-    prompt, lengths, heads, size, window, dtype, bound, monkeypatch
+    prompt, lengths, heads, size, window, softcap, dtype, bound, monkeypatch
 ):
     monkeypatch.setattr(attention_native, "HELD_BYTES", 1)  # one document at a time
-    check(prompt, lengths, heads, size, window, dtype, bound)
+    check(prompt, lengths, heads, size, AttentionRules(0.3, window, softcap), dtype, bound)
 
 
-def check(prompt, lengths, heads, size, window, dtype, bound):
+def check(prompt, lengths, heads, size, rules, dtype, bound):
     torch.manual_seed(0)
     layout = Group(prompt, lengths, CPU)
     N = layout.rows + 3
     q, k, v = (
         torch.randn(N, h, size).to(dtype).requires_grad_() for h in (heads[0], heads[1], heads[1])
     )
-    assert attention_native.usable(q, k, v, AttentionRules(0.3))
-    fast = packed_attention(q, k, v, layout, AttentionRules(0.3, window))
+    assert attention_native.usable(q, k, v, rules)
+    fast = packed_attention(q, k, v, layout, rules)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    slow = packed_attention_reference(*wide, layout, AttentionRules(0.3, window))
+    slow = packed_attention_reference(*wide, layout, rules)
     pairs = [(fast, slow), *zip(gradients(fast, q, k, v), gradients(slow, *wide), strict=True)]
     for ours, theirs in pairs:
         assert (ours.double() - theirs).abs().max() < bound * theirs.abs().max().clamp_min(0.1)
@@ -60,27 +62,30 @@ def check(prompt, lengths, heads, size, window, dtype, bound):
 
 @needs_kernel
 @pytest.mark.parametrize(
-    ("prompt", "lengths", "heads", "size", "window"),
+    ("prompt", "lengths", "heads", "size", "window", "softcap"),
     [
-        (0, (810,), (9, 3), 64, None),  # more panels than are laid out at once backward
-        (40, (520, 33), (5, 5), 80, 100),
-        (0, (450,), (7, 1), 128, 65),
-        (3, (200,), (2, 1), 272, 33),
+        (0, (810,), (9, 3), 64, None, None),  # more panels than are laid out at once backward
+        (40, (520, 33), (5, 5), 80, 100, None),
+        (0, (450,), (7, 1), 128, 65, None),
+        (3, (200,), (2, 1), 272, 33, None),
+        (0, (810,), (9, 3), 64, None, 1.5),
+        (3, (200,), (2, 1), 272, 33, 50.0),
     ],
     ids=str,
 )
 def test_long_documents_and_other_head_sizes_are_their_reference(
-    prompt, lengths, heads, size, window
+    prompt, lengths, heads, size, window, softcap
 ):
     torch.manual_seed(0)
+    rules = AttentionRules(size**-0.5, window, softcap)
     layout = Group(prompt, lengths, CPU)
     q, k, v = (
         torch.randn(layout.rows, h, size).bfloat16().requires_grad_()
         for h in (heads[0], heads[1], heads[1])
     )
-    fast = packed_attention(q, k, v, layout, AttentionRules(size**-0.5, window))
+    fast = packed_attention(q, k, v, layout, rules)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    slow = packed_attention_reference(*wide, layout, AttentionRules(size**-0.5, window))
+    slow = packed_attention_reference(*wide, layout, rules)
     grad = torch.randn(fast.shape).bfloat16()
     grads = (
         torch.autograd.grad(fast, (q, k, v), grad),
@@ -91,8 +96,11 @@ def test_long_documents_and_other_head_sizes_are_their_reference(
 
 
 @needs_kernel
+@pytest.mark.parametrize("softcap", [None, 50.0])
 @pytest.mark.parametrize("far", [8.0, 40.0, -40.0, 3000.0])
-def test_a_key_far_above_or_below_those_beside_the_query_is_weighed_as_the_reference_does(far):
+def test_a_key_far_above_or_below_those_beside_the_query_is_weighed_as_the_reference_does(
+    far, softcap
+):
     """A row's shares are powers of a difference to a score near by: to one of 3,000 more no float32
     could hold it."""
     torch.manual_seed(0)
@@ -101,9 +109,10 @@ def test_a_key_far_above_or_below_those_beside_the_query_is_weighed_as_the_refer
     q[:, :, 0], k[:, :, 0] = 1.0, 0.0
     k[[5, 77, 203], :, 0] = far
     q, k, v = (x.bfloat16().requires_grad_() for x in (q, k, v))
-    fast = packed_attention(q, k, v, layout, AttentionRules(1.0))
+    rules = AttentionRules(1.0, softcap=softcap)
+    fast = packed_attention(q, k, v, layout, rules)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    slow = packed_attention_reference(*wide, layout, AttentionRules(1.0))
+    slow = packed_attention_reference(*wide, layout, rules)
     of_q, *ours = gradients(fast, q, k, v)
     expected_of_q, *expected = gradients(slow, *wide)
     for found, exact in zip((fast, *ours), (slow, *expected), strict=True):
@@ -130,11 +139,22 @@ def test_a_document_has_the_same_bits_alone_and_among_others():
 
 @compiled
 @pytest.mark.parametrize("limit", native.LIMITS)
-@pytest.mark.parametrize("window", [None, 1, 17, 64])
-def test_float32_is_its_reference_on_every_processor(window, limit, monkeypatch):
+@pytest.mark.parametrize(
+    ("window", "softcap"), [(None, None), (1, None), (17, None), (64, None), (17, 2.0)]
+)
+def test_float32_is_its_reference_on_every_processor(window, softcap, limit, monkeypatch):
     monkeypatch.setattr(attention_native, "HELD_BYTES", 1)
+    rules = AttentionRules(0.3, window, softcap)
     with limited(limit):
-        check(69, (84, 60), (9, 3), 64, window, torch.float32, 4e-6)
+        check(69, (84, 60), (9, 3), 64, rules, torch.float32, 4e-6)
+
+
+@pytest.mark.parametrize(("dtype", "_"), KINDS)
+def test_a_soft_cap_gives_no_number_where_a_score_is_none(dtype, _):
+    q, k, v = (torch.randn(40, 1, 16).to(dtype) for _ in range(3))
+    k[3] = float("nan")
+    out = packed_attention(q, k, v, Group(0, (40,), CPU), AttentionRules(0.3, softcap=2.0))
+    assert out[:3].isfinite().all() and out[3:].isnan().all()
 
 
 @needs_kernel
@@ -165,7 +185,8 @@ def test_what_the_kernel_does_not_compute_never_reaches_it():
         (q[None], k[None], v[None], None),
     ]:
         assert not attention_native.usable(*others[:3], AttentionRules(0.3, others[3]))
-    for rules in (AttentionRules(0.3, softcap=5.0), AttentionRules(0.3, sinks=torch.zeros(4))):
+    assert attention_native.usable(q, k, v, AttentionRules(0.3, softcap=5.0))
+    for rules in (AttentionRules(0.3, softcap=0.0), AttentionRules(0.3, sinks=torch.zeros(4))):
         assert not attention_native.usable(q, k, v, rules)
 
 

@@ -171,24 +171,25 @@ def test_a_target_outside_the_vocabulary_is_refused(target):
         row_calls.entropy(logits, torch.tensor([0, target, 1]), loss)
 
 
-def test_documents_outside_the_rows_are_refused():
+def forward(starts, splits):
+    """Attention of 9 rows."""
     q = torch.zeros(9, 2, 16, dtype=torch.bfloat16)
-    out, lse = torch.empty_like(q), torch.empty(9, 2)
+    rules = {"scale": 1.0, "window": None, "softcap": None}
+    attention_calls.attention_forward(
+        q, q, q, None, starts, torch.empty_like(q), torch.empty(9, 2), **rules, splits=splits
+    )
+
+
+def test_documents_outside_the_rows_are_refused():
     for starts in ([0, 10], [0, 2**40], [-1, 9], [0, 6, 4, 9], [0]):
         with pytest.raises(CallError):
-            attention_calls.attention_forward(
-                q, q, q, None, torch.tensor(starts), out, lse, scale=1.0, window=None, splits=1
-            )
+            forward(starts=torch.tensor(starts), splits=1)
 
 
 @pytest.mark.parametrize("splits", [0, 2**16, 2**40, 2**62])
 def test_shares_of_a_document_that_c_would_count_for_ever_are_refused(splits):
-    q = torch.zeros(9, 2, 16, dtype=torch.bfloat16)
-    out, lse, starts = torch.empty_like(q), torch.empty(9, 2), torch.tensor([0, 9])
     with pytest.raises(CallError):
-        attention_calls.attention_forward(
-            q, q, q, None, starts, out, lse, scale=1.0, window=None, splits=splits
-        )
+        forward(starts=torch.tensor([0, 9]), splits=splits)
 
 
 def test_spoiled_calls_are_refused_or_stay_within_their_tensors():

@@ -35,7 +35,6 @@ SIZES = {
 FAMILIES = ["llama", "qwen2", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "olmo2", "exaone4"]
 """Norms of heads, of all heads, before and behind the parts, in float32; gates of GELU; layers
 without rotation, or with angles in float32."""
-WITHOUT_SOFTCAP = {"gemma2": {"attn_logit_softcapping": None}}
 
 
 class Trained:
@@ -49,7 +48,6 @@ class Trained:
                 **SIZES,
                 head_dim=32,
                 num_hidden_layers=layers,
-                **WITHOUT_SOFTCAP.get(family, {}),
             ),
             Routing(),
         )

@@ -220,6 +220,7 @@ def _attention(rng: random.Random) -> list[Call]:
         "lse": lse,
         "scale": 0.2,
         "window": rng.choice([None, 1, 20]),
+        "softcap": rng.choice([None, 3.0]),
         "splits": splits,
     }
     return [

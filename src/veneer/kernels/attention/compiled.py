@@ -2,7 +2,7 @@
 (native/attention/attention.c), on AMX tiles where there are some
 (native/attention/attention_tiles.c), float32 on any (native/attention/attention_float.c).
 
-The function of kernels/attention/packed.py for models without soft caps and sinks. Nothing is
+The function of kernels/attention/packed.py for models without sinks. Nothing is
 padded to a rectangle, scores that causality or the window hides are not computed, and only a few
 rows of scores are in memory at a time. Backward keeps q, k, v, the output and one float32 for each
 row and head. The prompt with itself is one call, the documents, which see the whole prompt, are
@@ -35,7 +35,7 @@ HELD_BYTES = 64 * 2**20
 def usable(q: Tensor, k: Tensor, v: Tensor, rules: AttentionRules) -> bool:
     """True if a kernel computes these: a type that this processor has a kernel for, one head size,
     whole groups of heads."""
-    if rules.softcap is not None or rules.sinks is not None:
+    if rules.sinks is not None or (rules.softcap is not None and rules.softcap <= 0):
         return False
     dtype = q.dtype
     if any(x.dtype is not dtype or not on_cpu(x) or x.dim() != 3 for x in (q, k, v)):
@@ -103,6 +103,7 @@ class AttentionInputs:
             lse,
             scale=self.rules.scale,
             window=self.rules.window,
+            softcap=self.rules.softcap,
             splits=self._splits(len(self.starts) - 1),
         )
         return lse
@@ -149,6 +150,7 @@ class AttentionInputs:
                 shared=of_documents,
                 scale=self.rules.scale,
                 window=self.rules.window,
+                softcap=self.rules.softcap,
                 splits=splits,
             )
             if P:

@@ -37,19 +37,22 @@ def _fields(grad: str, written: str, grad_stride: str) -> str:
     before
     window
     splits: 1..1024
-    scale: float
+    scale, softcap: float
     check group = heads / kv_heads
-    body before, before_k, before_v, window
+    body before, before_k, before_v, window, softcap
     """
 
 
-def _optional(before: tuple[Tensor, Tensor] | None, window: int | None) -> Values:
+def _optional(
+    before: tuple[Tensor, Tensor] | None, window: int | None, softcap: float | None
+) -> Values:
     before_k, before_v = before or (None, None)
     return {
         "before": 0 if before_k is None else len(before_k),
         "before_k": before_k,
         "before_v": before_v,
         "window": 0 if window is None else number(window, 1),
+        "softcap": softcap or 0.0,
     }
 
 
@@ -68,6 +71,7 @@ def attention_forward(
     *,
     scale: float,
     window: int | None,
+    softcap: float | None,
     splits: int,
 ) -> Values:
     """Writes out (R, H, D), and lse (R, H) float32: log of the sum of exponentials.
@@ -75,7 +79,7 @@ def attention_forward(
     q (R, H, D), k and v (R, K, D); before: keys and values (P, K, D) that all documents see; starts
     (documents + 1): first row of each. splits: parts of a document's keys, each a task of its own.
     """
-    return _optional(before, window)
+    return _optional(before, window, softcap)
 
 
 @declare(
@@ -104,6 +108,7 @@ def attention_backward(
     shared: Tensor,
     scale: float,
     window: int | None,
+    softcap: float | None,
     splits: int,
 ) -> Values:
     """Writes grad_q (R, H, D) in q's type, and the gradients of keys [0] and values [1] in float32:
@@ -112,7 +117,7 @@ def attention_backward(
     sums = {"grad_k": own[0], "grad_v": own[1]}
     sums |= {"grad_before_k": shared[0], "grad_before_v": shared[1]}
     addresses = {name: tensor.data_ptr() for name, tensor in sums.items()}
-    return {"out": grad_q, **addresses, **_optional(before, window)}
+    return {"out": grad_q, **addresses, **_optional(before, window, softcap)}
 
 
 @declare(

@@ -155,8 +155,8 @@ class Block:
 
     def _fits_rules(self) -> bool:
         rules = self.rules
-        positive = rules.window is None or rules.window > 0
-        return rules.softcap is None and rules.sinks is None and positive
+        limits = (rules.window, rules.softcap)
+        return rules.sinks is None and all(limit is None or limit > 0 for limit in limits)
 
     def recomputes(self, rows: int) -> bool:
         """True if backward recomputes the inputs of the linear layers."""

@@ -115,15 +115,16 @@ VENEER_INLINE __mmask16 view_lanes(const struct view *v, int64_t j) {
     return j >= v->whole && j < v->edge ? 0xFFFF : lanes(v->first + j, v->low, v->high);
 }
 
-/* Scores of a row -> shares and their sum; what is returned is the greatest score. */
+/* Scores of a row -> shares and their sum; returns the greatest score, in units (unit_of). */
 static VENEER_BF16 float shares_of(const struct attention *a, const struct view *v, int64_t width,
-                                   const float *s, uint16_t *shares, float *total) {
+                                   float *s, uint16_t *shares, float *total) {
+    if (a->softcap != 0.0f) tanh_of_all(s, width, a->scale / a->softcap);
+    const float unit = unit_of(a);
     __m512 top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
     for (int64_t j = 0; j < width; j += 16)
         top = _mm512_mask_max_ps(top, view_lanes(v, j), top, _mm512_loadu_ps(s + j));
     const float most = _mm512_reduce_max_ps(top);
-    const __m512 by = _mm512_set1_ps(a->scale * LOG2_E),
-                 less = _mm512_set1_ps(most * (a->scale * LOG2_E));
+    const __m512 by = _mm512_set1_ps(unit * LOG2_E), less = _mm512_set1_ps(most * (unit * LOG2_E));
     for (int64_t j = 0; j < width; j += 16) {
         __m512 x = power(_mm512_fmsub_ps(_mm512_loadu_ps(s + j), by, less));
         x = _mm512_maskz_mov_ps(view_lanes(v, j), x);
@@ -162,7 +163,7 @@ static VENEER_BF16 void forward_body(void *arguments, int64_t from, int64_t to) 
                     const struct view v = view_of(a, i0 + r, first);
                     const float most = shares_of(a, &v, width, scores + r * p.width,
                                                  shares + r * p.width, total + r);
-                    a->lse[(p.start + i0 + r) * a->heads + h] = most * a->scale + logf(total[r]);
+                    a->lse[(p.start + i0 + r) * a->heads + h] = most * unit_of(a) + logf(total[r]);
                 }
                 bf16_product((const uint32_t *)shares, p.width / 2, 1, values + first / 2 * D, D,
                              sums, D, n, D, width / 2, 0);
@@ -177,13 +178,21 @@ static VENEER_BF16 void forward_body(void *arguments, int64_t from, int64_t to) 
     }
 }
 
-/* Scores of a row -> shares; the mean of what these are given. */
+/* Scores of a row -> shares; returns the mean of the gradients g, weighted by the shares. slopes: by
+ * what the gradient of a score in memory is multiplied to that of q k. */
 static VENEER_BF16 float shares_again(const struct attention *a, const struct view *v,
-                                      int64_t width, float lse, float *s, const float *g) {
-    const __m512 by = _mm512_set1_ps(a->scale * LOG2_E), less = _mm512_set1_ps(lse * LOG2_E);
+                                      int64_t width, float lse, float *s, const float *g,
+                                      float *slopes) {
+    const __m512 by = _mm512_set1_ps(unit_of(a) * LOG2_E), less = _mm512_set1_ps(lse * LOG2_E),
+                 scale = _mm512_set1_ps(a->scale);
     __m512 mean = _mm512_setzero_ps();
+    if (a->softcap != 0.0f) tanh_of_all(s, width, a->scale / a->softcap);
     for (int64_t j = 0; j < width; j += 16) {
-        __m512 x = power(_mm512_fmsub_ps(_mm512_loadu_ps(s + j), by, less));
+        const __m512 score = _mm512_loadu_ps(s + j);
+        __m512 x = power(_mm512_fmsub_ps(score, by, less));
+        if (a->softcap != 0.0f)
+            _mm512_storeu_ps(slopes + j,
+                             _mm512_fnmadd_ps(_mm512_mul_ps(score, score), scale, scale));
         x = _mm512_maskz_mov_ps(view_lanes(v, j), x);
         mean = _mm512_fmadd_ps(x, _mm512_loadu_ps(g + j), mean);
         _mm512_storeu_ps(s + j, x);
@@ -194,12 +203,13 @@ static VENEER_BF16 float shares_again(const struct attention *a, const struct vi
 /* scores -> shares as pairs of query rows; scores' gradient as rows and as pairs of rows. */
 static VENEER_BF16 void block_gradient(const struct attention *a, const float *lse, int64_t i0,
                                        int64_t n, int64_t first, int64_t width, int64_t ld,
-                                       float *scores, const float *grads, uint32_t *shares,
-                                       uint16_t *rows, uint32_t *pairs) {
+                                       float *scores, const float *grads, float *slopes,
+                                       uint32_t *shares, uint16_t *rows, uint32_t *pairs) {
     const __m512i count = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i turns = _mm512_or_si512(
         count, _mm512_slli_epi32(_mm512_add_epi32(count, _mm512_set1_epi32(16)), 16));
-    const __m512 scale = _mm512_set1_ps(a->scale), none = _mm512_setzero_ps();
+    const __m512 none = _mm512_setzero_ps();
+    __m512 by[2] = {_mm512_set1_ps(a->scale), _mm512_set1_ps(a->scale)};
     for (int64_t r = 0; r < n; r += 2) {
         const int two = r + 1 < n;
         float *s = scores + r * ld;
@@ -207,15 +217,18 @@ static VENEER_BF16 void block_gradient(const struct attention *a, const float *l
         float mean[2] = {0, 0};
         for (int i = 0; i < 1 + two; i++) {
             const struct view v = view_of(a, i0 + r + i, first);
-            mean[i] = shares_again(a, &v, width, lse[(r + i) * a->heads], s + i * ld, g + i * ld);
+            mean[i] = shares_again(a, &v, width, lse[(r + i) * a->heads], s + i * ld, g + i * ld,
+                                   slopes + i * ld);
         }
         const __m512 less = _mm512_set1_ps(mean[0]), other = _mm512_set1_ps(mean[1]);
         for (int64_t j = 0; j < width; j += 16) {
             const __m512 p = _mm512_loadu_ps(s + j), q = two ? _mm512_loadu_ps(s + ld + j) : none;
+            if (a->softcap != 0.0f)
+                for (int i = 0; i < 1 + two; i++) by[i] = _mm512_loadu_ps(slopes + i * ld + j);
             const __m512 x =
-                _mm512_mul_ps(_mm512_mul_ps(p, _mm512_sub_ps(_mm512_loadu_ps(g + j), less)), scale);
+                _mm512_mul_ps(_mm512_mul_ps(p, _mm512_sub_ps(_mm512_loadu_ps(g + j), less)), by[0]);
             const __m512 given = two ? _mm512_loadu_ps(g + ld + j) : none;
-            const __m512 y = _mm512_mul_ps(_mm512_mul_ps(q, _mm512_sub_ps(given, other)), scale);
+            const __m512 y = _mm512_mul_ps(_mm512_mul_ps(q, _mm512_sub_ps(given, other)), by[1]);
             const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(y, x);
             _mm256_storeu_si256((__m256i *)(rows + r * ld + j), _mm512_castsi512_si256(both));
             if (two)
@@ -236,7 +249,7 @@ static VENEER_BF16 void backward_body(void *arguments, int64_t from, int64_t to)
         uint32_t *keys = scratch(D / 2 * p.width * 4), *values = scratch(D / 2 * p.width * 4),
                  *along = scratch(p.width / 2 * D * 4);
         float *scores = scratch(ROWS * p.width * 4), *grads = scratch(ROWS * p.width * 4),
-              *sums = scratch(ROWS * D * 4);
+              *sums = scratch(ROWS * D * 4), *slopes = scratch(2 * p.width * 4);
         float *grad_k = scratch(p.width * D * 4), *grad_v = scratch(p.width * D * 4);
         uint32_t *shares = scratch(ROWS / 2 * p.width * 4),
                  *pairs = scratch(ROWS / 2 * p.width * 4);
@@ -263,7 +276,7 @@ static VENEER_BF16 void backward_body(void *arguments, int64_t from, int64_t to)
                 bf16_product((const uint32_t *)g, a->grad_row / 2, 1, values + first, p.width,
                              grads, p.width, n, width, D / 2, 0);
                 block_gradient(a, a->lse + row * a->heads + h, i0, n, first, width, p.width, scores,
-                               grads, shares, rows, pairs);
+                               grads, slopes, shares, rows, pairs);
                 bf16_product((const uint32_t *)rows, p.width / 2, 1, along + first / 2 * D, D, sums,
                              D, n, D, width / 2, 0);
                 for (int64_t r = 0; r < n; r++)
@@ -290,7 +303,7 @@ static VENEER_BF16 void backward_body(void *arguments, int64_t from, int64_t to)
         }
         free(keys), free(values), free(along), free(scores), free(grads), free(sums), free(grad_k),
             free(grad_v);
-        free(shares), free(pairs), free(q_pairs), free(g_pairs), free(rows);
+        free(shares), free(pairs), free(q_pairs), free(g_pairs), free(rows), free(slopes);
     }
 }
 

@@ -18,7 +18,7 @@ struct attention {
     int64_t q_row, q_head, k_row, k_head, v_row, v_head, bk_row, bk_head, bv_row, bv_head, grad_row,
         grad_head;
     int64_t rows, docs, heads, kv_heads, size, before, window, splits;
-    float scale;
+    float scale, softcap; /* softcap 0: none */
 };
 
 /* One document and key head: where its rows and keys are. */
@@ -26,6 +26,11 @@ struct place {
     const struct attention *a;
     int64_t doc, kv, split, start, L, J, width; /* width: J rounded up to 16 */
 };
+
+/* What a score in memory is multiplied by: it is q k, or with a soft cap tanh(scale q k / softcap). */
+static inline float unit_of(const struct attention *a) {
+    return a->softcap != 0.0f ? a->softcap : a->scale;
+}
 
 static inline int64_t up16(int64_t n) { return (n + 15) & ~(int64_t)15; }
 

@@ -110,12 +110,25 @@ INLINE struct NAME(block) NAME(block_of)(const struct place *p, int64_t number) 
     return b;
 }
 
+/* Scores of one row, q k -> tanh(scale q k / softcap). slopes: by what the gradient of such a score is
+ * multiplied to that of q k; may be NULL. */
+INLINE void NAME(cap)(const struct attention *a, int64_t width, float *scores, float *slopes) {
+    const float by = a->scale / a->softcap;
+    for (int64_t j = 0; j < width; j += W) {
+        const NAME(fv) x = NAME(tanh)(NAME(load)(scores + j) * by);
+        NAME(store)(scores + j, x);
+        if (slopes) NAME(store)(slopes + j, (1.0f - x * x) * a->scale);
+    }
+}
+
 /* Scores of one row -> its exponentials, zeros where it does not see; their sum. *lse: the log of
  * that of all. */
 INLINE float NAME(exponentials)(const struct attention *a, const struct NAME(block) * b, int64_t r,
                                 float *scores, float *lse) {
     int64_t low, high;
+    const float unit = unit_of(a);
     seen(a, b->i0 + r, &low, &high);
+    if (a->softcap != 0.0f) NAME(cap)(a, b->width, scores, NULL);
     NAME(fv) top = NAME(all)(-INFINITY), total = {};
     for (int64_t j = 0; j < b->width; j += W) {
         const NAME(iv) mask = NAME(lanes)(b->first + j, low, high);
@@ -127,13 +140,13 @@ INLINE float NAME(exponentials)(const struct attention *a, const struct NAME(blo
     float most = -INFINITY;
     for (int i = 0; i < W; i++) most = top[i] > most ? top[i] : most;
     for (int64_t j = 0; j < b->width; j += W) {
-        const NAME(fv) x = (NAME(load)(scores + j) - most) * a->scale;
+        const NAME(fv) x = (NAME(load)(scores + j) - most) * unit;
         const NAME(fv) e = NAME(kept)(NAME(exp)(x), NAME(lanes)(b->first + j, low, high));
         total += e;
         NAME(store)(scores + j, e);
     }
     const float sum = NAME(sum)(total);
-    *lse = most * a->scale + logf(sum);
+    *lse = most * unit + logf(sum);
     return sum;
 }
 
@@ -170,19 +183,24 @@ static TARGET void NAME(forward)(void *arguments, int64_t from, int64_t to) {
 
 /* One row's scores -> probabilities, the gradient of these -> that of the scores. */
 INLINE void NAME(row_gradient)(const struct attention *a, const struct NAME(block) * b, int64_t r,
-                               float lse, float *scores, float *grads) {
+                               float lse, float *scores, float *grads, float *slopes) {
+    const int capped = a->softcap != 0.0f;
+    const float unit = unit_of(a);
     int64_t low, high;
     seen(a, b->i0 + r, &low, &high);
+    if (capped) NAME(cap)(a, b->width, scores, slopes);
     NAME(fv) delta = {};
     for (int64_t j = 0; j < b->width; j += W) {
-        const NAME(fv) x = NAME(load)(scores + j) * a->scale - lse;
+        const NAME(fv) x = NAME(load)(scores + j) * unit - lse;
         const NAME(fv) share = NAME(kept)(NAME(exp)(x), NAME(lanes)(b->first + j, low, high));
         delta += share * NAME(load)(grads + j);
         NAME(store)(scores + j, share);
     }
     const float mean = NAME(sum)(delta);
-    for (int64_t j = 0; j < b->width; j += W)
-        NAME(store)(grads + j, NAME(load)(scores + j) * (NAME(load)(grads + j) - mean) * a->scale);
+    for (int64_t j = 0; j < b->width; j += W) {
+        const NAME(fv) by = capped ? NAME(load)(slopes + j) : NAME(all)(a->scale);
+        NAME(store)(grads + j, NAME(load)(scores + j) * (NAME(load)(grads + j) - mean) * by);
+    }
 }
 
 static TARGET void NAME(backward)(void *arguments, int64_t from, int64_t to) {
@@ -191,10 +209,10 @@ static TARGET void NAME(backward)(void *arguments, int64_t from, int64_t to) {
     for (int64_t task = from; task < to; task++) {
         const struct place p = place_of(a, task);
         const int64_t each = D * p.width;
-        float *keys = attention_room(5 * each + 2 * ROWS * p.width), *values = keys + each,
+        float *keys = attention_room(5 * each + (2 * ROWS + 1) * p.width), *values = keys + each,
               *along = values + each;
         float *grad_k = along + each, *grad_v = grad_k + each, *scores = grad_v + each,
-              *grads = scores + ROWS * p.width;
+              *grads = scores + ROWS * p.width, *slopes = grads + ROWS * p.width;
         NAME(across)(&p, 0, keys);
         NAME(across)(&p, 1, values);
         NAME(along)(&p, 0, along);
@@ -211,7 +229,7 @@ static TARGET void NAME(backward)(void *arguments, int64_t from, int64_t to) {
                                                       p.width, p.width, b.n, b.width, D, 0});
                 for (int64_t r = 0; r < b.n; r++)
                     NAME(row_gradient)(a, &b, r, a->lse[(b.row + r) * a->heads + h],
-                                       scores + r * p.width, grads + r * p.width);
+                                       scores + r * p.width, grads + r * p.width, slopes);
                 NAME(multiply)((struct NAME(product)){grads, along + b.first * D, out, p.width, 1,
                                                       D, a->heads * D, b.n, D, b.width, 0});
                 NAME(multiply)((struct NAME(product)){scores, g, grad_v + b.first * D, 1, p.width,

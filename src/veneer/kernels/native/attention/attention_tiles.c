@@ -27,10 +27,12 @@ struct forward {
     float most[PANELS][SIDE], sums[PANELS][SIDE];
 };
 
-/* Of `count` squares of keys. */
+/* Scores of `count` squares of keys, in units (unit_of). */
 static VENEER_AMX void scores_of(const struct forward *f, int64_t of, int64_t key, int64_t count) {
     multiply(f->keys + key * f->T * SIDE, f->T * STEP, STEP, f->queries + of * f->T * STEP, 0, STEP,
              count, f->T, f->scores, 0);
+    if (f->a->softcap != 0.0f)
+        tanh_of_all(f->scores, count * STEP, f->a->scale / f->a->softcap);
 }
 
 /* Of each query the greatest score among the keys from `from` on, as a power of 2. */
@@ -45,7 +47,7 @@ static VENEER_AMX void greatest(struct forward *f, int64_t of, int64_t from) {
                 const __m512 s = _mm512_loadu_ps(f->scores + i * SIDE + 16 * half);
                 top[half] =
                     _mm512_mask_max_ps(top[half], (__mmask16)(seen >> 16 * half), top[half],
-                                       _mm512_mul_ps(s, _mm512_set1_ps(f->a->scale * LOG2_E)));
+                                       _mm512_mul_ps(s, _mm512_set1_ps(unit_of(f->a) * LOG2_E)));
             }
         }
     }
@@ -157,6 +159,7 @@ static VENEER_AMX void backward_panel(struct backward *b, int64_t of, int64_t ke
     const struct panel *w = b->panels + of;
     const int64_t T = b->T, at = key * T * SIDE, panel = T * STEP;
     multiply(b->keys + at, panel, STEP, b->queries + of * panel, 0, STEP, count, T, b->scores, 0);
+    if (b->a->softcap != 0.0f) tanh_of_all(b->scores, count * STEP, b->a->scale / b->a->softcap);
     multiply(b->values + at, panel, STEP, b->grads + of * panel, 0, STEP, count, T, b->products, 0);
     for (int64_t i = 0; i < count; i++) {
         const int64_t to = ((place + i) * PANELS + of % PANELS) * STEP, j = key + i * SIDE;

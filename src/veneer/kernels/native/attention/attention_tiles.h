@@ -193,7 +193,7 @@ VENEER_AMX_INLINE uint32_t who_sees(const struct attention *a, const struct pane
 VENEER_AMX_INLINE void shares_of(const struct attention *a, const struct panel *w, int64_t key,
                                  const int edge, const float *scores, const float *most,
                                  float *sums, uint16_t *pairs) {
-    const __m512 by = _mm512_set1_ps(a->scale * LOG2_E);
+    const __m512 by = _mm512_set1_ps(unit_of(a) * LOG2_E);
     const __m512 top[2] = {_mm512_loadu_ps(most), _mm512_loadu_ps(most + 16)};
     __m512 sum[2] = {_mm512_loadu_ps(sums), _mm512_loadu_ps(sums + 16)};
 #pragma GCC unroll 2
@@ -222,7 +222,8 @@ VENEER_AMX_INLINE void gradients_of(const struct attention *a, const struct pane
                                     const int edge, const float *scores, const float *grads,
                                     const float *lse, const float *mean, uint16_t *shares,
                                     uint16_t *given, uint16_t *pairs) {
-    const __m512 by = _mm512_set1_ps(a->scale * LOG2_E);
+    const __m512 by = _mm512_set1_ps(unit_of(a) * LOG2_E);
+    const int capped = a->softcap != 0.0f;
     const __m512 minus[2] = {_mm512_loadu_ps(lse), _mm512_loadu_ps(lse + 16)};
     const __m512 less[2] = {_mm512_loadu_ps(mean), _mm512_loadu_ps(mean + 16)};
 #pragma GCC unroll 2
@@ -233,10 +234,14 @@ VENEER_AMX_INLINE void gradients_of(const struct attention *a, const struct pane
             const uint32_t seen = edge ? who_sees(a, w, key + i + two) : 0;
             __m512 p[2], x[2];
             UNROLLED(2, half, 2) {
-                p[half] = power(_mm512_fmsub_ps(_mm512_loadu_ps(s + 16 * half), by, minus[half]));
+                const __m512 score = _mm512_loadu_ps(s + 16 * half);
+                p[half] = power(_mm512_fmsub_ps(score, by, minus[half]));
                 if (edge) p[half] = _mm512_maskz_mov_ps((__mmask16)(seen >> 16 * half), p[half]);
                 x[half] = _mm512_mul_ps(p[half],
                                         _mm512_sub_ps(_mm512_loadu_ps(g + 16 * half), less[half]));
+                if (capped) /* the slope of tanh */
+                    x[half] = _mm512_mul_ps(
+                        x[half], _mm512_fnmadd_ps(score, score, _mm512_set1_ps(1.0f)));
             }
             _mm512_storeu_si512(shares + (i + two) * SIDE,
                                 (__m512i)_mm512_cvtne2ps_pbh(p[1], p[0]));

@@ -46,11 +46,7 @@ INLINE float NAME(exp_one)(float x) { return NAME(exp)(NAME(all)(x))[0]; }
 
 /* x, or c * tanh(x / c). */
 INLINE NAME(fv) NAME(capped)(NAME(fv) x, float cap) {
-    if (cap == 0.0f) return x;
-    NAME(fv) y = x / cap, e;
-    const NAME(iv) sign = (NAME(iv))y & (int32_t)0x80000000u;
-    e = NAME(exp)((NAME(fv))((NAME(iv))y | (int32_t)0x80000000u) * 2.0f); /* e^(-2 |y|) */
-    return cap * (NAME(fv))((NAME(iv))((1.0f - e) / (1.0f + e)) | sign);
+    return cap == 0.0f ? x : cap * NAME(tanh)(x / cap);
 }
 
 /* scores (R, SLOTS * B): R queries of `words` words with B blocks of keys, (words, SLOTS) each.

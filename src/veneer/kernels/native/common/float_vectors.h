@@ -37,3 +37,9 @@ INLINE NAME(fv) NAME(exp)(NAME(fv) x) {
     p = p * r * r + r + 1.0f;
     return p * (NAME(fv))((__builtin_convertvector(n, NAME(iv)) + 127) << 23);
 }
+
+INLINE NAME(fv) NAME(tanh)(NAME(fv) x) {
+    const NAME(iv) sign = (NAME(iv))x & (int32_t)0x80000000u;
+    const NAME(fv) e = NAME(exp)((NAME(fv))((NAME(iv))x | (int32_t)0x80000000u) * 2.0f);
+    return (NAME(fv))((NAME(iv))((1.0f - e) / (1.0f + e)) | sign);
+}
