@@ -14,8 +14,11 @@ from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import make_batch
 from veneer.execution.agreement import difference
 from veneer.execution.attention import NAME
+from veneer.execution.attention_facts import find_attention
 from veneer.execution.decode_step import LayersForward, forward_by_layers, own_forward
 from veneer.execution.decoder_layer import find_layers
+from veneer.execution.layer_facts import Rotation
+from veneer.execution.part_facts import find_feed_forward
 from veneer.execution.proofs.steps import read_and_continued
 from veneer.execution.train_step import (
     FusedAttention,
@@ -83,8 +86,26 @@ def test_norms_are_found_in_their_places_and_of_their_kind(family, places, kind,
             assert (norm.offset, norm.is_wide) == kind
             assert norm.name in (*dict(layer.module.named_children()), "q_norm", "k_norm")
         assert tuple(norm.weight.numel() for norm in layer.attention.norms) == of_heads
-    assert [layer.attention.is_rotated for layer in layers] == turned
+    assert [layer.attention.rotation is not None for layer in layers] == turned
     assert all(layer.attention.takes_float32 for layer in layers) == (family == "olmo2")
+
+
+@pytest.mark.parametrize(
+    ("family", "rotation", "heads", "gates"),
+    [
+        ("llama", Rotation(8), 3, 2),
+        ("phi3", Rotation(8), 1, 1),
+        ("glm4", Rotation(8, neighbours=True, angle_order="first half"), 3, 1),
+        ("cohere", Rotation(8, neighbours=True, angle_order="neighbours", is_wide=True), 3, 2),
+    ],
+)
+def test_rotations_and_joined_modules_are_found(family, rotation, heads, gates):
+    layer = prepared(family, dtype=torch.bfloat16).model.layers[1]
+    attention, feed_forward = find_attention(layer.self_attn), find_feed_forward(layer.mlp)
+    assert attention.rotation == rotation
+    assert (len(attention.inputs), len(feed_forward.inputs)) == (heads, gates)
+    assert attention.widths == (4 * attention.head_dim, *[2 * attention.head_dim] * 2)
+    assert feed_forward.width == 48
 
 
 def test_a_gate_of_gelu_is_told_from_one_of_silu():
@@ -98,7 +119,7 @@ def test_a_gate_of_gelu_is_told_from_one_of_silu():
 
 @pytest.mark.parametrize(
     ("family", "reason"),
-    [("phi3", "qkv_proj"), ("starcoder2", "no RMS norms"), ("stablelm", "than Llama: dropout")],
+    [("phi", "dense"), ("starcoder2", "no RMS norms"), ("stablelm", "no RMS norms")],
 )
 def test_what_is_not_understood_says_why(family, reason):
     model = prepared(family)
@@ -107,7 +128,9 @@ def test_what_is_not_understood_says_why(family, reason):
     assert line.startswith("2 of 2 layers by the model's own code: ") and reason in line
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "mixtral", "gemma2"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3", "mistral", "mixtral", "gemma2", "phi3", "glm4"]
+)
 def test_a_model_without_weights_has_the_same_layers(family):
     model = prepared(family)
     planned = copy.deepcopy(model).to("meta")

@@ -16,12 +16,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    CohereConfig,
     DeepseekV3Config,
     Exaone4Config,
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    Glm4Config,
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
@@ -167,6 +169,8 @@ _CONFIGS |= {  # by name alone, not in every test of all families
     "starcoder2": (Starcoder2Config, _MODERN),
     "nemotron": (NemotronConfig, _MODERN),
     "gemma": (GemmaConfig, {**_MODERN, "head_dim": 12}),
+    "glm4": (Glm4Config, {**_MODERN, "head_dim": 16}),
+    "cohere": (CohereConfig, {**_MODERN, "logit_scale": 0.5}),
     "exaone4": (
         Exaone4Config,
         {**_MODERN, "sliding_window": SLIDING_WINDOW, "layer_types": _SLIDING_THEN_FULL},

@@ -25,12 +25,13 @@ from veneer.adapters.methods.adapted_linear import AdaptedLinear
 from veneer.adapters.placement.wrapping import AdaptedModule, unwrapped
 from veneer.execution.agreement import MODEL, difference, disagreement
 from veneer.execution.attention import NAME, decoder, packed_arguments, unused_mask
-from veneer.execution.decoder_layer import find_layers, find_norm
+from veneer.execution.decoder_layer import find_layers
 from veneer.execution.ends import Ends
 from veneer.execution.layer_facts import (
     ATTENTION,
+    DOWN,
     FEED_FORWARD,
-    GATED,
+    GATE_UP,
     QKV,
     Attention,
     DecoderLayer,
@@ -38,6 +39,7 @@ from veneer.execution.layer_facts import (
     O,
 )
 from veneer.execution.paged import PagedStep
+from veneer.execution.part_facts import find_norm
 from veneer.execution.proofs.model import in_front, some_ids, structure
 from veneer.execution.proofs.same_values import remember_by_values
 from veneer.execution.proofs.small_copy import NoCopyError, small_copy
@@ -202,7 +204,7 @@ def _layer(
     gated = layer.feed_forward
     if gated is None or gated.gate is not silu_gate or _bare(feed) is not gated.module:
         return h, feed(x[None])[0]
-    gate, up, down = (children_of(gated.module)[name] for name in GATED)
+    gate, up, down = (children_of(gated.module)[name] for name in (*GATE_UP, DOWN))
     return h, _product(decoder_step.gate(*_products(x, [gate, up])), down)
 
 

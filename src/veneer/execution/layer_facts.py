@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from veneer.kernels.rules import AttentionRules
@@ -18,7 +19,9 @@ ATTENTION, FEED_FORWARD = "self_attn", "mlp"
 """The parts of a layer beside its norms."""
 QKV, O = ("q_proj", "k_proj", "v_proj"), "o_proj"
 HEAD_NORMS = ("q_norm", "k_norm")
-GATED = ("gate_proj", "up_proj", "down_proj")
+GATE_UP, DOWN = ("gate_proj", "up_proj"), "down_proj"
+JOINED_QKV, JOINED_GATE_UP = ("qkv_proj",), ("gate_up_proj",)
+"""Modules whose outputs are those of several layers, side by side."""
 
 Gate = Callable[[Tensor, Tensor], Tensor]
 """(gate_proj(x), up_proj(x)) -> activation(gate_proj(x)) * up_proj(x)."""
@@ -60,34 +63,81 @@ class LayerNorms(NamedTuple):
 
 @dataclass(frozen=True)
 class FeedForward:
-    """down(gate(gate_proj(x), up_proj(x))), gate being silu_gate or gelu_gate."""
+    """down(gate(gate_proj(x), up_proj(x))), gate being silu_gate or gelu_gate.
+
+    width   outputs of gate, and of up
+    inputs  names of the modules that compute gate and up: two, or one that joins them
+    """
 
     module: nn.Module
     gate: Gate
+    width: int
+    inputs: tuple[str, ...] = GATE_UP
+
+    @property
+    def is_joined(self) -> bool:
+        return len(self.inputs) == 1
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Rotates the first `size` dimensions of each head in pairs; the others stay.
+
+    neighbours   the pairs are dimensions 2 i and 2 i + 1; otherwise i and size / 2 + i
+    angle_order  columns of the cosines and sines (size) for the firsts of the pairs, and for their
+                 seconds: the two halves; the even and the odd ones; or the first half for both
+    is_wide      heads are rounded once, not after each product, by bf16 angles too
+    """
+
+    size: int
+    neighbours: bool = False
+    angle_order: Literal["halves", "neighbours", "first half"] = "halves"
+    is_wide: bool = False
+
+    def in_halves(self, angles: Tensor) -> Tensor:
+        """Returns cosines or sines (..., size) as the kernels take them: those of the firsts of the
+        pairs, then those of their seconds."""
+        if self.is_wide:
+            angles = angles.to(torch.promote_types(angles.dtype, torch.float32))
+        if self.angle_order == "neighbours":
+            angles = angles.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        elif self.angle_order == "first half":
+            first = angles[..., : self.size // 2]
+            angles = torch.cat((first, first), dim=-1)
+        return angles
 
 
 @dataclass(frozen=True)
 class Attention:
-    """o(attend(rotate(q(x)), rotate(k(x)), v(x))); each whole head is rotated, half against half.
+    """o(attend(rotate(q(x)), rotate(k(x)), v(x))).
 
     rules          scale, window, softcap and sinks of the attention
+    widths         outputs of q, of k and of v
     norms          of q and of k before their rotation, over each head or over a row; or none
-    is_rotated     False: nothing is rotated
+    rotation       None: nothing is rotated
     takes_float32  cosines and sines may be float32 too; heads are rounded once after the rotation
+    inputs         names of the modules that compute q, k and v: three, or one that joins them
     """
 
     module: nn.Module
     head_dim: int
     rules: AttentionRules
+    widths: tuple[int, int, int]
     norms: tuple[Norm, ...] = ()
-    is_rotated: bool = True
+    rotation: Rotation | None = None
     takes_float32: bool = False
+    inputs: tuple[str, ...] = QKV
+
+    @property
+    def is_joined(self) -> bool:
+        return len(self.inputs) == 1
 
     @property
     def is_plain(self) -> bool:
-        """Whether each head is rotated, after a plain norm over the head or none."""
+        """Whether each whole head is rotated, half against half, after a plain norm over the head
+        or none."""
         norms = [norm.is_plain and norm.weight.numel() == self.head_dim for norm in self.norms]
-        return self.is_rotated and all(norms)
+        return self.rotation == Rotation(self.head_dim) and all(norms)
 
 
 NO_NORMS = LayerNorms()
@@ -115,6 +165,17 @@ class DecoderLayer:
         return [*norms, *within, *(() if self.feed_forward is None else (self.feed_forward,))]
 
     @property
+    def module_widths(self) -> list[tuple[int, ...]]:
+        """Returns the outputs of q, k, v; o; gate, up; down, those of one module together. The
+        layer must have both blocks."""
+        heads, gated = self.attention, self.feed_forward
+        assert heads is not None and gated is not None
+        of_heads = [heads.widths] if heads.is_joined else [(width,) for width in heads.widths]
+        of_gates = [(gated.width,) * 2] if gated.is_joined else [(gated.width,)] * 2
+        whole = (0,)
+        return [*of_heads, whole, *of_gates, whole]
+
+    @property
     def unlike_llama(self) -> str | None:
         """Why a decoding step calls the layer whole; None: it takes the layer apart."""
         before, after, before_feed_forward, after_feed_forward = self.norms
@@ -124,4 +185,6 @@ class DecoderLayer:
             return "its norms stand in other places than in Llama"
         if not (before.is_plain and before_feed_forward.is_plain and self.attention.is_plain):
             return "its norms or heads are of another kind than Llama's"
+        if self.attention.is_joined or (self.feed_forward and self.feed_forward.is_joined):
+            return "its projections are joined"
         return None

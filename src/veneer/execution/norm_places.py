@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from veneer.execution.agreement import EXACT, agrees
 from veneer.execution.layer_facts import ATTENTION, FEED_FORWARD, LayerNorms, Norm
-from veneer.private.torch import buffers_of, parameters_of, replace_children
-
-WIDTH, ROWS = 8, 5
-"""Sizes of the rows that parts are tried on."""
+from veneer.execution.small_modules import WIDTH, random_rows
+from veneer.private.torch import buffers_of, children_of, parameters_of, replace_children
 
 
 class _KnownPart(nn.Module):
@@ -47,7 +45,7 @@ def find_places(layer: nn.Module, norms: Sequence[Norm]) -> LayerNorms | None:
     parts = {name: _KnownPart(number, name, called) for number, name in enumerate(names, 1)}
     small: Any = object.__new__(type(layer))  # FSDP2's class calls __init__ where it is copied
     vars(small).update(vars(layer))
-    replace_children(small, dict(parts))
+    replace_children(small, {**children_of(layer), **parts})
     x = random_rows(WIDTH, torch.bfloat16)[None]
     arguments = {"position_embeddings": (x, x), "veneer_layout": object()}
 
@@ -91,12 +89,3 @@ def _orders(called: Sequence[str]) -> list[tuple[str, str, str, str]]:
         return [(start, "", between[0], end), (start, between[0], "", end)]
     after_attention, before_feed_forward = between or ("", "")
     return [(start, after_attention, before_feed_forward, end)]
-
-
-def random_rows(width: int, dtype: torch.dtype) -> Tensor:
-    """Returns (ROWS, width) random values, from small to large rows, so that a part that clips
-    values or adds a small one gives another result. In float16 all rows have one scale."""
-    draw = torch.Generator().manual_seed(0)
-    wide = torch.finfo(dtype).max > 1e30
-    scale = torch.logspace(-2, 6, ROWS) if wide else torch.full((ROWS,), 3.0)
-    return (torch.randn(ROWS, width, generator=draw) * scale[:, None]).to(dtype)

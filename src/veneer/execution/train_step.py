@@ -23,29 +23,24 @@ from veneer.adapters.methods.adapted_linear import AdaptedLinear, apply_together
 from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.wrapping import AdaptedModule, SwappedModule, unwrapped
 from veneer.execution.attention import NAME, LayoutAttention
-from veneer.execution.decoder_layer import (
-    attend,
-    find_attention,
-    find_feed_forward,
-    find_layers,
-    find_norm,
-)
+from veneer.execution.attention_facts import attend, find_attention
+from veneer.execution.decoder_layer import find_layers
 from veneer.execution.layer_facts import (
     ATTENTION,
+    DOWN,
     FEED_FORWARD,
-    GATED,
-    QKV,
     Attention,
     DecoderLayer,
     FeedForward,
     Norm,
     O,
 )
+from veneer.execution.part_facts import find_feed_forward, find_norm
 from veneer.execution.stand_in import StandIn
 from veneer.kernels.bindings.library import has_bf16
 from veneer.kernels.dense import block_operands
 from veneer.kernels.dense.block import lora_block
-from veneer.kernels.dense.block_operands import Block, BlockPart
+from veneer.kernels.dense.block_operands import Block, BlockPart, module_rows
 from veneer.kernels.dense.fused import gelu_gate, rms_norm, silu_gate
 from veneer.kernels.dense.lora import LoRALinear, filled
 from veneer.kernels.dense.rank import MOST_RANK
@@ -90,7 +85,8 @@ class FusedNorm(StandIn):
 
 
 class FusedGate(StandIn):
-    """down(gate(gate_proj(x), up_proj(x))), by the model's own projections, adapted or not."""
+    """down(gate(gate_proj(x), up_proj(x))), by the model's own projections, adapted or not, joined
+    or not."""
 
     def __init__(self, base: nn.Module, facts: FeedForward) -> None:
         super().__init__(base)
@@ -98,7 +94,9 @@ class FusedGate(StandIn):
 
     def forward(self, x: Tensor) -> Tensor:
         base: Any = self.base
-        return base.down_proj(self.facts.gate(*apply_together([base.gate_proj, base.up_proj], x)))
+        outputs = apply_together([getattr(base, name) for name in self.facts.inputs], x)
+        gate, up = outputs[0].chunk(2, dim=-1) if self.facts.is_joined else outputs
+        return base.down_proj(self.facts.gate(gate, up))
 
 
 class FusedAttention(StandIn):
@@ -124,14 +122,16 @@ class FusedAttention(StandIn):
         return attend(self.facts, self.base, *inputs, **others)
 
     def takes(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> bool:
-        """Whether this forward was proven: our attention, whole heads rotated, angles of a type
-        that the block takes."""
-        block: Any = self.base
-        if position_embeddings is None or attention_of(block.config) != NAME or x.dim() != 3:
+        """Whether this forward was proven: our attention, angles of the width and of a type that
+        the block takes."""
+        block, rotation = self.base, self.facts.rotation
+        width = self.facts.head_dim if rotation is None else rotation.size
+        config = getattr(block, "config", None)
+        if position_embeddings is None or attention_of(config) != NAME or x.dim() != 3:
             return False
         types = {x.dtype, torch.float32} if self.facts.takes_float32 else {x.dtype}
         return all(
-            angles.dtype in types and angles.dim() == 3 and angles.shape[-1] == self.facts.head_dim
+            angles.dtype in types and angles.dim() == 3 and angles.shape[-1] == width
             for angles in position_embeddings
         )
 
@@ -141,7 +141,7 @@ class FusedLayer(StandIn):
 
     def __init__(self, base: nn.Module, facts: DecoderLayer) -> None:
         super().__init__(base)
-        self.facts = facts
+        self.facts, self.places = facts, module_rows(facts.module_widths)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the layer with its hooks, which gather it if it is sharded."""
@@ -184,46 +184,50 @@ class FusedLayer(StandIn):
         assert position_embeddings is not None
         ends = accumulate((rows for rows, _ in layouts), initial=0)
         spans, x_MI = [slice(*ends_of_part) for ends_of_part in pairwise(ends)], x.detach()[0]
-        layers, norms = self._layers(x_MI, spans), self._norms()
-        if layers is None or norms is None:
+        modules, norms = self._linears(x_MI, spans), self._norms()
+        if modules is None or norms is None:
             return None
         heads, feed_forward = self.facts.attention, self.facts.feed_forward
         assert heads is not None and feed_forward is not None
-        cos, sin = (angles[0].contiguous() for angles in position_embeddings)
-        parts = [
-            BlockPart(
-                span,
-                of_part,
-                (cos[span], sin[span]) if heads.is_rotated else None,
-                layout.groups[0],
+        parts, rotation = [], heads.rotation
+        if rotation is not None:
+            cos, sin = (
+                rotation.in_halves(angles[0]).contiguous() for angles in position_embeddings
             )
-            for span, of_part, (_, layout) in zip(spans, layers, layouts, strict=True)
-        ]
-        is_gelu = feed_forward.gate is gelu_gate
-        block = Block(norms, parts, heads.head_dim, heads.rules, is_gelu)
+        for span, of_part, (_, layout) in zip(spans, modules, layouts, strict=True):
+            own = [place.layer(of_part) for place in self.places]
+            layers = [layer for layer in own if layer is not None]
+            if len(layers) < len(own):
+                return None
+            angles = None if rotation is None else (cos[span], sin[span])
+            parts.append(BlockPart(span, of_part, layers, self.places, angles, layout.groups[0]))
+        is_gelu, neighbours = feed_forward.gate is gelu_gate, bool(rotation and rotation.neighbours)
+        block = Block(norms, parts, heads.head_dim, heads.rules, is_gelu, neighbours)
         if not block.usable(x_MI):
             return None
         veneer_layout.calls += 1
         return block
 
-    def _layers(self, x_MI: Tensor, spans: Sequence[slice]) -> list[tuple[LoRALinear, ...]] | None:
-        """Returns the linear layers of each part of the rows. Returns None if one has an adapter
-        that a block does not compute, or if none has an adapter."""
+    def _linears(self, x_MI: Tensor, spans: Sequence[slice]) -> list[tuple[LoRALinear, ...]] | None:
+        """Returns the linear modules with the updates of each part of the rows. Returns None if one
+        has an adapter that a block does not compute, or if none has an adapter."""
         blocks = [self._stand_in_of(name) for name in (ATTENTION, FEED_FORWARD)]
+        heads, feed_forward = self.facts.attention, self.facts.feed_forward
         if None in blocks:
             return None
+        assert heads is not None and feed_forward is not None
         # The blocks themselves, whose attributes a stand-in finds last.
         attention, gated = (block.base for block in blocks)
-        rows_of_parts, layers = [x_MI[span] for span in spans], list[list[LoRALinear]]()
-        places = [getattr(attention, name) for name in (*QKV, O)]
-        for place in (*places, *(getattr(gated, name) for name in GATED)):
+        rows_of_parts, modules = [x_MI[span] for span in spans], list[list[LoRALinear]]()
+        places = [getattr(attention, name) for name in (*heads.inputs, O)]
+        for place in (*places, *(getattr(gated, name) for name in (*feed_forward.inputs, DOWN))):
             loras = part_loras(place, x_MI, spans)
             if loras is None:
                 return None
-            layers.append(list(map(filled, loras, rows_of_parts)))
-        if not any(len(layer.A) for of_place in layers for layer in of_place):
+            modules.append(list(map(filled, loras, rows_of_parts)))
+        if not any(len(lora.A) for of_place in modules for lora in of_place):
             return None
-        return list(zip(*layers, strict=True))
+        return list(zip(*modules, strict=True))
 
     def _stand_in_of(self, name: str) -> Any:
         """Returns the stand-in of a block. Returns None if an adapter acts on the block itself."""
@@ -285,8 +289,10 @@ def _is_one_node(path: str, layer: DecoderLayer, stand_ins: Mapping[str, StandIn
         return False
     if layer.feed_forward.gate not in (silu_gate, gelu_gate) or not has_bf16():
         return False
-    q_proj = frozen_linear(unwrapped(layer.attention.module.get_submodule(QKV[0])))
-    if q_proj is None or q_proj.dtype is not torch.bfloat16:
+    first = frozen_linear(
+        unwrapped(layer.attention.module.get_submodule(layer.attention.inputs[0]))
+    )
+    if first is None or first.dtype is not torch.bfloat16:
         return False
     attention_path = _path_within(f"{path}.{ATTENTION}", layer.module, ATTENTION, stand_ins)
     feed_forward_path = _path_within(

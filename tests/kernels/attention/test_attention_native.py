@@ -35,7 +35,8 @@ KINDS = [
 )
 @pytest.mark.parametrize(("dtype", "bound"), KINDS)
 @pytest.mark.parametrize(
-    ("window", "softcap"), [(None, None), (1, None), (17, None), (64, None), (None, 2.0), (33, 20.0)]
+    ("window", "softcap"),
+    [(None, None), (1, None), (17, None), (64, None), (None, 2.0), (33, 20.0)],
 )
 def test_the_compiled_attention_is_its_reference(
     prompt, lengths, heads, size, window, softcap, dtype, bound, monkeypatch

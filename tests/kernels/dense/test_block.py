@@ -32,9 +32,30 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-FAMILIES = ["llama", "qwen2", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "olmo2", "exaone4"]
+FAMILIES = [
+    *("llama", "qwen2", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "olmo2", "exaone4"),
+    *("phi3", "glm4"),
+]
 """Norms of heads, of all heads, before and behind the parts, in float32; gates of GELU; layers
 without rotation, or with angles in float32."""
+
+
+JOINED = {"phi3": {**dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")}, "glm4": {}}
+for names in JOINED.values():
+    names |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
+"""Families whose modules join several layers: {name elsewhere: their name}."""
+
+
+def named(family, settings):
+    """Settings with a family's own names of modules."""
+    names = JOINED.get(family, {})
+    if isinstance(settings.get("targets"), list):
+        targets = [names.get(name, name) for name in settings["targets"]]
+        settings = {**settings, "targets": list(dict.fromkeys(targets))}
+    if "rank_pattern" in settings:
+        ranks = {names.get(name, name): rank for name, rank in settings["rank_pattern"].items()}
+        settings = {**settings, "rank_pattern": ranks}
+    return settings
 
 
 class Trained:
@@ -42,17 +63,11 @@ class Trained:
 
     def __init__(self, family="llama", method=LoRA, rank=16, prompt=5, layers=2, **settings):
         self.model, self.routing = (
-            tiny_model(
-                family,
-                torch.bfloat16,
-                **SIZES,
-                head_dim=32,
-                num_hidden_layers=layers,
-            ),
+            tiny_model(family, torch.bfloat16, **SIZES, head_dim=32, num_hidden_layers=layers),
             Routing(),
         )
         self.paths = prepare(self.model)
-        settings = {"targets": "all-linear", "rank": rank, "alpha": 5.0, **settings}
+        settings = {"targets": "all-linear", "rank": rank, "alpha": 5.0, **named(family, settings)}
         head = self.model.get_output_embeddings()
         attachment = attach(
             self.model, method(**settings), name="a", routing=self.routing, head=head
@@ -125,11 +140,16 @@ def test_one_node_gives_the_bits_of_its_parts(family, settings, taken, monkeypat
     trained = Trained(family, **settings)
     ours, plain = both(trained, monkeypatch)
     assert taken == [True, True]
-    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    assert torch.equal(ours[0], plain[0])
+    for a, b in zip(ours[1:], plain[1:], strict=True):
+        if family in JOINED:  # gradients of a factor that layers share are added in another order
+            assert (a - b).abs().max() <= 2**-6 * b.abs().max()
+        else:
+            assert torch.equal(a, b)
     assert all(gradient.abs().max() > 0 for gradient in ours[1:])
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "olmo2", "exaone4"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "olmo2", "exaone4", "phi3", "glm4"])
 def test_what_many_rows_do_not_keep_is_computed_again_to_the_same_bits(family, taken, monkeypatch):
     trained, found = Trained(family), []
     for many in (10**6, 1):
@@ -157,6 +177,8 @@ def test_what_many_rows_do_not_keep_is_computed_again_to_the_same_bits(family, t
             "gemma3": 2 * SIZES["hidden_size"] + heads * head_size,
             "olmo2": heads * head_size,
             "exaone4": heads * head_size,
+            "phi3": 2 * SIZES["hidden_size"],
+            "glm4": 2 * SIZES["hidden_size"],
         }[family]
     )
     assert found[0][1] - found[1][1] == 2 * 2 * rows * again
@@ -357,7 +379,7 @@ def test_a_layer_that_holds_more_than_its_parts_stays(add):
     assert len(trained.layers()) == 1
 
 
-@pytest.mark.parametrize("family", ["phi3", "starcoder2", "gpt2", "mixtral"])
+@pytest.mark.parametrize("family", ["starcoder2", "gpt2", "mixtral"])
 def test_layers_of_other_parts_stay(family):
     model = tiny_model(family, torch.bfloat16)
     prepare(model)
@@ -380,18 +402,23 @@ def test_layers_in_float32_and_bases_alone_stay():
 
 
 @pytest.mark.parametrize(
-    ("family", "adding"), [("llama", False), ("llama", True), ("qwen3", True), ("gemma", False)]
+    ("family", "adding"),
+    [
+        *(("llama", False), ("llama", True), ("qwen3", True), ("gemma", False)),
+        *(("phi3", False), ("glm4", True)),
+    ],
 )
 def test_rows_of_several_adapters_get_the_bits_of_each_alone(family, adding, taken):
     """The base's products are computed over all rows, everything else adapter by adapter."""
     trained = Trained(family, layers=4)
     settings = [
-        LoRA(targets="all-linear", rank=8, alpha=3.0, dropout=0.3),
-        LoRA(targets=["q_proj", "down_proj"], rank=32, alpha=5.0, dropout=0.1),
-        LoRA(targets="all-linear", rank=24, rank_pattern={"k_proj": 4}),
+        {"targets": "all-linear", "rank": 8, "alpha": 3.0, "dropout": 0.3},
+        {"targets": ["q_proj", "down_proj"], "rank": 32, "alpha": 5.0, "dropout": 0.1},
+        {"targets": "all-linear", "rank": 24, "rank_pattern": {"k_proj": 4}},
     ]
     head, flats = trained.model.get_output_embeddings(), []
-    for number, config in enumerate(settings):
+    for number, own in enumerate(settings):
+        config = LoRA(**named(family, own))
         adapter = attach(
             trained.model, config, name=str(number), routing=trained.routing, head=head
         )

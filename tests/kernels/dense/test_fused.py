@@ -88,9 +88,13 @@ def test_the_gate_of_gelu_has_the_bits_of_plain_torch_where_it_is_not_compiled(d
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", [6, 32, 128])
+@pytest.mark.parametrize(
+    ("size", "turned"),
+    [(6, 6), (32, 32), (128, 128), (6, 2), (64, 16), (80, 32), (128, 64), (48, 6)],
+)
+@pytest.mark.parametrize("neighbours", [False, True])
 @pytest.mark.parametrize("angles", [None, torch.float32], ids=["", "angles in float32"])
-def test_the_rotation_is_its_reference_to_the_bit(dtype, size, angles):
+def test_the_rotation_is_its_reference_to_the_bit(dtype, size, turned, neighbours, angles):
     torch.manual_seed(3)
     q, k = (
         torch.randn(21, 3, size).to(dtype).requires_grad_(),
@@ -98,9 +102,12 @@ def test_the_rotation_is_its_reference_to_the_bit(dtype, size, angles):
     )
     if dtype is torch.float64 and angles is not None:
         pytest.skip("angles are of float64 or narrower values alone")
-    cos, sin = (torch.randn(21, size).to(angles or dtype) for _ in range(2))
+    cos, sin = (torch.randn(21, turned).to(angles or dtype) for _ in range(2))
     grads = [torch.randn(21, heads, size).to(dtype) for heads in (3, 1)]
-    ours, theirs = kernels.rotary(q, k, cos, sin), kernels.rotary_reference(q, k, cos, sin)
+    ours, theirs = (
+        rotary(q, k, cos, sin, neighbours=neighbours)
+        for rotary in (kernels.rotary, kernels.rotary_reference)
+    )
     pairs = zip(
         torch.autograd.grad(ours, (q, k), grads),
         torch.autograd.grad(theirs, (q, k), grads),

@@ -40,7 +40,8 @@ def block_cases(
         scale = filled(torch.float32, rows * spans)
         return block_calls.NormOperands(filled(BF16, columns), scale, 1e-5, 1.0, is_wide)
 
-    float_angles = tuple(filled(torch.float32, rows, size) for _ in range(2))
+    turned = rng.choice([2, 16, size])
+    float_angles = tuple(filled(torch.float32, rows, turned) for _ in range(2))
 
     def norm_of_heads(heads: int) -> block_calls.NormOperands | None:
         if not has_norms:
@@ -135,9 +136,10 @@ def block_cases(
             {
                 "x": tuple(wide(own * size) for own in heads),
                 "size": size,
-                "angles": rng.choice([None, (wide(size), wide(size)), float_angles]),
+                "angles": rng.choice([None, (wide(turned), wide(turned)), float_angles]),
                 "norms": tuple(norm_of_heads(own) for own in heads[:2]),
                 "beside": tuple(wide(own * size) if has_norms else None for own in heads[:2]),
+                "neighbours": bool(rng.randint(0, 1)),
                 "back": back,
                 "sides": tuple(side(of_A=False, columns=own * size) for own in heads),
             },

@@ -131,7 +131,7 @@ def _rows(rng: random.Random) -> list[Call]:
     )
     weight = filled(dtype, width)
     gates = [filled(dtype, rows, 16) for _ in range(5)]
-    angle_type = rng.choice([dtype, torch.float32])
+    angle_type, turned = rng.choice([dtype, torch.float32]), rng.choice([2, 30, 32, 64])
     return [
         (
             row_calls.rms_norm_forward,
@@ -167,7 +167,8 @@ def _rows(rng: random.Random) -> list[Call]:
             row_calls.rotary,
             {
                 **{name: filled(dtype, rows, 2, 64) for name in ("x", "out")},
-                **{name: filled(angle_type, rows, 64) for name in ("cos", "sin")},
+                **{name: filled(angle_type, rows, turned) for name in ("cos", "sin")},
+                "neighbours": bool(rows % 3),
                 "back": bool(rows % 2),
             },
         ),
@@ -203,7 +204,7 @@ def _attention(rng: random.Random) -> list[Call]:
     )
     heads, docs, P = kv_heads * rng.randint(1, 3), len(lengths), rng.choice([0, 1, 40])
     starts, kind = torch.tensor([0, *lengths]).cumsum(0), rng.choice([BF16, torch.float32])
-    q, grad, grad_q, made = (filled(kind, rows, heads, size) for _ in range(4))
+    q, grad, grad_q, forward_out = (filled(kind, rows, heads, size) for _ in range(4))
     k, v = (filled(kind, rows, kv_heads, size) for _ in range(2))
     before = None if P == 0 else (filled(kind, P, kv_heads, size), filled(kind, P, kv_heads, size))
     lse = filled(torch.float32, rows, heads)
@@ -227,7 +228,14 @@ def _attention(rng: random.Random) -> list[Call]:
         (attention_calls.attention_forward, {**given, "out": filled(kind, rows, heads, size)}),
         (
             attention_calls.attention_backward,
-            {**given, "made": made, "grad": grad, "grad_q": grad_q, "own": own, "shared": shared},
+            {
+                **given,
+                "forward_out": forward_out,
+                "grad": grad,
+                "grad_q": grad_q,
+                "own": own,
+                "shared": shared,
+            },
         ),
     ]
 

@@ -58,7 +58,7 @@ def _optional(
 
 @declare(
     "veneer_attention_forward|veneer_attention_float_forward(*)",
-    _fields("grad, made: unused", "unused", "grad_row = 0; grad_head = 0"),
+    _fields("grad, forward_out: unused", "unused", "grad_row = 0; grad_head = 0"),
 )
 def attention_forward(
     q: Tensor,
@@ -85,7 +85,7 @@ def attention_forward(
 @declare(
     "veneer_attention_backward|veneer_attention_float_backward(*)",
     _fields(
-        "grad: T[rows@grad_row, heads@grad_head, size] words 4; made: T[rows, heads, size]",
+        "grad: T[rows@grad_row, heads@grad_head, size] words 4; forward_out: T[rows, heads, size]",
         "pointer",
         "grad_row: 0..2**27; grad_head",
     )
@@ -99,7 +99,7 @@ def attention_backward(
     v: Tensor,
     before: tuple[Tensor, Tensor] | None,
     starts: Tensor,
-    made: Tensor,
+    forward_out: Tensor,
     grad: Tensor,
     lse: Tensor,
     *,
@@ -112,8 +112,10 @@ def attention_backward(
     splits: int,
 ) -> Values:
     """Writes grad_q (R, H, D) in q's type, and the gradients of keys [0] and values [1] in float32:
-    own (2, S, R, K, D), and shared (2, documents, S, K, P, D) those of `before`. made: the output
-    of forward."""
+    own (2, S, R, K, D), and shared (2, documents, S, K, P, D) those of `before`.
+
+    forward_out: the output of forward
+    """
     sums = {"grad_k": own[0], "grad_v": own[1]}
     sums |= {"grad_before_k": shared[0], "grad_before_v": shared[1]}
     addresses = {name: tensor.data_ptr() for name, tensor in sums.items()}

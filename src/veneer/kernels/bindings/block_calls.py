@@ -280,12 +280,14 @@ def gate_backward(
     spans: int*2
     heads: int*3
     sides: Side*3
-    cos, sin: F[rows, size]?
-    rows: 0..2**27
-    size: 32..2**27 % 32
-    back: flag
+    cos, sin: F[rows, turned]?
+    turned
+    neighbours: flag
     is_wide: flag
-    body x, out, normed, norms, spans, heads, sides, cos, sin, rows, is_wide
+    rows: 0..2**27
+    size: 16..2**27 % 16
+    back: flag
+    body x, out, normed, norms, spans, heads, sides, cos, sin, turned, is_wide, rows
     """,
     Side=_Side,
     NormOperands=_Norm,
@@ -298,12 +300,14 @@ def heads(
     *,
     norms: Sequence[NormOperands | None] = (None, None),
     beside: Sequence[Tensor | None] = (None, None),
+    neighbours: bool,
     back: bool,
 ) -> Values:
     """Forward: adds its update (B of one layer) to each of q, k and v (M, H E), in place. Then q
     and k go through their norms into `beside` (M, H E) and are rotated; without norms they are
-    rotated in place. E = size, a multiple of 32. angles: cosines and sines (M, E), bf16 or float32.
-    A norm is over one head or over all heads of a row.
+    rotated in place. E = size, a multiple of 16. angles: cosines and sines (M, R), bf16 or float32,
+    of the first R dimensions of each head: i with R / 2 + i, or 2 i with 2 i + 1 (neighbours). A
+    norm is over one head or over all heads of a row.
 
     back: x are gradients. Those of q and k are rotated back and taken through the norms of
     `beside`; then the product of each of the three with B of its layer is computed.
@@ -336,6 +340,9 @@ def heads(
     cos, sin = (None, None) if angles is None else angles
     if (cos is None) != (sin is None):
         raise CallError("cosines without sines")
+    turned = 0 if cos is None else number(cos.shape[-1], 2, size)
+    if turned % 2:
+        raise CallError(f"{turned} dimensions of a head are no pairs")
     return {
         "x": tuple(addresses),
         "out": (0, 0) if back else tuple(places),
@@ -346,6 +353,7 @@ def heads(
         "sides": tuple(_side(side, wide, across=not back, of_A=False) for side, wide in updates),
         "cos": cos,
         "sin": sin,
+        "turned": turned,
         "rows": rows,
         "is_wide": cos is not None and cos.dtype is FP32,
     }

@@ -80,18 +80,23 @@ def gelu_gate_backward(
     "veneer_rotary|veneer_rotary_float(*, rows)",
     """
     x: T[rows, heads, size]
-    cos, sin: F[rows, size]
+    cos, sin: F[rows, turned]
+    turned: 2..size % 2
+    neighbours: flag
+    is_wide = 1 - F
     out: T[rows, heads, size]
     heads
-    size: 32.. % 32
+    size: 16.. % 16
     back: flag
-    is_wide = 1 - F
     check least_type = F: 0..T
     """,
 )
-def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, back: bool) -> None:
-    """out: x (M, H, E) turned by cos and sin (M, E), of x's type or float32; back: by their
-    transpose."""
+def rotary(
+    x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, neighbours: bool, back: bool
+) -> None:
+    """Computes out: x (M, H, E), the first R dimensions of each head turned by cos and sin (M, R),
+    of x's type or float32. Dimension i is turned with R / 2 + i; neighbours: 2 i with 2 i + 1.
+    back: turned by the transpose."""
 
 
 @declare(

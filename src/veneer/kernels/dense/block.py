@@ -34,7 +34,7 @@ from torch import Tensor
 from veneer.kernels.bindings.arguments import is_observed
 from veneer.kernels.bindings.library import count_replayed_layer
 from veneer.kernels.dense import block_passes
-from veneer.kernels.dense.block_operands import LAYERS, Block
+from veneer.kernels.dense.block_operands import Block
 from veneer.kernels.dense.fused import compiled
 from veneer.kernels.tape.layer_tape import Input, LayerTape, addresses, record_layer
 from veneer.private.torch import has_gradient_hooks
@@ -100,7 +100,7 @@ def _run(
 
 
 class _Block(torch.autograd.Function):
-    """factors: A of each layer, then B of each, part by part."""
+    """factors: A of each module, then B of each, part by part."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: Block, *factors: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class _Block(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *rest = ctx.saved_tensors
         block: Block = ctx.block
-        count = 2 * LAYERS * len(block.parts)
+        count = sum(2 * len(part.modules) for part in block.parts)
         factors, saved = rest[:count], _SavedTensors(rest[count:], ctx.tape)
         grad, needs_x = grad.squeeze(0).contiguous(), ctx.needs_input_grad[0]
         existing = _existing_gradients(block.factors()) if _adding.get() else None

@@ -6,6 +6,7 @@ Shapes: M rows, D hidden, H query heads, K key heads, S head size, R rank.
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -19,17 +20,48 @@ from veneer.kernels.dense import rank
 from veneer.kernels.dense.dropout import Dropout
 from veneer.kernels.dense.frozen import DenseLinear
 from veneer.kernels.dense.fused import are_compiled_angles, compiled
-from veneer.kernels.dense.lora import LoRALinear
+from veneer.kernels.dense.lora import LoRALinear, output_rows
 from veneer.kernels.layout import Group
 from veneer.kernels.rules import AttentionRules
 from veneer.kernels.tape.layer_tape import Input
 
 QKV, O, GATES, DOWN, LAYERS = (0, 1, 2), 3, (4, 5), 6, 7
 """Numbers of the linear layers: q, k, v; o; gate, up; down; and how many there are."""
+
+
+class ModuleRows(NamedTuple):
+    """A layer as a part of a module, which may join several layers.
+
+    rows  rows of the module's weight, and of its B; None: all
+    """
+
+    module: int
+    rows: slice | None = None
+
+    def layer(self, modules: Sequence[LoRALinear]) -> LoRALinear | None:
+        """Returns the layer, by views; None if the module's weight has no views."""
+        module = modules[self.module]
+        return module if self.rows is None else output_rows(module, self.rows)
+
+    def of(self, B: Tensor) -> Tensor:
+        """Returns the layer's rows of the module's B, or of the gradient of this B."""
+        return B if self.rows is None else B[self.rows]
+
+
 MANY_ROWS = 2048
 """From this number of rows on, backward recomputes tensors that take one pass over memory."""
 _LEAST_ROWS = 16
 """Fewer rows do not fill the registers of the kernels for small ranks."""
+
+
+def module_rows(widths: Sequence[Sequence[int]]) -> list[ModuleRows]:
+    """Returns the place of every layer. widths: outputs of the layers of each module."""
+    places = []
+    for module, of_layers in enumerate(widths):
+        spans = pairwise(accumulate(of_layers, initial=0))
+        rows = [None] if len(of_layers) == 1 else [slice(*span) for span in spans]
+        places += [ModuleRows(module, own) for own in rows]
+    return places
 
 
 @dataclass(frozen=True)
@@ -72,13 +104,18 @@ class Norms(NamedTuple):
 class BlockPart:
     """A part of the rows, with its own updates and documents.
 
-    rows    which of the M rows
-    layers  q, k, v, o, gate, up and down; all have the same share of dropout, or none has dropout
-    angles  cosines and sines (rows, S), bf16 or float32; None: nothing is rotated
+    rows     which of the M rows
+    modules  the linear modules with their updates
+    layers   q, k, v, o, gate, up and down; all have the same share of dropout, or none has dropout
+    places   of each layer in the modules
+    angles   cosines and sines (rows, rotated dimensions of a head), bf16 or float32, those of the
+             firsts of the pairs, then of the seconds; None: nothing is rotated
     """
 
     rows: slice
+    modules: Sequence[LoRALinear]
     layers: Sequence[LoRALinear]
+    places: Sequence[ModuleRows]
     angles: tuple[Tensor, Tensor] | None
     layout: Group
 
@@ -93,8 +130,15 @@ class BlockPart:
         return len({None if dropout is None else dropout.share for dropout in adapted}) <= 1
 
     def factors(self) -> list[Tensor]:
-        """Returns A of each layer, then B of each."""
-        return [*(layer.A for layer in self.layers), *(layer.B for layer in self.layers)]
+        """Returns A of each module, then B of each."""
+        return [*(module.A for module in self.modules), *(module.B for module in self.modules)]
+
+    def by_layer(self, of_modules: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Takes the factors of the modules, or their gradients. Returns A and B of each layer, B as
+        a view."""
+        As, Bs = of_modules[: len(self.modules)], of_modules[len(self.modules) :]
+        A = [As[place.module] for place in self.places]
+        return A, [place.of(Bs[place.module]) for place in self.places]
 
     def dropouts(self) -> list[Dropout | None]:
         return [layer.dropout for layer in self.layers]
@@ -115,8 +159,10 @@ class BlockPart:
 class Block:
     """The operands of a decoder layer. parts: all rows in order, one part if a single adapter acts.
 
-    size     S
-    is_gelu  the activation of the gate is GELU, by its formula with tanh; otherwise SiLU
+    size        S
+    is_gelu     the activation of the gate is GELU, by its formula with tanh; otherwise SiLU
+    neighbours  dimensions 2 i and 2 i + 1 of a head are rotated together; otherwise i and the one
+                half the rotated dimensions behind it
     """
 
     norms: Norms
@@ -124,6 +170,7 @@ class Block:
     size: int
     rules: AttentionRules
     is_gelu: bool = False
+    neighbours: bool = False
 
     @property
     def layers(self) -> Sequence[LoRALinear]:
@@ -143,7 +190,7 @@ class Block:
 
     def _fits_heads(self) -> bool:
         q, k, v, _, gate, up, _ = (layer.base.out_features for layer in self.layers)
-        if self.size % 32 or any(width % self.size for width in (q, k, v)) or k != v:
+        if self.size % 16 or any(width % self.size for width in (q, k, v)) or k != v:
             return False
         q_norm, k_norm = self.norms.q, self.norms.k
         for norm, width in ((q_norm, q), (k_norm, k)):
@@ -163,7 +210,7 @@ class Block:
         return rows >= MANY_ROWS
 
     def factors(self) -> list[Tensor]:
-        """Returns A of each layer, then B of each, part by part."""
+        """Returns A of each module, then B of each, part by part."""
         return [factor for part in self.parts for factor in part.factors()]
 
     def dropouts(self) -> list[Dropout | None]:
@@ -202,10 +249,13 @@ class Block:
         keys = [drop.key for drop in dropouts if drop]
         equal_keys = tuple(keys.index(key) for key in keys)
         rows = [(part.rows.start, part.rows.stop, id(part.layout)) for part in self.parts]
-        angles = [part.angles and part.angles[0].dtype for part in self.parts]
+        angles = [
+            part.angles and (part.angles[0].dtype, part.angles[0].shape[-1]) for part in self.parts
+        ]
+        places = [(place.module, place.rows and place.rows.stop) for place in self.parts[0].places]
         norms = [norm and norm.facts() for norm in self.norms]
-        own = self.size, self.is_gelu, self.rules, equal_keys, *norms, *angles
-        return len(x), self.recomputes(len(x)), *own, *rows, *shapes, *numbers, *drops
+        own = (self.size, self.is_gelu, self.neighbours, self.rules, equal_keys, *norms, *angles)
+        return len(x), self.recomputes(len(x)), *own, *places, *rows, *shapes, *numbers, *drops
 
 
 def _is_updated_by_kernels(layer: LoRALinear) -> bool:

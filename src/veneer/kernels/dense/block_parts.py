@@ -16,7 +16,6 @@ from veneer.kernels.bindings.block_calls import Side
 from veneer.kernels.dense import rank
 from veneer.kernels.dense.block_operands import (
     GATES,
-    LAYERS,
     QKV,
     Block,
     BlockPart,
@@ -63,8 +62,9 @@ class Part:
     def __init__(
         self, part: BlockPart, factors: Sequence[Tensor], grads: Sequence[Tensor] = ()
     ) -> None:
-        self.part, self.rows, self.grads = part, part.rows, grads
-        self.A, self.B = factors[:LAYERS], factors[LAYERS:]
+        self.part, self.rows = part, part.rows
+        self.A, self.B = part.by_layer(factors)
+        self.grad_A, self.grad_B = part.by_layer(grads) if grads else ([], [])
 
     def new_narrow(self, numbers: Sequence[int], x: Tensor) -> Tensor:
         """Returns an empty (rows, R) in x's type for the ranks of these layers side by side."""
@@ -104,12 +104,17 @@ class Part:
             return
         layers = self.part.layers
         dropouts = [layers[number].dropout for number in adapted]
-        targets = [self.grads[number] for number in adapted]
-        rank.put_gradients(targets, grad_down, x[self.rows], dropouts, add=add)
+        targets = [self.grad_A[number] for number in adapted]
+        if any(target is not targets[0] for target in targets) or len(targets) == 1:
+            rank.put_gradients(targets, grad_down, x[self.rows], dropouts, add=add)
+        else:  # layers of one module: their gradients of its A are added up
+            parts = split_ranks(grad_down, [self.A[number] for number in adapted])
+            for place, (part, dropout) in enumerate(zip(parts, dropouts, strict=True)):
+                rank.put_gradients(targets[:1], part, x[self.rows], [dropout], add=add or place > 0)
         parts = split_ranks(down, [self.A[number] for number in numbers])
         for number, low, g in zip(numbers, parts, grads, strict=True):
             if number in adapted:
-                target, scaling = self.grads[LAYERS + number], layers[number].scaling
+                target, scaling = self.grad_B[number], layers[number].scaling
                 rank.put_gradients(
                     [target], low, g[self.rows], [None], scaling, transposed=True, add=add
                 )
@@ -118,16 +123,17 @@ class Part:
 def _parts(
     block: Block, factors: Sequence[Tensor], grads: Sequence[Tensor] | None = None
 ) -> list[Part]:
-    """factors: A of each layer, then B of each, part by part."""
-    parts = []
-    for number, part in enumerate(block.parts):
-        own = slice(2 * LAYERS * number, 2 * LAYERS * (number + 1))
+    """factors: A of each module, then B of each, part by part."""
+    parts, start = [], 0
+    for part in block.parts:
+        own = slice(start, start + 2 * len(part.modules))
         parts.append(Part(part, factors[own], () if grads is None else grads[own]))
+        start = own.stop
     return parts
 
 
 class Pass:
-    """Holds the operands of one pass. factors, grads: A of each layer, then B of each, by part."""
+    """Holds the operands of one pass. factors, grads: A of each module, then B of each, by part."""
 
     def __init__(
         self,
@@ -217,6 +223,7 @@ class Pass:
                 sides,
                 norms=[self.norm_of(norm, scale, part) for norm, scale, _ in pairs],
                 beside=[None if norm is None else wide[part.rows] for norm, _, wide in pairs],
+                neighbours=self.block.neighbours,
                 back=back,
             )
 

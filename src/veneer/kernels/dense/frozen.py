@@ -42,15 +42,17 @@ class FrozenLinear(Protocol):
 
 
 class DenseLinear:
-    """A frozen nn.Linear, which stores W as (O, I)."""
+    """A frozen nn.Linear, which stores W as (O, I), or these rows of its W."""
 
-    def __init__(self, module: nn.Linear) -> None:
-        self.module = module
+    def __init__(self, module: nn.Linear, rows: slice | None = None) -> None:
+        self.module, self.rows = module, rows
         self.in_features, self.out_features = module.in_features, module.out_features
+        if rows is not None:
+            self.out_features = len(range(*rows.indices(module.out_features)))
 
     @property
     def weight(self) -> Tensor:
-        return self.module.weight
+        return self.module.weight if self.rows is None else self.module.weight[self.rows]
 
     @property
     def device(self) -> torch.device:
@@ -61,16 +63,17 @@ class DenseLinear:
         return self.module.weight.dtype
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return products.linear(x, self.module.weight, bias)
+        return products.linear(x, self.weight, bias)
 
     def input_gradient(self, grad: Tensor, so_far: Tensor | None = None) -> Tensor:
-        return times(grad, self.module.weight, so_far)
+        return times(grad, self.weight, so_far)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        return self.module.weight.detach().to(dtype)
+        return self.weight.detach().to(dtype)
 
     def own_bias(self) -> Tensor | None:
-        return self.module.bias
+        bias: Tensor | None = self.module.bias
+        return bias if bias is None or self.rows is None else bias[self.rows]
 
 
 def times(grad: Tensor, weight: Tensor, so_far: Tensor | None) -> Tensor:

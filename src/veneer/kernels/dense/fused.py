@@ -159,36 +159,53 @@ class _Gate(torch.autograd.Function):
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, neighbours: bool
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _rotate_both(q, k, cos, sin, back=False)
+        ctx.neighbours = neighbours
+        return _rotate_both(q, k, cos, sin, neighbours, back=False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        return *_rotate_both(grad_q, grad_k, *ctx.saved_tensors, back=True), None, None
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return *_rotate_both(grad_q, grad_k, cos, sin, ctx.neighbours, back=True), None, None, None
 
 
 def _rotate_both(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, back: bool
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, neighbours: bool, *, back: bool
 ) -> tuple[Tensor, Tensor]:
     q, k = q.contiguous(), k.contiguous()
-    if (liger := launch.kernels_for("liger_kernels", q, k, cos, sin)) is not None:
+    whole_heads = not neighbours and cos.shape[-1] == q.shape[-1]
+    liger = launch.kernels_for("liger_kernels", q, k, cos, sin) if whole_heads else None
+    if liger is not None:
         return liger.rotate(q, k, cos, sin, back=back)
-    return _rotate(q, cos, sin, back), _rotate(k, cos, sin, back)
+    return _rotate(q, cos, sin, neighbours, back), _rotate(k, cos, sin, neighbours, back)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, neighbours: bool, back: bool) -> Tensor:
     is_compiled = in_one_pass(x) and (
         in_one_pass(x, cos, sin) if x.dtype is cos.dtype else are_compiled_angles(cos, sin)
     )
-    if x.shape[-1] % 32 == 0 and is_compiled:
+    if x.shape[-1] % 16 == 0 and is_compiled:
         out = torch.empty_like(x)
-        row_calls.rotary(x, cos, sin, out, back=back)
+        row_calls.rotary(x, cos, sin, out, neighbours=neighbours, back=back)
         return out
-    cos, sin = cos[:, None], sin[:, None]
-    rotated = x * cos - _rotate_half(x * sin) if back else x * cos + _rotate_half(x) * sin
-    return rotated.to(x.dtype)
+    return _rotate_reference(x, cos, sin, neighbours, back)
+
+
+def _rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, neighbours: bool, back: bool) -> Tensor:
+    cos, sin, turned = cos[:, None], sin[:, None], cos.shape[-1]
+    heads = x[..., :turned].to(torch.promote_types(x.dtype, cos.dtype))
+    if neighbours:  # as halves
+        heads = heads.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    sines = _rotate_half(heads * sin).neg() if back else _rotate_half(heads) * sin
+    heads = heads * cos + sines
+    if neighbours:
+        heads = heads.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+    rotated = heads.to(x.dtype)
+    return rotated if turned == x.shape[-1] else torch.cat((rotated, x[..., turned:]), dim=-1)
 
 
 def _rotate_half(x: Tensor) -> Tensor:
@@ -197,24 +214,27 @@ def _rotate_half(x: Tensor) -> Tensor:
     return torch.cat((-second, first), dim=-1)
 
 
-def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q (M, H, D), k (M, K, D), cos and sin (M, D), which get no gradient -> q and k rotated.
+def rotary(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, neighbours: bool = False
+) -> tuple[Tensor, Tensor]:
+    """q (M, H, D), k (M, K, D), cos and sin (M, R), which get no gradient -> q and k, the first R
+    dimensions of each head rotated.
 
-    Both halves of a row of cos, and of sin, are equal; on CUDA the first is read for both. By
-    angles in float32 values are rounded once, not after each product. Source: Su et al. 2021,
-    arXiv:2104.09864.
+    Dimension i is rotated with R / 2 + i, or 2 i with 2 i + 1 (neighbours). Both halves of a row of
+    cos, and of sin, are equal; on CUDA the first is read for both. By angles in float32 values are
+    rounded once, not after each product. Source: Su et al. 2021, arXiv:2104.09864.
     """
     apply: Any = _Rotary.apply
-    rotated: tuple[Tensor, Tensor] = apply(q, k, cos, sin)
+    rotated: tuple[Tensor, Tensor] = apply(q, k, cos, sin, neighbours)
     return rotated
 
 
-def rotary_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_reference(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, neighbours: bool = False
+) -> tuple[Tensor, Tensor]:
     """Defines rotary, under torch's own autograd."""
-    cos, sin, dtype = cos[:, None], sin[:, None], torch.promote_types(q.dtype, cos.dtype)
-    wide_q, wide_k = q.to(dtype), k.to(dtype)
-    rotated_q, rotated_k = (x * cos + _rotate_half(x) * sin for x in (wide_q, wide_k))
-    return rotated_q.to(q.dtype), rotated_k.to(k.dtype)
+    rotated_q, rotated_k = (_rotate_reference(x, cos, sin, neighbours, False) for x in (q, k))
+    return rotated_q, rotated_k
 
 
 def rms_norm(

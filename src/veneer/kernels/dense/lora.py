@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from veneer.kernels.dense import rank
 from veneer.kernels.dense.dropout import Dropout
-from veneer.kernels.dense.frozen import FrozenLinear, bias_gradient, writable
+from veneer.kernels.dense.frozen import DenseLinear, FrozenLinear, bias_gradient, writable
 
 
 class _DropoutFunction(torch.autograd.Function):
@@ -89,6 +89,16 @@ def unadapted(base: FrozenLinear) -> LoRALinear:
     """Returns the layer with an update of rank 0."""
     A = torch.empty(0, base.in_features, device=base.device)
     return LoRALinear(A, A.new_empty(base.out_features, 0), base.own_bias(), base, 1.0)
+
+
+def output_rows(layer: LoRALinear, rows: slice) -> LoRALinear | None:
+    """Returns the layer that computes these outputs alone, by views of weight, bias and B. Returns
+    None for a packed weight."""
+    if type(layer.base) is not DenseLinear:
+        return None
+    bias = None if layer.bias is None else layer.bias[rows]
+    base = DenseLinear(layer.base.module, rows)
+    return replace(layer, B=layer.B.detach()[rows], bias=bias, base=base)
 
 
 def filled(layer: LoRALinear, x: Tensor) -> LoRALinear:

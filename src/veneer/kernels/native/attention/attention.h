@@ -9,7 +9,7 @@
    kernels/bindings/attention_calls.py has the same fields in this order. */
 struct attention {
     const void *q, *k, *v, *before_k, *before_v, *grad;
-    const void *made; /* (rows, H, D) what forward wrote, for backward on tiles */
+    const void *forward_out; /* (rows, H, D) what forward wrote, for backward on tiles */
     void *out;
     float *lse; /* (rows, H) log of the sum of exponentials, forward writes, backward reads */
     float *grad_k, *grad_v;               /* (splits, rows, K, D) */

@@ -232,7 +232,7 @@ static VENEER_AMX void lay_panel(struct backward *b, const struct place *p, int6
             const uint16_t *g = (const uint16_t *)a->grad + (p->start + w->i0 + r) * a->grad_row +
                                 w->head * a->grad_head;
             sum = _mm512_fmadd_ps(bf16_floats(g + d),
-                                  bf16_floats((const uint16_t *)a->made + row * D + d), sum);
+                                  bf16_floats((const uint16_t *)a->forward_out + row * D + d), sum);
         }
         b->mean[of][r] = _mm512_reduce_add_ps(sum);
         b->lse[of][r] = a->lse[row] * LOG2_E;

@@ -269,8 +269,8 @@ struct heads {
     struct weighting norms[2];
     int64_t spans[2], heads[MOST_LAYERS];
     struct side sides[MOST_LAYERS];
-    const void *cos, *sin; /* (rows, size), float32 where is_wide, else bf16; NULL: no rotation */
-    int64_t rows, size, back, is_wide;
+    struct rotation rotation;
+    int64_t rows, size, back;
 };
 
 /* Rows of q (i = 0) or of k. */
@@ -281,9 +281,9 @@ static VENEER_BF16 void turn(const struct heads *a, int64_t i, uint16_t *x, int6
     const int64_t span = w->weight ? a->spans[i] : 1, spans = width / span;
     uint16_t *out = w->weight && !a->back ? a->out[i] + start : x;
     if (w->weight && !a->back) norm(w, x, out, row * spans, n * spans, span);
-    for (int64_t r = 0; a->cos && r < n; r++)
-        rotate_row(out + r * width, a->cos, a->sin, row + r, out + r * width, a->heads[i], a->size,
-                   a->back, a->is_wide);
+    for (int64_t r = 0; a->rotation.cos && r < n; r++)
+        rotate_row(out + r * width, &a->rotation, row + r, out + r * width, a->heads[i], a->size,
+                   a->back);
     if (w->weight && a->back)
         norm_gradient(w, a->normed[i] + start, x, NULL, x, row * spans, n * spans, span);
 }

@@ -75,18 +75,17 @@ void veneer_gelu_gate_backward(struct gate *a, int64_t runs) {
 }
 
 struct rotary {
-    const uint16_t *x;     /* (rows, heads, size) */
-    const void *cos, *sin; /* (rows, size), float32 where is_wide, else bf16 */
+    const uint16_t *x; /* (rows, heads, size) */
+    struct rotation rotation;
     uint16_t *out;
-    int64_t heads, size, back, is_wide;
+    int64_t heads, size, back;
 };
 
 static VENEER_BF16 void rotary_body(void *arguments, int64_t from, int64_t to) {
     const struct rotary *a = arguments;
     for (int64_t row = from; row < to; row++) {
         const int64_t at = row * a->heads * a->size;
-        rotate_row(a->x + at, a->cos, a->sin, row, a->out + at, a->heads, a->size, a->back,
-                   a->is_wide);
+        rotate_row(a->x + at, &a->rotation, row, a->out + at, a->heads, a->size, a->back);
     }
 }
 

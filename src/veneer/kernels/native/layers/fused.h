@@ -5,6 +5,7 @@
 
 #include "bf16.h"
 #include <math.h>
+#include <string.h>
 
 #if defined(__x86_64__)
 
@@ -118,10 +119,40 @@ VENEER_INLINE void gated_gradient(const int is_gelu, __m512 gate, __m512 up, __m
     bf16_store(grad_gate, _mm512_mul_ps(_mm512_mul_ps(g, up), slope));
 }
 
-/* Angles of a row from place i on; an angle is float32 or bf16. */
-VENEER_INLINE __m512 angles(const int is_wide, const void *from, int64_t i) {
-    return is_wide ? _mm512_loadu_ps((const float *)from + i)
-                   : bf16_floats((const uint16_t *)from + i);
+/* Which dimensions of a head are rotated: the first `turned`, dimension i with turned / 2 + i, or 2 i
+   with 2 i + 1 (neighbours). cos and sin (rows, turned), the first half of the first dimensions of
+   the pairs; float32 where is_wide, else bf16; NULL: nothing is rotated. */
+struct rotation {
+    const void *cos, *sin;
+    int64_t turned, neighbours, is_wide;
+};
+
+VENEER_INLINE __m512 angles(const int is_wide, const void *from, int64_t i, __mmask16 m) {
+    return is_wide ? _mm512_maskz_loadu_ps(m, (const float *)from + i)
+                   : load((const uint16_t *)from + i, m);
+}
+
+/* Pairs i to i + 15 of a head. */
+VENEER_INLINE void load_pairs(const int neighbours, const uint16_t *x, int64_t half, int64_t i,
+                              __mmask16 m, __m512 *first, __m512 *second) {
+    if (neighbours) {
+        const __m512i words = _mm512_maskz_loadu_epi32(m, x + 2 * i);
+        *first = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+        *second = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(~0xFFFF)));
+    } else {
+        *first = load(x + i, m);
+        *second = load(x + half + i, m);
+    }
+}
+
+VENEER_INLINE void store_pairs(const int neighbours, uint16_t *to, int64_t half, int64_t i,
+                               __mmask16 m, __m512 first, __m512 second) {
+    if (neighbours) {
+        _mm512_mask_storeu_epi32(to + 2 * i, m, bf16_pairs(first, second));
+    } else {
+        store(to + i, m, first);
+        store(to + half + i, m, second);
+    }
 }
 
 VENEER_INLINE __m512 product(const int is_wide, __m512 x, __m512 y) {
@@ -129,39 +160,43 @@ VENEER_INLINE __m512 product(const int is_wide, __m512 x, __m512 y) {
     return is_wide ? found : rounded(found);
 }
 
-VENEER_INLINE void rotate_row_of(const int w, const uint16_t *x, const void *cos, const void *sin,
-                                 int64_t at, uint16_t *out, int64_t heads, int64_t size,
-                                 int64_t back) {
-    const int64_t half = size / 2;
+VENEER_INLINE void rotate_row_of(const int w, const int neighbours, const uint16_t *x,
+                                 const struct rotation *r, int64_t row, uint16_t *out,
+                                 int64_t heads, int64_t size, int64_t back) {
+    const int64_t half = r->turned / 2, at = row * r->turned;
     for (int64_t i = 0; i < half; i += 16) {
-        const __m512 first_cos = angles(w, cos, at + i), second_cos = angles(w, cos, at + half + i);
-        const __m512 first_sin = angles(w, sin, at + i), second_sin = angles(w, sin, at + half + i);
+        const __mmask16 m = rest(half - i);
+        const __m512 first_cos = angles(w, r->cos, at + i, m),
+                     second_cos = angles(w, r->cos, at + half + i, m);
+        const __m512 first_sin = angles(w, r->sin, at + i, m),
+                     second_sin = angles(w, r->sin, at + half + i, m);
         for (int64_t h = 0; h < heads; h++) {
-            const __m512 first = bf16_floats(x + h * size + i),
-                         second = bf16_floats(x + h * size + half + i);
-            uint16_t *to = out + h * size + i;
+            __m512 first, second;
+            load_pairs(neighbours, x + h * size, half, i, m, &first, &second);
             const __m512 to_first = product(w, second, back ? second_sin : first_sin);
             const __m512 to_second = product(w, first, back ? first_sin : second_sin);
             const __m512 own_first = product(w, first, first_cos),
                          own_second = product(w, second, second_cos);
-            bf16_store(to, back ? _mm512_add_ps(own_first, to_first)
-                                : _mm512_sub_ps(own_first, to_first));
-            bf16_store(to + half, back ? _mm512_sub_ps(own_second, to_second)
-                                       : _mm512_add_ps(own_second, to_second));
+            store_pairs(neighbours, out + h * size, half, i, m,
+                        back ? _mm512_add_ps(own_first, to_first)
+                             : _mm512_sub_ps(own_first, to_first),
+                        back ? _mm512_sub_ps(own_second, to_second)
+                             : _mm512_add_ps(own_second, to_second));
         }
     }
+    for (int64_t h = 0; out != x && r->turned < size && h < heads; h++)
+        memcpy(out + h * size + r->turned, x + h * size + r->turned,
+               (size_t)(size - r->turned) * 2);
 }
 
-/* x (heads, size) turned by cos and sin (rows, size) of this row, or back; the two halves of a head
-   together. Rounded where models round: after each product, or once where angles are float32
-   (is_wide). out may be x. */
-VENEER_INLINE void rotate_row(const uint16_t *x, const void *cos, const void *sin, int64_t row,
-                              uint16_t *out, int64_t heads, int64_t size, int64_t back,
-                              int64_t is_wide) {
-    if (is_wide)
-        rotate_row_of(1, x, cos, sin, row * size, out, heads, size, back);
-    else
-        rotate_row_of(0, x, cos, sin, row * size, out, heads, size, back);
+/* x (heads, size) turned by the angles of this row, or back. Rounded where models round: after each
+   product, or once where angles are float32 (is_wide). out may be x. */
+VENEER_INLINE void rotate_row(const uint16_t *x, const struct rotation *r, int64_t row,
+                              uint16_t *out, int64_t heads, int64_t size, int64_t back) {
+    if (r->is_wide && r->neighbours) rotate_row_of(1, 1, x, r, row, out, heads, size, back);
+    else if (r->is_wide) rotate_row_of(1, 0, x, r, row, out, heads, size, back);
+    else if (r->neighbours) rotate_row_of(0, 1, x, r, row, out, heads, size, back);
+    else rotate_row_of(0, 0, x, r, row, out, heads, size, back);
 }
 
 #endif

@@ -21,8 +21,9 @@ struct gate {
 
 struct rotary {
     const float *x, *cos, *sin;
+    int64_t turned, neighbours, is_wide;
     float *out;
-    int64_t heads, size, back, is_wide;
+    int64_t heads, size, back;
 };
 
 /* As in fused.h. */

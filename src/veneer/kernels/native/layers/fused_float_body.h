@@ -108,22 +108,32 @@ GATES(gelu, NAME(gelu_place), NAME(gelu_run))
 /* Each product is rounded before it is added, as torch does. */
 static TARGET void NAME(rotary)(void *arguments, int64_t from, int64_t to) {
     const struct rotary *a = arguments;
-    const int64_t half = a->size / 2;
+    const int64_t half = a->turned / 2;
     for (int64_t row = from; row < to; row++) {
-        const float *cos = a->cos + row * a->size, *sin = a->sin + row * a->size;
+        const float *cos = a->cos + row * a->turned, *sin = a->sin + row * a->turned;
         for (int64_t h = 0; h < a->heads; h++) {
             const float *x = a->x + (row * a->heads + h) * a->size;
             float *out = a->out + (row * a->heads + h) * a->size;
-            for (int64_t i = 0; i < half; i += W) {
-                const NAME(fv) first = NAME(load)(x + i), second = NAME(load)(x + half + i);
-                const NAME(fv) to_first = second * NAME(load)(sin + (a->back ? half : 0) + i);
-                const NAME(fv) to_second = first * NAME(load)(sin + (a->back ? 0 : half) + i);
-                const NAME(fv) own_first = first * NAME(load)(cos + i),
-                               own_second = second * NAME(load)(cos + half + i);
-                NAME(store)(out + i, a->back ? own_first + to_first : own_first - to_first);
-                NAME(store)(out + half + i,
-                            a->back ? own_second - to_second : own_second + to_second);
+            for (int64_t i = 0; !a->neighbours && i < half; i += W) {
+                const int64_t n = half - i;
+                const NAME(fv) first = NAME(first)(x + i, n), second = NAME(first)(x + half + i, n);
+                const NAME(fv) to_first = second * NAME(first)(sin + (a->back ? half : 0) + i, n);
+                const NAME(fv) to_second = first * NAME(first)(sin + (a->back ? 0 : half) + i, n);
+                const NAME(fv) own_first = first * NAME(first)(cos + i, n),
+                               own_second = second * NAME(first)(cos + half + i, n);
+                NAME(put)(out + i, a->back ? own_first + to_first : own_first - to_first, n);
+                NAME(put)(out + half + i, a->back ? own_second - to_second : own_second + to_second,
+                          n);
             }
+            for (int64_t i = 0; a->neighbours && i < half; i++) {
+                const float first = x[2 * i], second = x[2 * i + 1];
+                const float to_first = second * sin[(a->back ? half : 0) + i];
+                const float to_second = first * sin[(a->back ? 0 : half) + i];
+                const float own_first = first * cos[i], own_second = second * cos[half + i];
+                out[2 * i] = a->back ? own_first + to_first : own_first - to_first;
+                out[2 * i + 1] = a->back ? own_second - to_second : own_second + to_second;
+            }
+            for (int64_t i = a->turned; i < a->size; i++) out[i] = x[i];
         }
     }
 }

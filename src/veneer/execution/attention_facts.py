@@ -1,0 +1,184 @@
+"""Finds what an attention block computes (layer_facts.Attention), and computes it by its facts.
+
+The block runs with small random projections. It must pass the same bits to the attention function
+as `attend` does, and compute the same bits from its output.
+
+Shapes: B batch, T tokens, H query heads, K key heads, S head size, D hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.adapters.methods.adapted_linear import apply_together
+from veneer.adapters.placement.wrapping import unwrapped
+from veneer.execution.agreement import EXACT, agrees
+from veneer.execution.attention import NAME, attention_forward
+from veneer.execution.layer_facts import HEAD_NORMS, JOINED_QKV, QKV, Attention, O, Rotation
+from veneer.execution.part_facts import find_norm
+from veneer.execution.small_modules import ROWS, WIDTH, random_rows, small_linear, with_small_weight
+from veneer.kernels.attention.groups import Pair
+from veneer.kernels.dense.fused import rotary
+from veneer.kernels.rules import AttentionRules
+from veneer.linear import frozen_linear
+from veneer.private.torch import children_of, replace_children
+from veneer.private.transformers import attention_of
+
+_ROTATIONS = (
+    Rotation(0),
+    Rotation(0, neighbours=True, angle_order="neighbours"),
+    Rotation(0, neighbours=True, angle_order="first half"),
+    Rotation(0, neighbours=True, angle_order="neighbours", is_wide=True),
+)
+"""The kinds of rotation that are tried, without their sizes."""
+
+
+@torch.no_grad()
+def find_attention(block: Any) -> Attention | None:
+    """Returns the facts of an attention block; None for any other module."""
+    names, size = {name for name, _ in block.named_children()}, getattr(block, "head_dim", None)
+    inputs = JOINED_QKV if JOINED_QKV[0] in names else QKV
+    own, norm_names = {*inputs, O}, {*HEAD_NORMS} & names
+    if names - norm_names != own or len(norm_names) == 1:
+        return None
+    if (
+        not isinstance(size, int)
+        or size % 2
+        or attention_of(getattr(block, "config", None)) != NAME
+    ):
+        return None
+    children = children_of(block)
+    views = [frozen_linear(unwrapped(children[name])) for name in (*inputs, O)]
+    modules = {name: unwrapped(children[name]) for name in HEAD_NORMS if name in names}
+    norms = [norm for name, module in modules.items() if (norm := find_norm(module, name))]
+    linears = [view for view in views if view is not None]
+    if len(norms) != len(modules) or len(linears) != len(views):
+        return None
+    outputs, attended = [view.out_features for view in linears[:-1]], linears[-1].in_features
+    if inputs == JOINED_QKV:
+        both = sum(outputs) - attended
+        outputs = [attended, both // 2, both - both // 2]
+    q, k, v = outputs
+    facts = Attention(block, size, AttentionRules(1.0), (q, k, v), tuple(norms), inputs=inputs)
+    for width in _rotated_sizes(block, size):
+        try:
+            confirmed = _confirm(facts, linears[0].dtype, width)
+        except Exception:  # modelling code may raise any, as in agreement.disagreement
+            continue
+        if confirmed is not None:
+            return confirmed
+    return None
+
+
+def _rotated_sizes(block: Any, size: int) -> Iterator[int]:
+    """Returns the sizes of rotation that the config of a block names, and the whole head."""
+    settings = getattr(block.config, "rope_parameters", None) or {}
+    nested = [own for own in settings.values() if isinstance(own, dict)]
+    for shares in (settings, *nested):
+        share = shares.get("partial_rotary_factor")
+        if isinstance(share, float) and 0 < (width := int(size * share)) < size:
+            yield width
+    yield size
+
+
+def _confirm(facts: Attention, dtype: torch.dtype, width: int) -> Attention | None:
+    """Returns the facts with rules and rotation if the block computes them by angles of this
+    width."""
+    block: Any = facts.module
+    small = copy.copy(block)
+    replace_children(small, {})
+    for seed, name in enumerate((*facts.inputs, O)):
+        own: Any = unwrapped(children_of(block)[name])
+        ins, outs = (own.in_features, WIDTH) if name == O else (WIDTH, own.out_features)
+        children_of(small)[name] = small_linear(ins, outs, dtype, seed)
+    for name, norm in zip(HEAD_NORMS, facts.norms, strict=False):
+        children_of(small)[name] = with_small_weight(norm.module, "cpu")[0]
+
+    def inputs(angle_type: torch.dtype) -> dict[str, Any]:
+        draw = torch.Generator().manual_seed(0)
+        cos, sin = (torch.randn(1, ROWS, width, generator=draw) for _ in range(2))
+        return {
+            "hidden_states": random_rows(WIDTH, dtype)[None],
+            "position_embeddings": (cos.to(angle_type), sin.to(angle_type)),
+            "attention_mask": None,
+        }
+
+    def own_code(angle_type: torch.dtype) -> tuple[Any, ...]:
+        layout = _RecordingLayout()
+        positions = torch.arange(ROWS)[None] * 10**6  # a block that uses positions itself shows it
+        out = small(**inputs(angle_type), position_ids=positions, veneer_layout=layout)
+        return (*out, *layout.heads, layout.rules)
+
+    rules = own_code(dtype)[-1]
+    if any(own is not rules.sinks for own in block.parameters(recurse=False)):
+        return None
+
+    def agrees_with(facts: Attention, angle_type: torch.dtype) -> bool:
+        def computed() -> tuple[Any, ...]:
+            layout = _RecordingLayout()
+            out = attend(facts, small, **inputs(angle_type), veneer_layout=layout)
+            return (*out, *layout.heads, layout.rules)
+
+        return agrees(computed, lambda: own_code(angle_type), (), EXACT)
+
+    for rotation in (*(replace(kind, size=width) for kind in _ROTATIONS), None):
+        found = replace(facts, rules=rules, rotation=rotation)
+        if agrees_with(found, dtype):
+            return replace(found, takes_float32=agrees_with(found, torch.float32))
+    return None
+
+
+def attend(
+    facts: Attention,
+    block: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None,
+    **others: Any,
+) -> tuple[Tensor, Any]:
+    """Computes the output (B, T, D) of an attention block by its facts, with the block's
+    modules."""
+    (B, T), S = hidden_states.shape[:2], facts.head_dim
+    outputs = apply_together([getattr(block, name) for name in facts.inputs], hidden_states)
+    q, k, v = outputs[0].split(facts.widths, dim=-1) if facts.is_joined else outputs
+    if facts.norms:
+        q_norm, k_norm = facts.norms
+        q = block.q_norm(q.reshape(B, T, -1, q_norm.weight.numel()))
+        k = block.k_norm(k.reshape(B, T, -1, k_norm.weight.numel()))
+    q, k = q.reshape(B * T, -1, S), k.reshape(B * T, -1, S)
+    if facts.rotation is not None:
+        cos, sin = (
+            facts.rotation.in_halves(angles).expand(B, T, -1).reshape(B * T, -1)
+            for angles in position_embeddings
+        )
+        q, k = rotary(q, k, cos, sin, neighbours=facts.rotation.neighbours)
+    q, k, v = (heads.reshape(B, T, -1, S).transpose(1, 2) for heads in (q, k, v))
+    rules: dict[str, Any] = {
+        "scaling": facts.rules.scale,
+        "sliding_window": facts.rules.window,
+        "softcap": facts.rules.softcap,
+        "s_aux": facts.rules.sinks,
+    }
+    out, weights = attention_forward(block, q, k, v, attention_mask, **rules, **others)
+    return block.o_proj(out.reshape(B, T, -1)), weights
+
+
+class _RecordingLayout:
+    """A layout (attention.BatchAttention) that records its arguments and returns q."""
+
+    def attend(
+        self,
+        query_NHD: Tensor,
+        key_NKD: Tensor,
+        value_NKD: Tensor,
+        prefix: Sequence[tuple[slice, Pair | None]],
+        rules: AttentionRules,
+    ) -> Tensor:
+        self.heads, self.rules = (query_NHD, key_NKD, value_NKD), rules
+        return query_NHD

@@ -1,0 +1,82 @@
+"""Finds what norms and gated feed-forward blocks compute, by running them on small random
+projections (layer_facts.py)."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters.placement.wrapping import unwrapped
+from veneer.execution.agreement import EXACT, PART, agrees
+from veneer.execution.layer_facts import DOWN, GATE_UP, JOINED_GATE_UP, FeedForward, Gate, Norm
+from veneer.execution.small_modules import WIDTH, random_rows, small_linear, with_small_weight
+from veneer.kernels.dense.fused import gelu_gate, rms_norm, rms_norm_reference, silu_gate
+from veneer.linear import frozen_linear
+from veneer.private.torch import children_of, replace_children
+
+NORM_KINDS = ((0.0, False), (0.0, True), (1.0, True))
+"""(offset, is_wide) of the kinds of norms that find_norm tries."""
+INNER = 12
+"""Inner size of the small feed-forward block that is tried."""
+ACTIVATIONS = ("act_fn", "activation_fn")
+"""Names of the activation in a feed-forward block."""
+
+
+@torch.no_grad()
+def find_norm(module: nn.Module, name: str = "") -> Norm | None:
+    """Returns the facts of an RMS norm; None for any other module."""
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+    if names != ["weight"] or any(module.children()) or not isinstance(epsilon, float):
+        return None
+    if not type(module).__name__.endswith("RMSNorm"):
+        return None
+    small, weight = with_small_weight(module)
+    x = random_rows(weight.shape[-1], weight.dtype).to(weight.device)
+    for tolerance in (EXACT, PART):
+        for offset, is_wide in NORM_KINDS:
+            kind: dict[str, Any] = {"offset": offset, "is_wide": is_wide}
+            norm = rms_norm_reference if tolerance is EXACT else rms_norm
+            if agrees(
+                partial(norm, weight=weight, epsilon=epsilon, **kind), small, (x,), tolerance
+            ):
+                return Norm(module, epsilon, offset, is_wide, name)
+    return None
+
+
+@torch.no_grad()
+def find_feed_forward(module: nn.Module) -> FeedForward | None:
+    """Returns the facts of a gated feed-forward block; None for any other module, for instance one
+    that clips its values."""
+    children = children_of(module)
+    inputs = JOINED_GATE_UP if JOINED_GATE_UP[0] in children else GATE_UP
+    (activation_name, *others) = {*children} - {*inputs, DOWN} or {""}
+    activation = children.get(activation_name)
+    if others or not {*inputs, DOWN} <= children.keys() or activation_name not in ACTIVATIONS:
+        return None
+    if not isinstance(activation, nn.Module) or any(True for _ in activation.parameters()):
+        return None
+    x = torch.linspace(-4, 4, 64, device="cpu")[None]
+    view = frozen_linear(unwrapped(module.get_submodule(inputs[0])))
+    dtype, width = (torch.float32, 0) if view is None else (view.dtype, view.out_features)
+    small = copy.copy(module)
+    sizes = [*((WIDTH, 2 * INNER // len(inputs)) for _ in inputs), (INNER, WIDTH)]
+    *projections, down = (small_linear(*size, dtype, seed) for seed, size in enumerate(sizes))
+    own = {**dict(zip(inputs, projections, strict=True)), DOWN: down}
+    replace_children(small, {**children, **own})
+
+    def computed(x: Tensor, gate: Gate) -> Tensor:
+        outputs = torch.cat([project(x) for project in projections], dim=-1)
+        y: Tensor = down(gate(*outputs.chunk(2, dim=-1)))
+        return y
+
+    for gate in (silu_gate, gelu_gate):
+        same = agrees(lambda x, gate=gate: gate(x, torch.ones_like(x)), activation, (x,), PART)
+        rows = random_rows(WIDTH, dtype)
+        if same and agrees(partial(computed, gate=gate), small, (rows,), PART):
+            return FeedForward(module, gate, width * len(inputs) // 2, inputs)
+    return None

@@ -1,0 +1,42 @@
+"""Small copies of modules and random rows, on which facts about modules are tried."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from veneer.private.torch import replace_parameters
+
+WIDTH, ROWS = 8, 5
+"""Sizes of the rows that parts are tried on."""
+
+
+def small_linear(ins: int, outs: int, dtype: torch.dtype, seed: int) -> nn.Linear:
+    linear = nn.Linear(ins, outs, bias=False, device="meta")
+    draw = torch.Generator().manual_seed(seed)
+    values = torch.randn(outs, ins, generator=draw).to(dtype)
+    linear.weight = nn.Parameter(values, requires_grad=False)
+    return linear
+
+
+def with_small_weight(module: nn.Module, device: str | None = None) -> tuple[nn.Module, Tensor]:
+    """Returns a copy of a norm with a random weight near 1, and this weight. They are on the norm's
+    own device, on the CPU if it has no values."""
+    own = module.get_parameter("weight")
+    draw = torch.Generator().manual_seed(0)
+    target = device or ("cpu" if own.is_meta else own.device)
+    weight = torch.rand(own.shape, generator=draw).add_(0.5).to(own.dtype).to(target)
+    small = copy.copy(module)
+    replace_parameters(small, {"weight": nn.Parameter(weight, requires_grad=False)})
+    return small, weight
+
+
+def random_rows(width: int, dtype: torch.dtype) -> Tensor:
+    """Returns (ROWS, width) random values, from small to large rows, so that a part that clips
+    values or adds a small one gives another result. In float16 all rows have one scale."""
+    draw = torch.Generator().manual_seed(0)
+    wide = torch.finfo(dtype).max > 1e30
+    scale = torch.logspace(-2, 6, ROWS) if wide else torch.full((ROWS,), 3.0)
+    return (torch.randn(ROWS, width, generator=draw) * scale[:, None]).to(dtype)
