@@ -29,9 +29,8 @@ from veneer.execution.decoder_layer import find_layers
 from veneer.execution.ends import Ends
 from veneer.execution.layer_facts import (
     ATTENTION,
-    DOWN,
     FEED_FORWARD,
-    GATE_UP,
+    GATED,
     QKV,
     Attention,
     DecoderLayer,
@@ -204,7 +203,7 @@ def _layer(
     gated = layer.feed_forward
     if gated is None or gated.gate is not silu_gate or _bare(feed) is not gated.module:
         return h, feed(x[None])[0]
-    gate, up, down = (children_of(gated.module)[name] for name in (*GATE_UP, DOWN))
+    gate, up, down = (children_of(gated.module)[name] for name in GATED)
     return h, _product(decoder_step.gate(*_products(x, [gate, up])), down)
 
 

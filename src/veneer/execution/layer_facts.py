@@ -20,6 +20,7 @@ ATTENTION, FEED_FORWARD = "self_attn", "mlp"
 QKV, O = ("q_proj", "k_proj", "v_proj"), "o_proj"
 HEAD_NORMS = ("q_norm", "k_norm")
 GATE_UP, DOWN = ("gate_proj", "up_proj"), "down_proj"
+GATED = (*GATE_UP, DOWN)
 JOINED_QKV, JOINED_GATE_UP = ("qkv_proj",), ("gate_up_proj",)
 """Modules whose outputs are those of several layers, side by side."""
 
