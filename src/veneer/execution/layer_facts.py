@@ -23,6 +23,8 @@ GATE_UP, DOWN = ("gate_proj", "up_proj"), "down_proj"
 GATED = (*GATE_UP, DOWN)
 JOINED_QKV, JOINED_GATE_UP = ("qkv_proj",), ("gate_up_proj",)
 """Modules whose outputs are those of several layers, side by side."""
+LAYERS_OF_INPUTS = {**dict.fromkeys((*QKV, *GATE_UP), 1), JOINED_QKV[0]: 3, JOINED_GATE_UP[0]: 2}
+"""How many layers each module computes that reads the input of a block."""
 
 Gate = Callable[[Tensor, Tensor], Tensor]
 """(gate_proj(x), up_proj(x)) -> activation(gate_proj(x)) * up_proj(x)."""

@@ -29,6 +29,7 @@ from veneer.execution.layer_facts import (
     ATTENTION,
     DOWN,
     FEED_FORWARD,
+    LAYERS_OF_INPUTS,
     Attention,
     DecoderLayer,
     FeedForward,
@@ -323,8 +324,9 @@ def fits_one_node(adapter: Attachment) -> bool:
     ranks: Counter[str] = Counter()  # of the layers that read the same input
     for path, layer in adapter.layers.items():
         block, _, name = path.rpartition(".")
-        if name in (*QKV, *GATED[:2]) and (A := layer.parts().get("A")) is not None:
-            ranks[block] += -(-len(A) // 16) * 16  # as `filled` pads it
+        layers = LAYERS_OF_INPUTS.get(name)
+        if layers is not None and (A := layer.parts().get("A")) is not None:
+            ranks[block] += layers * -(-len(A) // 16) * 16  # as `filled` pads it
     return max(ranks.values(), default=0) <= MOST_RANK
 
 
