@@ -20,6 +20,7 @@ _HOMES = {
     "Prefix": "veneer.adapters.config",
     "RunConfig": "veneer.training.config",
     "VeneerError": "veneer.errors",
+    "choose": "veneer.api",
     "compare": "veneer.api",
     "evaluate": "veneer.api",
     "load": "veneer.api",
@@ -38,6 +39,7 @@ __all__ = [
     "Prefix",
     "RunConfig",
     "VeneerError",
+    "choose",
     "compare",
     "evaluate",
     "load",
@@ -51,6 +53,7 @@ if TYPE_CHECKING:  # the same names as _HOMES, for type checkers and editors
     from veneer.adapters.config import Full as Full
     from veneer.adapters.config import LoRA as LoRA
     from veneer.adapters.config import Prefix as Prefix
+    from veneer.api import choose as choose
     from veneer.api import compare as compare
     from veneer.api import evaluate as evaluate
     from veneer.api import load as load

@@ -10,7 +10,7 @@ print(base.generate("Where is my parcel?"))
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from veneer.adapters.preamble import Preamble
 from veneer.base import Base
@@ -23,15 +23,19 @@ from veneer.comparison.local import LocalExecutor
 from veneer.comparison.plan import DEFAULT_STEPS, Candidate, Comparison, prepare_rows
 from veneer.data.checks.check import refuse_beyond
 from veneer.data.checks.closer import look_closer
-from veneer.data.examples import Example, grouped
+from veneer.data.examples import Example, Row, RowRef, grouped
 from veneer.data.files.writing import Record
 from veneer.data.load import DataSet, examine_data
+from veneer.data.template.user_prompt import UserPrompt, prompt_list, prompt_messages
 from veneer.decoding.schedule.lookup import LookupMode, check_lookup
 from veneer.errors import ConfigError
 from veneer.evaluation.evaluation import EvaluationOptions, Progress
 from veneer.evaluation.evaluation import evaluate as evaluate_rows
 from veneer.evaluation.general import BUILT_IN
 from veneer.evaluation.intervals import Counts
+from veneer.evaluation.label_figures import probabilities
+from veneer.evaluation.label_scores import Nats, label_scores
+from veneer.evaluation.labels import AUTO, checked_labels, with_accuracy
 from veneer.evaluation.registry import find_metrics
 from veneer.evaluation.rows import RowOptions, load_rows
 from veneer.evaluation.user_function import UserFunction
@@ -158,7 +162,7 @@ def evaluate(
     data: str | Path | Iterable[Record],
     *,
     metrics: Sequence[str | UserFunction] = (),
-    labels: Sequence[str] = (),
+    labels: str | Sequence[str] = (),
     length_normalised: bool = False,
     general: str | None = None,
     against: Path | None = None,
@@ -178,6 +182,7 @@ def evaluate(
 
     data     the name of a set of rows, or the rows themselves, each a dict
     metrics  names, `regex:PATTERN`, or functions (answer, references) -> number
+    labels   what accuracy chooses from by likelihood; "auto": the rows' own answers
 
     Prompts are rendered as the adapter's training rows were (base.preamble), unless system or
     variables override that, as in Base.generate. evaluation/evaluation.py describes the other
@@ -195,17 +200,18 @@ def evaluate(
     with base.routing.held():  # a switch in another thread concerns later calls
         preamble = base.preamble.overridden(system, variables)
         choices = EvaluationOptions(
-            metrics=find_metrics([metrics] if isinstance(metrics, str) else metrics),
+            metrics=find_metrics(
+                with_accuracy([metrics] if isinstance(metrics, str) else metrics, labels)
+            ),
             max_new_tokens=max_new_tokens,
             lookup=lookup,
-            labels=[labels] if isinstance(labels, str) else list(labels),
+            labels=[] if labels == AUTO else [labels] if isinstance(labels, str) else list(labels),
             length_normalised=length_normalised,
             predictions=predictions,
             against=against,
             general=general,
             variables=preamble.variables,
         )
-        capacity, tokenizer = capacity_of(base), base.acting_tokenizer
         rows, examples = load_rows(
             base,
             data,
@@ -213,15 +219,100 @@ def evaluate(
             preamble=preamble,
             purpose="evaluated",
         )
-        paths = base.paths
-
-        def nats(examples: Sequence[Example]) -> Counts:
-            refuse_beyond("this cannot be computed", examples, capacity, tokenizer)
-            return example_nats(base.model, paths, examples, batch=batch)
-
+        nats = _nats(base, batch)
         return Evaluation(
             evaluate_rows(base, rows, examples, choices, nats=nats, progress=progress)
         )
+
+
+@overload
+def choose(  # type: ignore[overload-overlap]  # str is a sequence of str
+    base: Base,
+    prompt: str | Sequence[Mapping[str, Any]],
+    choices: Sequence[str],
+    *,
+    length_normalised: bool = False,
+    system: str | None = None,
+    variables: Mapping[str, Any] | None = None,
+    batch: int = 16,
+) -> dict[str, float]: ...
+
+
+@overload
+def choose(
+    base: Base,
+    prompt: Sequence[str] | Sequence[Sequence[Mapping[str, Any]]],
+    choices: Sequence[str],
+    *,
+    length_normalised: bool = False,
+    system: str | None = None,
+    variables: Mapping[str, Any] | None = None,
+    batch: int = 16,
+) -> list[dict[str, float]]: ...
+
+
+def choose(
+    base: Base,
+    prompt: UserPrompt | Sequence[UserPrompt],
+    choices: Sequence[str],
+    *,
+    length_normalised: bool = False,
+    system: str | None = None,
+    variables: Mapping[str, Any] | None = None,
+    batch: int = 16,
+) -> dict[str, float] | list[dict[str, float]]:
+    """Returns the probability of each choice as the answer to a prompt, the likeliest first; a list
+    of them for a list of prompts.
+
+    Nothing is generated: every choice is scored behind the prompt, which is computed once. The
+    probabilities are over the choices alone, of the adapters in use, and uncalibrated.
+
+    prompt             a text, or the messages of a conversation; or a list of them
+    length_normalised  compares log-probabilities per token: for choices of very different lengths
+    """
+    check_numbers(batch=(ROWS, batch))
+    if isinstance(choices, str):
+        raise ConfigError(
+            "choices is a text, and takes several", next_step="For instance ['yes', 'no']."
+        )
+    labels, (prompts, several) = checked_labels(choices), prompt_list(prompt)
+    with base.routing.held():
+        preamble, tokenizer = base.preamble.overridden(system, variables), base.acting_tokenizer
+        rows = [
+            Row(
+                RowRef("prompts", number),
+                [
+                    *prompt_messages(tokenizer, item, preamble),
+                    {"role": "assistant", "content": labels[0]},
+                ],
+                format="prompt_completion",
+            )
+            for number, item in enumerate(prompts, 1)
+        ]
+        scores = label_scores(
+            tokenizer,
+            rows,
+            labels,
+            nats=_nats(base, batch),
+            length_normalised=length_normalised,
+            variables=preamble.variables,
+        )
+    answers = [
+        dict(sorted(zip(labels, row, strict=True), key=lambda pair: -pair[1]))
+        for row in probabilities(scores).tolist()
+    ]
+    return answers if several else answers[0]
+
+
+def _nats(base: FrozenBase, batch: int) -> Nats:
+    """Returns a function that computes the nats of examples with the adapters in use."""
+    paths, capacity, tokenizer = base.paths, capacity_of(base), base.acting_tokenizer
+
+    def nats(examples: Sequence[Example]) -> Counts:
+        refuse_beyond("this cannot be computed", examples, capacity, tokenizer)
+        return example_nats(base.model, paths, examples, batch=batch)
+
+    return nats
 
 
 def compare(

@@ -116,7 +116,7 @@ class TrainedRun(Mapping[str, Any]):
         data: str | Path | Iterable[Record],
         *,
         metrics: Sequence[str | UserFunction] = (),
-        labels: Sequence[str] = (),
+        labels: str | Sequence[str] = (),
         max_new_tokens: int = 256,
     ) -> dict[str, Any]:
         """Evaluates `base` as veneer.evaluate does."""

@@ -25,7 +25,8 @@ from veneer.evaluation.answers import evaluate_answers
 from veneer.evaluation.evaluation import EvaluationOptions, evaluate
 from veneer.evaluation.general import BUILT_IN, WINDOW, general_documents, general_examples
 from veneer.evaluation.intervals import Counts
-from veneer.evaluation.labels import label_examples, labels_of, likeliest_labels, read_labels
+from veneer.evaluation.label_scores import label_examples, label_scores
+from veneer.evaluation.labels import labels_of, read_labels
 from veneer.evaluation.predictions import matched, read_predictions, write_predictions
 from veneer.evaluation.registry import METRICS, find_metrics
 from veneer.models.frozen_base import FrozenBase
@@ -256,6 +257,13 @@ def test_nats_of_each_example_are_those_of_the_model_alone(family: str, batch: i
 LABELS = ["card", "card_lost", "refund", "a refund that is late"]
 
 
+def likeliest_labels(
+    tokenizer: Any, of: Sequence[Row], labels: Sequence[str], **options: Any
+) -> list[str]:
+    scores = label_scores(tokenizer, of, labels, **options)
+    return [labels[number] for number in scores.argmax(axis=1)]
+
+
 def slow_choice(base: FrozenBase, row: Row, label_list: Sequence[str], *, per_token: bool) -> str:
     """Every label alone, from the model's own logits."""
     template = ChatTemplate(base.tokenizer)
@@ -324,9 +332,10 @@ def test_accuracy_is_the_share_of_rows_whose_label_is_right(base: FrozenBase) ->
         one.messages[-1]["content"] = next(each for each in LABELS if each != label)
     found = run(base, asked, ["accuracy"], labels=LABELS, nats=own_nats(base))
     assert found["accuracy"] == pytest.approx(2 / 6)
-    assert found["labels"] == {"own": False, "names": LABELS}
+    assert found["labels"]["own"] is False and found["labels"]["names"] == LABELS
+    assert sum(cell["rows"] for cell in found["labels"]["confusion"]) == 6
     own = run(base, rows(["card", "refund"] * 3), ["accuracy"], nats=own_nats(base))
-    assert own["labels"] == {"own": True, "names": ["card", "refund"]}
+    assert own["labels"]["own"] is True and own["labels"]["names"] == ["card", "refund"]
 
 
 def test_all_labels_of_a_row_are_computed_behind_one_prompt(base: FrozenBase) -> None:

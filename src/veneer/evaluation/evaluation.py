@@ -23,7 +23,9 @@ from veneer.evaluation.general import (
     general_result,
 )
 from veneer.evaluation.intervals import Counts, interval
-from veneer.evaluation.labels import Nats, checked_labels, labels_of, likeliest_labels
+from veneer.evaluation.label_figures import label_figures
+from veneer.evaluation.label_scores import Nats, label_scores
+from veneer.evaluation.labels import checked_labels, labels_of
 from veneer.evaluation.metric import Metric, ratio
 from veneer.evaluation.predictions import (
     Line,
@@ -84,8 +86,8 @@ def evaluate(
         loss, perplexity  nats per trained token, every token counting the same; its exponential
         cut_answers       where rows were answered: how many answers were cut at max_new_tokens
         <metric>          each requested metric; units: share or points of each
-        labels            for accuracy: {own, names}: the choices, and whether they are the rows'
-                          own answers
+        labels            for accuracy: own (whether the choices are the rows' own answers), names,
+                          confusion, uncalibrated and calibrated (label_figures.py)
         intervals         {loss, metric: [low, high]}, 95%, over rows (intervals.py); a figure
                           without one is left out
         general           of general text: loss, interval, and with an adapter: before, forgetting
@@ -120,10 +122,10 @@ def evaluate(
         }
         for example, (row_nats, row_tokens) in zip(examples, losses, strict=True)
     ]
-    _answer(base, rows, references, labels, choices, nats, lines, report)
+    of_labels = _answer(base, rows, references, labels, choices, nats, lines, report)
     result = _figures(losses, lines, choices.metrics)
     if labels:
-        result["labels"] = {"own": not choices.labels, "names": labels}
+        result["labels"] = {"own": not choices.labels, "names": labels, **of_labels}
     if general is not None:
         result["general"] = _general(base, *general, nats)
     if other_lines is not None:
@@ -179,14 +181,15 @@ def _answer(
     nats: Nats,
     lines: list[Line],
     report: Progress,
-) -> None:
+) -> dict[str, Any]:
     """Adds to each line what the metrics need: references, the chosen label, the generated
-    answer.
+    answer. Returns the figures of labels.
     """
+    figures: dict[str, Any] = {}
     for line, right in zip(lines, references or [[]] * len(lines), strict=True):
         line["references"] = right
     if labels:
-        chosen = likeliest_labels(
+        scores = label_scores(
             base.acting_tokenizer,
             rows,
             labels,
@@ -195,8 +198,10 @@ def _answer(
             variables=choices.variables,
             progress=lambda done, total: report("labels", done, total),
         )
-        for line, label in zip(lines, chosen, strict=True):
-            line["label"] = label
+        keys = [int(line["key"], 16) for line in lines]
+        figures, of_rows = label_figures(scores, labels, references, keys)
+        for line, of_row in zip(lines, of_rows, strict=True):
+            line.update(of_row)
     if any(metric.needs == "answers" for metric in choices.metrics):
         answers = evaluate_answers(
             base,
@@ -208,6 +213,7 @@ def _answer(
         )
         for line, answer in zip(lines, answers, strict=True):
             line["answer"], line["cut"] = answer.answer, answer.cut
+    return figures
 
 
 def _figures(losses: Counts, lines: list[Line], metrics: Sequence[Metric]) -> dict[str, Any]:

@@ -14,4 +14,4 @@ def exact_match(answer: str, references: Sequence[str]) -> bool:
 
 EXACT_MATCH = mean_of("exact_match", exact_match)
 ACCURACY = mean_of("accuracy", exact_match, needs="label")
-"""Share of rows whose likeliest label (likelihood.py) is the right one."""
+"""Share of rows whose likeliest label (label_scores.py) is the right one."""

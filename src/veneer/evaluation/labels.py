@@ -1,34 +1,21 @@
-"""Classifies rows by likelihood: chooses the label that the model finds most probable as a row's
-answer.
-
-Nothing is generated, so the answer is always one of the labels. All labels of a row continue one
-prompt, which is computed once for all of them. A label's score is the log-probability of all tokens
-that would be trained if it were the answer, including the end of the turn: without that "card"
-could never lose to "card_lost".
-"""
+"""Reads the labels that rows are classified into (evaluation/label_scores.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-import numpy as np
-
-from veneer.data.examples import Example, Problem, Row, refusal, row_key
-from veneer.data.template.template import ChatTemplate
-from veneer.errors import ConfigError, DataError
-from veneer.evaluation.intervals import Counts
+from veneer.errors import ConfigError
 from veneer.files.nesting import is_text
 
 MOST_LABELS = 200
 """Most distinct answers that are used as labels if none are given; more look like free text."""
+AUTO = "auto"
+"""In place of labels: the distinct answers of the rows."""
+M = TypeVar("M")
 LONGEST_LABEL = 60
 """Most characters of an answer that is used as a label."""
-
-Nats = Callable[[Sequence[Example]], Counts]
-"""Computes (N, 2): the nats of each example's trained tokens, and their number."""
 
 
 def read_labels(value: str) -> list[str]:
@@ -43,6 +30,11 @@ def read_labels(value: str) -> list[str]:
             f"{path} cannot be read: {fault}", [], "Give a UTF-8 text file."
         ) from None
     return checked_labels([line.strip() for line in text.splitlines() if line.strip()])
+
+
+def with_accuracy(metrics: Sequence[M], labels: str | Sequence[str]) -> list[M | str]:
+    """Adds accuracy to the metrics if labels are given, or AUTO."""
+    return [*metrics, *(["accuracy"] if labels and "accuracy" not in metrics else [])]
 
 
 def labels_file(value: str) -> Path | None:
@@ -88,52 +80,3 @@ def labels_of(references: Sequence[Sequence[str]]) -> list[str]:
             " model writes.",
         )
     return checked_labels(distinct)
-
-
-def likeliest_labels(
-    tokenizer: Any,
-    rows: Sequence[Row],
-    labels: Sequence[str],
-    *,
-    nats: Nats,
-    length_normalised: bool = False,
-    variables: Mapping[str, Any] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[str]:
-    """Returns for each row the label with the highest log-probability, in total or per token.
-
-    nats: gets all labels of one row in one call. Raises DataError for rows that cannot be encoded,
-    DivergedError for a row whose labels have no finite log-probability.
-    """
-    from veneer.evaluation.answers import finite  # loads torch
-
-    template = ChatTemplate(tokenizer, variables=variables)
-    chosen = []
-    for done, row in enumerate(rows, 1):
-        examples = label_examples(template, row, labels)
-        counts = finite(nats(examples), examples)
-        scores = counts[:, 0] / counts[:, 1] if length_normalised else counts[:, 0]
-        chosen.append(labels[int(np.argmin(scores))])
-        if progress is not None:
-            progress(done, len(rows))
-    return chosen
-
-
-def label_examples(template: ChatTemplate, row: Row, labels: Sequence[str]) -> list[Example]:
-    """Returns the row once for each label, with the label as its answer; only that is trained."""
-    variants = [
-        replace(row, messages=[*row.messages[:-1], {"role": "assistant", "content": label}])
-        for label in labels
-    ]
-    encoded = template.encode_rows(variants, train_on="last")
-    if problems := [result for result in encoded if isinstance(result, Problem)]:
-        raise refusal("labels cannot be tried as answers", problems)
-    examples = []
-    for variant, result in zip(variants, encoded, strict=True):
-        assert not isinstance(result, Problem)
-        ids = np.array(result[-1].ids, dtype=np.int32)
-        trained = np.array(result[-1].trained, dtype=np.bool_)
-        examples.append(Example(ids, trained, row.ref, row_key(variant)))
-    if empty := [label for label, e in zip(labels, examples, strict=True) if not e.trained.any()]:
-        raise DataError("labels without a token", empty)
-    return examples

@@ -8,6 +8,7 @@ One JSON object per line:
     nats, tokens  of the row's trained tokens
     answer, cut   the generated answer, if requested; whether it was cut at max_new_tokens
     label         the likeliest label, if accuracy was requested
+    probability   of the label, among the labels; calibrated: the same (label_figures.py)
     <metric>      the figure of this row
 """
 

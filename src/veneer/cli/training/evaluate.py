@@ -5,8 +5,7 @@ For instance:
 
   veneer evaluate --base smollm2-135m --data held_out.jsonl
   veneer evaluate --adapter runs/tickets --data held_out.jsonl --metrics exact_match,field_f1
-  veneer evaluate --adapter runs/intents --data held_out.jsonl --metrics accuracy --labels \\
-      intents.txt
+  veneer evaluate --adapter runs/intents --data held_out.jsonl --labels intents.txt
   veneer evaluate --adapter runs/sums --data sums.jsonl --metric 'regex:####\\s*(-?[0-9.]+)'
   veneer evaluate --adapter runs/sums --data sums.jsonl --metric score.py:closeness --general
   veneer evaluate --adapter runs/b --data D --predictions b.jsonl --against a.jsonl
@@ -38,6 +37,7 @@ from veneer.cli.common import (
     resolve_preamble,
 )
 from veneer.cli.early import check_files, check_rows, check_writable
+from veneer.cli.training.label_lines import label_lines
 from veneer.wording import cut, number, shown
 
 UNITS = {"loss": "nats a token", "tokens": "trained tokens", "cut_answers": "at --max-new-tokens"}
@@ -68,8 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--labels",
         metavar="L",
         help=(
-            "labels for accuracy: A,B,C or a file with one label per line; default: the rows'"
-            " answers, if they are few and short"
+            "choose the likeliest of these labels for each row: A,B,C, a file with one label per"
+            " line, or auto, the rows' own answers; shows accuracy, confusions and calibration"
         ),
     )
     parser.add_argument(
@@ -115,16 +115,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from veneer.evaluation.labels import read_labels
+    from veneer.evaluation.labels import AUTO, read_labels, with_accuracy
     from veneer.evaluation.registry import find_metrics
     from veneer.evaluation.user_function import function_from_file
 
-    metrics = [function_from_file(name) if _is_file(name) else name for name in _list_metrics(args)]
+    metrics = [
+        function_from_file(name) if _is_file(name) else name
+        for name in with_accuracy(_list_metrics(args), args.labels or ())
+    ]
     find_metrics(metrics)  # refuses a misspelt name before anything is loaded
     check_rows(args.data)
     check_files([args.against])
     check_writable(args.predictions)
-    labels = read_labels(args.labels) if args.labels else []
+    labels = [] if args.labels in (None, "", AUTO) else read_labels(args.labels)
     base = load_base(args)
     with pause_collection():
         from veneer import api
@@ -214,6 +217,8 @@ def _print_table(result: dict[str, Any]) -> None:
             f"{len(details['names']):,}",
             f"choices, {label_origin}: {cut(', '.join(map(shown, details['names'])), 60)}",
         )
+        for name, figure, *notes in label_lines(details):
+            line(name, figure, *notes)
     if "general" in result:
         details = result["general"]
         notes = ["nats a token of general text", f"{details['documents']} documents"]

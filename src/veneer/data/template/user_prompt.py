@@ -27,6 +27,15 @@ def prompt_list(prompt: Any) -> tuple[list[UserPrompt], bool]:
 def prompt_ids(tokenizer: Any, prompt: UserPrompt, preamble: Preamble) -> list[int]:
     """Returns the ids that generation starts from. ConfigError: it is not a prompt, or it needs a
     chat template and the base has none."""
+    messages = prompt_messages(tokenizer, prompt, preamble)
+    if tokenizer.chat_template is None:
+        return list(tokenizer(prompt)["input_ids"])
+    return ChatTemplate(tokenizer, variables=preamble.variables).encode_prompt(messages)
+
+
+def prompt_messages(tokenizer: Any, prompt: UserPrompt, preamble: Preamble) -> list[dict[str, Any]]:
+    """Returns the messages before the answer; a text is one user message. Raises ConfigError like
+    prompt_ids."""
     if not all(is_text(value) for value, _ in walk(prompt) if isinstance(value, str)):
         raise ConfigError("the prompt is not UTF-8", next_step="Give it as UTF-8 text.")
     messages = None if isinstance(prompt, str) else _messages(prompt)
@@ -37,11 +46,7 @@ def prompt_ids(tokenizer: Any, prompt: UserPrompt, preamble: Preamble) -> list[i
             raise ConfigError(
                 "this base has no chat template: it takes neither a system turn nor variables"
             )
-        return list(tokenizer(prompt)["input_ids"])
-    if messages is None:
-        messages = [{"role": "user", "content": prompt}]
-    template = ChatTemplate(tokenizer, variables=preamble.variables)
-    return template.encode_prompt(preamble.opening(messages))
+    return preamble.opening(messages or [{"role": "user", "content": prompt}])
 
 
 def _messages(prompt: Any) -> list[dict[str, Any]]:
