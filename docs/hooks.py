@@ -95,10 +95,11 @@ def _cell(text: str) -> str:
 
 def settings() -> str:
     """Every setting of a run file with its default, its bounds' type and its sentence; those of
-    methods by method."""
+    methods and objectives by name."""
     from veneer.adapters.config import METHODS
     from veneer.data.config import DataConfig
     from veneer.files.settings import description_at
+    from veneer.objectives.config import OBJECTIVES
     from veneer.training.config import RunConfig, TemplateConfig
 
     def table(model: Any, names: Any, before: str = "") -> str:
@@ -123,6 +124,11 @@ def settings() -> str:
         fields = [each for each in model.model_fields if each != "name"]
         parts.append(f"### method: {name}\n")
         parts.append(table(model, fields, "method.") if fields else "No settings of its own.\n")
+    for name, objective in OBJECTIVES.items():
+        fields = [each for each in objective.model_fields if each != "name"]
+        parts.append(f"### objective: {name}\n")
+        own = table(objective, fields, "objective.")
+        parts.append(own if fields else "No settings of its own.\n")
     return "\n".join(parts)
 
 

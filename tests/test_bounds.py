@@ -3,6 +3,7 @@ through."""
 
 import argparse
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, get_args, get_origin
 
 import numpy as np
@@ -31,6 +32,7 @@ from veneer.formats.bottleneck import BottleneckFields
 from veneer.formats.peft.config import PeftLoRA
 from veneer.formats.prefix import PeftPrefix
 from veneer.merge.combine.combine import Recipe
+from veneer.objectives.config import OBJECTIVES
 from veneer.training.config import DataConfig, RunConfig
 
 NEEDED = {"base": "b", "data": "d.jsonl", "out": "o"}
@@ -104,13 +106,28 @@ NUMBER_FLAGS = [
     for words, action in flags_of(name)
     if isinstance(action.type, Number)
 ]
+
+
+def objective_of(path: Sequence[str]) -> dict[str, str]:
+    """The first objective that has the setting, as a flag; nothing for other settings."""
+    if path[0] != "objective":
+        return {}
+    return {"objective": next(o for o, k in OBJECTIVES.items() if path[1] in k.model_fields)}
+
+
+def model_of(method: str, path: Sequence[str]) -> type[BaseModel]:
+    """The settings that hold a setting."""
+    if path[0] == "objective":
+        return OBJECTIVES[objective_of(path)["objective"]]
+    return {**PARTS, "method": METHODS[method]}.get(path[0], RunConfig)
+
+
 NUMBER_SETTINGS = sorted(
     {
         ".".join(path)
         for method in METHODS
         for path in list_setting_paths(method)
-        if (model := {**PARTS, "method": METHODS[method]}.get(path[0], RunConfig))
-        and numbers_of(hints(model)[path[-1]])
+        if (model := model_of(method, path)) and numbers_of(hints(model)[path[-1]])
     }
 )
 
@@ -206,7 +223,9 @@ def test_a_run_file_takes_no_number_that_cannot_be_meant(path, text):
     if (path, text) == ("method.layers", "[1]") or (not text and path not in ("batch", "seed")):
         return  # the list it should be; a null: not given
     with pytest.raises(ConfigError) as caught:
-        read_run_config(None, NEEDED | {"method": method}, [f"{path}={text}"])
+        read_run_config(
+            None, NEEDED | {"method": method} | objective_of(path.split(".")), [f"{path}={text}"]
+        )
     (fault,) = caught.value.faults
     assert fault.startswith(f"C310 --set {path} ") and "should be a" in fault
 
@@ -223,7 +242,9 @@ def test_a_run_file_takes_an_edge_only_within_the_bounds(path, text):
         else text
     )
     try:
-        config = read_run_config(None, NEEDED | {"method": method}, [f"{path}={given}"])
+        config = read_run_config(
+            None, NEEDED | {"method": method} | objective_of(path.split(".")), [f"{path}={given}"]
+        )
     except ConfigError as fault:
         assert "should be a" in str(fault)
         return
@@ -237,7 +258,7 @@ def test_a_run_file_takes_an_edge_only_within_the_bounds(path, text):
         if isinstance(value, list)
         else [value]
     )
-    model = {**PARTS, "method": METHODS[method]}.get(path.split(".")[0], RunConfig)
+    model = model_of(method, path.split("."))
     (number,) = numbers_of(hints(model)[path.split(".")[-1]])
     assert all(number.holds(each) for each in values)
 

@@ -159,6 +159,9 @@ SET_WEIGHT = Number(float, 0, 1000, above=True)
 """How often an epoch uses each row of a set."""
 WEIGHT = Number(float, -(10**6), 10**6)
 """Weight of an adapter among several; a negative weight subtracts it."""
+BETA = Number(float, 0, 1000, above=True)
+FACTOR = Number(float, 0, 1000)
+SMOOTHING = Number(float, 0, 0.5, below=True)
 TEMPERATURE = Number(float, 0, 100)
 TOP_P = Number(float, 0, 1)
 """0 allows only the likeliest token, 1 allows all."""

@@ -123,6 +123,7 @@ def run_rows(config: RunConfig) -> DataSet:
         capacity=room_with(capacity, tokens),
         tokenizer=extended(tokenizer, config.new_tokens),
         preamble=Preamble(variables=config.template.variables),
+        kind=config.objective.rows,
     )
     refuse_unreadable(data.report, config.data.called)
     return data

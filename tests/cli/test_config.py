@@ -21,6 +21,7 @@ from veneer.cli.config_file import (
 )
 from veneer.cli.main import Parser, command_module, main
 from veneer.errors import ConfigError
+from veneer.objectives.config import OBJECTIVES
 from veneer.training.config import DataConfig, RunConfig, StartFrom
 from veneer.vocabulary import FLAGS_ELSEWHERE, KNOWN_ELSEWHERE
 
@@ -44,6 +45,14 @@ OTHER_VALUES = {
     "method.lora_bias": True,
     "method.svd_iterations": 16,
     "method.name": "full",
+    "objective.name": "dpo",
+    "objective.beta": 0.2,
+    "objective.label_smoothing": 0.3,
+    "objective.sft_weight": 0.4,
+    "objective.per_token": True,
+    "objective.good_weight": 0.6,
+    "objective.bad_weight": 0.7,
+    "objective.weight": 0.8,
     "from_adapter": [StartFrom(adapter="tickets")],
     "new_tokens": ["<order>"],
     "quantize": "nf4",
@@ -109,6 +118,14 @@ def at(config: BaseModel, path: str) -> object:
     return value
 
 
+def needed(path: str) -> dict[str, str]:
+    """The settings that a run needs; for a setting of an objective, an objective that has it."""
+    name = path.removeprefix("objective.")
+    if name in (path, "name"):
+        return NEEDED
+    return NEEDED | {"objective": next(o for o, k in OBJECTIVES.items() if name in k.model_fields)}
+
+
 def test_the_table_of_other_values_has_a_row_for_every_setting():
     assert sorted(OTHER_VALUES) == sorted(".".join(path) for path in list_setting_paths())
 
@@ -116,12 +133,18 @@ def test_the_table_of_other_values_has_a_row_for_every_setting():
 @pytest.mark.parametrize("path", OTHER_VALUES)
 def test_every_setting_changes_under_set(path):
     value = OTHER_VALUES[path]
-    before = read_run_config(None, NEEDED)
+    before = read_run_config(None, needed(path))
     written = yaml.safe_dump(WRITTEN.get(path, value), default_flow_style=True)
-    after = read_run_config(None, NEEDED, [f"{path}={written}"])
+    after = read_run_config(None, needed(path), [f"{path}={written}"])
     assert at(after, path) == value != at(before, path)
-    if path != "method.name":  # another method is another class: everything under it changes
-        others = [other for other in OTHER_VALUES if other != path]
+    if not path.endswith(".name"):  # another method is another class: all under it changes
+        kind = type(after.objective).model_fields
+        others = [
+            other
+            for other in OTHER_VALUES
+            if other != path
+            if not other.startswith("objective.") or other.split(".")[1] in kind
+        ]
         assert [at(after, each) for each in others] == [at(before, each) for each in others]
 
 
@@ -483,6 +506,8 @@ def with_value(path, value):
     for name in path[:-1]:
         node[name] = node[name] if isinstance(node.get(name), dict) else {}
         node = node[name]
+    if path[0] == "objective" and len(path) == 2:
+        node["name"] = next(o for o, k in OBJECTIVES.items() if path[1] in k.model_fields)
     if path[0] == "method" and len(path) == 2:
         node["name"] = next(method for method in METHODS if path in list_setting_paths(method))
     node[path[-1]] = value

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.tiny import CHATML, tiny_tokenizer
+from veneer.data import encoder
 from veneer.data import load as load_module
 from veneer.data.checks.check import render_sample
 from veneer.data.config import DataConfig
@@ -404,7 +405,7 @@ def test_garbage_is_looked_for_between_stretches_of_rows_and_as_before_afterward
         seen.append(gc.isenabled())
         return own(self, rows, **more)
 
-    monkeypatch.setattr(load_module, "_ROWS_AT_ONCE", 8)
+    monkeypatch.setattr(encoder, "_ROWS_AT_ONCE", 8)
     monkeypatch.setattr(load_module.ChatTemplate, "encode_rows", encode_rows)
     real = gc.collect
     monkeypatch.setattr(gc, "collect", lambda *which: asked.append(which) or real(*which))

@@ -2,6 +2,7 @@
 would give."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +38,13 @@ def examples_of(rows: int) -> list[Example]:
     return found
 
 
+def counts_of(examples: Sequence[Example]) -> list[float]:
+    return [float(example.trained.sum()) for example in examples]
+
+
 def test_the_intervals_are_those_of_the_rows_before_and_after_on_the_same_draws() -> None:
     examples = examples_of(20)
-    cells = LossCells.over(examples, [])
+    cells = LossCells.over(examples, [], counts_of(examples))
     before, after = nats_of(len(examples), 1, 9.0), nats_of(len(examples), 2, 3.0)
     rows: dict[str, list[float]] = {}
     for one, b, a in zip(examples, before, after, strict=True):
@@ -56,7 +61,7 @@ def test_the_intervals_are_those_of_the_rows_before_and_after_on_the_same_draws(
     difference, ends = paired_difference(ours, theirs, ratio)
     assert found.change.value == pytest.approx(difference)
     assert [found.change.low, found.change.high] == pytest.approx(ends)
-    assert found.loss.value == pytest.approx(mean_loss(examples, after))
+    assert found.loss.value == pytest.approx(mean_loss(after, counts_of(examples)))
     assert found.change.value == pytest.approx(found.loss.value - found.before.value)
     without = cells.figures(None, cells.sums(after))
     assert without.loss == found.loss and without.before is None and without.change is None
@@ -65,13 +70,13 @@ def test_the_intervals_are_those_of_the_rows_before_and_after_on_the_same_draws(
 def test_every_set_has_figures_of_its_own_and_an_empty_one_none() -> None:
     examples = make_examples(12)
     sets = [SetSize("a", 5, 5, 0), SetSize("none", 0, 0, 0), SetSize("b", 7, 7, 0)]
-    cells, nats = LossCells.over(examples, sets), nats_of(12, 3, 2.0)
+    cells, nats = LossCells.over(examples, sets, counts_of(examples)), nats_of(12, 3, 2.0)
     found = cells.figures(cells.sums(nats_of(12, 4, 4.0)), cells.sums(nats))
     assert {name: one.rows for name, one in found.sets.items()} == {"a": 5, "b": 7}
-    losses = losses_by_set(examples, sets, nats)
+    losses = losses_by_set(examples, sets, nats, counts_of(examples))
     assert losses.keys() == {"a", "b"}
     for name, part in (("a", slice(0, 5)), ("b", slice(5, 12))):
-        own = LossCells.over(examples[part], [])
+        own = LossCells.over(examples[part], [], counts_of(examples[part]))
         alone = own.figures(own.sums(nats_of(12, 4, 4.0)[part]), own.sums(nats[part]))
         assert found.sets[name].loss == alone.loss and found.sets[name].change == alone.change
         assert losses[name] == pytest.approx(alone.loss.value)
@@ -85,7 +90,7 @@ def test_what_is_kept_is_bounded_and_the_interval_of_many_rows_stays(sets: int) 
     named = [SetSize(str(number), size, size, 0) for number, size in enumerate((2000, 498, 2))][
         :sets
     ]
-    cells = LossCells.over(examples, named)
+    cells = LossCells.over(examples, named, counts_of(examples))
     sums = cells.sums(nats)
     assert len(sums) <= MOST_CELLS and sum(sums) == pytest.approx(sum(nats))
     found = cells.figures(None, sums)

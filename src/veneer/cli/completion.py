@@ -57,13 +57,15 @@ def _words_of_settings() -> dict[str, tuple[str, ...]]:
     from veneer.adapters.config import METHODS
     from veneer.cli.config_file import FLAGS
     from veneer.files.settings import words_at
+    from veneer.objectives.config import OBJECTIVES
     from veneer.training.config import SHORT_FORMS, RunConfig
 
     words = {
         f"--{name.replace('_', '-')}": words_at(RunConfig, path) for name, path in FLAGS.items()
     }
     return {flag: choices for flag, choices in words.items() if choices} | {
-        "--method": (*METHODS, *SHORT_FORMS)
+        "--method": (*METHODS, *SHORT_FORMS),
+        "--objective": tuple(OBJECTIVES),
     }
 
 

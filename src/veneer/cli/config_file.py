@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from veneer.adapters.config import METHODS
 from veneer.errors import ConfigError
 from veneer.files.nesting import is_text, walk, yaml_fault
-from veneer.files.settings import description_at, explain_faults, field_at
+from veneer.files.settings import description_at, explain_faults, field_at, setting_paths
 from veneer.training.config import DataConfig, RunConfig, TemplateConfig
 from veneer.vocabulary import KeyPath
 
@@ -31,6 +31,7 @@ FLAGS: dict[str, KeyPath] = {
     "data": ("data", "train"),
     "validation": ("data", "validation"),
     "from": ("from_adapter",),
+    "objective": ("objective", "name"),
     "method": ("method", "name"),
     "quantize": ("quantize",),
     "dtype": ("dtype",),
@@ -50,10 +51,14 @@ FLAGS: dict[str, KeyPath] = {
 
 _YAML_FLAGS: dict[str, tuple[KeyPath, str]] = {
     "method": (("method",), "{"),
+    "objective": (("objective",), "{"),
     "from": (("from_adapter",), "[{"),
 }
 """Flags that also take a YAML value: the setting that the value replaces, and the characters that
 such a value may begin with."""
+
+NAMES: tuple[KeyPath, ...] = (("method", "name"), ("objective", "name"))
+"""Settings that choose which other settings there are."""
 
 PARTS: dict[str, type[BaseModel]] = {"data": DataConfig, "template": TemplateConfig}
 """Settings that hold settings, beside the method."""
@@ -79,8 +84,8 @@ class UncheckedSettings:
                     child.setdefault("name", "lora")  # --rank 8 alone: the default method's rank
                 node[key] = child
             node = child
-        if path == ("method", "name") and node.get("name") not in (None, value):
-            node.clear()  # another method: the settings of the one in the file mean nothing to it
+        if path in NAMES and node.get("name") not in (None, value):
+            node.clear()  # settings of another method or objective mean nothing to this one
         node[path[-1]] = value
         self.origins[path] = origin
 
@@ -159,7 +164,7 @@ def find_first_parent(text: str) -> str | None:
 def describe_setting(path: KeyPath) -> str:
     """Returns the sentence under a field, as one line: the command line's help is written there,
     once."""
-    return description_at(RunConfig, path[:1] if path == ("method", "name") else path)
+    return description_at(RunConfig, path[:1] if path in NAMES else path)
 
 
 def summarize_setting(path: KeyPath) -> str:
@@ -286,7 +291,11 @@ def put_yaml(settings: UncheckedSettings, path: KeyPath, text: str, origin: str)
 
 def _expand_short_form(path: KeyPath, value: Any) -> dict[str, Any]:
     """`data: rows.jsonl` as {train: rows.jsonl}, `method: lora` as {name: lora}."""
-    short_forms: dict[KeyPath, str] = {("data",): "train", ("method",): "name"}
+    short_forms: dict[KeyPath, str] = {
+        ("data",): "train",
+        ("method",): "name",
+        ("objective",): "name",
+    }
     short = short_forms.get(path)
     return {short: value} if short else {}
 
@@ -350,10 +359,14 @@ def _names(values: Mapping[str, Any]) -> list[KeyPath]:
 
 
 def list_setting_paths(method: str = "lora") -> list[KeyPath]:
-    """Returns the path of every setting: the run's own, data's, and those of a method."""
+    """Returns the path of every setting: the run's own, data's, those of a method, and those of
+    all objectives."""
     paths: list[KeyPath] = []
     for name in RunConfig.model_fields:
         models: dict[str, type[BaseModel]] = {**PARTS, "method": METHODS[method]}
+        if name == "objective":
+            paths += [path for path in setting_paths(RunConfig) if path[0] == name]
+            continue
         inner = models.get(name)
         paths += [(name, below) for below in inner.model_fields] if inner else [(name,)]
     return paths

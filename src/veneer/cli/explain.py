@@ -86,11 +86,12 @@ def _find_entries(name: str, all_codes: dict[str, dict[str, str]]) -> dict[str, 
 
 
 def load_settings() -> dict[str, dict[str, str]]:
-    """Returns every setting of a run by its path: its meaning and, of a method's, the methods that
-    have it."""
+    """Returns every setting of a run by its path: its meaning and, of a method's or an objective's,
+    the names of those that have it."""
     from veneer.adapters.config import METHODS
     from veneer.cli.config_file import describe_setting, list_setting_paths
     from veneer.files.settings import description_at
+    from veneer.objectives.config import OBJECTIVES
 
     entries: dict[str, dict[str, str]] = {}
     for method in METHODS:
@@ -101,6 +102,9 @@ def load_settings() -> dict[str, dict[str, str]]:
                 entry["methods"] = f"{entry['methods']}, {method}".removeprefix(", ")
             else:
                 entry["meaning"] = describe_setting(path)
+            if path[0] == "objective" and path[1] != "name":
+                kinds = OBJECTIVES.items()
+                entry["methods"] = ", ".join(n for n, kind in kinds if path[1] in kind.model_fields)
     order = {path: number for number, path in enumerate(map(".".join, list_setting_paths()))}
     return dict(sorted(entries.items(), key=lambda item: order.get(item[0], order["method.init"])))
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
+from veneer.data.batching import RowSpans
 from veneer.data.checks.tally import Tally
-from veneer.data.examples import Example, Row
+from veneer.data.examples import Example, Problem, Row
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,38 @@ class ExampleCollector:
             )
         )
         self._counted = totals
+
+    def extend_rows(
+        self, extra_of: Callable[[Sequence[Example]], Sequence[Example] | None], fault: str
+    ) -> list[Problem]:
+        """Adds one example to every row, behind its own; numbers the rows.
+
+        extra_of: makes them, from the examples of a set; None is a fault of the set
+        """
+        problems = []
+        rows, examples, sets, start, number = self.rows, self._examples, self.sets, 0, 0
+        self.rows, self._examples, self.sets = [], [], []
+        for set_size in sets:
+            span = slice(start, start + set_size.examples)
+            own, own_rows, start = examples[span], rows[span], span.stop
+            extra = extra_of(own) if own else []
+            if extra is None:
+                problems.append(Problem("D117", set_size.name, fault))
+                continue
+            spans = RowSpans.of(own)
+            for row, example in enumerate(extra):
+                numbers = spans.examples([row])
+                for member in [*(own[n] for n in numbers), example]:
+                    self._examples.append(replace(member, row=number))
+                    self.rows.append(own_rows[numbers[0]])
+                number += 1
+            more = sum(len(example.ids) for example in extra)
+            self.sets.append(
+                replace(
+                    set_size, examples=set_size.examples + len(extra), tokens=set_size.tokens + more
+                )
+            )
+        return problems
 
     def close(self) -> Sequence[Example]:
         return self._examples

@@ -10,7 +10,18 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from veneer.bounds import PART, SET_WEIGHT, SHARE
 from veneer.files.settings import StrictSettings
 
-RowFormat = Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text"]
+RowFormat = Literal[
+    "auto",
+    "chat",
+    "prompt_completion",
+    "alpaca",
+    "sharegpt",
+    "text",
+    "pairs",
+    "openai_pairs",
+    "ranked",
+    "ratings",
+]
 ColumnMap = dict[str, str | None]
 
 

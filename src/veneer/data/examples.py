@@ -17,8 +17,24 @@ from numpy.typing import NDArray
 
 from veneer.errors import DataError
 
-Format = Literal["chat", "prompt_completion", "alpaca", "sharegpt", "text"]
-Layout = Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text"]
+Format = Literal[
+    "chat",
+    "prompt_completion",
+    "alpaca",
+    "sharegpt",
+    "text",
+    "pairs",
+    "openai_pairs",
+    "ranked",
+    "ratings",
+]
+RowKind = Literal["answers", "pairs", "ratings", "any"]
+"""What rows hold: answers to learn, answers in order of preference, or answers with a rating (pairs
+too). any: answers or pairs, by the columns."""
+AnswerKind = Literal["answer", "chosen", "rejected", "mismatched"]
+"""What an example is to an objective: an answer to learn, a preferred one or one rated good, the
+other one or one rated bad, or the answer to another row's prompt."""
+Layout = Literal["auto"] | Format
 TrainOn = Literal["assistant", "last", "all"]
 LongRows = Literal["refuse", "drop", "cut"]
 
@@ -58,8 +74,11 @@ class Row:
                0 is not trained on
     tools      JSON schemas of the functions that the model may call
     text       set for plain text, where messages is empty
-    references further correct answers besides the last turn; only evaluations read them unfinished
-    its text or its last answer was cut, so the end is not trained on
+    references further correct answers besides the last turn; only evaluations read them
+    unfinished its text or its last answer was cut, so the end is not trained on
+    others     the same conversation with other answers: preferred less than the one in messages,
+               best first
+    liked      the rating of the answer, true or false; None if it is not rated
     """
 
     ref: RowRef
@@ -69,6 +88,8 @@ class Row:
     format: Format = "chat"
     references: tuple[str, ...] = ()
     unfinished: bool = False
+    others: tuple[list[dict[str, Any]], ...] = ()
+    liked: bool | None = None
 
 
 class RoleRun(NamedTuple):
@@ -89,6 +110,7 @@ class Example:
     row       number of the row in its data set, shared by consecutive examples made from one row;
               None if the row became only this example
     roles     the message that each token belongs to, in order; empty unless requested
+    kind      what it is to the run's objective
     """
 
     ids: NDArray[np.int32]
@@ -97,6 +119,7 @@ class Example:
     key: int
     roles: tuple[RoleRun, ...] = ()
     row: int | None = None
+    kind: AnswerKind = "answer"
 
 
 @dataclass(frozen=True)
@@ -192,7 +215,8 @@ def _hash63(content: Any) -> int:
 
 def row_key(row: Row) -> int:
     """Hashes the row's content to 63 bits (BLAKE2b); the file and the line do not enter."""
-    return _hash63([row.messages, row.tools, row.text])
+    preference = [row.others, row.liked] if row.others or row.liked is not None else []
+    return _hash63([row.messages, row.tools, row.text, *preference])
 
 
 def sampling_key(key: int, seed: int, number: int) -> int:

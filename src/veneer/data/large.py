@@ -28,7 +28,7 @@ from veneer.data.checks.check import CheckReport, refuse
 from veneer.data.checks.tally import Tally
 from veneer.data.collector import ExampleCollector, SetSize
 from veneer.data.config import DataConfig
-from veneer.data.examples import Capacity, Example, Problem, Row, RowRef
+from veneer.data.examples import Capacity, Example, Problem, Row, RowKind, RowRef
 from veneer.data.files.on_disk import ExampleWriter, StoredExamples
 from veneer.data.files.places import ResolvedSets
 from veneer.data.files.unused import DESCRIPTION, lock_of, use
@@ -36,7 +36,7 @@ from veneer.data.load import DataSet, load_data, read_data
 from veneer.data.mixture import Mixture
 from veneer.data.split import BY_COUNT
 from veneer.data.template.template import ChatTemplate
-from veneer.errors import DataError, VeneerError
+from veneer.errors import ConfigError, DataError, VeneerError
 from veneer.files.atomic import atomic_folder, verify_manifest, write_manifest
 from veneer.files.cache import cache_folder
 from veneer.files.hashes import file_hash
@@ -68,15 +68,21 @@ def training_data(
     preamble: Preamble = NONE,
     held_out_by: str = BY_COUNT,
     resumes: bool = False,
+    kind: RowKind = "answers",
     say: Say = lambda line: None,
 ) -> DataSet:
-    """Loads a run's data like load_data; tokens of large sets are kept in files.
+    """Loads a run's data like load_data; tokens of large sets of answers are kept in files.
 
-    `data.tokens` can force either. say: receives lines for the screen
+    `data.tokens` can force either. say: receives lines for the screen. kind: what the rows hold
     """
     options: dict[str, Any] = {"length": length, "capacity": capacity, "preamble": preamble}
     options |= {"held_out_by": held_out_by, "sets": ResolvedSets()}
-    if not _uses_files(data, options["sets"]):
+    if kind != "answers" and data.tokens == "files":
+        raise ConfigError(
+            f"tokens of {kind} cannot be kept in files", next_step="Set data.tokens to memory."
+        )
+    if kind != "answers" or not _uses_files(data, options["sets"]):
+        options["kind"] = kind
         return load_data(data, tokenizer=tokenizer, today=today, resumes=resumes, **options)
     template = ChatTemplate(tokenizer, today=today, variables=preamble.variables)
     folder = tokens_folder() / _set_name(data, template, **options)

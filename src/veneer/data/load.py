@@ -10,9 +10,9 @@ import gc
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from datetime import date
-from itertools import chain, count
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,29 +22,15 @@ from veneer.bounds import SET_WEIGHT
 from veneer.data.checks.check import CheckReport, Findings, check, refuse, unknown_tokens
 from veneer.data.checks.tally import Tally
 from veneer.data.collector import ExampleCollector, SetSize
-from veneer.data.config import DataConfig, SetConfig
-from veneer.data.examples import (
-    Capacity,
-    Example,
-    Problem,
-    Row,
-    grouped,
-    part_key,
-    prompt_key,
-    row_key,
-)
-from veneer.data.files.layouts import RowLayouts
+from veneer.data.config import DataConfig
+from veneer.data.encoder import SetEncoder
+from veneer.data.examples import Capacity, Example, Problem, Row, RowKind
 from veneer.data.files.places import ResolvedSets
-from veneer.data.files.sources import iterate_rows
+from veneer.data.mismatched import add_mismatched
 from veneer.data.mixture import Mixture, mix_sets
-from veneer.data.split import BY_COUNT, BY_THRESHOLD, Holds, Split, by_threshold
-from veneer.data.template.encoded_row import EncodedRow
+from veneer.data.split import BY_COUNT, Split
 from veneer.data.template.template import ChatTemplate
 from veneer.errors import ConfigError
-
-_ROWS_AT_ONCE = 4096
-"""Rows that are tokenised together. Their tokens are Python lists of forty bytes a token until they
-become arrays."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +72,7 @@ def load_data(
     purpose: str = "trained on",
     resumes: bool = False,
     sets: ResolvedSets | None = None,
+    kind: RowKind = "answers",
 ) -> DataSet:
     """Loads the examples of a run. Raises DataError with everything that prevents it from starting.
 
@@ -97,6 +84,7 @@ def load_data(
     purpose    what the rows are used for, as errors name it
     resumes    the run has started with these rows before
     sets       remembers the files of each set
+    kind       what the rows must hold
     """
     data_set = examine_data(
         data,
@@ -107,6 +95,7 @@ def load_data(
         preamble=preamble,
         held_out_by=held_out_by,
         sets=sets,
+        kind=kind,
     )
     refuse(data_set.report, data.called, purpose, resumes=resumes)
     return data_set
@@ -122,6 +111,7 @@ def examine_data(
     preamble: Preamble = NONE,
     held_out_by: str = BY_COUNT,
     sets: ResolvedSets | None = None,
+    kind: RowKind = "answers",
 ) -> DataSet:
     """Loads data like load_data, but reports faults and keeps the remaining rows.
 
@@ -135,6 +125,7 @@ def examine_data(
         "capacity": capacity,
         "preamble": preamble,
         "held_out_by": held_out_by,
+        "kind": kind,
     }
     return read_data(data, template, training, validation, sets=sets or ResolvedSets(), **options)
 
@@ -150,6 +141,7 @@ def read_data(
     preamble: Preamble,
     held_out_by: str,
     sets: ResolvedSets,
+    kind: RowKind = "answers",
     say: Callable[[int], None] = lambda rows: None,
 ) -> DataSet:
     """Reads the rows of all sets into training and validation examples.
@@ -159,7 +151,7 @@ def read_data(
     """
     requested_length, length = length, min(length, capacity.positions or length)
     findings, total = Findings(), 0
-    encoder, split = _SetEncoder(data, template, preamble, length, findings, sets), Split()
+    encoder, split = SetEncoder(data, template, preamble, length, findings, sets, kind), Split()
     with _manual_collection() as collect:
         for data_set in data.train_sets:
             read = out = 0
@@ -186,6 +178,9 @@ def read_data(
     if template.writes_date and training.chats:
         message = f"the chat template writes the date: rows are tokenised as on {template.today}"
         findings.problems.append(Problem("D213", data.called, message, fatal=False))
+    if kind == "ratings":
+        for collector in (training, validation):
+            findings.problems += add_mismatched(collector, length)
     train_examples, validation_examples = training.close(), validation.close()
     if (
         capacity.tokens is not None
@@ -267,122 +262,6 @@ def _manual_collection() -> Iterator[Callable[[], int]]:
             gc.enable()
 
 
-@dataclass(frozen=True)
-class _SetEncoder:
-    """Reads sets and makes examples; faults go to `findings`."""
-
-    data: DataConfig
-    template: ChatTemplate
-    preamble: Preamble
-    length: int
-    findings: Findings
-    sets: ResolvedSets
-    numbers: Iterator[int] = field(default_factory=count)
-    """The next row's number. It tells rows apart; a hash of their content would merge equal
-    neighbours."""
-
-    def choose_held_out(self, data_set: SetConfig, split: Split, held_out_by: str) -> Holds:
-        """Chooses the rows of the set to hold out."""
-        share = self.data.validation_share
-        if self.data.validation_sets or not share:
-            return lambda row: False
-        if held_out_by == BY_THRESHOLD:
-            return by_threshold(share)
-        rows = self._rows(data_set)
-        return split.hold_out((prompt_key(row) for row in rows if isinstance(row, Row)), share)
-
-    def scan(self, data_set: SetConfig) -> Iterator[list[Row]]:
-        """Yields the rows of a set, _ROWS_AT_ONCE at a time."""
-        problems: list[Problem] = []
-        rows: list[Row] = []
-        layouts = RowLayouts()
-        for row in self._rows(data_set):
-            if isinstance(row, Problem):
-                problems.append(row)
-                continue
-            rows.append(row)
-            layouts.add(row)
-            if len(rows) == _ROWS_AT_ONCE:
-                yield rows
-                rows = []
-        yield rows
-        self.findings.problems += grouped(problems + layouts.problems())
-        self.findings.formats.update(layouts.counts)
-
-    def _rows(self, data_set: SetConfig) -> Iterator[Row | Problem]:
-        return iterate_rows(
-            data_set.path,
-            data_set.format or self.data.format,
-            data_set.map or self.data.map,
-            self.sets,
-        )
-
-    def encode(self, rows: Sequence[Row], collector: ExampleCollector) -> None:
-        """Tokenises rows and adds their examples to `collector`."""
-        keys = [row_key(row) for row in rows]  # before the preamble is added
-        rows = [
-            replace(row, messages=self.preamble.opening(row.messages)) if row.messages else row
-            for row in rows
-        ]
-        results = self.template.encode_rows(rows, train_on=self.data.train_on)
-        for row, key, encoded in zip(rows, keys, results, strict=True):
-            if isinstance(encoded, Problem):
-                self.findings.problems.append(encoded)
-            else:
-                self._add_examples(row, key, encoded, collector)
-
-    def _add_examples(
-        self, row: Row, key: int, encodings: Sequence[EncodedRow], collector: ExampleCollector
-    ) -> None:
-        findings, length, long_rows = self.findings, self.length, self.data.long_rows
-        reference = Row(
-            row.ref, [], text=None if row.text is None else ""
-        )  # all that findings need
-        if encodings[-1].control:
-            findings.control.append(reference)
-        findings.record_row(reference, encodings)
-        parts: list[tuple[Row, Example]] = []
-        row_number = None if len(encodings) == 1 else next(self.numbers)
-        for number, encoding in enumerate(encodings):
-            size = len(encoding.ids)
-            if size > length:
-                findings.too_long.append((reference, size))
-                if long_rows == "drop":
-                    continue
-                if (
-                    long_rows == "cut"
-                    and any(encoding.trained)
-                    and not any(encoding.trained[:length])
-                ):
-                    findings.lost.append(reference)
-                    continue
-            part = (
-                row
-                if encoding.upto in (None, len(row.messages))
-                else _first_messages(row, encoding.upto)
-            )
-            example_key = key if len(encodings) == 1 else part_key(key, number)
-            example = _example(row, example_key, encoding, length if long_rows == "cut" else size)
-            parts.append((part, replace(example, row=row_number)))
-        if parts:
-            collector.add(row, parts)
-
-
-def _first_messages(row: Row, count: int) -> Row:
-    """Cuts the row after one of its answers. Further correct answers belong to the last answer."""
-    return replace(row, messages=row.messages[:count], references=())
-
-
-def _example(row: Row, key: int, encoding: EncodedRow, size: int) -> Example:
-    return Example(
-        np.array(encoding.ids[:size], dtype=np.int32),
-        np.array(encoding.trained[:size], dtype=np.bool_),
-        row.ref,
-        key,
-        encoding.roles,
-    )
-
-
 def _fingerprint(*parts: Sequence[Example], mixture: Mixture | None) -> str:
     """Hashes ids and masks in order, and the mixture (BLAKE2b, hexadecimal)."""
     digest = hashlib.blake2b(digest_size=16)
@@ -394,4 +273,6 @@ def _fingerprint(*parts: Sequence[Example], mixture: Mixture | None) -> str:
             digest.update(len(example.ids).to_bytes(8, "little"))
             digest.update(np.ascontiguousarray(example.ids, dtype="<i4").tobytes())
             digest.update(np.packbits(example.trained).tobytes())
+            if example.kind != "answer":
+                digest.update(example.kind.encode())
     return digest.hexdigest()

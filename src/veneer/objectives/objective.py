@@ -4,20 +4,25 @@ Targets are the trained tokens of the answers in a batch. A model gives their cr
 pass, or the nats -log p of each of them; both carry a gradient. An objective makes one number of
 them. Step, batch, resume, processes, joint training and plan take any objective and ask for
 nothing else. Knows nothing of models, optimizers or records.
+Shapes: T targets, E examples.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from veneer.data.examples import Example
 
+Values = NDArray[np.float64]
+
 
 class Predictions(Protocol):
-    """A model's predictions of the targets of a batch; T targets."""
+    """A model's predictions of the targets of a batch."""
 
     def cross_entropy(self, total: float) -> Tensor:
         """Returns the summed nats of all targets, divided by `total`."""
@@ -27,28 +32,78 @@ class Predictions(Protocol):
 
 
 @dataclass(frozen=True)
+class AnswerBatch:
+    """The answers of a batch, in the order of their targets.
+
+    reference  (E) log p of each answer by the reference, summed over its targets; zeros where an
+               objective compares with none
+    """
+
+    examples: Sequence[Example]
+    reference: Values
+
+    @classmethod
+    def without_reference(cls, examples: Sequence[Example]) -> Self:
+        return cls(examples, np.zeros(len(examples)))
+
+
+@dataclass(frozen=True)
 class ObjectiveLoss:
-    """The loss of a batch, a scalar with its gradient."""
+    """The loss of a batch, a scalar with its gradient.
+
+    figures  sums without a gradient, which add up over the batches of a step; None if the objective
+             shows nothing but its loss
+    """
 
     loss: Tensor
+    figures: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class HeldOutFigures:
+    """Figures of held-out answers by name.
+
+    right, counted: of each row (R), the sum of its comparisons that are right, and of all
+    """
+
+    figures: dict[str, float]
+    right: Values
+    counted: Values
 
 
 class Objective(ABC):
-    """What a run minimises."""
+    """What a run minimises: the sum of the answers' losses, divided by the sum of their counts."""
+
+    compares: bool = False
+    """Whether it reads the reference."""
+    num_figures: int = 0
+    """Number of sums in the figures of a batch."""
 
     @abstractmethod
-    def total(self, examples: Sequence[Example]) -> int:
-        """Counts what the loss of a step over these examples is divided by.
+    def counts(self, examples: Sequence[Example]) -> Values:
+        """Returns what each example adds to the number that the loss is divided by, (E).
 
-        It is known before the step, so a step is the same however it is divided into batches.
+        It is known before a step, so a step is the same however it is divided into batches.
         """
 
     @abstractmethod
-    def loss(
-        self, predictions: Predictions, examples: Sequence[Example], total: float
-    ) -> ObjectiveLoss:
+    def loss(self, predictions: Predictions, answers: AnswerBatch, total: float) -> ObjectiveLoss:
         """Computes a batch's part of a step's loss.
 
-        examples: of the batch, in the order of their targets. total: of all examples of the step;
-        infinity for a batch that does not count.
+        total: counts of all examples of the step; infinity for a batch that another process counts
         """
+
+    @abstractmethod
+    def answer_losses(self, nats: Values, answers: AnswerBatch) -> Values:
+        """Returns the loss of each example, (E), from its summed nats, without a gradient.
+
+        answers: all of them, as one batch
+        """
+
+    def summary(self, figures: Sequence[float]) -> dict[str, float]:
+        """Returns the figures of a step by name, from their sums; empty if there are none."""
+        return {}
+
+    def held_out(self, nats: Values, answers: AnswerBatch) -> HeldOutFigures | None:
+        """Returns figures of held-out answers, from the summed nats of each; None without any."""
+        return None

@@ -22,8 +22,10 @@ from veneer.errors import CorruptFileError, SourceError
 from veneer.files.atomic import atomic_file
 from veneer.files.strict_json import read_json, read_yaml
 from veneer.formats.manifest import MANIFEST_NAME, read_manifest
+from veneer.objectives.config import OBJECTIVES
 from veneer.report.html import html_page, section, table
 from veneer.report.plots import Series, bars, line_chart, smooth
+from veneer.report.preferences import loss_label, preference_section
 from veneer.training.config import DataConfig, RunConfig
 from veneer.training.output.loggers import flat
 from veneer.training.output.records import Record, read_records
@@ -84,7 +86,8 @@ def make_page(
     sections = [
         _head(name, start, end, len(steps)),
         _figures(start, summary, steps, evaluations),
-        section("Loss", _loss_chart(steps, evaluations)),
+        section("Loss", _loss_chart(start, steps, evaluations)),
+        section("Preferences", preference_section(steps, evaluations)),
         section("Answers on held-out rows", _samples(evaluations, summary.get("best_step"))),
         section("Memory", _memory(summary)),
         section("Time", _time(steps, evaluations)),
@@ -180,7 +183,7 @@ def _intervals(summary: Mapping[str, Any]) -> list[str]:
     return [f"{name}{interval_of_95(one['low'], one['high'])}" for name, one in named if one]
 
 
-def _loss_chart(steps: Sequence[Record], evaluations: Sequence[Record]) -> str:
+def _loss_chart(start: Record, steps: Sequence[Record], evaluations: Sequence[Record]) -> str:
     raw = [(r["step"], r["loss"]) for r in steps]
     # The mean over a fiftieth of the run to each side smooths noise and keeps trends.
     means = smooth([y for _, y in raw], len(raw) // 50)
@@ -193,7 +196,7 @@ def _loss_chart(steps: Sequence[Record], evaluations: Sequence[Record]) -> str:
         ],
         title="Loss",
         x_label="step",
-        y_label="nats per trained token",
+        y_label=loss_label(start),
     )
 
 
@@ -325,13 +328,12 @@ def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
             k: f.get_default(call_default_factory=True) for k, f in fields if not f.is_required()
         }
 
-    method = settings.get("method")
-    chosen = METHODS.get(method.get("name", "")) if isinstance(method, Mapping) else None
-    defaults = of(RunConfig) | {"data": of(DataConfig), "method": of(chosen) if chosen else {}}
-    if chosen:
-        defaults["method"]["name"] = (
-            RunConfig.model_fields["method"].get_default(call_default_factory=True).name
-        )
+    defaults = of(RunConfig) | {"data": of(DataConfig)}
+    for part, models in (("method", METHODS), ("objective", OBJECTIVES)):
+        values = settings.get(part)
+        chosen = models.get(values.get("name", "")) if isinstance(values, Mapping) else None
+        usual = defaults[part].name
+        defaults[part] = {**of(chosen), "name": usual} if chosen else {}
     return flat(defaults)
 
 

@@ -100,6 +100,7 @@ def start_record(
         "kind": "start",
         "base": run.config.base,
         "method": run.config.method.name,
+        "objective": run.config.objective.name,
         "optimizer": run.config.optimizer,
         "trainable_parameters": sum(p.numel() for p in run.inputs.flat.parameters.values()),
         "total_parameters": num_parameters(base.model),
@@ -136,8 +137,11 @@ def _base_lines(run: PreparedRun) -> list[str]:
 def _data_lines(data: DataSet) -> list[str]:
     lines = []
     if (examples := len(data.train)) > data.report.rows:
+        compared = data.train[0].kind != "answer"
         lines.append(
-            f"{examples:,} examples of {data.report.rows:,} rows: earlier answers as they were"
+            f"{examples:,} answers of {data.report.rows:,} rows"
+            if compared
+            else f"{examples:,} examples of {data.report.rows:,} rows: earlier answers as they were"
             " answered"
         )
     if data.mixture is not None:

@@ -25,6 +25,7 @@ from veneer.data.config import DataConfig as DataConfig
 from veneer.data.template.new_tokens import text_faults
 from veneer.files.home import expanded
 from veneer.files.settings import StrictSettings
+from veneer.objectives.config import Answers, AnyObjective
 from veneer.quant.config import FOUR_BITS, Quantize, weight_format
 
 OptimizerName = Literal["adamw", "adamw8bit"]
@@ -89,6 +90,9 @@ class RunConfig(StrictSettings):
     """The rows: a file, or {train, validation, format, ...}."""
     template: TemplateConfig = Field(default_factory=TemplateConfig)
     """Settings of the base's chat template."""
+    objective: AnyObjective = Field(default_factory=Answers)
+    """What training minimises: answers (cross-entropy of the given answers), or a preference: dpo,
+    ipo, kto or orpo, or one with its settings: {name: dpo, beta: 0.1}."""
     method: Method = Field(default_factory=LoRA)
     """lora, dora, bottleneck, prefix or full, or the method with its settings: {name: lora, rank:
     16}; qlora is lora over quantize: nf4."""
@@ -182,8 +186,10 @@ class RunConfig(StrictSettings):
         return rows_at_once(self.batch, self.micro_batch, self.reduce)
 
     def peak_learning_rate(self, hidden_size: int) -> float:
-        """Returns the peak rate that is set, else the method's for this hidden size."""
-        return self.learning_rate or self.method.default_learning_rate(hidden_size)
+        """Returns the peak rate that is set, else the method's for this hidden size, or the
+        objective's share of it."""
+        usual = self.method.default_learning_rate(hidden_size)
+        return self.learning_rate or float(f"{usual * self.objective.share_of_rate:.1e}")
 
     @model_validator(mode="before")
     @classmethod
@@ -198,8 +204,9 @@ class RunConfig(StrictSettings):
                     {"adapter": str(entry)} if isinstance(entry, str | Path) else entry
                     for entry in several
                 ]
-            if isinstance(values.get("method"), str):
-                values["method"] = {"name": values["method"]}
+            for part in ("method", "objective"):
+                if isinstance(values.get(part), str):
+                    values[part] = {"name": values[part]}
             method = values.get("method")
             name = method.get("name") if isinstance(method, dict) else None
             if isinstance(name, str) and name in SHORT_FORMS:
@@ -251,6 +258,11 @@ class RunConfig(StrictSettings):
             raise ValueError(
                 f"with method {self.method.name} shard adds up gradients as floating-point numbers:"
                 " take reduce plain, or leave shard out"
+            )
+        if self.objective.rows != "answers" and self.data.train_on == "all":
+            raise ValueError(
+                f"objective {self.objective.name} compares answers, and train_on all trains"
+                " prompts too: leave train_on out"
             )
         if self.from_adapter and self.method.trains_base:
             raise ValueError(

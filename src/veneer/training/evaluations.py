@@ -3,13 +3,19 @@ best so far."""
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from veneer.data.batching import by_length
+from veneer.data.examples import Example
 from veneer.errors import fits_memory
+from veneer.evaluation.intervals import interval
+from veneer.evaluation.metric import ratio
 from veneer.models.step import part_nats, parts_of
+from veneer.objectives.objective import HeldOutFigures
 from veneer.training.first_evaluation import EvaluationResult
 from veneer.training.gradient import own_micro_batches
 from veneer.training.held_out import LossCells, losses_by_set, mean_loss
@@ -22,11 +28,22 @@ FEWER_ROWS = "Take fewer rows at once, --set micro_batch=N, or a smaller --lengt
 
 def compute_evaluation(inputs: TrainingInputs, world: World, *, step: int) -> EvaluationResult:
     """Computes the nats of each held-out example over all processes, and the sample answer."""
-    examples, sample = inputs.validation, inputs.sample
+    sample, doing = inputs.sample, f"on the evaluation at step {step}"
+    nats = compute_nats(inputs, world, inputs.validation, doing)
+    with _evaluating(inputs, world, doing):
+        # Sharded layers are gathered by all processes, so all of them answer.
+        answers = sample is not None and (world.leads or inputs.sharded)
+        return EvaluationResult(nats, sample.new() if sample is not None and answers else None)
+
+
+def compute_nats(
+    inputs: TrainingInputs, world: World, examples: Sequence[Example], doing: str
+) -> list[float]:
+    """Computes the summed nats of each example over all processes. doing: as errors name it"""
     order = by_length(examples, inputs.config.rows_at_once)
     parts = list(parts_of(inputs.model, inputs.paths, examples, order))
     nats = [0.0] * len(examples)
-    with _evaluating(inputs, world, step):
+    with _evaluating(inputs, world, doing):
         assigned = own_micro_batches(parts, examples, world, sharded=inputs.sharded)
         computed = part_nats(
             inputs.model,
@@ -39,16 +56,11 @@ def compute_evaluation(inputs: TrainingInputs, world: World, *, step: int) -> Ev
             if counts:
                 for example, value in zip(parts[number], values, strict=True):
                     nats[example] = value
-    nats = world.summed(nats) if parts else []
-    with _evaluating(inputs, world, step):
-        # Sharded layers are gathered by all processes, so all of them answer.
-        answers = sample is not None and (world.leads or inputs.sharded)
-        return EvaluationResult(nats, sample.new() if sample is not None and answers else None)
+    return world.summed(nats) if parts else []
 
 
 @contextmanager
-def _evaluating(inputs: TrainingInputs, world: World, step: int) -> Iterator[None]:
-    doing = f"on the evaluation at step {step}"
+def _evaluating(inputs: TrainingInputs, world: World, doing: str) -> Iterator[None]:
     with world.fail_together(doing), fits_memory(doing, next_step=inputs.memory_advice(FEWER_ROWS)):
         yield
 
@@ -65,15 +77,21 @@ def evaluation_record(
 
     start: time.perf_counter() when the evaluation began.
     """
-    loss = mean_loss(inputs.validation, result.nats)
-    sets = losses_by_set(inputs.validation, inputs.validation_sets, result.nats)
+    nats, answers, objective = np.array(result.nats), inputs.held_out_answers(), inputs.objective
+    losses = objective.answer_losses(nats, answers).tolist() if result.nats else []
+    counts = objective.counts(inputs.validation).tolist()
+    loss = mean_loss(losses, counts)
+    sets = losses_by_set(inputs.validation, inputs.validation_sets, losses, counts)
+    preference = _preference(objective.held_out(nats, answers))
     sample = None
     if inputs.sample is not None and result.new is not None:
         sample = inputs.sample.record_of(result.new)
         if progress.step == 0:
             progress.sample = {"before": sample["answer"]}
         sample = {**sample, "before": progress.sample.get("before")}
-    best = _enter_loss(progress, cells, loss, result.nats)
+    best = _enter_loss(progress, cells, loss, losses)
+    if preference:
+        progress.preference[str(progress.step)] = preference
     if loss is None and sample is None:
         return None
     return {
@@ -84,11 +102,22 @@ def evaluation_record(
         "seconds": time.perf_counter() - start,
         "sample": sample,
         **({"sets": sets} if sets else {}),
+        **({"preference": preference} if preference else {}),
     }
 
 
+def _preference(held_out: HeldOutFigures | None) -> dict[str, Any]:
+    """Returns figures of preferences as a record holds them, the accuracy with its interval."""
+    if held_out is None:
+        return {}
+    counts = np.stack([held_out.right, held_out.counted], axis=1)
+    low, high = interval(counts, ratio, share=True) or (None, None)
+    accuracy = {"value": held_out.figures["accuracy"], "low": low, "high": high}
+    return {**held_out.figures, "accuracy": accuracy}
+
+
 def _enter_loss(
-    progress: RunProgress, cells: LossCells, loss: float | None, nats: list[float]
+    progress: RunProgress, cells: LossCells, loss: float | None, losses: list[float]
 ) -> bool:
     """Enters a held-out loss into the progress; returns whether it is the best of the run.
 
@@ -98,7 +127,7 @@ def _enter_loss(
     step = progress.step
     finite = loss is not None and math.isfinite(loss)
     if loss is not None and finite:
-        progress.nats[str(step)] = cells.sums(nats)
+        progress.nats[str(step)] = cells.sums(losses)
     if step == 0 or loss is None:
         return False
     if finite:

@@ -10,6 +10,7 @@ the CPU, over dense weights of transformers' own classes; elsewhere bits may dif
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -56,26 +57,16 @@ def first_evaluation(
     job: TrainingInputs, make: Callable[[], EvaluationResult], say: Callable[[str], None]
 ) -> EvaluationResult:
     """Returns make(), or what an earlier run computed; then says so."""
-    model, sample = job.model, job.sample
-    if not can_be_remembered(model):
+    sample = job.sample
+    if not can_be_remembered(job.model):
         return make()
-    weights_digest, weight_ids = snapshot_digest(model) or ("", frozenset())
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     question = None if sample is None else [list(sample.ids), list(sample.stops)]
     key = {
-        **class_key(model),
+        **forward_key(job),
         "settings": job.config.model_dump(mode="json", exclude={*_TRAINING, *_READ_ALREADY}),
-        "weights": [
-            weights_digest,
-            digest(
-                {name: tensor for name, tensor in tensors.items() if id(tensor) not in weight_ids}
-            ),
-        ],
         "values": digest(job.flat.parameters),
-        "rows": _rows_digest(job.validation),
+        "rows": rows_digest(job.validation),
         "question": hashlib.sha256(repr(question).encode()).hexdigest(),
-        "paths": [job.paths.packed, job.paths.scale, job.paths.softcap, *job.paths.lines],
-        "threads": torch.get_num_threads(),
     }
     is_new = False
 
@@ -93,7 +84,25 @@ def first_evaluation(
     return result
 
 
-def _rows_digest(rows: Sequence[Example]) -> str:
+def forward_key(job: TrainingInputs) -> dict[str, Any]:
+    """Returns what a forward depends on besides rows and settings: the weights and the paths."""
+    model = job.model
+    weights_digest, weight_ids = snapshot_digest(model) or ("", frozenset())
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {
+        **class_key(model),
+        "weights": [
+            weights_digest,
+            digest(
+                {name: tensor for name, tensor in tensors.items() if id(tensor) not in weight_ids}
+            ),
+        ],
+        "paths": [job.paths.packed, job.paths.scale, job.paths.softcap, *job.paths.lines],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def rows_digest(rows: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         for part in (row.ids, row.trained):

@@ -10,7 +10,7 @@ or checkpoints.
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -40,13 +40,18 @@ FEWER_VALUES = (
 
 @dataclass(frozen=True)
 class StepTotals:
-    """Totals of one step over all processes. loss: nats per trained token. norm: the gradient's."""
+    """Totals of one step over all processes.
+
+    loss: the objective's; of answers nats per trained token. norm: the gradient's. figures: what
+    the objective shows besides.
+    """
 
     loss: float
     norm: float
     tokens: int
     trained_tokens: int
     computed_tokens: int
+    figures: Mapping[str, float]
 
 
 class GradientCollector(Protocol):
@@ -82,9 +87,10 @@ class StepGradient:
         self.offload = offload_for(flat.values.device, weights) if inputs.config.offload else None
         self.rows: Sequence[int] = ()
         self.micro_batches: Sequence[Sequence[int]] = ()
-        self.step, self.seconds, self.total = 0, 0.0, 0
+        self.step, self.seconds, self.total = 0, 0.0, 0.0
         self.assigned: deque[tuple[int, bool]] = deque()
         self._losses: dict[int, Tensor] = {}
+        self._figures: list[Tensor] = []
         self._tokens = [0, 0, 0]
 
     def begin(
@@ -96,9 +102,8 @@ class StepGradient:
         """
         inputs = self.inputs
         self.rows, self.micro_batches, self.step = rows, micro_batches, step
-        self.total = inputs.objective.total(
-            [inputs.train[i] for part in micro_batches for i in part]
-        )
+        examples = [inputs.train[i] for part in micro_batches for i in part]
+        self.total = float(inputs.objective.counts(examples).sum())
         self.seconds = 0.0
         self._assign()
 
@@ -109,7 +114,7 @@ class StepGradient:
 
     def _assign(self) -> None:
         inputs = self.inputs
-        self._losses, self._tokens = {}, [0, 0, 0]
+        self._losses, self._figures, self._tokens = {}, [], [0, 0, 0]
         self.assigned = deque(
             own_micro_batches(self.micro_batches, inputs.train, self.world, sharded=inputs.sharded)
         )
@@ -118,11 +123,11 @@ class StepGradient:
     def take(self) -> "MicroBatch":
         """Takes the next micro-batch that this process computes."""
         number, counts = self.assigned.popleft()
-        examples = [self.inputs.train[i] for i in self.micro_batches[number]]
+        answers = self.inputs.answers(self.micro_batches[number])
         # If another process counts it, the loss is divided by infinity, so the gradient is 0.
-        total = float(self.total) if counts else math.inf
-        loss = partial(self.inputs.objective.loss, examples=examples, total=total)
-        return MicroBatch(self, examples, number, counts, loss)
+        total = self.total if counts else math.inf
+        loss = partial(self.inputs.objective.loss, answers=answers, total=total)
+        return MicroBatch(self, answers.examples, number, counts, loss)
 
     def next_lengths(self) -> list[int]:
         """Counts the tokens of each example of the next micro-batch."""
@@ -134,6 +139,8 @@ class StepGradient:
         self.sum.add()
         if micro_batch.counts:
             self._losses[micro_batch.number] = result.loss.detach()
+            if result.figures is not None:
+                self._figures.append(result.figures)
             counts = batch.tokens, batch.trained_tokens, batch.computed_tokens
             self._tokens = [sum(pair) for pair in zip(self._tokens, counts, strict=True)]
 
@@ -142,22 +149,27 @@ class StepGradient:
 
         Raises DivergedError if a loss is not finite, and DoesNotFitError.
         """
-        own_losses, norm = self._read()
+        own_losses, norm, own_figures = self._read()
         # A loss is 0 at all processes but one, so these sums are exact.
         all_losses = [own_losses.get(number, 0.0) for number in range(len(self.micro_batches))]
-        *all_losses, tokens, trained_tokens, computed_tokens = self.world.summed(
-            [*all_losses, *self._tokens]
-        )
+        sums = self.world.summed([*all_losses, *self._tokens, *own_figures])
+        all_losses, sums = sums[: len(all_losses)], sums[len(all_losses) :]
+        tokens, trained_tokens, computed_tokens, *figures = sums
         norm = self.sum.norm(norm)
         for part, loss_value in zip(self.micro_batches, all_losses, strict=True):
             if not math.isfinite(loss_value):
                 raise diverged(self.inputs, "loss", loss_value, part, step=self.step)
         return StepTotals(
-            sum(all_losses), norm, round(tokens), round(trained_tokens), round(computed_tokens)
+            sum(all_losses),
+            norm,
+            round(tokens),
+            round(trained_tokens),
+            round(computed_tokens),
+            self.inputs.objective.summary(figures),
         )
 
-    def _read(self) -> tuple[dict[int, float], float]:
-        """Returns this process's losses and the measured norm.
+    def _read(self) -> tuple[dict[int, float], float, list[float]]:
+        """Returns this process's losses, the measured norm, and sums of the objective's figures.
 
         Reads all numbers at once: nowhere else in a step does the host wait for a GPU.
         """
@@ -167,9 +179,12 @@ class StepGradient:
         ):
             self.sum.finish()
             measured = self.sum.measured()
-        losses = self._losses
-        *values, norm = torch.cat([n.view(1) for n in (*losses.values(), measured)]).tolist()
-        return dict(zip(losses, values, strict=True)), norm
+        losses, figures = self._losses, [0.0] * self.inputs.objective.num_figures
+        own = [sum(self._figures[1:], start=self._figures[0])] if self._figures else []
+        parts = [*(n.view(1) for n in (measured, *losses.values())), *own]
+        norm, *values = torch.cat(parts).tolist()
+        figures = values[len(losses) :] or figures
+        return dict(zip(losses, values, strict=False)), norm, figures
 
     def batch_words(self) -> tuple[int, int, list[str]]:
         """Returns the number of rows and tokens of the step, and the places of some rows in

@@ -24,39 +24,50 @@ MOST_CELLS = 1000
 """Cells of all sets together: more rows would give the same interval."""
 
 
-def mean_loss(examples: Sequence[Example], nats: Sequence[float]) -> float | None:
-    """Returns nats per trained token, None if nothing is held out."""
-    return sum(nats) / sum(int(example.trained.sum()) for example in examples) if examples else None
+def mean_loss(losses: Sequence[float], counts: Sequence[float]) -> float | None:
+    """Returns the mean loss of examples, None if nothing is held out.
+
+    counts: what each counts; of answers, its trained tokens
+    """
+    return sum(losses) / sum(counts) if len(counts) else None
 
 
 def losses_by_set(
-    examples: Sequence[Example], sets: Sequence[SetSize], nats: Sequence[float]
+    examples: Sequence[Example],
+    sets: Sequence[SetSize],
+    losses: Sequence[float],
+    counts: Sequence[float],
 ) -> dict[str, float]:
-    """Returns nats per trained token of each set, if there are several."""
+    """Returns the mean loss of each set, if there are several."""
     if len(sets) < 2:
         return {}
     spans = [
         (size.name, slice(*span)) for size, span in zip(sets, _spans(examples, sets), strict=True)
     ]
-    losses = {name: mean_loss(examples[span], nats[span]) for name, span in spans}
-    return {name: loss for name, loss in losses.items() if loss is not None}
+    means = {name: mean_loss(losses[span], counts[span]) for name, span in spans}
+    return {name: loss for name, loss in means.items() if loss is not None}
 
 
 @dataclass(frozen=True)
 class LossCells:
-    """Sums the nats of examples into cells: a cell holds one row, or several if there are many.
+    """Sums the losses of examples into cells: a cell holds one row, or several if there are many.
 
-    of      (E) each example's cell;  tokens  (C) trained tokens of each cell
-    rows    of all cells;  sets  name, rows and cells of each set, if there are several
+    of      (E) each example's cell;  counts  (C) what each cell counts, such as trained tokens
+    rows    of all cells;  tokens  trained tokens of all
+    sets    name, rows and cells of each set, if there are several
     """
 
     of: NDArray[np.int64]
-    tokens: NDArray[np.float64]
+    counts: NDArray[np.float64]
     rows: int
+    tokens: int
     sets: tuple[tuple[str, int, slice], ...]
 
     @classmethod
-    def over(cls, examples: Sequence[Example], sets: Sequence[SetSize]) -> "LossCells":
+    def over(
+        cls, examples: Sequence[Example], sets: Sequence[SetSize], counts: Sequence[float]
+    ) -> "LossCells":
+        """Divides the held-out rows. counts: what each example counts, (E)"""
         rows = RowSpans.of(examples)
         starts = np.asarray(rows.starts)
         row_of = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
@@ -72,26 +83,27 @@ class LossCells:
             cells_of_sets.append((last - first, slice(end, end + count)))
             end += count
         of = cell_of[row_of]
-        tokens = np.zeros(end)
-        np.add.at(tokens, of, [int(item.trained.sum()) for item in examples])
+        of_cells = np.zeros(end)
+        np.add.at(of_cells, of, counts)
+        tokens = sum(int(example.trained.sum()) for example in examples)
         named = (
             [(item.name, *part) for item, part in zip(sets, cells_of_sets, strict=True)]
             if len(sets) > 1
             else []
         )
-        return cls(of, tokens, len(starts) - 1, tuple(named))
+        return cls(of, of_cells, len(starts) - 1, tokens, tuple(named))
 
-    def sums(self, nats: Sequence[float]) -> list[float]:
-        """Sums the nats of examples by cell."""
-        sums = np.zeros(len(self.tokens))
-        np.add.at(sums, self.of, nats)
+    def sums(self, losses: Sequence[float]) -> list[float]:
+        """Sums the losses of examples by cell."""
+        sums = np.zeros(len(self.counts))
+        np.add.at(sums, self.of, losses)
         return [float(value) for value in sums]
 
     def figures(self, before: Sequence[float] | None, after: Sequence[float]) -> HeldOut:
         """Returns loss and change from sums before step 1, None if unknown, and of the kept
         values.
         """
-        all_cells = slice(0, len(self.tokens))
+        all_cells = slice(0, len(self.counts))
         sets = {
             name: SetHeldOut(rows=rows, **self._figures_of(cells, before, after))
             for name, rows, cells in self.sets
@@ -99,7 +111,7 @@ class LossCells:
         }
         return HeldOut(
             rows=self.rows,
-            tokens=int(self.tokens.sum()),
+            tokens=self.tokens,
             sets=sets,
             **self._figures_of(all_cells, before, after),
         )
@@ -110,7 +122,7 @@ class LossCells:
         after_counts, before_counts = (
             None
             if nats is None
-            else np.stack([np.asarray(nats)[cells], self.tokens[cells]], axis=1)
+            else np.stack([np.asarray(nats)[cells], self.counts[cells]], axis=1)
             for nats in (after, before)
         )
         assert after_counts is not None

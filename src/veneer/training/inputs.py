@@ -15,12 +15,20 @@ from veneer.data.examples import Example
 from veneer.data.longest import largest_micro_batches, plans_of_run
 from veneer.data.mixture import Mixture
 from veneer.models.step import ComputePaths, parts_of
-from veneer.objectives.answers import AnswersObjective
-from veneer.objectives.objective import Objective
+from veneer.objectives.objective import AnswerBatch, Objective, Values
+from veneer.objectives.registry import make_objective
 from veneer.training.config import RunConfig
 from veneer.training.optimizer.buffer import FlatValues
 from veneer.training.output.sample import Sample
 from veneer.training.state.checkpoint import numbers
+
+
+@dataclass(frozen=True)
+class ReferenceLogProbs:
+    """Log-probabilities of all answers by the reference, summed over their targets (E)."""
+
+    train: Values
+    validation: Values
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,10 @@ class TrainingInputs:
     largest: Sequence[Sequence[int]] = ()
     """Micro-batches, as numbers of examples, that are tried before step 1; empty: those of
     find_largest."""
+    reference_adapters: Applied = ()
+    """What acts in the reference, with the values that training starts from; none: the base."""
+    reference: ReferenceLogProbs | None = None
+    """What the objective compares with; None until it is computed."""
 
     rows: RowSpans = field(init=False)
     """The examples of each row of `train`."""
@@ -75,7 +87,19 @@ class TrainingInputs:
 
     def __post_init__(self) -> None:
         self.rows = RowSpans.of(self.train)
-        self.objective = AnswersObjective()
+        self.objective = make_objective(self.config.objective)
+
+    def answers(self, numbers: Sequence[int]) -> AnswerBatch:
+        """Returns these training examples with their reference; zeros before it is computed."""
+        examples = [self.train[i] for i in numbers]
+        if self.reference is None:
+            return AnswerBatch.without_reference(examples)
+        return AnswerBatch(examples, self.reference.train[numbers])
+
+    def held_out_answers(self) -> AnswerBatch:
+        if self.reference is None:
+            return AnswerBatch.without_reference(self.validation)
+        return AnswerBatch(self.validation, self.reference.validation)
 
     def find_largest(self) -> list[list[int]]:
         """Finds the micro-batches of all steps that may take the most memory (data/longest.py)."""

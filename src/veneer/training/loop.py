@@ -59,7 +59,7 @@ class Loop:
         for trainee in list(self.trainees):
             if trainee.progress.step == 0:
                 with self._leaves_on_error(trainee):
-                    trainee.evaluate()
+                    trainee.start()
 
     def run(self) -> list[Trainee]:
         """Trains until a trainee has ended or failed; returns those that have ended.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
+from veneer.adapters.placement.acting import Acting, Applied
 from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.token_rows import AddedTokens
 from veneer.adapters.preamble import Preamble
@@ -18,7 +19,8 @@ from veneer.data.checks.check import refuse_beyond
 from veneer.data.large import training_data
 from veneer.data.load import DataSet
 from veneer.data.template.new_tokens import bring, extended, room_with
-from veneer.errors import fits_memory
+from veneer.errors import RefusedError, fits_memory
+from veneer.execution.proofs.model import in_front
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase, hidden_size
 from veneer.models.initial_values import FreshAdapter
@@ -105,7 +107,10 @@ def prepare_run(
         else:
             check_base(started, origin_of(config, base, day), config)
         new_tokens = bring(base.tokenizer, config.new_tokens, rows=capacity_of(base).tokens)
-        rows_key = config.data, config.length, config.new_tokens, config.template, day, started
+        rows_key = (
+            *(config.data, config.length, config.new_tokens, config.template, day, started),
+            config.objective.rows,
+        )
         known = [run.data for run in beside if run.rows_key == rows_key]
         data = known[0] if known else _load_rows(config, base, new_tokens, day, started, say)
         # Never longer than the model has positions.
@@ -132,6 +137,8 @@ def prepare_run(
         with fits_memory("on the trained values and their gradient", next_step=FEWER_VALUES):
             flat = _trained_values(base, adapter, world)
         inputs = _training_inputs(config, base, data, flat, adapter)
+        if config.objective.rows != "answers":
+            _refuse_divided_rows(inputs)
     return PreparedRun(config, base, data, adapter, inputs, origin, idle_bytes, rows_key)
 
 
@@ -165,6 +172,7 @@ def _load_rows(
         preamble=Preamble(variables=config.template.variables),
         held_out_by=HELD_OUT_BY if started is None else started.held_out_by,
         resumes=started is not None,
+        kind=config.objective.rows,
         say=say,
     )
 
@@ -193,12 +201,13 @@ def _training_inputs(
     flat: FlatValues,
     adapter: FreshAdapter | None,
 ) -> TrainingInputs:
+    adapters: Applied = () if adapter is None else ((adapter.attachment, 1.0),)
     shows_answers = config.show_answers and base.tokenizer.chat_template is not None
     return TrainingInputs(
         model=base.model,
         paths=base.paths,
         routing=base.routing,
-        adapters=() if adapter is None else ((adapter.attachment, 1.0),),
+        adapters=adapters,
         flat=flat,
         train=data.train,
         validation=data.validation,
@@ -210,7 +219,25 @@ def _training_inputs(
         mixture=data.mixture,
         sharded=base.sharding is not None,
         validation_sets=data.held,
+        reference_adapters=adapters if config.from_adapter or config.new_tokens else (),
     )
+
+
+def _refuse_divided_rows(inputs: TrainingInputs) -> None:
+    """Raises RefusedError if answers that are compared cannot be computed in one forward."""
+    paths, rows = inputs.paths, inputs.rows
+    with inputs.routing.held(Acting.everywhere(inputs.adapters)):
+        prefix = in_front(inputs.model)
+    for row in range(len(rows.lengths)):
+        examples = [inputs.train[number] for number in rows.examples([row])]
+        if len(paths.together(examples, prefix)) > 1:
+            reason = paths.padded_reason or paths.switches.words
+            raise RefusedError(
+                f"objective {inputs.config.objective.name} compares the answers of a row, and this"
+                " base computes them apart",
+                [f"{examples[0].ref}: {reason}"],
+                "Take another base, a smaller length, or objective answers.",
+            )
 
 
 def _steps_of_epochs(config: RunConfig, data: DataSet) -> int:

@@ -44,6 +44,13 @@ def run_manifest(
     )
 
 
+def _preference(progress: RunProgress) -> dict[str, Any]:
+    """Returns figures of preferences before step 1 and of the kept values; empty without any."""
+    kept = progress.preference.get(str(progress.best_step))
+    before = progress.preference.get("0")
+    return {} if kept is None else {"preference": {**kept, "before": before}}
+
+
 def write_trained_adapter(
     folder: Path, attachment: Attachment, manifest: Manifest, base: FrozenBase
 ) -> dict[str, Any]:
@@ -101,10 +108,12 @@ def run_summary(
         "last_loss": progress.last_loss,
         "validation_loss": progress.best_loss,
         "held_out": None if held_out is None else held_out.model_dump(mode="json"),
+        **_preference(progress),
         "best_step": progress.best_step,
         "damaged_best": damaged_best,
         "base_fingerprint": base.fingerprint().digest,
         "method": config.method.name,
+        "objective": config.objective.name,
         "base": config.base,
         "versions": {
             "veneer": version("veneer"),

@@ -47,6 +47,7 @@ from veneer.training.output.records import (
 )
 from veneer.training.output.screen import Screen
 from veneer.training.processes.world import ALONE, World
+from veneer.training.reference import compute_reference, reference_from, reference_tensor
 from veneer.training.state.checkpoint import (
     SplitTensor,
     load_checkpoint,
@@ -82,7 +83,8 @@ class Trainee:
             )
             self.gradient = StepGradient(inputs, world)
         self.progress = RunProgress()
-        self._cells = LossCells.over(inputs.validation, inputs.validation_sets)
+        counts = inputs.objective.counts(inputs.validation).tolist()
+        self._cells = LossCells.over(inputs.validation, inputs.validation_sets, counts)
         self._epoch_plan: tuple[int, EpochPlan] | None = None
         self._timed = False  # the first step is not timed: it allocates
         self.saved_step: int | None = None
@@ -178,6 +180,7 @@ class Trainee:
             "seconds": seconds,
             "memory_bytes": process_memory_bytes(),
             **({"parts": parts} if parts else {}),
+            **({"preference": totals.figures} if totals.figures else {}),
         }
         self.records.write(record)
         self.screen.step(record)
@@ -270,6 +273,13 @@ class Trainee:
         patience = self.inputs.config.patience
         return patience is not None and self.progress.evaluations_without_better >= patience
 
+    def start(self) -> None:
+        """Computes what the run is compared with: the reference, and the first evaluation."""
+        inputs = self.inputs
+        if inputs.objective.compares:
+            inputs.reference = compute_reference(inputs, self.world, self.screen.message)
+        self.evaluate()
+
     def evaluate(self) -> None:
         inputs, progress = self.inputs, self.progress
         start = time.perf_counter()
@@ -308,6 +318,8 @@ class Trainee:
         # Records are written first, so that no checkpoint is newer than they are.
         self.records.sync()
         state = {"origin": self.origin.to_dict(), "progress": vars(progress)}
+        if (reference := self.inputs.reference) is not None:
+            tensors = {**tensors, "reference": reference_tensor(reference)}
         with fits_memory(
             f"on the checkpoint of step {progress.step}",
             next_step=self.inputs.memory_advice(FEWER_VALUES),
@@ -329,6 +341,10 @@ class Trainee:
             for name in sorted(state):
                 flat.fill(state[name], stored[name] if self.world.leads else None, self.world)
             self.optimizer.load(state)
+        if self.inputs.objective.compares:
+            values = stored["reference"].tolist() if self.world.leads else []
+            values = self.world.broadcast_value(values)
+            self.inputs.reference = reference_from(values, len(self.inputs.train))
         self.progress = RunProgress(**self.world.broadcast_value(vars(self.progress)))
         self.saved_step = self.progress.step
 

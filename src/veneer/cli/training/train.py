@@ -113,6 +113,7 @@ GROUPS: dict[str, dict[str, str | None]] = {
         "from": "A",
         "out": "DIR",
     },
+    "objective": {"objective": "O"},
     "method": {"method": "M", "rank": "R", "alpha": "ALPHA", "quantize": "FORMAT"},
     "training": {
         "steps": "N",

@@ -122,12 +122,15 @@ class Findings:
     unreasoned: list[Row] = field(default_factory=list)  # the template drops their reasoning
     several: list[Row] = field(default_factory=list)  # became several examples
 
-    def record_row(self, row: Row, encodings: Sequence[EncodedRow]) -> None:
+    def record_row(
+        self, row: Row, encodings: Sequence[EncodedRow], *, several: bool = True
+    ) -> None:
+        """Records a row. several: whether more than one example is worth a remark"""
         reasons = [reason for encoding in encodings for reason in encoding.reasons]
         self.reasons.update(reasons)
         if "lost" in reasons:
             self.unreasoned.append(row)
-        if len(encodings) > 1:
+        if several and len(encodings) > 1:
             self.several.append(row)
 
 

@@ -63,6 +63,11 @@ class ColumnRenames:
 _BOOLEANS = {"true": True, "false": False}
 
 
+def rating_of(label: Any) -> Any:
+    """Returns a label as a boolean, or the label itself if it is none."""
+    return _BOOLEANS.get(label.strip().lower()) if isinstance(label, str) else label
+
+
 class KtoLabels:
     """Recognises the KTO layout: rows of prompt, completion and a `label` that rates the answer.
 
@@ -80,7 +85,7 @@ class KtoLabels:
         """Counts the label of a row of prompt and completion. None and empty texts are skipped."""
         if label is None or label == "":
             return
-        rating = _BOOLEANS.get(label.strip().lower()) if isinstance(label, str) else label
+        rating = rating_of(label)
         if rating is True:
             self._good += 1
         elif rating is False:
@@ -93,8 +98,9 @@ class KtoLabels:
         if self._other or not self._good:
             return
         step = (
-            "Leave these rows out of the file: no method here learns from bad answers. "
-            "Where the label does not rate the answer, train on all rows: --map label=null"
+            "Train with --objective kto, which learns from bad answers too, or leave these rows out"
+            " of the file. Where the label does not rate the answer, train on all rows: --map"
+            " label=null"
         )
         for file, lines in self._bad.items():
             message = (

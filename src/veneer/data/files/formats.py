@@ -59,13 +59,7 @@ _UNREAD_COLUMNS: dict[Format, dict[str, str]] = {
 
 def to_row(record: dict[str, Any], ref: RowRef, format: Format) -> Row:
     """Converts the record to a Row. Raises RowFault with the first fault in it."""
-    missing = [name for name in NEEDS[format] if record.get(name) is None]
-    if missing:
-        raise RowFault(
-            "D107",
-            f"format {format} needs {', '.join(NEEDS[format])}; here {', '.join(missing)} is"
-            " missing or null",
-        )
+    require_columns(record, format)
     for name in _MEDIA:
         if record.get(name):
             raise RowFault("D114", f"column '{name}' holds {name}: Veneer trains on text only")
@@ -90,6 +84,17 @@ def to_row(record: dict[str, Any], ref: RowRef, format: Format) -> Row:
     return Row(ref, messages, tools, None, format, references, _unfinished(record))
 
 
+def require_columns(record: dict[str, Any], format: Format) -> None:
+    """Raises RowFault if a column that the layout needs is missing or null."""
+    missing = [name for name in NEEDS[format] if record.get(name) is None]
+    if missing:
+        raise RowFault(
+            "D107",
+            f"format {format} needs {', '.join(NEEDS[format])}; here {', '.join(missing)} is"
+            " missing or null",
+        )
+
+
 def to_conversation(
     messages: Any, tools: Any
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
@@ -98,16 +103,16 @@ def to_conversation(
 
     Raises RowFault.
     """
-    conversation, functions = _message_list(messages, "messages"), _tools(tools)
+    conversation, functions = parse_messages(messages, "messages"), _tools(tools)
     _check_values(conversation, functions)
     return conversation, functions
 
 
 def _messages(record: dict[str, Any], format: Format) -> list[dict[str, Any]]:
     if format == "chat":
-        return _message_list(record["messages"], "messages")
+        return parse_messages(record["messages"], "messages")
     if format == "sharegpt":
-        return _message_list(record["conversations"], "conversations", sharegpt=True)
+        return parse_messages(record["conversations"], "conversations", sharegpt=True)
     if format == "alpaca":
         question = _text(record["instruction"], "instruction")
         extra = record.get("input")
@@ -116,12 +121,12 @@ def _messages(record: dict[str, Any], format: Format) -> list[dict[str, Any]]:
         return [_user(question), _assistant(_text(record["output"], "output"))]
     prompt, completion = record["prompt"], record["completion"]
     before = (
-        _message_list(prompt, "prompt")
+        parse_messages(prompt, "prompt")
         if isinstance(prompt, list)
         else [_user(_text(prompt, "prompt"))]
     )
     if isinstance(completion, list):
-        after = _message_list(completion, "completion")
+        after = parse_messages(completion, "completion")
     else:
         after = [_assistant(_text(completion, "completion"))]
     # Messages in the prompt are not trained on, whatever their role.
@@ -204,7 +209,8 @@ def _kind(value: Any) -> str:
     return "null" if value is None else names.get(type(value), f"of type {type(value).__name__}")
 
 
-def _message_list(value: Any, name: str, *, sharegpt: bool = False) -> list[dict[str, Any]]:
+def parse_messages(value: Any, name: str, *, sharegpt: bool = False) -> list[dict[str, Any]]:
+    """Converts a list of messages, or its JSON text. name: of its column, for faults"""
     if isinstance(value, str):
         value = _parse_json(value, "D103", f"'{name}'")
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import get_args
 
-from veneer.data.examples import Format, Problem, Row, RowFault
+from veneer.data.examples import Format, Problem, Row, RowFault, RowKind
+from veneer.errors import DataError
 
 FORMATS: tuple[Format, ...] = get_args(Format)
 NEEDS: dict[Format, tuple[str, ...]] = {
@@ -15,7 +17,20 @@ NEEDS: dict[Format, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
     "text": ("text",),
+    "pairs": ("chosen", "rejected"),
+    "openai_pairs": ("input", "preferred_output", "non_preferred_output"),
+    "ranked": ("prompt", "ranked"),
+    "ratings": ("prompt", "completion", "label"),
 }
+_ANSWERS: tuple[Format, ...] = ("chat", "sharegpt", "prompt_completion", "alpaca", "text")
+_PAIRS: tuple[Format, ...] = ("pairs", "openai_pairs", "ranked")
+FORMATS_OF: dict[RowKind, tuple[Format, ...]] = {
+    "answers": _ANSWERS,
+    "pairs": _PAIRS,
+    "ratings": (*_PAIRS, "ratings"),
+    "any": (*_ANSWERS, *_PAIRS),
+}
+"""The layouts of each kind of rows."""
 # Beside `text`, these columns describe its origin. Any other column may be what the user wants to
 # train on (a label, an answer), and plain text would silently leave it out.
 _METADATA = frozenset(
@@ -48,17 +63,18 @@ _ANSWER_LIKE = (
     "summary",
     "ref",
 )
-LAYOUTS = "; ".join(f"{name} ({', '.join(columns)})" for name, columns in NEEDS.items())
+LAYOUTS = "; ".join(f"{name} ({', '.join(NEEDS[name])})" for name in _ANSWERS)
 
 
 @lru_cache(maxsize=4096)
-def detect(columns: frozenset[str]) -> Format:
+def detect(columns: frozenset[str], kind: RowKind = "answers") -> Format:
     """Recognises the layout by a row's columns. Raises RowFault if none or more than one fits.
 
+    kind: of the rows that are wanted. Pairs often hold other columns that look like answers.
     A text column loses to any other layout (tables often carry the rendered text along), and alone
     it counts only if every other column is known to describe the text's origin.
     """
-    fitting = [name for name in FORMATS if name != "text" and columns.issuperset(NEEDS[name])]
+    fitting = _fitting(columns, kind)
     shown = ", ".join(name[:40] for name in sorted(columns)[:12]) + (
         ", …" if len(columns) > 12 else ""
     )
@@ -79,13 +95,15 @@ def detect(columns: frozenset[str]) -> Format:
             f"columns {shown}: plain text would leave out {', '.join(others)}",
             f"{_suggest_renames(columns)}, or train on the text alone with format: text",
         )
-    if columns >= _PREFERENCE:
+    if kind in ("pairs", "ratings"):
+        raise _no_preference(columns, kind, shown)
+    if _fitting(columns, "pairs"):
         raise RowFault(
-            "D107",
+            "D117",
             f"columns {shown} are pairs of a good and a bad answer",
             _explain_preferences(columns),
         )
-    if (partial := [name for name in FORMATS if not columns.isdisjoint(NEEDS[name])]) and len(
+    if (partial := [name for name in _ANSWERS if not columns.isdisjoint(NEEDS[name])]) and len(
         partial
     ) == 1:
         missing = ", ".join(name for name in NEEDS[partial[0]] if name not in columns)
@@ -111,16 +129,48 @@ def detect(columns: frozenset[str]) -> Format:
     )
 
 
-_PREFERENCE = {"chosen", "rejected"}
+def _fitting(columns: frozenset[str], kind: RowKind) -> Sequence[Format]:
+    """Returns the layouts that the columns fit, without plain text."""
+    fitting = [
+        name for name in FORMATS_OF[kind] if name != "text" and columns.issuperset(NEEDS[name])
+    ]
+    pairs = [name for name in fitting if name in _PAIRS]
+    return pairs or fitting
+
+
+def format_of(name: str, kind: RowKind) -> Format | None:
+    """Returns the layout of this name, None for auto. Raises DataError if it is not of the kind."""
+    if name == "auto":
+        return None
+    formats = FORMATS if kind == "any" else FORMATS_OF[kind]
+    for format_name in formats:
+        if format_name == name:
+            return format_name
+    known = f"format {name} does not hold {kind}" if name in FORMATS else f"unknown format '{name}'"
+    raise DataError(known, next_step=f"Formats: auto, {', '.join(formats)}.")
+
+
+def _no_preference(columns: frozenset[str], kind: RowKind, shown: str) -> RowFault:
+    """The fault of a row that an objective of preferences cannot learn from."""
+    layouts = "; ".join(f"{name} ({', '.join(NEEDS[name])})" for name in FORMATS_OF[kind])
+    answers = _fitting(columns, "answers")
+    step = f"Layouts: {layouts}"
+    if kind == "pairs" and columns.issuperset(NEEDS["ratings"]):
+        step = "Rated answers train with --objective kto. " + step
+    elif answers:
+        step = "Train on answers with --objective answers. " + step
+    named = f"are answers ({answers[0]}), and" if answers else "are not recognised:"
+    wanted = "pairs of answers" if kind == "pairs" else "pairs or rated answers"
+    return RowFault("D117", f"columns {shown} {named} the objective learns from {wanted}", step)
 
 
 def _explain_preferences(columns: frozenset[str]) -> str:
-    """Says how to train on the good answers of preference pairs."""
+    """Says how to train on preference pairs, or on their good answers alone."""
+    pairs = "Train on both with --objective dpo (or ipo, orpo, kto)"
+    if not columns.issuperset(NEEDS["pairs"]):
+        return f"{pairs}."
     name = "completion" if "prompt" in columns else "messages"
-    return (
-        "No preference method (DPO, ORPO, KTO) is offered. Train on the good answers only: "
-        f"--map chosen={name} --map rejected=null"
-    )
+    return f"{pairs}, or on the good answers only: --map chosen={name} --map rejected=null"
 
 
 def _suggest_renames(columns: frozenset[str]) -> str:

@@ -16,13 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from veneer.data.examples import Format, Problem, Row, RowFault, RowRef, grouped, refusal
+from veneer.data.examples import Problem, Row, RowFault, RowKind, RowRef, grouped, refusal
 from veneer.data.files.columns import ColumnMap, ColumnRenames, KtoLabels
-from veneer.data.files.formats import to_row
 from veneer.data.files.json_text import JSONText, whole_value
-from veneer.data.files.layouts import FORMATS, RowLayouts, detect
+from veneer.data.files.layouts import RowLayouts, detect, format_of
 from veneer.data.files.places import PACKED, ResolvedSets, RowFile, kind_of
-from veneer.errors import DataError
+from veneer.data.files.preferences import make_row
 from veneer.files.nesting import TOO_DEEP, too_deep
 
 MAX_LINE_BYTES = 16 * 2**20
@@ -73,16 +72,14 @@ def iterate_rows(
     format: str = "auto",
     columns: ColumnMap | None = None,
     sets: ResolvedSets | None = None,
+    kind: RowKind = "answers",
 ) -> Iterator[Row | Problem]:
     """Yields the rows and problems of a set one by one, so that only one row is in memory.
 
-    sets: remembers the files of a set, for callers that read it more than once
+    sets: remembers the files of a set, for callers that read it more than once. kind: of the rows
+    that are wanted
     """
-    if format != "auto" and format not in FORMATS:
-        raise DataError(
-            f"unknown format '{format}'", next_step=f"Formats: auto, {', '.join(FORMATS)}."
-        )
-    format_name: Format | None = next((name for name in FORMATS if name == format), None)
+    format_name = format_of(format, kind)
     renames, labels, any_rows = ColumnRenames(columns or {}), KtoLabels(), False
     for row_file in (sets or ResolvedSets()).find_files(str(path)):
         empty = True
@@ -98,7 +95,7 @@ def iterate_rows(
                 columns_present = frozenset(
                     name for name, value in values.items() if value is not None
                 )
-                row = to_row(values, ref, format_name or detect(columns_present))
+                row = make_row(values, ref, format_name or detect(columns_present, kind))
             except RowFault as fault:
                 yield fault.at(ref)
             else:

@@ -84,6 +84,7 @@ class StepFigures:
         self.falling: bool | None = None
         self.evaluation: float | None = None
         self.memory_bytes = 0
+        self.preference = ""
         self._losses: deque[float] = deque(maxlen=10)
         self._recent: deque[tuple[int, float]] = deque(maxlen=50)  # (tokens, seconds) of a step
 
@@ -97,6 +98,7 @@ class StepFigures:
         self.memory_bytes = int(record["memory_bytes"])
         previous_loss = self.loss
         self._losses.append(float(record["loss"]))
+        self.preference = preference_words(record)
         self.loss = sum(self._losses) / len(self._losses)
         self.falling = None if previous_loss is None else self.loss < previous_loss
 
@@ -124,7 +126,7 @@ class StepFigures:
             parts.append(size(self.memory_bytes))
         if self.seconds_left is not None:
             parts.append(f"{clock(self.seconds_left)} left")
-        return " · ".join(parts)
+        return " · ".join(parts) + self.preference
 
 
 class PlainScreen:
@@ -288,7 +290,26 @@ def evaluation_line(record: Facts, previous_loss: float | None) -> str:
     sets = "".join(
         f" · {shown(name)} {number(value)}" for name, value in record.get("sets", {}).items()
     )
-    return f"  step {record['step']} · held-out loss {number(loss)}{arrow}{best}{sets}"
+    preference = preference_words(record)
+    return f"  step {record['step']} · held-out loss {number(loss)}{arrow}{best}{sets}{preference}"
+
+
+def preference_words(record: Facts) -> str:
+    """Returns: · accuracy 71% (64% to 77%) · margin 0.42 (chosen 0.11, rejected -0.31)"""
+    figures = record.get("preference")
+    if not figures:
+        return ""
+    accuracy, words = figures.get("accuracy"), ""
+    if isinstance(accuracy, Mapping):
+        low, high = accuracy["low"], accuracy["high"]
+        ends = "" if low is None else f" ({percent(low, 1)} to {percent(high, 1)})"
+        words = f" · accuracy {percent(accuracy['value'], 1)}{ends}"
+    elif accuracy is not None:
+        words = f" · accuracy {percent(accuracy, 1)}"
+    scores = [f"{k} {number(figures[k])}" for k in ("chosen", "rejected") if k in figures]
+    if "margin" in figures:
+        return f"{words} · margin {number(figures['margin'])} ({', '.join(scores)})"
+    return f"{words} · {', '.join(scores)}"
 
 
 def sample_parts(sample: Facts) -> list[tuple[str, str]]:

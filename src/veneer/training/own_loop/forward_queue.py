@@ -26,7 +26,7 @@ from veneer.execution.train_step import fused, one_node, replacements
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.step import parts_of
 from veneer.objectives.answers import AnswersObjective
-from veneer.objectives.objective import ObjectiveLoss
+from veneer.objectives.objective import AnswerBatch, ObjectiveLoss
 from veneer.training.forward_room import ForwardRoom
 from veneer.training.gradient import MicroBatch, forward_backward
 from veneer.training.inputs import ForwardInputs
@@ -112,7 +112,7 @@ class TrainerGradient:
             place = len(self._of_micro_batch)
             self._of_micro_batch.append((call, number))
             chosen = [examples[i] for i in part]
-            loss = partial(_SUM.loss, examples=chosen, total=1.0)
+            loss = partial(_SUM.loss, answers=AnswerBatch.without_reference(chosen), total=1.0)
             self.waiting.append(MicroBatch(self, chosen, place, counts=True, loss=loss))
 
     def next_lengths(self) -> list[int]:

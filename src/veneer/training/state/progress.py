@@ -34,8 +34,10 @@ class RunProgress:
     losses: dict[str, float] = field(default_factory=dict)
     """Held-out loss of every checkpoint on disk and of this one, by step."""
     nats: dict[str, list[float]] = field(default_factory=dict)
-    """Held-out nats in cells (held_out.py), by step: of the same checkpoints, and "0" for those
-    before step 1."""
+    """Held-out losses in cells (held_out.py), by step: of the same checkpoints, and "0" for those
+    before step 1. Of answers they are nats."""
+    preference: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Figures of preferences on held-out rows, by step like `nats`; empty for other objectives."""
     sample: dict[str, Any] = field(default_factory=dict)
     """The sample row's answer before training."""
 
@@ -59,6 +61,8 @@ class RunProgress:
         names = {str(step) for step in steps}
         self.losses = {step: loss for step, loss in self.losses.items() if step in names}
         self.nats = {step: nats for step, nats in self.nats.items() if step in names | {"0"}}
+        figures = self.preference.items()
+        self.preference = {step: values for step, values in figures if step in names | {"0"}}
 
 
 @dataclass(frozen=True)

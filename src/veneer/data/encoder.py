@@ -1,0 +1,232 @@
+"""Makes examples of the rows of a set: renders and tokenises them, and applies the length limit.
+
+A row becomes one example, several if its template renders earlier answers differently, or one for
+each answer that it compares. Faults are collected. Knows nothing of splits' sizes or of runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, count
+
+import numpy as np
+
+from veneer.adapters.preamble import Preamble
+from veneer.data.checks.check import Findings
+from veneer.data.collector import ExampleCollector
+from veneer.data.config import DataConfig, SetConfig
+from veneer.data.examples import (
+    AnswerKind,
+    Example,
+    Problem,
+    Row,
+    RowKind,
+    grouped,
+    part_key,
+    prompt_key,
+    row_key,
+)
+from veneer.data.files.layouts import RowLayouts
+from veneer.data.files.places import ResolvedSets
+from veneer.data.files.sources import iterate_rows
+from veneer.data.split import BY_THRESHOLD, Holds, Split, by_threshold
+from veneer.data.template.encoded_row import EncodedRow
+from veneer.data.template.template import ChatTemplate
+
+_ROWS_AT_ONCE = 4096
+"""Rows that are tokenised together. Their tokens are Python lists of forty bytes a token until they
+become arrays."""
+
+
+@dataclass(frozen=True)
+class SetEncoder:
+    """Reads sets and makes examples; faults go to `findings`."""
+
+    data: DataConfig
+    template: ChatTemplate
+    preamble: Preamble
+    length: int
+    findings: Findings
+    sets: ResolvedSets
+    kind: RowKind
+    numbers: Iterator[int] = field(default_factory=count)
+    """The next row's number. It tells rows apart; a hash of their content would merge equal
+    neighbours."""
+
+    def choose_held_out(self, data_set: SetConfig, split: Split, held_out_by: str) -> Holds:
+        """Chooses the rows of the set to hold out."""
+        share = self.data.validation_share
+        if self.data.validation_sets or not share:
+            return lambda row: False
+        if held_out_by == BY_THRESHOLD:
+            return by_threshold(share)
+        rows = self._rows(data_set)
+        return split.hold_out((prompt_key(row) for row in rows if isinstance(row, Row)), share)
+
+    def scan(self, data_set: SetConfig) -> Iterator[list[Row]]:
+        """Yields the rows of a set, _ROWS_AT_ONCE at a time."""
+        problems: list[Problem] = []
+        rows: list[Row] = []
+        layouts = RowLayouts()
+        for row in self._rows(data_set):
+            if isinstance(row, Problem):
+                problems.append(row)
+                continue
+            rows.append(row)
+            layouts.add(row)
+            if len(rows) == _ROWS_AT_ONCE:
+                yield rows
+                rows = []
+        yield rows
+        self.findings.problems += grouped(problems + layouts.problems())
+        self.findings.formats.update(layouts.counts)
+
+    def _rows(self, data_set: SetConfig) -> Iterator[Row | Problem]:
+        return iterate_rows(
+            data_set.path,
+            data_set.format or self.data.format,
+            data_set.map or self.data.map,
+            self.sets,
+            self.kind,
+        )
+
+    def encode(self, rows: Sequence[Row], collector: ExampleCollector) -> None:
+        """Tokenises rows and adds their examples to `collector`."""
+        keys = [row_key(row) for row in rows]  # before the preamble is added
+        conversations = [
+            [self._with_preamble(answer) for answer in conversations_of(row)] for row in rows
+        ]
+        results = iter(
+            self.template.encode_rows(list(chain(*conversations)), train_on=self.data.train_on)
+        )
+        for row, key, answers in zip(rows, keys, conversations, strict=True):
+            encodings: list[list[EncodedRow]] = []
+            problems: list[Problem] = []
+            for encoded in [next(results) for _ in answers]:
+                if isinstance(encoded, Problem):
+                    problems.append(encoded)
+                else:
+                    encodings.append(encoded)
+            if problems:
+                self.findings.problems.append(problems[0])
+            elif row.others or row.liked is not None:
+                self._add_preference(row, key, answers, encodings, collector)
+            else:
+                self._add_examples(answers[0], key, encodings[0], collector)
+
+    def _with_preamble(self, row: Row) -> Row:
+        if not row.messages:
+            return row
+        return replace(row, messages=self.preamble.opening(row.messages))
+
+    def _add_preference(
+        self,
+        row: Row,
+        key: int,
+        answers: Sequence[Row],
+        encodings: Sequence[Sequence[EncodedRow]],
+        collector: ExampleCollector,
+    ) -> None:
+        """Adds a row whose answers are compared or rated: one example for each answer."""
+        if fault := preference_fault(encodings):
+            self.findings.problems.append(Problem("D117", row.ref.file, fault, (row.ref.line,)))
+            return
+        kinds: list[AnswerKind] = ["rejected"] * (1 + len(row.others))
+        if row.liked is not False:
+            kinds[0] = "chosen"
+        texts = [encoding for (encoding,) in encodings]
+        parts = self._parts(answers, key, texts, kinds)
+        if len(parts) == len(texts):
+            collector.add(answers[0], parts)
+
+    def _add_examples(
+        self, row: Row, key: int, encodings: Sequence[EncodedRow], collector: ExampleCollector
+    ) -> None:
+        rows = [
+            row
+            if encoding.upto in (None, len(row.messages))
+            else _first_messages(row, encoding.upto)
+            for encoding in encodings
+        ]
+        if parts := self._parts(rows, key, encodings, ["answer"] * len(rows)):
+            collector.add(row, parts)
+
+    def _parts(
+        self,
+        rows: Sequence[Row],
+        key: int,
+        encodings: Sequence[EncodedRow],
+        kinds: Sequence[AnswerKind],
+    ) -> list[tuple[Row, Example]]:
+        """Makes the examples of one row; leaves out those that are too long.
+
+        rows, kinds: of each example
+        """
+        findings, length, long_rows = self.findings, self.length, self.data.long_rows
+        whole = rows[-1]
+        # All that findings need.
+        reference = Row(whole.ref, [], text=None if whole.text is None else "")
+        if encodings[-1].control:
+            findings.control.append(reference)
+        findings.record_row(reference, encodings, several=kinds[0] == "answer")
+        parts: list[tuple[Row, Example]] = []
+        row_number = None if len(encodings) == 1 else next(self.numbers)
+        for number, (row, encoding, kind) in enumerate(zip(rows, encodings, kinds, strict=True)):
+            size = len(encoding.ids)
+            if size > length:
+                findings.too_long.append((reference, size))
+                if long_rows == "drop":
+                    continue
+                if (
+                    long_rows == "cut"
+                    and any(encoding.trained)
+                    and not any(encoding.trained[:length])
+                ):
+                    findings.lost.append(reference)
+                    continue
+            example_key = key if len(encodings) == 1 else part_key(key, number)
+            example = _example(row, example_key, encoding, length if long_rows == "cut" else size)
+            parts.append((row, replace(example, row=row_number, kind=kind)))
+        return parts
+
+
+def conversations_of(row: Row) -> list[Row]:
+    """Returns a row for each answer, the best first."""
+    if not row.others and row.liked is None:
+        return [row]
+    answers = (row.messages, *row.others)
+    # A base without a chat template joins prompt and answer, as in this layout.
+    return [
+        replace(row, messages=messages, others=(), format="prompt_completion")
+        for messages in answers
+    ]
+
+
+def preference_fault(encodings: Sequence[Sequence[EncodedRow]]) -> str | None:
+    """Returns why the answers of a row cannot be compared, None if they can."""
+    if any(len(texts) != 1 for texts in encodings):
+        return "the chat template renders an earlier turn of an answer differently later"
+    prompts = []
+    for (text,) in encodings:
+        if True not in text.trained:
+            return "an answer has no token to train on"
+        prompts.append(text.ids[: text.trained.index(True)])
+    if any(prompt != prompts[0] for prompt in prompts):
+        return "the chat template renders the prompt differently before each answer"
+    return None
+
+
+def _first_messages(row: Row, count: int) -> Row:
+    """Cuts the row after one of its answers. Further correct answers belong to the last answer."""
+    return replace(row, messages=row.messages[:count], references=())
+
+
+def _example(row: Row, key: int, encoding: EncodedRow, size: int) -> Example:
+    return Example(
+        np.array(encoding.ids[:size], dtype=np.int32),
+        np.array(encoding.trained[:size], dtype=np.bool_),
+        row.ref,
+        key,
+        encoding.roles,
+    )

@@ -1,0 +1,20 @@
+"""Makes the objective of a run's settings."""
+
+from veneer.objectives.answers import AnswersObjective
+from veneer.objectives.config import DPO, IPO, KTO, ORPO, AnyObjective
+from veneer.objectives.objective import Objective
+from veneer.objectives.preferences import DPOObjective, IPOObjective, KTOObjective, ORPOObjective
+
+
+def make_objective(config: AnyObjective) -> Objective:
+    match config:
+        case DPO():
+            return DPOObjective(config)
+        case IPO():
+            return IPOObjective(config)
+        case KTO():
+            return KTOObjective(config)
+        case ORPO():
+            return ORPOObjective(config)
+        case _:
+            return AnswersObjective()
