@@ -82,6 +82,12 @@ def test_jobs_wait_at_a_rung_for_jobs_of_more_steps(world, tmp_path):
     assert (few["steps"], few["reason"]) == (4, "done")
 
 
+def test_the_last_rung_may_leave_one_job_alone(world, tmp_path):
+    jobs = [config(world, tmp_path / n, learning_rate=r, steps=8) for n, r in RATES.items()]
+    results = together(jobs, supervisor=Halving([0.25], leaves_one=True))
+    assert sorted(result["steps"] for result in results) == [2, 2, 2, 8]
+
+
 def test_interrupted_jobs_are_ordinary_runs_that_resume(world, tmp_path, monkeypatch):
     own = Trainee.begin_step
 

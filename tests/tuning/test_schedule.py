@@ -50,6 +50,12 @@ def test_a_whole_run_has_a_bounded_number_of_passes():
     assert not schedule(TRIED, 50_000, PACE, 600).is_whole
 
 
+def test_a_first_rung_that_would_be_too_early_is_left_out():
+    plans = [schedule(TRIED, 1000, PACE, seconds) for seconds in (90, 200, 1200)]
+    assert [len(plan.rungs) for plan in plans] == [1, 2, 3]
+    assert all(plan.rungs[0] * plan.steps[8] >= 5 for plan in plans[1:])
+
+
 def test_too_little_time_is_refused_with_what_is_needed():
     with pytest.raises(ConfigError) as refusal:
         schedule(TRIED, 300, Pace({2: 2.0, 8: 2.0}, 4.0, 20.0), 60)

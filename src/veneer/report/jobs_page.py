@@ -29,7 +29,12 @@ STYLE = (
     " .wide-table td:first-child, .wide-table td:nth-child(3) { width: auto; color: var(--ink); }"
     " svg polyline.line.quiet { stroke-width: 1.5; }"
 )
-COLOURS = {"best": "a", "trained to the end": "b", "stopped by halving": "quiet"}
+COLOURS = {
+    "best": "a",
+    "trained to the end": "b",
+    "stopped by halving": "quiet",
+    "not finished": "quiet",
+}
 
 
 def write_sweep_page(folder: Path, jobs: Sequence[JobRecord]) -> Path:
@@ -68,6 +73,8 @@ def group_of(job: JobRecord, best: JobRecord) -> str:
     """Returns the name of the job's group in the legend."""
     if job is best:
         return "best"
+    if job.reason in ("failed", "interrupted"):
+        return "not finished"
     return "stopped by halving" if job.reason == "halving" else "trained to the end"
 
 

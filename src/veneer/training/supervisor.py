@@ -58,10 +58,13 @@ class Unsupervised:
 
 
 class Halving:
-    """Stops the worse half of the trainees at each rung. shares: of a trainee's steps, rising."""
+    """Stops the worse half of the trainees at each rung.
 
-    def __init__(self, shares: Sequence[float]) -> None:
-        self._shares = shares
+    shares: of a trainee's steps, rising. leaves_one: at the last rung all stop but the best
+    """
+
+    def __init__(self, shares: Sequence[float], *, leaves_one: bool = False) -> None:
+        self._shares, self._leaves_one = shares, leaves_one
         self._passed = 0
 
     def check(self, jobs: Sequence[TrainingInputs]) -> None:
@@ -85,7 +88,7 @@ class Halving:
             return
         self._passed += 1
         ranked = sorted(running, key=best_loss)
-        kept = math.ceil(len(ranked) / 2)
+        kept = 1 if self._leaves_one and self.is_over else math.ceil(len(ranked) / 2)
         for place, trainee in enumerate(ranked[kept:], kept + 1):
             loss = number(trainee.progress.best_loss)
             trainee.stop(

@@ -45,6 +45,9 @@ def _judging(judging: Mapping[str, Any] | None) -> str:
     def text(name: str, value: float) -> str:
         return f"{100 * value:.1f}%" if units.get(name) == "share" else number(value)
 
+    def signed(name: str, value: float) -> str:
+        return ("+" if value > 0 else "") + text(name, value)
+
     def ends(name: str) -> str:
         low, high = against[name]["interval"] or (None, None)
         if low is None or high is None or units.get(name) != "share":
@@ -56,7 +59,7 @@ def _judging(judging: Mapping[str, Any] | None) -> str:
             name.replace("_", " "),
             text(name, judging["base"][name]),
             text(name, judging["adapter"][name]),
-            text(name, against[name]["difference"]),
+            signed(name, against[name]["difference"]),
             ends(name),
         ]
         for name in ["loss", *judging["metrics"]]

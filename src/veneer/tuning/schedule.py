@@ -2,7 +2,8 @@
 
     T     seconds that a run to its end takes; from it the steps of every candidate
     rungs at f/4, f/2 and f of a run's steps; 8, 4 and 2 of 8 candidates train up to these rungs,
-          so the search takes 4 f T seconds
+          so the search takes 4 f T seconds. If the first would be after fewer than LEAST_RUNG
+          steps there are two rungs, or one, and the last leaves one candidate in any case
     f     is chosen so that the search with its evaluations takes a third of the time, or more if
           evaluations alone take nearly that long
 
@@ -17,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from veneer.errors import ConfigError
-from veneer.training.supervisor import halving_shares
 from veneer.tuning.candidates import EVALUATIONS, MOST_WARMUP, Candidate
 
 SEARCH_SHARE = 1 / 3
@@ -28,6 +28,8 @@ MOST_EPOCHS = 8
 LEAST_STEPS = 8
 """Fewest steps of a run that has a meaning."""
 LARGEST_RUNG = 0.5
+LEAST_RUNG = 5
+"""Fewest steps of the largest batch before the first rung, where there are several."""
 ROUNDING = 1e-6
 
 
@@ -54,16 +56,43 @@ class Schedule:
 
 
 def schedule(candidates: Sequence[Candidate], rows: int, pace: Pace, seconds: float) -> Schedule:
-    """Plans the search and the training within so many seconds.
+    """Plans the search and the training within so many seconds: with as many rungs as halve the
+    candidates to one, or fewer if the first would be too early.
 
     rows: to train on. Raises ConfigError if the time is too short.
     """
-    left = seconds - pace.start
-    shares = halving_shares(len(candidates))
-    running = [math.ceil(len(candidates) / 2**place) for place in range(len(shares))]
-    # At each rung. Before the first step only those of other ranks: the probe's are remembered.
+    most = max(1, int(math.log2(len(candidates))))
+    plans = [_with_rungs(n, candidates, rows, pace, seconds) for n in range(most, 0, -1)]
+    for plan in plans:
+        if plan is not None and plan.rungs[0] * min(plan.steps.values()) >= LEAST_RUNG:
+            return plan
+    if plans[-1] is None:
+        raise ConfigError(
+            "the time is too short to search and train",
+            [f"about {_needed_minutes(candidates, pace)} minutes are needed on this machine"],
+            "Give more --minutes, or a smaller base.",
+        )
+    return plans[-1]
+
+
+def _running(candidates: Sequence[Candidate], rungs: int) -> list[int]:
+    """Returns how many candidates train up to each rung."""
+    return [math.ceil(len(candidates) / 2**place) for place in range(rungs)]
+
+
+def _evaluation_seconds(candidates: Sequence[Candidate], rungs: int, pace: Pace) -> float:
+    """Returns the time of the search's evaluations: at each rung, and before the first step those
+    of other ranks than the probe's, whose results are remembered."""
     first = len({(each.rank, each.batch) for each in candidates}) - len(pace.seconds_per_row)
-    evaluations = (first + sum(running)) * pace.evaluation
+    return (first + sum(_running(candidates, rungs))) * pace.evaluation
+
+
+def _with_rungs(
+    rungs: int, candidates: Sequence[Candidate], rows: int, pace: Pace, seconds: float
+) -> Schedule | None:
+    """Returns the schedule with so many rungs; None if the time is too short."""
+    left = seconds - pace.start
+    evaluations = _evaluation_seconds(candidates, rungs, pace)
     search = max(SEARCH_SHARE * left, LEAST_SEARCH * evaluations)
     train = left - search - EVALUATIONS * pace.evaluation
     whole = {batch: MOST_EPOCHS * rows * each for batch, each in pace.seconds_per_row.items()}
@@ -72,28 +101,26 @@ def schedule(candidates: Sequence[Candidate], rows: int, pace: Pace, seconds: fl
         for batch, each in pace.seconds_per_row.items()
     }
     if min(steps.values()) < LEAST_STEPS:
-        longest_step = max(batch * each for batch, each in pace.seconds_per_row.items())
-        after_search = LEAST_STEPS * longest_step + EVALUATIONS * pace.evaluation
-        searching = max(
-            LEAST_SEARCH * evaluations, SEARCH_SHARE / (1 - SEARCH_SHARE) * after_search
-        )
-        minutes = (pace.start + searching + after_search) / 60
-        raise ConfigError(
-            "the time is too short to search and train",
-            [f"about {math.ceil(minutes)} minutes are needed on this machine"],
-            "Give more --minutes, or a smaller base.",
-        )
-    # Of the rungs' shares of f, each stretch is trained by those that are left.
-    stretches = [b - a for a, b in zip([0.0, *shares], shares, strict=False)]
-    cost = sum(n * stretch for n, stretch in zip(running, stretches, strict=True)) / shares[-1]
+        return None
+    shares = [2.0 ** (place - rungs + 1) for place in range(rungs)]
+    # Each stretch up to a rung is trained by those that are left.
+    stretches = [end - start for start, end in zip([0.0, *shares], shares, strict=False)]
+    running = _running(candidates, rungs)
+    cost = sum(count * stretch for count, stretch in zip(running, stretches, strict=True))
     longest = max(min(train, seconds_whole) for seconds_whole in whole.values())
     last = min((search - evaluations) / (cost * longest), LARGEST_RUNG)
-    rungs = [last * share / shares[-1] for share in shares]
-    return Schedule(
-        steps,
-        rungs,
-        search,
-        # Over before the first rung, where rates are compared.
-        min(MOST_WARMUP, rungs[0] / 2),
-        min(train / value for value in whole.values()) >= 1,
+    at = [last * share for share in shares]
+    is_whole = min(train / value for value in whole.values()) >= 1
+    # The warm-up is over before the first rung, where rates are compared.
+    return Schedule(steps, at, search, min(MOST_WARMUP, at[0] / 2), is_whole)
+
+
+def _needed_minutes(candidates: Sequence[Candidate], pace: Pace) -> int:
+    """Returns the minutes that the shortest search and training need."""
+    longest_step = max(batch * each for batch, each in pace.seconds_per_row.items())
+    training = LEAST_STEPS * longest_step + EVALUATIONS * pace.evaluation
+    search = max(
+        LEAST_SEARCH * _evaluation_seconds(candidates, 1, pace),
+        SEARCH_SHARE / (1 - SEARCH_SHARE) * training,
     )
+    return math.ceil((pace.start + search + training) / 60)

@@ -4,7 +4,7 @@ evaluation."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from veneer.training.output.screen import Facts, QuietScreen
 from veneer.training.state.interrupt import Interrupt
@@ -15,11 +15,20 @@ LINE_SECONDS = 15.0
 
 
 class JobProgress:
-    """Counts the steps of all jobs, and shows them now and then. say: shows a line"""
+    """Shows the progress of all jobs in a few lines. say: shows a line; running: counts the jobs
+    that train"""
 
-    def __init__(self, jobs: int, say: Callable[[str], None], interrupt: Interrupt) -> None:
+    def __init__(
+        self,
+        jobs: int,
+        *,
+        say: Callable[[str], None],
+        interrupt: Interrupt,
+        running: Callable[[], int],
+    ) -> None:
         self.screens = [JobScreen(self) for _ in range(jobs)]
-        self._say, self._interrupt, self._shown = say, interrupt, time.monotonic()
+        self._say, self._interrupt, self._running = say, interrupt, running
+        self._shown = time.monotonic()
         self._has_begun = False
 
     def prepare(self) -> None:
@@ -28,27 +37,22 @@ class JobProgress:
         if self._interrupt.asked and not self._has_begun:
             raise KeyboardInterrupt
 
-    def show_step(self) -> None:
+    def show_step(self, screen: JobScreen, record: Facts) -> None:
         self._has_begun = True
         if time.monotonic() - self._shown < LINE_SECONDS:
             return
-        self._shown = time.monotonic()
-        training = [screen for screen in self.screens if not screen.is_over]
-        if len(training) > 1:
-            self._say(f"{len(training)} settings train together")
-        elif training:
-            self._say(f"step {training[0].step_number} of {training[0].steps}{_left(training)}")
+        self._shown, step = time.monotonic(), int(record["step"])
+        if self._running() > 1:
+            self._say(f"{self._running()} settings train together")
+            return
+        left = clock(float(record["seconds"]) * (screen.steps - step))
+        self._say(f"step {step} of {screen.steps} · about {left} left")
 
     def show_evaluation(self, record: Facts) -> None:
-        if len([screen for screen in self.screens if not screen.is_over]) == 1 and record["step"]:
+        if self._running() == 1 and record["step"]:
             best = " · best so far" if record["best"] else ""
             self._shown = time.monotonic()
             self._say(f"step {record['step']} · held-out loss {number(record['loss'])}{best}")
-
-
-def _left(training: Sequence[JobScreen]) -> str:
-    screen = training[0]
-    return f" · {clock(screen.seconds_left)} left" if screen.seconds else ""
 
 
 class JobScreen(QuietScreen):
@@ -56,21 +60,14 @@ class JobScreen(QuietScreen):
 
     def __init__(self, progress: JobProgress) -> None:
         self._progress = progress
-        self.step_number = self.steps = 0
-        self.seconds = 0.0
-        self.is_over = False
-
-    @property
-    def seconds_left(self) -> float:
-        return self.seconds * (self.steps - self.step_number)
+        self.steps = 0
 
     def start(self, info: Facts) -> None:
         self._progress.prepare()
         self.steps = int(info["steps"])
 
     def step(self, record: Facts) -> None:
-        self.step_number, self.seconds = int(record["step"]), float(record["seconds"])
-        self._progress.show_step()
+        self._progress.show_step(self, record)
 
     def evaluation(self, record: Facts) -> None:
         self._progress.prepare()
@@ -78,6 +75,3 @@ class JobScreen(QuietScreen):
 
     def message(self, text: str) -> None:
         self._progress.prepare()
-
-    def end(self, summary: Facts) -> None:
-        self.is_over = True

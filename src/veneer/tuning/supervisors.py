@@ -52,6 +52,8 @@ class TimedSearch:
         self._halving, self._deadline, self._interrupt = halving, deadline, interrupt
         self._say, self._name = say, name
         self.was_interrupted = False
+        self.running = 0
+        """Number of trainees that train."""
         self.search_end: float | None = None
         """When the last rung was passed, by time.monotonic()."""
         self._evaluated: tuple[int, float] | None = None
@@ -61,6 +63,7 @@ class TimedSearch:
 
     def begin(self, trainees: Sequence[Trainee]) -> None:
         self._halving.begin(trainees)
+        self.running = len(trainees)
 
     def waits(self, trainee: Trainee) -> bool:
         return self._halving.waits(trainee)
@@ -69,6 +72,7 @@ class TimedSearch:
         running = [trainee for trainee in trainees if not trainee.ended]
         self._halving.review(trainees)
         left = [trainee for trainee in running if not trainee.ended]
+        self.running = len(left)
         if len(left) < len(running):
             best = min(left, key=best_loss)
             self._say(

@@ -205,8 +205,8 @@ class _Tuning:
         self.say("measuring the time of a step")
         plan = schedule(self.tried, len(self.parts.train), self._measure(), seconds)
         self.say(
-            f"a whole run takes {_range(list(plan.steps.values()))} steps; half of the settings"
-            f" stop after {', '.join(f'{100 * rung:.2g}%' for rung in plan.rungs)} of them"
+            f"a whole run takes {_range(list(plan.steps.values()))} steps; settings stop after"
+            f" {', '.join(f'{100 * rung:.2g}%' for rung in plan.rungs)} of them"
         )
         return plan
 
@@ -216,13 +216,15 @@ class _Tuning:
         start = time.monotonic()
         with Interrupt() as interrupt:
             supervisor = TimedSearch(
-                Halving(plan.rungs),
+                Halving(plan.rungs, leaves_one=True),
                 deadline=deadline,
                 interrupt=interrupt,
                 say=self.say,
                 name=lambda trainee: str(self._candidate_of(trainee.inputs.out)),
             )
-            progress = JobProgress(len(configs), self.say, interrupt)
+            progress = JobProgress(
+                len(configs), say=self.say, interrupt=interrupt, running=lambda: supervisor.running
+            )
             results = api.train_jobs(
                 configs, resume=False, screens=progress.screens, supervisor=supervisor
             )
