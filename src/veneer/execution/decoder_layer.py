@@ -3,6 +3,8 @@
     h = x + norm(attention(norm(x)))
     y = h + norm(feed_forward(norm(h)))         any of these norms may be missing
 
+or, in parallel, y = x + attention(n) + feed_forward(n) with n = norm(x).
+
 A fact is read from the module tree. It is confirmed by running the module and our own computation
 on small random projections and comparing the results. What a layer computes depends on neither its
 weights nor their format, so a plan without weights finds the same facts as a run. Every layer is
@@ -97,15 +99,16 @@ def _find_layer(layer: nn.Module) -> DecoderLayer:
         return DecoderLayer(layer, unknown=f"it has other parts than Llama: {', '.join(unusual)}")
     norms = [norm for name, module in parts.items() if (norm := find_norm(module, name))]
     if len(norms) != len(parts):
-        return DecoderLayer(layer, unknown="its norms are no RMS norms")
+        return DecoderLayer(layer, unknown="its norms are of no known kind")
     heads, feed_forward = find_attention(attention), find_feed_forward(feed)
-    places = find_places(layer, norms)
+    found = find_places(layer, norms)
+    places, is_parallel = found or (LayerNorms(), False)
     unknown = None
     if heads is None:
         unknown = "its attention block computes something else"
-    elif places is None:
+    elif found is None:
         unknown = "it adds up its parts in another way"
-    return DecoderLayer(layer, places or LayerNorms(), heads, feed_forward, unknown)
+    return DecoderLayer(layer, places, heads, feed_forward, is_parallel, unknown)
 
 
 def _passes_values_on(module: nn.Module) -> bool:

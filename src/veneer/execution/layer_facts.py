@@ -2,6 +2,8 @@
 
 h = x + norm(attention(norm(x)))
 y = h + norm(feed_forward(norm(h)))         any of these norms may be missing
+
+A parallel layer is y = x + attention(n) + feed_forward(n), n = norm(x).
 """
 
 from __future__ import annotations
@@ -34,9 +36,10 @@ Gate = Callable[[Tensor, Tensor], Tensor]
 class Norm:
     """(weight + offset) * x / sqrt(mean(x^2) + epsilon) of each row.
 
-    name     its name in the module that holds it
-    is_wide  the product with the weight is in float32 and rounded once; otherwise the normalised x
-             is rounded before it is multiplied by the weight
+    is_wide     the product with the weight is in float32 and rounded once; otherwise the normalised
+                x is rounded before it is multiplied by the weight
+    name        its name in the module that holds it
+    is_centred  LayerNorm: weight * (x - mean) / sqrt(variance + epsilon) + bias, rounded once
     """
 
     module: nn.Module
@@ -44,6 +47,7 @@ class Norm:
     offset: float = 0.0
     is_wide: bool = False
     name: str = ""
+    is_centred: bool = False
 
     @property
     def weight(self) -> Tensor:
@@ -52,7 +56,7 @@ class Norm:
     @property
     def is_plain(self) -> bool:
         """Whether it is the norm of Llama, multiplied by its weight in the model's type."""
-        return not self.is_wide and not self.offset
+        return not self.is_wide and not self.offset and not self.is_centred
 
 
 class LayerNorms(NamedTuple):
@@ -151,6 +155,7 @@ class DecoderLayer:
     """Describes what a decoder layer computes.
 
     feed_forward  None: its own module computes it
+    is_parallel   y = x + attention(n) + feed_forward(n), n = norm(x) by the norm before attention
     unknown       why the layer's own code has to compute it; None: the layer is understood
     """
 
@@ -158,6 +163,7 @@ class DecoderLayer:
     norms: LayerNorms = NO_NORMS
     attention: Attention | None = None
     feed_forward: FeedForward | None = None
+    is_parallel: bool = False
     unknown: str | None = None
 
     @property
@@ -184,6 +190,8 @@ class DecoderLayer:
         before, after, before_feed_forward, after_feed_forward = self.norms
         if self.unknown is not None or self.attention is None:
             return self.unknown
+        if self.is_parallel:
+            return "attention and its feed-forward block read the same input"
         if before is None or before_feed_forward is None or after or after_feed_forward:
             return "its norms stand in other places than in Llama"
         if not (before.is_plain and before_feed_forward.is_plain and self.attention.is_plain):

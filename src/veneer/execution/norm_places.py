@@ -34,9 +34,10 @@ class _KnownPart(nn.Module):
         return (out, None) if self.name == ATTENTION else out
 
 
-def find_places(layer: nn.Module, norms: Sequence[Norm]) -> LayerNorms | None:
-    """Returns the places of a layer's norms, by running it with known parts. Returns None if it
-    does not add up its parts as in layer_facts.py, or does not pass on the arguments they need."""
+def find_places(layer: nn.Module, norms: Sequence[Norm]) -> tuple[LayerNorms, bool] | None:
+    """Returns the places of a layer's norms, and whether it is parallel, by running it with known
+    parts. Returns None if it does not add up its parts as in layer_facts.py, or does not pass on
+    the arguments they need."""
     own: Mapping[str, Any] = {**parameters_of(layer), **buffers_of(layer)}
     if any(value is not None for value in own.values()) or len(norms) > len(LayerNorms._fields):
         return None
@@ -59,6 +60,14 @@ def find_places(layer: nn.Module, norms: Sequence[Norm]) -> LayerNorms | None:
     except Exception:  # modelling code may raise any, as in agreement.disagreement
         return None
     by_name = {norm.name: norm for norm in norms}
+    if called == [names[-1], ATTENTION, FEED_FORWARD] and len(norms) == 1:
+
+        def parallel(x: Tensor) -> tuple[Any, ...]:
+            n = parts[names[-1]](x)
+            return x + parts[ATTENTION](n)[0] + parts[FEED_FORWARD](n), True
+
+        if agrees(own_code, parallel, (x,), EXACT):
+            return LayerNorms(before_attention=norms[0]), True
     for names_of_places in _orders(tuple(called)):
         places = LayerNorms(*(by_name.get(name) for name in names_of_places))
 
@@ -70,7 +79,7 @@ def find_places(layer: nn.Module, norms: Sequence[Norm]) -> LayerNorms | None:
             return h + fourth(parts[FEED_FORWARD](third(h))), True
 
         if agrees(own_code, computed, (x,), EXACT):
-            return places
+            return places, False
     return None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from veneer.adapters.placement.wrapping import unwrapped
 from veneer.execution.agreement import EXACT, PART, agrees
@@ -16,7 +17,7 @@ from veneer.execution.layer_facts import DOWN, GATE_UP, JOINED_GATE_UP, FeedForw
 from veneer.execution.small_modules import WIDTH, random_rows, small_linear, with_small_weight
 from veneer.kernels.dense.fused import gelu_gate, rms_norm, rms_norm_reference, silu_gate
 from veneer.linear import frozen_linear
-from veneer.private.torch import children_of, replace_children
+from veneer.private.torch import children_of, parameters_of, replace_children, replace_parameters
 
 NORM_KINDS = ((0.0, False), (0.0, True), (1.0, True))
 """(offset, is_wide) of the kinds of norms that find_norm tries."""
@@ -28,12 +29,14 @@ ACTIVATIONS = ("act_fn", "activation_fn")
 
 @torch.no_grad()
 def find_norm(module: nn.Module, name: str = "") -> Norm | None:
-    """Returns the facts of an RMS norm; None for any other module."""
+    """Returns the facts of an RMS norm or a LayerNorm; None for any other module."""
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     names = [name for name, _ in module.named_parameters(recurse=False)]
-    if names != ["weight"] or any(module.children()) or not isinstance(epsilon, float):
+    if any(module.children()) or not isinstance(epsilon, float):
         return None
-    if not type(module).__name__.endswith("RMSNorm"):
+    if type(module).__name__.endswith("LayerNorm") and names in (["weight"], ["weight", "bias"]):
+        return _find_layer_norm(module, epsilon, name)
+    if names != ["weight"] or not type(module).__name__.endswith("RMSNorm"):
         return None
     small, weight = with_small_weight(module)
     x = random_rows(weight.shape[-1], weight.dtype).to(weight.device)
@@ -46,6 +49,26 @@ def find_norm(module: nn.Module, name: str = "") -> Norm | None:
             ):
                 return Norm(module, epsilon, offset, is_wide, name)
     return None
+
+
+def _find_layer_norm(module: nn.Module, epsilon: float, name: str) -> Norm | None:
+    small, weight = with_small_weight(module)
+    x, own_bias = random_rows(weight.shape[-1], weight.dtype).to(weight.device), None
+    if weight.dim() != 1:
+        return None
+    if parameters_of(module).get("bias") is not None:
+        own_bias = weight.flip(0)
+        bias = nn.Parameter(own_bias, requires_grad=False)
+        replace_parameters(small, {"weight": small.get_parameter("weight"), "bias": bias})
+
+    def computed(x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        values = (weight.to(wide), None if own_bias is None else own_bias.to(wide))
+        return F.layer_norm(x.to(wide), weight.shape, *values, epsilon).to(x.dtype)
+
+    if not agrees(computed, small, (x,), PART):
+        return None
+    return Norm(module, epsilon, is_wide=True, name=name, is_centred=True)
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ from veneer.kernels.dense.fused import gelu_gate, rms_norm, silu_gate
 from veneer.kernels.dense.lora import LoRALinear, filled
 from veneer.kernels.dense.rank import MOST_RANK
 from veneer.linear import frozen_linear
-from veneer.private.torch import children_of
+from veneer.private.torch import children_of, parameters_of
 from veneer.private.transformers import attention_of
 
 
@@ -59,22 +59,25 @@ class FusedNorm(StandIn):
         self.facts = facts
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, facts = self.weight_acting(), self.facts
-        if weight is None:
+        values, facts = self.values_acting(), self.facts
+        if values is None or facts.is_centred:
             return self.base(x)
-        return rms_norm(x, weight, facts.epsilon, offset=facts.offset, is_wide=facts.is_wide)
+        return rms_norm(
+            x, values["weight"], facts.epsilon, offset=facts.offset, is_wide=facts.is_wide
+        )
 
     def frozen(self) -> block_operands.Norm | None:
         """Returns the norm for a block. Returns None if it trains, or rows have different
         weights."""
-        weight, facts = self.weight_acting(), self.facts
-        if weight is None or weight.requires_grad:
+        values, facts = self.values_acting(), self.facts
+        if values is None or any(value.requires_grad for value in values.values()):
             return None
-        return block_operands.Norm(weight, facts.epsilon, facts.offset, facts.is_wide)
+        kind = facts.epsilon, facts.offset, facts.is_wide, facts.is_centred
+        return block_operands.Norm(values["weight"], *kind, values.get("bias"))
 
-    def weight_acting(self) -> Tensor | None:
-        """Returns the weight of all rows, trained or the base's own. Returns None if an adapter
-        that acts on a part of the rows has trained it."""
+    def values_acting(self) -> dict[str, Tensor] | None:
+        """Returns weight and bias of all rows, trained or the base's own. Returns None if an
+        adapter that acts on a part of the rows has trained them."""
         trained: dict[str, Tensor] = {}
         if isinstance(self.base, SwappedModule):
             acting = self.base.routing.acting
@@ -82,7 +85,8 @@ class FusedNorm(StandIn):
                 trained = self.base.replaced(acting.whole)
             elif any(self.base.replaces(part.adapters) for part in acting.parts):
                 return None
-        return trained.get("weight", unwrapped(self.base).get_parameter("weight"))
+        own = parameters_of(unwrapped(self.base))
+        return {name: value for name, value in own.items() if value is not None} | trained
 
 
 class FusedGate(StandIn):
@@ -203,7 +207,8 @@ class FusedLayer(StandIn):
             angles = None if rotation is None else (cos[span], sin[span])
             parts.append(BlockPart(span, of_part, layers, self.places, angles, layout.groups[0]))
         is_gelu, neighbours = feed_forward.gate is gelu_gate, bool(rotation and rotation.neighbours)
-        block = Block(norms, parts, heads.head_dim, heads.rules, is_gelu, neighbours)
+        kind = is_gelu, neighbours, self.facts.is_parallel
+        block = Block(norms, parts, heads.head_dim, heads.rules, *kind)
         if not block.usable(x_MI):
             return None
         veneer_layout.calls += 1
@@ -269,6 +274,8 @@ def replacements(model: PreTrainedModel) -> dict[str, StandIn]:
         if place in inside or (place is not module and not isinstance(place, SwappedModule)):
             continue
         part = known.get(module) or find_norm(module)
+        if isinstance(part, Norm) and part.is_centred and module not in known:
+            continue
         if isinstance(part, Norm):
             inside.add(module)
             stand_ins[path] = FusedNorm(place, part)

@@ -34,7 +34,7 @@ SIZES = {
 }
 FAMILIES = [
     *("llama", "qwen2", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "olmo2", "exaone4"),
-    *("phi3", "glm4"),
+    *("phi3", "glm4", "cohere"),
 ]
 """Norms of heads, of all heads, before and behind the parts, in float32; gates of GELU; layers
 without rotation, or with angles in float32."""
@@ -44,6 +44,9 @@ JOINED = {"phi3": {**dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")},
 for names in JOINED.values():
     names |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
 """Families whose modules join several layers: {name elsewhere: their name}."""
+IN_ANOTHER_ORDER = {*JOINED, "cohere"}
+"""Families that add up gradients in another order than their parts: those of a factor that layers
+share, or of an input that both blocks read."""
 
 
 def named(family, settings):
@@ -142,14 +145,16 @@ def test_one_node_gives_the_bits_of_its_parts(family, settings, taken, monkeypat
     assert taken == [True, True]
     assert torch.equal(ours[0], plain[0])
     for a, b in zip(ours[1:], plain[1:], strict=True):
-        if family in JOINED:  # gradients of a factor that layers share are added in another order
+        if family in IN_ANOTHER_ORDER:
             assert (a - b).abs().max() <= 2**-6 * b.abs().max()
         else:
             assert torch.equal(a, b)
     assert all(gradient.abs().max() > 0 for gradient in ours[1:])
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "olmo2", "exaone4", "phi3", "glm4"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3", "gemma3", "olmo2", "exaone4", "phi3", "glm4", "cohere"]
+)
 def test_what_many_rows_do_not_keep_is_computed_again_to_the_same_bits(family, taken, monkeypatch):
     trained, found = Trained(family), []
     for many in (10**6, 1):
@@ -179,6 +184,7 @@ def test_what_many_rows_do_not_keep_is_computed_again_to_the_same_bits(family, t
             "exaone4": heads * head_size,
             "phi3": 2 * SIZES["hidden_size"],
             "glm4": 2 * SIZES["hidden_size"],
+            "cohere": SIZES["hidden_size"],
         }[family]
     )
     assert found[0][1] - found[1][1] == 2 * 2 * rows * again
@@ -405,7 +411,7 @@ def test_layers_in_float32_and_bases_alone_stay():
     ("family", "adding"),
     [
         *(("llama", False), ("llama", True), ("qwen3", True), ("gemma", False)),
-        *(("phi3", False), ("glm4", True)),
+        *(("phi3", False), ("glm4", True), ("cohere", True)),
     ],
 )
 def test_rows_of_several_adapters_get_the_bits_of_each_alone(family, adding, taken):

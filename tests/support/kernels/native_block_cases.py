@@ -34,11 +34,13 @@ def block_cases(
         return block_calls.Side(factors, filled(BF16, rows, sum(ranks)), 0.5, masks)
 
     heads = [rng.randint(1, 3) for _ in range(3)]
-    is_wide, is_gelu, back, has_norms = (bool(rng.randint(0, 1)) for _ in range(4))
+    is_wide, is_gelu, back, has_norms, is_centred = (bool(rng.randint(0, 1)) for _ in range(5))
 
     def norm(columns: int = width, spans: int = 1) -> block_calls.NormOperands:
         scale = filled(torch.float32, rows * spans)
-        return block_calls.NormOperands(filled(BF16, columns), scale, 1e-5, 1.0, is_wide)
+        weight, bias = filled(BF16, columns), filled(BF16, columns)
+        kind = (0.0, True, True, rng.choice([None, bias])) if is_centred else (1.0, is_wide)
+        return block_calls.NormOperands(weight, scale, 1e-5, *kind)
 
     turned = rng.choice([2, 16, size])
     float_angles = tuple(filled(torch.float32, rows, turned) for _ in range(2))

@@ -41,14 +41,17 @@ _SIDE = """
 _Side = structure("Side", _SIDE, Mask=DropoutMask)
 
 
-_Norm = structure("NormOperands", "weight, scale: pointer; is_wide; epsilon, offset: float")
+_Norm = structure(
+    "NormOperands", "weight, bias, scale: pointer; is_wide, is_centred; epsilon, offset: float"
+)
 
 
 class NormOperands(NamedTuple):
     """(weight + offset) * x * scale, scale = 1 / root mean square of each row, written or read.
+    is_centred: weight * (x - mean) * scale + bias, scale = 1 / deviation of each row, rounded once.
 
-    weight (D) bf16; scale (M) float32; is_wide: x * scale is not rounded before it is multiplied.
-    The caller keeps both during the call.
+    weight and bias (D) bf16; scale (M) float32; is_wide: x * scale is not rounded before it is
+    multiplied. The caller keeps them during the call.
     """
 
     weight: Tensor
@@ -56,14 +59,19 @@ class NormOperands(NamedTuple):
     epsilon: float
     offset: float = 0.0
     is_wide: bool = False
+    is_centred: bool = False
+    bias: Tensor | None = None
 
 
 def _norm(norm: NormOperands | None, rows: int, width: int) -> Any:
     """Checks a norm of this number of rows. None: no norm."""
     if norm is None:
         return _Norm()
-    weight, scale, epsilon, offset, is_wide = norm
-    return _Norm(at(weight, BF16, width), at(scale, FP32, rows), is_wide, epsilon, offset)
+    weight, scale, epsilon, offset, is_wide, is_centred, bias = norm
+    if is_centred and offset:
+        raise CallError("a centred norm has no offset")
+    places = at(weight, BF16, width), 0 if bias is None else at(bias, BF16, width)
+    return _Norm(*places, at(scale, FP32, rows), is_wide, is_centred, epsilon, offset)
 
 
 class Side(NamedTuple):

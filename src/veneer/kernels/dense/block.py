@@ -3,15 +3,16 @@
     h = x + norm(o(attention(q, k, v(n))))              n = norm(x), q = rotated norm(q(n)), k as q
     y = h + norm(down(activation(gate(m)) * up(m)))     m = norm(h), the activation SiLU or GELU
 
-Any of these norms may be missing, and so may the rotation, which may be of a part of each head.
-A module may join q, k and v, or gate and up. Its layers are rows of its weight and of its B, by
-views, and their gradients of its A are added up.
+A norm divides by the root mean square of a row, or is a LayerNorm. Any of them may be missing, and
+so may the rotation, which may be of a part of each head. In a parallel layer m is n, and y is
+x + o(...) + down(...). A module may join q, k and v, or gate and up: its layers are rows of its
+weight and of its B, by views, and their gradients of its A are added up.
 
 The node makes the same calls as its parts (lora.py, attention/compiled.py, fused.py), in the same
-order and with the same bits, without a graph between them; gradients of joined modules alone are
-added in another order. A sum and the norms beside it are one pass, forward and backward. A layer
-without an adapter has an update of rank 0. This runs in bf16 only, on processors that multiply
-pairs of bf16.
+order and with the same bits, without a graph between them. Only gradients of joined modules, and of
+an input that both blocks read, are added in another order. A sum and the norms beside it are one
+pass, forward and backward. A layer without an adapter has an update of rank 0. This runs in bf16
+only, on processors that multiply pairs of bf16.
 
 Rows of several adapters are several parts. The products with the base's weights are computed once
 over all rows. Everything else is computed part by part, with the bits of a forward of that part

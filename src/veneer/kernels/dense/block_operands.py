@@ -67,7 +67,7 @@ def module_rows(widths: Sequence[Sequence[int]]) -> list[ModuleRows]:
 @dataclass(frozen=True)
 class Norm:
     """(weight + offset) * x / sqrt(mean(x^2) + epsilon), rounded before it is multiplied by the
-    weight unless is_wide.
+    weight unless is_wide. is_centred: LayerNorm, weight * (x - mean) / deviation + bias.
 
     weight  (D); for q and k (S) if each head is normed, (H S) if all heads of a row are
     """
@@ -76,16 +76,24 @@ class Norm:
     epsilon: float
     offset: float = 0.0
     is_wide: bool = False
+    is_centred: bool = False
+    bias: Tensor | None = None
 
     def facts(self) -> tuple[Hashable, ...]:
-        return self.weight.shape, self.epsilon, self.offset, self.is_wide
+        numbers = self.epsilon, self.offset, self.is_wide, self.is_centred, self.bias is None
+        return self.weight.shape, *numbers
+
+    def values(self) -> list[Tensor]:
+        """Returns weight and bias."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
 
 
 def with_scale(norm: Norm | None, scale: Tensor) -> block_calls.NormOperands | None:
     """Returns the norm for the kernels. scale: float32, one value for each row that is normed."""
     if norm is None:
         return None
-    return block_calls.NormOperands(norm.weight, scale, norm.epsilon, norm.offset, norm.is_wide)
+    kind = norm.epsilon, norm.offset, norm.is_wide, norm.is_centred
+    return block_calls.NormOperands(norm.weight, scale, *kind, norm.bias)
 
 
 class Norms(NamedTuple):
@@ -159,10 +167,11 @@ class BlockPart:
 class Block:
     """The operands of a decoder layer. parts: all rows in order, one part if a single adapter acts.
 
-    size        S
-    is_gelu     the activation of the gate is GELU, by its formula with tanh; otherwise SiLU
-    neighbours  dimensions 2 i and 2 i + 1 of a head are rotated together; otherwise i and the one
-                half the rotated dimensions behind it
+    size         S
+    is_gelu      the activation of the gate is GELU, by its formula with tanh; otherwise SiLU
+    neighbours   dimensions 2 i and 2 i + 1 of a head are rotated together; otherwise i and the one
+                 half the rotated dimensions behind it
+    is_parallel  the feed-forward block reads what attention reads; the layer has one norm
     """
 
     norms: Norms
@@ -171,6 +180,7 @@ class Block:
     rules: AttentionRules
     is_gelu: bool = False
     neighbours: bool = False
+    is_parallel: bool = False
 
     @property
     def layers(self) -> Sequence[LoRALinear]:
@@ -184,7 +194,7 @@ class Block:
             self._fits_heads()
             and all(part.fits_ranks() for part in self.parts)
             and self._fits_rules()
-            and compiled(x, *(norm.weight for norm in self.norms if norm is not None))
+            and compiled(x, *(part for norm in self.norms if norm for part in norm.values()))
             and all(are_compiled_angles(*pair) for pair in angles)
         )
 
@@ -221,7 +231,7 @@ class Block:
         """The tensors that the calls read, without x, saved tensors and factors."""
         dense = [layer.base.weight for layer in self.layers if isinstance(layer.base, DenseLinear)]
         biases = [layer.bias for layer in self.layers]
-        norms = [None if norm is None else norm.weight for norm in self.norms]
+        norms = [part for norm in self.norms if norm is not None for part in norm.values()]
         of_parts = [
             value
             for part in self.parts
@@ -254,7 +264,8 @@ class Block:
         ]
         places = [(place.module, place.rows and place.rows.stop) for place in self.parts[0].places]
         norms = [norm and norm.facts() for norm in self.norms]
-        own = (self.size, self.is_gelu, self.neighbours, self.rules, equal_keys, *norms, *angles)
+        kind = self.size, self.is_gelu, self.neighbours, self.is_parallel, self.rules
+        own = (*kind, equal_keys, *norms, *angles)
         return len(x), self.recomputes(len(x)), *own, *places, *rows, *shapes, *numbers, *drops
 
 

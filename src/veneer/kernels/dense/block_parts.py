@@ -196,6 +196,14 @@ class Pass:
             )
         return h, after_scale, m, scale, downs
 
+    def products(self, x: Tensor, numbers: Sequence[int]) -> list[Tensor]:
+        """Returns the products of x with A of these layers, of each part."""
+        downs = self.narrow(numbers)
+        for part, down in zip(self.parts, downs, strict=True):
+            own = x[part.rows]
+            block_calls.norm_forward(own, behind=part.input_side(numbers, down))
+        return downs
+
     def rotate_heads(
         self,
         heads: Sequence[Tensor],
@@ -231,12 +239,25 @@ class Pass:
 class BackwardPass(Pass):
     """Holds the operands of a backward pass."""
 
-    def input_gradient(self, numbers: Sequence[int], grads: Sequence[Tensor]) -> Tensor:
-        total: Tensor | None = None
+    def input_gradient(
+        self, numbers: Sequence[int], grads: Sequence[Tensor], total: Tensor | None = None
+    ) -> Tensor:
+        """Returns the gradient of the input of these layers without their updates. Adds it to
+        `total` in place if that is given."""
         for number, grad in zip(numbers, grads, strict=True):
             total = self.block.layers[number].base.input_gradient(grad, total)
         assert total is not None
         return total
+
+    def add_updates(
+        self, grad: Tensor, numbers: Sequence[int], grad_downs: Sequence[Tensor]
+    ) -> None:
+        """Adds the updates of these layers to grad, the gradient of their input."""
+        for part, grad_down in zip(self.parts, grad_downs, strict=True):
+            lows = split_ranks(grad_down, [part.A[number] for number in numbers])
+            for number, low in zip(numbers, lows, strict=True):
+                dropout = part.part.layers[number].dropout
+                rank.add_up(grad[part.rows], low, part.A[number].T, dropout=dropout)
 
     def write(
         self,

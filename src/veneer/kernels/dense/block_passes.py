@@ -40,9 +40,12 @@ def forward(
         dropout = part.part.layers[O].dropout
         out_downs.append(rank.down(own_out.view(len(own_out), -1), part.A[O], dropout=dropout))
     o, updates = run.product(O, out.view(rows, -1)), run.output_sides(O, out_downs)
+    gates_of_h = () if block.is_parallel else GATES
     h, o_scale, m, m_scale, m_downs = run.add(
-        o, updates, x, norms.after_attention, norms.before_feed_forward, GATES
+        o, updates, x, norms.after_attention, norms.before_feed_forward, gates_of_h
     )
+    if block.is_parallel:
+        m, m_downs = n, run.products(n, GATES)
     gate, up = (run.product(number, m) for number in GATES)
     gated, gated_downs = torch.empty_like(gate), run.narrow([DOWN])
     for part, m_down, gated_down in zip(run.parts, m_downs, gated_downs, strict=True):
@@ -51,6 +54,8 @@ def forward(
         block_calls.gate_forward(own_gate, own_up, own_gated, *sides, is_gelu=block.is_gelu)
     d, updates = run.product(DOWN, gated), run.output_sides(DOWN, gated_downs)
     y, d_scale, *_ = run.add(d, updates, h, norms.after_feed_forward, None)
+
+    of_n = [*n_downs, *m_downs] if block.is_parallel else n_downs
 
     def if_needed(x: Tensor, *conditions: object) -> Tensor:
         return x if all(conditions) else x.new_empty(0)
@@ -67,13 +72,13 @@ def forward(
         out=out,
         o=if_needed(o, norms.after_attention),
         o_scale=o_scale,
-        h=h,
+        h=if_needed(h, not block.is_parallel),
         m_scale=m_scale,
         gate=gate,
         up=up,
         d=if_needed(d, norms.after_feed_forward),
         d_scale=d_scale,
-        n=if_needed(n, run.keeps_all, norms.before_attention, is_adapted(n_downs)),
+        n=if_needed(n, run.keeps_all, norms.before_attention, is_adapted(of_n)),
         m=if_needed(m, run.keeps_all, norms.before_feed_forward, is_adapted(m_downs)),
         gated=if_needed(gated, run.keeps_all, is_adapted(gated_downs)),
     )
@@ -123,19 +128,29 @@ def backward(
             of_up=of_up,
             is_gelu=block.is_gelu,
         )
-    m = run.recompute_norm(norms.before_feed_forward, kept.h, kept.m, m_downs)
+    of_n = [*n_downs, *m_downs] if block.is_parallel else n_downs
+    n = run.recompute_norm(norms.before_attention, x, kept.n, of_n)
+    m = (
+        n
+        if block.is_parallel
+        else run.recompute_norm(norms.before_feed_forward, kept.h, kept.m, m_downs)
+    )
     run.write(GATES, m, grad_m_downs, [grad_gate, grad_up], m_downs, add=add)
-    grad_h = run.input_gradient(GATES, [grad_gate, grad_up])
-    grad_o, grad_downs = run.through_norms(grad_h, grad_m_downs, grad, kept)
+    grad_m = run.input_gradient(GATES, [grad_gate, grad_up])
+    if block.is_parallel:
+        run.add_updates(grad_m, GATES, grad_m_downs)
+        grad_h, (grad_o, grad_downs) = grad, run.through_last_norm(O, grad, None, grad, grad)
+    else:
+        grad_o, grad_downs = run.through_norms(grad_m, grad_m_downs, grad, kept)
+        grad_h = grad_m
     run.write([O], kept.out.view(len(x), -1), grad_downs, [grad_o], out_downs, add=add)
     grad_heads = run.attention_gradients(run.input_gradient([O], [grad_o]), grad_downs, kept, rest)
     grads, grad_downs = [values.view(len(x), -1) for values in grad_heads], run.narrow(QKV)
     scales, raw = (kept.q_scale, kept.k_scale), (kept.q_raw, kept.k_raw)
     run.rotate_heads(grads, grad_downs, scales, raw, back=True)
-    n = run.recompute_norm(norms.before_attention, x, kept.n, n_downs)
     run.write(QKV, n, grad_downs, grads, n_downs, add=add)
     if not needs_x:
         return []
-    grad_x = run.input_gradient(QKV, grads)
+    grad_x = run.input_gradient(QKV, grads, grad_m if block.is_parallel else None)
     run.through_norm(grad_x, QKV, grad_downs, norms.before_attention, x, kept.n_scale, grad_h)
     return [grad_x]

@@ -90,28 +90,37 @@ static void up(const struct side *s, uint16_t *x, int64_t row, int64_t n, int64_
         up_columns(s, x, row, n, width, c, rank_columns(width, c));
 }
 
-/* How a norm multiplies, as norm_row of fused.h; weight NULL: there is no norm. */
+/* A norm as norm_row of fused.h, or layer_norm_row where is_centred; weight NULL: there is no norm.
+ */
 struct weighting {
-    const uint16_t *weight;
-    float *scale; /* one a row that is normed: 1 / root mean square */
-    int64_t is_wide;
+    const uint16_t *weight, *bias; /* bias: of one that is centred, or NULL */
+    float *scale; /* one a row that is normed: 1 / root mean square, or 1 / deviation */
+    int64_t is_wide, is_centred;
     float epsilon, offset;
 };
 
 static VENEER_BF16 void norm(const struct weighting *w, const uint16_t *x, uint16_t *out,
                              int64_t row, int64_t n, int64_t width) {
-    for (int64_t r = 0; r < n; r++)
-        w->scale[row + r] = norm_row(x + r * width, w->weight, out + r * width, width, w->epsilon,
-                                     w->offset, w->is_wide);
+    for (int64_t r = 0, at = 0; r < n; r++, at += width)
+        w->scale[row + r] =
+            w->is_centred
+                ? layer_norm_row(x + at, w->weight, w->bias, out + at, width, w->epsilon)
+                : norm_row(x + at, w->weight, out + at, width, w->epsilon, w->offset, w->is_wide);
 }
 
 /* x: the gradient of what the norm gave of `normed`; out: that of normed, + beside. */
 static VENEER_BF16 void norm_gradient(const struct weighting *w, const uint16_t *normed,
                                       const uint16_t *x, const uint16_t *beside, uint16_t *out,
                                       int64_t row, int64_t n, int64_t width) {
-    for (int64_t r = 0, at = 0; r < n; r++, at += width)
-        norm_row_gradient(normed + at, w->weight, x + at, w->scale[row + r],
-                          beside ? beside + at : NULL, out + at, width, w->offset);
+    for (int64_t r = 0, at = 0; r < n; r++, at += width) {
+        const uint16_t *more = beside ? beside + at : NULL;
+        if (w->is_centred)
+            layer_norm_row_gradient(normed + at, w->weight, x + at, w->scale[row + r], more,
+                                    out + at, width);
+        else
+            norm_row_gradient(normed + at, w->weight, x + at, w->scale[row + r], more, out + at,
+                              width, w->offset);
+    }
 }
 
 static VENEER_BF16 void sum(const uint16_t *x, const uint16_t *beside, uint16_t *out,

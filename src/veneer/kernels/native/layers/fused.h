@@ -76,6 +76,59 @@ VENEER_INLINE void norm_row_gradient(const uint16_t *x, const uint16_t *weight, 
     }
 }
 
+VENEER_INLINE float mean_of_row(const uint16_t *x, int64_t width) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < width; i += 16) sum = _mm512_add_ps(sum, load(x + i, rest(width - i)));
+    return _mm512_reduce_add_ps(sum) / (float)width;
+}
+
+/* LayerNorm: writes out = weight * (x - mean) / deviation + bias, and returns 1 / deviation. bias
+   may be NULL. Rounded once. */
+VENEER_INLINE float layer_norm_row(const uint16_t *x, const uint16_t *weight, const uint16_t *bias,
+                                   uint16_t *out, int64_t width, float epsilon) {
+    const __m512 mean = _mm512_set1_ps(mean_of_row(x, width));
+    __m512 squares = _mm512_setzero_ps();
+    for (int64_t i = 0; i < width; i += 16) {
+        const __mmask16 m = rest(width - i);
+        const __m512 v = _mm512_maskz_sub_ps(m, load(x + i, m), mean);
+        squares = _mm512_fmadd_ps(v, v, squares);
+    }
+    const float scale = 1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)width + epsilon);
+    for (int64_t i = 0; i < width; i += 16) {
+        const __mmask16 m = rest(width - i);
+        const __m512 normal =
+            _mm512_mul_ps(_mm512_sub_ps(load(x + i, m), mean), _mm512_set1_ps(scale));
+        __m512 y = _mm512_mul_ps(normal, load(weight + i, m));
+        if (bias) y = _mm512_add_ps(y, load(bias + i, m));
+        store(out + i, m, y);
+    }
+    return scale;
+}
+
+/* As norm_row_gradient. */
+VENEER_INLINE void layer_norm_row_gradient(const uint16_t *x, const uint16_t *weight,
+                                           const uint16_t *g, float s, const uint16_t *beside,
+                                           uint16_t *out, int64_t width) {
+    const __m512 scale = _mm512_set1_ps(s), mean = _mm512_set1_ps(mean_of_row(x, width));
+    __m512 dot = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < width; i += 16) {
+        const __mmask16 m = rest(width - i);
+        const __m512 inner = _mm512_mul_ps(load(g + i, m), load(weight + i, m));
+        dot = _mm512_fmadd_ps(inner, _mm512_maskz_sub_ps(m, load(x + i, m), mean), dot);
+        sum = _mm512_add_ps(sum, inner);
+    }
+    const __m512 along = _mm512_set1_ps(_mm512_reduce_add_ps(dot) / (float)width * s * s);
+    const __m512 less = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / (float)width);
+    for (int64_t i = 0; i < width; i += 16) {
+        const __mmask16 m = rest(width - i);
+        const __m512 inner = _mm512_sub_ps(_mm512_mul_ps(load(g + i, m), load(weight + i, m)), less);
+        const __m512 centred = _mm512_sub_ps(load(x + i, m), mean);
+        __m512 found = _mm512_mul_ps(scale, _mm512_fnmadd_ps(centred, along, inner));
+        if (beside) found = _mm512_add_ps(rounded(found), load(beside + i, m));
+        store(out + i, m, found);
+    }
+}
+
 VENEER_INLINE __m512 sigmoid(__m512 x) {
     __m512 e =
         exp_floats(_mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), x), _mm512_set1_ps(88.0f)));

@@ -1,0 +1,46 @@
+"""LayerNorm in the passes of a decoder layer against torch's own, in float64."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from veneer.kernels.bindings import block_calls
+from veneer.kernels.bindings import library as native
+
+pytestmark = pytest.mark.skipif(
+    not native.has_bf16(), reason="this processor multiplies no bf16 pairs"
+)
+ROUNDING = 2**-8
+"""Half a unit of a bf16 value at 1."""
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("mean", [0.0, 5.0])
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (53, 48), (97, 576)])
+def test_layer_norm_and_its_gradient_are_those_of_torch(rows, width, mean, with_bias):
+    torch.manual_seed(0)
+    x = (torch.randn(rows, width) + mean).bfloat16()
+    weight, bias = torch.rand(width).add(0.5).bfloat16(), torch.randn(width).bfloat16()
+    grad, beside = torch.randn(rows, width).bfloat16(), torch.randn(rows, width).bfloat16()
+    scale, out = torch.empty(rows), torch.empty_like(x)
+    norm = block_calls.NormOperands(
+        weight, scale, 1e-5, is_wide=True, is_centred=True, bias=bias if with_bias else None
+    )
+    block_calls.norm_forward(x.clone(), norm=norm, out=out)
+    wide = x.double().requires_grad_()
+    expected = F.layer_norm(
+        wide, (width,), weight.double(), bias.double() if with_bias else None, 1e-5
+    )
+    (of_x,) = torch.autograd.grad(expected, wide, grad.double())
+    assert (out - expected).abs().max() <= ROUNDING * expected.abs().max()
+    given = grad.clone()
+    block_calls.norm_backward(given, norm=norm, normed=x, beside=beside)
+    of_x = of_x + beside
+    assert (given - of_x).abs().max() <= 2 * ROUNDING * of_x.abs().max()
+
+
+def test_a_centred_norm_with_an_offset_is_refused():
+    x = torch.zeros(2, 16, dtype=torch.bfloat16)
+    norm = block_calls.NormOperands(x[0], torch.empty(2), 1e-5, 1.0, is_centred=True)
+    with pytest.raises(block_calls.CallError):
+        block_calls.norm_forward(x, norm=norm, out=torch.empty_like(x))
