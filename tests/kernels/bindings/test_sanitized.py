@@ -45,6 +45,7 @@ RUN = (
         "kernels/bindings/test_native_calls.py",
         "kernels/bindings/test_native.py",
         "kernels/dense/test_rank.py",
+        "kernels/dense/test_layer_norm.py",
         "kernels/test_tiles.py",
         "kernels/attention/test_attention_native.py",
     ),

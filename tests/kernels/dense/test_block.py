@@ -146,7 +146,7 @@ def test_one_node_gives_the_bits_of_its_parts(family, settings, taken, monkeypat
     assert torch.equal(ours[0], plain[0])
     for a, b in zip(ours[1:], plain[1:], strict=True):
         if family in IN_ANOTHER_ORDER:
-            assert (a - b).abs().max() <= 2**-6 * b.abs().max()
+            assert (a - b).abs().max() <= 2**-5 * b.abs().max()
         else:
             assert torch.equal(a, b)
     assert all(gradient.abs().max() > 0 for gradient in ours[1:])
