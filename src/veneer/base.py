@@ -24,6 +24,7 @@ from veneer.decoding.answers import Answer as Answer
 from veneer.decoding.answers import answer_prompts
 from veneer.decoding.schedule.lookup import LookupMode
 from veneer.errors import ConfigError
+from veneer.evaluation.id_pairs import IdPair
 from veneer.evaluation.rows import RowOptions
 from veneer.evaluation.scores import Score, score_rows
 from veneer.formats.adapter import read_adapter
@@ -311,7 +312,7 @@ class Base(FrozenBase):
     @overload
     def score(  # type: ignore[overload-overlap]  # str is a sequence of str
         self,
-        rows: str | Path | Iterable[Record],
+        rows: str | Path | Iterable[Record] | Iterable[IdPair],
         *,
         adapter: str | None = None,
         per_token: bool = False,
@@ -328,7 +329,7 @@ class Base(FrozenBase):
     @overload
     def score(
         self,
-        rows: str | Path | Iterable[Record],
+        rows: str | Path | Iterable[Record] | Iterable[IdPair],
         *,
         adapter: Sequence[str | None],
         per_token: bool = False,
@@ -344,7 +345,7 @@ class Base(FrozenBase):
 
     def score(
         self,
-        rows: str | Path | Iterable[Record],
+        rows: str | Path | Iterable[Record] | Iterable[IdPair],
         *,
         adapter: str | Sequence[str | None] | None = None,
         per_token: bool = False,
@@ -359,7 +360,7 @@ class Base(FrozenBase):
     ) -> list[Score] | dict[str | None, list[Score]]:
         """Computes the log-probability of the answers in rows: a Score for each row, in order.
 
-        rows       the name of a set of rows, or the rows themselves, each a dict
+        rows       the name of a set of rows; or the rows, each a dict or (context, answer) in ids
         adapter    a name; a list of names, scored in the same forwards, gives {name: scores}, with
                    None in the list for the base alone. Default: the adapters in use
         per_token  also the log-probability of each token

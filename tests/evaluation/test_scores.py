@@ -133,6 +133,27 @@ def test_a_row_that_becomes_several_examples_has_one_score(tmp_path: Path) -> No
         assert sum(score.log_probs) == pytest.approx(score.sum)
 
 
+def test_rows_may_be_pairs_of_token_ids(base: Base) -> None:
+    pairs = [([1, 2, 3], [4, 5]), ([9], [8]), ((7, 7), (1, 2, 3))]
+    base.use("a")
+    for (context, answer), score in zip(pairs, base.score(pairs, per_token=True), strict=True):
+        ids = [*context, *answer]
+        with torch.no_grad():
+            logs = base.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        right = [float(logs[n - 1, ids[n]]) for n in range(len(context), len(ids))]
+        assert_scores([score], [right])
+        assert score.ids == tuple(answer)
+        places = range(len(context) - 1, len(ids) - 1)
+        assert score.greedy == all(int(logs[n].argmax()) == ids[n + 1] for n in places)
+    for wrong in ([([1], [])], [([1], [2]), ([1],)], [([1], ["a"])], [([1], [2]), {"text": "a"}]):
+        with pytest.raises(DataError, match="not pairs of token ids"):
+            base.score(wrong)
+    with pytest.raises(DataError, match="longer than 4 tokens"):
+        base.score(pairs, length=4)
+    with pytest.raises(DataError, match="cannot be scored"):
+        base.score([([1], [5000])])
+
+
 def test_rows_that_are_too_long_are_refused_by_name(base: Base, folder: Path) -> None:
     with pytest.raises(DataError, match=r"rows\.jsonl cannot be scored") as caught:
         base.score(folder / "rows.jsonl", length=70)

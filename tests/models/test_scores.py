@@ -19,6 +19,7 @@ from veneer.adapters.placement.token_rows import AddedTokens
 from veneer.data.batching import make_batch
 from veneer.kernels.dense import loss as loss_kernel
 from veneer.models.scores import (
+    AnswerScore,
     ScoreRequest,
     answer_sums,
     join_requests,
@@ -93,7 +94,8 @@ def plain_log_probs(model, examples):
 
 def assert_equal(computed, expected):
     assert len(computed) == len(expected)
-    for values, right in zip(computed, expected, strict=True):
+    for score, right in zip(computed, expected, strict=True):
+        values = score.log_probs if isinstance(score, AnswerScore) else score
         assert values.dtype == torch.float32 and values.shape == right.shape
         assert (values - right).abs().max() <= FLOAT32 * right.abs().max()
 
@@ -199,7 +201,7 @@ def test_rows_that_may_not_share_a_forward_are_computed_apart():
     requests = [ScoreRequest(applied, examples), ScoreRequest((), examples)]
     together = score_examples(model, paths, routing, requests)
     for ours, theirs in zip(together, score_examples(model, alone, routing, requests), strict=True):
-        assert_equal(ours, [values.double() for values in theirs])
+        assert_equal(ours, [score.log_probs.double() for score in theirs])
 
 
 def test_a_joined_batch_says_which_adapter_acts_on_which_rows():
@@ -212,6 +214,26 @@ def test_a_joined_batch_says_which_adapter_acts_on_which_rows():
     assert acting.rows == batch.ids.numel() and acting.adapters == [applied[0][0]]
     _, same = join_requests(model, paths, [ScoreRequest(applied, examples)] * 2)
     assert same.whole == applied and same != Acting()
+
+
+@pytest.mark.parametrize("head", ["chunks", "whole"])
+def test_an_answer_is_greedy_if_greedy_decoding_writes_it(head):
+    model, paths, routing = adapted("llama", torch.float32, [])
+    if head == "whole":
+        paths = replace(paths, head_reason="a head of an unknown kind")
+    examples = []
+    for example in make_examples(4):
+        prompt = torch.from_numpy(example.ids[:6].astype(np.int64))[None]
+        for _ in range(3):
+            likeliest = model(input_ids=prompt).logits[:, -1].argmax(-1)
+            prompt = torch.cat([prompt, likeliest[None]], dim=1)
+        ids = prompt[0].numpy().astype(np.int32)
+        other = ids.copy()
+        other[7] = (other[7] + 1) % 272
+        mask = np.arange(9) >= 6
+        examples += [replace(example, ids=row, trained=mask) for row in (ids, other)]
+    (scores,) = score_examples(model, paths, routing, [ScoreRequest((), examples)])
+    assert [score.greedy for score in scores] == [True, False] * 4
 
 
 def test_no_row_and_no_request_give_no_score():

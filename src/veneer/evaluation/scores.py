@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from veneer.adapters.methods.new_tokens import texts_of
 from veneer.adapters.placement.acting import Acting, Applied
@@ -19,9 +18,10 @@ from veneer.data.examples import Example
 from veneer.data.files.writing import Record, is_rows
 from veneer.errors import fits_memory
 from veneer.evaluation.answers import finite
+from veneer.evaluation.id_pairs import IdPair, id_pairs, pair_examples
 from veneer.evaluation.rows import RowOptions, load_rows
 from veneer.models.frozen_base import FrozenBase
-from veneer.models.scores import ScoreRequest, score_examples
+from veneer.models.scores import AnswerScore, ScoreRequest, score_examples
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,14 @@ class Score:
     row        location of the row
     sum        log-probability of all scored tokens, nats
     tokens     how many there are, the end of the turn included
+    greedy     whether each of them is the likeliest in its place
     ids        the scored tokens;  log_probs: of each, nats; both None unless requested
     """
 
     row: str
     sum: float
     tokens: int
+    greedy: bool
     ids: tuple[int, ...] | None = None
     log_probs: tuple[float, ...] | None = None
 
@@ -46,7 +48,7 @@ class Score:
         return self.sum / self.tokens
 
     def to_dict(self) -> dict[str, Any]:
-        fields = {"sum": self.sum, "mean": self.mean, "tokens": self.tokens}
+        fields = {"sum": self.sum, "mean": self.mean, "tokens": self.tokens, "greedy": self.greedy}
         if self.ids is None or self.log_probs is None:
             return fields
         return {**fields, "ids": list(self.ids), "log_probs": list(self.log_probs)}
@@ -54,7 +56,7 @@ class Score:
 
 def score_rows(
     base: FrozenBase,
-    data: str | Path | Iterable[Record],
+    data: str | Path | Iterable[Record] | Iterable[IdPair],
     adapters: Sequence[Applied],
     options: RowOptions,
     *,
@@ -69,7 +71,8 @@ def score_rows(
     Each reads the rows with its own preamble and new tokens. Raises DataError with every row that
     cannot be computed, DivergedError for rows whose score is not finite.
     """
-    rows = data if isinstance(data, str | Path) or not is_rows(data) else [*data]
+    rows: Any = data if isinstance(data, str | Path) or not is_rows(data) else [*data]
+    pairs = id_pairs(rows)
     examples_of: list[tuple[tuple[Preamble, tuple[str, ...]], list[Example]]] = []
     requests = []
     for applied in adapters:
@@ -78,25 +81,30 @@ def score_rows(
             key = preamble, texts_of(base.routing.acting.adapters)
             examples = next((known for other, known in examples_of if other == key), None)
             if examples is None:
-                _, examples = load_rows(base, rows, options, preamble=preamble, purpose="scored")
+                if pairs is None:
+                    examples = load_rows(base, rows, options, preamble=preamble, purpose="scored")[
+                        1
+                    ]
+                else:
+                    examples = pair_examples(base, pairs, length=options.length)
                 examples_of.append((key, examples))
         requests.append(ScoreRequest(applied, examples))
     step = "Take fewer rows at once (batch), or fewer adapters."
     with fits_memory("while rows were scored", next_step=step):
-        log_probs = score_examples(
+        scores = score_examples(
             base.model, base.paths, base.routing, requests, batch_rows=batch_rows, progress=progress
         )
     return [
         _row_scores(request.examples, values, per_token=per_token)
-        for request, values in zip(requests, log_probs, strict=True)
+        for request, values in zip(requests, scores, strict=True)
     ]
 
 
 def _row_scores(
-    examples: Sequence[Example], log_probs: Sequence[torch.Tensor], *, per_token: bool
+    examples: Sequence[Example], answers: Sequence[AnswerScore], *, per_token: bool
 ) -> list[Score]:
-    sums = [values.double().sum().item() for values in log_probs]
-    counts = [len(values) for values in log_probs]
+    sums = [answer.log_probs.double().sum().item() for answer in answers]
+    counts = [len(answer.log_probs) for answer in answers]
     finite(np.stack([sums, counts], axis=1, dtype=np.float64), examples)
     spans = RowSpans.of(examples)
     scores = []
@@ -105,12 +113,13 @@ def _row_scores(
         ids = log_probs_of_row = None
         if per_token:
             ids = tuple(int(i) for n in numbers for i in examples[n].ids[examples[n].trained])
-            log_probs_of_row = tuple(v for n in numbers for v in log_probs[n].tolist())
+            log_probs_of_row = tuple(v for n in numbers for v in answers[n].log_probs.tolist())
         scores.append(
             Score(
                 str(examples[numbers[0]].ref),
                 sum(sums[n] for n in numbers),
                 sum(counts[n] for n in numbers),
+                all(answers[n].greedy for n in numbers),
                 ids,
                 log_probs_of_row,
             )

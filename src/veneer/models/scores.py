@@ -11,6 +11,7 @@ Shapes: T target tokens of a batch, E examples.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,14 +38,27 @@ class ScoreRequest:
     examples: Sequence[Example]
 
 
+class AnswerScore(NamedTuple):
+    """log_probs: of each target, (n) float32. greedy: whether each target is the likeliest token
+    in its place, so that greedy decoding would write this answer."""
+
+    log_probs: Tensor
+    greedy: bool
+
+
 def target_log_probs(
-    model: PreTrainedModel, paths: ComputePaths, routing: Routing, batch: Batch
+    model: PreTrainedModel,
+    paths: ComputePaths,
+    routing: Routing,
+    batch: Batch,
+    likeliest: Tensor | None = None,
 ) -> Tensor:
     """Returns log p of every target of the batch, (T) float32, without a gradient.
 
     The adapters are those that the routing holds. A float64 model gives float64.
+    likeliest: (T) int64, filled with the likeliest token in each target's place
     """
-    return token_losses(model, paths, routing, batch).neg_()
+    return token_losses(model, paths, routing, batch, likeliest).neg_()
 
 
 def answer_sums(log_probs: Tensor, batch: Batch) -> Tensor:
@@ -85,14 +99,15 @@ def score_examples(
     *,
     batch_rows: int = 1,
     progress: Callable[[int, int], None] | None = None,
-) -> list[list[Tensor]]:
-    """Returns the log-probabilities of each example's targets, on the CPU, by request.
+) -> list[list[AnswerScore]]:
+    """Returns the score of each example's targets, on the CPU, by request.
 
     batch_rows  rows of each request in one forward; more if they are short. Results do not depend
                 on it.
     progress    receives (examples done, examples of all requests)
     """
-    results: list[list[Tensor]] = [[torch.empty(0)] * len(request.examples) for request in requests]
+    nothing = AnswerScore(torch.empty(0), greedy=True)
+    results = [[nothing] * len(request.examples) for request in requests]
     total = sum(len(request.examples) for request in requests)
     computed, done = [], 0
     for parts in _forwards(model, paths, routing, requests, batch_rows):
@@ -101,17 +116,21 @@ def score_examples(
             for number, part in parts
         ]
         batch, acting = join_requests(model, paths, chosen)
+        likeliest = torch.empty_like(batch.targets)
         with routing.held(acting):
-            computed.append((parts, batch, target_log_probs(model, paths, routing, batch)))
+            log_probs = target_log_probs(model, paths, routing, batch, likeliest)
+        computed.append((parts, batch, log_probs, likeliest == batch.targets))
         done += len(batch.examples)
         if progress is not None:
             progress(done, total)
-    for parts, batch, log_probs in computed:
+    for parts, batch, log_probs, is_likeliest in computed:
         counts = [int(example.trained.sum()) for example in batch.examples]
-        by_example = iter(log_probs.cpu().split(counts))
+        values, greedy = log_probs.cpu().split(counts), is_likeliest.cpu().split(counts)
+        of_examples = zip(values, greedy, strict=True)
         for number, part in parts:
             for i in part:
-                results[number][i] = next(by_example)
+                own, likely = next(of_examples)
+                results[number][i] = AnswerScore(own, bool(likely.all()))
     return results
 
 

@@ -220,13 +220,23 @@ def _head_predictions(rows: Tensor, targets: Tensor, linear: Head) -> HeadPredic
 
 @torch.no_grad()
 def token_losses(
-    model: PreTrainedModel, paths: ComputePaths, routing: Routing, batch: Batch
+    model: PreTrainedModel,
+    paths: ComputePaths,
+    routing: Routing,
+    batch: Batch,
+    likeliest: Tensor | None = None,
 ) -> Tensor:
-    """-log p of every target of the batch, (T), without a gradient."""
+    """-log p of every target of the batch, (T), without a gradient.
+
+    likeliest: (T) int64, filled with the likeliest token in each target's place
+    """
     if paths.head_reason is not None:
-        return LogitPredictions(whole_logits(model, batch), batch.targets).nats()
+        logits = whole_logits(model, batch)
+        if likeliest is not None:
+            likeliest.copy_(logits.argmax(dim=-1))
+        return LogitPredictions(logits, batch.targets).nats()
     rows, linear = _predicting(model, paths, routing, hidden_states(model, batch), batch.loss_rows)
-    return head_nats(rows, batch.targets, linear)
+    return head_nats(rows, batch.targets, linear, likeliest)
 
 
 def _predicting(

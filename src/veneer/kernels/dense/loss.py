@@ -299,10 +299,11 @@ def frozen_head_nats(h: Tensor, targets: Tensor, head: Head) -> Tensor:
 
 
 @torch.no_grad()
-def head_nats(h: Tensor, targets: Tensor, head: Head) -> Tensor:
+def head_nats(h: Tensor, targets: Tensor, head: Head, likeliest: Tensor | None = None) -> Tensor:
     """Returns -log softmax(z)[target] of each row, (M) float32 (float64 for float64).
 
     Computed in the same chunks as the loss, without a gradient.
+    likeliest: (M) int64, filled with the column of each row's largest logit; None: not wanted
     """
     losses = torch.empty(len(h), dtype=_wide(h.dtype), device=h.device)
     chunk = _chunk(h, head.width)
@@ -316,6 +317,8 @@ def head_nats(h: Tensor, targets: Tensor, head: Head) -> Tensor:
         )
         if z.device.type == "cpu":
             _check_targets(z, chosen)
+        if likeliest is not None:  # before the compiled loop, which overwrites z
+            likeliest[rows] = z[: len(chosen)].argmax(dim=-1)
         if _is_compiled(z, chosen):
             row_calls.entropy(z, chosen, out)
         elif (liger := launch.kernels_for("liger_kernels", z)) is not None:
