@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.formats.test_adapter import adapted, edit_config, write
+from tests.support.adapter_files import adapted, edit_config, write
 from tests.support.tiny import tiny_model
 from veneer.adapters.attach import attach, detach
 from veneer.adapters.config import LoRA

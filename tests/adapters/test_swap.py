@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.formats.test_adapter import IDS, write
+from tests.support.adapter_files import IDS, write
 from tests.support.tiny import tiny_base
 from veneer.adapters.config import LoRA
 from veneer.adapters.placement.acting import Acting

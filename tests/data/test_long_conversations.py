@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.data.test_template import CHATML, TOKENIZERS, assistant, row, template, user
-from tests.support.tiny import tiny_tokenizer
+from tests.support.templates import TOKENIZERS, assistant, row, template, user
+from tests.support.tiny import CHATML, tiny_tokenizer
 from veneer.data.template import long_turns, tokens
 from veneer.data.template import template as template_module
 from veneer.data.template.long_turns import _turns_in

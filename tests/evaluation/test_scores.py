@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import veneer
-from tests.formats.test_adapter import adapted, write
+from tests.support.adapter_files import adapted, write
 from tests.support.helpers import fill
 from tests.support.models.reasoning import conversation, reasoning_tokenizer
 from tests.support.tiny import save_tiny, tiny_model

@@ -2,29 +2,21 @@
 for."""
 
 import errno
-import hashlib
 import json
-import os
 import shutil
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tests.files.test_atomic import WRITE_CALLS
+from tests.support.adapter_files import IDS, WEIGHTS, adapted, edit_config, edit_tensors, write
 from tests.support.helpers import FailAt
 from tests.support.tiny import tiny_base
-from veneer.adapters.attach import attach
-from veneer.adapters.config import LoRA
-from veneer.adapters.placement.attachment import Attachment
-from veneer.bases.identity.fingerprint import Fingerprint
 from veneer.errors import (
     AdapterMismatchError,
     ConfigError,
@@ -32,50 +24,15 @@ from veneer.errors import (
     DoesNotFitError,
     RefusedError,
     SourceError,
-    UnsafeFileError,
     VeneerError,
 )
-from veneer.files import strict_tensors
-from veneer.files.nesting import MAX_JSON_DEPTH
 from veneer.files.partial import sweep
-from veneer.formats import adapter as store
 from veneer.formats.adapter import manifest_for, read_adapter, write_adapter
 from veneer.formats.loading import load_adapter
-from veneer.formats.manifest import (
-    MANIFEST_NAME,
-    BaseIdentity,
-    Manifest,
-    content_hash_of,
-    read_manifest,
-)
-from veneer.formats.peft.config import CONFIG_NAME, MAX_EXPRESSIONS, MAX_PATTERN
+from veneer.formats.manifest import MANIFEST_NAME
+from veneer.formats.peft.config import CONFIG_NAME
 from veneer.formats.peft.fit import group_by_layer
 from veneer.models.frozen_base import FrozenBase
-
-WEIGHTS = store.WEIGHTS_NAME
-SETTINGS = {"rank": 4, "alpha": 7, "rank_pattern": {"v_proj": 2}, "train_modules": ["model.norm"]}
-IDS = torch.tensor([[5, 200, 17, 99, 3]])
-
-
-def adapted(
-    family: str = "llama_untied", *, name: str = "x", **fields
-) -> tuple[FrozenBase, Attachment]:
-    base = tiny_base(family)
-    base.fingerprint()
-    settings = LoRA(**{**SETTINGS, **fields})
-    head = base.model.get_output_embeddings()
-    attachment = attach(base.model, settings, name=name, routing=base.routing, head=head)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in attachment.parameters().values():
-        parameter.data.add_(
-            0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-        )
-    return base, attachment
-
-
-def write(folder: Path, base: FrozenBase, attachment: Attachment, **fields):
-    manifest = manifest_for(base, method="lora", **fields)
-    return write_adapter(folder, attachment, manifest, model=base.model)
 
 
 def answers(base: FrozenBase, *names: str) -> torch.Tensor:
@@ -84,286 +41,6 @@ def answers(base: FrozenBase, *names: str) -> torch.Tensor:
         logits = base.model(IDS).logits
     base.routing.active = ()
     return logits
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("written") / "a"
-    write(folder, *adapted())
-    return folder
-
-
-@pytest.fixture
-def copy(written, tmp_path) -> Path:
-    return Path(shutil.copytree(written, tmp_path / "copy"))
-
-
-def edit_config(folder: Path, **fields) -> None:
-    config = json.loads((folder / CONFIG_NAME).read_text())
-    (folder / CONFIG_NAME).write_text(json.dumps(config | fields))
-
-
-def edit_tensors(folder: Path, edit) -> None:
-    """Change the tensors as PEFT would have written them: no veneer.json vouches for them."""
-    tensors = load_file(folder / WEIGHTS)
-    edit(tensors)
-    save_file(tensors, folder / WEIGHTS)
-    (folder / MANIFEST_NAME).unlink(missing_ok=True)
-
-
-# writing
-
-
-def test_the_folder_holds_three_files_and_says_what_it_is(tmp_path):
-    base, attachment = adapted()
-    result = write(
-        tmp_path / "a",
-        base,
-        attachment,
-        metrics={"loss": 1.5},
-        recipe={"steps": 3},
-        parents=[("p", 1.0)],
-    )
-    assert {p.name for p in (tmp_path / "a").iterdir()} == {CONFIG_NAME, WEIGHTS, MANIFEST_NAME}
-    assert result.bytes == (tmp_path / "a" / WEIGHTS).stat().st_size
-    manifest = read_manifest(tmp_path / "a" / MANIFEST_NAME)
-    assert manifest.base.fingerprint == base.fingerprint().to_dict()
-    assert (
-        manifest.metrics == {"loss": 1.5}
-        and manifest.recipe == {"steps": 3}
-        and manifest.parent == "p"
-    )
-    assert manifest.scaling["model.layers.0.self_attn.v_proj"] == 7 / 2
-    assert manifest.scaling["model.layers.0.self_attn.q_proj"] == 7 / 4
-
-
-def test_written_twice_or_loaded_and_written_it_is_the_same_to_the_byte(tmp_path):
-    base, attachment = adapted(bias="all", dropout=0.1)
-    write(tmp_path / "one", base, attachment)
-    write(tmp_path / "two", base, attachment)
-    fresh = tiny_base("llama_untied")
-    fresh.fingerprint()
-    write(tmp_path / "three", fresh, load_adapter(fresh, tmp_path / "one", name="other"))
-    for name in (CONFIG_NAME, WEIGHTS, MANIFEST_NAME):
-        one = (tmp_path / "one" / name).read_bytes()
-        assert (tmp_path / "two" / name).read_bytes() == one
-        assert (tmp_path / "three" / name).read_bytes() == one
-
-
-def test_the_bytes_do_not_depend_on_the_process(written, tmp_path):
-    script = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from tests.formats.test_adapter import adapted, write\n"
-        "write(Path(sys.argv[1]), *adapted())\n"
-    )
-    environment = {**os.environ, "PYTHONHASHSEED": "12345"}
-    root = Path(__file__).parents[2]
-    subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "b")], env=environment, cwd=root, check=True
-    )
-    for name in (CONFIG_NAME, WEIGHTS, MANIFEST_NAME):
-        assert (tmp_path / "b" / name).read_bytes() == (written / name).read_bytes()
-
-
-@pytest.mark.parametrize(
-    "name", ["lora", "lora_A", "weight", "q_proj", "a.b.c", "default", "ünïcode ☃", "../x", ""]
-)
-def test_no_name_of_an_adapter_enters_its_files(written, tmp_path, name):
-    write(tmp_path / "a", *adapted(name=name))
-    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (written / WEIGHTS).read_bytes()
-    assert (tmp_path / "a" / CONFIG_NAME).read_bytes() == (written / CONFIG_NAME).read_bytes()
-    base = tiny_base("llama_untied")
-    load_adapter(base, tmp_path / "a", name=name)
-    assert base.attachments.keys() == {name}
-
-
-def test_values_that_are_not_finite_are_not_written(tmp_path):
-    base, attachment = adapted()
-    attachment.layers["model.layers.1.mlp.up_proj"].B.data[0, 0] = float("nan")
-    with pytest.raises(CorruptFileError, match=r"layers\.1\.mlp\.up_proj\.lora_B"):
-        write(tmp_path / "a", base, attachment)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_existing_folder_is_kept_unless_replaced_on_purpose(copy, tmp_path):
-    base, attachment = adapted(rank=3)
-    with pytest.raises(ConfigError, match="exists"):
-        write(copy, base, attachment)
-    assert read_adapter(copy).config.rank == 4
-    write_adapter(
-        copy, attachment, manifest_for(base, method="lora"), model=base.model, replace=True
-    )
-    assert read_adapter(copy).config.rank == 3
-
-
-def test_a_full_disk_leaves_nothing_and_says_how_much_is_needed(tmp_path, monkeypatch):
-    base, attachment = adapted()
-
-    def full(*_, **__):
-        raise SafetensorError(
-            "Error while serializing: I/O error: No space left on device (os error 28)"
-        )
-
-    monkeypatch.setattr(store, "save_file", full)
-    with pytest.raises(DoesNotFitError, match=r"[\d,]+ bytes are needed, [\d,]+ are free"):
-        write(tmp_path / "a", base, attachment)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("damage", ["flip", "drop", "append"])
-def test_what_the_disk_changes_while_writing_is_found_before_it_is_visible(
-    tmp_path, monkeypatch, damage
-):
-    def save_and_damage(tensors, path, metadata):
-        tensors = dict(tensors)
-        if damage == "drop":
-            tensors.popitem()
-        save_file(tensors, path, metadata=metadata)
-        data = bytearray(path.read_bytes())
-        if damage == "flip":
-            data[-1] ^= 1
-        path.write_bytes(data + (b"\0" if damage == "append" else b""))
-
-    monkeypatch.setattr(store, "save_file", save_and_damage)
-    with pytest.raises(CorruptFileError):
-        write(tmp_path / "a", *adapted())
-    assert list(tmp_path.iterdir()) == []
-
-
-# reading
-
-
-def test_reading_needs_no_base(written):
-    stored = read_adapter(written)
-    assert (
-        stored.manifest is not None
-        and stored.notes == []
-        and stored.name_or_path == "tiny-llama_untied"
-    )
-    assert (
-        stored.config.rank == 4
-        and stored.config.alpha == 7
-        and stored.config.train_modules == ["model.norm"]
-    )
-    assert len(stored.tensors) == 2 * 14 + 1
-
-
-def test_a_folder_changed_after_writing_is_refused_until_the_manifest_is_removed(copy):
-    edit_config(copy, lora_alpha=8)
-    with pytest.raises(CorruptFileError, match="changed after Veneer wrote it"):
-        read_adapter(copy)
-    (copy / MANIFEST_NAME).unlink()
-    assert read_adapter(copy).config.alpha == 8
-
-
-@pytest.mark.parametrize(
-    ("prepare", "error", "words"),
-    [
-        (lambda f: shutil.rmtree(f), SourceError, "not a folder"),
-        (lambda f: (f / CONFIG_NAME).unlink(), SourceError, f"no {CONFIG_NAME}"),
-        (lambda f: (f / WEIGHTS).unlink(), SourceError, f"no {WEIGHTS}"),
-        (
-            lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"),
-            UnsafeFileError,
-            "save_pretrained",
-        ),
-        (lambda f: (f / WEIGHTS).rename(f / "adapter.pt"), UnsafeFileError, "adapter.pt"),
-        (lambda f: (f / MANIFEST_NAME).write_text("{"), CorruptFileError, "not valid JSON"),
-        (
-            lambda f: (f / MANIFEST_NAME).write_text('{"format_version": 2}'),
-            CorruptFileError,
-            "newer one",
-        ),
-        (
-            lambda f: (f / MANIFEST_NAME).write_text('{"format_version": 1, "x": 1}'),
-            CorruptFileError,
-            "x: ",
-        ),
-    ],
-)
-def test_a_folder_that_is_no_adapter_is_told_with_the_way_out(copy, prepare, error, words):
-    prepare(copy)
-    with pytest.raises(error, match=words):
-        read_adapter(copy)
-
-
-def test_the_adapters_inside_a_folder_are_named(copy, tmp_path):
-    (tmp_path / "outer").mkdir()
-    copy.rename(tmp_path / "outer" / "sql")
-    with pytest.raises(SourceError, match=r"Use .*outer/sql"):
-        read_adapter(tmp_path / "outer")
-
-
-def test_tensor_names_that_hold_an_adapter_s_name_are_repaired_and_told(copy):
-    def rename(tensors) -> None:
-        for name in list(tensors):
-            if name.endswith(("lora_A.weight", "lora_B.weight")):
-                tensors[name.removesuffix("weight") + "sql.weight"] = tensors.pop(name)
-
-    edit_tensors(copy, rename)
-    stored = read_adapter(copy)
-    assert stored.notes == ["28 tensor names held an adapter's name, which was removed"]
-    load_adapter(tiny_base("llama_untied"), stored, name="x")
-
-
-def test_two_names_of_one_tensor_are_refused(copy):
-    def double(tensors) -> None:
-        name = next(n for n in tensors if n.endswith("lora_A.weight"))
-        tensors[name.removesuffix("weight") + "default.weight"] = tensors[name].clone()
-
-    edit_tensors(copy, double)
-    with pytest.raises(CorruptFileError, match="ambiguous"):
-        read_adapter(copy)
-
-
-def test_a_file_without_the_prefix_is_read(copy):
-    edit_tensors(
-        copy, lambda t: t.update({n.removeprefix("base_model.model."): t.pop(n) for n in list(t)})
-    )
-    load_adapter(tiny_base("llama_untied"), copy, name="x")
-
-
-def test_a_file_without_factors_is_refused(copy):
-    edit_tensors(copy, lambda t: [t.pop(name) for name in list(t) if "lora_" in name])
-    with pytest.raises(CorruptFileError, match="no low-rank factors"):
-        read_adapter(copy)
-
-
-def test_manifests_are_strict_and_their_text_is_fixed(written):
-    text = (written / MANIFEST_NAME).read_text()
-    manifest = Manifest.model_validate_json(text)
-    assert manifest.to_json() == text
-    for change in ({"metrics": {"loss": float("nan")}}, {"time": "now"}, {"scaling": {"a": "x"}}):
-        with pytest.raises(ValueError):
-            Manifest.model_validate(manifest.model_dump() | change)
-
-
-def test_a_config_that_json_cannot_say_has_no_content_hash():
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        content_hash_of("", {"alpha": float("nan")})
-
-
-def test_the_content_hash_is_what_the_format_document_says(written):
-    tensors = hashlib.sha256((written / WEIGHTS).read_bytes()).hexdigest()
-    settings = json.dumps(
-        json.loads((written / CONFIG_NAME).read_text()), sort_keys=True, separators=(",", ":")
-    )
-    expected = hashlib.sha256(f"{tensors}\n{settings}".encode()).hexdigest()
-    assert read_manifest(written / MANIFEST_NAME).content_hash == expected
-
-
-def test_the_format_document_names_every_field_and_every_refusal():
-    text = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
-    fields = [*Manifest.model_fields, *BaseIdentity.model_fields, *Fingerprint.__dataclass_fields__]
-    assert [name for name in fields if f"`{name}`" not in text] == []
-    for limit in (
-        f"{strict_tensors.MAX_TENSORS:,} tensors",
-        f"{MAX_JSON_DEPTH} levels",
-        f"{MAX_PATTERN:,} characters",
-        f"{MAX_EXPRESSIONS} expressions",
-    ):
-        assert limit in text
 
 
 # loading
@@ -592,7 +269,11 @@ NAMES = st.sampled_from(
         "x",
     ]
 )
+
+
 LISTS = st.none() | st.lists(NAMES, max_size=4) | NAMES
+
+
 PLAUSIBLE = st.fixed_dictionaries(
     {},
     optional={

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.formats.test_adapter import adapted, write
+from tests.support.adapter_files import adapted, write
 from veneer.formats.adapter import read_adapter
 from veneer.formats.norms import LowRankUpdate, angle, base_norms, updates
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.library.test_library import sources  # noqa: F401  # a fixture
 from tests.support.helpers import FailAt
 from veneer.errors import VeneerError
 from veneer.library.library import Library
@@ -41,7 +40,7 @@ def state(library: Library) -> list[tuple[str, tuple[str, ...], str]]:
     return [(entry.reference, tuple(entry.version.tags), entry.version.object) for entry in found]
 
 
-def filled(folder: Path, sources: Path) -> Library:  # noqa: F811
+def filled(folder: Path, sources: Path) -> Library:
     library = Library(folder)
     library.add(sources / "a", name="x", tags=["best"])
     library.add(sources / "p", name="x")
@@ -64,7 +63,7 @@ CHANGES = {
     "failure", [OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "bad"), None], ids=str
 )
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_that_fails_at_any_call_has_happened_or_not(sources, tmp_path, change, failure):  # noqa: F811
+def test_a_change_that_fails_at_any_call_has_happened_or_not(sources, tmp_path, change, failure):
     template = filled(tmp_path / "template", sources)
     if change == "collect":
         template.remove("y")
@@ -113,7 +112,7 @@ def _add(folder: Path, source: Path, name: str, barrier) -> None:
     Library(folder).add(source, name=name)
 
 
-def test_many_processes_adding_at_once_lose_nothing(sources, tmp_path):  # noqa: F811
+def test_many_processes_adding_at_once_lose_nothing(sources, tmp_path):
     """They share one name and two objects, and make the library themselves."""
     barrier = FORK.Barrier(MANY)
     processes = [
@@ -158,7 +157,7 @@ def _rename_and_tag(folder: Path, number: int, barrier) -> None:
             continue
 
 
-def test_renames_and_tags_that_race_lose_no_version(sources, tmp_path):  # noqa: F811
+def test_renames_and_tags_that_race_lose_no_version(sources, tmp_path):
     library = Library(tmp_path / "l")
     library.add(sources / "a", name="n0")
     library.add(sources / "b", name="n0")
@@ -180,7 +179,7 @@ def _collect(folder: Path, stop) -> None:
         Library(folder).collect(keep=1)
 
 
-def test_collecting_while_others_add_removes_nothing_that_is_named(sources, tmp_path):  # noqa: F811
+def test_collecting_while_others_add_removes_nothing_that_is_named(sources, tmp_path):
     library = Library(tmp_path / "l")
     library.add(sources / "p", name="z")
     stop, barrier = FORK.Event(), FORK.Barrier(6)

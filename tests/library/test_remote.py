@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.library.test_library import sources  # noqa: F401  # a fixture
 from veneer.cli.main import main
 from veneer.errors import (
     ConfigError,
@@ -30,7 +29,7 @@ fsspec = pytest.importorskip("fsspec")
 
 
 @pytest.fixture
-def library(tmp_path, sources) -> Library:  # noqa: F811
+def library(tmp_path, sources) -> Library:
     found = Library(tmp_path / "mine")
     found.add(sources / "a", name="x", tags=["best"], note="the first")
     found.add(sources / "b", name="x")
@@ -360,7 +359,7 @@ def test_the_hub_takes_an_adapter_in_one_commit_and_gives_it_back(library, hub, 
     assert not list((back.folder / "incoming").iterdir())
 
 
-def test_a_repository_that_peft_wrote_is_marked_as_unverified(hub, library, tmp_path, sources):  # noqa: F811
+def test_a_repository_that_peft_wrote_is_marked_as_unverified(hub, library, tmp_path, sources):
     files = {path.name: path.read_bytes() for path in (sources / "p").iterdir()}
     hub.commits.append(files | {"README.md": b"hello", "evil.py": b"import os"})
     entry = pull(library, "hf://org/repo", name="theirs")
@@ -368,7 +367,7 @@ def test_a_repository_that_peft_wrote_is_marked_as_unverified(hub, library, tmp_
     assert not (library.path("theirs") / "evil.py").exists()
 
 
-def test_a_hub_pickle_a_giant_and_a_changed_file_are_refused(hub, library, sources):  # noqa: F811
+def test_a_hub_pickle_a_giant_and_a_changed_file_are_refused(hub, library, sources):
     config = (sources / "p" / "adapter_config.json").read_bytes()
     hub.commits.append({"adapter_config.json": config, "adapter_model.bin": b"x"})
     with pytest.raises(UnsafeFileError, match="pickle"):

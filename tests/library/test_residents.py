@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.adapters.test_methods import move
 from tests.decoding.test_engine import alone
-from tests.formats.test_adapter import IDS
 from tests.soak.counts import rounds
+from tests.support.adapter_files import IDS
 from tests.support.tiny import tiny_base
 from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, LoRA, Prefix

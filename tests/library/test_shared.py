@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.library.test_library import sources  # noqa: F401  # a fixture
 from tests.soak.world import FROM_LIBRARY, READING, make_world
 from tests.support.helpers import run_where_it_may_only_be_read
 from veneer.cli.main import main
@@ -28,11 +27,7 @@ FORK = multiprocessing.get_context("fork")
     ("umask", "folders", "files"), [(0o002, 0o775, 0o664), (0o077, 0o700, 0o600)]
 )
 def test_everything_in_a_library_has_the_rights_that_the_umask_gives(
-    sources,  # noqa: F811
-    tmp_path,
-    umask,
-    folders,
-    files,
+    sources, tmp_path, umask, folders, files
 ):
     private = Path(shutil.copytree(sources / "a", tmp_path / "private"))
     for path in private.iterdir():
@@ -131,7 +126,7 @@ for change in (["tag", "x", "t9"], ["rm", "x"], ["gc", "--yes"], ["add", {str(wo
     assert "Traceback" not in done.stderr and "Read-only file system" in done.stderr
 
 
-def test_a_listing_reads_where_every_write_is_refused(sources, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_listing_reads_where_every_write_is_refused(sources, tmp_path, monkeypatch, capsys):
     library = Library(tmp_path / "l")
     library.add(sources / "a", name="x")
 
@@ -162,10 +157,7 @@ def _die_while_writing(place: Path) -> None:
 @pytest.mark.parametrize("place", ["", "names", "objects"])
 @pytest.mark.parametrize("command", [["ls"], ["tag", "x", "t"]], ids=lambda c: c[0])
 def test_what_a_dead_writer_left_anywhere_in_a_library_goes_with_the_next_command(
-    sources,  # noqa: F811
-    tmp_path,
-    place,
-    command,
+    sources, tmp_path, place, command
 ):
     library = Library(tmp_path / "l")
     library.add(sources / "a", name="x")
@@ -177,7 +169,7 @@ def test_what_a_dead_writer_left_anywhere_in_a_library_goes_with_the_next_comman
     assert not list(library.folder.rglob(".partial-*"))
 
 
-def test_a_collection_gets_its_turn_while_others_keep_adding(sources, tmp_path):  # noqa: F811
+def test_a_collection_gets_its_turn_while_others_keep_adding(sources, tmp_path):
     """At every moment somebody is adding; without turns the collector would find the lock taken for
     ever."""
     library = Library(tmp_path / "l")
@@ -201,7 +193,7 @@ def test_a_collection_gets_its_turn_while_others_keep_adding(sources, tmp_path):
             adder.join()
 
 
-def test_what_a_collection_would_remove_is_told_while_others_add(sources, tmp_path):  # noqa: F811
+def test_what_a_collection_would_remove_is_told_while_others_add(sources, tmp_path):
     library = Library(tmp_path / "l")
     library.add(sources / "a", name="x")
     with library.receiving(), unfinished(library.objects) as theirs:
@@ -209,7 +201,7 @@ def test_what_a_collection_would_remove_is_told_while_others_add(sources, tmp_pa
         assert library.collect(apply=False).remains == []
 
 
-def test_a_collection_that_cannot_begin_says_so(sources, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_collection_that_cannot_begin_says_so(sources, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("veneer.library.library.COLLECT_WAIT_SECONDS", 0.05)
     library = Library(tmp_path / "l")
     library.add(sources / "a", name="x")

@@ -2,63 +2,32 @@
 can have."""
 
 import json
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from tests.families.models import save_family
 from tests.parity.test_peft_files import IDS, ROWS, answers, every_row, logits, ours
 from tests.support.helpers import fill, merge_in_memory
+from tests.support.merging import NAME, adapted, plain_load, written_adapter
 from tests.support.tiny import save_tiny, tiny_base
 from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, LoRA
-from veneer.adapters.placement.wrapping import plain_modules
-from veneer.errors import ConfigError, CorruptFileError, RefusedError
+from veneer.errors import ConfigError, RefusedError
 from veneer.formats import loading
 from veneer.formats.adapter import manifest_for, write_adapter
-from veneer.merge.fold.fold import SourceTensor, stored_tensors, weight_changes
-from veneer.merge.fold.folder import _common, _FileLayout, _refuse_lost, merge_into_folder
+from veneer.merge.fold.folder import _FileLayout, merge_into_folder
 from veneer.merge.fold.in_memory import merged_weights
 from veneer.merge.fold.merge_run import merge_adapters
-from veneer.merge.fold.rounding import Survival, by_layer, stochastic, survival
-from veneer.merge.fold.verify import in_float32
 from veneer.models.load import load_base
 
 RELATIVE = (
     2e-5  # float32: W + D multiplied once against W and D multiplied apart, through two layers
 )
-NAME = "lora.weight"
-
-
-def plain_load(folder, dtype="auto"):
-    """As anyone would, without Veneer."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
-
-
-def adapted(family="llama", dtype=torch.float32, *, scale=0.2, settings=None, **overrides):
-    base = tiny_base(family, dtype, **overrides)
-    made = LoRA(**{"rank": 4, "alpha": 7, **(settings or {})})
-    attachment = attach(
-        base.model, made, name=NAME, routing=base.routing, head=base.model.get_output_embeddings()
-    )
-    fill(attachment.parameters().values(), scale=scale)
-    return base
-
-
-def written_adapter(folder, base, place):
-    """The tiny adapter as files, and its base as a folder beside it."""
-    write_adapter(
-        place,
-        base.attachments[NAME],
-        manifest_for(load_base(str(folder)), method="lora"),
-        model=base.model,
-    )
-    return place
 
 
 @every_row
@@ -367,106 +336,6 @@ def test_the_changes_of_values_trained_in_full_add_up_with_their_weights(tmp_pat
     torch.testing.assert_close(merged.lm_head.weight, summed)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_the_type_asked_for_is_the_type_stored(dtype, tmp_path):
-    report = merge_into_folder(adapted("llama"), [(NAME, 1.0)], tmp_path / "m", dtype=dtype)
-    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    assert {t.dtype for t in load_file(tmp_path / "m" / "model.safetensors").values()} == {wanted}
-    assert plain_load(tmp_path / "m").dtype == wanted
-    assert report.dtype == dtype
-
-
-def test_an_update_that_rounding_would_lose_is_refused_and_nothing_is_left(tmp_path):
-    """bf16 keeps 8 bits: on weights that lie on its grid, an update far below a step rounds
-    away."""
-    base = adapted("llama", torch.bfloat16, scale=0.003)
-    with pytest.raises(
-        RefusedError, match=r"of the update is left after rounding to bf16[\s\S]*--dtype fp16"
-    ) as caught:
-        merge_into_folder(base, [(NAME, 1.0)], tmp_path / "m")
-    assert caught.value.exit_code == 4
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("dtype", "stochastic", "advice"),
-    [
-        (
-            "bf16",
-            False,
-            (
-                "Take --dtype fp16 or --dtype fp32 or --stochastic (right on average, noisier); or"
-                " keep"
-            ),
-        ),
-        ("bf16", True, "Take --dtype fp16 or --dtype fp32; or keep"),
-        ("fp16", False, "Take --dtype fp32 or --stochastic (right on average, noisier); or keep"),
-        ("fp32", False, "Take --dtype fp16; or keep"),
-    ],
-)
-def test_a_refusal_for_what_is_lost_names_the_worst_layers_and_the_other_ways(
-    dtype, stochastic, advice
-):
-    kept = {f"model.layers.{n}.q.weight": Survival(0.1 * n, 1.0, 0.0, 4.0) for n in range(4)}
-    kept["lm_head.weight"] = Survival(0.15, 1.0, 0.0, 4.0)
-    with pytest.raises(RefusedError) as caught:
-        _refuse_lost(kept, dtype, stochastic, 0.5)
-    assert caught.value.faults[0].startswith("the update is 0.5 of the weights' size; ")
-    assert caught.value.faults[1:] == ["layer 0: 0%", "layer 1: 10%", "lm_head.weight: 15%"]
-    assert "15% of the update is left" in str(caught.value) and "below 50%" in str(caught.value)
-    assert str(caught.value.next_step).startswith(advice)
-
-
-@pytest.mark.parametrize(
-    ("along", "refused"), [(0.5, False), (0.49, True), (1.5, False), (1.51, True)]
-)
-def test_an_update_may_become_as_much_too_large_as_too_small(along, refused):
-    with pytest.raises(RefusedError) if refused else nullcontext():
-        _refuse_lost({"a": Survival(along, 1.0, 0.0, 1.0)}, "bf16", False, 0.5)
-
-
-@pytest.mark.parametrize("choice", [{"dtype": "fp32"}, {"stochastic": True}])
-def test_what_the_refusal_advises_works(choice, tmp_path):
-    base = adapted("llama", torch.bfloat16, scale=0.003)
-    report = merge_into_folder(base, [(NAME, 1.0)], tmp_path / "m", check_logits=False, **choice)
-    assert report.total.share == pytest.approx(1.0, abs=0.1)
-
-
-def test_values_that_overflow_fp16_are_refused(tmp_path):
-    base = adapted("llama_untied", settings={"targets": ["v_proj"]})
-    base.model.model.norm.weight.data[3] = 1e6
-    with pytest.raises(RefusedError, match=r"overflow in fp16[\s\S]*model\.norm\.weight"):
-        merge_into_folder(base, [(NAME, 1.0)], tmp_path / "m", dtype="fp16", check_logits=False)
-    assert not (tmp_path / "m").exists()
-
-
-def test_a_merge_that_loses_the_adapter_is_refused_by_its_logits(tmp_path, monkeypatch):
-    """The check is of the written folder: a writer that forgets one layer is found out."""
-    import veneer.merge.fold.folder as module
-
-    def forgetful(model, applied):
-        return {
-            name: new for name, new in weight_changes(model, applied).items() if "layers.1" in name
-        }
-
-    monkeypatch.setattr(module, "weight_changes", forgetful)
-    with pytest.raises(RefusedError, match="does not answer like the adapter on its base"):
-        merge_into_folder(adapted("llama"), [(NAME, 1.0)], tmp_path / "m")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_adapter_with_nan_is_refused_before_anything_is_written(tmp_path):
-    folder = save_tiny(tmp_path / "base", "llama")
-    place = written_adapter(folder, adapted("llama"), tmp_path / "a")
-    tensors = load_file(place / "adapter_model.safetensors")
-    next(iter(tensors.values()))[0, 0] = float("nan")
-    save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
-    (place / "veneer.json").unlink()
-    with pytest.raises(CorruptFileError, match="not finite"):
-        merge_adapters(str(folder), [(place, 1.0)], out=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_from_folders_to_a_folder_with_a_record_of_what_was_merged(tmp_path):
     folder = save_tiny(tmp_path / "base", "llama")
     base = adapted("llama")
@@ -498,95 +367,3 @@ def test_what_is_merged_into_must_be_said_over_a_quantised_base_and_only_there(
 ):
     with pytest.raises(ConfigError, match=said):
         merge_adapters("base", [(tmp_path, 1.0)], out=tmp_path / "out", **asked)
-
-
-# rounding
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_stochastic_rounding_is_right_on_average_and_keeps_what_is_exact(dtype):
-    generator = torch.Generator().manual_seed(0)
-    exact = torch.randn(5000, generator=generator).to(dtype).float()
-    assert torch.equal(stochastic(exact, dtype, generator).float(), exact)
-    value = torch.full((200_000,), 1.0 + 0.3 * torch.finfo(dtype).eps)
-    rounded = stochastic(value, dtype, generator).float()
-    assert set(rounded.tolist()) == {1.0, 1.0 + torch.finfo(dtype).eps}
-    assert float((rounded - 1).mean() / torch.finfo(dtype).eps) == pytest.approx(0.3, abs=0.01)
-    small = torch.tensor([0.0, -0.0, 1e-30, -3e-5, 6.1e-5, -65000.0])
-    assert torch.isfinite(stochastic(small, dtype, generator)).all()
-
-
-def test_survival_is_the_projection_of_what_was_obtained():
-    generator = torch.Generator().manual_seed(0)
-    own, update = (
-        torch.randn(40, 30, generator=generator),
-        0.1 * torch.randn(40, 30, generator=generator),
-    )
-    assert survival(own, own + update, own + update).share == pytest.approx(1.0)
-    assert survival(own, own + update, own).share == pytest.approx(0.0, abs=1e-6)
-    assert survival(own, own + update, own).error == pytest.approx(1.0, abs=1e-6)
-    half = survival(own, own + update, own + 0.5 * update)
-    assert (half.share, half.error) == (pytest.approx(0.5, abs=1e-5), pytest.approx(0.5, abs=1e-5))
-    assert half.relative_size == pytest.approx(float(update.norm() / own.norm()), rel=1e-5)
-
-
-def test_of_a_change_of_nothing_nothing_is_lost_and_sums_are_over_a_layer():
-    nothing = Survival(0.0, 0.0, 0.0, 0.0)
-    assert (nothing.share, nothing.error, nothing.relative_size) == (1.0, 0.0, 0.0)
-    part = Survival(1.0, 4.0, 36.0, 64.0)
-    assert (part.share, part.error, part.relative_size) == (0.25, 3.0, 0.25)
-    layers = by_layer(
-        {"layers.3.a": part, "layers.3.b": part, "layers.10.a": part, "head": nothing}
-    )
-    assert layers == {"3": Survival(2.0, 8.0, 72.0, 128.0), "10": part, "head": nothing}
-
-
-# the check's own arithmetic
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"])
-def test_a_bf16_model_widened_module_by_module_answers_as_its_float32_copy(family):
-    narrow = tiny_base(family, torch.bfloat16)
-    wide = tiny_base(family, torch.bfloat16)
-    wide.model.float()
-    with in_float32(narrow.model):
-        found = logits(narrow.model)
-    assert found.dtype == torch.float32 and torch.equal(found, logits(wide.model))
-    assert all(p.dtype == torch.bfloat16 for p in narrow.model.parameters())
-
-
-def test_widening_reaches_adapted_modules_and_their_trained_values():
-    base = adapted(
-        "phi", torch.bfloat16, settings={"bias": "lora_only", "train_modules": ["lm_head"]}
-    )
-    wide = adapted(
-        "phi", torch.bfloat16, settings={"bias": "lora_only", "train_modules": ["lm_head"]}
-    )
-    wide.model.float()
-    for value in wide.attachments[NAME].values.values():
-        value.data = value.data.float()
-    base.routing.active = wide.routing.active = ((NAME, 1.0),)
-    with in_float32(base.model):
-        found = logits(base.model)
-    assert torch.equal(found, logits(wide.model))
-    assert all(v.dtype == torch.bfloat16 for v in base.attachments[NAME].values.values())
-
-
-def test_what_is_written_is_every_tensor_of_the_model():
-    base = tiny_base("gpt2")
-    assert list(stored_tensors(base.model)) == list(base.model.state_dict())
-    adapted_base = adapted("gpt2")
-    assert sorted(stored_tensors(adapted_base.model)) == sorted(base.model.state_dict())
-    assert plain_modules(adapted_base.model).keys() == plain_modules(base.model).keys()
-
-
-def test_the_type_of_a_merged_folder_is_that_of_most_values_and_not_of_most_tensors():
-    def stored(count, dtype, **more):
-        return SourceTensor(torch.Size([count]), dtype, lambda: None, **more)
-
-    small, large = stored(3, torch.bfloat16), stored(5, torch.float16)
-    assert _common({"a": small, "b": large}) is torch.float16
-    assert _common({"a": small, "b": large, "c": small}) is torch.bfloat16
-    ids, packed = stored(99, torch.int64), stored(99, torch.float32, quantised=True)
-    assert _common({"a": small, "b": ids, "c": packed}) is torch.bfloat16
-    assert _common({"b": ids, "c": packed}) is torch.float32

@@ -1,0 +1,137 @@
+"""veneer data: convert, split and sample."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.row_files import lines, prompts, records
+from veneer.cli import main
+from veneer.data.files.sources import scan_rows
+
+# what is done with them by hand
+
+
+def test_rows_of_any_layout_are_converted_and_read_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.csv").write_text("question,answer\nx,y\nv,w\n")
+    shared = [{"conversations": [{"from": "human", "value": "h"}, {"from": "gpt", "value": "g"}]}]
+    for number, record in enumerate(
+        ({"text": "t", "unfinished": True}, {**shared[0], "unfinished": True})
+    ):
+        (tmp_path / f"cut{number}.jsonl").write_bytes(lines([record]))
+        out = tmp_path / f"still{number}.jsonl"
+        assert (
+            main.main(["data", "convert", str(tmp_path / f"cut{number}.jsonl"), "--out", str(out)])
+            == 0
+        )
+        (row,), _ = scan_rows(out)
+        assert row.unfinished
+    (tmp_path / "b.jsonl").write_bytes(lines(shared))
+    mapped = ["--map", "question=prompt", "--map", "answer=completion"]
+    for out in ("rows.jsonl", "rows.jsonl.gz"):
+        command = [
+            "data",
+            "convert",
+            str(tmp_path / "a.csv"),
+            "--out",
+            str(tmp_path / out),
+            *mapped,
+        ]
+        assert main.main(command) == 0
+        rows, problems = scan_rows(tmp_path / out)
+        assert [[m["content"] for m in row.messages] for row in rows] == [
+            ["x", "y"],
+            ["v", "w"],
+        ] and not problems
+    assert (
+        main.main(
+            ["data", "convert", str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "c.jsonl")]
+        )
+        == 0
+    )
+    (row,), _ = scan_rows(tmp_path / "c.jsonl")
+    assert (
+        row.format == "chat"
+        and row.messages[1] == {"role": "assistant", "content": "g"}
+        and not row.unfinished
+    )
+    assert (
+        main.main(
+            ["data", "convert", str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "c.jsonl")]
+        )
+        == 2
+    )
+    assert (
+        main.main(["data", "convert", str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "c.txt")])
+        == 2
+    )
+    capsys.readouterr()
+
+
+def test_rows_that_cannot_be_read_keep_a_file_from_being_written_unless_they_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(lines([*records(3), {"prompt": "x", "completion": ""}]))
+    command = [
+        "data",
+        "convert",
+        str(tmp_path / "rows.jsonl"),
+        "--out",
+        str(tmp_path / "out.jsonl"),
+    ]
+    assert main.main(command) == 2 and not (tmp_path / "out.jsonl").exists()
+    assert main.main([*command, "--leave-out"]) == 0
+    assert "skipped: D101" in capsys.readouterr().out
+    assert len(prompts(str(tmp_path / "out.jsonl"))) == 3
+
+
+def test_split_rows_are_those_that_a_run_would_hold_out_and_no_prompt_is_in_two(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(lines(records(200) + records(200)))
+    shares = ["--validation", "0.1", "--test", "0.2"]
+    assert (
+        main.main(
+            ["data", "split", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "s"), *shares]
+        )
+        == 0
+    )
+    sides = [
+        set(prompts(str(tmp_path / "s" / f"{name}.jsonl")))
+        for name in ("train", "validation", "test")
+    ]
+    assert [len(side) for side in sides] == [140, 20, 40] and len(set.union(*sides)) == 200
+    held = [row.messages[0]["content"] for row in held_out_of(str(tmp_path / "rows.jsonl"), 0.1)]
+    assert sides[1] == set(held)
+
+
+def held_out_of(path: str, share: float) -> list[Any]:
+    from veneer.data.split import split_by_shares
+
+    return split_by_shares(scan_rows(path)[0], [share])[1]
+
+
+def test_a_sample_is_drawn_by_content_and_seed_in_the_order_of_the_rows(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(lines(records(100)))
+    drawn = {}
+    for seed, name in ((0, "a"), (0, "b"), (1, "c")):
+        out = str(tmp_path / f"{name}.jsonl")
+        command = [
+            "data",
+            "sample",
+            str(tmp_path / "rows.jsonl"),
+            "20",
+            "--out",
+            out,
+            "--seed",
+            str(seed),
+        ]
+        assert main.main(command) == 0
+        drawn[name] = prompts(out)
+    assert drawn["a"] == drawn["b"] != drawn["c"]
+    numbers = [int(each.split()[1]) for each in drawn["a"]]
+    assert len(numbers) == 20 and numbers == sorted(numbers)
