@@ -116,6 +116,8 @@ def page(rows: dict[str, str], names: Iterable[str]) -> str:
             " trained, by name."
         ),
         "",
+        "- Which code computes the layers of each family: [layers](layers.md).",
+        "",
         (
             "- **mix tokens by attention**: layers with a state (linear attention, state spaces,"
             " short convolutions) read documents that stand end to end as one; only kernels for"

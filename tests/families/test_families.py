@@ -4,10 +4,12 @@ tests/soak/models/test_families.py has all families."""
 
 import pytest
 
+from tests.families import layers
 from tests.families.declared import DECLARED, NOT_COMPARED
 from tests.families.measure import measure
 from tests.families.models import SAMPLE, names
 from tests.families.page import LIMITS, PAGE, Result, left_of, rows_of
+from veneer.kernels.bindings.library import has_bf16
 
 pytest.importorskip("peft")
 
@@ -18,6 +20,16 @@ def test_a_family_agrees_with_transformers_and_peft(name):
     assert found.built is None and not found.wrong
     assert rows_of(PAGE.read_text())[name] == found.row, (
         f"python -m tests.families '{name}' writes it anew"
+    )
+
+
+@pytest.mark.skipif(not has_bf16(), reason="the page is of a processor with bf16 instructions")
+@pytest.mark.parametrize("name", ["qwen2", "mamba"])
+def test_the_layers_of_a_family_are_computed_as_the_page_says(name):
+    start = layers.row_start(*layers.layer_paths(name))
+    (row,) = (line for line in layers.PAGE.read_text().splitlines() if line.startswith(start))
+    assert name in row.removesuffix(" |").rpartition(" | ")[2].split("; "), (
+        "python -m tests.families.layers writes it anew"
     )
 
 

@@ -1,0 +1,124 @@
+"""Writes docs/layers.md: by which path the layers of each family are computed.
+
+    python -m tests.families.layers       all families that docs/families.md compares (20 minutes)
+
+A family is its small random model in bfloat16 with a LoRA adapter on every linear layer. Training
+is asked of execution/train_step.py, decoding of execution/decode_step.py.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import tempfile
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from datetime import date
+from pathlib import Path
+
+import veneer
+from tests.families.models import save_family
+from tests.families.page import PAGE as FAMILIES
+from tests.families.page import rows_of
+from veneer.adapters.config import LoRA
+from veneer.bases.quiet_transformers import quiet
+from veneer.errors import VeneerError
+from veneer.execution.decode_step import forward_by_layers
+from veneer.execution.train_step import (
+    FusedAttention,
+    FusedGate,
+    FusedLayer,
+    FusedNorm,
+    replacements,
+)
+
+PAGE = Path(__file__).parents[2] / "docs" / "layers.md"
+KINDS = {
+    FusedLayer: "whole layers",
+    FusedAttention: "attention",
+    FusedGate: "gates",
+    FusedNorm: "norms",
+}
+"""What kernels compute as one node of the graph, in the page's words."""
+OWN = "the model's own code"
+HEAD = f"""# Layers
+
+Written by `python -m tests.families.layers` on {{date}}. It says which code computes the layers of
+each family (see [families](families.md)): small random models in bfloat16 with a LoRA adapter on
+every linear layer, on a processor with bf16 instructions.
+
+- **training**: what the kernels compute as one node of the graph. The rest is {OWN}, with the
+  adapters' products. *Whole layers* is the fastest path: one node computes a decoder layer.
+- **decoding**: *layer by layer* means that Veneer calls the parts of each layer itself, over blocks
+  of keys and values. Else the model's own forward runs, and the table says why.
+"""
+LAYERS = "layer by layer"
+
+
+def layer_paths(name: str) -> tuple[str, str]:
+    """Returns how a family's layers are computed, in training and in decoding."""
+    with quiet(), tempfile.TemporaryDirectory() as folder:
+        base = veneer.load(str(save_family(name, Path(folder))), dtype="bfloat16", device="cpu")
+        _ = base.paths  # switches the model to packed attention
+        by_layers = forward_by_layers(base.model)
+        decoding = by_layers if isinstance(by_layers, str) else LAYERS
+        base.attach(LoRA(rank=2), name="a")
+        counts = Counter(type(stand_in) for stand_in in replacements(base.model).values())
+    kinds = [word for kind, word in KINDS.items() if counts[kind]]
+    if counts[FusedLayer]:
+        kinds = [KINDS[FusedLayer]]
+    return ", ".join(kinds) or OWN, decoding
+
+
+def _reason(text: str) -> str:
+    """Removes numbers, names of classes and lists of parts, in which equal reasons differ."""
+    text = re.sub(r" by [\d.]+e[+-]\d+", "", text).replace("|", "/")
+    text = re.sub(r"\b\w+(For\w+|LMHeadModel|Decoder)\b", "it", text)
+    text = text.removeprefix("no layer of it is taken apart: ")
+    text = re.sub(r"(other parts than Llama|it does not take [\w ]+)\b.*", r"\1", text)
+    text = re.sub(r"it has no [\w, ]+", "its parts have other names", text)
+    text = re.sub(r"only \d+ of \d+ layers of it .*", "some layers have no attention", text)
+    return re.sub(r"\d+ times for \d+ layers", "more than once a layer", text)
+
+
+def row_start(training: str, decoding: str) -> str:
+    """Returns how a row of the page begins."""
+    return f"| {training} | {_reason(decoding)} | "
+
+
+def page(paths: dict[str, tuple[str, str]]) -> str:
+    """Returns the page, with families of equal paths in one row."""
+    groups: dict[str, list[str]] = {}
+    for name, (training, decoding) in sorted(paths.items()):
+        groups.setdefault(row_start(training, decoding), []).append(name)
+    order = [*KINDS.values(), OWN]
+    lines = ["| training | decoding | families |", "|---|---|---|"]
+    for start, names in sorted(
+        groups.items(),
+        key=lambda item: (
+            order.index(item[0][2:].split(" |")[0].split(",")[0]),
+            LAYERS not in item[0],
+            item[0],
+        ),
+    ):
+        lines.append(f"{start}{'; '.join(names)} |")
+    return HEAD.format(date=f"{date.today():%d %B %Y}") + "\n" + "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    names = [name for name, row in rows_of(FAMILIES.read_text()).items() if row.startswith("|")]
+    paths = {}
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=25) as pool:
+        for name in names:
+            try:
+                paths[name] = pool.submit(layer_paths, name).result()
+            except VeneerError as refusal:
+                print(name, str(refusal).splitlines()[0], sep=" | ", flush=True)
+            else:
+                print(name, *paths[name], sep=" | ", flush=True)
+    PAGE.write_text(page(paths))
+
+
+if __name__ == "__main__":
+    main()
