@@ -24,7 +24,7 @@ from veneer.cli.training.compare import _comparison_table
 from veneer.comparison import environment
 from veneer.comparison.conclusion import conclude
 from veneer.comparison.execute import JobRunner
-from veneer.comparison.jobs import Asking, CommandJob, Outcome, run_jobs, together
+from veneer.comparison.jobs import CommandJob, JobGenerator, Outcome, run_jobs, run_together
 from veneer.comparison.local import LocalExecutor
 from veneer.comparison.pace import Pace
 from veneer.comparison.page import make_page
@@ -406,7 +406,7 @@ class Losses:
 
     def train(
         self, candidate: Any, *, rate: float, seed: int, steps: int, with_result: bool
-    ) -> Asking[Any]:
+    ) -> JobGenerator[Any]:
         self.asked.append(rate)
         config = candidate.config.model_copy(update={"learning_rate": rate})
         yield from ()
@@ -469,13 +469,13 @@ class Pretended(LocalExecutor):
         super().__init__()
         self.ran: list[str] = []
 
-    def over(self, say: Any) -> tuple[CommandJob, Outcome]:
+    def wait_for_job(self, say: Any) -> tuple[CommandJob, Outcome]:
         job = self._waiting.popleft()
         self.ran.append(job.what)
         return job, Outcome(0, job.what, "", ())
 
 
-def asked(*names: str) -> Asking[str]:
+def asked(*names: str) -> JobGenerator[str]:
     said = ""
     for name in names:
         _, outcome = yield [CommandJob(name, Path(), (), CANDIDATE.config)]
@@ -485,8 +485,8 @@ def asked(*names: str) -> Asking[str]:
 
 def test_what_is_asked_together_is_answered_in_order_and_the_first_is_finished_first() -> None:
     place = Pretended()
-    first = together([asked("a", "b"), asked(), asked("c")])
-    assert run_jobs(together([first, asked("d", "e")]), place, lambda text: None) == [
+    first = run_together([asked("a", "b"), asked(), asked("c")])
+    assert run_jobs(run_together([first, asked("d", "e")]), place, lambda text: None) == [
         ["ab", "", "c"],
         "de",
     ]

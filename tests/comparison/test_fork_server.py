@@ -111,14 +111,14 @@ def test_a_run_ends_with_its_server_and_the_next_one_gets_another(
             os.kill(killed[0], signal.SIGKILL)
 
     try:
-        here.take([job("a", 100_000), job("b", 1)])
-        _, outcome = here.over(kill_once_it_steps)
+        here.queue([job("a", 100_000), job("b", 1)])
+        _, outcome = here.wait_for_job(kill_once_it_steps)
         assert outcome.code == -signal.SIGKILL and killed
         waited(lambda: (tmp_path / "a" / "checkpoints").is_dir())  # SIGTERM reached it
         at = steps_of(tmp_path / "a")
         time.sleep(1)
         assert steps_of(tmp_path / "a") == at
-        _, outcome = here.over(lambda _: None)
+        _, outcome = here.wait_for_job(lambda _: None)
         assert outcome.code == 0, outcome.talk
     finally:
         here.stop()

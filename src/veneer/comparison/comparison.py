@@ -17,7 +17,7 @@ from veneer.bases.loading.without_weights import load_skeleton
 from veneer.comparison.conclusion import conclude
 from veneer.comparison.execute import JobRunner
 from veneer.comparison.figures import CandidateResult, make_figures
-from veneer.comparison.jobs import Asking, JobExecutor, Say, run_jobs, together
+from veneer.comparison.jobs import JobExecutor, JobGenerator, Say, run_jobs, run_together
 from veneer.comparison.pace import Pace
 from veneer.comparison.page import make_page
 from veneer.comparison.plan import Candidate, Comparison
@@ -42,7 +42,7 @@ def run_comparison(comparison: Comparison, executor: JobExecutor, say: Say) -> d
     _refuse_free_text(comparison, rows)
     width = hidden_size(load_skeleton(comparison.base).model.config)
     try:
-        environment = executor.look(
+        environment = executor.inspect(
             comparison.base, [candidate.config for candidate in comparison.candidates]
         )
         for line in environment.lines:
@@ -63,9 +63,13 @@ def run_comparison(comparison: Comparison, executor: JobExecutor, say: Say) -> d
         runner = JobRunner(
             comparison, width, environment.circumstances, say, ran=[], pace=Pace(runs)
         )
-        candidates = together(_candidate(runner, candidate) for candidate in comparison.candidates)
-        asking: Asking[list[Any]] = together([runner.evaluate("the base", None), candidates])
-        base, results = run_jobs(asking, executor, lambda text: say(runner.pace.line(text)))
+        candidates = run_together(
+            _candidate(runner, candidate) for candidate in comparison.candidates
+        )
+        generator: JobGenerator[list[Any]] = run_together(
+            [runner.evaluate("the base", None), candidates]
+        )
+        base, results = run_jobs(generator, executor, lambda text: say(runner.pace.line(text)))
     finally:
         executor.stop()
     figures = make_figures(comparison, results, base, rows)
@@ -105,7 +109,7 @@ def with_dtype(candidate: Candidate, dtype: DtypeName) -> Candidate:
     return replace(candidate, config=candidate.config.model_copy(update={"dtype": dtype}))
 
 
-def _candidate(runner: JobRunner, candidate: Candidate) -> Asking[CandidateResult]:
+def _candidate(runner: JobRunner, candidate: Candidate) -> JobGenerator[CandidateResult]:
     comparison = runner.comparison
     if comparison.steps is not None:
         steps = comparison.steps
@@ -116,12 +120,12 @@ def _candidate(runner: JobRunner, candidate: Candidate) -> Asking[CandidateResul
     if best is None:
         return CandidateResult(candidate, trials, None, [], [])
     rate, seeds = trials[best][0], range(comparison.seeds)
-    runs = yield from together(
+    runs = yield from run_together(
         runner.train(candidate, rate=rate, seed=seed, steps=steps, with_result=True)
         for seed in seeds
     )
     successful = [run for run in runs if run.failure is None]
-    evaluations = yield from together(
+    evaluations = yield from run_together(
         runner.evaluate(f"{candidate.name}, seed {seed}", run)
         for seed, run in enumerate(successful)
     )

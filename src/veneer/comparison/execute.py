@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.comparison.environment import folder_hash
-from veneer.comparison.jobs import RUNNING, Asking, CommandJob, Outcome, Say
+from veneer.comparison.jobs import RUNNING, CommandJob, JobGenerator, Outcome, Say
 from veneer.comparison.pace import Pace
 from veneer.comparison.plan import Candidate, Comparison
 from veneer.errors import DataError, VeneerError
@@ -71,7 +71,7 @@ class JobRunner:
 
     def train(
         self, candidate: Candidate, *, rate: float, seed: int, steps: int, with_result: bool
-    ) -> Asking[FinishedRun]:
+    ) -> JobGenerator[FinishedRun]:
         """Trains a candidate. with_result: its adapter or model must exist, not only its
         figures.
         """
@@ -126,7 +126,7 @@ class JobRunner:
         self.pace.finished(made=True)
         return run
 
-    def evaluate(self, name: str, run: FinishedRun | None) -> Asking[dict[str, Any]]:
+    def evaluate(self, name: str, run: FinishedRun | None) -> JobGenerator[dict[str, Any]]:
         """Returns `veneer evaluate --json` of a run on the test rows, or of the base without a run.
 
         Predictions are written beside it, to `predictions.jsonl`. The evaluation records their hash

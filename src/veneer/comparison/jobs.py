@@ -55,22 +55,22 @@ class Outcome:
     command: tuple[str, ...]
 
 
-Over = tuple[CommandJob, Outcome]
-Asking = Generator[Sequence[CommandJob], Over, T]
+FinishedJob = tuple[CommandJob, Outcome]
+JobGenerator = Generator[Sequence[CommandJob], FinishedJob, T]
 
 
 class JobExecutor(Protocol):
     """Runs jobs."""
 
-    def look(self, base: str, asked: Sequence[RunConfig]) -> NodeEnvironment:
+    def inspect(self, base: str, configs: Sequence[RunConfig]) -> NodeEnvironment:
         """Returns what is available for these settings of runs. Called first."""
         ...
 
-    def take(self, jobs: Sequence[CommandJob]) -> None:
+    def queue(self, jobs: Sequence[CommandJob]) -> None:
         """Queues jobs, before those that wait already: they are needed first."""
         ...
 
-    def over(self, say: Say) -> Over:
+    def wait_for_job(self, say: Say) -> FinishedJob:
         """Waits for a job to finish. say: receives its progress. Raises Interrupted."""
         ...
 
@@ -79,32 +79,32 @@ class JobExecutor(Protocol):
         ...
 
 
-def together(asking: Iterable[Asking[T]]) -> Asking[list[T]]:
+def run_together(generators: Iterable[JobGenerator[T]]) -> JobGenerator[list[T]]:
     """Runs several generators; returns their results in order."""
-    children, owners, results = list(asking), dict[CommandJob, int](), dict[int, T]()
+    children, owners, results = list(generators), dict[CommandJob, int](), dict[int, T]()
 
-    def advanced(index: int, over: Over | None) -> Sequence[CommandJob]:
+    def advanced(index: int, finished: FinishedJob | None) -> Sequence[CommandJob]:
         try:
-            jobs = next(children[index]) if over is None else children[index].send(over)
+            jobs = next(children[index]) if finished is None else children[index].send(finished)
         except StopIteration as end:
             results[index] = end.value
             return []
         owners.update(dict.fromkeys(jobs, index))
         return jobs
 
-    wanted = [job for index in range(len(children)) for job in advanced(index, None)]
+    jobs = [job for index in range(len(children)) for job in advanced(index, None)]
     while len(results) < len(children):
-        over = yield wanted
-        wanted = list(advanced(owners.pop(over[0]), over))
+        finished = yield jobs
+        jobs = list(advanced(owners.pop(finished[0]), finished))
     return [results[index] for index in range(len(children))]
 
 
-def run_jobs(asking: Asking[T], executor: JobExecutor, say: Say) -> T:
+def run_jobs(generator: JobGenerator[T], executor: JobExecutor, say: Say) -> T:
     """Runs a generator's jobs at an executor; returns its result."""
     try:
-        executor.take(next(asking))
+        executor.queue(next(generator))
         while True:
-            executor.take(asking.send(executor.over(say)))
+            executor.queue(generator.send(executor.wait_for_job(say)))
     except StopIteration as end:
         return end.value
 

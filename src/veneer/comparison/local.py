@@ -22,7 +22,7 @@ from pathlib import Path
 
 from veneer.child import end_with_parent, environment_for, module_command
 from veneer.comparison.environment import NodeEnvironment, find_environment
-from veneer.comparison.jobs import CommandJob, Outcome, Over, Say, interrupted
+from veneer.comparison.jobs import CommandJob, FinishedJob, Outcome, Say, interrupted
 from veneer.training.config import RunConfig
 from veneer.training.state.checkpoint import newest_valid
 
@@ -35,13 +35,13 @@ class LocalExecutor:
         self._waiting = deque[CommandJob]()
         self._server: ForkServer | None = None
 
-    def look(self, base: str, asked: Sequence[RunConfig]) -> NodeEnvironment:
+    def inspect(self, base: str, asked: Sequence[RunConfig]) -> NodeEnvironment:
         return find_environment(base, asked)
 
-    def take(self, jobs: Sequence[CommandJob]) -> None:
+    def queue(self, jobs: Sequence[CommandJob]) -> None:
         self._waiting.extendleft(reversed(jobs))
 
-    def over(self, say: Say) -> Over:
+    def wait_for_job(self, say: Say) -> FinishedJob:
         job = self._waiting.popleft()
         try:
             outcome = self._command(job_command(job), lambda: say(f"{job.what}: {job.step()}"))

@@ -18,7 +18,7 @@ import torch
 
 from veneer.bases.loading.from_config import blueprint
 from veneer.comparison.environment import NodeEnvironment
-from veneer.comparison.jobs import RUNNING, CommandJob, Outcome, Over, Say, interrupted
+from veneer.comparison.jobs import RUNNING, CommandJob, FinishedJob, Outcome, Say, interrupted
 from veneer.comparison.ray_cluster import connect
 from veneer.comparison.ray_trial import (
     ROWS,
@@ -61,10 +61,10 @@ class RayExecutor:
         self._gpus = 1 if self._ray.cluster_resources().get("GPU", 0) else 0
         self._circumstances: dict[str, str] = {}
         self._tasks: dict[Any, CommandJob] = {}
-        self._over: list[Over] = []
+        self._over: list[FinishedJob] = []
         self._memory: dict[str, int] = {}
 
-    def look(self, base: str, configs: Sequence[RunConfig]) -> NodeEnvironment:
+    def inspect(self, base: str, configs: Sequence[RunConfig]) -> NodeEnvironment:
         settings = json.dumps([config.model_dump(mode="json") for config in configs])
         task = self._ray.remote(look).options(**self._room(PROCESS_BYTES))
         environment = NodeEnvironment(
@@ -75,7 +75,7 @@ class RayExecutor:
         self._circumstances = environment.circumstances
         return environment
 
-    def take(self, jobs: Sequence[CommandJob]) -> None:
+    def queue(self, jobs: Sequence[CommandJob]) -> None:
         for job in jobs:
             request = self._request_of(job)
             if (outcome := self._earlier_outcome(request)) is not None:
@@ -91,7 +91,7 @@ class RayExecutor:
             )
             self._tasks[task.remote(json.dumps(asdict(request)))] = job
 
-    def over(self, say: Say) -> Over:
+    def wait_for_job(self, say: Say) -> FinishedJob:
         try:
             while not self._over:
                 ended, _ = self._ray.wait(list(self._tasks), timeout=1.0)

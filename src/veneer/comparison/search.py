@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 
 from veneer.comparison.execute import FinishedRun, JobRunner
-from veneer.comparison.jobs import Asking, together
+from veneer.comparison.jobs import JobGenerator, run_together
 from veneer.comparison.plan import Candidate
 
 PROBE_STEPS = 6
 
 
-def steps_within(runner: JobRunner, candidate: Candidate, seconds: float) -> Asking[int]:
+def steps_within(runner: JobRunner, candidate: Candidate, seconds: float) -> JobGenerator[int]:
     """Returns the optimizer steps that fit into this training time, from a short run on this
     machine.
     """
@@ -33,7 +33,7 @@ def steps_within(runner: JobRunner, candidate: Candidate, seconds: float) -> Ask
 
 def search(
     runner: JobRunner, candidate: Candidate, steps: int
-) -> Asking[tuple[list[tuple[float, FinishedRun]], int | None]]:
+) -> JobGenerator[tuple[list[tuple[float, FinishedRun]], int | None]]:
     """Returns ((rate, run) by increasing rate, index of the best or None if every run failed)."""
     comparison = runner.comparison
     default = candidate.config.peak_learning_rate(runner.hidden_size)
@@ -47,7 +47,7 @@ def search(
     extensions_left = comparison.extend if len(factors) > 1 else 0
     while True:
         new = [rate for rate in dict.fromkeys(map(rate_of, factors)) if rate not in runs]
-        finished = yield from together(
+        finished = yield from run_together(
             runner.train(candidate, rate=rate, seed=0, steps=steps, with_result=False)
             for rate in new
         )

@@ -251,8 +251,10 @@ def _read(folder: Path) -> DataSet:
     description = read_json(folder / DESCRIPTION, max_bytes=2**32)
     train, validation = (StoredExamples(folder / name) for name in ("train", "validation"))
     report = description["report"]
-    problems = [Problem(**{**each, "lines": tuple(each["lines"])}) for each in report["problems"]]
-    histogram = [tuple(each) for each in report["histogram"]]
+    problems = [
+        Problem(**{**problem, "lines": tuple(problem["lines"])}) for problem in report["problems"]
+    ]
+    histogram = [tuple(cell) for cell in report["histogram"]]
     mixture = description["mixture"]
     return DataSet(
         train,
@@ -266,8 +268,8 @@ def _read(folder: Path) -> DataSet:
         description["fingerprint"],
         Preamble(description["preamble"][0], description["preamble"][1]),
         None if mixture is None else Mixture(tuple(mixture[0]), tuple(mixture[1])),
-        [SetSize(**each) for each in description["sets"]],
-        [SetSize(**each) for each in description["held"]],
+        [SetSize(**size) for size in description["sets"]],
+        [SetSize(**size) for size in description["held"]],
         in_files=(
             f"tokens in files: {len(train) + len(validation):,} examples, {size(_bytes(folder))}"
         ),

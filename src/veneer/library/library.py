@@ -106,9 +106,9 @@ class Library(LibraryFolder):
 
     def get(self, reference: str) -> Entry:
         """Finds the version that name, name@2 or name@tag means. ConfigError lists what exists."""
-        wanted = parse_reference(reference)
+        parsed = parse_reference(reference)
         self._require()
-        return Entry(wanted.name, chosen_version(wanted, self.record(wanted.name)))
+        return Entry(parsed.name, chosen_version(parsed, self.record(parsed.name)))
 
     def has(self, reference: str) -> bool:
         """Returns whether an adapter of that name exists, in any version."""
@@ -231,22 +231,22 @@ class Library(LibraryFolder):
 
     def remove(self, reference: str) -> list[Entry]:
         """Removes a version, or a name with all its versions. `collect` removes the objects."""
-        wanted = parse_reference(reference)
+        parsed = parse_reference(reference)
         self._require()
         with self._changing():
-            record = self.record(wanted.name)
-            if wanted == Reference(wanted.name):
+            record = self.record(parsed.name)
+            if parsed == Reference(parsed.name):
                 removed, remaining = record.versions, []
             else:
-                removed = [chosen_version(wanted, record)]
+                removed = [chosen_version(parsed, record)]
                 remaining = [version for version in record.versions if version != removed[0]]
             if remaining:
                 write_record(
-                    self._file(wanted.name), record.model_copy(update={"versions": remaining})
+                    self._file(parsed.name), record.model_copy(update={"versions": remaining})
                 )
             else:
-                self._file(wanted.name).unlink()
-        return [Entry(wanted.name, version) for version in removed]
+                self._file(parsed.name).unlink()
+        return [Entry(parsed.name, version) for version in removed]
 
     def rename(self, old: str, new: str) -> None:
         """Renames at once: every version has the old name or the new one at any moment."""
@@ -272,12 +272,12 @@ class Library(LibraryFolder):
 
         A tag belongs to one version: another version of this name that had an added tag loses it.
         """
-        wanted = parse_reference(reference)
+        parsed = parse_reference(reference)
         added, dropped = {check_tag(text) for text in tag}, {check_tag(text) for text in untag}
         self._require()
         with self._changing():
-            record = self.record(wanted.name)
-            chosen = chosen_version(wanted, record)
+            record = self.record(parsed.name)
+            chosen = chosen_version(parsed, record)
             if missing := sorted(dropped - set(chosen.tags)):
                 tags = ", ".join(chosen.tags) or "none"
                 raise ConfigError(
@@ -293,8 +293,8 @@ class Library(LibraryFolder):
                     update["note"] = version.note if note is None else _checked_note(note)
                     chosen = version.model_copy(update=update)
                 versions.append(version.model_copy(update=update))
-            write_record(self._file(wanted.name), record.model_copy(update={"versions": versions}))
-        return Entry(wanted.name, chosen)
+            write_record(self._file(parsed.name), record.model_copy(update={"versions": versions}))
+        return Entry(parsed.name, chosen)
 
     def collect(self, *, keep: int = 1, apply: bool = True) -> Leftovers:
         """Removes what nobody needs; apply=False only reports it and changes neither files nor

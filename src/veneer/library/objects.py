@@ -83,14 +83,14 @@ def listed_files(manifest: bytes, where: str) -> dict[str, dict[str, Any]]:
 
 
 @contextmanager
-def receiving(objects: Path, wanted: str, needed_bytes: int) -> Iterator[Path | None]:
+def receiving(objects: Path, object_hash: str, needed_bytes: int) -> Iterator[Path | None]:
     """Yields a folder to fill with the object's files and its MANIFEST.json, None if it exists
     intact.
 
     On leaving, every byte must match the id, or nothing is stored. CorruptFileError lists the
     differences.
     """
-    folder = objects / wanted
+    folder = objects / object_hash
     if os.path.lexists(folder):
         if not object_faults(folder):
             yield None
@@ -101,9 +101,9 @@ def receiving(objects: Path, wanted: str, needed_bytes: int) -> Iterator[Path | 
         with atomic_folder(folder, needed_bytes=needed_bytes) as partial:
             started = True
             yield partial
-            if faults := object_faults(partial, wanted=wanted):
+            if faults := object_faults(partial, object_hash=object_hash):
                 raise CorruptFileError(
-                    f"object {wanted[:12]}… arrived damaged",
+                    f"object {object_hash[:12]}… arrived damaged",
                     faults,
                     "Try again; nothing of it was stored.",
                 )
@@ -123,12 +123,12 @@ def set_aside(folder: Path) -> None:
 def put(objects: Path, files: Mapping[str, Content]) -> str:
     """Copies files into the store unless it has them; returns their object's id."""
     manifest = manifest_text(files)
-    wanted = object_id(manifest)
+    object_hash = object_id(manifest)
     needed = sum(
         len(content) if isinstance(content, bytes) else content.stat().st_size
         for content in files.values()
     )
-    with receiving(objects, wanted, needed) as partial:
+    with receiving(objects, object_hash, needed) as partial:
         if partial is not None:
             for name, content in files.items():
                 if isinstance(content, bytes):
@@ -136,12 +136,12 @@ def put(objects: Path, files: Mapping[str, Content]) -> str:
                 else:
                     shutil.copyfile(content, partial / name)
             (partial / MANIFEST).write_text(manifest, encoding="utf-8")
-    return wanted
+    return object_hash
 
 
-def object_faults(folder: Path, *, wanted: str | None = None) -> list[str]:
+def object_faults(folder: Path, *, object_hash: str | None = None) -> list[str]:
     """Lists what is wrong with an object's folder; empty if every byte matches its id."""
-    expected = folder.name if wanted is None else wanted
+    expected = folder.name if object_hash is None else object_hash
     if not folder.is_dir():
         return [f"object {expected[:12]}… is missing"]
     if not (folder / MANIFEST).is_file() or (folder / MANIFEST).is_symlink():

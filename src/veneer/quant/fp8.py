@@ -51,12 +51,12 @@ class FP8(FileWeight):
     @classmethod
     def joined(cls, weights: Sequence[Self]) -> Self:
         """Blocks that would lie across two of them are cut into smaller ones of the same scale."""
-        if len({each.block[1] for each in weights}) > 1:
+        if len({weight.block[1] for weight in weights}) > 1:
             raise ValueError(
                 "weights that the model holds as one have scales for other numbers of columns"
             )
         return super().joined(
-            [each._of_rows(math.gcd(*(other.shape[-2] for other in weights))) for each in weights]
+            [weight._of_rows(math.gcd(*(w.shape[-2] for w in weights))) for weight in weights]
         )
 
     def _of_rows(self, rows: int) -> Self:

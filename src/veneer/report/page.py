@@ -179,8 +179,12 @@ def _figures(
 def _intervals(summary: Mapping[str, Any]) -> list[str]:
     """Returns the intervals of the held-out loss and of its change."""
     held_out = summary.get("held_out") or {}
-    named = ((name, held_out.get(key)) for name, key in (("", "loss"), ("change ", "change")))
-    return [f"{name}{interval_of_95(one['low'], one['high'])}" for name, one in named if one]
+    intervals = ((name, held_out.get(key)) for name, key in (("", "loss"), ("change ", "change")))
+    return [
+        f"{name}{interval_of_95(interval['low'], interval['high'])}"
+        for name, interval in intervals
+        if interval
+    ]
 
 
 def _loss_chart(start: Record, steps: Sequence[Record], evaluations: Sequence[Record]) -> str:
@@ -315,7 +319,10 @@ def recipe_rows(
     """
     defaults = _defaults(settings)
     values = flat({**settings, "data": settings.get("data") or {}})
-    rows = [(name, _said(value), _said(defaults.get(name))) for name, value in values.items()]
+    rows = [
+        (name, _setting_text(value), _setting_text(defaults.get(name)))
+        for name, value in values.items()
+    ]
     return [row for row in rows if row[1] != row[2]], [row for row in rows if row[1] == row[2]]
 
 
@@ -337,7 +344,7 @@ def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     return flat(defaults)
 
 
-def _said(value: Any) -> str:
+def _setting_text(value: Any) -> str:
     if value is None:
         return "–"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

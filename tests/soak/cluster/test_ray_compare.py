@@ -179,11 +179,11 @@ def test_what_was_stopped_goes_on_and_what_is_over_is_not_run_again_by_who_has_l
     class Stopped(RayExecutor):
         """Ctrl-C once a checkpoint is there."""
 
-        def over(self, say: Any) -> Any:
+        def wait_for_job(self, say: Any) -> Any:
             if any("lora" in job.what for job in self._tasks.values()):
                 wait_for_a_checkpoint(store)
                 raise RunInterrupted("stopped")
-            return super().over(say)
+            return super().wait_for_job(say)
 
     with pytest.raises(RunInterrupted):
         veneer.compare(

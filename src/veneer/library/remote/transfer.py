@@ -60,9 +60,9 @@ def pull(
         return pull_from_hub(library, address, name=name)
     if reference is None:
         raise ConfigError("no adapter was named", [], "Name it: NAME, NAME@2 or NAME@tag.")
-    wanted, remote = parse_reference(reference), remote_at(address)
-    version = _find_version(remote, wanted)
-    check_name(name or wanted.name)
+    parsed, remote = parse_reference(reference), remote_at(address)
+    version = _find_version(remote, parsed)
+    check_name(name or parsed.name)
     with library.receiving():
         fetch_object(library, remote, version.object)
         from veneer.formats.adapter import read_adapter  # loads torch
@@ -70,14 +70,14 @@ def pull(
 
         facts = facts_of(read_adapter(library.objects / version.object))
         return library.point(
-            name or wanted.name, version.object, facts, tags=version.tags, note=version.note
+            name or parsed.name, version.object, facts, tags=version.tags, note=version.note
         )
 
 
-def _find_version(remote: Remote, wanted: Reference) -> Version:
-    record = remote.record(wanted.name)
+def _find_version(remote: Remote, parsed: Reference) -> Version:
+    record = remote.record(parsed.name)
     if record is None:
         names = remote.names()
         listed = "" if names is None else f"There is: {', '.join(names[:12]) or 'nothing'}."
-        raise SourceError(f"no adapter {wanted.name!r} at {remote.address}", [], listed)
-    return chosen_version(wanted, record)
+        raise SourceError(f"no adapter {parsed.name!r} at {remote.address}", [], listed)
+    return chosen_version(parsed, record)

@@ -140,15 +140,15 @@ class Prompts:
             )
 
     @staticmethod
-    def most_new(ids: Sequence[int], wanted: int | None, places: int, front_places: int) -> int:
+    def most_new(ids: Sequence[int], max_new: int | None, places: int, front_places: int) -> int:
         """Returns how many new tokens an answer may have.
 
         places: for prompt and answer together. Refusal: the prompt is too long.
         """
         left = places - len(ids)
-        if left < 1 or (wanted or 1) > left:
+        if left < 1 or (max_new or 1) > left:
             asked = f"{len(ids):,} tokens of prompt" + (
-                f" and {wanted:,} new ones" if wanted else ""
+                f" and {max_new:,} new ones" if max_new else ""
             )
             behind = f", behind the adapter's prefix of {front_places:,}" if front_places else ""
             raise Refusal(
@@ -157,7 +157,7 @@ class Prompts:
                 "max_tokens" if left >= 1 else "messages",
                 "context_length_exceeded",
             )
-        return wanted or left
+        return max_new or left
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)

@@ -49,14 +49,14 @@ def details(library: Library, entry: Entry) -> dict[str, Any]:
     }
 
 
-def angle_between(library: Library, one: Entry, other: Entry) -> dict[str, Any]:
+def angle_between(library: Library, first: Entry, second: Entry) -> dict[str, Any]:
     """Returns cosines between the updates of two adapters, in total and by layer; null where one
     changes nothing."""
-    with _name_in_errors(library, one), _name_in_errors(library, other):
-        cosines = _angle(library.path(one.reference), library.path(other.reference))
+    with _name_in_errors(library, first), _name_in_errors(library, second):
+        cosines = _angle(library.path(first.reference), library.path(second.reference))
     return {
-        "reference": one.reference,
-        "against": other.reference,
+        "reference": first.reference,
+        "against": second.reference,
         "cosine": cosines.total,
         "by_layer": cosines.by_layer,
         "modules_in_both": cosines.in_both,
@@ -64,9 +64,9 @@ def angle_between(library: Library, one: Entry, other: Entry) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=256)
-def _angle(one: Path, other: Path) -> Angle:
+def _angle(first_folder: Path, second_folder: Path) -> Angle:
     """Compares two folders, whose names are their content's hashes."""
-    first, second = (updates(read_adapter(folder))[0] for folder in (one, other))
+    first, second = (updates(read_adapter(folder))[0] for folder in (first_folder, second_folder))
     return angle(first, second)
 
 

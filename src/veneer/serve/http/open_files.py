@@ -22,13 +22,13 @@ def raise_open_files() -> None:
     except ImportError:  # Windows has no such limit
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * MOST_CONNECTIONS + RESERVED_FILES
+    needed = 2 * MOST_CONNECTIONS + RESERVED_FILES
     if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        needed = min(needed, hard)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     with suppress(ValueError, OSError):  # macOS has a further limit that it does not report
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def room_for_connections() -> tuple[int, int]:
