@@ -61,7 +61,7 @@ class Lane:
     def let_go(self, attached: Collection[Attachment]) -> None:
         """Drops references to all adapters but these."""
         if self.acting is not None:
-            layers = [layer for adapter in attached for layer in adapter.beside.values()]
+            layers = [layer for adapter in attached for layer in adapter.wrapper_layers.values()]
             self._cache, self.acting = self.acting[1].plan.following(layers), None
         self._laid_out = {
             adapter: self._laid_out[adapter] for adapter in attached if adapter in self._laid_out

@@ -29,7 +29,7 @@ class AdaptedEmbedding(AdaptedModule):
 
     def adapted(self, adapters: Applied, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         (ids,) = (*args, *kwargs.values())
-        trained, layers = self.trained(adapters), self.beside(adapters)
+        trained, layers = self.trained(adapters), self.layers_of(adapters)
         y: Tensor = self.output_sum(trained, ids) if trained else self.base(ids)
         if not layers:
             return y
@@ -46,7 +46,7 @@ class AdaptedMatrix(AdaptedModule):
 
     def adapted(self, adapters: Applied, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         values = self.replaced(adapters)
-        for layer, weight in self.beside(adapters):
+        for layer, weight in self.layers_of(adapters):
             base_weight = values.get("weight", self.base.get_parameter("weight"))
             delta = low_rank_matrix(layer.A, layer.B, layer.scaling * weight)
             values["weight"] = base_weight + delta.to(base_weight.dtype)

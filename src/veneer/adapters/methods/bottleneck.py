@@ -96,7 +96,7 @@ class AdaptedBlock(AdaptedModule):
         out = self.base(*args, **kwargs)
         acting = self.routing.acting
         whole = acting.whole
-        if whole == () or not any(self.beside(part.adapters) for part in acting.parts):
+        if whole == () or not any(self.layers_of(part.adapters) for part in acting.parts):
             return out
         x = args[0] if args else kwargs["hidden_states"]
         plain = out[0] if isinstance(out, tuple) else out
@@ -104,7 +104,7 @@ class AdaptedBlock(AdaptedModule):
             y = self._add_updates(x, plain, whole, acting.keys)
         else:
             rows = plain.numel() // plain.shape[-1]
-            segments = [s for s in acting.segments(rows) if self.beside(s.adapters)]
+            segments = [s for s in acting.segments(rows) if self.layers_of(s.adapters)]
             outputs = [
                 self._add_updates(
                     cut(x, s.rows, rows),

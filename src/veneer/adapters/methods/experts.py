@@ -59,13 +59,13 @@ class AdaptedExperts(AdaptedModule):
         """Takes the base's arguments. A gated stack gets rows (M, D), expert numbers (M, top_k) and
         their weights."""
         acting = self.routing.acting
-        changed = any(self.beside(part.adapters) for part in acting.parts)
+        changed = any(self.layers_of(part.adapters) for part in acting.parts)
         trained = any(self.replaces(part.adapters) for part in acting.parts)
         if trained or not changed or not is_gated_stack(self.base):
             return super().forward(*args, **kwargs)
         hidden, index, weights = (*args, *kwargs.values())
         segments = acting.segments(len(hidden))
-        concerned = [segment for segment in segments if self.beside(segment.adapters)]
+        concerned = [segment for segment in segments if self.layers_of(segment.adapters)]
         if len(concerned) == len(segments):
             return self._by_expert(hidden, index, weights, acting)
         # Rows without adapters keep the bits of the base's own forward of all rows.
@@ -89,7 +89,7 @@ class AdaptedExperts(AdaptedModule):
         outputs, expert by expert, in a gated stack, and to the parameters in another module."""
         trained, stacks = self.trained(adapters), expert_parameters(self.base)
         alone = all(stands_alone(values) for name, values in trained.items() if name in stacks)
-        if is_gated_stack(self.base) and (not alone or self.beside(adapters)):
+        if is_gated_stack(self.base) and (not alone or self.layers_of(adapters)):
             hidden, index, weights = (*args, *kwargs.values())
             vectors = self.summed(
                 {name: values for name, values in trained.items() if name not in stacks}
@@ -104,7 +104,7 @@ class AdaptedExperts(AdaptedModule):
                 ),
             )
         parameters = self.summed(trained)
-        for layers, weight in self.beside(adapters):
+        for layers, weight in self.layers_of(adapters):
             for name, layer in layers.items():
                 parameter = parameters.get(name, self.base.get_parameter(name))
                 delta = low_rank_matrix(layer.A, layer.B, layer.scaling * weight)

@@ -30,14 +30,14 @@ from veneer.private.torch import parameters_of
 class _VocabularyModule(AdaptedModule):
     outside = True
 
-    def rows_beside(self, adapters: Applied) -> TokenRows | None:
-        return next((rows for rows, _ in self.beside(adapters)), None)
+    def token_rows_of(self, adapters: Applied) -> TokenRows | None:
+        return next((rows for rows, _ in self.layers_of(adapters)), None)
 
 
 class ExtendedEmbedding(_VocabularyModule):
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Embedding gives it
         acting = self.routing.acting
-        parts = {part.adapters: self.rows_beside(part.adapters) for part in acting.parts}
+        parts = {part.adapters: self.token_rows_of(part.adapters) for part in acting.parts}
         if not any(parts.values()):
             unchanged: Tensor = self.base(input)
             return unchanged
@@ -62,7 +62,7 @@ class ExtendedEmbedding(_VocabularyModule):
 class ExtendedHead(_VocabularyModule):
     def forward(self, input: Tensor) -> Tensor:
         acting = self.routing.acting
-        parts = {part.adapters: self.rows_beside(part.adapters) for part in acting.parts}
+        parts = {part.adapters: self.token_rows_of(part.adapters) for part in acting.parts}
         plain: Tensor = self.base(input)
         if not any(parts.values()):
             return plain
@@ -70,14 +70,14 @@ class ExtendedHead(_VocabularyModule):
         if acting.whole is not None:
             rows = parts[acting.whole]
             assert rows is not None
-            return rows.beside(plain, input, bias)
+            return rows.put_logits(plain, input, bias)
         width = max(plain.shape[-1], *(rows.end for rows in parts.values() if rows is not None))
         flat_h, flat_plain = input.flatten(0, -2), plain.flatten(0, -2)
         pieces = []
         for segment in acting.segments(rows_of(acting, (input,), {})):
             rows, piece = parts[segment.adapters], flat_plain[segment.rows]
             if rows is not None:
-                piece = rows.beside(piece, flat_h[segment.rows], bias)
+                piece = rows.put_logits(piece, flat_h[segment.rows], bias)
             pieces.append(F.pad(piece, (0, width - piece.shape[-1]), value=float("-inf")))
         return torch.cat(pieces).view(*plain.shape[:-1], width)
 
@@ -111,7 +111,7 @@ def put_tokens(site: Site, tokens: AddedTokens, embedding: nn.Module | None) -> 
     if tokens.head and not tied:
         places[at_head] = _rows(tokens, site, at_head)
     site.attachment.tokens = NewTokens(tokens.texts, tokens.ids, places)
-    layers = site.attachment.beside
+    layers = site.attachment.wrapper_layers
     layers[site.wrap(at_table, ExtendedEmbedding).key] = places[at_table]
     if tied or tokens.head:  # a tied head is the same tensor
         layers[site.wrap(at_head, ExtendedHead).key] = places.get(at_head, places[at_table])

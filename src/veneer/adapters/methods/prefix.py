@@ -71,7 +71,7 @@ class PrefixedDecoder(AdaptedModule):
         return out
 
     def _prefix_of(self, adapters: Applied) -> "PrefixLayer | None":
-        return next((layer for layer, _ in self.beside(adapters)), None)
+        return next((layer for layer, _ in self.layers_of(adapters)), None)
 
 
 def _positions(ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor:

@@ -36,14 +36,13 @@ def summed_change(base: Tensor, trained: Sequence[tuple[Tensor, float]]) -> Tens
 class Attachment:
     """An adapter that is attached to a base.
 
-    layers     path in the base model (experts: path of the 3-D parameter) -> layer of the method
-    values     full parameter path in the base -> the parameter trained in its place, in the base's
-               type
-    beside     key of a wrapper (wrapping.key_of) -> layer; the same layers, as wrappers look them
-               up
-    replaced   key of a wrapper -> parameters trained in full, by their names in the module
-    trained    modules trained in full
-    adaptable  number of places that the method could adapt; adapted: number that it adapts
+    layers          path in the base model (experts: path of the 3-D parameter) -> layer
+    values          full parameter path in the base -> the parameter trained in its place, in the
+                    base's type
+    wrapper_layers  key of a wrapper (wrapping.key_of) -> layer; the same layers
+    replaced        key of a wrapper -> parameters trained in full, by their names in the module
+    trained         modules trained in full
+    adaptable       number of places that the method could adapt
     """
 
     name: str
@@ -51,7 +50,7 @@ class Attachment:
     layers: dict[str, Layer] = field(default_factory=dict)
     values: dict[str, nn.Parameter] = field(default_factory=dict)
     trained: list[str] = field(default_factory=list)
-    beside: dict[str, Any] = field(default_factory=dict)
+    wrapper_layers: dict[str, Any] = field(default_factory=dict)
     replaced: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
     adaptable: int = 0
     places: int | None = None

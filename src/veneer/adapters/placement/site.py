@@ -54,12 +54,12 @@ class Site:
 
     def put(self, path: str, kind: type[Wrapper], layer: Layer) -> None:
         """Attaches `layer` to the module at `path`, in a wrapper of that kind."""
-        self.attachment.beside[self.wrap(path, kind).key] = layer
+        self.attachment.wrapper_layers[self.wrap(path, kind).key] = layer
         self.attachment.layers[path] = layer
 
     def put_stack(self, owner: str, parameter: str, kind: type[Wrapper], layer: Layer) -> None:
         """Attaches `layer` to a parameter of the module at `owner`."""
-        self.attachment.beside.setdefault(self.wrap(owner, kind).key, {})[parameter] = layer
+        self.attachment.wrapper_layers.setdefault(self.wrap(owner, kind).key, {})[parameter] = layer
         self.attachment.layers[f"{owner}.{parameter}"] = layer
 
     def replace(self, path: str, kind: type[Wrapper], parameter: str, value: nn.Parameter) -> None:

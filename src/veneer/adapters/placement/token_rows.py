@@ -57,7 +57,7 @@ class TokenRows:
         embeddings = F.embedding(self._order[place], self.rows).to(plain.dtype) * scale
         return torch.where(is_new[..., None], embeddings.to(plain.dtype), plain)
 
-    def beside(self, plain: Tensor, h: Tensor, bias: Tensor | None) -> Tensor:
+    def put_logits(self, plain: Tensor, h: Tensor, bias: Tensor | None) -> Tensor:
         """Returns the base's logits `plain` (..., V) of h (..., D) with new tokens' columns put
         in."""
         z = F.linear(h, self.rows.to(h.dtype)).to(plain.dtype)

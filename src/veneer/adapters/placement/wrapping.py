@@ -56,18 +56,20 @@ class AdaptedModule(nn.Module):
             return self.key not in mix.keys
         return not any(part.adapters for part in acting.parts)
 
-    def beside(self, adapters: Applied) -> list[tuple[Any, float]]:
+    def layers_of(self, adapters: Applied) -> list[tuple[Any, float]]:
         """Returns the layers that these adapters attached here, with the adapters' weights, in
         order."""
         key = self.key
-        return [(a.beside[key], weight) for a, weight in adapters if key in a.beside]
+        return [
+            (a.wrapper_layers[key], weight) for a, weight in adapters if key in a.wrapper_layers
+        ]
 
     def drawing(
         self, adapters: Applied, keys: TokenKeys | None
     ) -> list[tuple[Any, float, TokenKeys | None]]:
-        """Returns the layers of `beside`, each with its own dropout keys. An adapter draws the same
-        masks in a mix of adapters as by itself."""
-        layers = self.beside(adapters)
+        """Returns the layers of `layers_of`, each with its own dropout keys. An adapter draws the
+        same masks in a mix of adapters as by itself."""
+        layers = self.layers_of(adapters)
         if keys is None or (len(layers) == 1 and keys.number == 0):
             return [(layer, weight, keys) for layer, weight in layers]
         return [
@@ -121,7 +123,9 @@ class AdaptedModule(nn.Module):
     def concerned(self, adapters: Applied) -> bool:
         """Whether any of these adapters has a layer or a trained parameter here."""
         key = self.key
-        return any(key in adapter.beside or key in adapter.replaced for adapter, _ in adapters)
+        return any(
+            key in adapter.wrapper_layers or key in adapter.replaced for adapter, _ in adapters
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the base, and for each part that has adapters here, `adapted` on its rows."""

@@ -92,11 +92,13 @@ def _plain_loras(adapter: Attachment) -> tuple[dict[str, LoRALayer], frozenset[s
     linear = key_of(AdaptedLinear, "")
     layers = {
         key: layer
-        for key, layer in adapter.beside.items()
+        for key, layer in adapter.wrapper_layers.items()
         if key.startswith(linear) and isinstance(layer, LoRALayer) and layer.offset is None
         if key not in adapter.replaced
     }
-    return layers, frozenset(adapter.beside.keys() | adapter.replaced.keys()) - layers.keys()
+    return layers, frozenset(
+        adapter.wrapper_layers.keys() | adapter.replaced.keys()
+    ) - layers.keys()
 
 
 def changes_rows_alone(adapter: Attachment) -> bool:

@@ -42,7 +42,9 @@ def in_front(model: PreTrainedModel) -> int:
     if not isinstance(inner, PrefixedDecoder):
         return 0
     parts = inner.routing.acting.parts
-    return max(tokens_in_front(layer for layer, _ in inner.beside(part.adapters)) for part in parts)
+    return max(
+        tokens_in_front(layer for layer, _ in inner.layers_of(part.adapters)) for part in parts
+    )
 
 
 def some_ids(model: PreTrainedModel, count: int, seed: int) -> Tensor:
