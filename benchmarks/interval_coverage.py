@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from veneer.evaluation.intervals import Counts, OfTotals, interval, paired_difference
-from veneer.evaluation.metric import ratio
+from veneer.evaluation.metrics.metric import ratio
 
 ROWS = (5, 10, 20, 50, 200)
 SHARES = (0.5, 0.9, 0.97, 0.99)

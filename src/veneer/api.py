@@ -36,9 +36,9 @@ from veneer.evaluation.intervals import Counts
 from veneer.evaluation.label_figures import probabilities
 from veneer.evaluation.label_scores import Nats, label_scores
 from veneer.evaluation.labels import AUTO, checked_labels, with_accuracy
-from veneer.evaluation.registry import find_metrics
+from veneer.evaluation.metrics.registry import find_metrics
+from veneer.evaluation.metrics.user_function import UserFunction
 from veneer.evaluation.rows import RowOptions, load_rows
-from veneer.evaluation.user_function import UserFunction
 from veneer.formats.packed_base import WrittenBase, write_packed
 from veneer.library.library import Library
 from veneer.merge.combine.combine_run import combine_adapters as combine_adapters

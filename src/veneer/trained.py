@@ -11,7 +11,7 @@ from veneer.adapters.config import LoRA, Method
 from veneer.base import Base
 from veneer.data.files.writing import Record, is_rows
 from veneer.errors import ConfigError
-from veneer.evaluation.user_function import UserFunction
+from veneer.evaluation.metrics.user_function import UserFunction
 from veneer.files.home import expanded
 from veneer.report.notebook import screen_here
 from veneer.report.page import NAME as REPORT

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from veneer.evaluation.intervals import Counts, _beta_cdf, _t_quantile, interval, paired_difference
-from veneer.evaluation.json_fields import field_f1
-from veneer.evaluation.metric import ratio
+from veneer.evaluation.metrics.json_fields import field_f1
+from veneer.evaluation.metrics.metric import ratio
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "interval_coverage.py"
 

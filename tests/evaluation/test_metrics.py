@@ -13,18 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from veneer.errors import ConfigError
-from veneer.evaluation.exact import exact_match
-from veneer.evaluation.json_fields import (
+from veneer.evaluation.metrics.exact import exact_match
+from veneer.evaluation.metrics.json_fields import (
     FieldCounts,
     field_counts,
     field_f1,
     field_line,
     json_validity,
 )
-from veneer.evaluation.metric import Metric, ratio
-from veneer.evaluation.registry import METRICS, find_metrics
-from veneer.evaluation.rouge import common_subsequence
-from veneer.evaluation.user_function import function_from_file
+from veneer.evaluation.metrics.metric import Metric, ratio
+from veneer.evaluation.metrics.registry import METRICS, find_metrics
+from veneer.evaluation.metrics.rouge import common_subsequence
+from veneer.evaluation.metrics.user_function import function_from_file
 
 JSON = st.recursive(
     st.none()

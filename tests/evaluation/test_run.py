@@ -27,8 +27,8 @@ from veneer.evaluation.general import BUILT_IN, WINDOW, general_documents, gener
 from veneer.evaluation.intervals import Counts
 from veneer.evaluation.label_scores import label_examples, label_scores
 from veneer.evaluation.labels import labels_of, read_labels
+from veneer.evaluation.metrics.registry import METRICS, find_metrics
 from veneer.evaluation.predictions import matched, read_predictions, write_predictions
-from veneer.evaluation.registry import METRICS, find_metrics
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.likelihood import _nats, example_nats
 from veneer.models.step import prepare

@@ -15,7 +15,7 @@ from veneer.cli import main
 from veneer.data.collector import SetSize
 from veneer.data.examples import Example
 from veneer.evaluation.intervals import interval, paired_difference
-from veneer.evaluation.metric import ratio
+from veneer.evaluation.metrics.metric import ratio
 from veneer.formats.manifest import read_manifest
 from veneer.training.held_out import MOST_CELLS, LossCells, losses_by_set, mean_loss
 

@@ -17,7 +17,7 @@ from veneer.comparison.execute import FinishedRun
 from veneer.comparison.plan import Candidate, Comparison
 from veneer.data.examples import Row
 from veneer.evaluation.intervals import Counts, OfTotals, interval, paired_difference
-from veneer.evaluation.metric import ratio
+from veneer.evaluation.metrics.metric import ratio
 from veneer.evaluation.predictions import Line, counts_of, loss_counts, read_predictions
 from veneer.training.output.records import read_records
 

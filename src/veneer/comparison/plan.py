@@ -17,8 +17,8 @@ from veneer.data.split import split_by_shares
 from veneer.errors import ConfigError, DataError
 from veneer.evaluation.general import BUILT_IN, general_documents
 from veneer.evaluation.labels import read_labels
-from veneer.evaluation.metric import Metric
-from veneer.evaluation.registry import find_metrics
+from veneer.evaluation.metrics.metric import Metric
+from veneer.evaluation.metrics.registry import find_metrics
 from veneer.files.atomic import write_text
 from veneer.training.config import RunConfig
 

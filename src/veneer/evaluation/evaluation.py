@@ -26,7 +26,7 @@ from veneer.evaluation.intervals import Counts, interval
 from veneer.evaluation.label_figures import label_figures
 from veneer.evaluation.label_scores import Nats, label_scores
 from veneer.evaluation.labels import checked_labels, labels_of
-from veneer.evaluation.metric import Metric, ratio
+from veneer.evaluation.metrics.metric import Metric, ratio
 from veneer.evaluation.predictions import (
     Line,
     counts_of,

@@ -18,7 +18,7 @@ import numpy as np
 from veneer.data.examples import Example, RowRef
 from veneer.errors import DataError
 from veneer.evaluation.intervals import Counts, interval, paired_difference
-from veneer.evaluation.metric import ratio
+from veneer.evaluation.metrics.metric import ratio
 
 BUILT_IN = "built-in"
 DIVIDER = "---"

@@ -25,7 +25,7 @@ from veneer.data.examples import RowFault
 from veneer.data.files.json_text import whole_value
 from veneer.errors import DataError
 from veneer.evaluation.intervals import Counts, OfTotals, paired_difference
-from veneer.evaluation.metric import Metric, ratio
+from veneer.evaluation.metrics.metric import Metric, ratio
 from veneer.files.atomic import write_text
 
 Line = dict[str, Any]

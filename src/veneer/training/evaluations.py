@@ -13,7 +13,7 @@ from veneer.data.batching import by_length
 from veneer.data.examples import Example
 from veneer.errors import fits_memory
 from veneer.evaluation.intervals import interval
-from veneer.evaluation.metric import ratio
+from veneer.evaluation.metrics.metric import ratio
 from veneer.models.step import part_nats, parts_of
 from veneer.objectives.objective import HeldOutFigures
 from veneer.training.first_evaluation import EvaluationResult

@@ -17,7 +17,7 @@ from veneer.data.batching import RowSpans
 from veneer.data.collector import SetSize
 from veneer.data.examples import Example
 from veneer.evaluation.intervals import Ends, interval, paired_difference
-from veneer.evaluation.metric import ratio
+from veneer.evaluation.metrics.metric import ratio
 from veneer.formats.manifest import Figure, HeldOut, SetHeldOut
 
 MOST_CELLS = 1000

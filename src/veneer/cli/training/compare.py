@@ -206,7 +206,7 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace, configs: Sequence[tuple[str, RunConfig]]) -> None:
     """Checks what it can before torch is loaded."""
     from veneer.evaluation.labels import read_labels
-    from veneer.evaluation.registry import find_metrics
+    from veneer.evaluation.metrics.registry import find_metrics
 
     if args.out.exists() and not args.out.is_dir():
         check_new(args.out)

@@ -116,8 +116,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from veneer.evaluation.labels import AUTO, read_labels, with_accuracy
-    from veneer.evaluation.registry import find_metrics
-    from veneer.evaluation.user_function import function_from_file
+    from veneer.evaluation.metrics.registry import find_metrics
+    from veneer.evaluation.metrics.user_function import function_from_file
 
     metrics = [
         function_from_file(name) if _is_file(name) else name

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from veneer.errors import ConfigError
-from veneer.evaluation.exact import ACCURACY, EXACT_MATCH
-from veneer.evaluation.json_fields import FIELD_F1, JSON_VALIDITY
-from veneer.evaluation.metric import Metric
-from veneer.evaluation.overlap import BLEU, CHRF
-from veneer.evaluation.pattern import PREFIX, regex_metric
-from veneer.evaluation.rouge import ROUGE
-from veneer.evaluation.user_function import UserFunction, user_metric
+from veneer.evaluation.metrics.exact import ACCURACY, EXACT_MATCH
+from veneer.evaluation.metrics.json_fields import FIELD_F1, JSON_VALIDITY
+from veneer.evaluation.metrics.metric import Metric
+from veneer.evaluation.metrics.overlap import BLEU, CHRF
+from veneer.evaluation.metrics.pattern import PREFIX, regex_metric
+from veneer.evaluation.metrics.rouge import ROUGE
+from veneer.evaluation.metrics.user_function import UserFunction, user_metric
 
 METRICS: dict[str, Metric] = {
     metric.name: metric

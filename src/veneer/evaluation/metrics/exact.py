@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from veneer.evaluation.metric import mean_of
+from veneer.evaluation.metrics.metric import mean_of
 
 
 def exact_match(answer: str, references: Sequence[str]) -> bool:

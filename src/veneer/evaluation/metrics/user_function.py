@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError
-from veneer.evaluation.metric import Metric, mean_of
+from veneer.evaluation.metrics.metric import Metric, mean_of
 
 UserFunction = Callable[[str, list[str]], float]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer.evaluation.intervals import Counts
-from veneer.evaluation.metric import Metric, mean_of
+from veneer.evaluation.metrics.metric import Metric, mean_of
 from veneer.files.strict_json import refuse_constant
 
 Path = tuple[str | int, ...]

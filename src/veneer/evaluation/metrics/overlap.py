@@ -16,7 +16,7 @@ import numpy as np
 
 from veneer.errors import ConfigError
 from veneer.evaluation.intervals import Counts
-from veneer.evaluation.metric import Metric
+from veneer.evaluation.metrics.metric import Metric
 
 ORDER = 4  # of BLEU's word n-grams
 CHARACTERS = 6  # of chrF's character n-grams

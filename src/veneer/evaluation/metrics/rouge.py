@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from veneer.evaluation.metric import Metric, mean_of
+from veneer.evaluation.metrics.metric import Metric, mean_of
 
 _WORD = re.compile(r"[a-z0-9]+")
 

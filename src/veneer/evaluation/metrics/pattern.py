@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from veneer.errors import ConfigError
-from veneer.evaluation.metric import Metric, mean_of
+from veneer.evaluation.metrics.metric import Metric, mean_of
 
 PREFIX = "regex:"
 
