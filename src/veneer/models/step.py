@@ -275,7 +275,7 @@ def loss_head(model: PreTrainedModel, paths: ComputePaths) -> Head:
     if not wrappers:
         return plain_head
     if acting.whole is not None and [type(wrapper) for wrapper in wrappers] == [ExtendedHead]:
-        tokens = wrappers[0].rows_beside(acting.whole)
+        tokens = wrappers[0].token_rows_of(acting.whole)
         bias = None if plain.bias is None else tokens.of_bias(plain.bias)
         return replace(
             plain_head, beside=TrainedHeadRows(tokens.rows, tokens.at, bias), columns=tokens.end
