@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from typing import Any
 
@@ -13,6 +14,8 @@ from veneer.tuning.verdict import verdict
 from veneer.wording import between, clock, number
 
 NAME = "tune.html"
+SEARCHED = ("learning_rate", "method.rank", "batch")
+"""Settings in which the candidates differ."""
 
 
 def make_page(result: Mapping[str, Any], jobs: Sequence[JobRecord]) -> str:
@@ -30,11 +33,16 @@ def make_page(result: Mapping[str, Any], jobs: Sequence[JobRecord]) -> str:
         header,
         section("In words", words, "words"),
         section("Judged once, at the end", _judging(result["judging"])),
-        job_sections(jobs),
+        job_sections([_with_searched_settings(job) for job in jobs]),
         section("How this was done", _method(result)),
     ]
     style = STYLE + " .words p { margin: 0 0 10px; max-width: 68ch; }"
     return html_page("Tuned", "".join(body), style)
+
+
+def _with_searched_settings(job: JobRecord) -> JobRecord:
+    """Leaves out settings that follow from others, such as steps."""
+    return replace(job, settings={name: job.settings[name] for name in SEARCHED})
 
 
 def _judging(judging: Mapping[str, Any] | None) -> str:

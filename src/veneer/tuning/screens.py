@@ -10,7 +10,7 @@ from veneer.training.output.screen import Facts, QuietScreen
 from veneer.training.state.interrupt import Interrupt
 from veneer.wording import clock, number
 
-LINE_SECONDS = 15.0
+LINE_SECONDS = 30.0
 """Time between lines of steps."""
 
 
@@ -28,7 +28,7 @@ class JobProgress:
     ) -> None:
         self.screens = [JobScreen(self) for _ in range(jobs)]
         self._say, self._interrupt, self._running = say, interrupt, running
-        self._shown = time.monotonic()
+        self._start = self._shown = time.monotonic()
         self._has_begun = False
 
     def prepare(self) -> None:
@@ -43,7 +43,8 @@ class JobProgress:
             return
         self._shown, step = time.monotonic(), int(record["step"])
         if self._running() > 1:
-            self._say(f"{self._running()} settings train together")
+            passed = clock(self._shown - self._start)
+            self._say(f"{self._running()} settings train together · {passed}")
             return
         left = clock(float(record["seconds"]) * (screen.steps - step))
         self._say(f"step {step} of {screen.steps} · about {left} left")

@@ -77,7 +77,7 @@ class TimedSearch:
             best = min(left, key=best_loss)
             self._say(
                 f"best of {len(running)}: {self._name(best)}, held-out loss"
-                f" {number(best_loss(best))}; {len(left)} go on"
+                f" {number(best_loss(best))}; {len(left)} {'go' if len(left) > 1 else 'goes'} on"
             )
         if self._halving.is_over and self.search_end is None:
             self.search_end = time.monotonic()
