@@ -4,8 +4,8 @@
     rungs at f/4, f/2 and f of a run's steps; 8, 4 and 2 of 8 candidates train up to these rungs,
           so the search takes 4 f T seconds. If the first would be after fewer than LEAST_RUNG
           steps there are two rungs, or one, and the last leaves one candidate in any case
-    f     is chosen so that the search with its evaluations takes a third of the time, or more if
-          evaluations alone take nearly that long
+    f     is chosen so that the search with its evaluations takes a third of the time, or more if a
+          single rung after LEAST_RUNG steps needs more
 
 Several candidates in one forward are faster than one after the other, so the search usually ends
 before its third is over. The winner also stops at its last evaluation within the time.
@@ -21,15 +21,13 @@ from veneer.errors import ConfigError
 from veneer.tuning.candidates import EVALUATIONS, MOST_WARMUP, Candidate
 
 SEARCH_SHARE = 1 / 3
-LEAST_SEARCH = 1.25
-"""Least time of the search, times that of its evaluations."""
 MOST_EPOCHS = 8
 """Most passes over the training rows, however much time there is."""
-LEAST_STEPS = 8
+LEAST_STEPS = 10
 """Fewest steps of a run that has a meaning."""
 LARGEST_RUNG = 0.5
 LEAST_RUNG = 5
-"""Fewest steps of the largest batch before the first rung, where there are several."""
+"""Fewest steps of the largest batch before the first rung: earlier, chance decides."""
 ROUNDING = 1e-6
 
 
@@ -41,6 +39,11 @@ class Pace:
     seconds_per_row: dict[int, float]
     evaluation: float
     start: float
+
+    @property
+    def longest_step(self) -> float:
+        """Seconds of a step of the batch that takes longest."""
+        return max(batch * seconds for batch, seconds in self.seconds_per_row.items())
 
 
 @dataclass(frozen=True)
@@ -62,17 +65,20 @@ def schedule(candidates: Sequence[Candidate], rows: int, pace: Pace, seconds: fl
     rows: to train on. Raises ConfigError if the time is too short.
     """
     most = max(1, int(math.log2(len(candidates))))
-    plans = [_with_rungs(n, candidates, rows, pace, seconds) for n in range(most, 0, -1)]
-    for plan in plans:
-        if plan is not None and plan.rungs[0] * min(plan.steps.values()) >= LEAST_RUNG:
+    for rungs in range(most, 0, -1):
+        plan = _with_rungs(rungs, candidates, rows, pace, seconds)
+        if plan is not None and (rungs == 1 or _first_rung(plan) >= LEAST_RUNG):
             return plan
-    if plans[-1] is None:
-        raise ConfigError(
-            "the time is too short to search and train",
-            [f"about {_needed_minutes(candidates, pace)} minutes are needed on this machine"],
-            "Give more --minutes, or a smaller base.",
-        )
-    return plans[-1]
+    raise ConfigError(
+        "the time is too short to search and train",
+        [f"about {_needed_minutes(candidates, pace)} minutes are needed on this machine"],
+        "Give more --minutes, or a smaller base.",
+    )
+
+
+def _first_rung(plan: Schedule) -> float:
+    """Returns the steps of the largest batch before the first rung."""
+    return plan.rungs[0] * min(plan.steps.values()) + ROUNDING
 
 
 def _running(candidates: Sequence[Candidate], rungs: int) -> list[int]:
@@ -87,13 +93,36 @@ def _evaluation_seconds(candidates: Sequence[Candidate], rungs: int, pace: Pace)
     return (first + sum(_running(candidates, rungs))) * pace.evaluation
 
 
+def _shares(rungs: int) -> list[float]:
+    """Returns the rungs as shares of the last."""
+    return [2.0 ** (place - rungs + 1) for place in range(rungs)]
+
+
+def _cost(candidates: Sequence[Candidate], rungs: int) -> float:
+    """Returns the training of a search: how often one candidate's up to the last rung."""
+    shares = _shares(rungs)
+    # Each stretch up to a rung is trained by those that are left.
+    stretches = [end - start for start, end in zip([0.0, *shares], shares, strict=False)]
+    running = _running(candidates, rungs)
+    return sum(count * stretch for count, stretch in zip(running, stretches, strict=True))
+
+
+def _least_search(candidates: Sequence[Candidate], rungs: int, pace: Pace) -> float:
+    """Returns the seconds of a search whose first rung is after LEAST_RUNG steps."""
+    up_to_last = LEAST_RUNG * pace.longest_step / _shares(rungs)[0]
+    return _evaluation_seconds(candidates, rungs, pace) + _cost(candidates, rungs) * up_to_last
+
+
 def _with_rungs(
     rungs: int, candidates: Sequence[Candidate], rows: int, pace: Pace, seconds: float
 ) -> Schedule | None:
-    """Returns the schedule with so many rungs; None if the time is too short."""
+    """Returns the schedule with so many rungs; None if the time is too short for them. A single
+    rung may take more than the search's share."""
     left = seconds - pace.start
-    evaluations = _evaluation_seconds(candidates, rungs, pace)
-    search = max(SEARCH_SHARE * left, LEAST_SEARCH * evaluations)
+    search, least = SEARCH_SHARE * left, _least_search(candidates, rungs, pace)
+    if least > search and rungs > 1:
+        return None
+    search = max(search, least)
     train = left - search - EVALUATIONS * pace.evaluation
     whole = {batch: MOST_EPOCHS * rows * each for batch, each in pace.seconds_per_row.items()}
     steps = {
@@ -102,14 +131,10 @@ def _with_rungs(
     }
     if min(steps.values()) < LEAST_STEPS:
         return None
-    shares = [2.0 ** (place - rungs + 1) for place in range(rungs)]
-    # Each stretch up to a rung is trained by those that are left.
-    stretches = [end - start for start, end in zip([0.0, *shares], shares, strict=False)]
-    running = _running(candidates, rungs)
-    cost = sum(count * stretch for count, stretch in zip(running, stretches, strict=True))
+    training = search - _evaluation_seconds(candidates, rungs, pace)
     longest = max(min(train, seconds_whole) for seconds_whole in whole.values())
-    last = min((search - evaluations) / (cost * longest), LARGEST_RUNG)
-    at = [last * share for share in shares]
+    last = min(training / (_cost(candidates, rungs) * longest), LARGEST_RUNG)
+    at = [last * share for share in _shares(rungs)]
     is_whole = min(train / value for value in whole.values()) >= 1
     # The warm-up is over before the first rung, where rates are compared.
     return Schedule(steps, at, search, min(MOST_WARMUP, at[0] / 2), is_whole)
@@ -117,10 +142,7 @@ def _with_rungs(
 
 def _needed_minutes(candidates: Sequence[Candidate], pace: Pace) -> int:
     """Returns the minutes that the shortest search and training need."""
-    longest_step = max(batch * each for batch, each in pace.seconds_per_row.items())
-    training = LEAST_STEPS * longest_step + EVALUATIONS * pace.evaluation
-    search = max(
-        LEAST_SEARCH * _evaluation_seconds(candidates, 1, pace),
-        SEARCH_SHARE / (1 - SEARCH_SHARE) * training,
-    )
+    training = LEAST_STEPS * pace.longest_step + EVALUATIONS * pace.evaluation
+    share = SEARCH_SHARE / (1 - SEARCH_SHARE) * training
+    search = max(_least_search(candidates, 1, pace), share)
     return math.ceil((pace.start + search + training) / 60)
