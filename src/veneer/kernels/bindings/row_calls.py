@@ -106,11 +106,13 @@ def rotary(
     targets: i64[rows] below vocabulary
     loss: f32[rows]
     vocabulary: 1..
+    softcap: float
     """,
 )
-def entropy(logits: Tensor, targets: Tensor, loss: Tensor) -> None:
+def entropy(logits: Tensor, targets: Tensor, loss: Tensor, softcap: float = 0.0) -> None:
     """Computes loss (M) = -log softmax(logits)[target]. Replaces the first M rows of logits (>= M,
-    V) by their gradient, softmax - onehot."""
+    V) by their gradient, softmax - onehot. softcap: logits are first capped, softcap *
+    tanh(logits / softcap); 0: they are not."""
 
 
 @declare(

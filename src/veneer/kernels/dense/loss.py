@@ -17,7 +17,7 @@ Shapes: M rows, D hidden, V vocabulary, n trained rows beside W.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -116,10 +116,13 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _entropy(z: Tensor, targets: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Returns terms (M) whose sum is -log softmax(z)[target] of each row, and softmax - onehot
-    rounded to z's type.
+def _entropy(
+    z: Tensor, targets: Tensor, softcap: float | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """Returns terms (M) whose sum is -log softmax(z)[target] of each row, and the gradient of z,
+    softmax - onehot, rounded to z's type.
 
+    softcap: z is capped first; only if the kernels compute this
     z has at least len(targets) rows and is overwritten. Rows of the gradient behind those of the
     targets must not be read.
     """
@@ -129,8 +132,9 @@ def _entropy(z: Tensor, targets: Tensor) -> tuple[list[Tensor], Tensor]:
         _check_targets(z, targets)
     if _is_compiled(z, targets):
         losses = torch.empty(count, dtype=torch.float32, device=z.device)
-        row_calls.entropy(z, targets, losses)
+        row_calls.entropy(z, targets, losses, softcap or 0.0)
         return [losses], z
+    assert softcap is None
     if (liger := launch.kernels_for("liger_kernels", z)) is not None:
         return [liger.entropy(z, targets, True)], z
     place = torch.arange(count, device=z.device)
@@ -208,15 +212,17 @@ def _chunks(h: Tensor, targets: Tensor, head: Head, *, gradient: bool) -> Iterat
     """Computes a frozen head's losses chunk by chunk. gradient: whether that of h is needed"""
     chunk = _chunk(h, head.width)
     buffer = h.new_empty(round_up(min(chunk, h.shape[0])), head.width)
+    is_compiled = _is_compiled(buffer, targets)
+    softcap, uncapped = (head.softcap, replace(head, softcap=None)) if is_compiled else (None, head)
     for start in chunk_starts(range(0, h.shape[0], chunk)):
         rows = slice(start, start + chunk)
         chosen = targets[rows]
         count = chosen.numel()
         # Filled up to one of few shapes (kernels/layout.py); rows behind `count` are not read.
         padded = round_up(count)
-        z = head.logits_into(buffer[:padded], F.pad(h[rows], (0, 0, 0, padded - count)))
-        slope = None if head.softcap is None else 1 - (z / head.softcap) ** 2
-        terms, d_z = _entropy(z, chosen)
+        z = uncapped.logits_into(buffer[:padded], F.pad(h[rows], (0, 0, 0, padded - count)))
+        slope = None if uncapped.softcap is None else 1 - (z / uncapped.softcap) ** 2
+        terms, d_z = _entropy(z, chosen, softcap)
         if not gradient:
             yield _Chunk(rows, terms, None, None)
             continue

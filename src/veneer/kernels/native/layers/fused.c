@@ -92,16 +92,35 @@ static VENEER_BF16 void rotary_body(void *arguments, int64_t from, int64_t to) {
 void veneer_rotary(struct rotary *a, int64_t rows) { veneer_parallel(rotary_body, a, rows, 32); }
 
 struct entropy {
-    uint16_t *logits; /* (rows, V), replaced by softmax - onehot */
+    uint16_t *logits; /* (rows, V), replaced by softmax - onehot, times the slope of the soft cap */
     const int64_t *targets;
     float *loss; /* one a row */
     int64_t vocabulary;
+    float softcap; /* 0: none */
 };
+
+/* z = softcap * tanh(z / softcap), rounded after each operation as torch does. */
+static VENEER_BF16 void cap_row(uint16_t *z, int64_t width, float softcap) {
+    const __m512 cap = _mm512_set1_ps(softcap);
+    for (int64_t i = 0; i < width; i += 16) {
+        const __mmask16 m = rest(width - i);
+        const __m512 t = rounded(tanh_floats(rounded(_mm512_div_ps(load(z + i, m), cap))));
+        store(z + i, m, _mm512_mul_ps(t, cap));
+    }
+}
+
+/* By what the gradient of capped logits z is multiplied to that of the logits. */
+VENEER_INLINE __m512 slope_of_cap(__m512 z, float softcap) {
+    const __m512 t = _mm512_div_ps(z, _mm512_set1_ps(softcap));
+    return _mm512_fnmadd_ps(t, t, _mm512_set1_ps(1.0f));
+}
 
 static VENEER_BF16 void entropy_body(void *arguments, int64_t from, int64_t to) {
     const struct entropy *a = arguments;
     for (int64_t row = from; row < to; row++) {
         uint16_t *z = a->logits + row * a->vocabulary;
+        const int capped = a->softcap != 0.0f;
+        if (capped) cap_row(z, a->vocabulary, a->softcap);
         __m512 top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
         for (int64_t i = 0; i < a->vocabulary; i += 16) {
             __mmask16 m = rest(a->vocabulary - i);
@@ -121,8 +140,10 @@ static VENEER_BF16 void entropy_body(void *arguments, int64_t from, int64_t to) 
         a->loss[row] = logf(total) + most - target.value;
         for (int64_t i = 0; i < a->vocabulary; i += 16) {
             __mmask16 m = rest(a->vocabulary - i);
-            __m512 e = exp_floats(_mm512_sub_ps(load(z + i, m), _mm512_set1_ps(most)));
-            store(z + i, m, _mm512_mul_ps(e, _mm512_set1_ps(1.0f / total)));
+            const __m512 logits = load(z + i, m);
+            __m512 e = exp_floats(_mm512_sub_ps(logits, _mm512_set1_ps(most)));
+            e = _mm512_mul_ps(e, _mm512_set1_ps(1.0f / total));
+            store(z + i, m, capped ? _mm512_mul_ps(e, slope_of_cap(logits, a->softcap)) : e);
         }
         /* From the float, not from the rounded share: near 1 bf16 would lose what is left to learn.
          */
@@ -130,6 +151,8 @@ static VENEER_BF16 void entropy_body(void *arguments, int64_t from, int64_t to) 
             float value;
             uint32_t word;
         } share = {expf(target.value - most) / total - 1.0f};
+        const float t = capped ? target.value / a->softcap : 0.0f;
+        share.value *= 1.0f - t * t;
         uint32_t bits = share.word;
         z[a->targets[row]] = (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
     }
