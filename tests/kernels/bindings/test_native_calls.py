@@ -118,7 +118,7 @@ def test_there_is_a_case_for_every_call_and_each_is_valid():
     tried = {function for function, _ in cases}
     wrapped = {packed_calls.nf4_dequantize, packed_calls.nf4_product, packed_calls._packed_rows}
     wrapped |= {paged_calls.paged_attention, dense_calls.few_rows_updated, dense_calls._lay_out}
-    wrapped |= {draw_calls._draw, packed_calls.nf4_weights, block_calls._filled_side}
+    wrapped |= {draw_calls._draw, packed_calls.nf4_weights, block_calls._filled_factors}
     wrapped |= {dense_calls._part, dense_calls._updated_part}
     assert declared_functions() <= tried | wrapped
     for seed in range(20):

@@ -21,7 +21,7 @@ def test_layer_norm_and_its_gradient_are_those_of_torch(rows, width, mean, with_
     torch.manual_seed(0)
     x = (torch.randn(rows, width) + mean).bfloat16()
     weight, bias = torch.rand(width).add(0.5).bfloat16(), torch.randn(width).bfloat16()
-    grad, beside = torch.randn(rows, width).bfloat16(), torch.randn(rows, width).bfloat16()
+    grad, residual = torch.randn(rows, width).bfloat16(), torch.randn(rows, width).bfloat16()
     scale, out = torch.empty(rows), torch.empty_like(x)
     norm = block_calls.NormOperands(
         weight, scale, 1e-5, is_wide=True, is_centred=True, bias=bias if with_bias else None
@@ -34,8 +34,8 @@ def test_layer_norm_and_its_gradient_are_those_of_torch(rows, width, mean, with_
     (of_x,) = torch.autograd.grad(expected, wide, grad.double())
     assert (out - expected).abs().max() <= ROUNDING * expected.abs().max()
     given = grad.clone()
-    block_calls.norm_backward(given, norm=norm, normed=x, beside=beside)
-    of_x = of_x + beside
+    block_calls.norm_backward(given, norm=norm, normed=x, residual=residual)
+    of_x = of_x + residual
     assert (given - of_x).abs().max() <= 2 * ROUNDING * of_x.abs().max()
 
 

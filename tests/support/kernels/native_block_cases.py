@@ -26,12 +26,12 @@ def block_cases(
     def wide(columns: int = width) -> Tensor:
         return filled(BF16, rows, columns)
 
-    def side(*, of_A: bool, columns: int = width, most: int = 1) -> block_calls.Side:
+    def side(*, of_A: bool, columns: int = width, most: int = 1) -> block_calls.RankFactors:
         ranks = [16 * rng.randint(1, 3) for _ in range(rng.randint(0, most))]
         factors = tuple(filled(dtype, *((r, columns) if of_A else (columns, r))) for r in ranks)
         keys, dropped = filled(torch.int64, rows), rng.randint(0, 1)
         masks = tuple((keys, 3, 5 + number, 0.25) for number, _ in enumerate(ranks) if dropped)
-        return block_calls.Side(factors, filled(BF16, rows, sum(ranks)), 0.5, masks)
+        return block_calls.RankFactors(factors, filled(BF16, rows, sum(ranks)), 0.5, masks)
 
     heads = [rng.randint(1, 3) for _ in range(3)]
     is_wide, is_gelu, back, has_norms, is_centred = (bool(rng.randint(0, 1)) for _ in range(5))
@@ -50,7 +50,7 @@ def block_cases(
             return None
         return norm(size, heads) if is_wide else norm(heads * size)
 
-    before, beside = rng.choice([None, side(of_A=False)]), rng.choice([None, wide()])
+    update, residual = rng.choice([None, side(of_A=False)]), rng.choice([None, wide()])
     of_gate, of_up = side(of_A=False), side(of_A=False)
     outs, along = rng.randint(1, 140), bool(rng.randint(0, 1))
     whole = {
@@ -89,11 +89,11 @@ def block_cases(
             block_calls.norm_forward,
             {
                 "x": wide(),
-                "before": before,
-                "beside": beside,
-                "behind": side(of_A=True, most=3),
+                "update": update,
+                "residual": residual,
+                "next_factors": side(of_A=True, most=3),
                 **rng.choice([{"norm": norm(), "out": wide()}, {}]),
-                **rng.choice([{"after": norm(), "total": wide()}, {}]),
+                **rng.choice([{"output_norm": norm(), "total": wide()}, {}]),
             },
         ),
         (
@@ -101,11 +101,11 @@ def block_cases(
             {
                 "x": wide(),
                 "out": rng.choice([None, wide()]),
-                "before": side(of_A=True, most=3),
+                "update": side(of_A=True, most=3),
                 **rng.choice(
-                    [{"normed": wide(), "norm": norm(), "beside": beside}, {"beside": wide()}]
+                    [{"normed": wide(), "norm": norm(), "residual": residual}, {"residual": wide()}]
                 ),
-                "behind": rng.choice([None, side(of_A=False)]),
+                "next_factors": rng.choice([None, side(of_A=False)]),
             },
         ),
         (
@@ -116,7 +116,7 @@ def block_cases(
                 "out": wide(),
                 "of_gate": of_gate,
                 "of_up": of_up,
-                "behind": side(of_A=True),
+                "next_factors": side(of_A=True),
                 "is_gelu": is_gelu,
             },
         ),
@@ -127,7 +127,7 @@ def block_cases(
                 "gate": wide(),
                 "up": wide(),
                 "grad_up": wide(),
-                "before": side(of_A=True),
+                "update": side(of_A=True),
                 "of_gate": of_gate,
                 "of_up": of_up,
                 "is_gelu": is_gelu,
@@ -140,7 +140,7 @@ def block_cases(
                 "size": size,
                 "angles": rng.choice([None, (wide(turned), wide(turned)), float_angles]),
                 "norms": tuple(norm_of_heads(own) for own in heads[:2]),
-                "beside": tuple(wide(own * size) if has_norms else None for own in heads[:2]),
+                "norm_rows": tuple(wide(own * size) if has_norms else None for own in heads[:2]),
                 "neighbours": bool(rng.randint(0, 1)),
                 "back": back,
                 "sides": tuple(side(of_A=False, columns=own * size) for own in heads),

@@ -22,7 +22,7 @@ from veneer.kernels.bindings.rank_calls import (
     mask_fields,
 )
 
-_SIDE = """
+_RANK_FACTORS = """
     factors: pointer*3
     ranks: int*3
     count
@@ -38,7 +38,7 @@ _SIDE = """
     check rank: 16..256
     body factors, ranks, count, half, masks, scale
 """
-_Side = structure("Side", _SIDE, Mask=DropoutMask)
+_RankFactors = structure("RankFactors", _RANK_FACTORS, Mask=DropoutMask)
 
 
 _Norm = structure(
@@ -74,7 +74,7 @@ def _norm(norm: NormOperands | None, rows: int, width: int) -> Any:
     return _Norm(*places, at(scale, FP32, rows), is_wide, is_centred, epsilon, offset)
 
 
-class Side(NamedTuple):
+class RankFactors(NamedTuple):
     """One factor of the updates of layers that share an input or an output, side by side. A product
     goes from the wide tensor (M, D) to the narrow one (M, R), or back.
 
@@ -88,9 +88,9 @@ class Side(NamedTuple):
     masks: Sequence[Mask] = ()
 
 
-def _side(side: Side | None, wide: Tensor, *, across: bool, of_A: bool) -> Any:
-    """Checks a side of the rows of `wide` (M, D). of_A: factors are A (R, D), else B (D, R). A side
-    without factors does nothing."""
+def _rank_factors(side: RankFactors | None, wide: Tensor, *, across: bool, of_A: bool) -> Any:
+    """Checks the rank factors of the rows of `wide` (M, D). of_A: factors are A (R, D), else B
+    (D, R). Without factors nothing is computed."""
     rows, width = wide.shape
     if side is None or (not side[0] and side[1].shape == (rows, 0)):
         return ()
@@ -117,12 +117,12 @@ def _side(side: Side | None, wide: Tensor, *, across: bool, of_A: bool) -> Any:
         "masks": tuple(mask_fields(mask, rows) for mask in masks),
         "scale": scale / (1 - masks[0][3]) if masks else scale,
     }
-    return _filled_side(narrow, rows, sum(ranks), across, values)
+    return _filled_factors(narrow, rows, sum(ranks), across, values)
 
 
-@declare_structure(_Side, _SIDE)
-def _filled_side(narrow: Tensor, rows: int, rank: int, across: bool, values: Values) -> Values:
-    """values: the fields that _side has checked."""
+@declare_structure(_RankFactors, _RANK_FACTORS)
+def _filled_factors(narrow: Tensor, rows: int, rank: int, across: bool, values: Values) -> Values:
+    """values: the fields that _rank_factors has checked."""
     return values
 
 
@@ -133,45 +133,46 @@ _SIZES = "rows: 0..2**27; width: 16..2**27 % 16"
     "veneer_block_norm_forward(*)",
     f"""
     x: bf16[rows, width] words 4
-    beside: bf16[rows, width]?
+    residual: bf16[rows, width]?
     normed: unused
     total: bf16[rows, width] words 4
     out: bf16[rows, width]? words 4
-    after, norm: NormOperands
-    before, behind: Side
+    output_norm, norm: NormOperands
+    update, next_factors: RankFactors
     {_SIZES}
-    body total, after, norm, before, behind
+    body total, output_norm, norm, update, next_factors
     """,
-    Side=_Side,
+    RankFactors=_RankFactors,
     NormOperands=_Norm,
 )
 def norm_forward(
     x: Tensor,
     *,
-    before: Side | None = None,
-    after: NormOperands | None = None,
+    update: RankFactors | None = None,
+    output_norm: NormOperands | None = None,
     total: Tensor | None = None,
-    beside: Tensor | None = None,
+    residual: Tensor | None = None,
     norm: NormOperands | None = None,
     out: Tensor | None = None,
-    behind: Side | None = None,
+    next_factors: RankFactors | None = None,
 ) -> Values:
     """Computes, in this order, each step only if its operands are given:
 
-    x (M, D) += update          by `before`, B of one layer; in place
-    total (M, D) = after(x)     without the norm `after`, total is x itself
-    total += beside (M, D)
+    x (M, D) += update              by B of one layer; in place
+    total (M, D) = output_norm(x)   without this norm total is x itself
+    total += residual (M, D)
     out (M, D) = norm(total)
-    narrow side of `behind`     the products of out (without a norm: of total) with A of each layer
+    narrow of `next_factors`        the products of out (without a norm: of total) with A of each
+                                    layer
     """
-    if (after is None) != (total is None) or (norm is None) != (out is None):
+    if (output_norm is None) != (total is None) or (norm is None) != (out is None):
         raise CallError("a part of a norm")
     return {
         "total": x if total is None else total,
-        "after": _norm(after, *x.shape),
+        "output_norm": _norm(output_norm, *x.shape),
         "norm": _norm(norm, *x.shape),
-        "before": _side(before, x, across=True, of_A=False),
-        "behind": _side(behind, x, across=True, of_A=True),
+        "update": _rank_factors(update, x, across=True, of_A=False),
+        "next_factors": _rank_factors(next_factors, x, across=True, of_A=True),
     }
 
 
@@ -179,44 +180,44 @@ def norm_forward(
     "veneer_block_norm_backward(*)",
     f"""
     x: bf16[rows, width] words 4
-    beside, normed: bf16[rows, width]?
+    residual, normed: bf16[rows, width]?
     total: unused
     out: bf16[rows, width] words 4
-    after, norm: NormOperands
-    before, behind: Side
+    output_norm, norm: NormOperands
+    update, next_factors: RankFactors
     {_SIZES}
-    body out, after, norm, before, behind
+    body out, output_norm, norm, update, next_factors
     """,
-    Side=_Side,
+    RankFactors=_RankFactors,
     NormOperands=_Norm,
 )
 def norm_backward(
     x: Tensor,
     *,
-    before: Side | None = None,
+    update: RankFactors | None = None,
     norm: NormOperands | None = None,
     normed: Tensor | None = None,
-    beside: Tensor | None = None,
+    residual: Tensor | None = None,
     out: Tensor | None = None,
-    behind: Side | None = None,
+    next_factors: RankFactors | None = None,
 ) -> Values:
     """Computes, in this order, each step only if its operands are given:
 
-    x (M, D) += update               by `before`, A of each layer; in place
+    x (M, D) += update               by A of each layer; in place
     out (M, D) = gradient of normed  x is the gradient of norm(normed); without a norm out = x
-    out += beside (M, D)
-    narrow side of `behind`          the product of out with B of one layer
+    out += residual (M, D)
+    narrow of `next_factors`         the product of out with B of one layer
 
     Without `out` the result is written to x.
     """
-    if (norm is None) != (normed is None) or (norm is None and beside is None):
+    if (norm is None) != (normed is None) or (norm is None and residual is None):
         raise CallError("a part of a norm")
     return {
         "out": x if out is None else out,
-        "after": _norm(None, *x.shape),
+        "output_norm": _norm(None, *x.shape),
         "norm": _norm(norm, *x.shape),
-        "before": _side(before, x, across=False, of_A=True),
-        "behind": _side(behind, x, across=False, of_A=False),
+        "update": _rank_factors(update, x, across=False, of_A=True),
+        "next_factors": _rank_factors(next_factors, x, across=False, of_A=False),
     }
 
 
@@ -226,27 +227,28 @@ def norm_backward(
     gate, up: bf16[rows, width]
     out: bf16[rows, width] words 4
     grad_up: unused
-    sides: Side*3
+    sides: RankFactors*3
     {_SIZES}
     is_gelu: flag
     body sides
     """,
-    Side=_Side,
+    RankFactors=_RankFactors,
 )
 def gate_forward(
     gate: Tensor,
     up: Tensor,
     out: Tensor,
-    of_gate: Side,
-    of_up: Side,
-    behind: Side,
+    of_gate: RankFactors,
+    of_up: RankFactors,
+    next_factors: RankFactors,
     *,
     is_gelu: bool,
 ) -> Values:
     """Adds their updates (B of one layer each) to gate and up (M, D), in place. Then computes out
-    (M, D) = silu(gate) * up, or gelu(gate) * up, and its product with A of one layer (`behind`)."""
-    updates = [_side(side, gate, across=True, of_A=False) for side in (of_gate, of_up)]
-    return {"sides": (*updates, _side(behind, gate, across=True, of_A=True))}
+    (M, D) = silu(gate) * up, or gelu(gate) * up, and its product with A of one layer
+    (`next_factors`)."""
+    updates = [_rank_factors(side, gate, across=True, of_A=False) for side in (of_gate, of_up)]
+    return {"sides": (*updates, _rank_factors(next_factors, gate, across=True, of_A=True))}
 
 
 @declare(
@@ -254,12 +256,12 @@ def gate_forward(
     f"""
     gate, up: bf16[rows, width]
     out, grad_up: bf16[rows, width] words 4
-    sides: Side*3
+    sides: RankFactors*3
     {_SIZES}
     is_gelu: flag
     body out, sides
     """,
-    Side=_Side,
+    RankFactors=_RankFactors,
 )
 def gate_backward(
     grad: Tensor,
@@ -267,16 +269,16 @@ def gate_backward(
     up: Tensor,
     grad_up: Tensor,
     *,
-    before: Side,
-    of_gate: Side,
-    of_up: Side,
+    update: RankFactors,
+    of_gate: RankFactors,
+    of_up: RankFactors,
     is_gelu: bool,
 ) -> Values:
-    """Adds the update of `before` (A of one layer) to grad (M, D), the gradient of gate_forward's
+    """Adds `update` (by A of one layer) to grad (M, D), the gradient of gate_forward's
     out. Then writes the gradient of gate over it and that of up to grad_up (M, D), and computes the
     products of both with B of one layer each (`of_gate`, `of_up`)."""
-    products = [_side(side, gate, across=False, of_A=False) for side in (of_gate, of_up)]
-    return {"out": grad, "sides": (*products, _side(before, gate, across=False, of_A=True))}
+    products = [_rank_factors(side, gate, across=False, of_A=False) for side in (of_gate, of_up)]
+    return {"out": grad, "sides": (*products, _rank_factors(update, gate, across=False, of_A=True))}
 
 
 @declare(
@@ -287,7 +289,7 @@ def gate_backward(
     norms: NormOperands*2
     spans: int*2
     heads: int*3
-    sides: Side*3
+    sides: RankFactors*3
     cos, sin: F[rows, turned]?
     turned
     neighbours: flag
@@ -297,30 +299,30 @@ def gate_backward(
     back: flag
     body x, out, normed, norms, spans, heads, sides, cos, sin, turned, is_wide, rows
     """,
-    Side=_Side,
+    RankFactors=_RankFactors,
     NormOperands=_Norm,
 )
 def heads(
     x: Sequence[Tensor],
     size: int,
     angles: tuple[Tensor, Tensor] | None,
-    sides: Sequence[Side],
+    sides: Sequence[RankFactors],
     *,
     norms: Sequence[NormOperands | None] = (None, None),
-    beside: Sequence[Tensor | None] = (None, None),
+    norm_rows: Sequence[Tensor | None] = (None, None),
     neighbours: bool,
     back: bool,
 ) -> Values:
     """Forward: adds its update (B of one layer) to each of q, k and v (M, H E), in place. Then q
-    and k go through their norms into `beside` (M, H E) and are rotated; without norms they are
+    and k go through their norms into `norm_rows` (M, H E) and are rotated; without norms they are
     rotated in place. E = size, a multiple of 16. angles: cosines and sines (M, R), bf16 or float32,
     of the first R dimensions of each head: i with R / 2 + i, or 2 i with 2 i + 1 (neighbours). A
     norm is over one head or over all heads of a row.
 
     back: x are gradients. Those of q and k are rotated back and taken through the norms of
-    `beside`; then the product of each of the three with B of its layer is computed.
+    `norm_rows`; then the product of each of the three with B of its layer is computed.
     """
-    lengths = len(x), len(sides), len(norms), len(beside)
+    lengths = len(x), len(sides), len(norms), len(norm_rows)
     if lengths != (MOST_LAYERS, MOST_LAYERS, 2, 2) or type(back) is not bool:
         raise CallError(f"{len(x)} of {len(sides)} sides where C takes q, k and v")
     rows, size = len(x[0]), number(size, 1)
@@ -328,7 +330,7 @@ def heads(
     if any(width % size for width in widths):
         raise CallError(f"{widths} columns where C takes whole heads of {size}")
     spans, places = [0, 0], [0, 0]
-    for place, (norm, tensor) in enumerate(zip(norms, beside, strict=True)):
+    for place, (norm, tensor) in enumerate(zip(norms, norm_rows, strict=True)):
         if (norm is None) != (tensor is None):
             raise CallError("a part of a norm")
         if norm is not None and tensor is not None:
@@ -358,7 +360,9 @@ def heads(
         "norms": tuple(map(_norm, norms, counts, spans)),
         "spans": tuple(spans),
         "heads": tuple(width // size for width in widths),
-        "sides": tuple(_side(side, wide, across=not back, of_A=False) for side, wide in updates),
+        "sides": tuple(
+            _rank_factors(side, wide, across=not back, of_A=False) for side, wide in updates
+        ),
         "cos": cos,
         "sin": sin,
         "turned": turned,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from veneer.kernels.attention.compiled import document_starts
 from veneer.kernels.bindings import block_calls
-from veneer.kernels.bindings.block_calls import Side
+from veneer.kernels.bindings.block_calls import RankFactors
 from veneer.kernels.bindings.library import on_cpu
 from veneer.kernels.dense import rank
 from veneer.kernels.dense.dropout import Dropout
@@ -151,16 +151,20 @@ class BlockPart:
     def dropouts(self) -> list[Dropout | None]:
         return [layer.dropout for layer in self.layers]
 
-    def input_side(self, numbers: Sequence[int], A: Sequence[Tensor], narrow: Tensor) -> Side:
+    def input_factors(
+        self, numbers: Sequence[int], A: Sequence[Tensor], narrow: Tensor
+    ) -> RankFactors:
         """Returns the updates of these layers at their common input."""
         adapted = [number for number in numbers if len(A[number])]
         dropouts = [self.layers[number].dropout for number in adapted]
         masks = [dropout.mask() for dropout in dropouts if dropout is not None]
-        return Side([A[number] for number in adapted], narrow, masks=masks)
+        return RankFactors([A[number] for number in adapted], narrow, masks=masks)
 
-    def output_side(self, number: int, narrow: Tensor, B: Sequence[Tensor]) -> Side:
+    def output_factors(self, number: int, narrow: Tensor, B: Sequence[Tensor]) -> RankFactors:
         """Returns the update of a layer at its output."""
-        return Side([B[number]] if B[number].shape[1] else [], narrow, self.layers[number].scaling)
+        return RankFactors(
+            [B[number]] if B[number].shape[1] else [], narrow, self.layers[number].scaling
+        )
 
 
 @dataclass(frozen=True)

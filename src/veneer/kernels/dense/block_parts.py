@@ -12,7 +12,7 @@ from torch import Tensor
 
 from veneer.kernels.attention.compiled import packed_backward
 from veneer.kernels.bindings import block_calls, row_calls
-from veneer.kernels.bindings.block_calls import Side
+from veneer.kernels.bindings.block_calls import RankFactors
 from veneer.kernels.dense import rank
 from veneer.kernels.dense.block_operands import (
     GATES,
@@ -77,28 +77,28 @@ class Part:
         count = len(scale) // rows
         return scale[self.rows.start * count : self.rows.stop * count]
 
-    def input_side(self, numbers: Sequence[int], narrow: Tensor) -> Side:
-        return self.part.input_side(numbers, self.A, narrow)
+    def input_factors(self, numbers: Sequence[int], narrow: Tensor) -> RankFactors:
+        return self.part.input_factors(numbers, self.A, narrow)
 
-    def output_side(self, number: int, narrow: Tensor) -> Side:
-        return self.part.output_side(number, narrow, self.B)
+    def output_factors(self, number: int, narrow: Tensor) -> RankFactors:
+        return self.part.output_factors(number, narrow, self.B)
 
-    def output_sides(self, numbers: Sequence[int], narrow: Tensor) -> list[Side]:
+    def all_output_factors(self, numbers: Sequence[int], narrow: Tensor) -> list[RankFactors]:
         parts = split_ranks(narrow, [self.A[number] for number in numbers])
-        return [self.output_side(*pair) for pair in zip(numbers, parts, strict=True)]
+        return [self.output_factors(*pair) for pair in zip(numbers, parts, strict=True)]
 
     def write_factor_gradients(
         self,
         numbers: Sequence[int],
         x: Tensor,
-        grad_down: Tensor,
+        grad_narrow: Tensor,
         grads: Sequence[Tensor],
         down: Tensor,
         *,
         add: bool,
     ) -> None:
         """Writes the gradients of A and B. x and grads are of all rows. down: x A^T of each layer,
-        side by side; grad_down: g B of each."""
+        side by side; grad_narrow: g B of each."""
         adapted = [number for number in numbers if len(self.A[number])]
         if not adapted:
             return
@@ -106,9 +106,9 @@ class Part:
         dropouts = [layers[number].dropout for number in adapted]
         targets = [self.grad_A[number] for number in adapted]
         if any(target is not targets[0] for target in targets) or len(targets) == 1:
-            rank.put_gradients(targets, grad_down, x[self.rows], dropouts, add=add)
+            rank.put_gradients(targets, grad_narrow, x[self.rows], dropouts, add=add)
         else:  # layers of one module: their gradients of its A are added up
-            parts = split_ranks(grad_down, [self.A[number] for number in adapted])
+            parts = split_ranks(grad_narrow, [self.A[number] for number in adapted])
             for place, (part, dropout) in enumerate(zip(parts, dropouts, strict=True)):
                 rank.put_gradients(targets[:1], part, x[self.rows], [dropout], add=add or place > 0)
         parts = split_ranks(down, [self.A[number] for number in numbers])
@@ -158,9 +158,9 @@ class Pass:
     def narrow(self, numbers: Sequence[int]) -> list[Tensor]:
         return [part.new_narrow(numbers, self.x) for part in self.parts]
 
-    def output_sides(self, number: int, downs: Sequence[Tensor]) -> list[Side]:
+    def output_factors(self, number: int, narrow: Sequence[Tensor]) -> list[RankFactors]:
         return [
-            part.output_side(number, down) for part, down in zip(self.parts, downs, strict=True)
+            part.output_factors(number, down) for part, down in zip(self.parts, narrow, strict=True)
         ]
 
     def norm_of(
@@ -171,66 +171,64 @@ class Pass:
     def add(
         self,
         x: Tensor,
-        updates: Sequence[Side | None],
-        beside: Tensor | None,
-        after: Norm | None,
+        updates: Sequence[RankFactors | None],
+        residual: Tensor | None,
+        output_norm: Norm | None,
         norm: Norm | None,
-        behind: Sequence[int] = (),
+        next_layers: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-        """Computes h = beside + after(x + update), m = norm(h), and the products of m with A of the
-        layers `behind`. Returns h, the scales of `after`, m, its scales and these products of each
-        part."""
-        after_scale, scale = self.scales(after, x), self.scales(norm, x)
-        h = x if after is None else torch.empty_like(x)
-        m, downs = h if norm is None else torch.empty_like(x), self.narrow(behind)
-        for part, update, down in zip(self.parts, updates, downs, strict=True):
+        """Computes h = residual + output_norm(x + update), m = norm(h), and the products of m with
+        A of `next_layers`. Returns h, the scales of output_norm, m, its scales, these products."""
+        output_scale, scale = self.scales(output_norm, x), self.scales(norm, x)
+        h = x if output_norm is None else torch.empty_like(x)
+        m, narrow = h if norm is None else torch.empty_like(x), self.narrow(next_layers)
+        for part, update, down in zip(self.parts, updates, narrow, strict=True):
             block_calls.norm_forward(
                 x[part.rows],
-                before=update,
-                after=self.norm_of(after, after_scale, part),
-                total=None if after is None else h[part.rows],
-                beside=None if beside is None else beside[part.rows],
+                update=update,
+                output_norm=self.norm_of(output_norm, output_scale, part),
+                total=None if output_norm is None else h[part.rows],
+                residual=None if residual is None else residual[part.rows],
                 norm=self.norm_of(norm, scale, part),
                 out=None if norm is None else m[part.rows],
-                behind=part.input_side(behind, down),
+                next_factors=part.input_factors(next_layers, down),
             )
-        return h, after_scale, m, scale, downs
+        return h, output_scale, m, scale, narrow
 
     def products(self, x: Tensor, numbers: Sequence[int]) -> list[Tensor]:
         """Returns the products of x with A of these layers, of each part."""
-        downs = self.narrow(numbers)
-        for part, down in zip(self.parts, downs, strict=True):
-            own = x[part.rows]
-            block_calls.norm_forward(own, behind=part.input_side(numbers, down))
-        return downs
+        narrow = self.narrow(numbers)
+        for part, down in zip(self.parts, narrow, strict=True):
+            block_calls.norm_forward(x[part.rows], next_factors=part.input_factors(numbers, down))
+        return narrow
 
     def rotate_heads(
         self,
         heads: Sequence[Tensor],
-        downs: Sequence[Tensor] | None,
+        narrow: Sequence[Tensor] | None,
         scales: Sequence[Tensor],
-        beside: Sequence[Tensor],
+        norm_rows: Sequence[Tensor],
         *,
         back: bool = False,
     ) -> None:
-        """Calls block_calls.heads for each part. downs: x A^T of the updates; None: they are added
-        already. scales, beside: those of q and k, read only if these have norms."""
+        """Calls block_calls.heads for each part. narrow: x A^T of the updates; None: they are added
+        already. scales, norm_rows: those of q and k, read only if these have norms."""
         norms = self.block.norms.q, self.block.norms.k
         for number, part in enumerate(self.parts):
             own = [wide[part.rows] for wide in heads]
             sides = (
-                [Side([], wide.new_empty(len(wide), 0)) for wide in own]
-                if downs is None
-                else part.output_sides(QKV, downs[number])
+                [RankFactors([], wide.new_empty(len(wide), 0)) for wide in own]
+                if narrow is None
+                else part.all_output_factors(QKV, narrow[number])
             )
-            pairs = [*zip(norms, scales, beside, strict=True)]
+            pairs = [*zip(norms, scales, norm_rows, strict=True)]
             block_calls.heads(
                 own,
                 self.block.size,
                 part.part.angles,
                 sides,
                 norms=[self.norm_of(norm, scale, part) for norm, scale, _ in pairs],
-                beside=[None if norm is None else wide[part.rows] for norm, _, wide in pairs],
+                norm_rows=[None if norm is None else wide[part.rows] for norm, _, wide in pairs],
                 neighbours=self.block.neighbours,
                 back=back,
             )
@@ -250,11 +248,11 @@ class BackwardPass(Pass):
         return total
 
     def add_updates(
-        self, grad: Tensor, numbers: Sequence[int], grad_downs: Sequence[Tensor]
+        self, grad: Tensor, numbers: Sequence[int], grad_narrow: Sequence[Tensor]
     ) -> None:
         """Adds the updates of these layers to grad, the gradient of their input."""
-        for part, grad_down in zip(self.parts, grad_downs, strict=True):
-            lows = split_ranks(grad_down, [part.A[number] for number in numbers])
+        for part, own_grad_narrow in zip(self.parts, grad_narrow, strict=True):
+            lows = split_ranks(own_grad_narrow, [part.A[number] for number in numbers])
             for number, low in zip(numbers, lows, strict=True):
                 dropout = part.part.layers[number].dropout
                 rank.add_up(grad[part.rows], low, part.A[number].T, dropout=dropout)
@@ -263,15 +261,15 @@ class BackwardPass(Pass):
         self,
         numbers: Sequence[int],
         x: Tensor,
-        grad_downs: Sequence[Tensor],
+        grad_narrow: Sequence[Tensor],
         grads: Sequence[Tensor],
-        downs: Sequence[Tensor],
+        narrow: Sequence[Tensor],
         *,
         add: bool,
     ) -> None:
         """Writes the gradients of these layers' factors."""
-        for part, grad_down, down in zip(self.parts, grad_downs, downs, strict=True):
-            part.write_factor_gradients(numbers, x, grad_down, grads, down, add=add)
+        for part, own_grad_narrow, down in zip(self.parts, grad_narrow, narrow, strict=True):
+            part.write_factor_gradients(numbers, x, own_grad_narrow, grads, down, add=add)
 
     def through_last_norm(
         self, number: int, grad: Tensor, norm: Norm | None, normed: Tensor, scale: Tensor
@@ -283,65 +281,69 @@ class BackwardPass(Pass):
                 rank.down(grad[part.rows], part.B[number].T, part.part.layers[number].scaling)
                 for part in self.parts
             ]
-        out, grad_downs = torch.empty_like(grad), self.narrow([number])
-        for part, behind in zip(self.parts, self.output_sides(number, grad_downs), strict=True):
+        out, grad_narrow = torch.empty_like(grad), self.narrow([number])
+        for part, next_factors in zip(
+            self.parts, self.output_factors(number, grad_narrow), strict=True
+        ):
             block_calls.norm_backward(
                 grad[part.rows],
                 norm=self.norm_of(norm, scale, part),
                 normed=normed[part.rows],
                 out=out[part.rows],
-                behind=behind,
+                next_factors=next_factors,
             )
-        return out, grad_downs
+        return out, grad_narrow
 
     def through_norm(
         self,
         grad: Tensor,
         numbers: Sequence[int],
-        grad_downs: Sequence[Tensor],
+        grad_narrow: Sequence[Tensor],
         norm: Norm | None,
         normed: Tensor,
         scale: Tensor,
-        beside: Tensor,
-        behind: Sequence[Side | None] | None = None,
+        residual: Tensor,
+        next_factors: Sequence[RankFactors | None] | None = None,
     ) -> None:
         """Adds the updates of the layers `numbers` to grad, the gradient of their input. Then
-        replaces it by the gradient of `normed`: through the norm, plus `beside`."""
-        behind = [None for _ in self.parts] if behind is None else behind
-        for part, grad_down, side in zip(self.parts, grad_downs, behind, strict=True):
+        replaces it by the gradient of `normed`: through the norm, plus `residual`."""
+        next_factors = [None for _ in self.parts] if next_factors is None else next_factors
+        for part, own_grad_narrow, side in zip(self.parts, grad_narrow, next_factors, strict=True):
             block_calls.norm_backward(
                 grad[part.rows],
-                before=part.input_side(numbers, grad_down),
+                update=part.input_factors(numbers, own_grad_narrow),
                 norm=self.norm_of(norm, scale, part),
                 normed=None if norm is None else normed[part.rows],
-                beside=beside[part.rows],
-                behind=side,
+                residual=residual[part.rows],
+                next_factors=side,
             )
 
     def through_norms(
-        self, grad_h: Tensor, grad_m_downs: Sequence[Tensor], grad: Tensor, kept: Kept
+        self, grad_h: Tensor, grad_m_narrow: Sequence[Tensor], grad: Tensor, kept: Kept
     ) -> tuple[Tensor, list[Tensor]]:
         """Replaces grad_h, the gradient of m without updates, by that of h: through the norm, plus
         `grad`. Returns the gradient of the output of the layer o, and its product with B of each
         part."""
-        norm, after = self.block.norms.before_feed_forward, self.block.norms.after_attention
-        grad_downs = self.narrow([O])
-        behind = self.output_sides(O, grad_downs) if after is None else None
-        self.through_norm(grad_h, GATES, grad_m_downs, norm, kept.h, kept.m_scale, grad, behind)
-        if after is None:
-            return grad_h, grad_downs
-        return self.through_last_norm(O, grad_h, after, kept.o, kept.o_scale)
+        norm, output_norm = self.block.norms.before_feed_forward, self.block.norms.after_attention
+        grad_narrow = self.narrow([O])
+        next_factors = self.output_factors(O, grad_narrow) if output_norm is None else None
+        self.through_norm(
+            grad_h, GATES, grad_m_narrow, norm, kept.h, kept.m_scale, grad, next_factors
+        )
+        if output_norm is None:
+            return grad_h, grad_narrow
+        return self.through_last_norm(O, grad_h, output_norm, kept.o, kept.o_scale)
 
     def attention_gradients(
-        self, grad: Tensor, grad_downs: Sequence[Tensor], kept: Kept, entropies: Iterator[Tensor]
+        self, grad: Tensor, grad_narrow: Sequence[Tensor], kept: Kept, entropies: Iterator[Tensor]
     ) -> list[Tensor]:
         """Returns the gradients of q, k and v. grad: that of the input of the layer o, without its
         updates."""
         q, k = self.recompute_heads(kept)
         grad_heads = [torch.empty_like(values) for values in (q, k, kept.v)]
-        for part, grad_down in zip(self.parts, grad_downs, strict=True):
+        for part, own_grad_narrow in zip(self.parts, grad_narrow, strict=True):
             wide, layout = grad[part.rows], part.part.layout
-            rank.add_up(wide, grad_down, part.A[O].T, dropout=part.part.layers[O].dropout)
+            rank.add_up(wide, own_grad_narrow, part.A[O].T, dropout=part.part.layers[O].dropout)
             own_q, own_k, own_v, out = (values[part.rows] for values in (q, k, kept.v, kept.out))
             packed_backward(
                 own_q,
@@ -357,11 +359,11 @@ class BackwardPass(Pass):
         return grad_heads
 
     def recompute_norm(
-        self, norm: Norm | None, x: Tensor, kept: Tensor, downs: Sequence[Tensor]
+        self, norm: Norm | None, x: Tensor, kept: Tensor, narrow: Sequence[Tensor]
     ) -> Tensor:
         """Returns the norm of x if the gradient of an A needs it: if a layer that reads it has an
-        update (`downs`). Otherwise returns x."""
-        if norm is None or not is_adapted(downs):
+        update (`narrow`). Otherwise returns x."""
+        if norm is None or not is_adapted(narrow):
             return x
         if self.keeps_all:
             return kept
@@ -369,9 +371,9 @@ class BackwardPass(Pass):
         block_calls.norm_forward(x, norm=with_scale(norm, scale), out=out)
         return out
 
-    def recompute_gated(self, kept: Kept, downs: Sequence[Tensor]) -> Tensor:
+    def recompute_gated(self, kept: Kept, narrow: Sequence[Tensor]) -> Tensor:
         """Returns the input of the layer down if a factor's gradient needs it."""
-        if self.keeps_all or not is_adapted(downs):
+        if self.keeps_all or not is_adapted(narrow):
             return kept.gated
         gated = torch.empty_like(kept.gate)
         gate = row_calls.gelu_gate_forward if self.block.is_gelu else row_calls.silu_gate_forward
@@ -391,6 +393,6 @@ class BackwardPass(Pass):
         return q, k
 
 
-def is_adapted(downs: Sequence[Tensor]) -> bool:
+def is_adapted(narrow: Sequence[Tensor]) -> bool:
     """True if a layer that made one of these narrow sides has an update."""
-    return any(down.shape[1] for down in downs)
+    return any(down.shape[1] for down in narrow)

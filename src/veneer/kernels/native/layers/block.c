@@ -16,7 +16,7 @@
    across: A (R, width) and B (width, R) as the transposes of what is multiplied with. Factors with
    masks, all or none, are parts of their own: each sees the wide side through its mask. Those
    without are one part. */
-struct side {
+struct rank_factors {
     const void *factors[MOST_LAYERS];
     int64_t ranks[MOST_LAYERS], count, across, half;
     struct mask masks[MOST_LAYERS];
@@ -27,13 +27,13 @@ struct side {
     int64_t parts, sizes[MOST_LAYERS], starts[MOST_LAYERS];
 };
 
-static int64_t rank_of(const struct side *s) {
+static int64_t rank_of(const struct rank_factors *s) {
     int64_t all = 0;
     for (int64_t f = 0; f < s->count; f++) all += s->ranks[f];
     return all;
 }
 
-static void split(struct side *s, int64_t rows, int64_t width) {
+static void split(struct rank_factors *s, int64_t rows, int64_t width) {
     s->parts = 0;
     for (int64_t f = 0, at = 0; f < s->count; at += s->ranks[f++]) {
         if (f == 0 || s->masks[f].keys) s->starts[s->parts] = at, s->sizes[s->parts++] = 0;
@@ -43,13 +43,13 @@ static void split(struct side *s, int64_t rows, int64_t width) {
     s->pairs = s->count ? words(width / 2 * rank_of(s)) : NULL;
 }
 
-static void release(struct side *s) {
+static void release(struct rank_factors *s) {
     free(s->pairs);
     for (int64_t f = 0; f < s->count; f++) free(s->masks[f].rows);
 }
 
 /* For narrow = scale * x W, W (width, R): of each part pairs (width / 2, its R). */
-static VENEER_BF16 void pack_down(struct side *s, int64_t rows, int64_t width) {
+static VENEER_BF16 void pack_down(struct rank_factors *s, int64_t rows, int64_t width) {
     split(s, rows, width);
     for (int64_t f = 0, p = 0, at = 0; f < s->count; at += s->ranks[f++]) {
         if (p + 1 < s->parts && at >= s->starts[p + 1]) p++;
@@ -59,7 +59,7 @@ static VENEER_BF16 void pack_down(struct side *s, int64_t rows, int64_t width) {
 }
 
 /* For x += scale * narrow W, W (R, width). */
-static VENEER_BF16 void pack_up(struct side *s, int64_t rows, int64_t width) {
+static VENEER_BF16 void pack_up(struct rank_factors *s, int64_t rows, int64_t width) {
     split(s, rows, width);
     for (int64_t f = 0, at = 0; f < s->count; at += s->ranks[f++])
         rank_pairs(s->factors[f], s->across, s->half, s->ranks[f], width, s->pairs + at / 2 * width,
@@ -67,8 +67,8 @@ static VENEER_BF16 void pack_up(struct side *s, int64_t rows, int64_t width) {
 }
 
 /* x (n, width): rows of the block, from `row` on. */
-static VENEER_BF16 void down(const struct side *s, const uint16_t *x, int64_t row, int64_t n,
-                             int64_t width) {
+static VENEER_BF16 void down(const struct rank_factors *s, const uint16_t *x, int64_t row,
+                             int64_t n, int64_t width) {
     for (int64_t p = 0; p < s->parts; p++)
         rank_down(s->masks + p, x, row, s->pairs + width / 2 * s->starts[p],
                   s->narrow + row * s->apart + s->starts[p], s->apart, n, width, s->sizes[p],
@@ -77,15 +77,15 @@ static VENEER_BF16 void down(const struct side *s, const uint16_t *x, int64_t ro
 
 /* x (n, width), rows of the block, += the update, columns [c, c + wide); rounded after each part.
  */
-static VENEER_BF16 void up_columns(const struct side *s, uint16_t *x, int64_t row, int64_t n,
-                                   int64_t width, int64_t c, int64_t wide) {
+static VENEER_BF16 void up_columns(const struct rank_factors *s, uint16_t *x, int64_t row,
+                                   int64_t n, int64_t width, int64_t c, int64_t wide) {
     for (int64_t p = 0; p < s->parts; p++)
         rank_up(s->masks + p, s->narrow + row * s->apart + s->starts[p], s->apart,
                 s->pairs + s->starts[p] / 2 * width, x, row, n, width, c, wide, s->sizes[p],
                 s->scale);
 }
 
-static void up(const struct side *s, uint16_t *x, int64_t row, int64_t n, int64_t width) {
+static void up(const struct rank_factors *s, uint16_t *x, int64_t row, int64_t n, int64_t width) {
     for (int64_t c = 0; c < width; c += COLUMNS)
         up_columns(s, x, row, n, width, c, rank_columns(width, c));
 }
@@ -108,12 +108,12 @@ static VENEER_BF16 void norm(const struct weighting *w, const uint16_t *x, uint1
                 : norm_row(x + at, w->weight, out + at, width, w->epsilon, w->offset, w->is_wide);
 }
 
-/* x: the gradient of what the norm gave of `normed`; out: that of normed, + beside. */
+/* x: the gradient of what the norm gave of `normed`; out: that of normed, + residual. */
 static VENEER_BF16 void norm_gradient(const struct weighting *w, const uint16_t *normed,
-                                      const uint16_t *x, const uint16_t *beside, uint16_t *out,
+                                      const uint16_t *x, const uint16_t *residual, uint16_t *out,
                                       int64_t row, int64_t n, int64_t width) {
     for (int64_t r = 0, at = 0; r < n; r++, at += width) {
-        const uint16_t *more = beside ? beside + at : NULL;
+        const uint16_t *more = residual ? residual + at : NULL;
         if (w->is_centred)
             layer_norm_row_gradient(normed + at, w->weight, x + at, w->scale[row + r], more,
                                     out + at, width);
@@ -123,23 +123,23 @@ static VENEER_BF16 void norm_gradient(const struct weighting *w, const uint16_t 
     }
 }
 
-static VENEER_BF16 void sum(const uint16_t *x, const uint16_t *beside, uint16_t *out,
+static VENEER_BF16 void sum(const uint16_t *x, const uint16_t *residual, uint16_t *out,
                             int64_t count) {
     for (int64_t i = 0; i < count; i += 16)
-        bf16_store(out + i, _mm512_add_ps(bf16_floats(beside + i), bf16_floats(x + i)));
+        bf16_store(out + i, _mm512_add_ps(bf16_floats(residual + i), bf16_floats(x + i)));
 }
 
-/* Norms with what stands in front of them, between and behind.
-   Forward: x + update, in place; total = beside + the norm `after` of x, or x itself where there is
-   none; out = the norm of total; the update behind of out, or of total where there is no norm.
+/* Norms with the update and the sum that come first, and the first product of the next update.
+   Forward: x + update, in place; total = residual + output_norm of x, or x itself where there is
+   none; out = the norm of total; the product `next` of out, or of total where there is no norm.
    Backward: x + update is the gradient of what the norm gave of `normed`, or of normed itself where
-   there is no norm; out that of normed, + beside; the update behind of out. */
+   there is no norm; out that of normed, + residual; the narrow product `next` of out. */
 struct norms {
     uint16_t *x;
-    const uint16_t *beside, *normed;
+    const uint16_t *residual, *normed;
     uint16_t *total, *out;
-    struct weighting after, norm;
-    struct side before, behind;
+    struct weighting output_norm, norm;
+    struct rank_factors update, next;
     int64_t rows, width;
 };
 
@@ -150,11 +150,11 @@ static VENEER_BF16 void norm_forward(void *arguments, int64_t from, int64_t to) 
         const int64_t row = block * BLOCK, n = rank_rows(block, a->rows), at = row * width;
         uint16_t *x = a->x + at, *total = a->total + at;
         uint16_t *out = a->norm.weight ? a->out + at : total;
-        up(&a->before, x, row, n, width);
-        if (a->after.weight) norm(&a->after, x, total, row, n, width);
-        if (a->beside) sum(total, a->beside + at, total, n * width);
+        up(&a->update, x, row, n, width);
+        if (a->output_norm.weight) norm(&a->output_norm, x, total, row, n, width);
+        if (a->residual) sum(total, a->residual + at, total, n * width);
         if (a->norm.weight) norm(&a->norm, total, out, row, n, width);
-        down(&a->behind, out, row, n, width);
+        down(&a->next, out, row, n, width);
     }
 }
 
@@ -163,38 +163,40 @@ static VENEER_BF16 void norm_backward(void *arguments, int64_t from, int64_t to)
     const int64_t width = a->width;
     for (int64_t block = from; block < to; block++) {
         const int64_t row = block * BLOCK, n = rank_rows(block, a->rows), at = row * width;
-        const uint16_t *beside = a->beside ? a->beside + at : NULL;
+        const uint16_t *residual = a->residual ? a->residual + at : NULL;
         uint16_t *x = a->x + at, *out = a->out + at;
-        up(&a->before, x, row, n, width);
-        if (a->norm.weight) norm_gradient(&a->norm, a->normed + at, x, beside, out, row, n, width);
-        else sum(x, beside, out, n * width);
-        down(&a->behind, out, row, n, width);
+        up(&a->update, x, row, n, width);
+        if (a->norm.weight)
+            norm_gradient(&a->norm, a->normed + at, x, residual, out, row, n, width);
+        else
+            sum(x, residual, out, n * width);
+        down(&a->next, out, row, n, width);
     }
 }
 
 static void norms(struct norms *a, veneer_body body) {
-    pack_up(&a->before, a->rows, a->width);
-    pack_down(&a->behind, a->rows, a->width);
+    pack_up(&a->update, a->rows, a->width);
+    pack_down(&a->next, a->rows, a->width);
     veneer_parallel_dealt(body, a, rank_blocks(a->rows), 1, 4);
-    release(&a->before);
-    release(&a->behind);
+    release(&a->update);
+    release(&a->next);
 }
 
 void veneer_block_norm_forward(struct norms *a) { norms(a, norm_forward); }
 void veneer_block_norm_backward(struct norms *a) { norms(a, norm_backward); }
 
 /* Forward: gate and up, each + its update (sides 0 and 1), in place; out = activation(gate) * up;
-   the update behind (side 2) of out. Backward: out is the gradient of what the gate gave, + the
-   update of side 2; it becomes the gradient of gate, and grad_up that of up; sides 0 and 1 behind
-   these. */
+   the first product of the next update (side 2) of out. Backward: out is the gradient of what the
+   gate gave, + the update of side 2; it becomes the gradient of gate, and grad_up that of up; the
+   products of sides 0 and 1 of these. */
 struct gates {
     uint16_t *gate, *up, *out, *grad_up;
-    struct side sides[3];
+    struct rank_factors sides[3];
     int64_t rows, width, is_gelu;
 };
 
 VENEER_INLINE void gate_rows(const int is_gelu, const struct gates *a, int64_t from, int64_t to) {
-    const struct side *s = a->sides;
+    const struct rank_factors *s = a->sides;
     for (int64_t block = from; block < to; block++) {
         const int64_t row = block * BLOCK, n = rank_rows(block, a->rows), start = row * a->width;
         for (int64_t m = row; m < row + n; m += ALONG)
@@ -216,7 +218,7 @@ VENEER_INLINE void gate_rows(const int is_gelu, const struct gates *a, int64_t f
 
 VENEER_INLINE void gate_gradients(const int is_gelu, const struct gates *a, int64_t from,
                                   int64_t to) {
-    const struct side *s = a->sides;
+    const struct rank_factors *s = a->sides;
     for (int64_t block = from; block < to; block++) {
         const int64_t row = block * BLOCK, n = rank_rows(block, a->rows), start = row * a->width;
         for (int64_t m = row; m < row + n; m += ALONG)
@@ -277,7 +279,7 @@ struct heads {
     const uint16_t *normed[2];
     struct weighting norms[2];
     int64_t spans[2], heads[MOST_LAYERS];
-    struct side sides[MOST_LAYERS];
+    struct rank_factors sides[MOST_LAYERS];
     struct rotation rotation;
     int64_t rows, size, back;
 };
