@@ -150,10 +150,16 @@ def check_data(
         capacity=configured_capacity(config),
         tokenizer=tokenizer,
         preamble=Preamble(variables=variables or {}),
+        kind="any",
     )
-    data_set.report.problems.extend(
-        grouped(look_closer(data, data_set.train_rows, data_set.validation_rows))
+    kept, held_out = (
+        [row for row, example in zip(rows, examples, strict=True) if example.kind != "rejected"]
+        for rows, examples in (
+            (data_set.train_rows, data_set.train),
+            (data_set.validation_rows, data_set.validation),
+        )
     )
+    data_set.report.problems.extend(grouped(look_closer(data, kept, held_out)))
     return data_set, tokenizer
 
 

@@ -136,6 +136,9 @@ class SetEncoder:
         if row.liked is not False:
             kinds[0] = "chosen"
         texts = [encoding for (encoding,) in encodings]
+        start = texts[0].trained.index(True)
+        answer_ids = [text.ids[start:] for text in texts]
+        self.findings.pairs.add(row.ref, texts[0].ids[:start], answer_ids)
         parts = self._parts(answers, key, texts, kinds)
         if len(parts) == len(texts):
             collector.add(answers[0], parts)

@@ -75,7 +75,8 @@ class AnswerScores:
 
     losses   of each answer that counts, else 0; with their gradient
     scores   what the objective compares
-    right    1 where the scores are in the preferred order, else 0; at answers that count
+    right    1 where the scores are in the preferred order, one half where they are equal, else 0;
+             at answers that count
     """
 
     losses: Tensor
@@ -165,11 +166,16 @@ class PairObjective(PreferenceObjective):
         owners = torch.tensor(_best(answers.examples), device=device)[better]
         nothing = torch.zeros_like(scores)
         losses = nothing.index_add(0, owners, shares * self.pair_losses(margins))
-        right = nothing.index_add(0, owners, shares * (margins.detach() > 0))
+        right = nothing.index_add(0, owners, shares * _in_order(margins))
         own = self.own_losses(answers)
         if own is not None:
             losses = losses + answers.of_kind("chosen") * own
         return AnswerScores(losses, scores, right)
+
+
+def _in_order(margins: Tensor) -> Tensor:
+    """Returns 1 for a positive margin, one half for none, 0 for a negative one."""
+    return (margins.detach().sign() + 1) / 2
 
 
 def _best(examples: Sequence[Example]) -> list[int]:
@@ -265,4 +271,4 @@ class KTOObjective(PreferenceObjective):
         distance = (good - bad) * (ratios - z)
         weights = config.good_weight * good + config.bad_weight * bad
         losses = weights * torch.sigmoid(-config.beta * distance)
-        return AnswerScores(losses, ratios, (distance.detach() > 0).double())
+        return AnswerScores(losses, ratios, (good + bad) * _in_order(distance))

@@ -200,6 +200,12 @@ def _print_counts(console: Console, data: str, report: CheckReport, problems: st
             if report.reasons.get(kind)
         ]
         console.print(folded(f"  answers: {' · '.join(counts)}", console.width), soft_wrap=True)
+    if pairs := report.pairs:
+        unequal = pairs["longer_preferred"] + pairs["shorter_preferred"]
+        facts = [f"pairs of answers: {pairs['pairs']:,}"]
+        facts += [f"{pairs[name]:,} {name}" for name in ("identical", "swapped")]
+        facts.append(f"longer preferred in {percent(pairs['longer_preferred'], unequal)}")
+        console.print(folded("  " + " · ".join(facts), console.width), soft_wrap=True)
     most = max((rows for _, rows in report.histogram), default=0)
     for longest, count in report.histogram:
         bar = "█" * max(round(30 * count / most), 1 if count else 0)

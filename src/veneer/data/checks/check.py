@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from veneer.data.checks.pairs import PairTally
 from veneer.data.checks.tally import Tally
 from veneer.data.examples import Capacity, Example, LongRows, Problem, Row, grouped, refusal
 from veneer.data.files.on_disk import StoredExamples, lengths_of
@@ -52,6 +53,7 @@ class CheckReport:
     control_rows        rows, held-out ones included, whose text holds the name of a control token
                         (it is trained as text)
     leaked              held-out rows whose prompt is also trained on
+    pairs               counts of pairs of answers, held-out ones too (checks/pairs.py)
     problems            grouped; the run refuses to start if one is fatal
     """
 
@@ -79,6 +81,7 @@ class CheckReport:
     control_rows: int
     leaked: int
     problems: list[Problem] = field(default_factory=list)
+    pairs: dict[str, int] = field(default_factory=dict)
 
     @property
     def trained_share(self) -> float:
@@ -121,6 +124,7 @@ class Findings:
     reasons: Counter[str] = field(default_factory=Counter)  # of trained answers
     unreasoned: list[Row] = field(default_factory=list)  # the template drops their reasoning
     several: list[Row] = field(default_factory=list)  # became several examples
+    pairs: PairTally = field(default_factory=PairTally)
 
     def record_row(
         self, row: Row, encodings: Sequence[EncodedRow], *, several: bool = True
@@ -177,6 +181,7 @@ def check(
         stop_tokens=list(stop_tokens),
         control_rows=len(findings.control),
         leaked=sum(map(len, leaked.values())),
+        pairs=findings.pairs.counts,
     )
     problems = [*findings.problems, *_length_problems(findings, length, by_model, long_rows)]
     problems += [
@@ -186,6 +191,7 @@ def check(
     problems += _row_problems("D209", "repeats an earlier row", train.lines_by_file(repeated))
     problems += _row_problems("D210", "held out, but its prompt is trained on too (leak)", leaked)
     problems += reasoning_problems(file, findings.reasons, findings.unreasoned, findings.several)
+    problems += findings.pairs.all_problems(file)
     problems += _set_problems(report, file, any(problem.fatal for problem in problems))
     report.problems.extend(grouped(problems))
     return report

@@ -1,0 +1,73 @@
+"""Counts what pairs of answers teach besides the preference, as they come.
+
+A pair of equal answers teaches nothing. A pair that stands elsewhere the other way round is taken
+back. If the longer answer is nearly always preferred, a model learns to write more. Held are 16
+bytes for each pair.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from veneer.data.examples import Problem, RowRef, grouped
+
+LONGER = 2 / 3
+"""Share of pairs with the longer answer preferred from which it is worth a remark."""
+FEWEST = 20
+"""Pairs below which that share says nothing."""
+
+
+@dataclass
+class PairTally:
+    """Counts pairs. longer: pairs whose preferred answer has more tokens; shorter: fewer"""
+
+    pairs: int = 0
+    longer: int = 0
+    shorter: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    _seen: set[bytes] = field(default_factory=set)
+
+    def add(self, ref: RowRef, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> None:
+        """Counts the pairs of the best answer with each other one. All are token ids."""
+        best, *others = answers
+        for other in others:
+            self.pairs += 1
+            self.longer += len(best) > len(other)
+            self.shorter += len(best) < len(other)
+            if list(best) == list(other):
+                self._report("D227", "both answers are the same: nothing to learn", ref)
+            elif _key(prompt, other, best) in self._seen:
+                self._report("D228", "an earlier row has these answers the other way round", ref)
+            self._seen.add(_key(prompt, best, other))
+
+    def _report(self, code: str, message: str, ref: RowRef) -> None:
+        self.problems.append(Problem(code, ref.file, message, (ref.line,), fatal=False))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Returns the counts by name, empty without pairs."""
+        if not self.pairs:
+            return {}
+        codes = [problem.code for problem in self.problems]
+        return {
+            "pairs": self.pairs,
+            "identical": codes.count("D227"),
+            "swapped": codes.count("D228"),
+            "longer_preferred": self.longer,
+            "shorter_preferred": self.shorter,
+        }
+
+    def all_problems(self, file: str) -> list[Problem]:
+        """Returns the problems of rows, and of the set as a whole. file: its name"""
+        problems = grouped(self.problems)
+        share = self.longer / max(self.longer + self.shorter, 1)
+        if self.longer + self.shorter >= FEWEST and share >= LONGER:
+            message = f"the longer answer is preferred in {share:.0%} of pairs"
+            step = "Compare means over tokens: objective: {name: dpo, per_token: true, beta: 2}."
+            problems.append(Problem("D229", file, message, next_step=step, fatal=False))
+        return problems
+
+
+def _key(prompt: Sequence[int], better: Sequence[int], worse: Sequence[int]) -> bytes:
+    text = repr((list(prompt), list(better), list(worse)))
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
