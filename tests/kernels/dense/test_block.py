@@ -442,7 +442,7 @@ def test_rows_of_several_adapters_get_the_bits_of_each_alone(family, adding, tak
 
     def gradients(numbers):
         chosen = [batches[number] for number in numbers]
-        joined, _ = join_batches(chosen)
+        joined, rows = join_batches(chosen)
         shares = [
             BatchShare(
                 ((flats[n][0], 1.0),),
@@ -451,7 +451,6 @@ def test_rows_of_several_adapters_get_the_bits_of_each_alone(family, adding, tak
             )
             for n in numbers
         ]
-        rows = [batch.ids.numel() for batch in chosen]
         acting = in_turn([(n, share.adapters) for n, share in zip(rows, shares, strict=True)])
         keys = [(count, 3 + n, n) for count, n in zip(rows, numbers, strict=True)]
         for number in numbers:
