@@ -275,6 +275,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "decoding/sampling/grammar.py": ("decoding/test_grammar.py",),
     "decoding/sampling/json_check.py": ("decoding/test_grammar.py",),
     "execution/decode_step.py": ("decoding/test_direct.py",),
+    "execution/layer_step.py": ("decoding/test_direct.py", "decoding/test_family_steps.py"),
+    "execution/model_start.py": ("kernels/tape/test_recorded.py", "decoding/test_direct.py"),
     "execution/paged.py": ("decoding/test_engine.py",),
     "decoding/engine.py": ("decoding/test_forward.py", "decoding/test_engine.py"),
     "decoding/forward.py": (

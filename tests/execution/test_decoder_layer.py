@@ -27,7 +27,7 @@ from veneer.execution.train_step import (
     replacements,
     unknown_layers,
 )
-from veneer.kernels.dense.fused import gelu_gate, silu_gate
+from veneer.kernels.dense.fused import gelu_erf_gate, gelu_gate, silu_gate
 from veneer.models.step import batch_loss, prepare
 
 WITH_ATTENTION = (FusedAttention, FusedLayer)
@@ -57,7 +57,8 @@ def test_the_facts_of_a_layer_are_those_of_its_family(family, gate, window, head
         assert layer.unknown is None
         assert layer.norms.after_attention is layer.norms.after_feed_forward is None
         for norm in (layer.norms.before_attention, layer.norms.before_feed_forward):
-            assert norm.epsilon == model.config.rms_norm_eps and norm.is_plain
+            assert norm.epsilon == model.config.rms_norm_eps
+            assert (norm.offset, norm.is_wide) == (0.0, False)
         assert layer.attention.rules.window == window
         assert len(layer.attention.norms) == head_norms
         assert layer.attention.head_dim == model.model.layers[0].self_attn.head_dim
@@ -108,13 +109,14 @@ def test_rotations_and_joined_modules_are_found(family, rotation, heads, gates):
     assert feed_forward.width == 48
 
 
-def test_a_gate_of_gelu_is_told_from_one_of_silu():
-    layers = find_layers(prepared("llama", hidden_act="gelu_pytorch_tanh"))
-    assert [layer.feed_forward.gate for layer in layers] == [gelu_gate, gelu_gate]
-    assert [layer.feed_forward for layer in find_layers(prepared("llama", hidden_act="gelu"))] == [
-        None,
-        None,
-    ]
+@pytest.mark.parametrize(
+    ("activation", "gate"),
+    [("gelu_pytorch_tanh", gelu_gate), ("gelu", gelu_erf_gate), ("relu", None)],
+)
+def test_a_gate_of_gelu_is_told_from_one_of_silu(activation, gate):
+    layers = find_layers(prepared("llama", hidden_act=activation))
+    gates = [layer.feed_forward and layer.feed_forward.gate for layer in layers]
+    assert gates == [gate, gate]
 
 
 @pytest.mark.parametrize(("family", "reason"), [("phi", "dense"), ("stablelm", "another way")])

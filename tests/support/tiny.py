@@ -27,6 +27,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -43,6 +44,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SmolLM3Config,
     StableLmConfig,
     Starcoder2Config,
 )
@@ -175,6 +177,17 @@ _CONFIGS |= {  # by name alone, not in every test of all families
         Exaone4Config,
         {**_MODERN, "sliding_window": SLIDING_WINDOW, "layer_types": _SLIDING_THEN_FULL},
     ),
+    "granite": (
+        GraniteConfig,
+        {
+            **_MODERN,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 6.0,
+        },
+    ),
+    "smollm3": (SmolLM3Config, {**_MODERN, "no_rope_layers": [1, 0]}),  # the second is not rotated
     "qwen2_moe": (
         Qwen2MoeConfig,
         {

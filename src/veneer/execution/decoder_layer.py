@@ -1,7 +1,7 @@
 """The decoder layers of a model as data: what each of them computes.
 
-    h = x + norm(attention(norm(x)))
-    y = h + norm(feed_forward(norm(h)))         any of these norms may be missing
+    h = x + scale * norm(attention(norm(x)))
+    y = h + scale * norm(feed_forward(norm(h)))         any of these norms may be missing
 
 or, in parallel, y = x + attention(n) + feed_forward(n) with n = norm(x).
 
@@ -32,10 +32,9 @@ from veneer.execution.layer_facts import (
     JOINED_QKV,
     QKV,
     DecoderLayer,
-    LayerNorms,
     O,
 )
-from veneer.execution.norm_places import find_places
+from veneer.execution.norm_places import Sums, find_places
 from veneer.execution.part_facts import find_feed_forward, find_norm
 from veneer.execution.stand_in import StandIn
 from veneer.model_record import record_of
@@ -102,13 +101,16 @@ def _find_layer(layer: nn.Module) -> DecoderLayer:
         return DecoderLayer(layer, unknown="its norms are of no known kind")
     heads, feed_forward = find_attention(attention), find_feed_forward(feed)
     found = find_places(layer, norms)
-    places, is_parallel = found or (LayerNorms(), False)
     unknown = None
     if heads is None:
         unknown = "its attention block computes something else"
     elif found is None:
         unknown = "it adds up its parts in another way"
-    return DecoderLayer(layer, places, heads, feed_forward, is_parallel, unknown)
+    found = found or Sums()
+    residual = found.residual_scale
+    return DecoderLayer(
+        layer, found.norms, heads, feed_forward, found.is_parallel, residual, unknown
+    )
 
 
 def _passes_values_on(module: nn.Module) -> bool:

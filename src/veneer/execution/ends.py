@@ -1,24 +1,27 @@
 """The calls before and behind the layers of a step: embedding, rotary angles, output head. They are
 replayed together with those of the layers (recorded.py).
 
-Works if the embedding is a plain table, the head a dense product, and a position's angles depend on
-the position alone. The model's own module computes the tables of angles. Shapes: N rows of the
-step, D width, E head size, V ids, P positions.
+Works if the embedding is a table times a number, the head a dense product, and a position's angles
+depend on the position alone. The model's own module computes the tables of angles. Shapes: N rows
+of the step, D width, E head size, V ids, P positions.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from veneer.execution.model_start import ModelStart
 from veneer.kernels.attention.paged import Spans
 from veneer.kernels.bindings import step_calls
 from veneer.kernels.bindings.dense_calls import put_at
+from veneer.kernels.decoding import decoder_step
 from veneer.kernels.dense import few_rows
+from veneer.kernels.dense.loss import Head
 from veneer.kernels.tape.step_tape import StepTape, record_step
 
 INDEPENDENT_OF_LENGTH = {"default", "linear", "llama3", "yarn"}
@@ -29,63 +32,72 @@ FIRST_POSITIONS = 512
 class Ends:
     """Records the calls around the layers, and fills in each step's ids and positions.
 
-    angles: function of (D-wide value, positions (1, P)) that returns cosines and sines (1, P, E).
+    table   (V, D), whose rows are multiplied by `scale`
+    rotary  the model's module that computes cosines and sines (1, P, E) of each kind of `start`
     """
 
     def __init__(
-        self, table: Tensor, weight: Tensor, bias: Tensor | None, angles: Callable[..., Any]
+        self, table: Tensor, scale: float, head: Head, rotary: nn.Module, start: ModelStart
     ) -> None:
-        self._table, self._weight, self._bias, self._angles = table, weight, bias, angles
+        self._table, self._scale, self._head = table, scale, head
+        self._rotary, self._start = rotary, start
         self._positions = 0
-        self._cos = self._sin = table[:0]
-        self._structs: tuple[Any, Any] | None = None
+        self._angles: list[Tensor] = []
+        self._angle_structs: list[Any] = []
+        self._logit_structs: list[Any] = []
+        self._cap_structs: list[Any] = []
         self._columns = table[:0]  # kept while C reads them
 
     @classmethod
     def of(
-        cls, embedding: nn.Module | None, head: tuple[Tensor, Tensor | None] | None, rotary: Any
+        cls, embedding: nn.Embedding, scale: float, head: Head, rotary: Any, start: ModelStart
     ) -> Ends | None:
         """Returns None if these parts are of another kind.
 
-        embedding: the base's own module. head: weight and bias of a product that few_rows computes.
+        embedding: the base's own module. head: a product that few_rows computes.
         """
-        if type(embedding) is not nn.Embedding or embedding.max_norm is not None or head is None:
+        table = embedding.weight
+        plain = table.is_cpu and table.is_contiguous() and table.dtype is head.weight.dtype
+        kinds = getattr(rotary, "rope_type", None)
+        kinds = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
+        if not plain or not kinds <= INDEPENDENT_OF_LENGTH:
             return None
-        table, (weight, bias) = embedding.weight, head
-        plain = table.is_cpu and table.is_contiguous() and table.dtype is weight.dtype
-        if not plain or getattr(rotary, "rope_type", None) not in INDEPENDENT_OF_LENGTH:
-            return None
-        ends = cls(table.detach(), weight.detach(), None if bias is None else bias.detach(), rotary)
+        weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
+        own_head = Head(weight, bias, head.scale, head.softcap)
+        ends = cls(table.detach(), scale, own_head, rotary, start)
         return ends if ends._extend_tables(FIRST_POSITIONS - 1) else None
 
     def record(self, tape: StepTape, inputs: Sequence[Tensor], states: Tensor) -> bool:
         """Adds the calls before and behind the layers to a tape. Returns False if a tape cannot
         hold them all.
 
-        inputs: the first layer's. states: (N, D), the last layer's output.
+        inputs: the first layer's, and the angles. states: (N, D), the last layer's output.
         """
         rows, most = len(states), tape.memory.most_rows
         self._ids = array("q", bytes(8 * most))
         ids = torch.frombuffer(self._ids, dtype=torch.int64)
         spans = torch.zeros(most, 5, dtype=torch.int64)
+        h, *angles = inputs
         with record_step(tape.memory) as before:
-            step_calls.step_inputs(
-                ids[:rows], spans[:rows], self._table, self._cos, self._sin, *inputs
-            )
+            step_calls.step_embed(ids[:rows], self._table, h, self._scale)
+            for n in range(0, len(angles), 2):
+                tables, own = self._angles[n : n + 2], angles[n : n + 2]
+                step_calls.step_angles(spans[:rows], *tables, *own)
         with record_step(tape.memory) as behind:
-            few_rows.product(states, self._weight, self._bias)
+            logits = few_rows.product(states, self._head.weight, self._head.bias)
+            decoder_step.cap(logits, self._head.scale, self._head.softcap)
         if before.unsupported_call is not None or behind.unsupported_call is not None:
             return False
-        (first,), (last,) = before.structs("veneer_step_inputs"), behind.structs("veneer_few_rows")
-        self._structs = first, last
+        self._angle_structs = before.structs("veneer_step_angles")
+        self._logit_structs = behind.structs("veneer_few_rows")
+        self._cap_structs = behind.structs("veneer_step_cap")
         tape.enclose(before, behind)
         return True
 
     def take(self, ids: Sequence[int], spans: Spans) -> Tensor | None:
         """Prepares a step. Returns logits (N, V), which the next replay fills; None if a position
         is beyond the tables. ValueError: an id has no row."""
-        assert self._structs is not None
-        first, last = self._structs
+        assert self._logit_structs
         rows, farthest = len(ids), spans.farthest
         if min(ids) < 0 or max(ids) >= len(self._table):
             raise ValueError(f"an id without a row: the table has {len(self._table):,}")
@@ -93,31 +105,33 @@ class Ends:
             return None
         self._ids[:rows] = array("q", ids)
         self._columns = spans.row_columns
-        first.spans, first.cos_table, first.sin_table = (
-            self._columns.data_ptr(),
-            self._cos.data_ptr(),
-            self._sin.data_ptr(),
-        )
-        logits = torch.empty(rows, len(self._weight), dtype=self._weight.dtype)
-        put_at(last, logits)
+        for n, struct in enumerate(self._angle_structs):
+            struct.spans = self._columns.data_ptr()
+            struct.cos_table, struct.sin_table = (
+                table.data_ptr() for table in self._angles[2 * n : 2 * n + 2]
+            )
+        weight = self._head.weight
+        logits = torch.empty(rows, len(weight), dtype=weight.dtype)
+        put_at(self._logit_structs[0], logits)
+        for struct in self._cap_structs:
+            struct.x = logits.data_ptr()
         return logits
 
     def _extend_tables(self, position: int) -> bool:
         """Computes tables up to a position. Returns False if a position's angles differ when they
-        are computed alone."""
+        are computed alone, or are of a type that heads are not rotated by."""
         count = FIRST_POSITIONS
         while count <= position:
             count *= 2
         any_value = self._table[:1, None]
-        cos, sin = (
-            table[0] for table in self._angles(any_value, position_ids=torch.arange(count)[None])
-        )
+        tables = self._start.angles(self._rotary, any_value, torch.arange(count)[None])
         for alone in (0, count // 3, count - 1):
-            angles = self._angles(any_value, position_ids=torch.tensor([[alone]]))
+            angles = self._start.angles(self._rotary, any_value, torch.tensor([[alone]]))
             if not all(
-                torch.equal(angle[0, 0], table[alone])
-                for angle, table in zip(angles, (cos, sin), strict=True)
+                torch.equal(angle[0, 0], table[0, alone])
+                for angle, table in zip(angles, tables, strict=True)
             ):
                 return False
-        self._cos, self._sin, self._positions = cos.contiguous(), sin.contiguous(), count
-        return cos.dtype is self._table.dtype
+        self._angles, self._positions = [table[0].contiguous() for table in tables], count
+        types = {self._table.dtype, torch.float32}
+        return all(table.dtype in types for table in self._angles)

@@ -1,7 +1,7 @@
 """What a decoder layer computes, as data (found by decoder_layer.py).
 
-h = x + norm(attention(norm(x)))
-y = h + norm(feed_forward(norm(h)))         any of these norms may be missing
+h = x + scale * norm(attention(norm(x)))
+y = h + scale * norm(feed_forward(norm(h)))         any of these norms may be missing
 
 A parallel layer is y = x + attention(n) + feed_forward(n), n = norm(x).
 """
@@ -53,11 +53,6 @@ class Norm:
     def weight(self) -> Tensor:
         return self.module.get_parameter("weight")
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is the norm of Llama, multiplied by its weight in the model's type."""
-        return not self.is_wide and not self.offset and not self.is_centred
-
 
 class LayerNorms(NamedTuple):
     """The norms of a layer by their places; None: there is none."""
@@ -70,7 +65,7 @@ class LayerNorms(NamedTuple):
 
 @dataclass(frozen=True)
 class FeedForward:
-    """down(gate(gate_proj(x), up_proj(x))), gate being silu_gate or gelu_gate.
+    """down(gate(gate_proj(x), up_proj(x))), gate being silu_gate, gelu_gate or gelu_erf_gate.
 
     width   outputs of gate, and of up
     inputs  names of the modules that compute gate and up: two, or one that joins them
@@ -139,13 +134,6 @@ class Attention:
     def is_joined(self) -> bool:
         return len(self.inputs) == 1
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether each whole head is rotated, half against half, after a plain norm over the head
-        or none."""
-        norms = [norm.is_plain and norm.weight.numel() == self.head_dim for norm in self.norms]
-        return self.rotation == Rotation(self.head_dim) and all(norms)
-
 
 NO_NORMS = LayerNorms()
 
@@ -154,9 +142,10 @@ NO_NORMS = LayerNorms()
 class DecoderLayer:
     """Describes what a decoder layer computes.
 
-    feed_forward  None: its own module computes it
-    is_parallel   y = x + attention(n) + feed_forward(n), n = norm(x) by the norm before attention
-    unknown       why the layer's own code has to compute it; None: the layer is understood
+    feed_forward    None: its own module computes it
+    is_parallel     y = x + attention(n) + feed_forward(n), n = norm(x) by the norm before attention
+    residual_scale  what the output of each part is multiplied by before it is added
+    unknown         why the layer's own code has to compute it; None: the layer is understood
     """
 
     module: nn.Module
@@ -164,6 +153,7 @@ class DecoderLayer:
     attention: Attention | None = None
     feed_forward: FeedForward | None = None
     is_parallel: bool = False
+    residual_scale: float = 1.0
     unknown: str | None = None
 
     @property
@@ -185,17 +175,17 @@ class DecoderLayer:
         return [*of_heads, whole, *of_gates, whole]
 
     @property
-    def unlike_llama(self) -> str | None:
+    def called_whole(self) -> str | None:
         """Why a decoding step calls the layer whole; None: it takes the layer apart."""
-        before, after, before_feed_forward, after_feed_forward = self.norms
         if self.unknown is not None or self.attention is None:
             return self.unknown
         if self.is_parallel:
             return "attention and its feed-forward block read the same input"
-        if before is None or before_feed_forward is None or after or after_feed_forward:
-            return "its norms stand in other places than in Llama"
-        if not (before.is_plain and before_feed_forward.is_plain and self.attention.is_plain):
-            return "its norms or heads are of another kind than Llama's"
+        norms = [norm for norm in (*self.norms, *self.attention.norms) if norm is not None]
+        if any(norm.is_centred for norm in norms):
+            return "its norms are no RMS norms"
         if self.attention.is_joined or (self.feed_forward and self.feed_forward.is_joined):
             return "its projections are joined"
+        if self.attention.rotation not in (None, Rotation(self.attention.head_dim)):
+            return "its heads are rotated in another way than Llama's"
         return None

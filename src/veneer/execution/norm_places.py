@@ -4,7 +4,8 @@ layer_facts.py, by running the layer with known functions as its parts."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,16 @@ class _KnownPart(nn.Module):
         return (out, None) if self.name == ATTENTION else out
 
 
-def find_places(layer: nn.Module, norms: Sequence[Norm]) -> tuple[LayerNorms, bool] | None:
-    """Returns the places of a layer's norms, and whether it is parallel, by running it with known
+class Sums(NamedTuple):
+    """How a layer adds up its parts (layer_facts.DecoderLayer)."""
+
+    norms: LayerNorms = LayerNorms()
+    is_parallel: bool = False
+    residual_scale: float = 1.0
+
+
+def find_places(layer: nn.Module, norms: Sequence[Norm]) -> Sums | None:
+    """Returns the places of a layer's norms, and how it adds up its parts, by running it with known
     parts. Returns None if it does not add up its parts as in layer_facts.py, or does not pass on
     the arguments they need."""
     own: Mapping[str, Any] = {**parameters_of(layer), **buffers_of(layer)}
@@ -67,19 +76,22 @@ def find_places(layer: nn.Module, norms: Sequence[Norm]) -> tuple[LayerNorms, bo
             return x + parts[ATTENTION](n)[0] + parts[FEED_FORWARD](n), True
 
         if agrees(own_code, parallel, (x,), EXACT):
-            return LayerNorms(before_attention=norms[0]), True
-    for names_of_places in _orders(tuple(called)):
+            return Sums(LayerNorms(before_attention=norms[0]), is_parallel=True)
+    scales = [1.0, *(own for own in vars(layer).values() if type(own) is float and own != 1.0)]
+    for names_of_places, scale in product(_orders(tuple(called)), scales):
         places = LayerNorms(*(by_name.get(name) for name in names_of_places))
 
-        def computed(x: Tensor, places: LayerNorms = places) -> tuple[Any, ...]:
+        def computed(
+            x: Tensor, places: LayerNorms = places, scale: float = scale
+        ) -> tuple[Any, ...]:
             first, second, third, fourth = (
                 nn.Identity() if norm is None else parts[norm.name] for norm in places
             )
-            h = x + second(parts[ATTENTION](first(x))[0])
-            return h + fourth(parts[FEED_FORWARD](third(h))), True
+            h = x + second(parts[ATTENTION](first(x))[0]) * scale
+            return h + fourth(parts[FEED_FORWARD](third(h))) * scale, True
 
         if agrees(own_code, computed, (x,), EXACT):
-            return places, False
+            return Sums(places, residual_scale=scale)
     return None
 
 

@@ -15,7 +15,13 @@ from veneer.adapters.placement.wrapping import unwrapped
 from veneer.execution.agreement import EXACT, PART, agrees
 from veneer.execution.layer_facts import DOWN, GATE_UP, JOINED_GATE_UP, FeedForward, Gate, Norm
 from veneer.execution.small_modules import WIDTH, random_rows, small_linear, with_small_weight
-from veneer.kernels.dense.fused import gelu_gate, rms_norm, rms_norm_reference, silu_gate
+from veneer.kernels.dense.fused import (
+    gelu_erf_gate,
+    gelu_gate,
+    rms_norm,
+    rms_norm_reference,
+    silu_gate,
+)
 from veneer.linear import frozen_linear
 from veneer.private.torch import children_of, parameters_of, replace_children, replace_parameters
 
@@ -97,7 +103,7 @@ def find_feed_forward(module: nn.Module) -> FeedForward | None:
         y: Tensor = down(gate(*outputs.chunk(2, dim=-1)))
         return y
 
-    for gate in (silu_gate, gelu_gate):
+    for gate in (silu_gate, gelu_gate, gelu_erf_gate):
         same = agrees(lambda x, gate=gate: gate(x, torch.ones_like(x)), activation, (x,), PART)
         rows = random_rows(WIDTH, dtype)
         if same and agrees(partial(computed, gate=gate), small, (rows,), PART):

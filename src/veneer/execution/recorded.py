@@ -36,8 +36,8 @@ from veneer.kernels.packed.nf4 import FUSED_ROWS
 from veneer.kernels.tape.step_tape import RowMemory, StepTape, record_step
 from veneer.private.torch import buffers_of, children_of, forward_hooks, has_hooks, parameters_of
 
-Inputs = tuple[Tensor, Tensor, Tensor]
-"""The input of the first layer, (N, D), and cosines and sines, (N, E)."""
+Inputs = Sequence[Tensor]
+"""The input of the first layer, (N, D), and cosines and sines, (N, E), of each kind of layer."""
 Layers = Callable[[Inputs, PagedStep], Tensor]
 """Computes all layers: (N, D)."""
 
@@ -157,7 +157,7 @@ class RecordedSteps:
             paged_step.mix and paged_step.mix.listed,
         )  # computed before the recording
         with record_step(memory) as tape:
-            states = layers((copies[0], copies[1], copies[2]), paged_step)
+            states = layers(copies, paged_step)
         tape.check_memory([*copies, states])
         if tape.unsupported_call is None:
             step = _RecordedStep(tape, copies, states, paged_step, find_ends())

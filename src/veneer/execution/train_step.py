@@ -297,6 +297,8 @@ def _is_one_node(path: str, layer: DecoderLayer, stand_ins: Mapping[str, StandIn
         return False
     if layer.feed_forward.gate not in (silu_gate, gelu_gate) or not has_bf16():
         return False
+    if layer.residual_scale != 1.0:
+        return False
     first = frozen_linear(
         unwrapped(layer.attention.module.get_submodule(layer.attention.inputs[0]))
     )

@@ -12,6 +12,7 @@ import torch
 from veneer.kernels.bindings import library as native
 from veneer.kernels.bindings.arguments import available, observe_calls
 from veneer.kernels.decoding import decoder_step
+from veneer.kernels.decoding.decoder_step import StepNorm
 from veneer.kernels.dense import few_rows, fused
 from veneer.kernels.dense.dropout import drop_out
 from veneer.kernels.dense.loss import Head, frozen_head_loss
@@ -45,12 +46,16 @@ def blocks() -> torch.Tensor:
     ("name", "function"),
     [
         ("veneer_dropout", lambda: drop_out(one(3, 8), torch.arange(3), key=1, dropout=0.5)),
-        ("veneer_step_norm", lambda: decoder_step.add_norm(one(2, 8), one(2, 8), one(8), 1e-5)),
+        (
+            "veneer_step_norm",
+            lambda: decoder_step.add_norm(one(2, 8), one(2, 8), StepNorm(one(8), 1e-5)),
+        ),
         (
             "veneer_step_rotate",
             lambda: decoder_step.rotate(one(2, 8), one(2, 8), one(2, 8), one(2, 8)),
         ),
         ("veneer_step_gate", lambda: decoder_step.gate(one(2, 8), one(2, 8))),
+        ("veneer_step_cap", lambda: decoder_step.cap(one(2, 8), 1.0, 30.0)),
         ("veneer_nf4_quantize", lambda: quantize(one(640))),
         (
             "veneer_gguf_dequantise",

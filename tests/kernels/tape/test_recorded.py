@@ -21,11 +21,13 @@ from veneer.decoding.lanes import Lane
 from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.sequence import Request
 from veneer.execution import ends, recorded
+from veneer.execution.model_start import embedding_scale, find_start
 from veneer.execution.recorded import RecordedSteps, _RecordedStep
 from veneer.kernels.bindings import dense_calls, step_calls
 from veneer.kernels.bindings import library as native
 from veneer.kernels.bindings.arguments import CallError
 from veneer.kernels.dense import few_rows
+from veneer.kernels.dense.loss import Head
 from veneer.kernels.packed import gguf
 from veneer.kernels.tape.step_tape import RowMemory, record_step
 
@@ -159,6 +161,27 @@ def test_an_answers_steps_are_one_call_from_ids_to_logits_to_the_bit(dtype, tied
     with monkeypatch.context() as patch:
         never(patch)
         expected, _ = steps_of(base, [()], monkeypatch, new=150)
+    assert same(found, expected)
+
+
+FAMILIES = ["qwen2", "qwen3", "gemma", "gemma2", "gemma3", "olmo2", "exaone4", "smollm3", "granite"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_of_each_family_are_one_call_from_ids_to_logits_to_the_bit(
+    family, dtype, monkeypatch
+):
+    """By the base and an adapter side by side, beyond windows and the first tables of angles."""
+    monkeypatch.setattr(ends, "FIRST_POSITIONS", 32)
+    base = tiny_base(family, dtype)
+    _ = base.paths
+    own, rows = with_method(base, "lora"), whole_steps(monkeypatch)
+    found, _ = steps_of(base, [own, (), own], monkeypatch, new=50)
+    assert len(rows) > 40 and set(rows) == {3}
+    with monkeypatch.context() as patch:
+        never(patch)
+        expected, _ = steps_of(base, [own, (), own], monkeypatch, new=50)
     assert same(found, expected)
 
 
@@ -568,22 +591,28 @@ def test_calls_are_made_again_of_fewer_and_more_rows_within_their_room():
 def test_tables_and_heads_that_c_cannot_read_are_no_ends():
     base = based()
     embedding, rotary = base.model.model.embed_tokens, base.model.model.rotary_emb
-    head = base.model.lm_head.weight
-    assert ends.Ends.of(embedding, (head, None), rotary) is not None
+    head, start = Head(base.model.lm_head.weight), find_start(base.model.model)
+
+    def ends_of(table, head=head):
+        return ends.Ends.of(table, 1.0, head, rotary, start)
+
+    assert ends_of(embedding) is not None
     turned, other = torch.nn.Embedding(*embedding.weight.shape), torch.nn.Embedding(4, 4)
     turned.weight.data = embedding.weight.data.T.contiguous().T
     assert not turned.weight.is_contiguous()
-    limited = torch.nn.Embedding(*embedding.weight.shape, max_norm=1.0)
-    for table in (
-        turned,
-        limited,
-        other.to(torch.float64),
-        other.to("meta"),
-        torch.nn.Linear(2, 2),
-    ):
-        assert ends.Ends.of(table, (head, None), rotary) is None
-    assert ends.Ends.of(embedding, None, rotary) is None
-    assert ends.Ends.of(embedding, (head.bfloat16(), None), rotary) is None
+    for table in (turned, other.to(torch.float64), other.to("meta")):
+        assert ends_of(table) is None
+    assert ends_of(embedding, Head(head.weight.bfloat16())) is None
+
+
+def test_the_scale_of_an_embedding_is_found_and_no_other_table_has_one():
+    table = torch.nn.Embedding(7, 5)
+    assert embedding_scale(table) == 1.0
+    assert embedding_scale(torch.nn.Embedding(7, 5, max_norm=1.0)) is None
+    assert embedding_scale(torch.nn.Linear(2, 2)) is None
+    for dtype, scale in ((torch.float32, 32**0.5), (torch.bfloat16, 5.65625)):
+        scaled = tiny_base("gemma", dtype).model.get_input_embeddings()
+        assert embedding_scale(scaled) == pytest.approx(scale)
 
 
 def test_what_is_made_in_the_room_and_kept_spoils_a_recording():

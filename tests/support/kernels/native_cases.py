@@ -442,16 +442,26 @@ def _step(rng: random.Random) -> list[Call]:
     x, delta, sum_, out = (filled(dtype, rows, width) for _ in range(4))
     added = rng.choice([{"delta": delta, "sum_": sum_}, {"delta": None, "sum_": None}])
     q, k = (filled(dtype, rows, rng.randint(1, 4) * size) for _ in range(2))
+    angle_type = rng.choice([dtype, torch.float32])
     level = rng.choice([0, 2, 3])
+    has_norm = added["delta"] is None or rng.random() < 0.7
+    has_after = added["delta"] is not None and rng.random() < 0.5
     return [
         (
             step_calls.step_norm,
             {
                 "x": x,
                 **added,
-                "weight": filled(dtype, width),
-                "out": out,
+                "out": out if has_norm else None,
+                "weight": filled(dtype, width) if has_norm else None,
                 "epsilon": 1e-5,
+                "offset": rng.choice([0.0, 1.0]),
+                "is_wide": rng.random() < 0.5,
+                "after_weight": filled(dtype, width) if has_after else None,
+                "after_epsilon": 1e-5,
+                "after_offset": rng.choice([0.0, 1.0]),
+                "after_is_wide": rng.random() < 0.5,
+                "scale": 0.3,
                 "level": level,
             },
         ),
@@ -460,21 +470,35 @@ def _step(rng: random.Random) -> list[Call]:
             {
                 "q": q,
                 "k": k,
-                "cos": filled(dtype, rows, size),
-                "sin": filled(dtype, rows, size),
+                "cos": filled(angle_type, rows, size),
+                "sin": filled(angle_type, rows, size),
                 "level": level,
             },
         ),
-        (step_calls.step_gate, {"gate": x, "up": delta, "out": out, "level": level}),
         (
-            step_calls.step_inputs,
+            step_calls.step_gate,
+            {"gate": x, "up": delta, "out": out, "activation": rng.randint(0, 2), "level": level},
+        ),
+        (
+            step_calls.step_cap,
+            {"x": x, "scale": 0.5, "cap": rng.choice([0.0, 30.0]), "level": level},
+        ),
+        (
+            step_calls.step_embed,
             {
                 "ids": filled(torch.int64, rows),
-                "spans": filled(torch.int64, rows, 5),
                 "table": filled(dtype, 16, width),
+                "h": out,
+                "scale": 3.0,
+                "level": level,
+            },
+        ),
+        (
+            step_calls.step_angles,
+            {
+                "spans": filled(torch.int64, rows, 5),
                 "cos_table": filled(dtype, 16, size),
                 "sin_table": filled(dtype, 16, size),
-                "h": out,
                 "cos": filled(dtype, rows, size),
                 "sin": filled(dtype, rows, size),
             },

@@ -1,8 +1,8 @@
-"""The calls into the kernels between the products of a decoder layer
-(native/layers/decoder_step.c).
+"""The calls into the kernels between the products of a decoder layer, and before and behind the
+layers (native/layers/decoder_step.c).
 
 All values of a call are of one type, float32 or bf16. Shapes: N rows, D width, H query heads, K key
-heads, E head size.
+heads, E head size, V ids, P positions.
 """
 
 from torch import Tensor
@@ -12,6 +12,8 @@ from veneer.kernels.bindings.checks import Values
 from veneer.kernels.bindings.declarations import declare
 
 ANY_LEVEL = 3
+SILU, GELU_TANH, GELU_ERF = range(3)
+"""Numbers of activations."""
 
 
 @declare(
@@ -19,27 +21,43 @@ ANY_LEVEL = 3
     """
     x: T[rows, width]
     delta: T[rows, width]?
-    weight: T[width]
     sum_: T[rows, width]?
-    out: T[rows, width]
+    out: T[rows, width]?
     rows
     width: 1..
-    epsilon: float
+    weight: T[width]?
+    is_wide: flag
+    epsilon, offset: float
+    after_weight: T[width]?
+    after_is_wide: flag
+    after_epsilon, after_offset, scale: float
     """,
 )
 def step_norm(
     x: Tensor,
     delta: Tensor | None,
-    weight: Tensor,
     sum_: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
+    scale: float,
+    weight: Tensor | None,
     epsilon: float,
+    offset: float,
+    is_wide: bool,
+    after_weight: Tensor | None,
+    after_epsilon: float,
+    after_offset: float,
+    after_is_wide: bool,
     level: int = ANY_LEVEL,
 ) -> None:
-    """Computes sum_ (N, D) = x + delta, and out = weight * the normalised sum_. Without a delta,
-    and so without sum_, out = weight * the normalised x."""
+    """Computes sum_ (N, D) = x + scale * norm(delta) by the weight behind it, or x + scale * delta
+    without that weight, and out = norm(sum_). Without a delta, and so without sum_,
+    out = norm(x)."""
     if (delta is None) != (sum_ is None):
         raise CallError("a delta requires a sum, and a sum a delta")
+    if (weight is None) != (out is None):
+        raise CallError("a weight requires an output, and an output a weight")
+    if delta is None and (weight is None or after_weight is not None):
+        raise CallError("neither a sum nor a norm of x")
 
 
 @declare(
@@ -47,51 +65,75 @@ def step_norm(
     """
     q: T[rows, q_width]
     k: T[rows, k_width]
-    cos, sin: T[rows, size]
+    cos, sin: F[rows, size]
     rows
     q_heads = q_width / size
     k_heads = k_width / size
     size: 2.. % 2
+    is_wide = T * (1 - F)
+    check difference = T - F: 0..
     """,
 )
 def step_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, level: int = ANY_LEVEL) -> None:
-    """Turns each head of q (N, H E) and k (N, K E) in place; cos and sin (N, E)."""
-
-
-@declare("veneer_step_gate(*, T, level: int32 0..3)", "gate, up, out: T[rows, width]; rows, width")
-def step_gate(gate: Tensor, up: Tensor, out: Tensor, level: int = ANY_LEVEL) -> None:
-    """out (N, D) = silu(gate) * up."""
+    """Rotates each head of q (N, H E) and k (N, K E) in place. cos and sin (N, E) are of their
+    type, or float32."""
 
 
 @declare(
-    "veneer_step_inputs(*)",
+    "veneer_step_gate(*, T, level: int32 0..3)",
+    "gate, up, out: T[rows, width]; rows, width; activation: 0..2",
+)
+def step_gate(
+    gate: Tensor, up: Tensor, out: Tensor, activation: int = SILU, level: int = ANY_LEVEL
+) -> None:
+    """Computes out (N, D) = activation(gate) * up."""
+
+
+@declare(
+    "veneer_step_cap(*, T, level: int32 0..3)", "x: T[rows, width]; rows, width; scale, cap: float"
+)
+def step_cap(x: Tensor, scale: float, cap: float, level: int = ANY_LEVEL) -> None:
+    """Computes x = scale * x, and then x = cap * tanh(x / cap) unless cap is 0, in place."""
+
+
+@declare(
+    "veneer_step_embed(*, T, level: int32 0..3)",
     """
     ids: i64[rows] below entries
-    spans: i64[rows, 5]
-    table: T[entries, columns]
-    cos_table, sin_table: T[positions, head_size]
-    h: T[rows, columns]
-    cos, sin: T[rows, head_size]
+    table: T[entries, width]
+    h: T[rows, width]
     rows: 1..
-    width = columns * item_bytes
-    size = head_size * item_bytes
+    width
+    scale: float
+    kept tensors: object
+    body tensors
+    """,
+)
+def step_embed(
+    ids: Tensor, table: Tensor, h: Tensor, scale: float, level: int = ANY_LEVEL
+) -> Values:
+    """Computes h (N, D) = scale * the rows of table (V, D) with these ids (N)."""
+    return {"tensors": (ids, table)}
+
+
+@declare(
+    "veneer_step_angles(*)",
+    """
+    spans: i64[rows, 5]
+    cos_table, sin_table: T[positions, size]
+    cos, sin: T[rows, size]
+    rows: 1..
+    row_bytes = size * item_bytes
     kept tensors: object
     body tensors, item_bytes
     """,
 )
-def step_inputs(
-    ids: Tensor,
-    spans: Tensor,
-    table: Tensor,
-    cos_table: Tensor,
-    sin_table: Tensor,
-    h: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+def step_angles(
+    spans: Tensor, cos_table: Tensor, sin_table: Tensor, cos: Tensor, sin: Tensor
 ) -> Values:
-    """Looks up h (N, D) in table (V, D) by ids (N), and cos and sin (N, E) in their tables (P, E)
-    by position: the fourth column of spans (N, 5) (paged_calls.py)."""
+    """Looks up cos and sin (N, E) in their tables (P, E) by position: the fourth column of spans
+    (N, 5) (paged_calls.py)."""
     if spans.is_cpu:
         for position in spans[:, 3].tolist():
             number(position, 0, len(cos_table) - 1)
-    return {"tensors": (ids, spans, cos_table, sin_table), "item_bytes": h.itemsize}
+    return {"tensors": (spans, cos_table, sin_table), "item_bytes": cos.itemsize}

@@ -1,12 +1,15 @@
 """The operations between the products of a decoder layer, one call each, rounded as in the models.
 
-    add_norm   h' = h + delta, x = weight * h' / sqrt(mean(h'^2) + epsilon)
+    add_norm   h' = h + scale * after(delta), x = norm(h'); each norm may be missing
     rotate     each head (a, b) becomes (a cos - b sin, b cos + a sin), in place
-    gate       silu(gate) * up
+    gate       activation(gate) * up
+    cap        softcap * tanh(scale * x / softcap), in place
 
 For forwards without a gradient; compiled for float32 and bf16 on any processor
 (native/layers/decoder_step.c). Shapes: N rows, D width, H heads, E head size.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +17,22 @@ from torch.nn import functional as F
 
 from veneer.kernels.bindings import step_calls
 from veneer.kernels.bindings.arguments import available
+from veneer.kernels.dense.fused import rms_norm_reference, rotary_reference
 
 TYPES = (torch.float32, torch.bfloat16)
+
+
+class StepNorm(NamedTuple):
+    """(weight + offset) * x / sqrt(mean(x^2) + epsilon); the normal values are rounded before they
+    are multiplied unless is_wide. Source: Zhang and Sennrich 2019, arXiv:1910.07467."""
+
+    weight: Tensor
+    epsilon: float
+    offset: float = 0.0
+    is_wide: bool = False
+
+
+_NO_NORM = (None, 0.0, 0.0, False)
 
 
 def usable(*tensors: Tensor | None) -> bool:
@@ -27,33 +44,50 @@ def usable(*tensors: Tensor | None) -> bool:
 
 
 def add_norm(
-    h_ND: Tensor, delta_ND: Tensor | None, weight: Tensor, epsilon: float
+    h_ND: Tensor,
+    delta_ND: Tensor | None,
+    norm: StepNorm | None,
+    after: StepNorm | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Returns (h', x); h' is h if there is no delta.
-
-    Source of the norm: Zhang and Sennrich 2019, arXiv:1910.07467.
-    """
-    if not usable(h_ND, delta_ND, weight):
-        return add_norm_reference(h_ND, delta_ND, weight, epsilon)
-    out = torch.empty_like(h_ND)
+    """Returns (h', x). h' is h if there is no delta; x is h' if there is no norm."""
+    if delta_ND is None and norm is None:
+        return h_ND, h_ND
+    weights = [None if each is None else each.weight for each in (norm, after)]
+    if not usable(h_ND, delta_ND, *weights):
+        return add_norm_reference(h_ND, delta_ND, norm, after, scale)
     added = None if delta_ND is None else torch.empty_like(h_ND)
-    step_calls.step_norm(h_ND, delta_ND, weight, added, out, epsilon)
-    return h_ND if added is None else added, out
+    out = None if norm is None else torch.empty_like(h_ND)
+    step_calls.step_norm(
+        h_ND, delta_ND, added, out, scale, *(norm or _NO_NORM), *(after or _NO_NORM)
+    )
+    h = h_ND if added is None else added
+    return h, h if out is None else out
 
 
 def add_norm_reference(
-    h_ND: Tensor, delta_ND: Tensor | None, weight: Tensor, epsilon: float
+    h_ND: Tensor,
+    delta_ND: Tensor | None,
+    norm: StepNorm | None,
+    after: StepNorm | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Defines add_norm, in plain torch."""
-    h = h_ND if delta_ND is None else h_ND + delta_ND
-    wide = h.to(torch.promote_types(h.dtype, torch.float32))
-    normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    return h, weight * normal.to(h.dtype)
+    h = h_ND if delta_ND is None else h_ND + _normed(delta_ND, after) * scale
+    return h, _normed(h, norm)
+
+
+def _normed(x: Tensor, norm: StepNorm | None) -> Tensor:
+    if norm is None:
+        return x
+    weight, epsilon, offset, is_wide = norm
+    return rms_norm_reference(x, weight, epsilon, offset=offset, is_wide=is_wide)
 
 
 def rotate(q_NX: Tensor, k_NX: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> None:
-    """Turns q (N, H E) and k (N, K E) in place. Source: Su et al. 2021, arXiv:2104.09864."""
-    if usable(q_NX, k_NX, cos_NE, sin_NE):
+    """Rotates q (N, H E) and k (N, K E) in place. By float32 angles values are rounded once, not
+    after each product. Source: Su et al. 2021, arXiv:2104.09864."""
+    if usable(q_NX, k_NX) and usable(cos_NE, sin_NE) and cos_NE.dtype in (q_NX.dtype, torch.float):
         step_calls.step_rotate(q_NX, k_NX, cos_NE, sin_NE)
     else:
         rotate_reference(q_NX, k_NX, cos_NE, sin_NE)
@@ -61,17 +95,44 @@ def rotate(q_NX: Tensor, k_NX: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> None:
 
 def rotate_reference(q_NX: Tensor, k_NX: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> None:
     """Defines rotate, in plain torch."""
-    for x in (q_NX, k_NX):
-        heads = x.unflatten(1, (-1, cos_NE.shape[1]))
-        first, second = heads.chunk(2, dim=-1)
-        turned = torch.cat([-second, first], dim=-1)
-        x.copy_((heads * cos_NE[:, None] + turned * sin_NE[:, None]).flatten(1))
+    heads = [x.unflatten(1, (-1, cos_NE.shape[1])) for x in (q_NX, k_NX)]
+    rotated = rotary_reference(heads[0], heads[1], cos_NE, sin_NE)
+    for x, by_heads in zip((q_NX, k_NX), rotated, strict=True):
+        x.copy_(by_heads.flatten(1))
 
 
-def gate(gate_ND: Tensor, up_ND: Tensor) -> Tensor:
-    """Returns silu(gate) * up. Source: Shazeer 2020, arXiv:2002.05202, SwiGLU."""
+def gate(gate_ND: Tensor, up_ND: Tensor, activation: int = step_calls.SILU) -> Tensor:
+    """Returns activation(gate) * up. Source: Shazeer 2020, arXiv:2002.05202, SwiGLU and GEGLU.
+
+    activation: SILU, GELU_TANH or GELU_ERF of bindings/step_calls.py
+    """
     if not usable(gate_ND, up_ND):
-        return F.silu(gate_ND) * up_ND
+        return gate_reference(gate_ND, up_ND, activation)
     out = torch.empty_like(gate_ND)
-    step_calls.step_gate(gate_ND, up_ND, out)
+    step_calls.step_gate(gate_ND, up_ND, out, activation)
     return out
+
+
+def gate_reference(gate_ND: Tensor, up_ND: Tensor, activation: int = step_calls.SILU) -> Tensor:
+    """Defines gate, in plain torch."""
+    if activation == step_calls.SILU:
+        return F.silu(gate_ND) * up_ND
+    how = "tanh" if activation == step_calls.GELU_TANH else "none"
+    return F.gelu(gate_ND, approximate=how) * up_ND
+
+
+def cap(x_NV: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Changes x to scale * x, and then to softcap * tanh(x / softcap) if there is a softcap, in
+    place; returns x."""
+    if scale == 1.0 and softcap is None:
+        return x_NV
+    if usable(x_NV):
+        step_calls.step_cap(x_NV, scale, softcap or 0.0)
+        return x_NV
+    return x_NV.copy_(cap_reference(x_NV, scale, softcap))
+
+
+def cap_reference(x_NV: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Defines cap, in plain torch, in another tensor."""
+    x = x_NV * scale
+    return x if softcap is None else torch.tanh(x / softcap) * softcap

@@ -285,3 +285,9 @@ def gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
 def gelu_gate_reference(gate: Tensor, up: Tensor) -> Tensor:
     """Defines gelu_gate, under torch's own autograd."""
     return F.gelu(gate, approximate="tanh") * up
+
+
+def gelu_erf_gate(gate: Tensor, up: Tensor) -> Tensor:
+    """gate and up of one shape -> gelu(gate) * up, gelu by its definition with erf, in plain
+    torch."""
+    return F.gelu(gate) * up

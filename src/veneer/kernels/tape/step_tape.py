@@ -28,10 +28,12 @@ _ROWS = {
     "veneer_few_rows",
     "veneer_few_rows_updated",
     "veneer_packed_rows",
-    "veneer_step_inputs",
+    "veneer_step_embed",
+    "veneer_step_angles",
     "veneer_step_norm",
     "veneer_step_rotate",
     "veneer_step_gate",
+    "veneer_step_cap",
 }
 """Functions that compute any number of rows by the same instructions, as many as their struct
 says. So does attention over pages, whose rows are those of its spans."""

@@ -36,7 +36,9 @@ STEP_FUNCTIONS = (
     "veneer_paged_attention",
     "veneer_nf4_product",
     "veneer_packed_rows",
-    "veneer_step_inputs",
+    "veneer_step_embed",
+    "veneer_step_angles",
+    "veneer_step_cap",
 )
 LAYER_FUNCTIONS = (
     "veneer_product",

@@ -16,14 +16,17 @@
     X(PAGED_ATTENTION, veneer_paged_attention(P(0), I(1), I(2)))                                   \
     X(NF4_PRODUCT, veneer_nf4_product(P(0), a[1], a[2], a[3], P(4), a[5], P(6), I(7), I(8)))       \
     X(PACKED_ROWS, veneer_packed_rows(P(0), I(1)))                                                 \
-    X(STEP_INPUTS, (veneer_step_inputs(P(0)), 0))
+    X(STEP_EMBED, (veneer_step_embed(P(0), I(1), I(2)), 0))                                        \
+    X(STEP_ANGLES, (veneer_step_angles(P(0)), 0))                                                  \
+    X(STEP_CAP, (veneer_step_cap(P(0), I(1), I(2)), 0))
 
 int veneer_few_rows(const void *, int);
 int veneer_paged_attention(const void *, int, int);
 int veneer_nf4_product(const void *, int64_t, int64_t, int64_t, const void *, int64_t, void *, int,
                        int);
 void veneer_step_norm(const void *, int, int), veneer_step_rotate(const void *, int, int);
-void veneer_step_gate(const void *, int, int), veneer_step_inputs(const void *);
+void veneer_step_gate(const void *, int, int), veneer_step_embed(const void *, int, int);
+void veneer_step_angles(const void *), veneer_step_cap(const void *, int, int);
 
 #if defined(__x86_64__)
 

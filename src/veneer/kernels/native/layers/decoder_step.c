@@ -9,42 +9,68 @@
 #include "levels.h"
 #include <math.h>
 
-enum { LANES = 16 };
+enum { LANES = 16, CAP_RUN = 4096 };
+
+/* (weight + offset) * x / sqrt(mean(x^2) + epsilon). weight: NULL, no norm. The normal values are
+   rounded before they are multiplied, unless is_wide. */
+struct norm {
+    const void *weight;
+    int64_t is_wide;
+    float epsilon, offset;
+};
 
 struct step_norm {
-    const void *x, *delta, *weight; /* delta: NULL, or what is added to x first */
-    void *sum, *out;                /* (rows, width); sum: x + delta, where there is a delta */
+    const void *x, *delta; /* delta: NULL, or what is added to x first, behind its norm `after` */
+    void *sum, *out;       /* (rows, width); sum: x + delta, if there is a delta; out: its norm */
     int64_t rows, width;
-    float epsilon;
+    struct norm norm, after;
+    float scale; /* of what is added to x */
 };
 
 struct step_rotate {
     void *q, *k;           /* (rows, heads, size), changed in place */
     const void *cos, *sin; /* (rows, size) */
     int64_t rows, q_heads, k_heads, size;
+    int64_t is_wide; /* cos and sin are float32 beside bf16 heads, which are rounded once */
 };
+
+enum { SILU, GELU_TANH, GELU_ERF };
 
 struct step_gate {
     const void *gate, *up;
     void *out;
+    int64_t rows, width, activation;
+};
+
+struct step_cap {
+    void *x; /* (rows, width), changed in place */
     int64_t rows, width;
+    float scale, cap; /* cap: 0, none */
 };
 
-/* What the first layer takes, rows of tables: all sizes in bytes. */
-struct step_inputs {
-    const int64_t *ids,
-        *spans; /* spans: (rows, 5), of each the fourth is its row's place (paged_attention.c) */
-    const char *table, *cos_table, *sin_table;
-    char *h, *cos, *sin;
-    int64_t rows, width, size;
+/* Rows of a table of angles by position. */
+struct step_angles {
+    const int64_t *spans; /* (rows, 5): the fourth is the row's position (paged_attention.c) */
+    const char *cos_table, *sin_table;
+    char *cos, *sin;
+    int64_t rows, row_bytes;
 };
 
-void veneer_step_inputs(const struct step_inputs *a) {
+/* Rows of a table by id, times scale. */
+struct step_embed {
+    const int64_t *ids;
+    const void *table;
+    void *h;
+    int64_t rows, width;
+    float scale;
+};
+
+void veneer_step_angles(const struct step_angles *a) {
+    const size_t row_bytes = (size_t)a->row_bytes;
     for (int64_t row = 0; row < a->rows; row++) {
-        const int64_t place = a->spans[5 * row + 3];
-        memcpy(a->h + row * a->width, a->table + a->ids[row] * a->width, (size_t)a->width);
-        memcpy(a->cos + row * a->size, a->cos_table + place * a->size, (size_t)a->size);
-        memcpy(a->sin + row * a->size, a->sin_table + place * a->size, (size_t)a->size);
+        const int64_t position = a->spans[5 * row + 3];
+        memcpy(a->cos + row * a->row_bytes, a->cos_table + position * a->row_bytes, row_bytes);
+        memcpy(a->sin + row * a->row_bytes, a->sin_table + position * a->row_bytes, row_bytes);
     }
 }
 
@@ -68,54 +94,91 @@ INLINE const void *row_of(const int bf16, const void *all, int64_t row, int64_t 
     return (const char *)all + row * width * (bf16 ? 2 : 4);
 }
 
-INLINE void norm_rows(const int bf16, const struct step_norm *a, int64_t from, int64_t to) {
-    const int64_t width = a->width, whole = width / LANES * LANES;
-    for (int64_t row = from; row < to; row++) {
-        const void *x = row_of(bf16, a->x, row, width), *delta = row_of(bf16, a->delta, row, width);
-        void *sum = (void *)row_of(bf16, a->sum, row, width),
-             *out = (void *)row_of(bf16, a->out, row, width);
-        float squares[LANES] = {0}, total = 0.0f;
-        if (a->delta != 0) {
-            for (int64_t i = 0; i < width; i++)
-                put(bf16, sum, i, value_at(bf16, x, i) + value_at(bf16, delta, i));
-            x = sum;
-        }
-        for (int64_t i = 0; i < whole; i += LANES)
-            for (int l = 0; l < LANES; l++)
-                squares[l] += value_at(bf16, x, i + l) * value_at(bf16, x, i + l);
-        for (int64_t i = whole; i < width; i++)
-            squares[i - whole] += value_at(bf16, x, i) * value_at(bf16, x, i);
-        for (int l = 0; l < LANES; l++) total += squares[l];
-        const float scale = 1.0f / sqrtf(total / (float)width + a->epsilon);
-        for (int64_t i = 0; i < width; i++)
-            put(bf16, out, i,
-                value_at(bf16, a->weight, i) * rounded(bf16, value_at(bf16, x, i) * scale));
+INLINE float inverse_root(const int bf16, const void *x, int64_t width, float epsilon) {
+    const int64_t whole = width / LANES * LANES;
+    float squares[LANES] = {0}, total = 0.0f;
+    for (int64_t i = 0; i < whole; i += LANES)
+        for (int l = 0; l < LANES; l++)
+            squares[l] += value_at(bf16, x, i + l) * value_at(bf16, x, i + l);
+    for (int64_t i = whole; i < width; i++)
+        squares[i - whole] += value_at(bf16, x, i) * value_at(bf16, x, i);
+    for (int l = 0; l < LANES; l++) total += squares[l];
+    return 1.0f / sqrtf(total / (float)width + epsilon);
+}
+
+INLINE void norm_row(const int bf16, const int is_wide, const struct norm *norm, const void *x,
+                     const void *beside, float branch_scale, void *out, int64_t width) {
+    const float scale = inverse_root(bf16, x, width, norm->epsilon), offset = norm->offset;
+    for (int64_t i = 0; i < width; i++) {
+        const float normal = value_at(bf16, x, i) * scale, weight = value_at(bf16, norm->weight, i);
+        const float y = (is_wide ? normal : rounded(bf16, normal)) * (weight + offset);
+        put(bf16, out, i,
+            beside == 0
+                ? y
+                : value_at(bf16, beside, i) + rounded(bf16, rounded(bf16, y) * branch_scale));
     }
 }
 
-INLINE void rotate_head(const int bf16, void *x, const void *cos, const void *sin, int64_t half) {
+/* Writes the norm of x to out; beside: NULL, or out = beside + branch_scale * norm. */
+INLINE void norm_row_of(const int bf16, const struct norm *norm, const void *x, const void *beside,
+                        float branch_scale, void *out, int64_t width) {
+    if (norm->is_wide) norm_row(bf16, 1, norm, x, beside, branch_scale, out, width);
+    else norm_row(bf16, 0, norm, x, beside, branch_scale, out, width);
+}
+
+INLINE void norm_rows(const int bf16, const struct step_norm *a, int64_t from, int64_t to) {
+    const int64_t width = a->width;
+    for (int64_t row = from; row < to; row++) {
+        const void *x = row_of(bf16, a->x, row, width), *delta = row_of(bf16, a->delta, row, width);
+        void *sum = (void *)row_of(bf16, a->sum, row, width);
+        if (a->delta != 0 && a->after.weight != 0) {
+            norm_row_of(bf16, &a->after, delta, x, a->scale, sum, width);
+            x = sum;
+        } else if (a->delta != 0) {
+            for (int64_t i = 0; i < width; i++)
+                put(bf16, sum, i,
+                    value_at(bf16, x, i) + rounded(bf16, value_at(bf16, delta, i) * a->scale));
+            x = sum;
+        }
+        if (a->norm.weight != 0)
+            norm_row_of(bf16, &a->norm, x, 0, 1.0f, (void *)row_of(bf16, a->out, row, width),
+                        width);
+    }
+}
+
+/* `wide`: the angles are float32. Products of bf16 angles are rounded before they are added. */
+INLINE void rotate_head(const int bf16, const int wide, void *x, const void *cos, const void *sin,
+                        int64_t half) {
+    const int narrow = bf16 && !wide;
     for (int64_t i = 0; i < half; i++) {
         const float one = value_at(bf16, x, i), other = value_at(bf16, x, i + half);
-        const float a = rounded(bf16, one * value_at(bf16, cos, i)),
-                    b = rounded(bf16, -other * value_at(bf16, sin, i));
-        const float c = rounded(bf16, other * value_at(bf16, cos, i + half)),
-                    d = rounded(bf16, one * value_at(bf16, sin, i + half));
+        const float a = rounded(narrow, one * value_at(narrow, cos, i)),
+                    b = rounded(narrow, -other * value_at(narrow, sin, i));
+        const float c = rounded(narrow, other * value_at(narrow, cos, i + half)),
+                    d = rounded(narrow, one * value_at(narrow, sin, i + half));
         put(bf16, x, i, a + b);
         put(bf16, x, i + half, c + d);
     }
 }
 
-INLINE void rotate_rows(const int bf16, const struct step_rotate *a, int64_t from, int64_t to) {
+INLINE void rotate_rows_of(const int bf16, const int wide, const struct step_rotate *a,
+                           int64_t from, int64_t to) {
+    const int narrow = bf16 && !wide;
     for (int64_t row = from; row < to; row++) {
-        const void *cos = row_of(bf16, a->cos, row, a->size),
-                   *sin = row_of(bf16, a->sin, row, a->size);
+        const void *cos = row_of(narrow, a->cos, row, a->size),
+                   *sin = row_of(narrow, a->sin, row, a->size);
         for (int64_t h = 0; h < a->q_heads; h++)
-            rotate_head(bf16, (void *)row_of(bf16, a->q, row * a->q_heads + h, a->size), cos, sin,
-                        a->size / 2);
+            rotate_head(bf16, wide, (void *)row_of(bf16, a->q, row * a->q_heads + h, a->size), cos,
+                        sin, a->size / 2);
         for (int64_t h = 0; h < a->k_heads; h++)
-            rotate_head(bf16, (void *)row_of(bf16, a->k, row * a->k_heads + h, a->size), cos, sin,
-                        a->size / 2);
+            rotate_head(bf16, wide, (void *)row_of(bf16, a->k, row * a->k_heads + h, a->size), cos,
+                        sin, a->size / 2);
     }
+}
+
+INLINE void rotate_rows(const int bf16, const struct step_rotate *a, int64_t from, int64_t to) {
+    if (a->is_wide) rotate_rows_of(bf16, 1, a, from, to);
+    else rotate_rows_of(bf16, 0, a, from, to);
 }
 
 /* e^-|x| to 2 units in the last place; beyond 87 what it is there. By integers, which compilers
@@ -135,12 +198,78 @@ INLINE float exp_of_minus(float x) {
     return p * float_of_bits((uint32_t)((int32_t)n + 127) << 23);
 }
 
-INLINE void gate_rows(const int bf16, const struct step_gate *a, int64_t from, int64_t to) {
+/* GELU by its formula with tanh is x * sigmoid(t): t = 2 sqrt(2 / pi) (x + 0.044715 x^3). */
+INLINE float gelu_argument(float x) {
+    const float most = 16.0f; /* beyond it the sigmoid is 0 or 1 */
+    x = x < most ? x : most;
+    x = x > -most ? x : -most;
+    return x * (x * x * (1.5957691216057308f * 0.044715f) + 1.5957691216057308f);
+}
+
+INLINE float sigmoid(float x) {
+    const float e = exp_of_minus(x);
+    return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+}
+
+/* The share of a normal distribution below x, to 1e-7. Source: Abramowitz and Stegun 1964, 7.1.26.
+ */
+INLINE float normal_share(float x) {
+    const float z = float_of_bits(bits_of_float(x) & 0x7fffffffu) * 0.70710678118654752f;
+    const float t = 1.0f / (1.0f + 0.3275911f * z);
+    float p = 1.061405429f;
+    p = p * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    const float above = 0.5f * p * t * exp_of_minus(z * z);
+    return x < 0.0f ? above : 1.0f - above;
+}
+
+INLINE void gate_rows_of(const int bf16, const int activation, const struct step_gate *a,
+                         int64_t from, int64_t to) {
     for (int64_t i = from * a->width; i < to * a->width; i++) {
-        const float x = value_at(bf16, a->gate, i), e = exp_of_minus(x);
-        put(bf16, a->out, i,
-            rounded(bf16, x * (x < 0.0f ? e : 1.0f) / (1.0f + e)) * value_at(bf16, a->up, i));
+        const float x = value_at(bf16, a->gate, i);
+        const float y = activation == SILU        ? x * sigmoid(x)
+                        : activation == GELU_TANH ? x * sigmoid(gelu_argument(x))
+                                                  : x * normal_share(x);
+        put(bf16, a->out, i, rounded(bf16, y) * value_at(bf16, a->up, i));
     }
+}
+
+INLINE void gate_rows(const int bf16, const struct step_gate *a, int64_t from, int64_t to) {
+    if (a->activation == SILU) gate_rows_of(bf16, SILU, a, from, to);
+    else if (a->activation == GELU_TANH) gate_rows_of(bf16, GELU_TANH, a, from, to);
+    else gate_rows_of(bf16, GELU_ERF, a, from, to);
+}
+
+/* To 2 units in the last place: near 0 by a polynomial, elsewhere by e^-2|x|. Source of the
+   polynomial: Cephes, tanhf. */
+INLINE float tanh_of(float x) {
+    const float square = x * x, e = exp_of_minus(2.0f * x);
+    float p = -5.70498872745e-3f;
+    p = p * square + 2.06390887954e-2f;
+    p = p * square - 5.37397155531e-2f;
+    p = p * square + 1.33314422036e-1f;
+    p = p * square - 3.33332819422e-1f;
+    const float far = (1.0f - e) / (1.0f + e);
+    return square < 0.390625f ? p * square * x + x : x < 0.0f ? -far : far;
+}
+
+/* Items are runs of CAP_RUN values, so that threads share a single row of many logits. */
+INLINE void cap_runs(const int bf16, const struct step_cap *a, int64_t from, int64_t to) {
+    const int64_t count = a->rows * a->width, last = to * CAP_RUN < count ? to * CAP_RUN : count;
+    for (int64_t i = from * CAP_RUN; i < last; i++) {
+        float x = rounded(bf16, value_at(bf16, a->x, i) * a->scale);
+        if (a->cap > 0.0f) x = rounded(bf16, tanh_of(rounded(bf16, x / a->cap))) * a->cap;
+        put(bf16, a->x, i, x);
+    }
+}
+
+INLINE void embed_rows(const int bf16, const struct step_embed *a, int64_t from, int64_t to) {
+    for (int64_t row = from; row < to; row++)
+        for (int64_t i = 0; i < a->width; i++)
+            put(bf16, (void *)row_of(bf16, a->h, row, a->width), i,
+                value_at(bf16, row_of(bf16, a->table, a->ids[row], a->width), i) * a->scale);
 }
 
 #define OF_BOTH_TYPES(body)                                                                        \
@@ -149,11 +278,14 @@ INLINE void gate_rows(const int bf16, const struct step_gate *a, int64_t from, i
 OF_BOTH_TYPES(norm_rows)
 OF_BOTH_TYPES(rotate_rows)
 OF_BOTH_TYPES(gate_rows)
+OF_BOTH_TYPES(cap_runs)
+OF_BOTH_TYPES(embed_rows)
 
-#define RUN(body, values)                                                                          \
+#define RUN_ITEMS(body, items, least)                                                              \
     const int own = veneer_level(), level = most < own ? most : own;                               \
-    veneer_parallel(bf16 ? LOOP_OF(body##_bf16, level) : LOOP_OF(body##_float, level), a, a->rows, \
-                    1 + 32768 / (1 + (values)))
+    veneer_parallel(bf16 ? LOOP_OF(body##_bf16, level) : LOOP_OF(body##_float, level), a, items,   \
+                    least)
+#define RUN(body, values) RUN_ITEMS(body, a->rows, 1 + 32768 / (1 + (values)))
 
 /* most: caps the instructions (3, 2, 0), for tests. */
 void veneer_step_norm(struct step_norm *a, int bf16, int most) { RUN(norm_rows, a->width); }
@@ -163,3 +295,7 @@ void veneer_step_rotate(struct step_rotate *a, int bf16, int most) {
 void veneer_step_gate(struct step_gate *a, int bf16, int most) {
     RUN(gate_rows, 4 * a->width); /* each takes a division */
 }
+void veneer_step_cap(struct step_cap *a, int bf16, int most) {
+    RUN_ITEMS(cap_runs, (a->rows * a->width + CAP_RUN - 1) / CAP_RUN, 2);
+}
+void veneer_step_embed(struct step_embed *a, int bf16, int most) { RUN(embed_rows, a->width); }

@@ -1,0 +1,212 @@
+"""Computes a decoder layer of a decoding step with few calls, by its facts (layer_facts.py).
+
+    h = h + scale * norm(o(attention(rotate(norm(q(x))), rotate(norm(k(x))), v(x))))    x = norm(h)
+    h = h + scale * norm(down(activation(gate(x)) * up(x)))                             x = norm(h)
+
+The model's own modules are called, found in their places at every step; between them one call does
+what several did (kernels/decoding/decoder_step.py). A module with an adapter is called as it is, a
+layer that is not understood whole.
+Shapes: N rows of the step, D width, E head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from veneer.adapters.methods.adapted_linear import AdaptedLinear
+from veneer.adapters.placement.wrapping import AdaptedModule
+from veneer.execution.attention import unused_mask
+from veneer.execution.layer_facts import (
+    ATTENTION,
+    DOWN,
+    FEED_FORWARD,
+    GATE_UP,
+    QKV,
+    Attention,
+    DecoderLayer,
+    Gate,
+    Norm,
+    O,
+)
+from veneer.execution.paged import PagedStep
+from veneer.kernels.bindings.step_calls import GELU_ERF, GELU_TANH, SILU
+from veneer.kernels.decoding import decoder_step
+from veneer.kernels.decoding.decoder_step import StepNorm
+from veneer.kernels.dense import few_rows
+from veneer.kernels.dense.fused import gelu_erf_gate, gelu_gate, silu_gate
+from veneer.linear import FewRowsLinear
+from veneer.private.torch import children_of, has_hooks
+
+DENSE = (nn.Linear, FewRowsLinear)
+"""Modules whose products few_rows computes."""
+ACTIVATIONS: dict[Gate, int] = {silu_gate: SILU, gelu_gate: GELU_TANH, gelu_erf_gate: GELU_ERF}
+"""Numbers of the activations of gates (kernels/bindings/step_calls.py)."""
+
+
+class Branch(NamedTuple):
+    """What a part of a layer adds to h: scale * norm(values). place: the norm's module, with its
+    facts; None: there is no norm."""
+
+    values: Tensor
+    scale: float
+    place: nn.Module | None
+    facts: Norm | None
+
+
+def compute_layer(
+    layer: DecoderLayer,
+    h: Tensor,
+    branch: Branch | None,
+    angles: tuple[Tensor, Tensor],
+    paged_step: PagedStep,
+) -> tuple[Tensor, Branch | None]:
+    """Returns (h, branch): the layer's output, and what is still to be added to it. The arguments
+    are what the layer before returns."""
+    if layer.called_whole is not None or layer.attention is None:
+        whole: Any = layer.module
+        h, _ = add_norm(h, branch, None, None)
+        return whole(h[None], **_arguments_of(angles, paged_step))[0], None
+    parts = children_of(layer.module)
+    before, after, before_feed_forward, after_feed_forward = layer.norms
+    attention, feed = parts[ATTENTION], parts[FEED_FORWARD]
+    assert attention is not None and feed is not None
+    h, x = add_norm(h, branch, _place(parts, before), before)
+    if bare(attention) is layer.attention.module:
+        values = _attention(layer.attention, x, angles, paged_step)
+    else:
+        values = attention(hidden_states=x[None], **_arguments_of(angles, paged_step))[0][0]
+    scale = layer.residual_scale
+    branch = Branch(values, scale, _place(parts, after), after)
+    h, x = add_norm(h, branch, _place(parts, before_feed_forward), before_feed_forward)
+    values = _feed_forward(layer, feed, x)
+    return h, Branch(values, scale, _place(parts, after_feed_forward), after_feed_forward)
+
+
+def _place(parts: dict[str, Any], norm: Norm | None) -> nn.Module | None:
+    return None if norm is None else parts[norm.name]
+
+
+def _feed_forward(layer: DecoderLayer, feed: Any, x: Tensor) -> Tensor:
+    gated = layer.feed_forward
+    if gated is None or bare(feed) is not gated.module:
+        own: Tensor = feed(x[None])[0]
+        return own
+    gate, up, down = (children_of(gated.module)[name] for name in (*GATE_UP, DOWN))
+    gate_values, up_values = _products(x, [gate, up])
+    return product(decoder_step.gate(gate_values, up_values, ACTIVATIONS[gated.gate]), down)
+
+
+def _arguments_of(angles: tuple[Tensor, Tensor], paged_step: PagedStep) -> dict[str, Any]:
+    """Returns the arguments of a layer's own code, without its rows."""
+    mask = unused_mask(angles[0].device)
+    return {"position_embeddings": angles, "attention_mask": mask, "veneer_layout": paged_step}
+
+
+def _attention(
+    facts: Attention, x: Tensor, angles: tuple[Tensor, Tensor], paged_step: PagedStep
+) -> Tensor:
+    places, rows, size = children_of(facts.module), len(x), facts.head_dim
+    q, k, v = _products(x, [places[name] for name in QKV])
+    if facts.norms:
+        q, k = (
+            _normed(values, places[norm.name], norm)
+            for values, norm in zip((q, k), facts.norms, strict=True)
+        )
+    if facts.rotation is not None:
+        decoder_step.rotate(q, k, angles[0][0], angles[1][0])
+    key = k.view(rows, -1, size)
+    heads = q.view(rows, -1, size), key, v.view(rows, key.shape[1], -1)
+    return product(paged_step.attend(*heads, (), facts.rules).flatten(1), places[O])
+
+
+def bare(module: nn.Module | None) -> nn.Module | None:
+    """Returns the base's own module; None if an adapter acts on it or it has hooks."""
+    while isinstance(module, AdaptedModule):
+        if not module.idle() or has_hooks(module):
+            return None
+        module = module.base
+    return None if module is None or has_hooks(module) else module
+
+
+def dense_operands(x: Tensor, place: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
+    """Returns weight and bias of a linear layer; None if few_rows does not compute its product
+    with x."""
+    linear: Any = bare(place)
+    if type(linear) not in DENSE or not few_rows.usable(x, linear.weight, linear.bias):
+        return None
+    return linear.weight, linear.bias
+
+
+def product(x: Tensor, place: Any) -> Tensor:
+    """Returns the product of x (N, D) with the linear layer in this place."""
+    part = _part(x, place)
+    if part is not None:
+        return (
+            few_rows.updated(x, [part])[0]
+            if part[2] is not None
+            else few_rows.product(x, *part[:2])
+        )
+    out: Tensor = place(x[None])[0]
+    return out
+
+
+def _products(x: Tensor, places: Sequence[nn.Module | None]) -> list[Tensor]:
+    """Returns the product of x with each layer, contiguous and in a tensor of its own."""
+    parts = [part for place in places if (part := _part(x, place)) is not None]
+    if (
+        len(parts) == len(places)
+        and sum(len(updates or ()) for *_, updates in parts) <= few_rows.MOST_UPDATES
+    ):
+        if all(updates is None for *_, updates in parts):
+            return few_rows.products(x, [(weight, bias) for weight, bias, _ in parts])
+        return few_rows.updated(x, parts)
+    return [product(x, place).contiguous() for place in places]
+
+
+def _part(x: Tensor, place: nn.Module | None) -> few_rows.UpdatedWeight | None:
+    """Returns weight, bias and updates of a layer, for a call that computes several layers of the
+    same x; None if few_rows does not compute it. The updates of an adapted layer are listed even if
+    there are none now."""
+    if isinstance(place, AdaptedLinear) and (operand := place.step_operand(x)) is not None:
+        return operand
+    dense = dense_operands(x, place)
+    return None if dense is None else (*dense, None)
+
+
+def _normed(x: Tensor, place: nn.Module | None, facts: Norm) -> Tensor:
+    """Returns the norm of x (N, D) over each head, or over as many values as its weight has."""
+    groups = x.view(-1, facts.weight.numel())
+    norm = _operand(place, facts)
+    if norm is None:
+        trained: Any = place
+        own: Tensor = trained(groups.view(1, len(x), -1, groups.shape[1]))[0]
+        return own.flatten(1)
+    return decoder_step.add_norm(groups, None, norm)[1].view(x.shape)
+
+
+def add_norm(
+    h: Tensor, branch: Branch | None, place: nn.Module | None, facts: Norm | None
+) -> tuple[Tensor, Tensor]:
+    """Returns (h', x): h' = h + branch, x = norm(h'). facts None: there is no norm, x is h'."""
+    norm, delta, after, scale = _operand(place, facts), None, None, 1.0
+    if branch is not None:
+        delta, after, scale = branch.values, _operand(branch.place, branch.facts), branch.scale
+        if after is None and branch.facts is not None:
+            trained: Any = branch.place
+            delta = trained(delta[None])[0]
+    if facts is None or norm is not None:
+        return decoder_step.add_norm(h, delta, norm, after, scale)
+    own: Any = place
+    h, _ = decoder_step.add_norm(h, delta, None, after, scale)
+    return h, own(h[None])[0]
+
+
+def _operand(place: nn.Module | None, facts: Norm | None) -> StepNorm | None:
+    """Returns a norm for the kernels. Returns None if there is none, or its module computes it."""
+    norm: Any = bare(place)
+    if norm is None or facts is None:
+        return None
+    return StepNorm(norm.weight, facts.epsilon, facts.offset, facts.is_wide)

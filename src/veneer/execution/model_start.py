@@ -1,0 +1,178 @@
+"""What a model does before its first layer, as data: the scale of its embeddings, and which cosines
+and sines each layer gets.
+
+Both are found by running the decoder's own code without its layers: recording modules take the
+places of its embedding, its rotary module, its layers and its last norm. Nothing is assumed of a
+family. Shapes: N rows, D width, E head size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.execution.attention import packed_arguments
+from veneer.private.torch import children_of, replace_children, replace_parameters
+
+_ROWS = 5
+
+AngleKind = tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]
+"""Arguments of a rotary module behind its rows and positions: by place, and by name."""
+
+
+@dataclass(frozen=True)
+class ModelStart:
+    """The input of the first layer is scale * embed_tokens(ids), rounded once.
+
+    kinds     arguments of the rotary module, for each kind of angles
+    of_layer  number of the kind that each layer gets
+    """
+
+    scale: float
+    kinds: tuple[AngleKind, ...]
+    of_layer: tuple[int, ...]
+
+    def angles(self, rotary: Any, h_1ND: Tensor, positions_1N: Tensor) -> list[Tensor]:
+        """Returns cosines and sines (1, N, E) of each kind, in order."""
+        pairs = [
+            rotary(h_1ND, positions_1N, *arguments, **dict(keywords))
+            for arguments, keywords in self.kinds
+        ]
+        return [angles for pair in pairs for angles in pair]
+
+
+class _KnownEmbedding(nn.Module):
+    """Replaces an embedding: gives known rows (1, N, D), whatever the ids are."""
+
+    def __init__(self, rows_1ND: Tensor) -> None:
+        super().__init__()
+        self.rows = rows_1ND
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.rows
+
+
+class _RecordingRotary(nn.Module):
+    """Replaces a rotary module: calls it, and records the kinds of angles that it gave."""
+
+    def __init__(self, rotary: Any) -> None:
+        super().__init__()
+        self.rotary = rotary
+        self.kinds: list[AngleKind] = []
+        self.given: list[Any] = []
+
+    def forward(self, x: Tensor, position_ids: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        angles = self.rotary(x, position_ids, *arguments, **keywords)
+        self.kinds.append((arguments, tuple(sorted(keywords.items()))))
+        self.given.append(angles)
+        return angles
+
+
+class _RecordingLayer(nn.Module):
+    """Replaces a decoder layer: records its input and its angles, and gives its input."""
+
+    def forward(
+        self, hidden_states: Tensor, *, position_embeddings: Any = None, **others: Any
+    ) -> Tensor:
+        self.input, self.angles = hidden_states, position_embeddings
+        return hidden_states
+
+
+@torch.no_grad()
+def find_start(inner: nn.Module) -> ModelStart | None:
+    """Returns what a decoder does before its layers. Returns None if it does something else, or
+    anything behind its layers but its last norm."""
+    table = inner.get_submodule("embed_tokens").get_parameter("weight")
+    device = table.device
+    draw = torch.Generator().manual_seed(0)
+    random_rows = torch.randn(1, _ROWS, table.shape[1], generator=draw).to(table.dtype).to(device)
+    try:
+        ones = torch.ones(1, _ROWS, 4, device=device)
+        scale = float(_run(inner, ones)[0].input.flatten()[0])
+        layers = _run(inner, random_rows)
+    except Exception:  # modelling code may raise any, as in agreement.disagreement
+        return None
+    kinds, of_layer = list[AngleKind](), list[int]()
+    for layer in layers:
+        if layer.kind is None:
+            return None
+        kinds += [] if layer.kind in kinds else [layer.kind]
+        of_layer.append(kinds.index(layer.kind))
+    scaled = random_rows if scale == 1.0 else random_rows * scale
+    if not layers or not torch.equal(layers[0].input, scaled):
+        return None
+    return ModelStart(scale, tuple(kinds), tuple(of_layer))
+
+
+@dataclass(frozen=True)
+class _LayerInput:
+    input: Tensor
+    kind: AngleKind | None
+
+
+def _run(inner: Any, rows_1ND: Tensor) -> Sequence[_LayerInput]:
+    """Runs a decoder's own code without its layers on these embeddings."""
+    small: Any = object.__new__(type(inner))  # FSDP2's class calls __init__ where it is copied
+    vars(small).update(vars(inner))
+    rotary = _RecordingRotary(inner.rotary_emb)
+    layers = nn.ModuleList([_RecordingLayer() for _ in inner.layers])
+    places = {"embed_tokens": _KnownEmbedding(rows_1ND), "rotary_emb": rotary, "layers": layers}
+    replace_children(small, {**children_of(inner), **places, "norm": nn.Identity()})
+    count = rows_1ND.shape[1]
+    positions = torch.arange(count, device=rows_1ND.device)[None]
+    out = small.forward(
+        input_ids=torch.zeros_like(positions), **packed_arguments(positions, _NoAttention())
+    )
+    recorded: list[Any] = list(layers)
+    if not torch.equal(out.last_hidden_state, recorded[0].input):
+        raise ValueError("the decoder changes what its layers give")
+    found = []
+    for layer in recorded:
+        numbers = [n for n, given in enumerate(rotary.given) if given is layer.angles]
+        kind = rotary.kinds[numbers[0]] if numbers else None
+        found.append(_LayerInput(layer.input, kind))
+    return found
+
+
+class _NoAttention:
+    """A layout (attention.BatchAttention) that no layer reaches."""
+
+    def attend(self, *_: Any) -> Tensor:
+        raise AssertionError("a layer attends where none is run")
+
+
+@torch.no_grad()
+def embedding_scale(embedding: nn.Module) -> float | None:
+    """Returns s of a table whose rows are multiplied by s and rounded once. Returns None for any
+    other module, for instance one that limits the lengths of its rows."""
+    if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:
+        return None
+    weight = embedding.weight
+    if type(embedding) is nn.Embedding or weight.is_meta:
+        return 1.0 if type(embedding) is nn.Embedding else None
+    draw = torch.Generator().manual_seed(0)
+    values = torch.randn(_ROWS, weight.shape[1], generator=draw).to(weight.device)
+    try:
+        wide = float(_looked_up(embedding, torch.ones_like(values)).flatten()[0])
+        own = values.to(weight.dtype)
+        rounded = float(torch.tensor(wide).to(weight.dtype))
+        for scale in (wide, rounded):
+            if torch.equal(_looked_up(embedding, own), own * scale):
+                return scale
+    except Exception:  # as in find_start
+        return None
+    return None
+
+
+def _looked_up(embedding: nn.Embedding, table: Tensor) -> Tensor:
+    """Returns what an embedding with this table gives for each of its rows."""
+    small = copy.copy(embedding)
+    small.padding_idx = None  # it may lie beyond this table, and changes gradients alone
+    replace_parameters(small, {"weight": nn.Parameter(table, requires_grad=False)})
+    rows: Tensor = small.forward(torch.arange(len(table), device=table.device))
+    return rows

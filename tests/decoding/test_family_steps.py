@@ -1,0 +1,89 @@
+"""Answers of each family whose steps are recorded are those of transformers, by the base and by
+adapters side by side, with and without guessed tokens."""
+
+import pytest
+import torch
+
+from tests.adapters.test_methods import move
+from tests.support.tiny import tiny_base
+from veneer.adapters.attach import attach
+from veneer.adapters.config import LoRA
+from veneer.adapters.placement.acting import Acting
+from veneer.decoding.engine import Engine
+from veneer.decoding.schedule.adapters import FixedAdapters
+from veneer.decoding.schedule.sequence import Request
+from veneer.kernels.bindings import library as native
+from veneer.kernels.dense import few_rows
+
+FAMILIES = ["qwen2", "qwen3", "gemma", "gemma2", "gemma3", "olmo2", "exaone4", "smollm3", "granite"]
+NEW = 24
+IDENTITIES = [(), (("a", 1.0),), (("b", 1.0),), (("a", 0.5), ("b", -1.0))]
+
+pytestmark = pytest.mark.skipif(native.level() < 2, reason="no products of few rows are compiled")
+
+
+def with_adapters(family):
+    base = tiny_base(family)
+    for number, targets in enumerate((["q_proj", "k_proj", "down_proj"], "all-linear")):
+        made = attach(
+            base.model,
+            LoRA(rank=3, targets=targets),
+            name="ab"[number],
+            routing=base.routing,
+            head=base.model.get_output_embeddings(),
+            seed=number,
+        )
+        move(made, seed=number)
+    return base
+
+
+def prompts_of(rows):
+    draw = torch.Generator().manual_seed(3)
+    lengths = torch.randint(1, 20, (rows,), generator=draw).tolist()
+    prompts = [torch.randint(3, 250, (n,), generator=draw).tolist() for n in lengths]
+    return [[*prompt, *prompt[:4], *prompt[:2]] for prompt in prompts]  # something to look up
+
+
+def by_transformers(base, prompts):
+    """Reads each whole text again for every token, by transformers' own attention."""
+    base.model.set_attn_implementation("eager")
+    answers = []
+    for number, prompt in enumerate(prompts):
+        text = list(prompt)
+        applied = base.routing.applied(IDENTITIES[number % len(IDENTITIES)])
+        with base.routing.held(Acting.everywhere(applied)), torch.no_grad():
+            for _ in range(NEW):
+                logits = base.model(torch.tensor([text]), use_cache=False).logits[0, -1]
+                text.append(int(logits.argmax()))
+        answers.append(text[len(prompt) :])
+    return answers
+
+
+def by_engine(base, prompts, lookup):
+    _ = base.paths
+    applied = {identity: base.routing.applied(identity) for identity in IDENTITIES if identity}
+    engine = Engine(base, budget_bytes=2**23, adapters=FixedAdapters(applied), lookup=lookup)
+    assert engine.decode_step.not_by_parts is None
+    answers = [
+        engine.add(
+            Request(
+                prompt=tuple(prompt),
+                max_new_tokens=NEW,
+                adapter=IDENTITIES[number % len(IDENTITIES)],
+            )
+        )[0]
+        for number, prompt in enumerate(prompts)
+    ]
+    engine.run()
+    assert engine.decode_step.is_recorded
+    return [answer.new for answer in answers]
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recorded_steps_answer_as_transformers_does(family, rows, monkeypatch):
+    monkeypatch.setattr(few_rows, "LEAST_VALUES", 1)
+    prompts = prompts_of(rows)
+    expected = by_transformers(with_adapters(family), prompts)
+    for lookup in ("off", "auto"):
+        assert by_engine(with_adapters(family), prompts, lookup) == expected
