@@ -117,7 +117,8 @@ def prepare(model: PreTrainedModel) -> ComputePaths:
 
 
 def assume_paths(model: PreTrainedModel) -> ComputePaths:
-    """The paths that `prepare` would find, by structure alone, for a model on the meta device."""
+    """Returns the paths that `prepare` would find, by structure alone, for a model on the meta
+    device."""
     known = structure(model)
     return _paths(model, takes_packing(model), known.scale, known.softcap, known.head)
 
@@ -253,14 +254,15 @@ def _predicting(
 
 
 def acting_on(batch: Batch, adapters: Sequence[Applied]) -> Acting:
-    """What acts on a batch: the given adapters on each group's rows. Filler rows belong to the
-    last."""
+    """Returns what acts on a batch: the given adapters on each group's rows. Filler rows belong to
+    the last."""
     filler = batch.ids.numel() - sum(batch.group_rows)
     return in_turn(list(zip(batch.group_rows, adapters, strict=True))).padded(filler)
 
 
 def loss_head(model: PreTrainedModel, paths: ComputePaths) -> Head:
-    """The output head for the loss: its weights, or its wrapper if an adapter acts on it."""
+    """Returns the output head for the loss: its weights, or its wrapper if an adapter acts on
+    it."""
     head: Any = model.get_output_embeddings()
     plain: Any = unwrapped(head)
     plain_head = Head(plain.weight, plain.bias, paths.scale, paths.softcap)
@@ -285,7 +287,7 @@ def loss_head(model: PreTrainedModel, paths: ComputePaths) -> Head:
 
 
 def _wrappers(head: AdaptedModule) -> Iterator[Any]:
-    """The wrappers of a head, the outermost first."""
+    """Yields the wrappers of a head, the outermost first."""
     module: Any = head
     while isinstance(module, AdaptedModule):
         yield module
@@ -347,7 +349,7 @@ def batch_of(
     *,
     share_prompt: bool,
 ) -> Batch:
-    """The batch of a part, on the model's device."""
+    """Returns the batch of a part, on the model's device."""
     device = next(model.parameters()).device
     return make_batch(
         [examples[i] for i in part], packed=paths.packed, share_prompt=share_prompt, device=device

@@ -151,7 +151,7 @@ def format_of(name: str, kind: RowKind) -> Format | None:
 
 
 def _no_preference(columns: frozenset[str], kind: RowKind, shown: str) -> RowFault:
-    """The fault of a row that an objective of preferences cannot learn from."""
+    """Returns the fault of a row that an objective of preferences cannot learn from."""
     layouts = "; ".join(f"{name} ({', '.join(NEEDS[name])})" for name in FORMATS_OF[kind])
     answers = _fitting(columns, "answers")
     step = f"Layouts: {layouts}"
