@@ -471,8 +471,8 @@ class Pretended(LocalExecutor):
 
     def wait_for_job(self, say: Any) -> tuple[CommandJob, Outcome]:
         job = self._waiting.popleft()
-        self.ran.append(job.what)
-        return job, Outcome(0, job.what, "", ())
+        self.ran.append(job.label)
+        return job, Outcome(0, job.label, "", ())
 
 
 def asked(*names: str) -> JobGenerator[str]:

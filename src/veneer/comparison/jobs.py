@@ -27,7 +27,7 @@ RUNNING = "…"
 class CommandJob:
     """Describes one command of Veneer.
 
-    what     label for people
+    label    name for people
     folder   of the run: the command reads and writes there
     begin    arguments after `veneer`; a Path is a file or a folder, in `folder` or an input
     resume   arguments if the folder holds a checkpoint; such a job begins in an empty folder
@@ -35,7 +35,7 @@ class CommandJob:
     step     returns its progress, from the files in its folder
     """
 
-    what: str
+    label: str
     folder: Path
     begin: tuple[str | Path, ...]
     config: RunConfig

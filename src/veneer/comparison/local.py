@@ -44,7 +44,7 @@ class LocalExecutor:
     def wait_for_job(self, say: Say) -> FinishedJob:
         job = self._waiting.popleft()
         try:
-            outcome = self._command(job_command(job), lambda: say(f"{job.what}: {job.step()}"))
+            outcome = self._command(job_command(job), lambda: say(f"{job.label}: {job.step()}"))
         except KeyboardInterrupt:
             raise interrupted() from None
         if outcome.code in INTERRUPTED:

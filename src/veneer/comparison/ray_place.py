@@ -87,7 +87,7 @@ class RayExecutor:
                 **self._room(memory),
                 max_retries=RETRIES,
                 retry_exceptions=[LostProcessError],
-                name=job.what,
+                name=job.label,
             )
             self._tasks[task.remote(json.dumps(asdict(request)))] = job
 
@@ -97,11 +97,11 @@ class RayExecutor:
                 ended, _ = self._ray.wait(list(self._tasks), timeout=1.0)
                 say(
                     f"{len(self._tasks)} on the cluster:"
-                    f" {', '.join(job.what for job in self._tasks.values())}{RUNNING}"
+                    f" {', '.join(job.label for job in self._tasks.values())}{RUNNING}"
                 )
                 for task in ended:
                     job = self._tasks.pop(task)
-                    fields = self._answer(task, job.what)
+                    fields = self._answer(task, job.label)
                     fields["command"] = tuple(fields["command"])
                     self._over.append((job, self._download(job, Outcome(**fields))))
         except KeyboardInterrupt:
@@ -201,7 +201,7 @@ class RayExecutor:
                 for node in nodes
             ]
             raise DoesNotFitError(
-                f"{job.what} needs {self._threads} processors and {size(memory)}, and no node has"
+                f"{job.label} needs {self._threads} processors and {size(memory)}, and no node has"
                 " them",
                 node_texts,
                 "Add a larger node, or give fewer --cpus.",

@@ -180,7 +180,7 @@ def test_what_was_stopped_goes_on_and_what_is_over_is_not_run_again_by_who_has_l
         """Ctrl-C once a checkpoint is there."""
 
         def wait_for_job(self, say: Any) -> Any:
-            if any("lora" in job.what for job in self._tasks.values()):
+            if any("lora" in job.label for job in self._tasks.values()):
                 wait_for_a_checkpoint(store)
                 raise RunInterrupted("stopped")
             return super().wait_for_job(say)

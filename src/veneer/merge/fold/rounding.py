@@ -1,8 +1,7 @@
-"""From float32 to the type that is stored, and how much of a change is left after it.
+"""Rounds merged weights to their stored type, and measures how much of an update is left.
 
-survival   projection of the change that was obtained on the one that was wanted, <stored - W, D> /
-           <D, D>, with W the base's weight and D the update: 1 where all of it arrived, 0 where it
-           was rounded away
+survival   projection of the stored change on the update, <stored - W, D> / <D, D>, with W the
+           base's weight and D the update: 1 if the whole update is stored, 0 if rounding removed it
 error      ||stored - W - D|| / ||D||: what rounding added, in any direction
 
 Over several weights both are sums of the numerators over sums of the denominators: a weight counts
@@ -24,57 +23,60 @@ SMALLEST_EXPONENT = {torch.bfloat16: -126, torch.float16: -14}
 
 @dataclass(frozen=True)
 class Survival:
-    """Sums over one weight, or over many: <stored - W, D>, <D, D>, ||stored - W - D||^2, <W, W>."""
+    """Sums over one weight, or over many.
+
+    along: <stored - W, D>. update: <D, D>. lost: ||stored - W - D||^2. weight: <W, W>.
+    """
 
     along: float
-    wanted: float
+    update: float
     lost: float
     weight: float
 
     @property
     def share(self) -> float:
-        """1 for a change of nothing: nothing was lost."""
-        return self.along / self.wanted if self.wanted else 1.0
+        """Returns the survival; 1 for an update of zero, of which nothing is lost."""
+        return self.along / self.update if self.update else 1.0
 
     @property
     def error(self) -> float:
-        return (self.lost / self.wanted) ** 0.5 if self.wanted else 0.0
+        return (self.lost / self.update) ** 0.5 if self.update else 0.0
 
     @property
     def rounding(self) -> float:
-        """||stored - W - D|| / ||W||: the error beside the weights, not beside the update."""
+        """Returns ||stored - W - D|| / ||W||: the error relative to the weights, not to the
+        update."""
         return (self.lost / self.weight) ** 0.5 if self.weight else 0.0
 
     @property
     def relative_size(self) -> float:
-        """||D|| / ||W||."""
-        return (self.wanted / self.weight) ** 0.5 if self.weight else 0.0
+        """Returns ||D|| / ||W||."""
+        return (self.update / self.weight) ** 0.5 if self.weight else 0.0
 
 
-def survival(own: Tensor, wanted: Tensor, stored: Tensor) -> Survival:
-    """own: the base's weight, wanted: what it should become, both float32; stored: what it
-    became."""
-    change = wide(wanted - own)
-    missing = wide(stored.float() - wanted)
+def survival(weight: Tensor, merged: Tensor, stored: Tensor) -> Survival:
+    """Compares a stored weight with the base's weight and the merged one, both float32."""
+    change = wide(merged - weight)
+    missing = wide(stored.float() - merged)
     squared = float(change.square().sum())
     return Survival(
         along=squared + float((missing * change).sum()),
-        wanted=squared,
+        update=squared,
         lost=float(missing.square().sum()),
-        weight=float(wide(own).square().sum()),
+        weight=float(wide(weight).square().sum()),
     )
 
 
 def total(parts: Iterable[Survival]) -> Survival:
-    along = wanted = lost = weight = 0.0
+    along = update = lost = weight = 0.0
     for part in parts:
-        along, wanted = along + part.along, wanted + part.wanted
+        along, update = along + part.along, update + part.update
         lost, weight = lost + part.lost, weight + part.weight
-    return Survival(along, wanted, lost, weight)
+    return Survival(along, update, lost, weight)
 
 
 def by_layer(weights: Mapping[str, Survival]) -> dict[str, Survival]:
-    """Layer number, or the weight's own name outside the layers -> survival over the layer."""
+    """Returns the survival of each layer by number; a weight outside the layers by its name."""
     groups: dict[str, list[Survival]] = {}
     for name, part in weights.items():
         number = layer_number(name)
@@ -83,8 +85,8 @@ def by_layer(weights: Mapping[str, Survival]) -> dict[str, Survival]:
 
 
 class SurvivalReport:
-    """A report of what is left of an update. weights: name of each changed weight -> its
-    survival."""
+    """A report of how much of an update is left. weights: the survival of each changed weight by
+    name."""
 
     weights: Mapping[str, Survival]
 
@@ -98,11 +100,11 @@ class SurvivalReport:
 
 
 def stochastic(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """float32 -> bf16 or fp16, up or down with the probability that keeps every value right on
+    """Rounds float32 to bf16 or fp16, up or down at random, so that every value is right on
     average.
 
-    A value that the type holds exactly stays. float32 is returned as it is. generator: of the CPU,
-    wherever the values are, so that a merge gives the same bits on every device.
+    A value that the type holds exactly does not change, and float32 is returned as it is.
+    generator: one of the CPU, so that a merge gives the same bits on every device.
     """
     if dtype not in MANTISSA_BITS:
         return values.to(dtype)
