@@ -186,6 +186,10 @@ TESTS: dict[str, tuple[str, ...]] = {
         "kernels/bindings/test_roads.py",
     ),
     "execution/agreement.py": ("execution/test_agreement.py",),
+    **dict.fromkeys(
+        ("execution/attention_facts.py", "execution/part_facts.py", "execution/small_modules.py"),
+        ("execution/test_decoder_layer.py", "kernels/dense/test_fused.py"),
+    ),
     "execution/decoder_layer.py": (
         "execution/test_decoder_layer.py",
         "kernels/dense/test_fused.py",

@@ -367,11 +367,11 @@ def test_the_weight_of_a_fused_norm_is_the_one_that_acts_on_all_rows():
     (norm,) = (made for path, made in replacements(model).items() if path == "model.norm")
     acting = ((attachment, 1.0),)
     with routing.held(Acting.everywhere(acting)):
-        assert norm.weight_acting() is attachment.values["model.norm.weight"]
+        assert norm.values_acting()["weight"] is attachment.values["model.norm.weight"]
     with routing.held(Acting()):
-        assert norm.weight_acting() is plain_modules(model)["model.norm"].weight
+        assert norm.values_acting()["weight"] is plain_modules(model)["model.norm"].weight
     with routing.held(Acting((BatchPart(2, ()), BatchPart(3, acting)))):
-        assert norm.weight_acting() is None
+        assert norm.values_acting() is None
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "fp4"])
