@@ -37,6 +37,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+CACHED_CC = ROOT / "tests" / "support" / "kernels" / "cached_cc.sh"
 sys.path.insert(0, str(ROOT))  # as a script
 from tests.callers import Callers, Calls  # noqa: E402
 
@@ -374,6 +375,34 @@ TESTS: dict[str, tuple[str, ...]] = {
         "serve/engine/test_loop_threads.py",
         "adapters/test_new_tokens.py",
     ),
+    "decoding/guesses.py": ("decoding/test_lookup.py",),
+    "decoding/schedule/guessed_spans.py": ("decoding/test_lookup.py",),
+    "decoding/schedule/limits.py": ("decoding/test_scheduler.py", "decoding/test_engine.py"),
+    "decoding/schedule/lookup.py": ("decoding/test_lookup.py",),
+    "decoding/schedule/queues.py": ("decoding/test_scheduler.py",),
+    "execution/attention.py": (
+        "execution/test_decoder_layer.py",
+        "models/test_proof.py",
+        "models/test_step.py",
+    ),
+    "execution/layer_facts.py": ("execution/test_decoder_layer.py", "decoding/test_direct.py"),
+    "execution/norm_places.py": ("execution/test_decoder_layer.py",),
+    "execution/proofs/model.py": ("models/test_proof.py", "decoding/test_direct.py"),
+    "execution/proofs/same_values.py": ("models/test_same_values.py",),
+    "execution/proofs/small_copy.py": ("models/test_proof.py", "kernels/dense/test_fused.py"),
+    "execution/proofs/steps.py": ("execution/test_decoder_layer.py", "decoding/test_direct.py"),
+    "execution/proofs/structure.py": ("models/test_proof.py", "plan/test_remembered.py"),
+    "execution/switches.py": ("models/test_proof.py",),
+    "kernels/attention/flash.py": ("kernels/attention/test_flash.py",),
+    "kernels/bindings/draw_calls.py": (
+        "decoding/test_sampling.py",
+        "kernels/bindings/test_native_calls.py",
+    ),
+    "kernels/bindings/pages.py": ("bases/test_own_pages.py",),
+    "kernels/dense/bundles.py": ("kernels/dense/test_segments.py",),
+    "kernels/tape/tape.py": ("kernels/tape/test_layer_tape.py", "kernels/tape/test_recorded.py"),
+    "models/checkpointing.py": ("models/test_step.py", "training/test_heap.py"),
+    "serve/run.py": ("serve/test_process.py",),
     "library/residents/tiers.py": ("library/test_residents.py",),
     "library/residents/residents.py": ("library/test_residents.py",),
     "library/library.py": (
@@ -518,6 +547,41 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kernels/native/attention/attention_tiles.h": (
         "kernels/attention/test_attention_native.py",
         "kernels/test_tiles.py",
+        "kernels/bindings/test_native_calls.py",
+    ),
+    "kernels/native/common/across.h": (
+        "kernels/dense/test_few_rows.py",
+        "kernels/packed/test_gguf.py",
+    ),
+    "kernels/native/common/bf16.h": ("kernels/dense/test_few_rows.py", "quant/test_nf4.py"),
+    "kernels/native/common/float_vectors.h": (
+        "kernels/dense/test_fused.py",
+        "kernels/attention/test_attention_native.py",
+    ),
+    "kernels/native/dense/factors.h": (
+        "kernels/dense/test_mixes.py",
+        "kernels/bindings/test_native_calls.py",
+    ),
+    "kernels/native/dense/few_rows.h": (
+        "kernels/dense/test_few_rows.py",
+        "kernels/bindings/test_native_calls.py",
+    ),
+    "kernels/native/gguf/gguf_codes.h": (
+        "kernels/packed/test_gguf.py",
+        "kernels/bindings/test_native_calls.py",
+    ),
+    "kernels/native/gguf/gguf_format.h": (
+        "kernels/packed/test_gguf.py",
+        "kernels/bindings/test_native_calls.py",
+    ),
+    "kernels/native/gguf/gguf_rows.h": (
+        "kernels/packed/test_gguf.py",
+        "kernels/bindings/test_native_calls.py",
+    ),
+    "kernels/native/gguf/packed_rows.c": ("kernels/packed/test_gguf.py", "quant/test_nf4.py"),
+    "kernels/native/nf4/nf4.h": ("quant/test_nf4.py", "kernels/bindings/test_native_calls.py"),
+    "kernels/native/attention/attention.h": (
+        "kernels/attention/test_attention_native.py",
         "kernels/bindings/test_native_calls.py",
     ),
     "kernels/native/dense/few_rows.c": (
@@ -968,8 +1032,13 @@ class Copy:
         return True, ""
 
     def built(self) -> bool:
+        """Builds the library, and compiles only files whose preprocessed text is new. Returns False
+        if a file does not compile."""
         build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-        return subprocess.run(build, cwd=self.root, capture_output=True).returncode == 0
+        objects = str(self.root / "objects")
+        environment = os.environ | {"CC": str(CACHED_CC), "OBJECT_CACHE": objects}
+        done = subprocess.run(build, cwd=self.root, env=environment, capture_output=True)
+        return done.returncode == 0
 
     def tested(
         self, tests: list[str], *plugins: object, seconds: float = SECONDS

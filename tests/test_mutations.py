@@ -11,7 +11,7 @@ import warnings
 import pytest
 
 from tests.callers import Callers
-from tests.mutations import ROOT, TESTS, all_mutations, chosen
+from tests.mutations import CACHED_CC, ROOT, TESTS, all_mutations, chosen
 
 SOURCE = ROOT / "src" / "veneer"
 
@@ -73,3 +73,26 @@ def test_what_a_test_and_its_fixtures_call_is_noted_by_qualified_name(tmp_path):
     callers = Callers((tmp_path / "out").read_text().splitlines())
     assert callers.tests["inside.py:A.g"] == ["test_it.py::test_one", "test_it.py::test_two"]
     assert callers.tests["inside.py:A.f"] == ["test_it.py::test_two"]
+
+
+def test_a_file_is_compiled_again_only_if_it_or_its_headers_changed(tmp_path):
+    (tmp_path / "number.h").write_text("#define NUMBER 1\n")
+    (tmp_path / "file.c").write_text('#include "number.h"\nint number(void) { return NUMBER; }\n')
+    environment = os.environ | {"OBJECT_CACHE": str(tmp_path / "objects")}
+
+    def compiled():
+        words = [str(CACHED_CC), "-O1", "-c", "file.c", "-o", "file.o"]
+        subprocess.run(words, cwd=tmp_path, env=environment, check=True)
+        return (tmp_path / "file.o").read_bytes(), len(list((tmp_path / "objects").iterdir()))
+
+    first, objects = compiled()
+    assert compiled() == (first, objects) and objects == 1
+    (tmp_path / "number.h").write_text("// A comment.\n#define NUMBER 1\n")
+    assert compiled() == (first, 1)
+    (tmp_path / "number.h").write_text("#define NUMBER 2\n")
+    other, objects = compiled()
+    assert other != first and objects == 2
+    (tmp_path / "file.c").write_text("int number(void) {\n")
+    with pytest.raises(subprocess.CalledProcessError):
+        compiled()
+    assert len(list((tmp_path / "objects").iterdir())) == 2
