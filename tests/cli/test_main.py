@@ -142,6 +142,22 @@ EARLY = {
         "--to gguf: did you mean llamacpp?",
     ),
     "a folder of weights": ("quantize --base {0} --out {0}/run", "exists and is not overwritten"),
+    "a run's folder below a file": (
+        "train --base {0} --data {0}/rows.jsonl --out {0}/rows.jsonl/new",
+        "new cannot be written",
+    ),
+    "a merged folder below a file": (
+        "merge --base {0} --adapter {0}/a --out {0}/rows.jsonl/new",
+        "new cannot be written",
+    ),
+    "predictions below a file": (
+        "evaluate --base {0} --data {0}/rows.jsonl --predictions {0}/rows.jsonl/new",
+        "new cannot be written",
+    ),
+    "a comparison below a file": (
+        "compare --base {0} --data {0}/rows.jsonl --methods lora,full --out {0}/rows.jsonl/new",
+        "comparison.json cannot be written",
+    ),
 }
 """Mistakes that are told before torch is loaded, which takes seconds."""
 
