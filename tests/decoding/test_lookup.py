@@ -15,9 +15,10 @@ from veneer.decoding.sampling.grammar import Grammars
 from veneer.decoding.sampling.sampling import Sampling
 from veneer.decoding.schedule import lookup
 from veneer.decoding.schedule.adapters import FixedAdapters
+from veneer.decoding.schedule.blocks import BlockNames
 from veneer.decoding.schedule.limits import Limits
-from veneer.decoding.schedule.lookup import AnswerHistory, AnswerLookup, TokenIndex
-from veneer.decoding.schedule.sequence import FinishReason, Request
+from veneer.decoding.schedule.lookup import AnswerHistory, AnswerLookup, Lookup, TokenIndex
+from veneer.decoding.schedule.sequence import FinishReason, Request, Sequence
 from veneer.errors import ConfigError
 from veneer.kernels.bindings import library as native
 
@@ -328,3 +329,15 @@ def test_answers_that_repeat_nothing_guess_seldom(matches):
             own.count(len(guesses), 0, cost)
             paid += cost
     assert paid == 0 if matches == "none" else 0 < paid <= 0.02 * 400 + 1
+
+
+@pytest.mark.parametrize("credit", [0.0, 0.3, 0.8])
+def test_answers_beside_each_other_guess_with_the_credit_of_a_step_for_each(credit, monkeypatch):
+    """One answer guesses with any credit; each of three, with more than 3 times STEP_COST."""
+    monkeypatch.setattr(lookup, "FIRST_CREDIT", credit)
+    request = Request(prompt=(5, 9) * 10, max_new_tokens=40)
+    names = BlockNames("base", (), "", 16)
+    answers = [Sequence(number, request, 0, names) for number in range(3)]
+    for count, threshold in ((1, 0.0), (3, 0.75)):
+        guesses = Lookup(lambda adapters: True).guesses(answers[:count], most_rows=64)
+        assert list(guesses) == (answers[:count] if credit > threshold else [])
