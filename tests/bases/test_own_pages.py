@@ -4,6 +4,7 @@ there is room."""
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -134,3 +135,23 @@ def test_a_base_is_the_same_base_and_computes_the_same_bits(tmp_path: Path) -> N
     assert own.fingerprint() == mapped.fingerprint()
     ids = torch.arange(40)[None]
     assert torch.equal(own.model(ids).logits, mapped.model(ids).logits)
+
+
+def is_advised(address: int) -> bool:
+    """Whether the process asked for huge pages at this address: flag "hg" of its mapping."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    raise AssertionError("an address in no mapping")
+
+
+@pytest.mark.parametrize(
+    ("huge", "last"), [(1, True), (4.7, True), (1.1, False), (7.1, False), (8.5, True), (9.1, True)]
+)
+def test_the_last_huge_page_is_used_if_little_of_it_is_left_over(huge: float, last: bool) -> None:
+    count = int(huge * pages.HUGE)
+    room = pages.allocate(count)
+    assert is_advised(room.data_ptr()) and is_advised(room.data_ptr() + count - 1) == last

@@ -90,6 +90,16 @@ def test_factors_are_rounded_as_torch_rounds_them_whichever_way_round_they_lie(r
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.skipif(not has_bf16(), reason="no bf16 arithmetic")
+@pytest.mark.parametrize(
+    ("shape", "itself"), [((16, 80), True), ((80, 32), True), ((17, 80), False), ((16, 68), False)]
+)
+def test_a_factor_is_rounded_by_a_kernel_where_its_sides_fill_registers(shape, itself):
+    factor, x = torch.randn(*shape), torch.randn(16, 80).bfloat16()
+    assert (rank.typed(factor, x) is factor) == itself
+    assert rank.typed(factor.T, x).dtype is torch.bfloat16, "not contiguous"
+
+
 @pytest.mark.parametrize("size", [16, 8])
 def test_the_narrow_side_may_be_columns_of_a_wider_matrix(size):
     torch.manual_seed(2)
