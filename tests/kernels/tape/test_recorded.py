@@ -23,6 +23,7 @@ from veneer.decoding.schedule.sequence import Request
 from veneer.execution import ends, recorded
 from veneer.execution.model_start import embedding_scale, find_start
 from veneer.execution.recorded import RecordedSteps, _RecordedStep
+from veneer.kernels.attention.paged import SpanRows, Spans
 from veneer.kernels.bindings import dense_calls, step_calls
 from veneer.kernels.bindings import library as native
 from veneer.kernels.bindings.arguments import CallError
@@ -613,6 +614,18 @@ def test_the_scale_of_an_embedding_is_found_and_no_other_table_has_one():
     for dtype, scale in ((torch.float32, 32**0.5), (torch.bfloat16, 5.65625)):
         scaled = tiny_base("gemma", dtype).model.get_input_embeddings()
         assert embedding_scale(scaled) == pytest.approx(scale)
+
+
+def test_a_recorded_step_takes_ids_of_the_table_alone(monkeypatch):
+    base = based()
+    _, steps = steps_of(base, [()], monkeypatch)
+    around_layers = next(step.ends.ends for step in steps if step.ends is not None)
+    spans = Spans([SpanRows(0, 3, [0])], 16)
+    ids = len(base.model.get_input_embeddings().weight)
+    assert around_layers.take([0, 5, ids - 1], spans).shape == (3, ids)
+    for wrong in (-1, ids):
+        with pytest.raises(ValueError, match="without a row"):
+            around_layers.take([0, 5, wrong], spans)
 
 
 def test_what_is_made_in_the_room_and_kept_spoils_a_recording():
