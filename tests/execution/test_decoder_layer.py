@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn.functional import rms_norm
 
 from tests.support.helpers import fill, make_examples
 from tests.support.tiny import tiny_base, tiny_model
@@ -20,6 +21,7 @@ from veneer.execution.decoder_layer import find_layers
 from veneer.execution.layer_facts import Rotation
 from veneer.execution.part_facts import find_feed_forward
 from veneer.execution.proofs.steps import read_and_continued
+from veneer.execution.small_modules import random_rows
 from veneer.execution.train_step import (
     FusedAttention,
     FusedLayer,
@@ -203,3 +205,11 @@ def test_norms_of_heads_train_as_the_model_itself_does(dtype, trained):
     limit = {torch.float32: 1e-5, torch.bfloat16: 2**-5}[dtype]
     assert all(difference(a, b) <= limit for a, b in zip(ours, plain, strict=True))
     assert all(gradient.abs().max() > 0 for gradient in ours[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_is_tried_on_rows_that_tell_limits_and_epsilons_apart(dtype):
+    x = random_rows(64, dtype)
+    assert not torch.equal(x.clamp(-1e4, 1e4), x), "no row is large enough to be clipped"
+    first, second = (rms_norm(x, (64,), eps=epsilon) for epsilon in (1e-6, 1e-5))
+    assert float((first - second).abs().max()) > 0.01, "no row is small enough for an epsilon"
