@@ -18,6 +18,7 @@ from tests.serve.server import BASE, add_adapter, read_status, running, server_p
 from tests.support.tiny import save_tiny
 from veneer import api
 from veneer.cli.main import main
+from veneer.errors import ConfigError
 from veneer.library.library import Library
 from veneer.serve.http import connection
 from veneer.serve.run import listening, run
@@ -221,12 +222,23 @@ def test_what_cannot_be_served_is_an_error_with_what_to_do(places, tmp_path, cap
         port = taken.getsockname()[1]
         words = ["--library", str(places / "adapters"), "--cache-mib", "8", "--port", str(port)]
         assert main(["serve", "--base", base, *words]) == 2
-    assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in capsys.readouterr().err
     assert (
         main(["serve", "--base", base, "--library", str(places / "adapters"), "--pin", "nobody"])
         == 2
     )
     assert "nobody" in capsys.readouterr().err
+
+
+def test_a_host_that_is_not_found_is_refused_with_the_systems_words(monkeypatch):
+    """Its error number is below 0: `os.strerror` does not know it."""
+
+    def look_up(host, port, **settings):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    with pytest.raises(ConfigError, match=r"somewhere:80: .*Name or service not known"):
+        listening("somewhere", 80)
 
 
 def test_a_connection_that_is_used_again_waits_for_no_acknowledgement():

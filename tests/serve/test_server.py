@@ -597,8 +597,12 @@ def test_whoever_goes_is_not_answered_any_further(server):
 
 
 def test_metrics_have_the_names_that_routers_read(server, client):
-    client.chat.completions.create(model="tickets", messages=HELLO, **GREEDY)
+    totals = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+    before = [gauge(server.http().get("/metrics").text, name) for name in totals]
+    answer = client.chat.completions.create(model="tickets", messages=HELLO, **GREEDY)
     text = server.http().get("/metrics").text
+    counted = [gauge(text, name) - start for name, start in zip(totals, before, strict=True)]
+    assert counted == [answer.usage.prompt_tokens, answer.usage.completion_tokens]
     for name in (
         "vllm:num_requests_running",
         "vllm:num_requests_waiting",

@@ -456,6 +456,26 @@ def test_what_cannot_be_meant_is_refused_at_its_field(changes, param):
     assert refused("/v1/chat/completions", changes).param == param
 
 
+def test_tools_and_variables_of_a_tokenised_prompt_are_refused_and_those_of_messages_are_read():
+    messages = {"messages": [{"role": "user", "content": "a"}]}
+    settings = {"tools": [TOOL], "chat_template_kwargs": {"a": 1}}
+    for name, value in settings.items():
+        assert BODIES["/tokenize"].read({**messages, name: value}).model_fields_set > {name}
+        with pytest.raises(Refusal, match="are for messages") as refusal:
+            BODIES["/tokenize"].read({"prompt": "a", name: value})
+        assert refusal.value.param == name
+
+
+def test_variables_of_the_template_reach_the_prompt():
+    path = "/v1/chat/completions"
+    for variables in ({"enable_thinking": False}, {}):
+        asked = {**ASK[path], "chat_template_kwargs": variables}
+        (prompt,) = MODULES[path].PROTOCOL.read(asked).prompts
+        assert prompt.variables == variables
+        asked = {"messages": ASK[path]["messages"], "chat_template_kwargs": variables}
+        assert BODIES["/tokenize"].read(asked).prompt_to_encode().variables == variables
+
+
 def test_shapes_of_answers_are_read_from_each_dialect():
     schema = {"type": "object"}
     for changes, kind, spec in [
