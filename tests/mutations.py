@@ -180,6 +180,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "kernels/bindings/test_native.py",
         "kernels/dense/test_rank.py",
         "kernels/test_references.py",
+        "plan/test_dry_run.py",
     ),
     "kernels/dense/fused.py": (
         "kernels/dense/test_fused.py",
@@ -285,6 +286,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "execution/paged.py": ("decoding/test_engine.py",),
     "decoding/engine.py": ("decoding/test_forward.py", "decoding/test_engine.py"),
     "decoding/forward.py": (
+        "decoding/test_graphs.py",
         "decoding/test_forward.py",
         "decoding/test_decode.py",
         "decoding/test_engine.py",
