@@ -412,6 +412,13 @@ def test_windows_of_the_copy_act_within_a_short_text(kind):
     assert not torch.allclose(short[:, 20:], long[:, 20:], atol=1e-2)
 
 
+@pytest.mark.parametrize(("kind", "heads"), [("gpt2", 2), ("llama", 2), ("mistral", 4)])
+def test_a_copy_has_few_heads_whether_or_not_keys_have_heads_of_their_own(kind, heads):
+    config = CONFIG_MAPPING[kind]()
+    copy = small_copy(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config).config
+    assert copy.num_attention_heads == heads < config.num_attention_heads
+
+
 @pytest.mark.parametrize("kind", ["blenderbot", "roberta"])
 def test_where_transformers_loop_does_not_give_what_whole_texts_give_they_are_read_for_every_token(
     kind,
