@@ -120,6 +120,24 @@ def test_where_too_many_are_open_the_one_that_is_idle_longest_goes(server, monke
             client.close()
 
 
+def test_as_many_as_the_limit_stay_open(server, monkeypatch):
+    state = server.server.server_state
+    for client in list(state.idle):
+        server.service.loop.events.call_soon_threadsafe(client.drop)
+    while state.connections:
+        time.sleep(0.01)
+    monkeypatch.setattr(state, "most", 4)
+    clients = [connected(server) for _ in range(4)]
+    try:
+        for client in clients[::-1]:
+            client.sendall(WHOLE)
+            assert read_status(client) == 200
+        assert len(state.connections) == 4
+    finally:
+        for client in clients:
+            client.close()
+
+
 def test_where_all_are_being_answered_one_more_is_told_to_come_again(server, monkeypatch):
     state = server.server.server_state
     body = json.dumps(
