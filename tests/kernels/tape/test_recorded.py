@@ -29,8 +29,9 @@ from veneer.kernels.bindings import library as native
 from veneer.kernels.bindings.arguments import CallError
 from veneer.kernels.dense import few_rows
 from veneer.kernels.dense.loss import Head
-from veneer.kernels.packed import gguf
+from veneer.kernels.packed import gguf, nf4
 from veneer.kernels.tape.step_tape import RowMemory, record_step
+from veneer.quant.nf4 import quantize
 
 PROMPTS = [(5, 9, 31), tuple(range(40, 71)), (7,)]
 
@@ -297,6 +298,20 @@ def test_calls_are_replayed_over_what_is_in_memory_now():
     assert tape.unsupported_call is None and not torch.equal(y, few_rows.product(x, weight, None))
     tape.replay()
     assert torch.equal(y, few_rows.product(x, weight, None))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_product_of_4_bit_weights_is_replayed_in_its_type(dtype):
+    draw = torch.Generator().manual_seed(0)
+    weight = quantize(torch.randn(24, 64, generator=draw))
+    x = torch.randn(1, 64, generator=draw).to(dtype)
+    expected = nf4.product(weight.blocks, x, 24)  # the first call checks the weight with torch
+    with record_step(RowMemory(1, 1)) as tape:
+        y = nf4.product(weight.blocks, x, 24)
+    assert tape.unsupported_call is None and len(tape.structs("veneer_nf4_product")) == 1
+    y.fill_(7.0)
+    tape.replay()
+    assert torch.equal(y, expected)
 
 
 def test_a_tape_without_what_torch_computed_is_not_replayed():
