@@ -117,6 +117,7 @@ def test_one_command_makes_an_adapter_a_verdict_and_a_page(files, tmp_path, shor
     assert not list(out.rglob("checkpoints")) and not (out / "probe").exists()
     page = (out / "tune.html").read_text()
     assert "Judged once" in page and "http:" not in page and "<script" not in page
+    assert result["library"] == "tickets" and "in the library as tickets" in lines[-2]
     assert Library(library).get("tickets").reference == "tickets@1"
     veneer.load(files / "base").load_adapter(out, name="t")
 

@@ -106,13 +106,19 @@ def tune(
         result, jobs = job.run(60 * minutes)
         if not result["interrupted"]:
             result["judging"] = job.judge(progress or (lambda label, done, total: None))
-            if library is not None:
-                Library(library).add(folder / "adapter", name=folder.name)
-                result["library"] = folder.name
-        result["verdict"] = verdict(result)
-        write_text(folder / "tune.json", json_text(result), replace=True)
-        write_text(folder / PAGE, make_page(result, jobs), replace=True)
+        _write_result(folder, result, jobs)
+        if library is not None and not result["interrupted"]:
+            Library(library).add(folder / "adapter", name=folder.name)
+            result["library"] = folder.name
+            _write_result(folder, result, jobs)
     return result
+
+
+def _write_result(folder: Path, result: dict[str, Any], jobs: Sequence[JobRecord]) -> None:
+    """Adds the verdict to the result, and writes tune.json and tune.html."""
+    result["verdict"] = verdict(result)
+    write_text(folder / "tune.json", json_text(result), replace=True)
+    write_text(folder / PAGE, make_page(result, jobs), replace=True)
 
 
 def _rows_line(name: str, parts: RowParts, problems: int) -> str:

@@ -121,14 +121,17 @@ def _forgetting(result: Result) -> list[str]:
 
 
 def _next(result: Result) -> str:
-    adapter = result["library"] or result["out"]
-    commands = f"veneer chat --adapter {adapter}"
+    commands = f"veneer chat --adapter {result['out']}"
     if result["interrupted"]:
-        return f"Next: {commands}. To judge it: veneer evaluate --adapter {adapter} --data ROWS."
+        judge = f"veneer evaluate --adapter {result['out']} --data ROWS"
+        return f"Next: {commands}. To judge it: {judge}."
     if is_better(result) is not True:
         return "Next: read rows with `veneer data check`, collect more, or give more --minutes."
+    if result["library"]:
+        keep = f" It is in the library as {result['library']}."
+    else:
+        keep = f" Keep it: veneer adapters add {result['out']}."
     more = ""
     if result["run"]["reason"] == "time" or not result["run"]["whole"]:
         more = " More --minutes may help: the time ended the training."
-    keep = "" if result["library"] else f" Keep it: veneer adapters add {result['out']}."
     return f"Next: {commands}.{keep}{more}"

@@ -123,7 +123,7 @@ def _judging_status(console: Console) -> Iterator[Callable[[str, int, int], None
     status = console.status("")
 
     def show(label: str, done: int, total: int) -> None:
-        status.update(f"{label} {done}/{total}")
+        status.update(f"{label} {done}/{total}" if done < total else "measuring losses")
         status.start()
 
     try:
