@@ -387,6 +387,20 @@ def test_factors_are_rounded_as_they_are_laid_out_and_may_begin_anywhere(dtype):
         )
 
 
+@pytest.mark.parametrize("outs", [16, 64, 70, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_factors_are_written_within_their_memory(dtype, outs, monkeypatch):
+    guard, rooms = 4096, []
+
+    def allocate_guarded(count):
+        rooms.append(torch.full((count + guard,), 171, dtype=torch.uint8))
+        return rooms[-1][:count]
+
+    monkeypatch.setattr(dense_calls.pages, "allocate", allocate_guarded)
+    few_rows.laid_out([(drawn(dtype, 4, 40), drawn(dtype, outs, 4))], dtype)
+    assert len(rooms) == 1 and bool((rooms[0][-guard:] == 171).all())
+
+
 def test_factors_of_a_whole_adapter_lie_on_huge_pages_one_behind_the_other():
     pairs = [(drawn(torch.float32, 64, 4096), drawn(torch.float32, 4096, 64)) for _ in range(3)]
     laid = few_rows.laid_out(pairs, torch.float32)
