@@ -114,7 +114,8 @@ def test_a_row_that_cannot_be_compared_is_a_fault(code, record, said):
 def examine(tmp_path, records, kind, *, length=200, **fields):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    config = DataConfig.of({"train": str(file), "validation_share": 0.0, **fields})
+    fields = {"train": str(file), "validation_share": 0.0, **fields}
+    config = DataConfig.of(fields)
     options = {"length": length, "capacity": Capacity(), "tokenizer": tiny_tokenizer()}
     return examine_data(config, **options, kind=kind), config, options
 
@@ -168,6 +169,7 @@ def test_every_row_gets_the_answer_of_the_next_row_with_another_prompt():
     assert all(e.kind == "mismatched" and e.trained[1:].all() for e in extra)
     assert [e.ids.tolist() for e in mismatched(rows[1:3], 2)] == [[1, 7], [2, 6]]
     assert mismatched(rows[:2], 10) is None
+    assert [e.ids.tolist() for e in mismatched(rows[:1], 10, rows[1:])] == [[1, 7, 7]]
 
 
 def test_rated_rows_of_one_prompt_are_refused(tmp_path):
@@ -179,6 +181,9 @@ def test_rated_rows_of_one_prompt_are_refused(tmp_path):
     assert [e.kind for e in data.train] == ["chosen", "mismatched"] * 3
     assert [e.row for e in data.train] == [0, 0, 1, 1, 2, 2]
     assert data.sets[0].examples == 6 and data.sets[0].rows == 3
+    rows = [{"prompt": str(n), "completion": str(n), "label": n > 1} for n in range(5)]
+    data, *_ = examine(tmp_path, rows, "ratings", validation_share=0.2)  # one row is held out
+    assert [e.kind for e in data.validation][1:] == ["mismatched"] and not data.report.refused
 
 
 def test_a_format_of_another_kind_is_refused(tmp_path):

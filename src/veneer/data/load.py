@@ -179,8 +179,8 @@ def read_data(
         message = f"the chat template writes the date: rows are tokenised as on {template.today}"
         findings.problems.append(Problem("D213", data.called, message, fatal=False))
     if kind == "ratings":
-        for collector in (training, validation):
-            findings.problems += add_mismatched(collector, length)
+        findings.problems += add_mismatched(training, length)
+        findings.problems += add_mismatched(validation, length, spare=training.close())
     train_examples, validation_examples = training.close(), validation.close()
     if (
         capacity.tokens is not None

@@ -15,25 +15,33 @@ from veneer.data.collector import ExampleCollector
 from veneer.data.examples import Example, Problem, part_key
 
 
-def add_mismatched(collector: ExampleCollector, length: int) -> list[Problem]:
-    """Adds the mismatched example of every row, behind the row's own. length: most tokens
+def add_mismatched(
+    collector: ExampleCollector, length: int, spare: Sequence[Example] = ()
+) -> list[Problem]:
+    """Adds the mismatched example of every row, behind the row's own.
 
+    length: most tokens. spare: rows whose answers are taken for a set with a single prompt.
     Returns a problem for each set whose rows all have one prompt.
     """
     return collector.extend_rows(
-        lambda examples: mismatched(examples, length),
+        lambda examples: mismatched(examples, length, spare),
         "all rows have the same prompt: KTO compares an answer with those to other prompts",
     )
 
 
-def mismatched(examples: Sequence[Example], length: int) -> list[Example] | None:
+def mismatched(
+    examples: Sequence[Example], length: int, spare: Sequence[Example] = ()
+) -> list[Example] | None:
     """Returns one example for each row of a set; None if all rows have one prompt."""
     rows = RowSpans.of(examples)
     first = [examples[int(start)] for start in rows.starts[:-1]]
     prompts = [_prompt(example) for example in first]
     donors = _next_different(prompts)
     if donors is None:
-        return None
+        other = next((row for row in spare if _prompt(row) != prompts[0]), None)
+        if other is None:
+            return None
+        return [_with_answer_of(example, other, length) for example in first]
     return [
         _with_answer_of(example, first[donor], length)
         for example, donor in zip(first, donors, strict=True)
