@@ -40,6 +40,8 @@ FAMILIES = [
     "exaone4",
     "smollm3",
     "granite",
+    "phi3",
+    "glm4",
 ]
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 0.1}
 
@@ -57,7 +59,7 @@ def by_parts(base):
 
 
 def test_an_engine_says_why_it_goes_another_way():
-    for family, said in (("llama", None), ("gemma2", None), ("phi3", "joined")):
+    for family, said in (("llama", None), ("gemma2", None), ("phi3", None)):
         base = based(family)
         engine = Engine(base, budget_bytes=2**20, adapters=FixedAdapters({}))
         reason = engine.decode_step.not_by_parts
@@ -96,7 +98,7 @@ def test_experts_are_called_as_they_are():
     assert differ(base, by_parts(base)) < BOUND[torch.float32]
 
 
-@pytest.mark.parametrize(("family", "reason"), [("phi3", "joined"), ("gpt2", "has no")])
+@pytest.mark.parametrize(("family", "reason"), [("cohere", "same input"), ("gpt2", "has no")])
 def test_what_is_built_otherwise_says_why(family, reason):
     assert reason in forward_by_layers(based(family).model)
 
@@ -224,18 +226,23 @@ def test_the_calls_between_products_are_their_references(dtype, width):
     torch.manual_seed(0)
     delta, angles = torch.randn(5, width).to(dtype), torch.randn(5, width)
     for angle_type in {dtype, torch.float32}:
-        rotated = [(torch.randn(5, heads * width).to(dtype), heads) for heads in (3, 1)]
-        copies = [x.clone() for x, _ in rotated]
-        pair = angles.cos().to(angle_type), angles.sin().to(angle_type)
-        decoder_step.rotate(*(x for x, _ in rotated), *pair)
-        decoder_step.rotate_reference(*copies, *pair)
-        assert all(torch.equal(x, copy) for (x, _), copy in zip(rotated, copies, strict=True))
+        for beside, neighbours in ((0, False), (6, False), (6, True)):
+            size = width + beside
+            joined = torch.randn(5, 4 * size).to(dtype)
+            copies = [x.contiguous() for x in joined.clone().split((3 * size, size), dim=1)]
+            pair = angles.cos().to(angle_type), angles.sin().to(angle_type)
+            rotated = joined.split((3 * size, size), dim=1)
+            decoder_step.rotate(*rotated, *pair, size, neighbours=neighbours)
+            decoder_step.rotate_reference(*copies, *pair, size, neighbours=neighbours)
+            assert all(map(torch.equal, rotated, copies))
     for most in (200.0, 4.0, 0.3):
         gate = torch.linspace(-most, most / 2, 5 * width).view(5, width).to(dtype)
         for activation in (SILU, GELU_TANH, GELU_ERF):
             ours = decoder_step.gate(gate, delta, activation)
             theirs = decoder_step.gate_reference(gate, delta, activation)
             assert apart(ours.double(), theirs.double()) < BETWEEN[dtype]
+            joined = torch.cat([gate, delta], dim=1)
+            assert torch.equal(decoder_step.gate(*joined.chunk(2, dim=1), activation), ours)
         for rules in ((1.0, 30.0), (0.25, None), (0.5, 0.1)):
             ours = decoder_step.cap(gate.clone(), *rules)
             theirs = decoder_step.cap_reference(gate, *rules)
@@ -256,8 +263,8 @@ def test_values_of_several_types_take_the_plain_way():
     angles = torch.randn(3, 8)
     turned, expected = [q.clone(), k.clone()], [q.clone(), k.clone()]
     with observe_calls(lambda name, given: pytest.fail(f"{name} is called")):
-        decoder_step.rotate(*turned, angles.cos().bfloat16(), angles.sin().bfloat16())
-    decoder_step.rotate_reference(*expected, angles.cos().bfloat16(), angles.sin().bfloat16())
+        decoder_step.rotate(*turned, angles.cos().bfloat16(), angles.sin().bfloat16(), 8)
+    decoder_step.rotate_reference(*expected, angles.cos().bfloat16(), angles.sin().bfloat16(), 8)
     for before, rotated, reference in zip((q, k), turned, expected, strict=True):
         assert torch.equal(rotated, reference) and not torch.equal(rotated, before)
 

@@ -282,4 +282,6 @@ def _take_apart(model: PreTrainedModel, logit_rules: LogitRules) -> LayersForwar
         return f"the last norm of {name} is no RMS norm"
     if (start := find_start(places)) is None:
         return f"{name} changes its embeddings or its angles in a way that is not known here"
-    return LayersForward(model, places, layers, norm, start, logit_rules)
+    attention = [layer.attention for layer in layers]
+    rotations = [None if facts is None else facts.rotation for facts in attention]
+    return LayersForward(model, places, layers, norm, start.rotating(rotations), logit_rules)

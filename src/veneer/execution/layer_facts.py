@@ -96,6 +96,11 @@ class Rotation:
     angle_order: Literal["halves", "neighbours", "first half"] = "halves"
     is_wide: bool = False
 
+    @property
+    def takes_halves(self) -> bool:
+        """Whether `in_halves` leaves angles as they are."""
+        return self.angle_order == "halves" and not self.is_wide
+
     def in_halves(self, angles: Tensor) -> Tensor:
         """Returns cosines or sines (..., size) as the kernels take them: those of the firsts of the
         pairs, then those of their seconds."""
@@ -184,8 +189,4 @@ class DecoderLayer:
         norms = [norm for norm in (*self.norms, *self.attention.norms) if norm is not None]
         if any(norm.is_centred for norm in norms):
             return "its norms are no RMS norms"
-        if self.attention.is_joined or (self.feed_forward and self.feed_forward.is_joined):
-            return "its projections are joined"
-        if self.attention.rotation not in (None, Rotation(self.attention.head_dim)):
-            return "its heads are rotated in another way than Llama's"
         return None

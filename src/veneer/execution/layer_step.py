@@ -23,8 +23,6 @@ from veneer.execution.layer_facts import (
     ATTENTION,
     DOWN,
     FEED_FORWARD,
-    GATE_UP,
-    QKV,
     Attention,
     DecoderLayer,
     Gate,
@@ -94,9 +92,10 @@ def _feed_forward(layer: DecoderLayer, feed: Any, x: Tensor) -> Tensor:
     if gated is None or bare(feed) is not gated.module:
         own: Tensor = feed(x[None])[0]
         return own
-    gate, up, down = (children_of(gated.module)[name] for name in (*GATE_UP, DOWN))
-    gate_values, up_values = _products(x, [gate, up])
-    return product(decoder_step.gate(gate_values, up_values, ACTIVATIONS[gated.gate]), down)
+    places = children_of(gated.module)
+    outputs = _products(x, [places[name] for name in gated.inputs])
+    gate, up = outputs[0].split(gated.width, dim=-1) if gated.is_joined else outputs
+    return product(decoder_step.gate(gate, up, ACTIVATIONS[gated.gate]), places[DOWN])
 
 
 def _arguments_of(angles: tuple[Tensor, Tensor], paged_step: PagedStep) -> dict[str, Any]:
@@ -109,14 +108,16 @@ def _attention(
     facts: Attention, x: Tensor, angles: tuple[Tensor, Tensor], paged_step: PagedStep
 ) -> Tensor:
     places, rows, size = children_of(facts.module), len(x), facts.head_dim
-    q, k, v = _products(x, [places[name] for name in QKV])
+    outputs = _products(x, [places[name] for name in facts.inputs])
+    q, k, v = outputs[0].split(facts.widths, dim=-1) if facts.is_joined else outputs
     if facts.norms:
         q, k = (
             _normed(values, places[norm.name], norm)
             for values, norm in zip((q, k), facts.norms, strict=True)
         )
     if facts.rotation is not None:
-        decoder_step.rotate(q, k, angles[0][0], angles[1][0])
+        cos, sin = angles[0][0], angles[1][0]
+        decoder_step.rotate(q, k, cos, sin, size, neighbours=facts.rotation.neighbours)
     key = k.view(rows, -1, size)
     heads = q.view(rows, -1, size), key, v.view(rows, key.shape[1], -1)
     return product(paged_step.attend(*heads, (), facts.rules).flatten(1), places[O])
@@ -178,7 +179,7 @@ def _part(x: Tensor, place: nn.Module | None) -> few_rows.UpdatedWeight | None:
 
 def _normed(x: Tensor, place: nn.Module | None, facts: Norm) -> Tensor:
     """Returns the norm of x (N, D) over each head, or over as many values as its weight has."""
-    groups = x.view(-1, facts.weight.numel())
+    groups = x.contiguous().view(-1, facts.weight.numel())
     norm = _operand(place, facts)
     if norm is None:
         trained: Any = place

@@ -10,19 +10,36 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from veneer.execution.attention import packed_arguments
+from veneer.execution.layer_facts import Rotation
 from veneer.private.torch import children_of, replace_children, replace_parameters
 
 _ROWS = 5
 
-AngleKind = tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]
-"""Arguments of a rotary module behind its rows and positions: by place, and by name."""
+
+class AngleKind(NamedTuple):
+    """A kind of cosines and sines.
+
+    arguments, keywords  of a rotary module behind its rows and positions
+    rotation             which brings them into the order of the kernels; None: they are in it
+    """
+
+    arguments: tuple[Any, ...]
+    keywords: tuple[tuple[str, Any], ...]
+    rotation: Rotation | None = None
+
+    def angles(self, rotary: Any, h_1ND: Tensor, positions_1N: Tensor) -> list[Tensor]:
+        """Returns cosines and sines (1, N, R)."""
+        pair = rotary(h_1ND, positions_1N, *self.arguments, **dict(self.keywords))
+        if self.rotation is None:
+            return [*pair]
+        return [self.rotation.in_halves(angles) for angles in pair]
 
 
 @dataclass(frozen=True)
@@ -38,12 +55,20 @@ class ModelStart:
     of_layer: tuple[int, ...]
 
     def angles(self, rotary: Any, h_1ND: Tensor, positions_1N: Tensor) -> list[Tensor]:
-        """Returns cosines and sines (1, N, E) of each kind, in order."""
-        pairs = [
-            rotary(h_1ND, positions_1N, *arguments, **dict(keywords))
-            for arguments, keywords in self.kinds
-        ]
+        """Returns cosines and sines (1, N, R) of each kind, in order."""
+        pairs = [kind.angles(rotary, h_1ND, positions_1N) for kind in self.kinds]
         return [angles for pair in pairs for angles in pair]
+
+    def rotating(self, rotations: Sequence[Rotation | None]) -> ModelStart:
+        """Returns it with the angles of each layer in the order of the kernels. None: a layer takes
+        them as they are."""
+        kinds, of_layer = list[AngleKind](), list[int]()
+        for number, rotation in zip(self.of_layer, rotations, strict=True):
+            order = None if rotation is None or rotation.takes_halves else rotation
+            kind = self.kinds[number]._replace(rotation=order)
+            kinds += [] if kind in kinds else [kind]
+            of_layer.append(kinds.index(kind))
+        return replace(self, kinds=tuple(kinds), of_layer=tuple(of_layer))
 
 
 class _KnownEmbedding(nn.Module):
@@ -68,7 +93,7 @@ class _RecordingRotary(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor, *arguments: Any, **keywords: Any) -> Any:
         angles = self.rotary(x, position_ids, *arguments, **keywords)
-        self.kinds.append((arguments, tuple(sorted(keywords.items()))))
+        self.kinds.append(AngleKind(arguments, tuple(sorted(keywords.items()))))
         self.given.append(angles)
         return angles
 

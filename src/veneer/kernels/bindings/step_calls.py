@@ -63,25 +63,45 @@ def step_norm(
 @declare(
     "veneer_step_rotate(*, T, level: int32 0..3)",
     """
-    q: T[rows, q_width]
-    k: T[rows, k_width]
-    cos, sin: F[rows, size]
+    q: T[rows@q_row, q_width]
+    k: T[rows@k_row, k_width]
+    cos, sin: F[rows, rotated]
     rows
+    q_row, k_row: 0..2**40
     q_heads = q_width / size
     k_heads = k_width / size
-    size: 2.. % 2
+    size: 1..
+    rotated: 2..size % 2
     is_wide = T * (1 - F)
+    neighbours: flag
     check difference = T - F: 0..
     """,
 )
-def step_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, level: int = ANY_LEVEL) -> None:
-    """Rotates each head of q (N, H E) and k (N, K E) in place. cos and sin (N, E) are of their
-    type, or float32."""
+def step_rotate(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    size: int,
+    neighbours: bool = False,
+    level: int = ANY_LEVEL,
+) -> None:
+    """Rotates the first R of the E = `size` values of each head of q (N, H E) and k (N, K E), in
+    place. cos and sin (N, R) are of their type, or float32. neighbours: a pair is 2 i and 2 i + 1;
+    otherwise i and R / 2 + i."""
 
 
 @declare(
     "veneer_step_gate(*, T, level: int32 0..3)",
-    "gate, up, out: T[rows, width]; rows, width; activation: 0..2",
+    """
+    gate: T[rows@gate_row, width]
+    up: T[rows@up_row, width]
+    out: T[rows, width]
+    rows
+    gate_row, up_row: 0..2**40
+    width
+    activation: 0..2
+    """,
 )
 def step_gate(
     gate: Tensor, up: Tensor, out: Tensor, activation: int = SILU, level: int = ANY_LEVEL

@@ -1,12 +1,13 @@
 """The operations between the products of a decoder layer, one call each, rounded as in the models.
 
     add_norm   h' = h + scale * after(delta), x = norm(h'); each norm may be missing
-    rotate     each head (a, b) becomes (a cos - b sin, b cos + a sin), in place
+    rotate     each pair (a, b) of a head becomes (a cos - b sin, b cos + a sin), in place
     gate       activation(gate) * up
     cap        softcap * tanh(scale * x / softcap), in place
 
 For forwards without a gradient; compiled for float32 and bf16 on any processor
-(native/layers/decoder_step.c). Shapes: N rows, D width, H heads, E head size.
+(native/layers/decoder_step.c). Shapes: N rows, D width, H heads, E head size, R its
+rotated part.
 """
 
 from typing import NamedTuple
@@ -84,19 +85,49 @@ def _normed(x: Tensor, norm: StepNorm | None) -> Tensor:
     return rms_norm_reference(x, weight, epsilon, offset=offset, is_wide=is_wide)
 
 
-def rotate(q_NX: Tensor, k_NX: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> None:
-    """Rotates q (N, H E) and k (N, K E) in place. By float32 angles values are rounded once, not
-    after each product. Source: Su et al. 2021, arXiv:2104.09864."""
-    if usable(q_NX, k_NX) and usable(cos_NE, sin_NE) and cos_NE.dtype in (q_NX.dtype, torch.float):
-        step_calls.step_rotate(q_NX, k_NX, cos_NE, sin_NE)
+def _have_rows(*tensors: Tensor) -> bool:
+    """True if the kernels take these: as `usable`, with gaps between their rows or without."""
+    dtype = tensors[0].dtype
+    fit = all(t.dtype is dtype and t.is_cpu and t.stride(-1) == 1 for t in tensors)
+    return fit and dtype in TYPES and available("veneer_step_norm")
+
+
+def rotate(
+    q_NX: Tensor,
+    k_NX: Tensor,
+    cos_NR: Tensor,
+    sin_NR: Tensor,
+    size: int,
+    *,
+    neighbours: bool = False,
+) -> None:
+    """Rotates the first R of the E = `size` values of each head of q (N, H E) and k (N, K E), in
+    place.
+
+    cos_NR, sin_NR  of the firsts of the pairs, then of their seconds; by float32 angles values are
+                    rounded once, not after each product
+    neighbours      a pair is 2 i and 2 i + 1; otherwise i and R / 2 + i
+    Source: Su et al. 2021, arXiv:2104.09864.
+    """
+    types = (q_NX.dtype, torch.float32)
+    if _have_rows(q_NX, k_NX) and usable(cos_NR, sin_NR) and cos_NR.dtype in types:
+        step_calls.step_rotate(q_NX, k_NX, cos_NR, sin_NR, size, neighbours)
     else:
-        rotate_reference(q_NX, k_NX, cos_NE, sin_NE)
+        rotate_reference(q_NX, k_NX, cos_NR, sin_NR, size, neighbours=neighbours)
 
 
-def rotate_reference(q_NX: Tensor, k_NX: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> None:
+def rotate_reference(
+    q_NX: Tensor,
+    k_NX: Tensor,
+    cos_NR: Tensor,
+    sin_NR: Tensor,
+    size: int,
+    *,
+    neighbours: bool = False,
+) -> None:
     """Defines rotate, in plain torch."""
-    heads = [x.unflatten(1, (-1, cos_NE.shape[1])) for x in (q_NX, k_NX)]
-    rotated = rotary_reference(heads[0], heads[1], cos_NE, sin_NE)
+    heads = [x.unflatten(1, (-1, size)) for x in (q_NX, k_NX)]
+    rotated = rotary_reference(heads[0], heads[1], cos_NR, sin_NR, neighbours=neighbours)
     for x, by_heads in zip((q_NX, k_NX), rotated, strict=True):
         x.copy_(by_heads.flatten(1))
 
@@ -106,9 +137,9 @@ def gate(gate_ND: Tensor, up_ND: Tensor, activation: int = step_calls.SILU) -> T
 
     activation: SILU, GELU_TANH or GELU_ERF of bindings/step_calls.py
     """
-    if not usable(gate_ND, up_ND):
+    if not _have_rows(gate_ND, up_ND):
         return gate_reference(gate_ND, up_ND, activation)
-    out = torch.empty_like(gate_ND)
+    out = gate_ND.new_empty(gate_ND.shape)
     step_calls.step_gate(gate_ND, up_ND, out, activation)
     return out
 

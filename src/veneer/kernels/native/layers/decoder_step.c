@@ -29,9 +29,10 @@ struct step_norm {
 
 struct step_rotate {
     void *q, *k;           /* (rows, heads, size), changed in place */
-    const void *cos, *sin; /* (rows, size) */
-    int64_t rows, q_heads, k_heads, size;
-    int64_t is_wide; /* cos and sin are float32 beside bf16 heads, which are rounded once */
+    const void *cos, *sin; /* (rows, rotated): of the firsts of the pairs, then of their seconds */
+    int64_t rows, q_row, k_row, q_heads, k_heads, size, rotated;
+    int64_t is_wide;    /* cos and sin are float32 beside bf16 heads, which are rounded once */
+    int64_t neighbours; /* a pair is 2 i and 2 i + 1; otherwise i and i + rotated / 2 */
 };
 
 enum { SILU, GELU_TANH, GELU_ERF };
@@ -39,7 +40,7 @@ enum { SILU, GELU_TANH, GELU_ERF };
 struct step_gate {
     const void *gate, *up;
     void *out;
-    int64_t rows, width, activation;
+    int64_t rows, gate_row, up_row, width, activation;
 };
 
 struct step_cap {
@@ -147,38 +148,46 @@ INLINE void norm_rows(const int bf16, const struct step_norm *a, int64_t from, i
 }
 
 /* `wide`: the angles are float32. Products of bf16 angles are rounded before they are added. */
-INLINE void rotate_head(const int bf16, const int wide, void *x, const void *cos, const void *sin,
-                        int64_t half) {
+INLINE void rotate_head(const int bf16, const int wide, const int neighbours, void *x,
+                        const void *cos, const void *sin, int64_t half) {
     const int narrow = bf16 && !wide;
     for (int64_t i = 0; i < half; i++) {
-        const float one = value_at(bf16, x, i), other = value_at(bf16, x, i + half);
+        const int64_t first = neighbours ? 2 * i : i, second = neighbours ? 2 * i + 1 : i + half;
+        const float one = value_at(bf16, x, first), other = value_at(bf16, x, second);
         const float a = rounded(narrow, one * value_at(narrow, cos, i)),
                     b = rounded(narrow, -other * value_at(narrow, sin, i));
         const float c = rounded(narrow, other * value_at(narrow, cos, i + half)),
                     d = rounded(narrow, one * value_at(narrow, sin, i + half));
-        put(bf16, x, i, a + b);
-        put(bf16, x, i + half, c + d);
+        put(bf16, x, first, a + b);
+        put(bf16, x, second, c + d);
     }
 }
 
-INLINE void rotate_rows_of(const int bf16, const int wide, const struct step_rotate *a,
-                           int64_t from, int64_t to) {
+/* Rotates the heads of a row, `size` values apart. */
+INLINE void rotate_heads(const int bf16, const int wide, const int neighbours,
+                         const struct step_rotate *a, char *x, int64_t heads, int64_t row) {
     const int narrow = bf16 && !wide;
+    for (int64_t h = 0; h < heads; h++)
+        rotate_head(bf16, wide, neighbours, x + h * a->size * (bf16 ? 2 : 4),
+                    row_of(narrow, a->cos, row, a->rotated),
+                    row_of(narrow, a->sin, row, a->rotated), a->rotated / 2);
+}
+
+INLINE void rotate_rows_of(const int bf16, const int wide, const int neighbours,
+                           const struct step_rotate *a, int64_t from, int64_t to) {
     for (int64_t row = from; row < to; row++) {
-        const void *cos = row_of(narrow, a->cos, row, a->size),
-                   *sin = row_of(narrow, a->sin, row, a->size);
-        for (int64_t h = 0; h < a->q_heads; h++)
-            rotate_head(bf16, wide, (void *)row_of(bf16, a->q, row * a->q_heads + h, a->size), cos,
-                        sin, a->size / 2);
-        for (int64_t h = 0; h < a->k_heads; h++)
-            rotate_head(bf16, wide, (void *)row_of(bf16, a->k, row * a->k_heads + h, a->size), cos,
-                        sin, a->size / 2);
+        rotate_heads(bf16, wide, neighbours, a, (char *)row_of(bf16, a->q, row, a->q_row),
+                     a->q_heads, row);
+        rotate_heads(bf16, wide, neighbours, a, (char *)row_of(bf16, a->k, row, a->k_row),
+                     a->k_heads, row);
     }
 }
 
 INLINE void rotate_rows(const int bf16, const struct step_rotate *a, int64_t from, int64_t to) {
-    if (a->is_wide) rotate_rows_of(bf16, 1, a, from, to);
-    else rotate_rows_of(bf16, 0, a, from, to);
+    if (a->is_wide && a->neighbours) rotate_rows_of(bf16, 1, 1, a, from, to);
+    else if (a->is_wide) rotate_rows_of(bf16, 1, 0, a, from, to);
+    else if (a->neighbours) rotate_rows_of(bf16, 0, 1, a, from, to);
+    else rotate_rows_of(bf16, 0, 0, a, from, to);
 }
 
 /* e^-|x| to 2 units in the last place; beyond 87 what it is there. By integers, which compilers
@@ -227,12 +236,17 @@ INLINE float normal_share(float x) {
 
 INLINE void gate_rows_of(const int bf16, const int activation, const struct step_gate *a,
                          int64_t from, int64_t to) {
-    for (int64_t i = from * a->width; i < to * a->width; i++) {
-        const float x = value_at(bf16, a->gate, i);
-        const float y = activation == SILU        ? x * sigmoid(x)
-                        : activation == GELU_TANH ? x * sigmoid(gelu_argument(x))
-                                                  : x * normal_share(x);
-        put(bf16, a->out, i, rounded(bf16, y) * value_at(bf16, a->up, i));
+    for (int64_t row = from; row < to; row++) {
+        const void *gate = row_of(bf16, a->gate, row, a->gate_row),
+                   *up = row_of(bf16, a->up, row, a->up_row);
+        void *out = (void *)row_of(bf16, a->out, row, a->width);
+        for (int64_t i = 0; i < a->width; i++) {
+            const float x = value_at(bf16, gate, i);
+            const float y = activation == SILU        ? x * sigmoid(x)
+                            : activation == GELU_TANH ? x * sigmoid(gelu_argument(x))
+                                                      : x * normal_share(x);
+            put(bf16, out, i, rounded(bf16, y) * value_at(bf16, up, i));
+        }
     }
 }
 
