@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from multiprocessing import reduction
 from pathlib import Path
 
@@ -143,7 +144,6 @@ def _detached(sent):
 def _be_veneer(arguments, stdout, stderr):
     code = 99
     try:
-        os.setpgid(0, 0)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(
                 number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
@@ -151,12 +151,23 @@ def _be_veneer(arguments, stdout, stderr):
         os.dup2(stdout, 1)
         os.dup2(stderr, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+        os.setpgid(0, 0)  # `wait_until_begun` sees it
         code = main.main(arguments)
         sys.stdout.flush()
+    except KeyboardInterrupt:  # just before or after the command
+        code = 130
     except BaseException:  # what the interpreter says of a stream that fails as it ends
         code = 120
     finally:
         os._exit(code)
+
+
+def wait_until_begun(process):
+    """Waits until a process of `start_veneer` runs the command. A SIGINT before ends it in Python's
+    fork server, silently, with exit code 1."""
+    with suppress(ProcessLookupError):  # it has ended
+        while process.is_alive() and os.getpgid(process.pid) != process.pid:
+            time.sleep(0.001)
 
 
 def veneer(arguments, *, stdout, stderr):

@@ -17,7 +17,7 @@ import pytest
 
 from tests.soak.counts import rounds
 from tests.soak.world import FROM_LIBRARY, make_world
-from tests.support.helpers import start_veneer
+from tests.support.helpers import start_veneer, wait_until_begun
 from veneer.files.atomic import verify_manifest
 from veneer.library.library import Library
 from veneer.training.output.records import read_records
@@ -63,6 +63,7 @@ def run(line, world, out, *, kill_after=None, number=signal.SIGKILL):
     with said.open("w") as err, Path(os.devnull).open("w") as nowhere:
         process = start_veneer(arguments, stdout=nowhere.fileno(), stderr=err.fileno())
         if kill_after is not None:
+            wait_until_begun(process)
             time.sleep(kill_after)
             with suppress(ProcessLookupError):  # it has ended
                 os.kill(process.pid, number)
