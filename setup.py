@@ -8,6 +8,7 @@ follow.
 """
 
 import os
+import runpy
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("src/veneer/kernels/native")
+SOURCES = runpy.run_path("src/veneer/kernels/sources.py")["digest"]()
 
 
 class BuildAtOnce(build_ext):
@@ -44,6 +46,7 @@ setup(
             sources=sorted(str(path) for path in NATIVE.rglob("*.c")),
             depends=sorted(str(path) for path in NATIVE.rglob("*.h")),
             include_dirs=sorted({str(path.parent) for path in NATIVE.rglob("*.h")}),
+            define_macros=[("VENEER_SOURCES", f'"{SOURCES}"')],
             extra_compile_args=[
                 "-std=gnu11",
                 "-O3",

@@ -1,6 +1,7 @@
 """The compiled kernels load, and say what they run on."""
 
 import ctypes
+import os
 import shutil
 import sys
 import time
@@ -11,6 +12,7 @@ import torch
 
 from veneer.errors import ConfigError
 from veneer.kernels.bindings import library as native
+from veneer.kernels.sources import NATIVE, digest
 
 
 def test_with_a_compiler_at_hand_the_kernels_are_there():
@@ -88,6 +90,21 @@ def test_a_newer_processor_acts_as_an_older_one(limited_to):
         limited_to(name)
         assert native.level() == min(before, level)
         assert native.has_bf16() == (pairs and level > 3) and not native.has_amx()
+
+
+def test_kernels_of_other_c_sources_are_refused(monkeypatch, tmp_path):
+    """Their functions may take other arguments: a call of them would crash the process."""
+    if native.library() is None or os.environ.get(native.BUILT_ELSEWHERE):
+        pytest.skip("no kernels of these sources")
+    sources = tmp_path / "native"
+    shutil.copytree(NATIVE, sources)
+    assert digest(sources) == digest()
+    changed = sources / "common" / "features.c"
+    changed.write_text(changed.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    assert digest(sources) != digest()
+    monkeypatch.setattr(native, "digest", lambda: digest(sources))
+    with pytest.raises(ConfigError, match="built from other C sources"):
+        native.library.__wrapped__()
 
 
 def test_an_unknown_limit_of_the_processor_is_refused(limited_to):

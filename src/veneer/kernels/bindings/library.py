@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from veneer.errors import ConfigError
+from veneer.kernels.sources import digest
 
 OFF = "VENEER_NO_NATIVE"
 """Environment variable: set to 1, the plain paths run everywhere."""
@@ -38,6 +39,7 @@ _SOFTLY = 1
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "veneer_sources": (ctypes.c_char_p, []),
     "veneer_use_openmp": (None, [_POINTER] * 4),
     "veneer_limit": (None, [_INT]),
     "veneer_level": (_INT, []),
@@ -168,7 +170,7 @@ def on_cuda(tensor: Any) -> bool:
 @cache
 def library() -> Any:
     """Returns the library with its threads connected to torch's, or None: not compiled, not
-    loadable, or switched off."""
+    loadable, or switched off. Raises ConfigError if it was built from other sources."""
     if os.environ.get(OFF):
         return None
     here = Path(__file__).parents[1]
@@ -187,6 +189,8 @@ def library() -> Any:
         return None
     for name in SIGNATURES:
         _sign(loaded, name)
+    if not elsewhere:
+        _refuse_other_sources(loaded, files[0])
     if named := os.environ.get(MAX_ISA):
         if named not in LIMITS:
             raise ConfigError(
@@ -201,6 +205,20 @@ def library() -> Any:
     if functions is not None:
         loaded.veneer_use_openmp(*functions)
     return kernels
+
+
+def _refuse_other_sources(loaded: Any, file: Path) -> None:
+    """Raises ConfigError if the library was built from other C sources than those beside it.
+
+    Its functions could then take other arguments than they are called with.
+    """
+    built_from = loaded.veneer_sources().decode() if hasattr(loaded, "veneer_sources") else ""
+    if built_from != digest():
+        raise ConfigError(
+            f"the compiled kernels in {file} were built from other C sources than these",
+            next_step="Build them again: pip install -e . in a checkout, else pip install"
+            " --force-reinstall veneer.",
+        )
 
 
 @cache

@@ -7,6 +7,13 @@
 #include <unistd.h>
 #endif
 
+#if !defined(VENEER_SOURCES)
+#define VENEER_SOURCES ""
+#endif
+
+/* The digest of the C sources that this library was built from (kernels/sources.py). */
+const char *veneer_sources(void) { return VENEER_SOURCES; }
+
 /* 5: every one; 4: no tiles; 3: AVX-512 without bf16 products and byte permutes; 2: AVX2 with FMA;
  * 0: plain C. */
 static int most = 5;
