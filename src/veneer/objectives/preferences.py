@@ -16,7 +16,7 @@ Sources: objectives/config.py. Shapes: E examples, P pairs.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import torch
@@ -188,11 +188,11 @@ def _best(examples: Sequence[Example]) -> list[int]:
 
 def _pairs(examples: Sequence[Example]) -> tuple[list[tuple[int, int]], list[float]]:
     """Returns the pairs (better, worse) of all rows, and the share of each in its row."""
-    best = _best(examples)
+    starts = [number for number, example in enumerate(examples) if example.kind == "chosen"]
     pairs: list[tuple[int, int]] = []
     weights: list[float] = []
-    for start in dict.fromkeys(best):
-        own = list(combinations([n for n, first in enumerate(best) if first == start], 2))
+    for start, end in pairwise([*starts, len(examples)]):
+        own = list(combinations(range(start, end), 2))
         pairs += own
         weights += [1 / len(own)] * len(own)
     return pairs, weights
