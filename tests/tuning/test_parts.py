@@ -47,6 +47,31 @@ def test_similar_prompts_stay_together():
         assert len(part) == 2 * len(texts)
 
 
+def test_short_prompts_that_differ_in_case_or_punctuation_stay_together():
+    texts = [" ".join(random.Random(n).sample(WORDS, 3)) for n in range(80)]
+    twins = [row(form) for text in texts for form in (text, text.upper(), f"{text}?")]
+    parts = divide(twins, "d")
+    assert parts.by_likeness and min(len(parts.search), len(parts.judge)) >= 30
+    for part in (parts.train, parts.search, parts.judge):
+        texts = {each.messages[0]["content"].lower().removesuffix("?") for each in part}
+        assert len(part) == 3 * len(texts)
+
+
+def test_a_conversation_stays_with_the_rows_that_are_its_beginning():
+    beginnings = rows(100)
+    hello = row("hello").messages
+    longer = [
+        Row(ref=each.ref, messages=[*each.messages, *more.messages])
+        for each, more in zip(beginnings, rows(100, seed=1), strict=True)
+    ]
+    parts = divide([*beginnings, *longer], "d")
+    assert parts.by_likeness and min(len(parts.search), len(parts.judge)) >= 25
+    for part in (parts.train, parts.search, parts.judge):
+        assert len(part) == 2 * len({each.messages[0]["content"] for each in part})
+    greeted = [Row(ref=each.ref, messages=[*hello, *each.messages]) for each in longer]
+    assert divide(greeted, "d").by_likeness
+
+
 def test_a_shared_instruction_does_not_make_prompts_similar():
     instruction = "Extract the details from the following text as JSON with these keys. Text: "
     parts = divide(rows(100, instruction=instruction), "d")

@@ -1,7 +1,8 @@
 """Divides rows into three parts by content: to train on, to search with, and to judge with.
 
-Rows with the same prompt, and rows whose prompts are nearly the same, stay in one part. So no part
-is easier because the model has seen its prompts. The division depends on the rows' content alone.
+Rows with the same prompt, and rows whose prompts are nearly the same, stay in one part. So does a
+conversation with rows that are its beginning. So no part is easier because the model has seen its
+prompts. The division depends on the rows' content alone.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.data.checks.closer import LIKE, text_of
-from veneer.data.checks.near import similar_groups
+from veneer.data.checks.near import COMMON, similar_groups, words_of
 from veneer.data.examples import Row, prompt_key
 from veneer.data.files.writing import record_of
 from veneer.data.split import part_of, parts_of_shares
@@ -88,6 +89,7 @@ def _group_keys(rows: Sequence[Row]) -> tuple[list[int], bool]:
     prompts = {prompt_key(row): row for row in rows}
     keys = sorted(prompts)
     numbers = similar_groups([text_of(prompts[key], "user") for key in keys], least=LIKE)
+    numbers = _join_by_turns([prompts[key] for key in keys], numbers)
     smallest = {key: keys[number] for key, number in zip(keys, numbers, strict=True)}
     own = [prompt_key(row) for row in rows]
     grouped = [smallest[key] for key in own]
@@ -95,6 +97,46 @@ def _group_keys(rows: Sequence[Row]) -> tuple[list[int], bool]:
     if largest > max(LARGEST_GROUP * len(rows), max(Counter(own).values())):
         return own, False
     return grouped, True
+
+
+def _join_by_turns(rows: Sequence[Row], groups: Sequence[int]) -> list[int]:
+    """Joins groups of rows that answer the same words in any turn.
+
+    Turns of more than COMMON of the rows, such as a greeting, do not count. groups: for each row
+    the number of the first row of its group, as in the result.
+    """
+    joined = list(groups)
+
+    def first_of(number: int) -> int:
+        while joined[number] != number:
+            joined[number] = number = joined[joined[number]]
+        return number
+
+    rows_by_turn: dict[int, list[int]] = {}
+    for number, row in enumerate(rows):
+        for turn in set(_turns(row)):
+            rows_by_turn.setdefault(turn, []).append(number)
+    for numbers in rows_by_turn.values():
+        if len(numbers) <= max(2.0, COMMON * len(rows)):
+            firsts = [first_of(number) for number in numbers]
+            for first in firsts:
+                joined[first] = min(firsts)
+    return [first_of(number) for number in range(len(rows))]
+
+
+def _turns(row: Row) -> list[int]:
+    """Returns a hash of all words before each answer of a row, or of a plain text."""
+    if row.text is not None:
+        words = words_of(row.text)
+        return [hash(tuple(words))] if words else []
+    turns, turn, has_words = list[int](), 0, False
+    for message in row.messages:
+        if message["role"] == "assistant" and has_words:
+            turns.append(turn)
+        words = words_of(str(message.get("content") or ""))
+        has_words = has_words or bool(words)
+        turn = hash((turn, message["role"], *words))
+    return turns
 
 
 def write_parts(folder: Path, parts: RowParts) -> PartFiles:

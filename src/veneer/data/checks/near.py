@@ -24,12 +24,15 @@ _NONE = np.zeros(0, dtype=np.int64)
 _WORD = re.compile(r"\w+")
 
 
+def words_of(text: str) -> list[str]:
+    """Returns the words of a text, without case and punctuation."""
+    return _WORD.findall(text.lower())
+
+
 def shingles(text: str) -> NDArray[np.int64]:
     """Returns the sorted hashes of all runs of words, without case and punctuation; none for a
     short text."""
-    words = np.array(
-        [zlib.crc32(word.encode()) for word in _WORD.findall(text.lower())], dtype=np.int64
-    )
+    words = np.array([zlib.crc32(word.encode()) for word in words_of(text)], dtype=np.int64)
     if len(words) < LEAST:
         return _NONE
     hashes = words % _PRIME
