@@ -172,6 +172,24 @@ def test_errors_of_a_trainer_reach_that_trainer_alone(base, rows):
             bad.optim_step(veneer.AdamW(learning_rate=0.1))
 
 
+def test_a_step_that_failed_leaves_no_gradient_of_calls_after_the_error(base, rows, monkeypatch):
+    def refused(micro_batches):
+        raise ConfigError("a module gets other rows")
+
+    with base.trainer(METHODS["lora"]) as untouched, base.trainer(METHODS["lora"]) as trainer:
+        loss = trainer.forward_backward(rows[:2])
+        with monkeypatch.context() as patch:
+            patch.setattr(forward_queue, "forward_backward", refused)
+            with pytest.raises(ConfigError, match="other rows"):
+                loss.loss_sum  # noqa: B018
+        trainer.forward_backward(rows[2:4])
+        with pytest.raises(ConfigError, match="other rows"):
+            trainer.optim_step(veneer.AdamW(learning_rate=0.01))
+        step(trainer, rows[4:6])
+        step(untouched, rows[4:6])
+        assert_close(values(trainer), values(untouched))
+
+
 def test_rows_that_do_not_fit_together_are_computed_one_trainer_at_a_time(base, rows, monkeypatch):
     own = forward_queue.forward_backward
 

@@ -145,11 +145,13 @@ class TrainerGradient:
         self._of_micro_batch.clear()
 
     def end(self) -> list[SummedLoss]:
-        """Ends the step and returns its calls. Raises the error that ended it before."""
+        """Ends the step and returns its calls. Raises the error that ended it before, and drops the
+        gradient of calls that came after the error."""
         calls, fault = self.calls, self._fault
         self.calls, self._fault = [], None
         self._of_micro_batch.clear()
         if fault is not None:
+            self.flat.gradient.zero_()
             raise fault
         return calls
 
