@@ -143,6 +143,21 @@ def test_an_interrupt_keeps_the_best_so_far(files, tmp_path, short, monkeypatch,
     base.load_adapter(out, name="best")
 
 
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_judging_that_ends_early_leaves_the_result(fault, files, tmp_path, short, monkeypatch):
+    def judge(*arguments, **keywords):
+        raise fault
+
+    out = tmp_path / "tuned"
+    monkeypatch.setattr(tune_module, "judge", judge)
+    with pytest.raises(type(fault)):
+        veneer.tune(files / "base", files / "rows.jsonl", out=out)
+    result = read_json(out / "tune.json")
+    assert result["judging"] is None and (out / "tune.html").is_file()
+    assert f"--data {out / 'data' / 'judge.jsonl'}" in result["verdict"][-1]
+    assert (out / "data" / "judge.jsonl").is_file() and (out / "adapter").is_dir()
+
+
 @pytest.mark.parametrize(
     ("folder", "method"), [("probe", "begin_step"), ("runs", "begin_trial"), ("runs", "evaluate")]
 )

@@ -104,9 +104,10 @@ def tune(
             raise RunInterrupted("nothing was started")
         job = _Tuning(str(base), folder, parts, outlook, seed, say)
         result, jobs = job.run(60 * minutes)
+        _write_result(folder, result, jobs)
         if not result["interrupted"]:
             result["judging"] = job.judge(progress or (lambda label, done, total: None))
-        _write_result(folder, result, jobs)
+            _write_result(folder, result, jobs)
         if library is not None and not result["interrupted"]:
             Library(library).add(folder / "adapter", name=folder.name)
             result["library"] = folder.name
@@ -128,9 +129,10 @@ def _rows_line(name: str, parts: RowParts, problems: int) -> str:
         if problems > 1
         else " · 1 note: veneer data check"
     )
+    alike = "" if parts.by_likeness else " · many prompts are alike, and may be in several parts"
     return (
         f"{name}: {total:,} rows, {len(parts.train):,} to train on, {len(parts.search):,} to search"
-        f" with, {len(parts.judge):,} to judge with{noted if problems else ''}"
+        f" with, {len(parts.judge):,} to judge with{alike}{noted if problems else ''}"
     )
 
 

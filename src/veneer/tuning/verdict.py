@@ -122,8 +122,9 @@ def _forgetting(result: Result) -> list[str]:
 
 def _next(result: Result) -> str:
     commands = f"veneer chat --adapter {result['out']}"
-    if result["interrupted"]:
-        judge = f"veneer evaluate --adapter {result['out']} --data ROWS"
+    if result["judging"] is None:
+        rows = f"{result['out']}/data/judge.jsonl"
+        judge = f"veneer evaluate --adapter {result['out']} --data {rows}"
         return f"Next: {commands}. To judge it: {judge}."
     if is_better(result) is not True:
         return "Next: read rows with `veneer data check`, collect more, or give more --minutes."
