@@ -31,6 +31,7 @@ def test_parts_share_no_prompt_and_lose_no_row():
     again = [row(each.messages[0]["content"], "no") for each in all_rows[:60]]
     parts = divide([*all_rows, *again], "d")
     sides = [parts.train, parts.search, parts.judge]
+    assert parts.judge_groups == len(prompts(parts.judge)) < len(parts.judge)
     assert sum(map(len, sides)) == 260 and min(map(len, sides)) >= 30
     assert all(
         not prompts(a) & prompts(b) for a, b in zip(sides, sides[1:] + sides[:1], strict=True)

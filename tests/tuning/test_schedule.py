@@ -85,7 +85,7 @@ def result(interval, *, forgetting=(0.1, [0.05, 0.15]), interrupted=False, runne
     }
     return {
         "out": "runs/t",
-        "rows": {"train": 210},
+        "rows": {"train": 210, "judge": 30, "judge_groups": 30},
         "search": {
             "candidates": [{}] * 8,
             "seconds": 62.0,

@@ -34,12 +34,14 @@ only equal prompts stay together."""
 
 @dataclass(frozen=True)
 class RowParts:
-    """The parts. by_likeness: similar prompts stay together, not only equal ones."""
+    """The parts. by_likeness: similar prompts stay together, not only equal ones. judge_groups:
+    number of groups of rows that stay together, in the part to judge with."""
 
     train: list[Row]
     search: list[Row]
     judge: list[Row]
     by_likeness: bool
+    judge_groups: int
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def divide(rows: Sequence[Row], name: str) -> RowParts:
             f" {LEAST_PART} rows",
         )
     train, judge, search = parts
-    return RowParts(train, search, judge, by_likeness)
+    judge_groups = len({key for key in keys if part_of(key, groups) == 1})
+    return RowParts(train, search, judge, by_likeness, judge_groups)
 
 
 def _share(rows: int, most: int) -> float:

@@ -191,6 +191,7 @@ class _Tuning:
                 "search": len(self.parts.search),
                 "judge": len(self.parts.judge),
                 "by_likeness": self.parts.by_likeness,
+                "judge_groups": self.parts.judge_groups,
             },
             "reasons": list(self.advised.reasons),
             "search": self._search_facts(search),

@@ -7,6 +7,9 @@ from typing import Any
 
 from veneer.wording import clock, number
 
+LEAST_GROUPS = 0.9
+"""Groups of similar prompts for each row to judge with, from which on rows count as independent."""
+
 Result = Mapping[str, Any]
 """The content of tune.json."""
 
@@ -74,9 +77,9 @@ def _ends(ends: Sequence[float] | None, share: bool) -> str:
 
 
 def is_better(result: Result) -> bool | None:
-    """Returns whether the loss on the judging rows fell for sure; None if it was not judged, or if
-    the interval holds zero."""
-    if result["judging"] is None:
+    """Returns whether the loss on the judging rows fell for sure; None if it was not judged, if the
+    interval holds zero, or if it is too narrow."""
+    if result["judging"] is None or _is_too_narrow(result):
         return None
     ends = result["judging"]["adapter"]["against"]["loss"]["interval"]
     if ends is None or ends[0] <= 0 <= ends[1]:
@@ -84,10 +87,23 @@ def is_better(result: Result) -> bool | None:
     return bool(ends[1] < 0)
 
 
+def _is_too_narrow(result: Result) -> bool:
+    """Returns whether many judging rows have similar prompts: an interval over rows takes them as
+    independent."""
+    rows = result["rows"]
+    return bool(rows["judge_groups"] < LEAST_GROUPS * rows["judge"])
+
+
 def _surety(result: Result) -> str:
     better, search = is_better(result), result["search"]
     if result["judging"] is None:
         sentence = "Not sure: only the rows to search with say that it is better."
+    elif _is_too_narrow(result):
+        rows = result["rows"]
+        sentence = (
+            f"Not sure: the {rows['judge']} rows have only {rows['judge_groups']} different"
+            " prompts, so the interval over rows is too narrow."
+        )
     elif better is None:
         sentence = "Not sure: the interval holds zero, so these rows cannot tell the two apart."
     elif better:
