@@ -246,6 +246,15 @@ def test_interrupted_jobs_are_resumed_together_and_finished_ones_are_left_out(
     assert main(["train", "--resume", *folders]) == 2  # all are finished
 
 
+def test_halving_says_that_jobs_of_other_steps_are_compared_after_other_rows(files, capsys):
+    tmp_path, settings = files
+    run = {**settings, "steps": 4, "out": str(tmp_path / "other-steps")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    assert main(["train", str(tmp_path / "run.yaml"), "--sweep", "steps=2,4", "--halving"]) == 0
+    output = capsys.readouterr()
+    assert "after equal shares of the steps" in " ".join((output.out + output.err).split())
+
+
 def test_a_sweep_with_halving_ends_with_a_table_and_a_page(files, capsys):
     tmp_path, settings = files
     out = tmp_path / "o"

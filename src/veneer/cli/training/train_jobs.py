@@ -46,6 +46,11 @@ def train_jobs(configs: Sequence[RunConfig], args: argparse.Namespace) -> int:
             "halving compares after equal steps, where larger batches have seen more rows: set"
             " epochs instead of steps to compare after equal rows"
         )
+    if args.halving and len({(config.steps, config.epochs) for config in configs}) > 1:
+        screens[0].message(
+            "halving compares after equal shares of the steps: jobs of fewer steps are compared"
+            " after fewer rows, and stop more easily"
+        )
     with pause_collection():
         from veneer import api
         from veneer.training.supervisor import Halving, halving_shares
