@@ -417,6 +417,17 @@ def test_an_echoed_prompt_comes_with_its_logprobs(client, library, name):
     assert alone.usage.completion_tokens == 0 and alone.usage.total_tokens == 5
 
 
+def test_log_probabilities_of_echoed_prompts_are_bounded(client, monkeypatch):
+    monkeypatch.setattr("veneer.serve.engine.generation.MOST_PROMPT_LOGPROBS", 40)
+    body = {"model": BASE, "prompt": [[5] * 5, [6] * 5], "max_tokens": 1, "echo": True}
+    assert len(client.completions.create(**body, logprobs=1, n=2).choices) == 4
+    for logprobs, answers in ((2, 2), (0, 5)):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.completions.create(**body, logprobs=logprobs, n=answers)
+        assert refused.value.param == "echo" and "the limit is 40" in str(refused.value)
+    assert len(client.completions.create(**body, n=5).choices) == 10
+
+
 @pytest.mark.parametrize("logprobs", [None, 0, 2])
 def test_an_echoed_prompt_is_the_first_of_what_is_streamed(client, logprobs):
     settings = {

@@ -45,6 +45,8 @@ MOST_TEXT = 4_000_000
 """Characters of a text. The model's positions bound a prompt further, before it is tokenised."""
 MOST_IDS = 1_000_000
 MOST_PROMPTS = 128
+MOST_PROMPT_LOGPROBS = 1_000_000
+"""Log-probabilities of echoed prompts, over all answers: some 16 MB of JSON."""
 MOST_MESSAGES = 4096
 MOST_PARTS = 1024
 """Parts of a message, or blocks."""
@@ -103,6 +105,7 @@ LIMITS = {
         Limit("text", MOST_TEXT, "characters", "400"),
         Limit("prompts of a request", MOST_PROMPTS, "", "400"),
         Limit("token ids of a prompt", MOST_IDS, "", "400"),
+        Limit("log-probabilities of echoed prompts", MOST_PROMPT_LOGPROBS, "", "400"),
         Limit("answers to a prompt", CHOICES.most, "", "400"),
         Limit("messages", MOST_MESSAGES, "", "400"),
         Limit("parts (blocks) of a message", MOST_PARTS, "", "400"),

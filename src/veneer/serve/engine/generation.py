@@ -16,6 +16,7 @@ from veneer.decoding.text import TextStream, stop_check, text_of
 from veneer.decoding.tool_calls.calls import CallReader, CallStyle
 from veneer.serve.engine.loop import EngineLoop, Inbox, Ticket, TokenUpdate
 from veneer.serve.engine.token_text import TokenTexts
+from veneer.serve.limits import MOST_PROMPT_LOGPROBS
 from veneer.serve.protocols.answers import AnswerDelta, AnswerEnd, TokenLogprob, ToolCall, Usage
 from veneer.serve.protocols.request import GenerationRequest, TextPrompt
 from veneer.serve.refusals import Refusal, refusal_of
@@ -38,6 +39,8 @@ def engine_requests(
 
     lengths: most new tokens for each prompt. stops: the base's own stop tokens.
     """
+    if request.repeats_prompt:
+        _refuse_many_logprobs(request, prompts)
     seed = secrets.randbits(32) if request.seed is None else request.seed
     return [
         Request(
@@ -58,6 +61,22 @@ def engine_requests(
         )
         for number, (ids, length) in enumerate(zip(prompts, lengths, strict=True))
     ]
+
+
+def _refuse_many_logprobs(request: GenerationRequest, prompts: Sequence[Sequence[int]]) -> None:
+    """Raises Refusal if an answer of reasonable size cannot hold those of all prompts' tokens."""
+    alternatives = request.sampling.logprobs
+    if alternatives is None:
+        return
+    count = sum(map(len, prompts)) * request.choices * (1 + alternatives)
+    if count > MOST_PROMPT_LOGPROBS:
+        raise Refusal(
+            400,
+            f"echo: the prompts have {count:,} log-probabilities (tokens, answers, alternatives),"
+            f" the limit is {MOST_PROMPT_LOGPROBS:,}",
+            "echo",
+            "invalid_request",
+        )
 
 
 class DeltaSink(Protocol):
