@@ -189,6 +189,13 @@ def test_rows_are_shown_in_stretches_up_to_a_number_and_so_are_problems() -> Non
 def test_the_keys_of_rows_are_those_that_runs_on_disk_were_split_and_dropped_out_by() -> None:
     one = row("ä", tools=[{"name": "f"}])
     assert (row_key(one), prompt_key(one)) == (1769593167692886519, 2289581081044291354)
+    turns = [{"role": "user", "content": text} for text in ("q", "x", "more", "y", "w", "z")]
+    question, first, more, last, other, end = turns
+    pairs = [
+        Row(RowRef("f", 1), [question, start, more, last], others=([question, end],))
+        for start in (first, other)
+    ]
+    assert len({prompt_key(pair) for pair in pairs}) == 1  # the prompt is the question
     assert prompt_key(Row(RowRef("f", 1), [], text="t")) == row_key(
         Row(RowRef("g", 2), [], text="t")
     )

@@ -77,8 +77,8 @@ def test_a_choice_is_asked_as_an_answer_is(base: Base) -> None:
     assert veneer.choose(base, [], LABELS) == []
 
 
-@pytest.mark.parametrize("wrong", ["yes", ["yes"], []])
-def test_fewer_than_two_choices_are_refused(base: Base, wrong: Any) -> None:
+@pytest.mark.parametrize("wrong", ["yes", ["yes"], [], ["yes", ""], ["yes", " "]])
+def test_fewer_than_two_choices_or_empty_ones_are_refused(base: Base, wrong: Any) -> None:
     with pytest.raises(ConfigError):
         veneer.choose(base, "hi", wrong)
 

@@ -85,7 +85,7 @@ def result(interval, *, forgetting=(0.1, [0.05, 0.15]), interrupted=False, runne
     }
     return {
         "out": "runs/t",
-        "rows": {"train": 210, "judge": 30, "judge_groups": 30},
+        "rows": {"train": 210, "judge": 30, "judge_groups": 30, "by_likeness": True},
         "search": {
             "candidates": [{}] * 8,
             "seconds": 62.0,
@@ -115,6 +115,12 @@ def test_the_verdict_is_as_sure_as_its_interval(interval, better, words):
     assert words in lines[2] and "0.0200 higher" in lines[2]
     assert "field F1 10.0% → 90.0%" in lines[1] and "on 45 rows" in lines[1].lower()
     assert ("veneer chat --adapter runs/t" in lines[4]) == bool(better)
+
+
+def test_the_verdict_is_not_sure_where_parts_may_have_similar_prompts():
+    made = result([-1.2, -0.8])
+    made["rows"]["by_likeness"] = False
+    assert "Not sure: many prompts are alike" in verdict(made)[2]
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,25 @@ def test_a_second_interrupt_names_the_runs_that_can_go_on(files, tmp_path, short
     assert f"veneer train --resume {out / 'runs'}" in stopped.value.next_step
 
 
+def test_a_place_that_is_no_library_is_refused_before_the_question(files, tmp_path):
+    def confirm():
+        raise AssertionError("it asked")
+
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("mine")
+    for library in (tmp_path / "file", tmp_path / "folder"):
+        with pytest.raises(ConfigError, match="not a library"):
+            veneer.tune(
+                files / "base",
+                files / "rows.jsonl",
+                out=tmp_path / "t",
+                library=library,
+                confirm=confirm,
+            )
+    assert not (tmp_path / "t").exists()
+
+
 def test_too_little_time_leaves_nothing(files, tmp_path):
     with pytest.raises(ConfigError, match="the time is too short"):
         veneer.tune(files / "base", files / "rows.jsonl", out=tmp_path / "t", minutes=0.001)

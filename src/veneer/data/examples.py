@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -235,6 +236,11 @@ def part_key(key: int, part: int) -> int:
 def prompt_key(row: Row) -> int:
     """Hashes what comes before the last answer, so rows that answer the same prompt are equal.
 
-    A plain text has no prompt: its whole text is hashed.
+    A plain text has no prompt: its whole text is hashed. The prompt of answers in order of
+    preference is what they all begin with; answers may have several turns.
     """
-    return _hash63([row.messages[:-1], row.tools, row.text])
+    prompt = row.messages[:-1]
+    for messages in row.others:
+        pairs = zip(prompt, messages, strict=False)
+        prompt = [turn for turn, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    return _hash63([prompt, row.tools, row.text])

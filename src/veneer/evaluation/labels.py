@@ -46,10 +46,14 @@ def labels_file(value: str) -> Path | None:
 
 
 def checked_labels(labels: Sequence[str]) -> list[str]:
-    """Returns the distinct labels. Raises ConfigError if there are fewer than two."""
+    """Returns the distinct labels. Raises ConfigError for fewer than two, and for an empty one."""
     distinct = list(dict.fromkeys(labels))
     if invalid := [ascii(label[:40]) for label in distinct if not is_text(label)]:
         raise ConfigError("labels that are not UTF-8", invalid)
+    if not all(label.strip() for label in distinct):
+        raise ConfigError(
+            "a label is empty", next_step="Name what it stands for, for instance 'none of these'."
+        )
     if len(distinct) < 2:
         raise ConfigError(
             f"{len(distinct)} labels: there is nothing to choose from",

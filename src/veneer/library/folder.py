@@ -89,21 +89,24 @@ class LibraryFolder:
                 "Install the version of Veneer that wrote it, or a newer one.",
             )
 
-    def _make(self) -> None:
+    def require_place(self) -> None:
+        """Raises an error if this folder is no library and cannot become one."""
         if (self.folder / MARKER).is_file():
-            return self._require()
-        if self.folder.exists() and _strangers(self.folder):
+            self._require()
+        elif self.folder.exists() and (not self.folder.is_dir() or _strangers(self.folder)):
             raise ConfigError(
                 f"{self.folder} holds other files and is not a library",
                 [],
                 "Give an empty or a new folder.",
             )
+
+    def _make(self) -> None:
+        self.require_place()
         with explained(self.folder), locked(self.folder / ".names.lock"):
             if not (self.folder / MARKER).is_file():
                 self.names.mkdir(exist_ok=True)
                 self.objects.mkdir(exist_ok=True)
                 write_text(self.folder / MARKER, '{"format_version": 1}\n')
-        return None
 
     @contextmanager
     def receiving(self) -> Iterator[None]:

@@ -89,6 +89,7 @@ def tune(
     folder = expanded(out)
     if library is not None:
         check_name(folder.name)
+        Library(library).require_place()
     refuse_unless_new(folder)
     say = say or (lambda text: None)
     with as_set(data) as name, locked_folder(folder):

@@ -104,6 +104,10 @@ def _surety(result: Result) -> str:
             f"Not sure: the {rows['judge']} rows have only {rows['judge_groups']} different"
             " prompts, so the interval over rows is too narrow."
         )
+    elif not result["rows"]["by_likeness"]:
+        sentence = (
+            "Not sure: many prompts are alike, so rows to judge with may be like rows to train on."
+        )
     elif better is None:
         sentence = "Not sure: the interval holds zero, so these rows cannot tell the two apart."
     elif better:
