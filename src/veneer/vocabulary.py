@@ -180,7 +180,7 @@ COMMANDS_ELSEWHERE = _by_name(
     merge: apply fuse
     quantize: quantise
     serve: server
-    train: finetune fine-tune fit sft tune
+    train: finetune fine-tune fit sft
     train --resume: resume
 """
 )

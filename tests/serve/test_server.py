@@ -875,11 +875,11 @@ def test_a_step_that_fails_ends_those_in_it_and_the_server_goes_on(library, faul
             """The third step fails once its tokens are drawn, whatever computes them."""
             finish = engine.scheduler.finish_step
 
-            def finish_or_fail(results):
+            def finish_or_fail(*results):
                 steps.append(results)
                 if len(steps) == 3:
                     raise fault
-                return finish(results)
+                return finish(*results)
 
             engine.scheduler.finish_step = finish_or_fail
 

@@ -198,12 +198,15 @@ def add_data(parser: argparse.ArgumentParser, *others: str) -> None:
         help=f"longest row in tokens; default: {length}",
     )
     for name in ("format", "train_on", *others):
-        field = DataConfig.model_fields[name]
+        field, summary = DataConfig.model_fields[name], summarize_setting(("data", name))
+        choices = get_args(field.annotation)
+        is_long = len(" ".join(choices)) > 60
         parser.add_argument(
             "--" + name.replace("_", "-"),
-            choices=get_args(field.annotation),
+            choices=choices,
             default=field.default,
-            help=summarize_setting(("data", name)),
+            metavar=name.upper() if is_long else None,
+            help=f"{summary}; one of {', '.join(choices)}" if is_long else summary,
         )
 
 

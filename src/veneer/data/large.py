@@ -261,7 +261,14 @@ def _read(folder: Path) -> DataSet:
         validation,
         [],
         [
-            Row(**{**row, "ref": RowRef(**row["ref"]), "references": tuple(row["references"])})
+            Row(
+                **{
+                    **row,
+                    "ref": RowRef(**row["ref"]),
+                    "references": tuple(row["references"]),
+                    "others": tuple(row["others"]),
+                }
+            )
             for row in description["rows"]
         ],
         CheckReport(**{**report, "problems": problems, "histogram": histogram}),

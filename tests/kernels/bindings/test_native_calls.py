@@ -63,7 +63,11 @@ def test_only_bindings_and_tapes_know_the_library():
 def test_every_function_of_the_library_has_its_signature_and_its_call():
     source = "\n".join(path.read_text() for path in (KERNELS / "native").rglob("*.c"))
     exported = set(
-        re.findall(r"^(?!static)(?:VENEER_BF16 )?(?:void|int|int64_t) (veneer_\w+)\(", source, re.M)
+        re.findall(
+            r"^(?!static)(?:VENEER_BF16 )?(?:void |int |int64_t |const char \*)(veneer_\w+)\(",
+            source,
+            re.M,
+        )
     )
     inner = {
         "veneer_parallel",

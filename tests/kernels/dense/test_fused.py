@@ -253,7 +253,7 @@ def test_layers_whose_activations_alone_differ_are_tried_one_by_one():
 def test_layers_whose_activations_have_other_bound_arguments_are_tried_one_by_one():
     model = tiny_model("llama", hidden_act="gelu_pytorch_tanh")
     model.model.layers[1].mlp.act_fn.act = functools.partial(
-        torch.nn.functional.gelu, approximate="none"
+        torch.nn.functional.leaky_relu, negative_slope=0.2
     )
     gates = [path for path, made in replacements(model).items() if isinstance(made, FusedGate)]
     assert gates == ["model.layers.0.mlp"]
@@ -426,4 +426,4 @@ def test_without_values_another_activation_of_the_same_class_is_another_question
         found = replacements(build(config, torch.float32)).values()
         return sum(isinstance(made, FusedGate) for made in found)
 
-    assert [gates("silu") > 0, gates("gelu"), gates("silu") > 0] == [True, 0, True]
+    assert [gates("silu") > 0, gates("relu"), gates("silu") > 0] == [True, 0, True]

@@ -113,8 +113,13 @@ GROUPS: dict[str, dict[str, str | None]] = {
         "from": "A",
         "out": "DIR",
     },
-    "objective": {"objective": "O"},
-    "method": {"method": "M", "rank": "R", "alpha": "ALPHA", "quantize": "FORMAT"},
+    "method": {
+        "objective": "O",
+        "method": "M",
+        "rank": "R",
+        "alpha": "ALPHA",
+        "quantize": "FORMAT",
+    },
     "training": {
         "steps": "N",
         "epochs": "N",

@@ -186,7 +186,9 @@ def _rotate_both(
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, neighbours: bool, back: bool) -> Tensor:
     is_compiled = in_one_pass(x) and (
-        in_one_pass(x, cos, sin) if x.dtype is cos.dtype else are_compiled_angles(cos, sin)
+        in_one_pass(x, cos, sin)
+        if x.dtype is cos.dtype
+        else cos.dtype is torch.float32 and are_compiled_angles(cos, sin)
     )
     if x.shape[-1] % 16 == 0 and is_compiled:
         out = torch.empty_like(x)
