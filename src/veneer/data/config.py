@@ -8,20 +8,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from veneer.bounds import PART, SET_WEIGHT, SHARE
+from veneer.data.examples import Layout, LongRows, TrainOn
 from veneer.files.settings import StrictSettings
 
-RowFormat = Literal[
-    "auto",
-    "chat",
-    "prompt_completion",
-    "alpaca",
-    "sharegpt",
-    "text",
-    "pairs",
-    "openai_pairs",
-    "ranked",
-    "ratings",
-]
 ColumnMap = dict[str, str | None]
 
 
@@ -38,7 +27,7 @@ class SetConfig(StrictSettings):
     share: Annotated[float, PART] | None = None
     """Instead of a weight: this set's part of an epoch, such as 0.1 of general rows against
     forgetting."""
-    format: RowFormat | None = None
+    format: Layout | None = None
     """Default: `data.format`."""
     map: ColumnMap = Field(default_factory=dict)
     """Default: `data.map`."""
@@ -79,14 +68,14 @@ class DataConfig(StrictSettings):
     tokens: Literal["auto", "memory", "files"] = "auto"
     """Where a run keeps its tokens. From 64 MiB of rows on, auto writes them to the cache folder
     once and reads them from there."""
-    format: RowFormat = "auto"
+    format: Layout = "auto"
     """Row layout; auto recognises it by the columns."""
     map: ColumnMap = Field(default_factory=dict)
     """Renames columns to the names of the layout: {question: prompt, answer: completion}. null
     drops a column, also inside messages."""
-    train_on: Literal["assistant", "last", "all"] = "assistant"
+    train_on: TrainOn = "assistant"
     """Tokens to train on: every assistant turn, the last one only, or all tokens."""
-    long_rows: Literal["refuse", "drop", "cut"] = "refuse"
+    long_rows: LongRows = "refuse"
     """Rows longer than `length`: refuse to start, drop them, or cut their end."""
 
     @field_validator("train", "validation", mode="before")

@@ -35,7 +35,7 @@ too). any: answers or pairs, by the columns."""
 AnswerKind = Literal["answer", "chosen", "rejected", "mismatched"]
 """What an example is to an objective: an answer to learn, a preferred one or one rated good, the
 other one or one rated bad, or the answer to another row's prompt."""
-Layout = Literal["auto"] | Format
+Layout = Literal["auto", Format]
 TrainOn = Literal["assistant", "last", "all"]
 LongRows = Literal["refuse", "drop", "cut"]
 
