@@ -18,13 +18,10 @@ class ObjectiveConfig(StrictSettings):
     """Base class of objectives: properties of an objective besides its settings.
 
     rows           what the rows of a run hold
-    compares       whether it compares the model with a reference, which is what training starts
-                   from
     share_of_rate  factor of the method's usual learning rate
     """
 
     rows: ClassVar[RowKind]
-    compares: ClassVar[bool] = False
     share_of_rate: ClassVar[float] = 1.0
 
     name: str = ""
@@ -47,7 +44,6 @@ class _Comparing(PreferenceConfig):
     """Base class of objectives over pairs with a reference."""
 
     rows: ClassVar[RowKind] = "pairs"
-    compares: ClassVar[bool] = True
 
     sft_weight: Annotated[float, FACTOR] = 0.0
     """Weight of the cross-entropy of the preferred answer, added to the loss; it keeps the
@@ -75,7 +71,6 @@ class IPO(_Comparing):
 
 class KTO(PreferenceConfig):
     rows: ClassVar[RowKind] = "ratings"
-    compares: ClassVar[bool] = True
 
     name: Literal["kto"] = "kto"
     beta: Annotated[float, BETA] = 0.1
