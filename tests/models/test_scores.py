@@ -21,7 +21,6 @@ from veneer.kernels.dense import loss as loss_kernel
 from veneer.models.scores import (
     AnswerScore,
     ScoreRequest,
-    answer_sums,
     join_requests,
     score_examples,
     target_log_probs,
@@ -137,7 +136,7 @@ def test_a_logit_scale_is_part_of_the_score():
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_a_batch_gives_every_target_and_the_sum_of_every_answer(share):
+def test_a_batch_gives_every_target(share):
     model, paths, routing = adapted("llama", torch.float32, ["layers"])
     routing.active = (("layers", 1.0),)
     examples = make_examples(6)
@@ -146,18 +145,6 @@ def test_a_batch_gives_every_target_and_the_sum_of_every_answer(share):
     expected = reference("llama", ["layers"], "layers", examples)
     assert not log_probs.requires_grad
     assert_equal([log_probs], [torch.cat(expected)])
-    sums = answer_sums(log_probs, batch)
-    assert sums.dtype == torch.float64
-    right = torch.stack([values.sum() for values in expected])
-    torch.testing.assert_close(sums, right, rtol=FLOAT32, atol=0)
-
-
-def test_the_sums_of_answers_pass_a_gradient_to_every_target():
-    batch = make_batch(make_examples(3), packed=True, share_prompt=True, device=CPU)
-    log_probs = torch.zeros(batch.trained_tokens, requires_grad=True)
-    (answer_sums(log_probs, batch) * torch.tensor([1.0, 2.0, 4.0])).sum().backward()
-    counts = [int(example.trained.sum()) for example in batch.examples]
-    assert log_probs.grad.tolist() == [1.0] * counts[0] + [2.0] * counts[1] + [4.0] * counts[2]
 
 
 MIXES = {

@@ -5,7 +5,7 @@
 It is the forward of a training step (models/step.py) without its gradient: packed rows, a shared
 prompt once, logits of target tokens only and in chunks. Each adapter acts on its own rows, and
 computes prompts of its own because its keys and values differ.
-Shapes: T target tokens of a batch, E examples.
+Shapes: T target tokens of a batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,6 @@ from veneer.data.batching import Batch, by_length, used_length
 from veneer.data.examples import Example
 from veneer.data.joint_batch import join_batches
 from veneer.execution.proofs.model import in_front
-from veneer.kernels.wide import wide
 from veneer.models.step import ComputePaths, batch_of, parts_of, token_losses
 
 FORWARD_TOKENS = 8192
@@ -61,29 +60,15 @@ def target_log_probs(
     return token_losses(model, paths, routing, batch, likeliest).neg_()
 
 
-def answer_sums(log_probs: Tensor, batch: Batch) -> Tensor:
-    """Sums log-probabilities (T) over each example's targets, (E) float64; autograd follows."""
-    counts = torch.tensor([int(example.trained.sum()) for example in batch.examples])
-    owners = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    values = wide(log_probs)
-    return values.new_zeros(len(counts)).index_add(0, owners.to(values.device), values)
-
-
 def join_requests(
-    model: PreTrainedModel,
-    paths: ComputePaths,
-    requests: Sequence[ScoreRequest],
-    *,
-    share_prompt: bool = True,
+    model: PreTrainedModel, paths: ComputePaths, requests: Sequence[ScoreRequest]
 ) -> tuple[Batch, Acting]:
-    """Builds one batch of all requests, in order, and what acts on its rows.
+    """Builds one batch of all requests, in order, and the adapters of its rows.
 
     The caller ensures that the paths allow these lengths in one forward (paths.together).
     """
     batches = [
-        batch_of(
-            model, paths, request.examples, range(len(request.examples)), share_prompt=share_prompt
-        )
+        batch_of(model, paths, request.examples, range(len(request.examples)), share_prompt=True)
         for request in requests
     ]
     batch, rows = join_batches(batches)
