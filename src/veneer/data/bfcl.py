@@ -98,7 +98,7 @@ class BfclEntry:
 
 @dataclass(frozen=True)
 class Score:
-    """What is right in an answer; each field implies the one before it."""
+    """Records what is right in an answer. A field can be true only if the one before it is."""
 
     parses: bool
     right_function: bool

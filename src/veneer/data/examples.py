@@ -30,11 +30,11 @@ Format = Literal[
     "ratings",
 ]
 RowKind = Literal["answers", "pairs", "ratings", "any"]
-"""What rows hold: answers to learn, answers in order of preference, or answers with a rating (pairs
-too). any: answers or pairs, by the columns."""
+"""Content of rows: answers to learn, answers in order of preference, or answers with a rating
+(pairs too). any: answers or pairs, by the columns."""
 AnswerKind = Literal["answer", "chosen", "rejected", "mismatched"]
-"""What an example is to an objective: an answer to learn, a preferred one or one rated good, the
-other one or one rated bad, or the answer to another row's prompt."""
+"""Role of an example in an objective: an answer to learn; one that is preferred or rated good; one
+that is not preferred or rated bad; or the answer to another row's prompt."""
 Layout = Literal["auto", Format]
 TrainOn = Literal["assistant", "last", "all"]
 LongRows = Literal["refuse", "drop", "cut"]
@@ -111,7 +111,7 @@ class Example:
     row       number of the row in its data set, shared by consecutive examples made from one row;
               None if the row became only this example
     roles     the message that each token belongs to, in order; empty unless requested
-    kind      what it is to the run's objective
+    kind      its role in the run's objective
     """
 
     ids: NDArray[np.int32]

@@ -1,4 +1,4 @@
-"""What label probabilities are worth: confusions, a reliability curve, and a temperature.
+"""Measures how far label probabilities can be trusted: confusions, reliability, a temperature.
 
     p(label) = softmax over labels of score / temperature
 
@@ -117,7 +117,7 @@ def label_figures(
     references: Sequence[Sequence[str]],
     keys: Sequence[int],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Returns the figures of an evaluation by labels, and what is known of each row.
+    """Returns the figures of an evaluation by labels, and the label and probability of each row.
 
     references: the right answers of each row; at least one of them is a label
     """

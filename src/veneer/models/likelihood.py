@@ -30,7 +30,7 @@ SHORT_TOKENS = 8192
 def example_nats(
     model: PreTrainedModel, paths: ComputePaths, examples: Sequence[Example], *, batch: int
 ) -> NDArray[np.float64]:
-    """(N, 2): the summed nats of each example's trained tokens, and their number.
+    """Returns the summed nats of each example's trained tokens, and their number, (N, 2).
 
     batch   examples per forward, of similar length; more if they are short. Results do not depend
             on it.
@@ -57,7 +57,10 @@ def example_nats(
 
 
 def token_nats(model: PreTrainedModel, paths: ComputePaths, batch: Batch) -> Tensor:
-    """-log p of every target of the batch, (T) float64; on the CPU if the device has no float64."""
+    """Returns -log p of every target of the batch, (T) float64.
+
+    The values are on the CPU if the device has no float64.
+    """
     if paths.head_reason is not None:
         return _nats(whole_logits(model, batch), batch.targets)
     rows = hidden_states(model, batch).index_select(0, batch.loss_rows)

@@ -1,4 +1,5 @@
-"""What a model says of the targets of a batch, as objectives read it (objectives/objective.py)."""
+"""Predictions of the targets of a batch, in the form that objectives read
+(objectives/objective.py)."""
 
 from dataclasses import dataclass
 

@@ -172,7 +172,7 @@ def batch_loss(
 def predictions(
     model: PreTrainedModel, paths: ComputePaths, routing: Routing, batch: Batch
 ) -> Predictions:
-    """Runs the model on a batch; returns what it says of the batch's targets."""
+    """Runs the model on a batch; returns its predictions of the batch's targets."""
     if paths.head_reason is not None:
         return LogitPredictions(whole_logits(model, batch), batch.targets)
     rows, linear = _predicting(model, paths, routing, hidden_states(model, batch), batch.loss_rows)
@@ -227,7 +227,7 @@ def token_losses(
     batch: Batch,
     likeliest: Tensor | None = None,
 ) -> Tensor:
-    """-log p of every target of the batch, (T), without a gradient.
+    """Returns -log p of every target of the batch, (T), without a gradient.
 
     likeliest: (T) int64, filled with the likeliest token in each target's place
     """
@@ -243,7 +243,7 @@ def token_losses(
 def _predicting(
     model: PreTrainedModel, paths: ComputePaths, routing: Routing, states: Tensor, loss_rows: Tensor
 ) -> tuple[Tensor, Head]:
-    """(T, D) hidden states of the rows that predict a trained token, and the head for them.
+    """Returns the hidden states (T, D) of the rows that predict a trained token, and their head.
 
     states: (N, D) of all rows
     """
@@ -320,7 +320,7 @@ class _AdaptedHead(Head):
 
 
 def whole_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Logits (T, V) of the rows that predict a trained token, by the model's own head."""
+    """Returns the logits (T, V) of the rows that predict a trained token, by the model's head."""
     forget_lengths(model)
     arguments: dict[str, Any] = {"attention_mask": batch.mask, "use_cache": False}
     if batch.layout is not None:
@@ -363,7 +363,7 @@ def part_nats(
     examples: Sequence[Example],
     parts: Sequence[Sequence[int]],
 ) -> list[list[float]]:
-    """Summed nats (float64) of the trained tokens of each example, part by part."""
+    """Returns the summed nats (float64) of the trained tokens of each example, part by part."""
     batches = (batch_of(model, paths, examples, part, share_prompt=True) for part in parts)
     nats = [token_losses(model, paths, routing, batch) for batch in batches]
     if not nats:

@@ -1,4 +1,4 @@
-"""An objective: a function from what a model says of a batch's targets to a loss.
+"""An objective: a function from a model's predictions of a batch's targets to a loss.
 
 Targets are the trained tokens of the answers in a batch. A model gives their cross-entropy in one
 pass, or the nats -log p of each of them; both carry a gradient. An objective makes one number of
@@ -72,7 +72,7 @@ class HeldOutFigures:
 
 
 class Objective(ABC):
-    """What a run minimises: the sum of the answers' losses, divided by the sum of their counts."""
+    """The sum of the answers' losses, divided by the sum of their counts: a run minimises it."""
 
     compares: bool = False
     """Whether it reads the reference."""

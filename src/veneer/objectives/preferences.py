@@ -71,12 +71,12 @@ class AnswerLogProbs:
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """What an objective says of each answer, (E).
+    """Losses and scores of the answers of a batch, each (E).
 
-    losses   of each answer that counts, else 0; with their gradient
-    scores   what the objective compares
-    right    1 where the scores are in the preferred order, one half where they are equal, else 0;
-             at answers that count
+    losses   with their gradient; 0 for an answer that does not count
+    scores   the values that the objective compares
+    right    1 if the scores are in the preferred order, one half if they are equal, else 0; 0 for
+             an answer that does not count
     """
 
     losses: Tensor

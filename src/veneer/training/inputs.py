@@ -76,14 +76,14 @@ class TrainingInputs:
     """Micro-batches, as numbers of examples, that are tried before step 1; empty: those of
     find_largest."""
     reference_adapters: Applied = ()
-    """What acts in the reference, with the values that training starts from; none: the base."""
+    """Adapters of the reference, with the values that training starts from; none: the base."""
     reference: ReferenceLogProbs | None = None
-    """What the objective compares with; None until it is computed."""
+    """Log-probabilities of the reference, which the objective reads; None until computed."""
 
     rows: RowSpans = field(init=False)
     """The examples of each row of `train`."""
     objective: Objective = field(init=False)
-    """What the run minimises."""
+    """The objective that `config` asks for."""
 
     def __post_init__(self) -> None:
         self.rows = RowSpans.of(self.train)

@@ -1,8 +1,8 @@
-"""Counts what pairs of answers teach besides the preference, as they come.
+"""Counts the pairs of a set that teach nothing, contradict each other, or favour long answers.
 
-A pair of equal answers teaches nothing. A pair that stands elsewhere the other way round is taken
-back. If the longer answer is nearly always preferred, a model learns to write more. Held are 16
-bytes for each pair.
+A pair of equal answers teaches nothing. Two pairs with the same answers in opposite order cancel
+each other. If the longer answer is nearly always preferred, a model learns to write more. The
+tally keeps a hash of 16 bytes of each pair.
 """
 
 import hashlib
@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from veneer.data.examples import Problem, RowRef, grouped
 
 LONGER = 2 / 3
-"""Share of pairs with the longer answer preferred from which it is worth a remark."""
+"""From this share on, the check reports that the longer answer is preferred."""
 FEWEST = 20
-"""Pairs below which that share says nothing."""
+"""With fewer pairs the share is not reported."""
 
 
 @dataclass
@@ -28,7 +28,7 @@ class PairTally:
     _seen: set[bytes] = field(default_factory=set)
 
     def add(self, ref: RowRef, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> None:
-        """Counts the pairs of the best answer with each other one. All are token ids."""
+        """Counts the pairs of the best answer with each of the others. All are token ids."""
         best, *others = answers
         for other in others:
             self.pairs += 1

@@ -64,7 +64,8 @@ _BOOLEANS = {"true": True, "false": False}
 
 
 def rating_of(label: Any) -> Any:
-    """Returns a label as a boolean, or the label itself if it is none."""
+    """Returns the rating of a label: text that says true or false as a boolean, other text as None.
+    Other values are returned as they are."""
     return _BOOLEANS.get(label.strip().lower()) if isinstance(label, str) else label
 
 

@@ -64,7 +64,7 @@ def engine_requests(
 
 
 def _refuse_many_logprobs(request: GenerationRequest, prompts: Sequence[Sequence[int]]) -> None:
-    """Raises Refusal if an answer of reasonable size cannot hold those of all prompts' tokens."""
+    """Raises Refusal if the echoed prompts have more log-probabilities than the limit."""
     alternatives = request.sampling.logprobs
     if alternatives is None:
         return
