@@ -14,6 +14,7 @@ nats of every target.
 Sources: objectives/config.py. Shapes: E examples, P pairs.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
@@ -89,8 +90,9 @@ class PreferenceObjective(Objective):
 
     num_figures = 8
 
+    @abstractmethod
     def scores(self, answers: AnswerLogProbs) -> AnswerScores:
-        raise NotImplementedError
+        """Returns the losses and scores of the answers of a batch."""
 
     def loss(self, predictions: Predictions, answers: AnswerBatch, total: float) -> ObjectiveLoss:
         counts = [int(example.trained.sum()) for example in answers.examples]
@@ -143,13 +145,13 @@ class PairObjective(PreferenceObjective):
     def counts(self, examples: Sequence[Example]) -> Values:
         return np.array([float(example.kind == "chosen") for example in examples])
 
+    @abstractmethod
     def answer_scores(self, answers: AnswerLogProbs) -> Tensor:
-        """Returns what pairs compare, (E)."""
-        raise NotImplementedError
+        """Returns the values that pairs compare, (E)."""
 
+    @abstractmethod
     def pair_losses(self, margins: Tensor) -> Tensor:
         """Returns the loss of each pair, (P). margins: better score minus the other"""
-        raise NotImplementedError
 
     def own_losses(self, answers: AnswerLogProbs) -> Tensor | None:
         """Returns what the best answers add to the loss, (E); None for nothing."""
