@@ -13,9 +13,9 @@ MOST_LABELS = 200
 """Most distinct answers that are used as labels if none are given; more look like free text."""
 AUTO = "auto"
 """In place of labels: the distinct answers of the rows."""
-M = TypeVar("M")
 LONGEST_LABEL = 60
 """Most characters of an answer that is used as a label."""
+M = TypeVar("M")
 
 
 def read_labels(value: str) -> list[str]:
@@ -67,20 +67,15 @@ def labels_of(references: Sequence[Sequence[str]]) -> list[str]:
     text: a choice among the rows' own answers then says little about what the model would write."""
     distinct = sorted({reference for row in references for reference in row})
     longest = max(map(len, distinct), default=0)
-    faults = [f"{len(distinct):,} different answers of {len(references):,} rows"]
     if len(distinct) > 2 and (len(distinct) > MOST_LABELS or 2 * len(distinct) > len(references)):
-        faults.append("a label has to occur in two rows on average")
+        fault = "a label has to occur in two rows on average"
     elif longest > LONGEST_LABEL:
-        faults.append(
-            f"the longest has {longest:,} characters, at most {LONGEST_LABEL} are allowed"
-        )
+        fault = f"the longest has {longest:,} characters, at most {LONGEST_LABEL} are allowed"
     else:
-        faults = []
-    if faults:
-        raise ConfigError(
-            "accuracy chooses among labels, and the rows' own answers look like free text",
-            faults,
-            "Name them: --labels A,B,C or a file; or ask for exact_match, which compares what the"
-            " model writes.",
-        )
-    return checked_labels(distinct)
+        return checked_labels(distinct)
+    raise ConfigError(
+        "accuracy chooses among labels, and the rows' own answers look like free text",
+        [f"{len(distinct):,} different answers of {len(references):,} rows", fault],
+        "Name them: --labels A,B,C or a file; or ask for exact_match, which compares what the"
+        " model writes.",
+    )

@@ -82,9 +82,9 @@ def score_rows(
             examples = next((known for other, known in examples_of if other == key), None)
             if examples is None:
                 if pairs is None:
-                    examples = load_rows(base, rows, options, preamble=preamble, purpose="scored")[
-                        1
-                    ]
+                    _, examples = load_rows(
+                        base, rows, options, preamble=preamble, purpose="scored"
+                    )
                 else:
                     examples = pair_examples(base, pairs, length=options.length)
                 examples_of.append((key, examples))
