@@ -178,8 +178,8 @@ static VENEER_BF16 void forward_body(void *arguments, int64_t from, int64_t to) 
     }
 }
 
-/* Scores of a row -> shares; returns the mean of the gradients g, weighted by the shares. slopes: by
- * what the gradient of a score in memory is multiplied to that of q k. */
+/* Scores of a row -> shares; returns the mean of the gradients g, weighted by the shares. slopes:
+ * factors from the gradients of the scores in memory to those of q k. */
 static VENEER_BF16 float shares_again(const struct attention *a, const struct view *v,
                                       int64_t width, float lse, float *s, const float *g,
                                       float *slopes) {

@@ -27,7 +27,8 @@ struct place {
     int64_t doc, kv, split, start, L, J, width; /* width: J rounded up to 16 */
 };
 
-/* What a score in memory is multiplied by: it is q k, or with a soft cap tanh(scale q k / softcap). */
+/* Factor from a score in memory to the score. In memory is q k, or tanh(scale q k / softcap) if
+   there is a soft cap. */
 static inline float unit_of(const struct attention *a) {
     return a->softcap != 0.0f ? a->softcap : a->scale;
 }

@@ -110,8 +110,8 @@ INLINE struct NAME(block) NAME(block_of)(const struct place *p, int64_t number) 
     return b;
 }
 
-/* Scores of one row, q k -> tanh(scale q k / softcap). slopes: by what the gradient of such a score is
- * multiplied to that of q k; may be NULL. */
+/* Scores of one row, q k -> tanh(scale q k / softcap). slopes: factors from the gradients of these
+ * values to those of q k; may be NULL. */
 INLINE void NAME(cap)(const struct attention *a, int64_t width, float *scores, float *slopes) {
     const float by = a->scale / a->softcap;
     for (int64_t j = 0; j < width; j += W) {

@@ -109,7 +109,7 @@ static VENEER_BF16 void cap_row(uint16_t *z, int64_t width, float softcap) {
     }
 }
 
-/* By what the gradient of capped logits z is multiplied to that of the logits. */
+/* Factors from the gradients of capped logits z to those of the logits. */
 VENEER_INLINE __m512 slope_of_cap(__m512 z, float softcap) {
     const __m512 t = _mm512_div_ps(z, _mm512_set1_ps(softcap));
     return _mm512_fnmadd_ps(t, t, _mm512_set1_ps(1.0f));

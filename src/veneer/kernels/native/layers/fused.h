@@ -121,7 +121,8 @@ VENEER_INLINE void layer_norm_row_gradient(const uint16_t *x, const uint16_t *we
     const __m512 less = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / (float)width);
     for (int64_t i = 0; i < width; i += 16) {
         const __mmask16 m = rest(width - i);
-        const __m512 inner = _mm512_sub_ps(_mm512_mul_ps(load(g + i, m), load(weight + i, m)), less);
+        const __m512 weighted = _mm512_mul_ps(load(g + i, m), load(weight + i, m));
+        const __m512 inner = _mm512_sub_ps(weighted, less);
         const __m512 centred = _mm512_sub_ps(load(x + i, m), mean);
         __m512 found = _mm512_mul_ps(scale, _mm512_fnmadd_ps(centred, along, inner));
         if (beside) found = _mm512_add_ps(rounded(found), load(beside + i, m));
@@ -172,9 +173,10 @@ VENEER_INLINE void gated_gradient(const int is_gelu, __m512 gate, __m512 up, __m
     bf16_store(grad_gate, _mm512_mul_ps(_mm512_mul_ps(g, up), slope));
 }
 
-/* Which dimensions of a head are rotated: the first `turned`, dimension i with turned / 2 + i, or 2 i
-   with 2 i + 1 (neighbours). cos and sin (rows, turned), the first half of the first dimensions of
-   the pairs; float32 where is_wide, else bf16; NULL: nothing is rotated. */
+/* Rotates the first `turned` dimensions of a head: dimension i with turned / 2 + i, or 2 i with
+   2 i + 1 (neighbours). cos and sin (rows, turned): the first half belongs to the first dimensions
+   of the pairs, the second half to the second ones; float32 if is_wide, else bf16. NULL: nothing is
+   rotated. */
 struct rotation {
     const void *cos, *sin;
     int64_t turned, neighbours, is_wide;
