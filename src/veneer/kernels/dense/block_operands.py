@@ -199,7 +199,7 @@ class Block:
             and all(part.fits_ranks() for part in self.parts)
             and self._fits_rules()
             and compiled(x, *(part for norm in self.norms if norm for part in norm.values()))
-            and all(are_compiled_angles(*pair) for pair in angles)
+            and all(are_compiled_angles(*pair, x.dtype) for pair in angles)
         )
 
     def _fits_heads(self) -> bool:

@@ -40,13 +40,6 @@ def compiled(*tensors: Tensor) -> bool:
     return has_bf16()
 
 
-def are_compiled_angles(cos: Tensor, sin: Tensor) -> bool:
-    """Whether the kernels rotate bf16 heads by these: of their type, or float32."""
-    if cos.dtype is sin.dtype is torch.float32:
-        return has_bf16() and all(on_cpu(t) and t.is_contiguous() for t in (cos, sin))
-    return compiled(cos, sin)
-
-
 def in_one_pass(*tensors: Tensor) -> bool:
     """True if kernels compute norms, gates and rotations of these: `compiled`, or all float32."""
     if tensors[0].dtype is not torch.float32:
@@ -54,6 +47,12 @@ def in_one_pass(*tensors: Tensor) -> bool:
     return has_floats() and all(
         t.dtype is torch.float32 and on_cpu(t) and t.is_contiguous() for t in tensors
     )
+
+
+def are_compiled_angles(cos: Tensor, sin: Tensor, heads: torch.dtype) -> bool:
+    """True if the kernels rotate heads of this type by these angles: of the same type, or float32.
+    The kernels must take the heads (`in_one_pass`)."""
+    return cos.dtype in (heads, torch.float32) and in_one_pass(cos, sin)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -185,11 +184,7 @@ def _rotate_both(
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, neighbours: bool, back: bool) -> Tensor:
-    is_compiled = in_one_pass(x) and (
-        in_one_pass(x, cos, sin)
-        if x.dtype is cos.dtype
-        else cos.dtype is torch.float32 and are_compiled_angles(cos, sin)
-    )
+    is_compiled = in_one_pass(x) and are_compiled_angles(cos, sin, x.dtype)
     if x.shape[-1] % 16 == 0 and is_compiled:
         out = torch.empty_like(x)
         row_calls.rotary(x, cos, sin, out, neighbours=neighbours, back=back)
