@@ -191,8 +191,9 @@ class Scheduler:
         self.blocks.done(plan.fronts, plan.copies)
         for span in plan.spans:
             self._fill(span.sequence, span.stop)
-            known = len(span.sequence.prompt_logprobs) - span.start
-            span.sequence.prompt_logprobs += (scores or {}).get(span.sequence.number, [])[known:]
+            if scores and (chances := scores.get(span.sequence.number)):
+                known = len(span.sequence.prompt_logprobs) - span.start
+                span.sequence.prompt_logprobs += chances[known:]
             if span.draws:
                 self._queues.choices.pop(span.sequence.number, None)
             # The first choice is last: if it ends, its blocks are released, so others fork before.

@@ -170,8 +170,8 @@ class Sequence:
     @property
     def scores_prompt(self) -> bool:
         """Whether probabilities of the prompt's tokens are still to be computed."""
-        missing = len(self.request.prompt) - 1 - len(self.prompt_logprobs)
-        return self.request.prompt_logprobs and missing > 0
+        request = self.request
+        return request.prompt_logprobs and len(self.prompt_logprobs) < len(request.prompt) - 1
 
     @property
     def most_left(self) -> int:

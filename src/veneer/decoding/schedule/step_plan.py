@@ -42,8 +42,9 @@ class Span(NamedTuple):
     @property
     def scored(self) -> tuple[int, ...]:
         """Prompt tokens whose probabilities its logits give, the first by its first logits."""
-        sequence = self.sequence
-        return sequence.request.prompt[self.start + 1 : self.stop + 1] * sequence.scores_prompt
+        if not self.sequence.scores_prompt:
+            return ()
+        return self.sequence.request.prompt[self.start + 1 : self.stop + 1]
 
 
 @dataclass(frozen=True)
