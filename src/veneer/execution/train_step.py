@@ -189,7 +189,7 @@ class FusedLayer(StandIn):
         assert position_embeddings is not None
         ends = accumulate((rows for rows, _ in layouts), initial=0)
         spans, x_MI = [slice(*ends_of_part) for ends_of_part in pairwise(ends)], x.detach()[0]
-        modules, norms = self._linears(x_MI, spans), self._norms()
+        modules, norms = self._linears(attention, x_MI, spans), self._norms(attention)
         if modules is None or norms is None:
             return None
         heads, feed_forward = self.facts.attention, self.facts.feed_forward
@@ -214,19 +214,21 @@ class FusedLayer(StandIn):
         veneer_layout.calls += 1
         return block
 
-    def _linears(self, x_MI: Tensor, spans: Sequence[slice]) -> list[tuple[LoRALinear, ...]] | None:
+    def _linears(
+        self, attention: FusedAttention, x_MI: Tensor, spans: Sequence[slice]
+    ) -> list[tuple[LoRALinear, ...]] | None:
         """Returns the linear modules with the updates of each part of the rows. Returns None if one
         has an adapter that a block does not compute, or if none has an adapter."""
-        blocks = [self._stand_in_of(name) for name in (ATTENTION, FEED_FORWARD)]
+        gated = self._stand_in_of(FEED_FORWARD)
         heads, feed_forward = self.facts.attention, self.facts.feed_forward
-        if None in blocks:
+        if gated is None:
             return None
         assert heads is not None and feed_forward is not None
-        # The blocks themselves, whose attributes a stand-in finds last.
-        attention, gated = (block.base for block in blocks)
         rows_of_parts, modules = [x_MI[span] for span in spans], list[list[LoRALinear]]()
-        places = [getattr(attention, name) for name in (*heads.inputs, O)]
-        for place in (*places, *(getattr(gated, name) for name in (*feed_forward.inputs, DOWN))):
+        # Of the blocks themselves: a stand-in finds their attributes last.
+        places = [getattr(attention.base, name) for name in (*heads.inputs, O)]
+        places += [getattr(gated.base, name) for name in (*feed_forward.inputs, DOWN)]
+        for place in places:
             loras = part_loras(place, x_MI, spans)
             if loras is None:
                 return None
@@ -244,13 +246,12 @@ class FusedLayer(StandIn):
             child = children_of(child)["base"]
         return child
 
-    def _norms(self) -> block_operands.Norms | None:
+    def _norms(self, attention: FusedAttention) -> block_operands.Norms | None:
         """Returns the norms of the layer, or None if one of them is not frozen."""
-        base: Any = self.base
         heads = self.facts.attention
         assert heads is not None
         places = self.facts.norms
-        holders = [base] * 4 + [self._stand_in_of(ATTENTION).base] * 2
+        holders = [self.base] * 4 + [attention.base] * 2
         facts = [*places, *(heads.norms or (None, None))]
         norms = [
             None if norm is None else children_of(holder)[norm.name].frozen()
