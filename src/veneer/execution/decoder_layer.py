@@ -1,9 +1,4 @@
-"""The decoder layers of a model as data: what each of them computes.
-
-    h = x + scale * norm(attention(norm(x)))
-    y = h + scale * norm(feed_forward(norm(h)))         any of these norms may be missing
-
-or, in parallel, y = x + attention(n) + feed_forward(n) with n = norm(x).
+"""Finds what each decoder layer of a model computes (layer_facts.py).
 
 A fact is read from the module tree. It is confirmed by running the module and our own computation
 on small random projections and comparing the results. What a layer computes depends on neither its

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,7 +23,6 @@ ATTENTION, FEED_FORWARD = "self_attn", "mlp"
 QKV, O = ("q_proj", "k_proj", "v_proj"), "o_proj"
 HEAD_NORMS = ("q_norm", "k_norm")
 GATE_UP, DOWN = ("gate_proj", "up_proj"), "down_proj"
-GATED = (*GATE_UP, DOWN)
 JOINED_QKV, JOINED_GATE_UP = ("qkv_proj",), ("gate_up_proj",)
 """Modules whose outputs are those of several layers, side by side."""
 LAYERS_OF_INPUTS = {**dict.fromkeys((*QKV, *GATE_UP), 1), JOINED_QKV[0]: 3, JOINED_GATE_UP[0]: 2}
@@ -179,7 +179,7 @@ class DecoderLayer:
         whole = (0,)
         return [*of_heads, whole, *of_gates, whole]
 
-    @property
+    @cached_property
     def called_whole(self) -> str | None:
         """Why a decoding step calls the layer whole; None: it takes the layer apart."""
         if self.unknown is not None or self.attention is None:

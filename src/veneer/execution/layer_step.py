@@ -45,8 +45,10 @@ ACTIVATIONS: dict[Gate, int] = {silu_gate: SILU, gelu_gate: GELU_TANH, gelu_erf_
 
 
 class Branch(NamedTuple):
-    """What a part of a layer adds to h: scale * norm(values). place: the norm's module, with its
-    facts; None: there is no norm."""
+    """The output of a part of a layer before it is added: h becomes h + scale * norm(values).
+
+    place, facts  the norm's module, and what it computes; None: there is no norm
+    """
 
     values: Tensor
     scale: float
