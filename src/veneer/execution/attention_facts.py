@@ -8,13 +8,12 @@ Shapes: B batch, T tokens, H query heads, K key heads, S head size, D hidden.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer.adapters.methods.adapted_linear import apply_together
 from veneer.adapters.placement.wrapping import unwrapped
@@ -22,12 +21,19 @@ from veneer.execution.agreement import EXACT, agrees
 from veneer.execution.attention import NAME, attention_forward
 from veneer.execution.layer_facts import HEAD_NORMS, JOINED_QKV, QKV, Attention, O, Rotation
 from veneer.execution.part_facts import find_norm
-from veneer.execution.small_modules import ROWS, WIDTH, random_rows, small_linear, with_small_weight
+from veneer.execution.small_modules import (
+    ROWS,
+    WIDTH,
+    random_rows,
+    small_linear,
+    with_children,
+    with_small_weight,
+)
 from veneer.kernels.attention.groups import Pair
 from veneer.kernels.dense.fused import rotary
 from veneer.kernels.rules import AttentionRules
 from veneer.linear import frozen_linear
-from veneer.private.torch import children_of, replace_children
+from veneer.private.torch import children_of
 from veneer.private.transformers import attention_of
 
 _ROTATIONS = (
@@ -90,15 +96,14 @@ def _rotated_sizes(block: Any, size: int) -> Iterator[int]:
 def _confirm(facts: Attention, dtype: torch.dtype, width: int) -> Attention | None:
     """Returns the facts with rules and rotation if the block computes them by angles of this
     width."""
-    block: Any = facts.module
-    small = copy.copy(block)
-    replace_children(small, {})
+    block, parts = facts.module, dict[str, nn.Module]()
     for seed, name in enumerate((*facts.inputs, O)):
         own: Any = unwrapped(children_of(block)[name])
         ins, outs = (own.in_features, WIDTH) if name == O else (WIDTH, own.out_features)
-        children_of(small)[name] = small_linear(ins, outs, dtype, seed)
-    for name, norm in zip(HEAD_NORMS, facts.norms, strict=False):
-        children_of(small)[name] = with_small_weight(norm.module, "cpu")[0]
+        parts[name] = small_linear(ins, outs, dtype, seed)
+    for norm in facts.norms:
+        parts[norm.name] = with_small_weight(norm.module, "cpu")[0]
+    small = with_children(block, parts)
 
     def inputs(angle_type: torch.dtype) -> dict[str, Any]:
         draw = torch.Generator().manual_seed(0)
@@ -128,9 +133,9 @@ def _confirm(facts: Attention, dtype: torch.dtype, width: int) -> Attention | No
         return agrees(computed, lambda: own_code(angle_type), (), EXACT)
 
     for rotation in (*(replace(kind, size=width) for kind in _ROTATIONS), None):
-        found = replace(facts, rules=rules, rotation=rotation)
-        if agrees_with(found, dtype):
-            return replace(found, takes_float32=agrees_with(found, torch.float32))
+        rotated = replace(facts, rules=rules, rotation=rotation)
+        if agrees_with(rotated, dtype):
+            return replace(rotated, takes_float32=agrees_with(rotated, torch.float32))
     return None
 
 

@@ -18,16 +18,15 @@ from torch import Tensor, nn
 
 from veneer.execution.attention import packed_arguments
 from veneer.execution.layer_facts import Rotation
-from veneer.private.torch import children_of, replace_children, replace_parameters
-
-_ROWS = 5
+from veneer.execution.small_modules import ROWS, with_children
+from veneer.private.torch import replace_parameters
 
 
 class AngleKind(NamedTuple):
     """A kind of cosines and sines.
 
-    arguments, keywords  of a rotary module behind its rows and positions
-    rotation             which brings them into the order of the kernels; None: they are in it
+    arguments, keywords  what the rotary module gets besides rows and positions
+    rotation             puts the angles into the order of the kernels; None: they already have it
     """
 
     arguments: tuple[Any, ...]
@@ -60,8 +59,10 @@ class ModelStart:
         return [angles for pair in pairs for angles in pair]
 
     def rotating(self, rotations: Sequence[Rotation | None]) -> ModelStart:
-        """Returns it with the angles of each layer in the order of the kernels. None: a layer takes
-        them as they are."""
+        """Returns the same start with the angles of each layer in the order of the kernels.
+
+        rotations: of each layer; None: it takes the angles as they are
+        """
         kinds, of_layer = list[AngleKind](), list[int]()
         for number, rotation in zip(self.of_layer, rotations, strict=True):
             order = None if rotation is None or rotation.takes_halves else rotation
@@ -89,12 +90,12 @@ class _RecordingRotary(nn.Module):
         super().__init__()
         self.rotary = rotary
         self.kinds: list[AngleKind] = []
-        self.given: list[Any] = []
+        self.angles: list[Any] = []
 
     def forward(self, x: Tensor, position_ids: Tensor, *arguments: Any, **keywords: Any) -> Any:
         angles = self.rotary(x, position_ids, *arguments, **keywords)
         self.kinds.append(AngleKind(arguments, tuple(sorted(keywords.items()))))
-        self.given.append(angles)
+        self.angles.append(angles)
         return angles
 
 
@@ -115,9 +116,9 @@ def find_start(inner: nn.Module) -> ModelStart | None:
     table = inner.get_submodule("embed_tokens").get_parameter("weight")
     device = table.device
     draw = torch.Generator().manual_seed(0)
-    random_rows = torch.randn(1, _ROWS, table.shape[1], generator=draw).to(table.dtype).to(device)
+    random_rows = torch.randn(1, ROWS, table.shape[1], generator=draw).to(table.dtype).to(device)
     try:
-        ones = torch.ones(1, _ROWS, 4, device=device)
+        ones = torch.ones(1, ROWS, 4, device=device)
         scale = float(_run(inner, ones)[0].input.flatten()[0])
         layers = _run(inner, random_rows)
     except Exception:  # modelling code may raise any, as in agreement.disagreement
@@ -142,12 +143,10 @@ class _LayerInput:
 
 def _run(inner: Any, rows_1ND: Tensor) -> Sequence[_LayerInput]:
     """Runs a decoder's own code without its layers on these embeddings."""
-    small: Any = object.__new__(type(inner))  # FSDP2's class calls __init__ where it is copied
-    vars(small).update(vars(inner))
     rotary = _RecordingRotary(inner.rotary_emb)
     layers = nn.ModuleList([_RecordingLayer() for _ in inner.layers])
     places = {"embed_tokens": _KnownEmbedding(rows_1ND), "rotary_emb": rotary, "layers": layers}
-    replace_children(small, {**children_of(inner), **places, "norm": nn.Identity()})
+    small = with_children(inner, {**places, "norm": nn.Identity()})
     count = rows_1ND.shape[1]
     positions = torch.arange(count, device=rows_1ND.device)[None]
     out = small.forward(
@@ -156,12 +155,12 @@ def _run(inner: Any, rows_1ND: Tensor) -> Sequence[_LayerInput]:
     recorded: list[Any] = list(layers)
     if not torch.equal(out.last_hidden_state, recorded[0].input):
         raise ValueError("the decoder changes what its layers give")
-    found = []
+    inputs = []
     for layer in recorded:
-        numbers = [n for n, given in enumerate(rotary.given) if given is layer.angles]
+        numbers = [n for n, angles in enumerate(rotary.angles) if angles is layer.angles]
         kind = rotary.kinds[numbers[0]] if numbers else None
-        found.append(_LayerInput(layer.input, kind))
-    return found
+        inputs.append(_LayerInput(layer.input, kind))
+    return inputs
 
 
 class _NoAttention:
@@ -181,7 +180,7 @@ def embedding_scale(embedding: nn.Module) -> float | None:
     if type(embedding) is nn.Embedding or weight.is_meta:
         return 1.0 if type(embedding) is nn.Embedding else None
     draw = torch.Generator().manual_seed(0)
-    values = torch.randn(_ROWS, weight.shape[1], generator=draw).to(weight.device)
+    values = torch.randn(ROWS, weight.shape[1], generator=draw).to(weight.device)
     try:
         wide = float(_looked_up(embedding, torch.ones_like(values)).flatten()[0])
         own = values.to(weight.dtype)

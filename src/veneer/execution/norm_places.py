@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from veneer.execution.agreement import EXACT, agrees
 from veneer.execution.layer_facts import ATTENTION, FEED_FORWARD, LayerNorms, Norm
-from veneer.execution.small_modules import WIDTH, random_rows
-from veneer.private.torch import buffers_of, children_of, parameters_of, replace_children
+from veneer.execution.small_modules import WIDTH, random_rows, with_children
+from veneer.private.torch import buffers_of, parameters_of
 
 
 class _KnownPart(nn.Module):
@@ -53,9 +53,7 @@ def find_places(layer: nn.Module, norms: Sequence[Norm]) -> Sums | None:
     called: list[str] = []
     names = [ATTENTION, FEED_FORWARD, *(norm.name for norm in norms)]
     parts = {name: _KnownPart(number, name, called) for number, name in enumerate(names, 1)}
-    small: Any = object.__new__(type(layer))  # FSDP2's class calls __init__ where it is copied
-    vars(small).update(vars(layer))
-    replace_children(small, {**children_of(layer), **parts})
+    small = with_children(layer, parts)
     x = random_rows(WIDTH, torch.bfloat16)[None]
     arguments = {"position_embeddings": (x, x), "veneer_layout": object()}
 

@@ -3,7 +3,6 @@ projections (layer_facts.py)."""
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,13 @@ from torch.nn import functional as F
 from veneer.adapters.placement.wrapping import unwrapped
 from veneer.execution.agreement import EXACT, PART, agrees
 from veneer.execution.layer_facts import DOWN, GATE_UP, JOINED_GATE_UP, FeedForward, Gate, Norm
-from veneer.execution.small_modules import WIDTH, random_rows, small_linear, with_small_weight
+from veneer.execution.small_modules import (
+    WIDTH,
+    random_rows,
+    small_linear,
+    with_children,
+    with_small_weight,
+)
 from veneer.kernels.dense.fused import (
     gelu_erf_gate,
     gelu_gate,
@@ -23,7 +28,7 @@ from veneer.kernels.dense.fused import (
     silu_gate,
 )
 from veneer.linear import frozen_linear
-from veneer.private.torch import children_of, parameters_of, replace_children, replace_parameters
+from veneer.private.torch import children_of, parameters_of, replace_parameters
 
 NORM_KINDS = ((0.0, False), (0.0, True), (1.0, True))
 """(offset, is_wide) of the kinds of norms that find_norm tries."""
@@ -92,11 +97,10 @@ def find_feed_forward(module: nn.Module) -> FeedForward | None:
     x = torch.linspace(-4, 4, 64, device="cpu")[None]
     view = frozen_linear(unwrapped(module.get_submodule(inputs[0])))
     dtype, width = (torch.float32, 0) if view is None else (view.dtype, view.out_features)
-    small = copy.copy(module)
     sizes = [*((WIDTH, 2 * INNER // len(inputs)) for _ in inputs), (INNER, WIDTH)]
     *projections, down = (small_linear(*size, dtype, seed) for seed, size in enumerate(sizes))
     own = {**dict(zip(inputs, projections, strict=True)), DOWN: down}
-    replace_children(small, {**children, **own})
+    small = with_children(module, own)
 
     def computed(x: Tensor, gate: Gate) -> Tensor:
         outputs = torch.cat([project(x) for project in projections], dim=-1)

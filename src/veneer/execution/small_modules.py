@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veneer.private.torch import replace_parameters
+from veneer.private.torch import children_of, replace_children, replace_parameters
 
 WIDTH, ROWS = 8, 5
 """Sizes of the rows that parts are tried on."""
@@ -19,6 +21,14 @@ def small_linear(ins: int, outs: int, dtype: torch.dtype, seed: int) -> nn.Linea
     values = torch.randn(outs, ins, generator=draw).to(dtype)
     linear.weight = nn.Parameter(values, requires_grad=False)
     return linear
+
+
+def with_children(module: nn.Module, children: Mapping[str, nn.Module]) -> Any:
+    """Returns a copy of a module in which these children replace its own of the same names."""
+    small: Any = object.__new__(type(module))  # FSDP2's class calls __init__ where it is copied
+    vars(small).update(vars(module))
+    replace_children(small, {**children_of(module), **children})
+    return small
 
 
 def with_small_weight(module: nn.Module, device: str | None = None) -> tuple[nn.Module, Tensor]:
