@@ -152,10 +152,8 @@ class RecordedSteps:
         copies = [memory.empty(tensor.dtype, *tensor.shape) for tensor in inputs]
         for copy, tensor in zip(copies, inputs, strict=True):
             copy.copy_(tensor)
-        _ = (
-            paged_step.spans.checked,
-            paged_step.mix and paged_step.mix.listed,
-        )  # computed before the recording
+        # Cached properties, computed here so that the recording does not contain their calls.
+        _ = paged_step.spans.checked, paged_step.mix and paged_step.mix.listed
         with record_step(memory) as tape:
             states = layers(copies, paged_step)
         tape.check_memory([*copies, states])
