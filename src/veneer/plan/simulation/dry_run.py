@@ -106,7 +106,7 @@ def attached_facts(
 ) -> AttachedFacts:
     """Finds the facts of a config, dtype, method, optimizer and device at full depth.
 
-    bares: facts of the base by type, found for other methods; used, and extended. Raises
+    base_facts: facts of the base by type, found for other methods; used, and extended. Raises
     ConfigError if the method's settings do not fit the base.
     """
     with planning("cpu" if step.on_cpu else "cuda"):
@@ -143,7 +143,7 @@ def _base_facts(step: Step, model: PreTrainedModel, experts: int) -> BaseFacts:
 
 
 def dry_run(step: Step, facts: AttachedFacts | None = None) -> DryRun:
-    """Counts one step. known: attached_facts(step) of a step with the same base, method and
+    """Counts one step. facts: attached_facts(step) of a step with the same base, method and
     optimizer.
 
     Raises ConfigError if the method's settings do not fit the base.
@@ -261,9 +261,9 @@ def _run(
                     forward_shapes = len(tracker.work.of_libraries)
                     tracker.enter("backward", label=BACKWARD)
                     loss.backward()
-                noted = take_counts()
-                tracker.work.products[COMPILED] += noted.flops
-                tracker.work.replayed_layers = noted.replayed_layers
+                counts = take_counts()
+                tracker.work.products[COMPILED] += counts.flops
+                tracker.work.replayed_layers = counts.replayed_layers
                 tracker.work.host_bytes = 0 if offload is None else offload.moved_bytes
         finally:
             hook.remove()
@@ -310,24 +310,20 @@ def _static(
     model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: OptimizerName
 ) -> Parts:
     """Returns permanent bytes by label, laid out as FlatParameters and FlatAdamW do."""
-    unique = {
-        storage_key(t): t.untyped_storage().nbytes()
-        for t in [*model.parameters(), *model.buffers()]
-    }
-    weights = sum(unique.values())
+    weights = sum(_storages(model).values())
     flat = FlatParameters(parameters)
     # float32 values moved into the flat buffer: the storage they had before is gone.
-    remaining_storages = {
-        storage_key(t): t.untyped_storage().nbytes()
-        for t in [*model.parameters(), *model.buffers()]
-    }
-    buffer = flat.values.untyped_storage()
-    remaining = sum(
-        size for key, size in remaining_storages.items() if key != storage_key(flat.values)
-    )
-    size = buffer.nbytes()
+    buffer = storage_key(flat.values)
+    remaining = sum(size for key, size in _storages(model).items() if key != buffer)
+    size = flat.values.untyped_storage().nbytes()
     moments = moment_bytes(flat.values.numel(), optimizer)
     return {WEIGHTS: min(remaining, weights), VALUES: size, GRADIENTS: size, MOMENTS: moments}
+
+
+def _storages(model: nn.Module) -> dict[int, int]:
+    """Returns the bytes of each storage of parameters and buffers, by its key."""
+    tensors = (*model.parameters(), *model.buffers())
+    return {storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
 class _StayOnMeta(TorchFunctionMode):
@@ -370,14 +366,10 @@ def _extrapolated(
     first = depth % period + period * (1 if depth % period else 2)
     runs = []
     for shallow_depth in (first, first + period, first + 2 * period):
-        with suppress(
-            ConfigError
-        ):  # settings that name a layer which is not there: run the whole depth
-            runs.append(
-                _run(
-                    step, first_layers(step.config, step.dtype, shallow_depth), experts, paths=paths
-                )
-            )
+        # The settings may name a layer that a shallow model lacks: then the whole depth is run.
+        with suppress(ConfigError):
+            shallow = first_layers(step.config, step.dtype, shallow_depth)
+            runs.append(_run(step, shallow, experts, paths=paths))
     if len(runs) < 3:
         return None
     one, two, three = runs

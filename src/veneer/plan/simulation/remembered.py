@@ -62,26 +62,26 @@ def remember_idle_bytes() -> int:
 
 
 def remember_attached_facts(
-    step: Step, bares: dict[torch.dtype, BaseFacts] | None = None
+    step: Step, base_facts: dict[torch.dtype, BaseFacts] | None = None
 ) -> AttachedFacts:
-    """Remembers attached_facts(step, bares)."""
+    """Remembers attached_facts(step, base_facts)."""
     from veneer.plan.simulation.dry_run import AttachedFacts, attached_facts
 
     key = _base_key(step)
     return (
-        attached_facts(step, bares)
+        attached_facts(step, base_facts)
         if key is None
-        else remember("whole", key, AttachedFacts, lambda: attached_facts(step, bares))
+        else remember("whole", key, AttachedFacts, lambda: attached_facts(step, base_facts))
     )
 
 
-def remember_run(step: Step, known: Callable[[], AttachedFacts]) -> DryRun:
-    """Remembers dry_run(step, known())."""
+def remember_run(step: Step, find_facts: Callable[[], AttachedFacts]) -> DryRun:
+    """Remembers dry_run(step, find_facts())."""
 
     def counted() -> DryRun:
         from veneer.plan.simulation.dry_run import dry_run
 
-        return dry_run(step, known())
+        return dry_run(step, find_facts())
 
     key = _base_key(step)
     if key is None:

@@ -42,8 +42,8 @@ Products = Annotated[
     Counter[Shape],
     PlainSerializer(lambda counted: [[*shape, flops] for shape, flops in counted.items()]),
     BeforeValidator(
-        lambda told: Counter(
-            {(rows, inner, columns): flops for rows, inner, columns, flops in told}
+        lambda entries: Counter(
+            {(rows, inner, columns): flops for rows, inner, columns, flops in entries}
         )
     ),
 ]
@@ -125,9 +125,8 @@ class MetaMode(TorchDispatchMode):
         if func is UNIQUE.default:
             return torch.arange(self.experts), None, None
         if func is TO_COPY.default and (kwargs.get("device") or META) != META:
-            return func(
-                *args, **{**kwargs, "device": META}
-            )  # a copy to a real device has no storage either
+            # A copy to a real device has no storage either.
+            return func(*args, **{**kwargs, "device": META})
         if func is READ_VALUE.default and args[0].dtype == torch.bool:
             return True  # asked of masks: nothing is masked
         if func is aten.nonzero.default:
@@ -225,7 +224,7 @@ class Tracker(MetaMode):
     ) -> None:
         packet, counts = packet_of(func), current_counts()
         iterations = counts.iterations
-        if packet in _NOTED:
+        if packet in _COUNTED_BY_CALLER:
             self.work.operations += iterations
         elif packet in flop_registry:
             flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
@@ -286,7 +285,7 @@ def _grouped_product(
     return None
 
 
-_NOTED = {FLASH_FORWARD, FLASH_BACKWARD}
+_COUNTED_BY_CALLER = {FLASH_FORWARD, FLASH_BACKWARD}
 """Operations whose products are counted by their caller (kernels/attention/flash.py)."""
 _FREE = {
     torch.ops.aten.detach,
