@@ -12,7 +12,7 @@ from veneer.training.output.records import read_records
 from veneer.training.output.screen import QuietScreen
 from veneer.training.run import run_training
 from veneer.training.state.folder import resume_config
-from veneer.training.supervisor import Halving, halving_shares, rung_steps
+from veneer.training.supervisor import SuccessiveHalving, halving_shares, rung_steps
 from veneer.training.trainee import Trainee
 
 RATES = {"slow": 1e-5, "slower": 1e-6, "good": 1e-2, "fair": 1e-3}
@@ -28,7 +28,7 @@ def halved(world, folder, **settings):
         config(world, folder / name, learning_rate=rate, steps=8, **settings)
         for name, rate in RATES.items()
     ]
-    return together(jobs, supervisor=Halving(halving_shares(len(jobs))))
+    return together(jobs, supervisor=SuccessiveHalving(halving_shares(len(jobs))))
 
 
 @pytest.mark.parametrize(
@@ -77,14 +77,14 @@ def test_jobs_wait_at_a_rung_for_jobs_of_more_steps(world, tmp_path):
         config(world, tmp_path / "many", batch=1, steps=16, learning_rate=1e-6),
         config(world, tmp_path / "few", batch=4, steps=4, learning_rate=3e-2),
     ]
-    many, few = together(jobs, supervisor=Halving([0.5]))
+    many, few = together(jobs, supervisor=SuccessiveHalving([0.5]))
     assert (many["steps"], many["reason"]) == (8, "halving")
     assert (few["steps"], few["reason"]) == (4, "done")
 
 
 def test_the_last_rung_may_leave_one_job_alone(world, tmp_path):
     jobs = [config(world, tmp_path / n, learning_rate=r, steps=8) for n, r in RATES.items()]
-    results = together(jobs, supervisor=Halving([0.25], leaves_one=True))
+    results = together(jobs, supervisor=SuccessiveHalving([0.25], leaves_one=True))
     assert sorted(result["steps"] for result in results) == [2, 2, 2, 8]
 
 
@@ -110,5 +110,5 @@ def test_jobs_whose_held_out_losses_do_not_compare_are_refused_before_they_start
         halved(world, tmp_path / "none", **none)
     jobs = [config(world, tmp_path / rows, rows=rows) for rows in ("rows", "others")]
     with pytest.raises(ConfigError, match="held-out rows differ"):
-        together(jobs, supervisor=Halving([0.5]))
+        together(jobs, supervisor=SuccessiveHalving([0.5]))
     assert not list(tmp_path.rglob("run.yaml"))

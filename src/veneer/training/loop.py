@@ -22,7 +22,7 @@ from veneer.training.forward_room import ForwardRoom
 from veneer.training.gradient import MicroBatch, forward_backward, out_of_memory
 from veneer.training.processes.world import ALONE, World
 from veneer.training.state.interrupt import Interrupt
-from veneer.training.supervisor import Supervisor, Unsupervised
+from veneer.training.supervisor import Supervisor
 from veneer.training.trainee import Trainee
 
 
@@ -43,7 +43,7 @@ class Loop:
         supervisor: Supervisor | None = None,
     ) -> None:
         self.trainees, self.world, self.budget = list(trainees), world, budget
-        self.supervisor = supervisor or Unsupervised()
+        self.supervisor = supervisor or Supervisor()
         self.one_node = False
         self.failed: dict[Trainee, VeneerError] = {}
         """Trainees that left, with their errors."""

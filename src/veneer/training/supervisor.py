@@ -9,7 +9,6 @@ keeps its best values, and its summary names the reason.
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 from veneer.errors import ConfigError
 from veneer.training.inputs import TrainingInputs
@@ -22,8 +21,8 @@ FIRST_SHARE = 1 / 16
 """Earliest rung, as a share of a job's steps: before it, the rate still warms up."""
 
 
-class Supervisor(Protocol):
-    """Decides which trainees of a loop go on."""
+class Supervisor:
+    """Decides which trainees of a loop go on. This one lets every trainee train to its end."""
 
     def check(self, jobs: Sequence[TrainingInputs]) -> None:
         """Raises ConfigError if it cannot decide between these jobs. Nothing is written yet."""
@@ -33,6 +32,7 @@ class Supervisor(Protocol):
 
     def waits(self, trainee: Trainee) -> bool:
         """Returns whether the trainee may not begin its next step yet."""
+        return False
 
     def review(self, trainees: Sequence[Trainee]) -> None:
         """Stops trainees, by Trainee.stop; called after each round with those that are left."""
@@ -42,22 +42,7 @@ class Supervisor(Protocol):
         the others can be resumed."""
 
 
-class Unsupervised:
-    """Lets every trainee train to its end."""
-
-    def check(self, jobs: Sequence[TrainingInputs]) -> None: ...
-
-    def begin(self, trainees: Sequence[Trainee]) -> None: ...
-
-    def waits(self, trainee: Trainee) -> bool:
-        return False
-
-    def review(self, trainees: Sequence[Trainee]) -> None: ...
-
-    def interrupted(self, trainees: Sequence[Trainee]) -> None: ...
-
-
-class Halving:
+class SuccessiveHalving(Supervisor):
     """Stops the worse half of the trainees at each rung.
 
     shares: of a trainee's steps, rising. leaves_one: at the last rung all stop but the best
@@ -96,8 +81,6 @@ class Halving:
                 f"stopped by halving at step {trainee.progress.step}: held-out loss {loss} is place"
                 f" {place} of {len(ranked)}",
             )
-
-    def interrupted(self, trainees: Sequence[Trainee]) -> None: ...
 
 
 def halving_shares(jobs: int) -> list[float]:

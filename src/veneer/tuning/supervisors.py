@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from veneer.training.inputs import TrainingInputs
 from veneer.training.state.interrupt import Interrupt
-from veneer.training.supervisor import Halving, best_loss
+from veneer.training.supervisor import SuccessiveHalving, Supervisor, best_loss
 from veneer.training.trainee import Trainee
 from veneer.wording import number
 
@@ -15,10 +15,8 @@ TIME, INTERRUPTED = "time", "interrupted"
 """Reasons of a run that ended because its time was used up, or because a person stopped it."""
 
 
-class OneByOne:
+class SequentialSupervisor(Supervisor):
     """Lets one trainee train at a time, so that its steps are timed by themselves."""
-
-    def check(self, jobs: Sequence[TrainingInputs]) -> None: ...
 
     def begin(self, trainees: Sequence[Trainee]) -> None:
         self._first = trainees[0]
@@ -30,10 +28,8 @@ class OneByOne:
         running = [trainee for trainee in trainees if not trainee.ended]
         self._first = running[0] if running else self._first
 
-    def interrupted(self, trainees: Sequence[Trainee]) -> None: ...
 
-
-class TimedSearch:
+class TimedSearch(Supervisor):
     """Halves the trainees at rungs, and ends the last one within the time.
 
     deadline: by time.monotonic(). interrupt: of the whole command; trainees that it stops keep
@@ -42,7 +38,7 @@ class TimedSearch:
 
     def __init__(
         self,
-        halving: Halving,
+        halving: SuccessiveHalving,
         *,
         deadline: float,
         interrupt: Interrupt,

@@ -38,7 +38,7 @@ from veneer.training.output.records import read_records
 from veneer.training.output.screen import QuietScreen
 from veneer.training.state.interrupt import Interrupt
 from veneer.training.state.place import locked_folder, refuse_unless_new
-from veneer.training.supervisor import Halving
+from veneer.training.supervisor import SuccessiveHalving
 from veneer.tuning.advice import Outlook, ask_plan
 from veneer.tuning.candidates import BATCHES, Candidate, candidates, run_config
 from veneer.tuning.judging import judge
@@ -47,7 +47,7 @@ from veneer.tuning.page import make_page
 from veneer.tuning.parts import PartFiles, RowParts, divide, write_parts
 from veneer.tuning.schedule import Pace, Schedule, schedule
 from veneer.tuning.screens import JobProgress
-from veneer.tuning.supervisors import INTERRUPTED, OneByOne, TimedSearch
+from veneer.tuning.supervisors import INTERRUPTED, SequentialSupervisor, TimedSearch
 from veneer.tuning.verdict import verdict
 from veneer.wording import clock
 
@@ -226,7 +226,7 @@ class _Tuning:
         start = time.monotonic()
         with Interrupt() as interrupt:
             supervisor = TimedSearch(
-                Halving(plan.rungs, leaves_one=True),
+                SuccessiveHalving(plan.rungs, leaves_one=True),
                 deadline=deadline,
                 interrupt=interrupt,
                 say=self.say,
@@ -302,7 +302,9 @@ class _Tuning:
         ]
         screens = [QuietScreen() for _ in configs]
         try:
-            results = api.train_jobs(configs, resume=False, screens=screens, supervisor=OneByOne())
+            results = api.train_jobs(
+                configs, resume=False, screens=screens, supervisor=SequentialSupervisor()
+            )
             for result in results:
                 if isinstance(result, VeneerError):
                     raise result

@@ -53,9 +53,9 @@ def train_jobs(configs: Sequence[RunConfig], args: argparse.Namespace) -> int:
         )
     with pause_collection():
         from veneer import api
-        from veneer.training.supervisor import Halving, halving_shares
+        from veneer.training.supervisor import SuccessiveHalving, halving_shares
 
-    halving = Halving(halving_shares(len(configs))) if args.halving else None
+    halving = SuccessiveHalving(halving_shares(len(configs))) if args.halving else None
     results = api.train_jobs(configs, resume=resume, screens=screens, supervisor=halving)
     jobs = [read_job(config, result) for config, result in zip(configs, results, strict=True)]
     is_sweep = args.sweep is not None
