@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.data.checks.closer import LIKE, text_of
-from veneer.data.checks.near import COMMON, similar_groups, words_of
+from veneer.data.checks.near import COMMON, DisjointSets, similar_groups, words_of
 from veneer.data.examples import Row, prompt_key
 from veneer.data.files.writing import record_of
 from veneer.data.split import part_of, parts_of_shares
@@ -108,23 +108,15 @@ def _join_by_turns(rows: Sequence[Row], groups: Sequence[int]) -> list[int]:
     Turns of more than COMMON of the rows, such as a greeting, do not count. groups: for each row
     the number of the first row of its group, as in the result.
     """
-    joined = list(groups)
-
-    def first_of(number: int) -> int:
-        while joined[number] != number:
-            joined[number] = number = joined[joined[number]]
-        return number
-
+    joined = DisjointSets(groups)
     rows_by_turn: dict[int, list[int]] = {}
     for number, row in enumerate(rows):
         for turn in set(_turns(row)):
             rows_by_turn.setdefault(turn, []).append(number)
     for numbers in rows_by_turn.values():
         if len(numbers) <= max(2.0, COMMON * len(rows)):
-            firsts = [first_of(number) for number in numbers]
-            for first in firsts:
-                joined[first] = min(firsts)
-    return [first_of(number) for number in range(len(rows))]
+            joined.join(numbers)
+    return joined.names()
 
 
 def _turns(row: Row) -> list[int]:

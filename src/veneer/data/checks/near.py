@@ -58,6 +58,30 @@ def _bands(values: NDArray[np.int64]) -> list[bytes]:
     return [number.to_bytes(1, "big") + band.tobytes() for number, band in enumerate(lowest)]
 
 
+class DisjointSets:
+    """Disjoint sets of numbers. The smallest number of a set names it."""
+
+    def __init__(self, parents: Sequence[int]) -> None:
+        self._parents = list(parents)
+
+    def first(self, number: int) -> int:
+        """Returns the smallest number in the set of this number."""
+        parents = self._parents
+        while parents[number] != number:
+            parents[number] = number = parents[parents[number]]
+        return number
+
+    def join(self, numbers: Sequence[int]) -> None:
+        """Joins the sets of these numbers."""
+        firsts = [self.first(number) for number in numbers]
+        for first in firsts:
+            self._parents[first] = min(firsts)
+
+    def names(self) -> list[int]:
+        """Returns the name of each number's set."""
+        return [self.first(number) for number in range(len(self._parents))]
+
+
 def similar_groups(texts: Sequence[str], *, least: float) -> list[int]:
     """Groups texts: two of them share a group if they, or others between them, are similar.
 
@@ -68,24 +92,18 @@ def similar_groups(texts: Sequence[str], *, least: float) -> list[int]:
     all_shingles, counts = np.unique(np.concatenate([*of_texts, _NONE]), return_counts=True)
     common = all_shingles[counts > max(2.0, COMMON * len(texts))]
     of_texts = [np.setdiff1d(values, common, assume_unique=True) for values in of_texts]
-    groups = list(range(len(texts)))
-
-    def first_of(number: int) -> int:
-        while groups[number] != number:
-            groups[number] = number = groups[groups[number]]
-        return number
-
+    groups = DisjointSets(range(len(texts)))
     texts_by_band: dict[bytes, list[int]] = {}
     for number, values in enumerate(of_texts):
         if not len(values):
             continue
         for band in _bands(values):
             for other in texts_by_band.setdefault(band, []):
-                ours, theirs = first_of(number), first_of(other)
-                if ours != theirs and similarity(values, of_texts[other]) >= least:
-                    groups[max(ours, theirs)] = min(ours, theirs)
+                is_joined = groups.first(number) == groups.first(other)
+                if not is_joined and similarity(values, of_texts[other]) >= least:
+                    groups.join([number, other])
             texts_by_band[band].append(number)
-    return [first_of(number) for number in range(len(texts))]
+    return groups.names()
 
 
 def nearest(
