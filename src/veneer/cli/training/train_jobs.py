@@ -94,12 +94,14 @@ def _print_results(
         if names is None
         else {str(job.folder): name for job, name in zip(jobs, names, strict=True)}
     )
-    lines = job_table(jobs, by_folder)
-    best = ranked(jobs)[0]
-    if page is not None and best.loss is not None:
-        lines += [f"  best: {shown(best.folder)}", f"  page: {shown(page)}"]
+    order, tokens = ranked(jobs), equal_tokens(jobs)
+    lines = job_table(order, tokens, by_folder)
+    if tokens is not None:
+        lines.append(wrapped(f"  {tokens_note(tokens)}", console.width))
+    if page is not None and order[0].loss is not None:
+        lines += [f"  best: {shown(order[0].folder)}", f"  page: {shown(page)}"]
     for line in lines:
-        console.print(wrapped(line, console.width) if line[2:6] == "With" else line, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def refuse_flags(args: argparse.Namespace) -> None:
@@ -140,14 +142,14 @@ def short_names(folders: Sequence[str]) -> list[str]:
     return [str(path.relative_to(common)) if path != common else path.name for path in paths]
 
 
-def job_table(jobs: Sequence[JobRecord], names: Mapping[str, str] | None) -> list[str]:
-    """Returns a table of the jobs: the settings that differ, and what came of each; the lowest
-    held-out loss first.
+def job_table(
+    order: Sequence[JobRecord], tokens: int | None, names: Mapping[str, str] | None
+) -> list[str]:
+    """Returns the lines of a table of jobs: the settings that differ, and the results.
 
     names: of the jobs, by folder; None: their settings name them, as in a sweep
     """
-    order, tokens = ranked(jobs), equal_tokens(jobs)
-    columns = different_settings(jobs)
+    columns = different_settings(order)
     head = [] if names is None else ["job"]
     head += [short_title(column, columns) for column in columns] + list(RESULT_TITLES)
     rows = [head if tokens is None else [*head, tokens_title(tokens)]]
@@ -155,9 +157,8 @@ def job_table(jobs: Sequence[JobRecord], names: Mapping[str, str] | None) -> lis
         own = [] if names is None else [shown(names[str(job.folder)])]
         rows.append([*own, *setting_cells(job, columns), *result_cells(job, tokens)])
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    lines = [
+    return [
         "  "
         + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    return lines if tokens is None else [*lines, f"  {tokens_note(tokens)}"]
