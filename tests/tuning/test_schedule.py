@@ -5,11 +5,11 @@ import pytest
 from veneer.adapters.config import LoRA
 from veneer.errors import ConfigError
 from veneer.training.supervisor import rung_steps
-from veneer.tuning.candidates import Advised, candidates
+from veneer.tuning.candidates import AdvisedSettings, candidates
 from veneer.tuning.schedule import MOST_EPOCHS, Pace, schedule
 from veneer.tuning.verdict import is_better, verdict
 
-ADVISED = Advised(LoRA(rank=8, alpha=16), 1.3e-3, None, [])
+ADVISED = AdvisedSettings(LoRA(rank=8, alpha=16), 1.3e-3, None, [])
 TRIED = candidates(ADVISED)
 PACE = Pace({2: 0.12, 8: 0.1}, evaluation=0.5, start=5.0)
 

@@ -137,7 +137,7 @@ class Loop:
             if chosen and (trainee in self._single or chosen[0][0] in self._single):
                 continue
             with self._leaves_on_error(trainee):
-                lengths, forward = trainee.next_lengths(), trainee.inputs.forward
+                lengths, forward = trainee.next_lengths(), trainee.gradient.forward
                 if room.admit(forward, lengths):
                     micro_batches.append(trainee.gradient.take())
                     chosen.append((trainee, sum(lengths)))

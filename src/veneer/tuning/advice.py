@@ -12,7 +12,7 @@ from veneer.plan.ask import PlanQuestion, answer_question
 from veneer.plan.choice import Choice
 from veneer.plan.workload import Workload
 from veneer.training.config import RunConfig
-from veneer.tuning.candidates import Advised, candidates
+from veneer.tuning.candidates import AdvisedSettings, candidates
 from veneer.wording import size
 
 ALPHA_OF_RANK = 2
@@ -24,7 +24,7 @@ VALUE_BYTES = 16
 class Outlook:
     """The advice, and the memory that all candidates need. free: None if unknown"""
 
-    advised: Advised
+    advised: AdvisedSettings
     memory_bytes: int
     free: int | None
 
@@ -51,7 +51,7 @@ def ask_plan(base: str, data: DataSet) -> Outlook:
         reasons.append(f"The search is over settings of LoRA, not of {advice.choice.method.name}.")
         rank, rate = LoRA().rank, LoRA().default_learning_rate(base_width(base))
     method = LoRA(rank=rank, alpha=ALPHA_OF_RANK * rank)
-    advised = Advised(method, rate, advice.choice.quantize, reasons)
+    advised = AdvisedSettings(method, rate, advice.choice.quantize, reasons)
     row = answer.rows[0]
     planned_rank = row.choice.method.update_rank or rank
     values = row.run.trainable_parameters / planned_rank

@@ -40,7 +40,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Advised:
+class AdvisedSettings:
     """What the plan advises for these rows and this machine. method: LoRA, in any case."""
 
     method: LoRA
@@ -49,7 +49,7 @@ class Advised:
     reasons: Sequence[str]
 
 
-def candidates(advised: Advised) -> list[Candidate]:
+def candidates(advised: AdvisedSettings) -> list[Candidate]:
     """Returns the list, the advice itself first."""
 
     def rounded(factor: float) -> float:
@@ -66,7 +66,7 @@ def candidates(advised: Advised) -> list[Candidate]:
 
 def run_config(
     candidate: Candidate,
-    advised: Advised,
+    advised: AdvisedSettings,
     *,
     base: str,
     files: PartFiles,

@@ -89,7 +89,7 @@ def _running(candidates: Sequence[Candidate], rungs: int) -> list[int]:
 def _evaluation_seconds(candidates: Sequence[Candidate], rungs: int, pace: Pace) -> float:
     """Returns the time of the search's evaluations: at each rung, and before the first step those
     of other ranks than the probe's, whose results are remembered."""
-    first = len({(each.rank, each.batch) for each in candidates}) - len(pace.seconds_per_row)
+    first = len({(point.rank, point.batch) for point in candidates}) - len(pace.seconds_per_row)
     return (first + sum(_running(candidates, rungs))) * pace.evaluation
 
 
@@ -124,20 +124,20 @@ def _with_rungs(
         return None
     search = max(search, least)
     train = left - search - EVALUATIONS * pace.evaluation
-    whole = {batch: MOST_EPOCHS * rows * each for batch, each in pace.seconds_per_row.items()}
+    whole = {batch: MOST_EPOCHS * rows * cost for batch, cost in pace.seconds_per_row.items()}
     steps = {
-        batch: math.floor(min(train, whole[batch]) / (batch * each) + ROUNDING)
-        for batch, each in pace.seconds_per_row.items()
+        batch: math.floor(min(train, whole[batch]) / (batch * cost) + ROUNDING)
+        for batch, cost in pace.seconds_per_row.items()
     }
     if min(steps.values()) < LEAST_STEPS:
         return None
     training = search - _evaluation_seconds(candidates, rungs, pace)
     longest = max(min(train, seconds_whole) for seconds_whole in whole.values())
     last = min(training / (_cost(candidates, rungs) * longest), LARGEST_RUNG)
-    at = [last * share for share in _shares(rungs)]
+    rung_shares = [last * share for share in _shares(rungs)]
     is_whole = min(train / value for value in whole.values()) >= 1
     # The warm-up is over before the first rung, where rates are compared.
-    return Schedule(steps, at, search, min(MOST_WARMUP, at[0] / 2), is_whole)
+    return Schedule(steps, rung_shares, search, min(MOST_WARMUP, rung_shares[0] / 2), is_whole)
 
 
 def _needed_minutes(candidates: Sequence[Candidate], pace: Pace) -> int:

@@ -103,11 +103,11 @@ def tune(
             say(line)
         if confirm is not None and not confirm():
             raise RunInterrupted("nothing was started")
-        job = _Tuning(str(base), folder, parts, outlook, seed, say)
-        result, jobs = job.run(60 * minutes)
+        runs = _TuneRuns(str(base), folder, parts, outlook, seed, say)
+        result, jobs = runs.run(60 * minutes)
         _write_result(folder, result, jobs)
         if not result["interrupted"]:
-            result["judging"] = job.judge(progress or (lambda label, done, total: None))
+            result["judging"] = runs.judge(progress or (lambda label, done, total: None))
             _write_result(folder, result, jobs)
         if library is not None and not result["interrupted"]:
             Library(library).add(folder / "adapter", name=folder.name)
@@ -125,15 +125,11 @@ def _write_result(folder: Path, result: dict[str, Any], jobs: Sequence[JobRecord
 
 def _rows_line(name: str, parts: RowParts, problems: int) -> str:
     total = len(parts.train) + len(parts.search) + len(parts.judge)
-    noted = (
-        f" · {problems} notes: veneer data check"
-        if problems > 1
-        else " · 1 note: veneer data check"
-    )
+    notes = f" · {problems} note{'' if problems == 1 else 's'}: veneer data check"
     alike = "" if parts.by_likeness else " · many prompts are alike, and may be in several parts"
     return (
         f"{name}: {total:,} rows, {len(parts.train):,} to train on, {len(parts.search):,} to search"
-        f" with, {len(parts.judge):,} to judge with{alike}{noted if problems else ''}"
+        f" with, {len(parts.judge):,} to judge with{alike}{notes if problems else ''}"
     )
 
 
@@ -163,7 +159,7 @@ class _Search:
     interrupted: bool
 
 
-class _Tuning:
+class _TuneRuns:
     """The runs of one call, in the folder `out`."""
 
     def __init__(
@@ -337,14 +333,14 @@ class _Tuning:
     def _runner_up(self, search: _Search) -> dict[str, Any] | None:
         """Returns the setting that trained longest beside the best, and how far it was behind after
         equal tokens; None if it was not behind."""
-        others = [job for job in search.jobs if job is not search.best and job.loss is not None]
-        if not others:
+        rivals = [job for job in search.jobs if job is not search.best and job.loss is not None]
+        if not rivals:
             return None
-        longest = max(others, key=lambda job: (job.steps or 0) / self._steps_of(job))
-        then = search.best.loss_after(longest.tokens)
-        if then is None or longest.loss is None or longest.loss < then:
+        rival = max(rivals, key=lambda job: (job.steps or 0) / self._steps_of(job))
+        best_loss = search.best.loss_after(rival.tokens)
+        if best_loss is None or rival.loss is None or rival.loss < best_loss:
             return None
-        return {"text": str(self._candidate_of(longest.folder)), "gap": longest.loss - then}
+        return {"text": str(self._candidate_of(rival.folder)), "gap": rival.loss - best_loss}
 
     def _steps_of(self, job: JobRecord) -> int:
         return int(job.settings["steps"])

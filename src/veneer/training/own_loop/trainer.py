@@ -109,12 +109,12 @@ class Trainer:
         """
         base, preamble = self._base, self.attachment.preamble
         self._require_open()
-        given = [rows] if isinstance(rows, Mapping) else rows
+        row_source = [rows] if isinstance(rows, Mapping) else rows
         with base.routing.held(self._acting):
             capacity, tokenizer = capacity_of(base), base.acting_tokenizer
             data = load_row_set(
                 base,
-                given,
+                row_source,
                 RowOptions(length=self._options.length, train_on=self._options.train_on),
                 preamble=replace(preamble, system=None),
                 purpose="trained on",
