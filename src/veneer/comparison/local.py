@@ -35,8 +35,8 @@ class LocalExecutor:
         self._waiting = deque[CommandJob]()
         self._server: ForkServer | None = None
 
-    def inspect(self, base: str, asked: Sequence[RunConfig]) -> NodeEnvironment:
-        return find_environment(base, asked)
+    def inspect(self, base: str, configs: Sequence[RunConfig]) -> NodeEnvironment:
+        return find_environment(base, configs)
 
     def queue(self, jobs: Sequence[CommandJob]) -> None:
         self._waiting.extendleft(reversed(jobs))

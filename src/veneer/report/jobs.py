@@ -104,8 +104,7 @@ def _curve(file: Path) -> tuple[list[CurvePoint], int]:
 
 
 def ranked(jobs: Sequence[JobRecord]) -> list[JobRecord]:
-    """Sorts jobs by held-out loss; those without one behind them by training loss, failed jobs
-    last."""
+    """Sorts jobs by held-out loss, then jobs without one by training loss, then failed jobs."""
 
     def place(job: JobRecord) -> tuple[bool, bool, float]:
         loss = job.last_loss if job.loss is None else job.loss

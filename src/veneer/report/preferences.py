@@ -1,4 +1,4 @@
-"""The section of a run's page that shows how good and bad answers part."""
+"""The section of a run's page on preferences: scores of good and bad answers, and the accuracy."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -47,7 +47,7 @@ def _points(records: Sequence[Record], name: str) -> list[tuple[float, float]]:
 
 
 def _lines(evaluations: Sequence[Record]) -> list[str]:
-    """Says the accuracy on held-out rows with its interval, and the lengths."""
+    """Returns sentences on the accuracy on held-out rows, with its interval, and on lengths."""
     last = next((r for r in reversed(evaluations) if "preference" in r), None)
     if last is None:
         return []

@@ -10,7 +10,7 @@ from typing import Any
 from veneer.report.html import html_page, section, table
 from veneer.report.jobs import JobRecord
 from veneer.report.jobs_page import STYLE, job_sections
-from veneer.tuning.verdict import verdict
+from veneer.tuning.verdict import figure_text, verdict
 from veneer.wording import between, clock, number
 
 NAME = "tune.html"
@@ -51,7 +51,7 @@ def _judging(judging: Mapping[str, Any] | None) -> str:
     units, against = judging["adapter"]["units"], judging["adapter"]["against"]
 
     def text(name: str, value: float) -> str:
-        return f"{100 * value:.1f}%" if units.get(name) == "share" else number(value)
+        return figure_text(value, units.get(name) == "share")
 
     def signed(name: str, value: float) -> str:
         return ("+" if value > 0 else "") + text(name, value)

@@ -177,7 +177,7 @@ class _TuneRuns:
             plan = self._plan_time(seconds)
             search = self._search(plan, deadline=start + seconds)
         except (VeneerError, KeyboardInterrupt) as fault:
-            self._leave(fault)
+            self._clean_up(fault)
             raise
         steps, chosen = search.best.steps or 0, self._candidate_of(search.best.folder)
         return {
@@ -241,7 +241,7 @@ class _TuneRuns:
         interrupted = supervisor.was_interrupted or interrupt.asked
         return _Search(jobs, results, best, seconds, interrupted)
 
-    def _leave(self, fault: BaseException) -> None:
+    def _clean_up(self, fault: BaseException) -> None:
         """Removes what was written, so that the next start finds no folder. If runs have
         checkpoints they stay, and after a second Ctrl-C an error names them."""
         kept = sorted({path.parent.parent for path in self.out.glob("runs/*/checkpoints/[0-9]*")})

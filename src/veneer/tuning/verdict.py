@@ -16,7 +16,13 @@ Result = Mapping[str, Any]
 
 def verdict(result: Result) -> list[str]:
     """Returns the lines, in reading order."""
-    return [_done(result), *_judged(result), _surety(result), *_forgetting(result), _next(result)]
+    return [
+        _done(result),
+        *_judged(result),
+        _certainty(result),
+        *_forgetting(result),
+        _next(result),
+    ]
 
 
 def _done(result: Result) -> str:
@@ -57,12 +63,13 @@ def _change(name: str, judging: Mapping[str, Any], difference: Mapping[str, Any]
     before, after = judging["base"][name], judging["adapter"][name]
     title = {"field_f1": "field F1"}.get(name, name.replace("_", " "))
     return (
-        f"{title} {_figure(before, share)} → {_figure(after, share)} (difference"
+        f"{title} {figure_text(before, share)} → {figure_text(after, share)} (difference"
         f" {_signed(difference['difference'], share)}, {_ends(difference['interval'], share)})"
     )
 
 
-def _figure(value: float, share: bool) -> str:
+def figure_text(value: float, share: bool) -> str:
+    """Formats a figure: as a percentage if it is a share."""
     return f"{100 * value:.1f}%" if share else number(value)
 
 
@@ -94,7 +101,7 @@ def _is_too_narrow(result: Result) -> bool:
     return bool(rows["judge_groups"] < LEAST_GROUPS * rows["judge"])
 
 
-def _surety(result: Result) -> str:
+def _certainty(result: Result) -> str:
     better, search = is_better(result), result["search"]
     if result["judging"] is None:
         sentence = "Not sure: only the rows to search with say that it is better."

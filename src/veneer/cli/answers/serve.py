@@ -198,7 +198,7 @@ def run(args: argparse.Namespace) -> int:
     from veneer.library.library import Library
     from veneer.training.output.working import working
 
-    # Errors give the library's whole path another name, and a relative one may be any word.
+    # Errors hide the library's path, and a relative path may equal a word of their text.
     library = Library(args.library and Path(args.library).resolve())
     library.entries()  # checks the library before a base is loaded
     with working(f"loading {args.base}"):
