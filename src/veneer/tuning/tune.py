@@ -52,7 +52,6 @@ from veneer.tuning.verdict import verdict
 from veneer.wording import clock
 
 PROBE_STEPS = 3
-MINUTES_UNSAID = 10.0
 
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
@@ -64,7 +63,7 @@ def tune(
     *,
     out: str | Path,
     library: str | Path | None = None,
-    minutes: float = MINUTES_UNSAID,
+    minutes: float = 10.0,
     seed: int = 0,
     format: Layout = "auto",
     columns: ColumnMap | None = None,
