@@ -34,9 +34,9 @@ def test_import_veneer_loads_nothing_heavy():
 
 
 @pytest.mark.parametrize("command", main.COMMANDS)
-def test_help_of_a_command_loads_neither_torch_nor_transformers(command):
+def test_help_of_a_command_loads_neither_torch_nor_transformers_nor_numpy(command):
     code = f"from veneer.cli.main import main; assert main([{command!r}, '--help']) == 0"
-    assert not loaded_after(code) & {"torch", "transformers", "rich"}
+    assert not loaded_after(code) & {"torch", "transformers", "rich", "numpy"}
 
 
 @pytest.mark.parametrize("command", ["", *main.COMMANDS])

@@ -11,12 +11,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import Any, Literal, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from veneer.errors import DataError
+
+if TYPE_CHECKING:  # the help of commands reads this file
+    import numpy as np
+    from numpy.typing import NDArray
 
 Format = Literal[
     "chat",

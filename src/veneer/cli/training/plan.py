@@ -30,7 +30,6 @@ from veneer.cli.config_file import read_settings, resolve_run
 from veneer.cli.early import check_plannable, check_rows, check_writable
 from veneer.cli.job_settings import read_jobs
 from veneer.cli.training.plan_flags import SETTINGS, list_bases, read_flags
-from veneer.cli.training.plan_jobs import print_jobs, refuse_flags
 from veneer.cli.training.plan_output import print_plan, write_run_file
 from veneer.errors import ConfigError
 from veneer.quant.config import FORMATS
@@ -183,6 +182,8 @@ def run(args: argparse.Namespace) -> int:
 
     config = _read_run_file(args) if args.run else read_flags(args)
     if isinstance(config, list):
+        from veneer.cli.training.plan_jobs import print_jobs, refuse_flags
+
         refuse_flags(config, args)
         questions = [read_question(args, job) for job in config]
         return 0 if print_jobs(config, questions, args) else DOES_NOT_FIT

@@ -37,7 +37,6 @@ from veneer.cli.config_file import (
 from veneer.cli.early import check_place, check_run
 from veneer.cli.job_settings import read_jobs
 from veneer.cli.training.plan import parse_size
-from veneer.cli.training.train_jobs import train_jobs
 from veneer.errors import ConfigError
 from veneer.private.argparse import Group
 from veneer.training.config import RunConfig
@@ -150,6 +149,8 @@ def run(args: argparse.Namespace) -> int:
     # Rank 0 sends its settings to the other processes.
     configs, are_jobs = _read_configs(args) if leads else ([], False)
     if are_jobs:
+        from veneer.cli.training.train_jobs import train_jobs
+
         return train_jobs(configs, args)
     if args.processes is not None:
         if os.environ.get("WORLD_SIZE", "1") != "1":
