@@ -40,7 +40,7 @@ class PreferenceConfig(ObjectiveConfig):
     share_of_rate: ClassVar[float] = 0.1
 
 
-class _Comparing(PreferenceConfig):
+class _ReferenceConfig(PreferenceConfig):
     """Base class of objectives over pairs with a reference."""
 
     rows: ClassVar[RowKind] = "pairs"
@@ -50,7 +50,7 @@ class _Comparing(PreferenceConfig):
     probabilities of both answers from falling."""
 
 
-class DPO(_Comparing):
+class DPO(_ReferenceConfig):
     name: Literal["dpo"] = "dpo"
     beta: Annotated[float, BETA] = 0.1
     """Strength of the pull towards the reference; a smaller value lets the model move further."""
@@ -61,7 +61,7 @@ class DPO(_Comparing):
     then larger, 1 to 5."""
 
 
-class IPO(_Comparing):
+class IPO(_ReferenceConfig):
     name: Literal["ipo"] = "ipo"
     beta: Annotated[float, BETA] = 0.1
     """The margin that training aims at is 1 / (2 beta)."""

@@ -200,7 +200,7 @@ def _pairs(examples: Sequence[Example]) -> tuple[list[tuple[int, int]], list[flo
     return pairs, weights
 
 
-class _ComparingObjective(PairObjective):
+class _ReferenceObjective(PairObjective):
     """Base class of objectives that compare r of two answers.
 
     per_token: whether means over tokens are compared. sft_weight: of the best answer's own loss.
@@ -219,7 +219,7 @@ class _ComparingObjective(PairObjective):
         return -weight * answers.log_probs / answers.tokens if weight else None
 
 
-class DPOObjective(_ComparingObjective):
+class DPOObjective(_ReferenceObjective):
     def __init__(self, config: DPO) -> None:
         super().__init__(per_token=config.per_token, sft_weight=config.sft_weight)
         self.beta, self.swapped = config.beta, config.label_smoothing
@@ -229,7 +229,7 @@ class DPOObjective(_ComparingObjective):
         return -(1 - self.swapped) * F.logsigmoid(logits) - self.swapped * F.logsigmoid(-logits)
 
 
-class IPOObjective(_ComparingObjective):
+class IPOObjective(_ReferenceObjective):
     def __init__(self, config: IPO) -> None:
         super().__init__(per_token=config.per_token, sft_weight=config.sft_weight)
         self.beta = config.beta
