@@ -5,7 +5,10 @@ each other. If the longer answer is nearly always preferred, a model learns to w
 tally keeps a hash of 16 bytes of each pair.
 """
 
+from __future__ import annotations
+
 import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -30,15 +33,19 @@ class PairTally:
     def add(self, ref: RowRef, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> None:
         """Counts the pairs of the best answer with each of the others. All are token ids."""
         best, *others = answers
-        for other in others:
+        if not others:
+            return
+        prompt_hash = _hash(prompt)
+        best_hash, *other_hashes = map(_hash, answers)
+        for other, other_hash in zip(others, other_hashes, strict=True):
             self.pairs += 1
             self.longer += len(best) > len(other)
             self.shorter += len(best) < len(other)
-            if list(best) == list(other):
+            if best_hash == other_hash:
                 self._report("D227", "both answers are the same: nothing to learn", ref)
-            elif _key(prompt, other, best) in self._seen:
+            elif _digest(prompt_hash + other_hash + best_hash) in self._seen:
                 self._report("D228", "an earlier row has these answers the other way round", ref)
-            self._seen.add(_key(prompt, best, other))
+            self._seen.add(_digest(prompt_hash + best_hash + other_hash))
 
     def _report(self, code: str, message: str, ref: RowRef) -> None:
         self.problems.append(Problem(code, ref.file, message, (ref.line,), fatal=False))
@@ -68,6 +75,9 @@ class PairTally:
         return problems
 
 
-def _key(prompt: Sequence[int], better: Sequence[int], worse: Sequence[int]) -> bytes:
-    text = repr((list(prompt), list(better), list(worse)))
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+def _hash(ids: Sequence[int]) -> bytes:
+    return _digest(array("i", ids))
+
+
+def _digest(content: bytes | array[int]) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
