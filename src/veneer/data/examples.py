@@ -123,6 +123,10 @@ class Example:
     row: int | None = None
     kind: AnswerKind = "answer"
 
+    @property
+    def trained_tokens(self) -> int:
+        return int(self.trained.sum())
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -47,7 +47,7 @@ def example_nats(
                 share_prompt=True,
                 device=model.device,
             )
-            counts = [int(examples[i].trained.sum()) for i in numbers]
+            counts = [examples[i].trained_tokens for i in numbers]
             sums = [
                 float(part.sum())
                 for part in token_nats(model, paths, packed_batch).cpu().split(counts)

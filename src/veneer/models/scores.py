@@ -109,7 +109,7 @@ def score_examples(
         if progress is not None:
             progress(done, total)
     for parts, batch, log_probs, is_likeliest in computed:
-        counts = [int(example.trained.sum()) for example in batch.examples]
+        counts = [example.trained_tokens for example in batch.examples]
         values, greedy = log_probs.cpu().split(counts), is_likeliest.cpu().split(counts)
         of_examples = zip(values, greedy, strict=True)
         for number, part in parts:

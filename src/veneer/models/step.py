@@ -368,6 +368,6 @@ def part_nats(
     nats = [token_losses(model, paths, routing, batch) for batch in batches]
     if not nats:
         return []
-    counts = [int(examples[i].trained.sum()) for part in parts for i in part]
+    counts = [examples[i].trained_tokens for part in parts for i in part]
     by_example = iter(torch.cat(nats).cpu().double().split(counts))  # waits once for the device
     return [[next(by_example).sum().item() for _ in part] for part in parts]

@@ -12,7 +12,7 @@ class AnswersObjective(Objective):
     """Minimises the mean of -log p over the trained tokens of a step."""
 
     def counts(self, examples: Sequence[Example]) -> Values:
-        return np.array([int(example.trained.sum()) for example in examples], dtype=np.float64)
+        return np.array([example.trained_tokens for example in examples], dtype=np.float64)
 
     def loss(self, predictions: Predictions, answers: AnswerBatch, total: float) -> ObjectiveLoss:
         return ObjectiveLoss(predictions.cross_entropy(total))

@@ -54,7 +54,7 @@ class AnswerLogProbs:
 
     @classmethod
     def of(cls, log_probs: Tensor, answers: AnswerBatch) -> "AnswerLogProbs":
-        tokens = [int(example.trained.sum()) for example in answers.examples]
+        tokens = [example.trained_tokens for example in answers.examples]
         known = torch.tensor([answers.reference.tolist(), tokens], dtype=torch.float64)
         reference, counts = known.to(log_probs.device)
         return cls(answers.examples, log_probs, reference, counts)
@@ -95,7 +95,7 @@ class PreferenceObjective(Objective):
         """Returns the losses and scores of the answers of a batch."""
 
     def loss(self, predictions: Predictions, answers: AnswerBatch, total: float) -> ObjectiveLoss:
-        counts = [int(example.trained.sum()) for example in answers.examples]
+        counts = [example.trained_tokens for example in answers.examples]
         parts = wide(predictions.nats()).split(counts)
         log_probs = AnswerLogProbs.of(-torch.stack([part.sum() for part in parts]), answers)
         scores = self.scores(log_probs)

@@ -85,7 +85,7 @@ class LossCells:
         of = cell_of[row_of]
         of_cells = np.zeros(end)
         np.add.at(of_cells, of, counts)
-        tokens = sum(int(example.trained.sum()) for example in examples)
+        tokens = sum(example.trained_tokens for example in examples)
         named = (
             [(item.name, *part) for item, part in zip(sets, cells_of_sets, strict=True)]
             if len(sets) > 1

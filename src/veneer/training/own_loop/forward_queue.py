@@ -48,7 +48,7 @@ class SummedLoss:
     def __init__(self, examples: Sequence[Example], compute: Callable[[], None]) -> None:
         self.examples, self._compute = examples, compute
         self.rows = len(examples)
-        self.tokens = sum(int(example.trained.sum()) for example in examples)
+        self.tokens = sum(example.trained_tokens for example in examples)
         self._losses: dict[int, Tensor] = {}
         self._sum: float | None = None
         self._fault: VeneerError | None = None
