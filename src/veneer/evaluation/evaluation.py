@@ -94,9 +94,8 @@ def evaluate(
         against           of the other predictions: {loss, metric: other, difference, interval}
 
     nats   examples -> (N, 2), on this base with its active adapters
-    Raises DataError for rows that a metric cannot be computed on, before anything is computed;
-        DivergedError for rows
-    whose loss is not finite.
+    Raises DataError for rows that a metric cannot be computed on, before anything is computed, and
+    DivergedError for rows whose loss is not finite.
     """
     report = progress or (lambda label, done, total: None)
     if choices.predictions is not None:
