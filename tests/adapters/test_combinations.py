@@ -223,7 +223,7 @@ def test_a_cell_of_the_table_is_the_dense_sum_on_every_way_or_refused_on_every_w
                 {identity: tuple((base.attachments[name], w) for name, w in identity)}
             )
         ),
-        headline(lambda: world.residents.front_places(served)),
+        headline(lambda: world.residents.prefix_length(served)),
     ]
     base.use(None)
     alone = [content for content in contents if not content.adds_up]

@@ -51,14 +51,16 @@ class Memory:
     def open(self, text: Text, *, spare: int = 0) -> bool:
         chain = self.blocks.chain(text.adapter, text.salt)
         chain.reach(len(text.tokens), text.between)
-        text.table = self.blocks.open(chain, len(text.tokens), front_places=text.front, spare=spare)
+        text.table = self.blocks.open(
+            chain, len(text.tokens), prefix_length=text.front, spare=spare
+        )
         if text.table is not None:
             text.computed = text.table.cached
         return text.table is not None
 
     def compute(self, text: Text, tokens: int | None = None) -> None:
-        self.places.prepare(self.blocks.fronts, self.blocks.copies)
-        self.blocks.done(self.blocks.fronts, self.blocks.copies)
+        self.places.prepare(self.blocks.prefix_writes, self.blocks.copies)
+        self.blocks.done(self.blocks.prefix_writes, self.blocks.copies)
         stop = len(text.tokens) if tokens is None else min(text.computed + tokens, len(text.tokens))
         for place in range(text.computed, stop):
             self.places.write(text.table, place, text.contents(place))
@@ -70,7 +72,7 @@ class Memory:
         copied = {copy.target: copy.source for copy in self.blocks.copies}
         for place in range(text.computed):
             assert self.places.read(text.table, place, copied) == text.contents(place)
-        assert self.places.front_holds(text.table, self.blocks.fronts)
+        assert self.places.front_holds(text.table, self.blocks.prefix_writes)
 
     def run(
         self, tokens: list[int], adapter: Identity = (), *, salt: str = "", front: int = 0
@@ -231,10 +233,10 @@ def test_each_table_waits_for_its_own_prefix_and_copies_alone():
     memory.open(one)
     fork = memory.blocks.fork(plain.table, 2)
     assert fork is not None
-    assert memory.blocks.pending(one.table) == (memory.blocks.fronts, ())
+    assert memory.blocks.pending(one.table) == (memory.blocks.prefix_writes, ())
     assert memory.blocks.pending(fork) == ((), memory.blocks.copies)
     assert memory.blocks.pending(plain.table) == ((), ())
-    assert len(memory.blocks.fronts) == len(memory.blocks.copies) == 1
+    assert len(memory.blocks.prefix_writes) == len(memory.blocks.copies) == 1
 
 
 def test_a_fork_at_the_end_of_a_block_copies_nothing():
@@ -247,22 +249,22 @@ def test_a_fork_at_the_end_of_a_block_copies_nothing():
 def test_a_trained_prefix_is_held_once_for_all_requests_of_its_adapter():
     memory = Memory(manager(9))
     one = memory.run([1, 2], ONE, front=6)
-    assert len(one.table.front) == 2
+    assert len(one.table.prefix_blocks) == 2
     again = Text([3, 4], ONE, front=6)
     memory.open(again)
-    assert again.table.front == one.table.front
-    assert memory.blocks.fronts == ()
+    assert again.table.prefix_blocks == one.table.prefix_blocks
+    assert memory.blocks.prefix_writes == ()
     other = Text([1, 2], TWO, front=6)
     memory.open(other)
-    assert not set(other.table.front) & set(one.table.front)
-    assert [front.adapter for front in memory.blocks.fronts] == [TWO]
+    assert not set(other.table.prefix_blocks) & set(one.table.prefix_blocks)
+    assert [front.adapter for front in memory.blocks.prefix_writes] == [TWO]
     memory.blocks.close(other.table)  # before it was written
-    assert memory.blocks.fronts == ()
+    assert memory.blocks.prefix_writes == ()
     memory.blocks.check()
     for text in (one, again):
         memory.blocks.close(text.table)
     memory.open(again)
-    assert memory.blocks.fronts == (), "it was still there"
+    assert memory.blocks.prefix_writes == (), "it was still there"
 
 
 def test_a_prefix_whose_room_was_needed_is_written_again():
@@ -270,7 +272,7 @@ def test_a_prefix_whose_room_was_needed_is_written_again():
     memory.blocks.close(memory.run([1], ONE, front=6).table)
     memory.blocks.close(memory.run([5] * 9).table)
     assert memory.open(Text([1], ONE, front=6))
-    assert [front.places for front in memory.blocks.fronts] == [6]
+    assert [front.places for front in memory.blocks.prefix_writes] == [6]
     memory.blocks.check()
 
 
@@ -390,7 +392,7 @@ class Books(RuleBasedStateMachine):
                 self.memory.blocks.close(text.table)
             self.memory.blocks.check()
             assert self.memory.blocks.available == self.memory.blocks.num_blocks
-            assert self.memory.blocks.fronts == self.memory.blocks.copies == ()
+            assert self.memory.blocks.prefix_writes == self.memory.blocks.copies == ()
 
 
 Books.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -329,7 +329,7 @@ def test_a_step_that_did_not_fit_into_memory_is_planned_again_and_smaller():
         plan = toy.plan()
         toy.scheduler.undo_step()
         smaller = toy.plan(most_tokens=3)
-        assert smaller.fronts == plan.fronts and smaller.copies == plan.copies
+        assert smaller.prefix_writes == plan.prefix_writes and smaller.copies == plan.copies
         toy.finish(smaller, {})
     assert all(toy.right(s) and s.reason is FinishReason.LENGTH for s in (*choices, behind))
 

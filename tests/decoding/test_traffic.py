@@ -66,7 +66,7 @@ class Traffic(RuleBasedStateMachine):
         except QueueFullError as fault:
             assert fault.waiting + request.choices > 12 >= fault.waiting
         except DoesNotFitError:
-            needed = math.ceil(request.most_places / SIZE)
+            needed = math.ceil(request.max_positions / SIZE)
             assert (
                 needed > self.toy.blocks.num_blocks
                 or len(request.adapter) > self.toy.scheduler.limits.max_adapters

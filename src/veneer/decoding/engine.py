@@ -134,12 +134,12 @@ class Engine:
                 results = self._results(plan)
             except Exception as fault:
                 self._undo()
-                return self._let_go([*ended, *self._each_alone(plan, fault)])
+                return self._drop_ended([*ended, *self._each_alone(plan, fault)])
             except BaseException:  # the next step begins as if this one had not
                 self._undo()
                 raise
             if results is not None:
-                return self._let_go([*ended, *self.scheduler.finish_step(*results)])
+                return self._drop_ended([*ended, *self.scheduler.finish_step(*results)])
             self._undo()
             tokens = sum(span.rows for span in plan.spans)
             most = max(1, tokens // 2)
@@ -249,7 +249,7 @@ class Engine:
             )
         return sampler
 
-    def _let_go(self, ended: list[Answer]) -> list[Answer]:
+    def _drop_ended(self, ended: list[Answer]) -> list[Answer]:
         for answer in ended:
             self._samplers.pop(answer.number, None)
         if ended:  # their adapters may be dropped

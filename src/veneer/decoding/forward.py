@@ -156,10 +156,10 @@ class PagedForward:
             self._last = plan.number, paged_step
         return logits
 
-    def write(self, front: PrefixWrite, prefix: PrefixLayer) -> None:
+    def write(self, prefix_write: PrefixWrite, prefix: PrefixLayer) -> None:
         """Writes a trained prefix into its blocks."""
         for number, (key, value) in prefix.keys().items():
-            self.keys.write(number, front.blocks, key, value)
+            self.keys.write(number, prefix_write.blocks, key, value)
 
     def let_go(self, held: Collection[Attachment]) -> None:
         """Drops references to all other adapters."""
@@ -171,7 +171,7 @@ def _rows(span: Span) -> SpanRows:
     table = span.sequence.table
     assert table is not None
     return SpanRows(
-        span.start, span.start + span.rows, table.blocks, table.front, table.front_places
+        span.start, span.start + span.rows, table.blocks, table.prefix_blocks, table.prefix_length
     )
 
 
@@ -182,7 +182,7 @@ def _single_tokens(plan: StepPlan, nobody: int, device: torch.device) -> Tensor 
     read.
     """
     tables = [span.sequence.table for span in plan.spans]
-    if any(table is None or table.front for table in tables) or not tables:
+    if any(table is None or table.prefix_blocks for table in tables) or not tables:
         return None
     if any(span.rows != 1 for span in plan.spans):
         return None

@@ -26,14 +26,14 @@ from veneer.decoding.engine import BLOCK_SLOTS, Engine, bytes_per_token
 from veneer.decoding.proof import decodes_packed, loops
 from veneer.decoding.rereading import answer_by_rereading
 from veneer.decoding.sampling.sampling import Sampling, seed_of
-from veneer.decoding.schedule.adapters import FixedAdapters, front_places
+from veneer.decoding.schedule.adapters import FixedAdapters, prefix_length
 from veneer.decoding.schedule.blocks import Identity
 from veneer.decoding.schedule.limits import Limits
 from veneer.decoding.schedule.lookup import LookupMode, check_lookup
 from veneer.decoding.schedule.sequence import Request
 from veneer.decoding.schedule.sequence import Sequence as Answer
 from veneer.errors import ConfigError
-from veneer.execution.proofs.model import in_front
+from veneer.execution.proofs.model import acting_prefix_length
 from veneer.execution.switches import forget_lengths, switches
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
@@ -162,9 +162,9 @@ class _GenerationRun:
 
 def _by_switch(run: _GenerationRun) -> tuple[list[int], list[int]]:
     """Divides prompt numbers: those whose longest text is read like a short one, and the rest."""
-    lengths, front = switches(run.base.config), in_front(run.base.model)
+    lengths, prefix = switches(run.base.config), acting_prefix_length(run.base.model)
     first = lengths.side(0)
-    reach = [front + len(ids) + limit for ids, limit in zip(run.prompts, run.limits, strict=True)]
+    reach = [prefix + len(ids) + limit for ids, limit in zip(run.prompts, run.limits, strict=True)]
     plain = [i for i, length in enumerate(reach) if lengths.side(length) == first]
     return plain, [i for i, length in enumerate(reach) if lengths.side(length) != first]
 
@@ -179,12 +179,12 @@ def _by_engine(run: _GenerationRun, numbers: Sequence[int]) -> None:
         )
     # The engine is used for this run only, so the name is arbitrary.
     acting: Identity = (("what acts", 1.0),) if applied else ()
-    front, slots = front_places(applied), BLOCK_SLOTS
+    prefix, slots = prefix_length(applied), BLOCK_SLOTS
     blocks_needed = [-(-(len(run.prompts[i]) + run.limits[i]) // slots) for i in numbers]
     most = max(min(sum(blocks_needed), KEYS_TOKENS // slots), max(blocks_needed))
     # So few rows that none is preempted.
     rows = max(1, min(ROWS, len(numbers), KEYS_TOKENS // slots // max(blocks_needed)))
-    spare = rows + -(-front // slots)  # the scheduler keeps a free block for each running sequence
+    spare = rows + -(-prefix // slots)  # the scheduler keeps a free block for each running sequence
     engine = Engine(
         base,
         budget_bytes=(most + spare) * slots * bytes_per_token(base),

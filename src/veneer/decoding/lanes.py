@@ -22,9 +22,9 @@ from veneer.decoding.schedule.adapters import (
     AdapterSource,
     LaidOutAdapter,
     changes_rows_alone,
+    lay_out_factors,
     mix_of,
     prefixes,
-    updating,
 )
 from veneer.decoding.schedule.blocks import BlockManager, Identity
 from veneer.decoding.schedule.step_plan import StepPlan
@@ -80,17 +80,17 @@ class Lane:
             self.acting = (parts, filler), in_step(parts, self._cache).padded(filler)
             self._cache = self.acting[1].plan
             if few_rows.takes_updates(1, base.dtype, base.device):
-                self._cache.mix = mix_of(self.acting[1].parts, self._updating, base.dtype)
+                self._cache.mix = mix_of(self.acting[1].parts, self._laid_out_adapter, base.dtype)
         return self.acting[1]
 
-    def _updating(self, adapter: Attachment) -> LaidOutAdapter:
+    def _laid_out_adapter(self, adapter: Attachment) -> LaidOutAdapter:
         """Returns the adapter's factors, laid out once while it is loaded or an answer uses it."""
         if adapter.laid_out is not None:
             laid_out: LaidOutAdapter = adapter.laid_out
             return laid_out
         if (laid := self._laid_out.get(adapter)) is None:
             assert self._cache is not None
-            laid = self._laid_out[adapter] = updating(adapter, self._cache, self._base.dtype)
+            laid = self._laid_out[adapter] = lay_out_factors(adapter, self._cache, self._base.dtype)
         return laid
 
 
@@ -112,9 +112,9 @@ class Lanes:
     def logits(self, plan: StepPlan) -> list[Computed]:
         """Writes prefixes, copies blocks, and computes the logits of all spans, each in one of the
         two forwards."""
-        for front in plan.fronts:
-            (prefix,) = prefixes(self._adapters.applied(front.adapter))
-            self.exact.forward.write(front, prefix)
+        for prefix_write in plan.prefix_writes:
+            (prefix,) = prefixes(self._adapters.applied(prefix_write.adapter))
+            self.exact.forward.write(prefix_write, prefix)
         other_identities = {identity for identity, _ in plan.parts if not self._is_exact(identity)}
         other_numbers = [
             n

@@ -35,7 +35,7 @@ from veneer.execution.layer_step import (
 from veneer.execution.model_start import ModelStart, embedding_scale, find_start
 from veneer.execution.paged import PagedStep
 from veneer.execution.part_facts import find_norm
-from veneer.execution.proofs.model import in_front, some_ids, structure
+from veneer.execution.proofs.model import acting_prefix_length, some_ids, structure
 from veneer.execution.proofs.same_values import remember_by_values
 from veneer.execution.proofs.small_copy import NoCopyError, small_copy
 from veneer.execution.proofs.steps import Run, read_and_continued
@@ -80,7 +80,7 @@ class LayersForward:
         """Whether all parts are in their places and no prefix acts, which only the model's own
         forward reads."""
         in_place = all(a is b.module for a, b in zip(self.inner.layers, self.layers, strict=True))
-        return in_place and in_front(self.model) == 0
+        return in_place and acting_prefix_length(self.model) == 0
 
     @property
     def has_dense_head(self) -> bool:

@@ -99,7 +99,7 @@ class PagedStep:
         )
 
     def _spans_with(self, prefix: Sequence[tuple[slice, Pair | None]]) -> Spans:
-        """Without the fronts of those whose prefix has nothing for this layer."""
+        """Without the prefix of spans whose prefix has nothing for this layer."""
         if all(pair is not None for _, pair in prefix):
             return self.spans
         starts = accumulate((span.stop - span.start for span in self.spans.spans), initial=0)
@@ -107,11 +107,11 @@ class PagedStep:
             next((pair for rows, pair in prefix if start < rows.stop), None) for start in starts
         ]
         bare = tuple(
-            n for n, span in enumerate(self.spans.spans) if span.front and first[n] is None
+            n for n, span in enumerate(self.spans.spans) if span.prefix_blocks and first[n] is None
         )
         if bare not in self._fewer:
             fewer = [
-                s._replace(front=(), front_places=0) if n in bare else s
+                s._replace(prefix_blocks=(), prefix_length=0) if n in bare else s
                 for n, s in enumerate(self.spans.spans)
             ]
             self._fewer[bare] = Spans(fewer, self.keys.tokens_per_block)

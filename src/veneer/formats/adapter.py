@@ -285,8 +285,8 @@ class AdapterSummary:
 def read_summary(folder: Path) -> AdapterSummary:
     """Reads the summary without the tensors. Raises what read_adapter raises."""
     _, _, file, tokens, _ = read_settings(folder)
-    contents = ((PREFIX,) if file.front_places else ()) + ((TOKENS,) if tokens is not None else ())
-    return AdapterSummary(file.front_places, contents)
+    contents = ((PREFIX,) if file.prefix_length else ()) + ((TOKENS,) if tokens is not None else ())
+    return AdapterSummary(file.prefix_length, contents)
 
 
 def read_settings(

@@ -70,7 +70,7 @@ class BottleneckFile:
         return self.fields.base_model_name_or_path
 
     @property
-    def front_places(self) -> int:
+    def prefix_length(self) -> int:
         return 0
 
     def settings(self, tensors: Mapping[str, Tensor]) -> Bottleneck:

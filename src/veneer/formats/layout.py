@@ -44,7 +44,7 @@ class FileSettings(Protocol):
     def base_model_name_or_path(self) -> str | None: ...
 
     @property
-    def front_places(self) -> int:
+    def prefix_length(self) -> int:
         """Returns the number of positions of its prefix, in front of every text."""
 
     def settings(self, tensors: Mapping[str, Tensor]) -> AdapterConfig:

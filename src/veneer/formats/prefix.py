@@ -75,7 +75,7 @@ class PrefixFile:
         return self.peft.base_model_name_or_path
 
     @property
-    def front_places(self) -> int:
+    def prefix_length(self) -> int:
         return self.peft.num_virtual_tokens
 
     def settings(self, tensors: Mapping[str, Tensor]) -> Prefix:

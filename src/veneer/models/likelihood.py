@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from veneer.data.batching import Batch, by_length, make_batch
 from veneer.data.examples import Example
 from veneer.execution.attention import hidden_states
-from veneer.execution.proofs.model import in_front
+from veneer.execution.proofs.model import acting_prefix_length
 from veneer.kernels.dense.loss import CHUNK
 from veneer.kernels.layout import round_up
 from veneer.kernels.wide import wide
@@ -39,7 +39,7 @@ def example_nats(
     longest = max((len(e.ids) for e in examples), default=1)
     batch = max(batch, SHORT_TOKENS // longest)
     for rows in by_length(examples, batch):
-        groups = paths.together([examples[i] for i in rows], in_front(model))
+        groups = paths.together([examples[i] for i in rows], acting_prefix_length(model))
         for numbers in ([rows[i] for i in group] for group in groups):
             packed_batch = make_batch(
                 [examples[i] for i in numbers],

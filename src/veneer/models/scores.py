@@ -22,7 +22,7 @@ from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import Batch, by_length, used_length
 from veneer.data.examples import Example
 from veneer.data.joint_batch import join_batches
-from veneer.execution.proofs.model import in_front
+from veneer.execution.proofs.model import acting_prefix_length
 from veneer.models.step import ComputePaths, batch_of, parts_of, token_losses
 
 FORWARD_TOKENS = 8192
@@ -129,10 +129,10 @@ def _forwards(
     """Yields the parts of each forward: the number of a request, and numbers of its examples."""
     longest = max((used_length(e) for request in requests for e in request.examples), default=1)
     batch_rows = max(batch_rows, FORWARD_TOKENS // (max(longest, 1) * max(len(requests), 1)))
-    parts_by_request, fronts = [], []
+    parts_by_request, prefix_lengths = [], []
     for request in requests:
         with routing.held(Acting.everywhere(request.adapters)):
-            fronts.append(in_front(model))
+            prefix_lengths.append(acting_prefix_length(model))
             order = by_length(request.examples, batch_rows)
             parts_by_request.append([*parts_of(model, paths, request.examples, order)])
     forward: list[tuple[int, list[int]]] = []
@@ -141,7 +141,7 @@ def _forwards(
         for number, part in enumerate(parts):
             if part is None:
                 continue
-            own = [fronts[number] + used_length(requests[number].examples[i]) for i in part]
+            own = [prefix_lengths[number] + used_length(requests[number].examples[i]) for i in part]
             fits = sum(lengths) + sum(own) <= FORWARD_TOKENS
             if forward and not (fits and len(paths.groups_of_lengths(lengths + own)) == 1):
                 yield forward

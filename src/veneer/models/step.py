@@ -29,7 +29,7 @@ from veneer.data.examples import Example
 from veneer.errors import RefusedError
 from veneer.execution.attention import LayoutAttention, hidden_states, packed_arguments, take_packed
 from veneer.execution.proofs.model import (
-    in_front,
+    acting_prefix_length,
     prove_head,
     prove_packing,
     structure,
@@ -92,12 +92,12 @@ class ComputePaths:
             *unused,
         ]
 
-    def together(self, examples: Sequence[Example], in_front: int) -> list[list[int]]:
+    def together(self, examples: Sequence[Example], prefix_length: int) -> list[list[int]]:
         """Groups example numbers into forwards that give each example its own results.
 
         in_front   number of prefix tokens in front of every row
         """
-        return self.groups_of_lengths([in_front + used_length(e) for e in examples])
+        return self.groups_of_lengths([prefix_length + used_length(e) for e in examples])
 
     def groups_of_lengths(self, lengths: Sequence[int]) -> list[list[int]]:
         """Groups examples like `together`. lengths: tokens of each example and of its prefix"""
@@ -337,7 +337,7 @@ def parts_of(
 ) -> Iterator[list[int]]:
     """Divides each list of rows into the forwards that the paths require."""
     for numbers in rows:
-        for group in paths.together([examples[i] for i in numbers], in_front(model)):
+        for group in paths.together([examples[i] for i in numbers], acting_prefix_length(model)):
             yield [numbers[i] for i in group]
 
 

@@ -20,7 +20,7 @@ from veneer.data.large import training_data
 from veneer.data.load import DataSet
 from veneer.data.template.new_tokens import bring, extended, room_with
 from veneer.errors import RefusedError, fits_memory
-from veneer.execution.proofs.model import in_front
+from veneer.execution.proofs.model import acting_prefix_length
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase, hidden_size
 from veneer.models.initial_values import FreshAdapter
@@ -227,7 +227,7 @@ def _refuse_divided_rows(inputs: TrainingInputs) -> None:
     """Raises RefusedError if answers that are compared cannot be computed in one forward."""
     paths, rows = inputs.paths, inputs.rows
     with inputs.routing.held(Acting.everywhere(inputs.adapters)):
-        prefix = in_front(inputs.model)
+        prefix = acting_prefix_length(inputs.model)
     for row in range(len(rows.lengths)):
         examples = [inputs.train[number] for number in rows.examples([row])]
         if len(paths.together(examples, prefix)) > 1:

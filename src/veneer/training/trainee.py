@@ -28,7 +28,7 @@ from torch import Tensor
 from veneer.adapters.placement.acting import Acting
 from veneer.data.batching import EpochPlan, plan_epoch, used_length
 from veneer.errors import fits_memory
-from veneer.execution.proofs.model import in_front
+from veneer.execution.proofs.model import acting_prefix_length
 from veneer.formats.manifest import HeldOut
 from veneer.models.step import parts_of
 from veneer.training.best import read_best
@@ -234,7 +234,7 @@ class Trainee:
     def next_lengths(self) -> list[int]:
         """Counts the tokens of each example of the next micro-batch, with those of a prefix."""
         with self.acting():
-            prefix = in_front(self.inputs.model)
+            prefix = acting_prefix_length(self.inputs.model)
         return [prefix + length for length in self.gradient.next_lengths()]
 
     def begin_trial(self) -> None:

@@ -520,10 +520,10 @@ def test_factors_of_adapters_that_went_are_never_read_again(dtype, monkeypatch):
     with monkeypatch.context() as patch:
         never(patch)
         expected = traffic(engine_of(base, identities), identities, monkeypatch)
-    engine, right, updating = engine_of(base, identities), Engine.step, Lane._updating
+    engine, right, laid_out = engine_of(base, identities), Engine.step, Lane._laid_out_adapter
 
     def noted(own, adapter):
-        found = updating(own, adapter)
+        found = laid_out(own, adapter)
         if found[0] is not None:
             SEEN[adapter] = found
         return found
@@ -536,7 +536,7 @@ def test_factors_of_adapters_that_went_are_never_read_again(dtype, monkeypatch):
 
     SEEN.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(Lane, "_updating", noted)
+        patch.setattr(Lane, "_laid_out_adapter", noted)
         patch.setattr(Engine, "step", step)
         found = traffic(engine, identities, monkeypatch)
     assert same(found, expected) and not SEEN

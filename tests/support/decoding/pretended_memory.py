@@ -38,7 +38,9 @@ class PretendedMemory:
     def front_holds(self, table: BlockTable, unwritten: Iterable[PrefixWrite] = ()) -> bool:
         """Whether the trained prefix stands in front, or is still to be written there."""
         waiting = {block for front in unwritten for block in front.blocks}
-        at = ((table.front[place // self.size], place) for place in range(table.front_places))
+        at = (
+            (table.prefix_blocks[place // self.size], place) for place in range(table.prefix_length)
+        )
         return all(
             block in waiting
             or self.places[block, place % self.size] == ("front", table.chain.adapter, place)

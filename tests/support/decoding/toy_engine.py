@@ -108,7 +108,7 @@ class Toy:
             self.offered.add(adapter)
         return state
 
-    def settle(self) -> list[str]:
+    def take_removed(self) -> list[str]:
         self.offered.clear()
         gone, self.gone = self.gone, []
         return gone
@@ -149,7 +149,7 @@ class Toy:
         return plan
 
     def finish(self, plan: StepPlan, instead: dict[int, SampleResult]) -> None:
-        self.memory.prepare(plan.fronts, plan.copies)
+        self.memory.prepare(plan.prefix_writes, plan.copies)
         for (
             span
         ) in plan.spans:  # as in a layer of a model: all keys and values are written, then read
@@ -210,7 +210,7 @@ class Toy:
                 < span.stop
                 <= s.length
                 <= s.length + len(span.guesses)
-                <= min(len(s.table.blocks) * self.memory.size, s.request.most_places)
+                <= min(len(s.table.blocks) * self.memory.size, s.request.max_positions)
             )
             assert not span.guesses or span.draws == (s,)
             assert (s in span.draws) == (span.stop == s.length)
@@ -226,7 +226,7 @@ class Toy:
         assert self.scheduler.idle
         assert self.blocks.available == self.blocks.num_blocks
         assert not +self.held
-        assert self.blocks.fronts == self.blocks.copies == ()
+        assert self.blocks.prefix_writes == self.blocks.copies == ()
 
     def right(self, s: Sequence) -> bool:
         """Whether its tokens are those that it gets alone, all of them or, if it was ended, the

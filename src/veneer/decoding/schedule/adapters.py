@@ -37,7 +37,7 @@ class AdapterSource(Protocol):
         """Returns the tokens of its trained prefix (0 without one), or None if it is not ready yet.
         Raises a VeneerError if it never will be."""
 
-    def settle(self) -> Collection[str]:
+    def take_removed(self) -> Collection[str]:
         """Called after the last `ready` of a step. Returns content hashes of adapters that were
         removed; the cached keys and values of these can be dropped."""
 
@@ -56,7 +56,7 @@ class FixedAdapters:
 
     def __init__(self, applied: Mapping[Identity, Applied]) -> None:
         self._applied = dict(applied)
-        self._places = {identity: front_places(adapters) for identity, adapters in applied.items()}
+        self._places = {identity: prefix_length(adapters) for identity, adapters in applied.items()}
 
     def expect(self, identity: Identity) -> None:
         self.ready(identity)
@@ -66,7 +66,7 @@ class FixedAdapters:
             raise ConfigError(f"adapter {identity} is not attached", next_step="Name one that is.")
         return self._places[identity]
 
-    def settle(self) -> Collection[str]:
+    def take_removed(self) -> Collection[str]:
         return ()
 
     def hold(self, identity: Identity) -> None: ...
@@ -107,7 +107,7 @@ def changes_rows_alone(adapter: Attachment) -> bool:
     return not _plain_loras(adapter)[1]
 
 
-def updating(adapter: Attachment, plan: UpdateCache, dtype: torch.dtype) -> LaidOutAdapter:
+def lay_out_factors(adapter: Attachment, plan: UpdateCache, dtype: torch.dtype) -> LaidOutAdapter:
     """Lays out an adapter's factors in this type. plan: caches the layouts."""
     layers, others = _plain_loras(adapter)
     table = (
@@ -121,7 +121,7 @@ def lay_out(adapter: Attachment, dtype: torch.dtype, device: torch.device, most_
     takes; 0 if nothing was laid out, or it would take more than most_bytes."""
     if not few_rows.takes_updates(1, dtype, device):
         return 0
-    laid_out = updating(adapter, UpdateCache(), dtype)
+    laid_out = lay_out_factors(adapter, UpdateCache(), dtype)
     bytes_needed = 0 if laid_out[0] is None else laid_out[0].bytes
     if bytes_needed > most_bytes:
         return 0
@@ -147,7 +147,7 @@ def mix_of(
     return AdapterMix(entries, dtype, other_keys)
 
 
-def front_places(applied: Applied) -> int:
+def prefix_length(applied: Applied) -> int:
     """Returns the length of the trained prefix, 0 without one. Raises ConfigError if the adapters
     cannot act together."""
     check_together(applied)

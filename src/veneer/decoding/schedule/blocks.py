@@ -10,7 +10,7 @@
 
 Only full blocks are shared, so no sequence writes where another one reads. Blocks are numbers here;
 this module knows nothing of tensors, layers and sequences. One thread calls it: it carries out
-`fronts` and `copies`, computes, and then calls `done`.
+`prefix_writes` and `copies`, computes, and then calls `done`.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class BlockNames:
             for content, weight in adapter
             for part in (content.encode(), struct.pack("<d", weight))
         ]
-        self.front = _name(base.encode(), *acting)
+        self.prefix_name = _name(base.encode(), *acting)
         """Name of the adapter's trained prefix."""
-        self.root = _name(self.front, salt.encode())
+        self.root = _name(self.prefix_name, salt.encode())
         self.names: list[bytes] = []
 
     def reach(self, places: int, between: Callable[[int, int], Sequence[int]]) -> None:
@@ -75,7 +75,8 @@ class BlockNames:
         differently."""
         chain = object.__new__(BlockNames)
         chain.adapter, chain.tokens_per_block = self.adapter, self.tokens_per_block
-        chain.front, chain.root, chain.names = self.front, self.root, self.names[:blocks]
+        chain.prefix_name, chain.root = self.prefix_name, self.root
+        chain.names = self.names[:blocks]
         return chain
 
 
@@ -90,15 +91,15 @@ def _name(*parts: bytes) -> bytes:
 class BlockTable:
     """The blocks of one sequence. blocks[i] has the tokens from i * tokens_per_block on.
 
-    front    blocks of the trained prefix, in front of the others
-    cached   number of tokens whose keys and values were cached
-    full     number of blocks that are computed to their end
+    prefix_blocks  blocks of the trained prefix, in front of the others
+    cached         number of tokens whose keys and values were cached
+    full           number of blocks that are computed to their end
     """
 
     chain: BlockNames
     blocks: list[int] = field(default_factory=list)
-    front: tuple[int, ...] = ()
-    front_places: int = 0
+    prefix_blocks: tuple[int, ...] = ()
+    prefix_length: int = 0
     cached: int = 0
     full: int = 0
 
@@ -136,8 +137,8 @@ class BlockManager:
         self._references = [0] * self.num_blocks
         self._blocks_by_name: dict[bytes, int] = {}
         self._names: dict[int, tuple[bytes, Identity]] = {}
-        self._fronts: dict[bytes, PrefixWrite] = {}
-        self._front_of: dict[int, bytes] = {}
+        self._prefixes: dict[bytes, PrefixWrite] = {}
+        self._prefix_of: dict[int, bytes] = {}
         self._tables: dict[int, BlockTable] = {}
         self._unwritten: dict[int, PrefixWrite] = {}  # by first block
         self._copies: dict[int, BlockCopy] = {}  # by target
@@ -163,7 +164,7 @@ class BlockManager:
         return len(self._blocks_by_name)
 
     @property
-    def fronts(self) -> tuple[PrefixWrite, ...]:
+    def prefix_writes(self) -> tuple[PrefixWrite, ...]:
         """Trained prefixes that must be written before anything is computed."""
         return tuple(self._unwritten.values())
 
@@ -171,6 +172,10 @@ class BlockManager:
     def copies(self) -> tuple[BlockCopy, ...]:
         """Blocks that must be copied before anything is computed. No source is a target."""
         return tuple(self._copies.values())
+
+    @property
+    def has_writes(self) -> bool:
+        return bool(self._unwritten or self._copies)
 
     def knows(self, name: bytes) -> bool:
         """Whether a full block of this name is cached."""
@@ -186,12 +191,12 @@ class BlockManager:
         return BlockNames(self.base, adapter, salt, self.tokens_per_block)
 
     def open(
-        self, chain: BlockNames, places: int, *, front_places: int = 0, spare: int = 0
+        self, chain: BlockNames, places: int, *, prefix_length: int = 0, spare: int = 0
     ) -> BlockTable | None:
         """Opens a table with room for `places` tokens, using cached blocks of the same text.
 
         chain         names of the text so far; at least one of the tokens is left to compute
-        front_places  tokens of the adapter's trained prefix
+        prefix_length  tokens of the adapter's trained prefix
         spare         number of blocks that must stay available
         Returns None, with nothing changed, if there is no room.
         """
@@ -200,20 +205,22 @@ class BlockManager:
             if name not in self._blocks_by_name:
                 break
             cached.append(self._blocks_by_name[name])
-        front = self._fronts.get(chain.front) if front_places else None
-        shared = [*cached, *(front.blocks if front else ())]
+        prefix = self._prefixes.get(chain.prefix_name) if prefix_length else None
+        shared = [*cached, *(prefix.blocks if prefix else ())]
         new_blocks = self.blocks_for(places) - len(cached)
-        new_front = self.blocks_for(front_places) if front is None else 0
+        new_prefix_blocks = self.blocks_for(prefix_length) if prefix is None else 0
         left = self.available - sum(block in self._idle for block in shared)
-        if new_blocks + new_front + spare > left:
+        if new_blocks + new_prefix_blocks + spare > left:
             return None
         for block in shared:
             self._hold(block)
         cached_tokens = len(cached) * self.tokens_per_block
         table = BlockTable(chain, cached, cached=cached_tokens, full=len(cached))
-        if front_places:
-            table.front = front.blocks if front else self._new_front(chain, front_places)
-            table.front_places = front_places
+        if prefix_length:
+            table.prefix_blocks = (
+                prefix.blocks if prefix else self._new_prefix(chain, prefix_length)
+            )
+            table.prefix_length = prefix_length
         table.blocks += [self._take() for _ in range(new_blocks)]
         self._tables[id(table)] = table
         return table
@@ -258,12 +265,12 @@ class BlockManager:
         fork = BlockTable(
             table.chain.first(full),
             table.blocks[:full],
-            table.front,
-            table.front_places,
+            table.prefix_blocks,
+            table.prefix_length,
             table.cached,
             full,
         )
-        for block in (*fork.blocks, *fork.front):
+        for block in (*fork.blocks, *fork.prefix_blocks):
             self._hold(block)
         if rest:
             source, target = table.blocks[full], self._take()
@@ -280,25 +287,27 @@ class BlockManager:
             if block in self._copies:
                 self._release(self._copies.pop(block).source)
             self._release(block)
-        for block in table.front:
+        for block in table.prefix_blocks:
             self._release(block)
-        if table.front and not self._references[table.front[0]]:
-            unwritten = self._unwritten.pop(table.front[0], None)
-            if unwritten is not None and self._fronts.get(table.chain.front) is unwritten:
-                self._drop_front(table.chain.front)
-        table.blocks, table.front, table.full, table.cached = [], (), 0, 0
+        if table.prefix_blocks and not self._references[table.prefix_blocks[0]]:
+            unwritten = self._unwritten.pop(table.prefix_blocks[0], None)
+            if unwritten is not None and self._prefixes.get(table.chain.prefix_name) is unwritten:
+                self._drop_prefix(table.chain.prefix_name)
+        table.blocks, table.prefix_blocks, table.full, table.cached = [], (), 0, 0
 
     def pending(self, table: BlockTable) -> tuple[tuple[PrefixWrite, ...], tuple[BlockCopy, ...]]:
-        """Returns the `fronts` and `copies` that this table needs."""
-        fronts = [self._unwritten[block] for block in table.front[:1] if block in self._unwritten]
-        return tuple(fronts), tuple(
+        """Returns the `prefix_writes` and `copies` that this table needs."""
+        prefix_writes = [
+            self._unwritten[block] for block in table.prefix_blocks[:1] if block in self._unwritten
+        ]
+        return tuple(prefix_writes), tuple(
             self._copies[block] for block in table.blocks if block in self._copies
         )
 
-    def done(self, fronts: Iterable[PrefixWrite], copies: Iterable[BlockCopy]) -> None:
+    def done(self, prefix_writes: Iterable[PrefixWrite], copies: Iterable[BlockCopy]) -> None:
         """Marks these as written and copied."""
-        for front in fronts:
-            self._unwritten.pop(front.blocks[0], None)
+        for prefix_write in prefix_writes:
+            self._unwritten.pop(prefix_write.blocks[0], None)
         for copy in copies:
             if self._copies.pop(copy.target, None) is not None:
                 self._release(copy.source)
@@ -314,14 +323,14 @@ class BlockManager:
             if any(content == used for used, _ in adapter):
                 del self._blocks_by_name[name], self._names[block]
                 self._free_idle(block)
-        for name, front in list(self._fronts.items()):
-            if any(content == used for used, _ in front.adapter):
-                self._drop_front(name)
+        for name, prefix in list(self._prefixes.items()):
+            if any(content == used for used, _ in prefix.adapter):
+                self._drop_prefix(name)
         return (len(self._free) - before) * self.block_bytes
 
     def check(self) -> None:
         """Raises AssertionError if the tables and counts disagree. For tests."""
-        uses = Counter(b for t in self._tables.values() for b in (*t.blocks, *t.front))
+        uses = Counter(b for t in self._tables.values() for b in (*t.blocks, *t.prefix_blocks))
         uses.update(copy.source for copy in self._copies.values())
         assert self._references == [uses[block] for block in range(self.num_blocks)]
         free, idle, used = set(self._free), set(self._idle), set(uses)
@@ -329,12 +338,12 @@ class BlockManager:
         assert free | idle | used == set(range(self.num_blocks))
         assert 0 <= self.held_bytes <= self.num_blocks * self.block_bytes <= self.budget_bytes
         assert self._blocks_by_name == {name: block for block, (name, _) in self._names.items()}
-        assert self._front_of == {
-            b: name for name, front in self._fronts.items() for b in front.blocks
+        assert self._prefix_of == {
+            b: name for name, prefix in self._prefixes.items() for b in prefix.blocks
         }
-        named = self._names.keys() | self._front_of.keys()
+        named = self._names.keys() | self._prefix_of.keys()
         assert idle <= named and not free & named
-        assert not self._names.keys() & self._front_of.keys()
+        assert not self._names.keys() & self._prefix_of.keys()
         for table in self._tables.values():
             for place, block in enumerate(table.blocks):
                 if place < table.full:
@@ -354,7 +363,7 @@ class BlockManager:
     def _release(self, block: int) -> None:
         self._references[block] -= 1
         if not self._references[block]:
-            if block in self._names or block in self._front_of:
+            if block in self._names or block in self._prefix_of:
                 self._idle[block] = None
             else:
                 self._free.append(block)
@@ -363,8 +372,8 @@ class BlockManager:
         """Takes a block for new tokens. The caller has checked that one is available."""
         if not self._free:
             oldest = next(iter(self._idle))
-            if oldest in self._front_of:
-                self._drop_front(self._front_of[oldest])
+            if oldest in self._prefix_of:
+                self._drop_prefix(self._prefix_of[oldest])
             else:
                 del self._blocks_by_name[self._names.pop(oldest)[0]]
                 self._free_idle(oldest)
@@ -377,14 +386,14 @@ class BlockManager:
             del self._idle[block]
             self._free.append(block)
 
-    def _new_front(self, chain: BlockNames, places: int) -> tuple[int, ...]:
+    def _new_prefix(self, chain: BlockNames, places: int) -> tuple[int, ...]:
         blocks = tuple(self._take() for _ in range(self.blocks_for(places)))
-        front = PrefixWrite(chain.adapter, blocks, places)
-        self._fronts[chain.front] = self._unwritten[blocks[0]] = front
-        self._front_of.update(dict.fromkeys(blocks, chain.front))
+        prefix = PrefixWrite(chain.adapter, blocks, places)
+        self._prefixes[chain.prefix_name] = self._unwritten[blocks[0]] = prefix
+        self._prefix_of.update(dict.fromkeys(blocks, chain.prefix_name))
         return blocks
 
-    def _drop_front(self, name: bytes) -> None:
-        for block in self._fronts.pop(name).blocks:
-            del self._front_of[block]
+    def _drop_prefix(self, name: bytes) -> None:
+        for block in self._prefixes.pop(name).blocks:
+            del self._prefix_of[block]
             self._free_idle(block)

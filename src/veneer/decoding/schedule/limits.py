@@ -46,35 +46,35 @@ class Limits:
             )
 
 
-def most_tokens(blocks: BlockManager, positions: int | None, front_places: int) -> int:
-    """Returns the most tokens of a prompt and its answer, behind a prefix of `front_places`."""
-    room = (blocks.num_blocks - blocks.blocks_for(front_places)) * blocks.tokens_per_block
+def most_tokens(blocks: BlockManager, positions: int | None, prefix_length: int) -> int:
+    """Returns the most tokens of a prompt and its answer, behind a prefix of `prefix_length`."""
+    room = (blocks.num_blocks - blocks.blocks_for(prefix_length)) * blocks.tokens_per_block
     tokens = room + 1  # the last token's keys and values are not needed
     if positions is not None:
-        tokens = min(tokens, positions - front_places)
+        tokens = min(tokens, positions - prefix_length)
     return max(0, tokens)
 
 
 def check_fits(
-    request: Request, blocks: BlockManager, positions: int | None, front_places: int
+    request: Request, blocks: BlockManager, positions: int | None, prefix_length: int
 ) -> None:
     """Raises DoesNotFitError if a request is too long for the model's positions or for all blocks.
-    front_places: tokens of its adapter's trained prefix."""
+    prefix_length: tokens of its adapter's trained prefix."""
     lengths = f"{len(request.prompt):,} tokens and {request.max_new_tokens:,} new ones"
-    places = front_places + len(request.prompt) + request.max_new_tokens
+    places = prefix_length + len(request.prompt) + request.max_new_tokens
     if positions is not None and places > positions:
-        prefix = f" behind its adapter's prefix of {front_places:,}" if front_places else ""
+        prefix = f" behind its adapter's prefix of {prefix_length:,}" if prefix_length else ""
         raise DoesNotFitError(
             f"{lengths}{prefix} are more than the {positions:,} positions that the model reads"
             " alike",
             next_step="Shorten the prompt, or ask for fewer new tokens.",
         )
-    front_blocks = blocks.blocks_for(front_places)
-    if front_blocks + blocks.blocks_for(request.most_places) > blocks.num_blocks:
-        front = front_blocks * blocks.tokens_per_block
-        prefix = f", its adapter's prefix for {front:,}" if front else ""
+    prefix_blocks = blocks.blocks_for(prefix_length)
+    if prefix_blocks + blocks.blocks_for(request.max_positions) > blocks.num_blocks:
+        prefix_room = prefix_blocks * blocks.tokens_per_block
+        prefix = f", its adapter's prefix for {prefix_room:,}" if prefix_room else ""
         raise DoesNotFitError(
-            f"{lengths} need room for {request.most_places:,}{prefix}; there is room for"
+            f"{lengths} need room for {request.max_positions:,}{prefix}; there is room for"
             f" {blocks.capacity:,}",
             next_step=(
                 "Shorten the prompt, ask for fewer new tokens, or give keys and values more bytes."

@@ -94,17 +94,17 @@ class Scheduler:
         """Returns the number of sequences that have not ended, by adapter, the base included."""
         return Counter(s.request.adapter for s in (*self._queues.running, *self.waiting))
 
-    def most_places(self, front_places: int = 0) -> int:
+    def max_positions(self, prefix_length: int = 0) -> int:
         """Returns the most tokens of a prompt and its answer, behind an adapter's prefix of
-        `front_places` tokens. Any thread may call this."""
-        return most_tokens(self.blocks, self.positions, front_places)
+        `prefix_length` tokens. Any thread may call this."""
+        return most_tokens(self.blocks, self.positions, prefix_length)
 
     def add(self, request: Request) -> tuple[Sequence, ...]:
         """Queues a request: one sequence per choice.
 
         Raises DoesNotFitError if it can never run, and QueueFullError if too many wait.
         """
-        check_fits(request, self.blocks, self.positions, front_places=0)
+        check_fits(request, self.blocks, self.positions, prefix_length=0)
         if (most := self.limits.max_adapters) < len(request.adapter):
             raise DoesNotFitError(
                 f"{len(request.adapter)} adapters are to act together, at most {most} can"
@@ -160,7 +160,7 @@ class Scheduler:
         order = [s for s in self._queues.running if s in takes]
         order.sort(key=lambda s: (s.request.adapter, takes[s] > 1))
         spans = tuple(self._span(s, takes[s]) for s in order)
-        return self._new_plan(spans, self.blocks.fronts, self.blocks.copies)
+        return self._new_plan(spans, self.blocks.prefix_writes, self.blocks.copies)
 
     def step_alone(self, sequence: Sequence) -> StepPlan:
         """Plans one running sequence's part of a step that failed. Has no spans if the sequence is
@@ -170,8 +170,8 @@ class Scheduler:
             return self._new_plan((), (), ())
         assert sequence.table is not None
         take = min(sequence.length - sequence.computed, self.limits.chunk_tokens)
-        fronts, copies = self.blocks.pending(sequence.table)
-        return self._new_plan((self._span(sequence, take),), fronts, copies)
+        prefix_writes, copies = self.blocks.pending(sequence.table)
+        return self._new_plan((self._span(sequence, take),), prefix_writes, copies)
 
     def finish_step(
         self,
@@ -188,7 +188,7 @@ class Scheduler:
         drawing = {s.number for span in self._plan.spans for s in span.draws}
         assert results.keys() == drawing, f"of {sorted(drawing)}, not of {sorted(results)}"
         plan, self._plan = self._plan, None
-        self.blocks.done(plan.fronts, plan.copies)
+        self.blocks.done(plan.prefix_writes, plan.copies)
         for span in plan.spans:
             self._fill(span.sequence, span.stop)
             if scores and (chances := scores.get(span.sequence.number)):
@@ -224,13 +224,13 @@ class Scheduler:
     def _new_plan(
         self,
         spans: tuple[Span, ...],
-        fronts: tuple[PrefixWrite, ...],
+        prefix_writes: tuple[PrefixWrite, ...],
         copies: tuple[BlockCopy, ...],
         follows: int | None = None,
     ) -> StepPlan:
         self._plans += 1
         self._plan = StepPlan(
-            spans, fronts, copies, self._queues.take_ended(), self._plans, follows
+            spans, prefix_writes, copies, self._queues.take_ended(), self._plans, follows
         )
         return self._plan
 
@@ -239,7 +239,7 @@ class Scheduler:
         or blocks run out."""
         if self._queues.choices or len(last.spans) != len(self._queues.running):
             return None
-        if self.blocks.fronts or self.blocks.copies:
+        if self.blocks.has_writes:
             return None
         spans, block = [], self.blocks.tokens_per_block
         for span in last.spans:
@@ -255,7 +255,7 @@ class Scheduler:
     def _plan_guesses(self) -> StepPlan | None:
         """Plans the next token of all running sequences, and guesses. Returns None without guesses,
         or if anything else is to be done."""
-        if self._lookup is None or self._queues.choices or self.blocks.fronts or self.blocks.copies:
+        if self._lookup is None or self._queues.choices or self.blocks.has_writes:
             return None
         most = self.limits.step_tokens
         spans = guessed_spans(self._lookup, self.blocks, self._queues.running, most)
@@ -318,13 +318,13 @@ class Scheduler:
             tokens -= takes[s]
             reading.update(self._queues.unread_blocks(s))
 
-    def _start(self, sequence: Sequence, front_places: int) -> bool:
+    def _start(self, sequence: Sequence, prefix_length: int) -> bool:
         """Gives a sequence blocks for all that it has to read. Returns False if there are not
         enough. One block for every running sequence stays free, so that none is preempted soon."""
         table = self.blocks.open(
             sequence.chain,
             sequence.length,
-            front_places=front_places,
+            prefix_length=prefix_length,
             spare=len(self._queues.running),
         )
         if table is None:
@@ -343,7 +343,7 @@ class Scheduler:
     # adapters
 
     def _forget_removed_adapters(self) -> None:
-        for content in self._adapters.settle():
+        for content in self._adapters.take_removed():
             self.blocks.forget(content)
 
     # sequences

@@ -121,7 +121,7 @@ class Request:
             raise ConfigError("the request is invalid", faults)
 
     @property
-    def most_places(self) -> int:
+    def max_positions(self) -> int:
         """Most tokens whose keys and values are stored: the last new one is never read."""
         return len(self.prompt) + self.max_new_tokens - 1
 
@@ -176,7 +176,7 @@ class Sequence:
     @property
     def most_left(self) -> int:
         """Most tokens that are still to be computed."""
-        return self.request.most_places - self.computed
+        return self.request.max_positions - self.computed
 
     @property
     def answer(self) -> list[int]:

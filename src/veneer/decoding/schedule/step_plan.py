@@ -49,7 +49,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class StepPlan:
-    """A step: `fronts` are written and `copies` made, in any order; then the spans are computed.
+    """A step: `prefix_writes` and `copies` are made, in any order; then the spans are computed.
 
     spans    the base's first, then adapter by adapter; in each group, single tokens before chunks,
              the oldest first
@@ -59,7 +59,7 @@ class StepPlan:
     """
 
     spans: tuple[Span, ...]
-    fronts: tuple[PrefixWrite, ...]
+    prefix_writes: tuple[PrefixWrite, ...]
     copies: tuple[BlockCopy, ...]
     ended: tuple[Sequence, ...]
     number: int = 0

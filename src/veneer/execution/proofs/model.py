@@ -36,7 +36,7 @@ def structure(model: PreTrainedModel) -> Proven:
     return facts
 
 
-def in_front(model: PreTrainedModel) -> int:
+def acting_prefix_length(model: PreTrainedModel) -> int:
     """Returns how many positions an acting prefix takes in front of every text."""
     inner = decoder(model)
     if not isinstance(inner, PrefixedDecoder):

@@ -30,7 +30,7 @@ class LowRankFile:
         return self.peft.base_model_name_or_path
 
     @property
-    def front_places(self) -> int:
+    def prefix_length(self) -> int:
         return 0
 
     def settings(self, tensors: Mapping[str, Tensor]) -> LowRank:

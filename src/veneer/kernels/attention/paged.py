@@ -39,15 +39,15 @@ from veneer.kernels.upload import sent
 class SpanRows(NamedTuple):
     """Tokens start to stop - 1 of a sequence.
 
-    blocks  blocks of the sequence
-    front   blocks of its prefix, which has `front_places` tokens
+    blocks         blocks of the sequence
+    prefix_blocks  blocks of its prefix, which has `prefix_length` tokens
     """
 
     start: int
     stop: int
     blocks: Sequence[int]
-    front: Sequence[int] = ()
-    front_places: int = 0
+    prefix_blocks: Sequence[int] = ()
+    prefix_length: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,9 @@ class Spans:
         self.slots, self.spare = slots, spare
         self.spans = spans
         tables, columns = array("i"), array("q")
-        for start, stop, blocks, front, front_places in spans:
-            columns.extend((len(tables), len(front), front_places, start, stop))
-            tables.extend(front)
+        for start, stop, blocks, prefix_blocks, prefix_length in spans:
+            columns.extend((len(tables), len(prefix_blocks), prefix_length, start, stop))
+            tables.extend(prefix_blocks)
             tables.extend(blocks)
             tables.extend(repeat(0, spare))
         self._arrays = tables, columns
@@ -166,7 +166,7 @@ class Spans:
                 if place >= self._most_blocks[n] or place >= len(span.blocks):
                     return False
                 block = number(span.blocks[place])
-                tables[columns[5 * n] + len(span.front) + place] = block
+                tables[columns[5 * n] + len(span.prefix_blocks) + place] = block
                 checked.blocks = max(checked.blocks, block + 1)
             columns[5 * n + 3], columns[5 * n + 4] = start, start + 1
         return True
@@ -259,8 +259,8 @@ def _places(span: SpanRows, slots: int) -> Tensor:
         starts = torch.tensor(blocks, dtype=torch.long)[:, None] * slots
         return (starts + torch.arange(slots)).flatten()[:count]
 
-    front = first_places(span.front, span.front_places)
-    return torch.cat([front, first_places(span.blocks, span.stop)])
+    prefix = first_places(span.prefix_blocks, span.prefix_length)
+    return torch.cat([prefix, first_places(span.blocks, span.stop)])
 
 
 def paged_attention_reference(

@@ -36,17 +36,18 @@ def paged_spans(tables: Tensor, spans: Tensor) -> PagedSpans:
     at(tables, INT32, size := tables.numel())
     at(spans, INT64, count, 5)
     rows = 0
-    for begin, front_blocks, front, start, stop in spans.tolist():
+    for begin, prefix_blocks, prefix_length, start, stop in spans.tolist():
         if (
             not 0 <= start < stop <= MOST_PLACES
-            or not 0 <= front <= front_blocks * SLOTS <= MOST_PLACES
+            or not 0 <= prefix_length <= prefix_blocks * SLOTS <= MOST_PLACES
         ):
             raise CallError(
-                f"a span from {start} to {stop} behind {front} places in {front_blocks} blocks"
+                f"a span from {start} to {stop} behind {prefix_length} places in"
+                f" {prefix_blocks} blocks"
             )
-        if not 0 <= begin <= size - front_blocks - -(-stop // SLOTS):
+        if not 0 <= begin <= size - prefix_blocks - -(-stop // SLOTS):
             raise CallError(
-                f"a table from {begin} on of {front_blocks} blocks and {stop} places, {size} are"
+                f"a table from {begin} on of {prefix_blocks} blocks and {stop} places, {size} are"
                 " given"
             )
         rows += stop - start

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from veneer.adapters.placement.attachment import Attachment
-from veneer.decoding.schedule.adapters import front_places, lay_out
+from veneer.decoding.schedule.adapters import lay_out, prefix_length
 from veneer.errors import CorruptFileError, RefusedError, VeneerError, hide_path
 from veneer.files.home import name_of
 from veneer.formats.loading import load_adapter
@@ -54,7 +54,7 @@ def _attach(base: FrozenBase, files: VersionFiles, name: str) -> LoadedAdapter:
     ):
         attachment = load_adapter(base, stored, name=name, take=True)
     try:
-        places = front_places(((attachment, 1.0),))
+        places = prefix_length(((attachment, 1.0),))
     except VeneerError:
         base.detach(name)
         raise

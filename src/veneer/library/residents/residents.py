@@ -69,7 +69,7 @@ class Residents:
         self._meant: dict[str, str] = {}  # reference -> the content it last meant
         self._pins: set[str] = set()  # references
         self._preambles: dict[Path, Preamble] = {}  # folders are named by their content
-        self._fronts: dict[Path, AdapterSummary] = {}
+        self._summaries: dict[Path, AdapterSummary] = {}
         self._fit: dict[str, bool] = {}  # object's hash -> whether it fits this base
         with base.routing.changing:
             self._plain, self._read_past = plain_copy(base.model), base.read_past
@@ -112,32 +112,32 @@ class Residents:
             self._fit[content] = not faults
         return self._fit[content]
 
-    def front_places(self, identity: Identity) -> int:
+    def prefix_length(self, identity: Identity) -> int:
         """Returns the positions of its trained prefix, 0 if its files are broken: loading reports
         them.
 
         Raises ConfigError if the adapters cannot act together with these weights.
         """
         files = [self.tiers.files(content) for content, _ in identity]
-        fronts = [self._front(version) for version in files]
+        summaries = [self._summary(version) for version in files]
         weights = [weight for _, weight in identity]
         refuse_sum(
             [
-                (version_files.reference, front.contents, weight)
-                for version_files, front, weight in zip(files, fronts, weights, strict=True)
+                (version_files.reference, summary.contents, weight)
+                for version_files, summary, weight in zip(files, summaries, weights, strict=True)
             ]
         )
-        return sum(front.places for front in fronts)
+        return sum(summary.places for summary in summaries)
 
-    def _front(self, files: VersionFiles) -> AdapterSummary:
-        if (front := self._fronts.get(files.folder)) is not None:
-            return front
+    def _summary(self, files: VersionFiles) -> AdapterSummary:
+        if (summary := self._summaries.get(files.folder)) is not None:
+            return summary
         try:
-            front = read_summary(files.folder)
+            summary = read_summary(files.folder)
         except VeneerError:
             return AdapterSummary()
-        self._remember(self._fronts, files.folder, front)
-        return front
+        self._remember(self._summaries, files.folder, summary)
+        return summary
 
     def _remember(self, values: dict[Path, T], folder: Path, value: T) -> None:
         with self._lock:

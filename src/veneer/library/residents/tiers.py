@@ -22,7 +22,7 @@ from functools import partial
 
 from veneer.adapters.placement.acting import Applied
 from veneer.bounds import BYTES, check_numbers
-from veneer.decoding.schedule.adapters import front_places
+from veneer.decoding.schedule.adapters import prefix_length
 from veneer.decoding.schedule.blocks import Identity
 from veneer.errors import BudgetFullError, ConfigError, SourceError, VeneerError
 from veneer.library.residents.demand import Demand
@@ -172,11 +172,11 @@ class Tiers:
                 return None
             if any(resident.draining for resident in residents):
                 return None
-            positions = front_places(self._applied(identity))
+            positions = prefix_length(self._applied(identity))
             self._demand.offer(residents)
             return positions
 
-    def settle(self) -> Sequence[str]:
+    def take_removed(self) -> Sequence[str]:
         with self._lock:
             requested = self._demand.end_round()
             for identity, pending in list(self._queue.items()):

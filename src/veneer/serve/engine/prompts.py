@@ -140,7 +140,7 @@ class Prompts:
             )
 
     @staticmethod
-    def most_new(ids: Sequence[int], max_new: int | None, places: int, front_places: int) -> int:
+    def most_new(ids: Sequence[int], max_new: int | None, places: int, prefix_length: int) -> int:
         """Returns how many new tokens an answer may have.
 
         places: for prompt and answer together. Refusal: the prompt is too long.
@@ -150,7 +150,7 @@ class Prompts:
             asked = f"{len(ids):,} tokens of prompt" + (
                 f" and {max_new:,} new ones" if max_new else ""
             )
-            behind = f", behind the adapter's prefix of {front_places:,}" if front_places else ""
+            behind = f", behind the adapter's prefix of {prefix_length:,}" if prefix_length else ""
             raise Refusal(
                 400,
                 f"This is too long: {asked}, and there are {places:,} places for both{behind}.",

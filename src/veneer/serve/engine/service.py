@@ -83,7 +83,7 @@ class Service:
         self.metrics = Metrics(names.base_name, routes)
         self._stops = stop_token_ids(base.tokenizer, base.model.generation_config)
         self._base_digest = base.fingerprint().digest[:8]
-        self._most_places = engine.scheduler.most_places
+        self._max_positions = engine.scheduler.max_positions
         blocks = engine.scheduler.blocks
         self.cache_tokens, self.cache_bytes = blocks.capacity, blocks.budget_bytes
         stops, rows = self._stops, capacity.tokens or len(base.tokenizer)
@@ -161,17 +161,17 @@ class Service:
     ) -> tuple[ServedModel, Generation]:
         """Prepares the generation, which is queued once its block is entered. Refusal."""
         if request.model == self.names.base_name and not request.adapters:
-            model, preamble, front = self._read_model(request)  # reads no file
+            model, preamble, prefix = self._read_model(request)  # reads no file
         else:
-            model, preamble, front = await self.read_files(lambda: self._read_model(request))
+            model, preamble, prefix = await self.read_files(lambda: self._read_model(request))
         self._label(model)
         prompts = await self.prompts.encoded(request.prompts, self._asked_as(preamble))
         texts = self.texts
         if preamble.tokens:
             texts = await self.read_files(lambda: self.texts.with_tokens(preamble.tokens))
-        places = self._most_places(front)
+        places = self._max_positions(prefix)
         lengths = [
-            self.prompts.most_new(ids, request.max_new_tokens, places, front) for ids in prompts
+            self.prompts.most_new(ids, request.max_new_tokens, places, prefix) for ids in prompts
         ]
         grammar = await self._grammar(request)
         with refusing():
@@ -207,7 +207,7 @@ class Service:
             model = self.names.model(request.model, request.adapters)
             preamble = self.residents.preamble(model.identity)
         with refusing("adapters"), self._hide_folders():
-            return model, preamble, self.residents.front_places(model.identity)
+            return model, preamble, self.residents.prefix_length(model.identity)
 
     async def _grammar(self, request: GenerationRequest) -> Grammar | None:
         """Compiles the shape of the answers. Refusal: it cannot be followed."""

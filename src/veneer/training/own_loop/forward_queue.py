@@ -20,7 +20,7 @@ from veneer.adapters.placement.attachment import Attachment
 from veneer.data.batching import Batch, used_length
 from veneer.data.examples import Example
 from veneer.errors import DivergedError, DoesNotFitError, VeneerError, is_out_of_memory
-from veneer.execution.proofs.model import in_front
+from veneer.execution.proofs.model import acting_prefix_length
 from veneer.execution.stand_in import StandIn
 from veneer.execution.train_step import fused, one_node, replacements
 from veneer.models.frozen_base import FrozenBase
@@ -118,7 +118,7 @@ class TrainerGradient:
     def next_lengths(self) -> list[int]:
         """Counts the tokens of each example of the next micro-batch, with those of a prefix."""
         with self.forward.routing.held(Acting.everywhere(self.forward.adapters)):
-            prefix = in_front(self.forward.model)
+            prefix = acting_prefix_length(self.forward.model)
         return [prefix + used_length(example) for example in self.waiting[0].examples]
 
     def add(self, micro_batch: MicroBatch, result: ObjectiveLoss, batch: Batch) -> None:
