@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.execution.agreement import EXACT, agrees
+from veneer.execution.attention import unused_mask
 from veneer.execution.layer_facts import ATTENTION, FEED_FORWARD, LayerNorms, Norm
 from veneer.execution.small_modules import WIDTH, random_rows, with_children
 from veneer.private.torch import buffers_of, parameters_of
@@ -55,10 +56,11 @@ def find_places(layer: nn.Module, norms: Sequence[Norm]) -> Sums | None:
     parts = {name: _KnownPart(number, name, called) for number, name in enumerate(names, 1)}
     small = with_children(layer, parts)
     x = random_rows(WIDTH, torch.bfloat16)[None]
-    arguments = {"position_embeddings": (x, x), "veneer_layout": object()}
+    angles, mask = (x, x), unused_mask(x.device)  # the mask leads to the layout too
 
     def own_code(x: Tensor) -> tuple[Any, ...]:
-        y = small.forward(x, attention_mask=None, **arguments)  # without the layer's hooks
+        arguments = {"position_embeddings": angles, "attention_mask": mask}
+        y = small.forward(x, **arguments, veneer_layout=object())  # without the layer's hooks
         keywords = parts[ATTENTION].keywords
         return y, all(keywords.get(name) is value for name, value in arguments.items())
 

@@ -42,7 +42,7 @@ from veneer.kernels.bindings.library import has_bf16
 from veneer.kernels.dense import block_operands
 from veneer.kernels.dense.block import lora_block
 from veneer.kernels.dense.block_operands import Block, BlockPart, module_rows
-from veneer.kernels.dense.fused import gelu_gate, rms_norm, silu_gate
+from veneer.kernels.dense.fused import gelu_gate, layer_norm, rms_norm, silu_gate, takes_layer_norm
 from veneer.kernels.dense.lora import LoRALinear, filled
 from veneer.kernels.dense.rank import MOST_RANK
 from veneer.linear import frozen_linear
@@ -60,8 +60,12 @@ class FusedNorm(StandIn):
 
     def forward(self, x: Tensor) -> Tensor:
         values, facts = self.values_acting(), self.facts
-        if values is None or facts.is_centred:
+        if values is None:
             return self.base(x)
+        if facts.is_centred:
+            if not takes_layer_norm(x, *values.values()):
+                return self.base(x)
+            return layer_norm(x, values["weight"], values.get("bias"), facts.epsilon)
         return rms_norm(
             x, values["weight"], facts.epsilon, offset=facts.offset, is_wide=facts.is_wide
         )

@@ -34,7 +34,7 @@ SIZES = {
 }
 FAMILIES = [
     *("llama", "qwen2", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "olmo2", "exaone4"),
-    *("phi3", "glm4", "cohere"),
+    *("phi3", "glm4", "cohere", "stablelm"),
 ]
 """Norms of heads, of all heads, before and behind the parts, in float32; gates of GELU; layers
 without rotation, or with angles in float32."""
@@ -357,11 +357,11 @@ def _straight(own):
     return forward
 
 
-def _without_layout(own):
-    return lambda self, x, veneer_layout=None, **given: own(self, x, **given)
+def _without_mask(own):
+    return lambda self, x, attention_mask, **given: own(self, x, attention_mask=None, **given)
 
 
-@pytest.mark.parametrize("change", [_scaled, _clipped, _straight, _without_layout])
+@pytest.mark.parametrize("change", [_scaled, _clipped, _straight, _without_mask])
 def test_a_layer_that_adds_up_otherwise_stays(change, monkeypatch):
     trained = Trained()
     assert len(trained.layers()) == 2

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from veneer.kernels.bindings import block_calls
 from veneer.kernels.bindings import library as native
+from veneer.kernels.dense.fused import layer_norm, takes_layer_norm
 
 pytestmark = pytest.mark.skipif(
     not native.has_bf16(), reason="this processor multiplies no bf16 pairs"
@@ -44,3 +45,20 @@ def test_a_centred_norm_with_an_offset_is_refused():
     norm = block_calls.NormOperands(x[0], torch.empty(2), 1e-5, 1.0, is_centred=True)
     with pytest.raises(block_calls.CallError):
         block_calls.norm_forward(x, norm=norm, out=torch.empty_like(x))
+
+
+def test_the_node_of_a_layer_norm_has_the_gradient_of_torchs():
+    torch.manual_seed(1)
+    x = (torch.randn(2, 5, 48) + 3).bfloat16().requires_grad_()
+    weight, bias = torch.rand(48).add(0.5).bfloat16(), torch.randn(48).bfloat16()
+    grad = torch.randn_like(x)
+    assert takes_layer_norm(x, weight, bias) and not takes_layer_norm(x, x[0, 0], bias)
+    ours = layer_norm(x, weight, bias, 1e-5)
+    wide = x.detach().double().requires_grad_()
+    expected = F.layer_norm(wide, (48,), weight.double(), bias.double(), 1e-5)
+    (of_x,), (of_wide,) = (
+        torch.autograd.grad(out, values, grad.to(out.dtype))
+        for out, values in ((ours, x), (expected, wide))
+    )
+    assert (ours - expected).abs().max() <= ROUNDING * expected.abs().max()
+    assert (of_x - of_wide).abs().max() <= ROUNDING * of_wide.abs().max()

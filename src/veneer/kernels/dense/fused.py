@@ -2,6 +2,7 @@
 
     rms_norm     y = (weight + offset) * (x / sqrt(mean(x^2) + epsilon))
                                                                    saves x and one float32 a row
+    layer_norm   y = weight * (x - mean) / deviation + bias        saves x and one float32 a row
     silu_gate    y = silu(gate) * up                               saves gate and up
     gelu_gate    y = gelu(gate) * up, by the formula with tanh     saves gate and up
     rotary       y = x cos + rotate_half(x) sin, for q and k       saves cos and sin
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.kernels.bindings import row_calls
+from veneer.kernels.bindings import block_calls, row_calls
 from veneer.kernels.bindings.library import has_bf16, has_floats, on_cpu
 from veneer.kernels.bindings.rank_calls import PAIR_BYTES
 from veneer.kernels.cuda import launch
@@ -120,6 +121,38 @@ def _liger_gates(gate: Tensor, up: Tensor, *gradients: Tensor) -> Any:
     """Returns liger-kernel's functions if its gates take these tensors, else None."""
     fits = gate.shape == up.shape and gate.shape[-1] <= MAX_WIDTH
     return launch.kernels_for("liger_kernels", gate, up, *gradients) if fits else None
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.epsilon = epsilon
+        rows, out = x.view(-1, x.shape[-1]), torch.empty_like(x)
+        norm = _centred(rows, weight, bias, epsilon)
+        block_calls.norm_forward(rows, norm=norm, out=out.view(rows.shape))
+        ctx.scale = norm.scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        x, weight = ctx.saved_tensors
+        rows, out = x.view(-1, x.shape[-1]), torch.empty_like(x)
+        norm = _centred(rows, weight, None, ctx.epsilon)._replace(scale=ctx.scale)
+        block_calls.norm_backward(
+            grad.contiguous().view(rows.shape), norm=norm, normed=rows, out=out.view(rows.shape)
+        )
+        return out, None, None, None
+
+
+def _centred(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float
+) -> block_calls.NormOperands:
+    scale = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+    return block_calls.NormOperands(
+        weight, scale, epsilon, is_wide=True, is_centred=True, bias=bias
+    )
 
 
 class _Gate(torch.autograd.Function):
@@ -254,6 +287,22 @@ def rms_norm_reference(
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
     return _weighted(normal, x, weight, offset, is_wide)
+
+
+def takes_layer_norm(x: Tensor, *values: Tensor) -> bool:
+    """True if the kernels compute a LayerNorm of x with these frozen weight and bias."""
+    frozen = not any(value.requires_grad for value in values)
+    return frozen and x.shape[-1] % 16 == 0 and compiled(x, *values)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+    """x (..., D), weight and bias (D), which are frozen -> weight * (x - mean) / deviation + bias,
+    rounded once. The kernels must take them (`takes_layer_norm`).
+
+    Source: Ba et al. 2016, arXiv:1607.06450.
+    """
+    apply: Any = _LayerNorm.apply
+    return apply(x, weight, bias, epsilon)
 
 
 def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
