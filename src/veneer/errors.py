@@ -10,6 +10,7 @@ VeneerError                     exit code
 │  └─ BudgetFullError                adapters that stay leave no room for another
 ├─ RefusedError                 4    a check refused
 │  ├─ QueueFullError                 the queue of waiting requests is full
+│  ├─ QuotaError                     the limit of jobs, files or their disk space is reached
 │  ├─ AdapterMismatchError           this adapter was made for another base
 │  ├─ UnsafeFileError                pickles, code from models, paths out of a folder
 │  └─ CorruptFileError               hashes, shapes, non-finite values, truncated files
@@ -94,6 +95,9 @@ class QueueFullError(RefusedError):
             f"{waiting:,} requests are waiting, the limit is {most:,}",
             next_step="Try again in a moment.",
         )
+
+
+class QuotaError(RefusedError): ...
 
 
 class AdapterMismatchError(RefusedError): ...

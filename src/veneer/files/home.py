@@ -1,7 +1,8 @@
-"""Resolves the home folder and `~`."""
+"""Resolves the home folder, `~`, and the folder of the user's data."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from veneer.errors import ConfigError
@@ -32,3 +33,14 @@ def name_of(source: str) -> str:
     if path.exists():
         return path.resolve().name
     return path.name if path.is_absolute() else source
+
+
+def data_folder() -> Path:
+    """Returns the folder of Veneer's data of this user, by the conventions of the system."""
+    if os.name == "nt":
+        data = Path(os.environ.get("LOCALAPPDATA") or home() / "AppData" / "Local")
+    elif os.uname().sysname == "Darwin":
+        data = home() / "Library" / "Application Support"
+    else:
+        data = Path(os.environ.get("XDG_DATA_HOME") or home() / ".local" / "share")
+    return data / "veneer"

@@ -32,9 +32,11 @@ class BusyError(InputError):
 @contextmanager
 def locked(
     path: Path, *, shared: bool = False, wait_seconds: float = WAIT_SECONDS
-) -> Iterator[None]:
+) -> Iterator[int]:
     """Holds the lock file `path` within the block; shared: together with other shared holders (not
     on Windows).
+
+    Yields the descriptor. A child process that inherits it holds the lock until it ends.
 
     Raises BusyError if others hold it for longer than wait_seconds, InputError if the folder is not
     writable or its file system has no locks. An exclusive holder may remove the file before it
@@ -57,7 +59,7 @@ def locked(
                 time.sleep(_POLL_SECONDS)
             if not _is_current(path, descriptor):
                 continue
-            yield
+            yield descriptor
             return
         finally:
             with suppress(OSError):  # nothing was written, and it is closed in any case

@@ -10,14 +10,13 @@ A name changes under one lock, by one rename. An object is written before a name
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from veneer.errors import ConfigError, CorruptFileError, SourceError
 from veneer.files.atomic import write_text
-from veneer.files.home import expanded, home
+from veneer.files.home import data_folder, expanded
 from veneer.files.lock import locked
 from veneer.files.partial import sweep
 from veneer.files.strict_json import read_json
@@ -119,14 +118,8 @@ class LibraryFolder:
 
 
 def default_folder() -> Path:
-    """Returns the folder of the user's library, by the conventions of the system."""
-    if os.name == "nt":
-        data = Path(os.environ.get("LOCALAPPDATA") or home() / "AppData" / "Local")
-    elif os.uname().sysname == "Darwin":
-        data = home() / "Library" / "Application Support"
-    else:
-        data = Path(os.environ.get("XDG_DATA_HOME") or home() / ".local" / "share")
-    return data / "veneer" / "adapters"
+    """Returns the folder of the user's library."""
+    return data_folder() / "adapters"
 
 
 def _strangers(folder: Path) -> bool:

@@ -1,0 +1,69 @@
+"""Starts the worker of a job, and the command of its trainer.
+
+The worker is a process of its own session: it survives the process that started it. It inherits
+the locked descriptor of the job's lock file and passes it to the trainer, so that the lock is held
+until both have ended.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from veneer.child import environment_for, module_command
+from veneer.files.system_errors import explained
+
+NICENESS = 10
+"""How much lower a trainer's priority is than the server's: when both want the processor, the
+system gives the trainer about a tenth of what it gives the server."""
+SECRETS = ("VENEER_API_KEY", "VENEER_ADMIN_KEY")
+LOG = "trainer.log"
+
+
+def share_of_machine(share: float) -> tuple[int, int]:
+    """Returns threads and niceness of a trainer that gets this share of the processor.
+
+    Threads: that share of the processors that this process may use, at least one. Below a share of
+    1 the trainer also has a lower priority, so it takes time that the server leaves.
+    """
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, round(share * (usable or 1))), NICENESS if share < 1 else 0
+
+
+def start_worker(store_folder: Path, job_id: str, folder: Path, descriptor: int) -> None:
+    """Starts the worker of a job in the background. descriptor: of the job's lock, held here."""
+    command = [*module_command("veneer.jobs.worker"), str(store_folder), job_id]
+    with explained(folder), (folder / LOG).open("ab") as log:
+        subprocess.Popen(
+            [*command, str(descriptor)],
+            env=environment_for(os.environ),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            pass_fds=(descriptor,),
+        )
+
+
+def trainer_command(run_file: Path, run_folder: Path) -> list[str]:
+    """Returns the command that starts a run, or continues one that has a run file."""
+    command = [*module_command("veneer"), "train", "--quiet"]
+    if (run_folder / "run.yaml").is_file():
+        return [*command, "--resume", str(run_folder)]
+    return [*command, str(run_file)]
+
+
+def trainer_environment(variables: Mapping[str, str], threads: int) -> dict[str, str]:
+    """Returns the trainer's environment: so many threads, and none of the server's keys.
+
+    Threads that wait sleep instead of spinning, because the server needs the processor.
+    """
+    kept = {name: value for name, value in variables.items() if name not in SECRETS}
+    return {
+        **environment_for(kept),
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "0",
+    }

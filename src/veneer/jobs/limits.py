@@ -1,0 +1,31 @@
+"""Limits of a store of jobs: how many, how large, and how much disk they may take together."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobLimits:
+    """jobs: kept, ended ones included. waiting: in the queue. disk_bytes: of jobs, runs and files
+    together. files: uploaded ones. file_bytes: of one file."""
+
+    jobs: int = 200
+    waiting: int = 20
+    disk_bytes: int = 20 * 2**30
+    files: int = 1000
+    file_bytes: int = 512 * 2**20
+
+
+def folder_bytes(folder: Path) -> int:
+    """Returns the bytes of all files below a folder, which others may change meanwhile."""
+    size = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                size += (Path(place) / name).lstat().st_size
+            except OSError:  # removed meanwhile
+                continue
+    return size

@@ -1,0 +1,131 @@
+"""The state file of a training job, and a job as readers see it.
+
+    jobs/<id>/job.json      JobRecord; written by the process that holds jobs/<id>/.lock
+    jobs/<id>/request       "pause" or "cancel", written by others while a worker holds the lock
+    runs/<id>/              the run's folder, written by the trainer
+
+A record says `running` until its worker has written something else. If the record says so and
+nobody holds the lock, the worker is dead, and readers see a failed job.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, JsonValue, ValidationError
+
+from veneer.errors import CorruptFileError, UnknownNameError
+from veneer.files.atomic import write_text
+from veneer.files.settings import StrictSettings
+from veneer.files.strict_json import field_faults, json_text, read_json
+from veneer.jobs.run_facts import run_facts
+
+StoredState = Literal["queued", "running", "paused", "done", "failed", "cancelled"]
+State = Literal["queued", "running", "stopping", "paused", "done", "failed", "cancelled"]
+StopRequest = Literal["pause", "cancel"]
+OPEN: tuple[State, ...] = ("queued", "running", "stopping")
+"""States of jobs that will go on by themselves."""
+RESUMABLE: tuple[State, ...] = ("paused", "failed")
+ENDED: tuple[State, ...] = ("done", "failed", "cancelled")
+DIED = (
+    "The trainer's process ended without a result: the machine went down, or it was killed."
+    " Resume the job to continue from its last checkpoint."
+)
+ID_PREFIX = "ftjob-"
+_ID = re.compile(r"ftjob-[0-9a-f]{12}")
+
+
+class JobRecord(StrictSettings):
+    """The content of job.json. Times are seconds since 1970."""
+
+    format_version: Literal[1] = 1
+    id: str
+    state: StoredState = "queued"
+    created: float
+    queued: float
+    """When it entered the queue last."""
+    started: float | None = None
+    """When a trainer was started last."""
+    ended: float | None = None
+    """When it was done, failed, cancelled or paused last."""
+    owner: str = ""
+    """Whose job it is: the name of an API key. The queue takes turns between owners."""
+    threads: int
+    """Processor threads of the trainer. A resumed run keeps them, and so its bits."""
+    niceness: int
+    """How much lower the trainer's priority is than the worker's."""
+    publish_as: str | None = None
+    """Name that the adapter gets in the library; None: it is not added."""
+    library: str
+    """Folder of the library that the adapter is added to."""
+    adapter: str | None = None
+    """Reference of the added adapter, such as tickets@2."""
+    error: str | None = None
+    details: dict[str, JsonValue] = Field(default_factory=dict)
+    """Values that the creator of the job keeps with it; not read here."""
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """A job as it is now. error: why it failed."""
+
+    record: JobRecord
+    state: State
+    error: str | None
+    folder: Path
+    run_folder: Path
+
+    @property
+    def id(self) -> str:
+        return self.record.id
+
+    @property
+    def records_file(self) -> Path:
+        """The run's metrics.jsonl, which does not exist before the run starts. Read it with
+        training.output.records.read_records or records_after."""
+        return self.run_folder / "metrics.jsonl"
+
+    @property
+    def run_file(self) -> Path:
+        """The settings that the trainer was given."""
+        return self.folder / "run.yaml"
+
+    def facts(self) -> dict[str, Any]:
+        """Returns base, method, steps, step, loss and reason from the run's records; empty before
+        the first record. A damaged file gives only an `error`."""
+        return run_facts(self.run_folder) if self.records_file.is_file() else {}
+
+
+def new_id() -> str:
+    return ID_PREFIX + secrets.token_hex(6)
+
+
+def check_id(job_id: str) -> str:
+    """Returns the id. Raises UnknownNameError if it has not the form of one: it may be a path."""
+    if _ID.fullmatch(job_id) is None:
+        raise unknown_job(job_id)
+    return job_id
+
+
+def unknown_job(job_id: str) -> UnknownNameError:
+    return UnknownNameError(f"there is no job {job_id[:80]!r}", [], "See: veneer runs")
+
+
+def read_record(folder: Path) -> JobRecord:
+    """Reads a job's record. Raises SourceError, or CorruptFileError."""
+    path = folder / "job.json"
+    try:
+        return JobRecord.model_validate(read_json(path))
+    except ValidationError as fault:
+        raise CorruptFileError(f"{path} does not describe a job", field_faults(fault)) from fault
+
+
+def write_record(folder: Path, record: JobRecord, **changes: Any) -> JobRecord:
+    """Writes a changed record and returns it. The caller holds the job's lock."""
+    changed = record.model_copy(update=changes)
+    write_text(folder / "job.json", json_text(changed.model_dump(mode="json")), replace=True)
+    return changed

@@ -1,0 +1,73 @@
+"""Reads what a run is and how far it has come from the ends of its metrics.jsonl."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import VeneerError
+from veneer.files.system_errors import explained
+from veneer.training.output.records import Record, records_after
+
+RECORDS = "metrics.jsonl"
+END_BYTES = 2**15
+"""Bytes that are read at the beginning and at the end of a file."""
+MOST_END_BYTES = 2**21
+
+
+def run_facts(folder: Path) -> dict[str, Any]:
+    """Returns name, base, method, steps, step, loss, reason and error of the run in a folder."""
+    file = folder / RECORDS
+    about: dict[str, Any] = {"name": folder.name}
+    try:
+        with explained(folder.name, reading=True):
+            now = file.stat()
+            about |= {
+                "bytes": now.st_size,
+                "idle_seconds": round(max(time.time() - now.st_mtime, 0), 3),
+            }
+            ends = [*_first(file, folder.name), *_last(file, folder.name)]
+    except VeneerError as fault:
+        return {**about, "error": str(fault)}
+    start: Record = next((r for r in ends if r["kind"] == "start"), {})
+    steps = [record for record in ends if record["kind"] == "step"]
+    end = ends[-1] if ends and ends[-1]["kind"] == "end" else {}
+    return {
+        **about,
+        "base": _public(start.get("base")),
+        "method": start.get("method"),
+        "steps": start.get("steps"),
+        "step": steps[-1]["step"] if steps else 0,
+        "loss": steps[-1].get("loss") if steps else None,
+        "reason": end.get("reason"),
+        "error": None,
+    }
+
+
+def _first(file: Path, name: str) -> list[Record]:
+    return records_after(file, 0, most_bytes=END_BYTES, shown=f"{name}/{RECORDS}")[0][:1]
+
+
+def _last(file: Path, name: str) -> list[Record]:
+    """Returns the last records, enough to have a step among them. An evaluation's line is long."""
+    records: list[Record] = []
+    size, back = file.stat().st_size, END_BYTES
+    while not any(record["kind"] == "step" for record in records) and back <= MOST_END_BYTES:
+        start = max(size - back, 0)
+        if start:
+            with file.open("rb") as stream:
+                stream.seek(start)
+                start += len(stream.readline())
+        records = records_after(file, start, most_bytes=2 * back, shown=f"{name}/{RECORDS}")[0]
+        if start == 0:
+            break
+        back *= 4
+    return records
+
+
+def _public(base: Any) -> str | None:
+    """Returns a base's name; of a path the last part."""
+    if not isinstance(base, str):
+        return None
+    return Path(base).name if base.startswith(("/", "~", ".")) else base

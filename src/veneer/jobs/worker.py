@@ -1,0 +1,140 @@
+"""The worker: runs the trainer of one job, publishes the adapter and writes the job's state.
+
+    python -m veneer.jobs.worker STORE ID DESCRIPTOR
+
+It owns job.json until it ends (record.py). `veneer train` runs as its child, at lower priority. A
+request to pause or cancel, or SIGTERM, asks the trainer to save a checkpoint and end. At its end
+the worker starts the next job of the queue.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from veneer.child import end_with_parent
+from veneer.errors import RunInterrupted, VeneerError
+from veneer.jobs.events import add_event
+from veneer.jobs.launch import LOG, trainer_command, trainer_environment
+from veneer.jobs.record import JobRecord, StopRequest, read_record, write_record
+from veneer.jobs.store import JobStore
+from veneer.library.library import Library
+
+POLL_SECONDS = 0.2
+MOST_ERROR = 4000
+"""Bytes of the trainer's last messages that become the job's error."""
+
+
+class Worker:
+    """Runs one job to its end. The caller holds the job's lock."""
+
+    def __init__(self, store: JobStore, job_id: str, descriptor: int) -> None:
+        self.store, self.descriptor = store, descriptor
+        self.folder, self.run_folder = store.job_folder(job_id), store.run_folder(job_id)
+        self.record: JobRecord = read_record(self.folder)
+        self._signalled = False
+
+    def run(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._note_signal)
+        try:
+            is_trained = (self.run_folder / "summary.json").is_file() or self._train()
+            if is_trained:
+                self._publish()
+        except Exception as fault:
+            self._fail(f"{type(fault).__name__}: {fault}"[:MOST_ERROR])
+
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True
+
+    def _request(self) -> StopRequest | None:
+        return self.store.request(self.record.id) or ("pause" if self._signalled else None)
+
+    def _train(self) -> bool:
+        """Runs the trainer. Returns whether it has finished the run; else the state is written."""
+        log = self.folder / LOG
+        start = log.stat().st_size
+        with log.open("ab") as output:
+            trainer = subprocess.Popen(
+                trainer_command(self.folder / "run.yaml", self.run_folder),
+                env=trainer_environment(os.environ, self.record.threads),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=output,
+                pass_fds=(self.descriptor,),
+                preexec_fn=self._begin_trainer,
+            )
+        asked = False
+        while trainer.poll() is None:
+            if not asked and self._request() is not None:
+                trainer.terminate()
+                asked = True
+            time.sleep(POLL_SECONDS)
+        request, code = self._request(), trainer.returncode
+        if request == "cancel":
+            self._end("cancelled", "The job was cancelled")
+        elif code == 0:
+            return True
+        elif code in (RunInterrupted.exit_code, -signal.SIGTERM):
+            self._end("paused", "The job was paused")
+        elif code < 0:
+            self._fail(
+                f"The trainer was killed by {signal.Signals(-code).name}; if nobody killed it, the"
+                " machine was out of memory. Resume the job to continue from its last checkpoint."
+            )
+        else:
+            self._fail(_last_text(log, start) or f"The trainer ended with exit code {code}.")
+        return False
+
+    def _begin_trainer(self) -> None:
+        """Lowers the trainer's priority, and ends it with its worker. Runs in the new process."""
+        end_with_parent()
+        os.nice(self.record.niceness)
+
+    def _publish(self) -> None:
+        """Adds the adapter to the library; the job is done."""
+        name, adapter = self.record.publish_as, None
+        if name is not None:
+            try:
+                library = Library(self.record.library)
+                adapter = library.add(self.run_folder, name=name).reference
+            except VeneerError as fault:
+                self._fail(f"The adapter was trained, but not added to the library. {fault}")
+                return
+            add_event(self.folder, f"New fine-tuned model created: {name}")
+        self._end("done", "The job has successfully completed", adapter=adapter)
+
+    def _end(self, state: str, message: str, **changes: str | None) -> None:
+        add_event(self.folder, message)
+        self._write(state=state, **changes)
+
+    def _fail(self, message: str) -> None:
+        add_event(self.folder, message, "error")
+        self._write(state="failed", error=message)
+
+    def _write(self, **changes: str | None) -> None:
+        self.store.drop_request(self.record.id)
+        self.record = write_record(self.folder, self.record, ended=time.time(), **changes)
+
+
+def _last_text(log: Path, start: int) -> str:
+    """Returns the end of what was written to the log from byte `start` on."""
+    with log.open("rb") as file:
+        file.seek(max(start, log.stat().st_size - MOST_ERROR))
+        return file.read().decode("utf-8", "replace").strip()
+
+
+def main(folder: str, job_id: str, descriptor: str) -> None:
+    store = JobStore(folder)
+    Worker(store, job_id, int(descriptor)).run()
+    os.close(int(descriptor))
+    store.start_next()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,162 @@
+"""Jobs in a folder: the queue, limits, and trainers that are killed, on a tiny model."""
+
+import os
+import signal
+import subprocess
+import time
+from dataclasses import replace
+
+import pytest
+
+from tests.support.tiny import save_tiny
+from veneer.errors import ConfigError, QuotaError, UnknownNameError
+from veneer.files.lock import locked
+from veneer.jobs.limits import JobLimits
+from veneer.jobs.record import DIED, JobRecord, TrainingJob, new_id, write_record
+from veneer.jobs.store import JobStore, next_in_turn
+
+ROWS = [
+    {"messages": [{"role": "user", "content": f"hi {n}"}, {"role": "assistant", "content": "yes"}]}
+    for n in range(12)
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    save_tiny(folder, "llama_untied")
+    return str(folder)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return JobStore(tmp_path / "jobs", library=tmp_path / "library", train_share=1)
+
+
+@pytest.fixture
+def busy_store(store):
+    """A store in which a job runs: its lock is held, so no other starts."""
+    folder = store.job_folder(new_id())
+    folder.mkdir(parents=True)
+    record = JobRecord(
+        id=folder.name,
+        state="running",
+        created=1,
+        queued=1,
+        threads=1,
+        niceness=0,
+        library=str(store.folder),
+    )
+    write_record(folder, record)
+    with locked(folder / ".lock"):
+        yield store
+
+
+def wait_for(store, job_id, *states, seconds=240):
+    deadline = time.monotonic() + seconds
+    while (job := store.get(job_id)).state not in states:
+        log = job.folder / "trainer.log"
+        assert time.monotonic() < deadline, log.read_text() if log.exists() else job
+        time.sleep(0.05)
+    return job
+
+
+def wait_for_step(store, job_id, step):
+    deadline = time.monotonic() + 240
+    while store.get(job_id).facts().get("step", 0) < step:
+        assert store.get(job_id).state == "running" and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def newest_process(pattern):
+    output = subprocess.run(["pgrep", "-n", "-f", pattern], capture_output=True, text=True).stdout
+    return int(output)
+
+
+def test_killed_trainer_and_killed_worker_are_failed_jobs_that_resume(store, base):
+    settings = {"base": base, "steps": 100_000, "save_every": 1, "show_answers": False}
+    job = store.create(settings, rows={"train": ROWS}, publish_as="tickets")
+    assert job.state == "running"
+    wait_for_step(store, job.id, 3)
+    os.kill(newest_process(f"veneer train .*{job.id}"), signal.SIGKILL)
+    job = wait_for(store, job.id, "failed")
+    assert "killed by SIGKILL" in job.error
+
+    step = job.facts()["step"]
+    assert store.resume(job.id).state == "running"
+    wait_for_step(store, job.id, step + 2)
+    os.kill(newest_process(f"veneer.jobs.worker .*{job.id}"), signal.SIGKILL)
+    job = wait_for(store, job.id, "failed")  # the trainer saved a checkpoint and ended too
+    assert job.error == DIED and job.record.state == "running"
+    assert store.start_next() is None
+    assert store.get(job.id).record.state == "failed"
+    assert [event["level"] for event in store.events(job.id)].count("error") == 2
+    store.delete(job.id)
+    assert store.jobs() == [] and not job.run_folder.exists()
+
+
+def test_jobs_wait_while_one_runs_and_change_their_state(busy_store, base):
+    store, settings = busy_store, {"base": base, "steps": 2}
+    job = store.create(settings, rows={"train": ROWS}, details={"seen_by": "page"})
+    assert job.state == "queued" and job.facts() == {} and job.record.details["seen_by"] == "page"
+    assert store.pause(job.id).state == "paused"
+    assert store.resume(job.id).state == "queued"
+    assert store.cancel(job.id).state == "cancelled"
+    with pytest.raises(ConfigError, match="is cancelled and cannot be resumed"):
+        store.resume(job.id)
+    (running,) = [other for other in store.jobs() if other.state == "running"]
+    with pytest.raises(ConfigError, match="Pause or cancel it first"):
+        store.delete(running.id)
+    assert store.pause(running.id).state == "stopping"
+    assert store.find(job.id[-6:]).id == job.id
+    store.delete(job.id)
+    assert [other.id for other in store.jobs()] == [running.id]
+
+
+def test_limits_ids_and_settings_are_checked_before_anything_is_written(busy_store, base):
+    store = busy_store
+    rows, settings = {"train": ROWS}, {"base": base, "steps": 2}
+    for wrong, message in (
+        ({**settings, "stepz": 2}, "stepz"),
+        ({**settings, "out": "/tmp/x"}, "which the store chooses"),
+        ({**settings, "data": {"train": "/etc/passwd"}}, "which the store chooses"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            store.create(wrong, rows=rows)
+    with pytest.raises(ConfigError, match="not a valid name"):
+        store.create(settings, rows=rows, publish_as="../x")
+    with pytest.raises(ConfigError, match="a library holds adapters"):
+        store.create({**settings, "method": "full"}, rows=rows, publish_as="x")
+    for job_id in ("..", "ftjob-../../../etc", "ftjob-000000000000"):
+        with pytest.raises(UnknownNameError):
+            store.get(job_id)
+    for limits, message in (
+        (JobLimits(jobs=1), "1 jobs are kept"),
+        (JobLimits(waiting=0), "wait in the queue"),
+        (JobLimits(disk_bytes=10), "bytes, the limit is 10"),
+    ):
+        store.limits = limits
+        with pytest.raises(QuotaError, match=message):
+            store.create(settings, rows=rows)
+    assert len(store.jobs()) == 1
+
+
+def test_owners_take_turns(tmp_path):
+    def job(owner, queued, state="queued", started=None):
+        record = JobRecord(
+            id=f"{owner}{queued}",
+            created=0,
+            queued=queued,
+            started=started,
+            owner=owner,
+            threads=1,
+            niceness=0,
+            library="",
+        )
+        return TrainingJob(record, state, None, tmp_path, tmp_path)
+
+    jobs = [job("ann", 0, "done", started=5.0), job("ann", 1), job("ann", 2), job("bob", 3)]
+    assert next_in_turn(jobs) == "bob3"
+    jobs[3] = replace(jobs[3], record=jobs[3].record.model_copy(update={"started": 9.0}))
+    assert next_in_turn(jobs) == "ann1"
+    assert next_in_turn(jobs[:1]) is None
