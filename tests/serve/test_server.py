@@ -16,9 +16,11 @@ from tests.serve.server import BASE, add_adapter, made_base, running
 from veneer.decoding.schedule.limits import Limits
 from veneer.errors import VeneerError
 from veneer.library.library import Library
+from veneer.serve.engine import generation as generation_module
 from veneer.serve.engine.names import ModelNames
 from veneer.serve.http import app as app_module
 from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
+from veneer.serve.protocols.completions import CompletionWriter
 
 HELLO = [{"role": "user", "content": "hello"}]
 GREEDY = {"temperature": 0, "max_tokens": 12}
@@ -426,6 +428,53 @@ def test_log_probabilities_of_echoed_prompts_are_bounded(client, monkeypatch):
             client.completions.create(**body, logprobs=logprobs, n=answers)
         assert refused.value.param == "echo" and "the limit is 40" in str(refused.value)
     assert len(client.completions.create(**body, n=5).choices) == 10
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_many_log_probabilities_are_spelled_once_and_beside_the_event_loop(
+    client, monkeypatch, stream
+):
+    body = {"model": BASE, "prompt": [[5] * 9, [6] * 9], "max_tokens": 2, "echo": True}
+    body |= {"logprobs": 1, "n": 3, "temperature": 0, "stream": stream}
+
+    def answered():
+        response = client.completions.create(**body)
+        choices = [chunk.choices[0] for chunk in response] if stream else response.choices
+        return sorted((c.index, c.text, repr(c.logprobs), c.finish_reason) for c in choices)
+
+    expected, spelled, threads = answered(), [], set()
+
+    def observe(owner, name, record):
+        function = getattr(owner, name)
+
+        def observed(*arguments):
+            record(arguments)
+            return function(*arguments)
+
+        monkeypatch.setattr(owner, name, observed)
+
+    def note_thread(_):
+        threads.add(threading.current_thread().name.partition("_")[0])
+
+    observe(generation_module, "logprob_of", lambda a: spelled.append(a[1].token))
+    observe(generation_module, "logprob_of", note_thread)
+    observe(CompletionWriter, "logprobs", note_thread)
+    for package in ("engine.generation", "http.exchange"):
+        monkeypatch.setattr(f"veneer.serve.{package}.LARGE_LOGPROBS", 0)
+    assert answered() == expected
+    assert threads == {"asyncio"}  # the threads of asyncio.to_thread
+    assert len(spelled) == 2 * 8 + 2 * 3 * 2  # prompts once, and each answer's tokens
+
+
+def test_a_prompt_without_an_answer_may_fill_all_positions(client):
+    positions = made_base().model.config.max_position_embeddings
+    body = {"model": BASE, "echo": True, "max_tokens": 0, "logprobs": 0}
+    answer = client.completions.create(**body, prompt=[7] * positions)
+    assert len(answer.choices[0].logprobs.token_logprobs) == positions
+    assert answer.usage.total_tokens == positions
+    for most, length in ((0, positions + 1), (1, positions)):
+        with pytest.raises(openai.BadRequestError, match="too long"):
+            client.completions.create(**{**body, "max_tokens": most}, prompt=[7] * length)
 
 
 @pytest.mark.parametrize("logprobs", [None, 0, 2])

@@ -47,6 +47,9 @@ MOST_IDS = 1_000_000
 MOST_PROMPTS = 128
 MOST_PROMPT_LOGPROBS = 1_000_000
 """Log-probabilities of echoed prompts, over all answers: some 16 MB of JSON."""
+LARGE_LOGPROBS = 4096
+"""More log-probabilities are spelled and written in a thread, so that other requests need not wait:
+a million take four seconds."""
 MOST_MESSAGES = 4096
 MOST_PARTS = 1024
 """Parts of a message, or blocks."""

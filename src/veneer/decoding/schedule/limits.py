@@ -46,12 +46,17 @@ class Limits:
             )
 
 
-def most_tokens(blocks: BlockManager, positions: int | None, prefix_length: int) -> int:
-    """Returns the most tokens of a prompt and its answer, behind a prefix of `prefix_length`."""
+def most_tokens(
+    blocks: BlockManager, positions: int | None, prefix_length: int, *, prompt_only: bool = False
+) -> int:
+    """Returns the most tokens of a prompt and its answer, behind a prefix of `prefix_length`.
+
+    prompt_only: the answer is one token that is discarded, which takes no position.
+    """
     room = (blocks.num_blocks - blocks.blocks_for(prefix_length)) * blocks.tokens_per_block
     tokens = room + 1  # the last token's keys and values are not needed
     if positions is not None:
-        tokens = min(tokens, positions - prefix_length)
+        tokens = min(tokens, positions + prompt_only - prefix_length)
     return max(0, tokens)
 
 
@@ -61,8 +66,7 @@ def check_fits(
     """Raises DoesNotFitError if a request is too long for the model's positions or for all blocks.
     prefix_length: tokens of its adapter's trained prefix."""
     lengths = f"{len(request.prompt):,} tokens and {request.max_new_tokens:,} new ones"
-    places = prefix_length + len(request.prompt) + request.max_new_tokens
-    if positions is not None and places > positions:
+    if positions is not None and prefix_length + request.max_positions > positions:
         prefix = f" behind its adapter's prefix of {prefix_length:,}" if prefix_length else ""
         raise DoesNotFitError(
             f"{lengths}{prefix} are more than the {positions:,} positions that the model reads"

@@ -94,10 +94,10 @@ class Scheduler:
         """Returns the number of sequences that have not ended, by adapter, the base included."""
         return Counter(s.request.adapter for s in (*self._queues.running, *self.waiting))
 
-    def max_positions(self, prefix_length: int = 0) -> int:
+    def max_positions(self, prefix_length: int = 0, *, prompt_only: bool = False) -> int:
         """Returns the most tokens of a prompt and its answer, behind an adapter's prefix of
-        `prefix_length` tokens. Any thread may call this."""
-        return most_tokens(self.blocks, self.positions, prefix_length)
+        `prefix_length` tokens. Any thread may call this. prompt_only: as in Request."""
+        return most_tokens(self.blocks, self.positions, prefix_length, prompt_only=prompt_only)
 
     def add(self, request: Request) -> tuple[Sequence, ...]:
         """Queues a request: one sequence per choice.

@@ -67,6 +67,7 @@ class Request:
     salt            requests with different salts share no keys and values
     prompt_logprobs report the probabilities of the prompt's tokens too, with as many alternatives
                     as those of new tokens; the whole prompt is then computed
+    prompt_only     the caller discards the new tokens, so the last one takes no position
     """
 
     prompt: tuple[int, ...]
@@ -84,6 +85,7 @@ class Request:
     priority: int = 0
     salt: str = ""
     prompt_logprobs: bool = False
+    prompt_only: bool = False
 
     def __post_init__(self) -> None:
         faults = number_faults(
@@ -124,6 +126,11 @@ class Request:
     def max_positions(self) -> int:
         """Most tokens whose keys and values are stored: the last new one is never read."""
         return len(self.prompt) + self.max_new_tokens - 1
+
+    @property
+    def max_positions(self) -> int:
+        """Most positions of prompt and answer."""
+        return len(self.prompt) + self.max_new_tokens - self.prompt_only
 
 
 class Sequence:

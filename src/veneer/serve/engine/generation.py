@@ -3,9 +3,10 @@ calls of tools."""
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from veneer.decoding.sampling.grammar import Grammar
@@ -16,7 +17,7 @@ from veneer.decoding.text import TextStream, stop_check, text_of
 from veneer.decoding.tool_calls.calls import CallReader, CallStyle
 from veneer.serve.engine.loop import EngineLoop, Inbox, Ticket, TokenUpdate
 from veneer.serve.engine.token_text import TokenTexts
-from veneer.serve.limits import MOST_PROMPT_LOGPROBS
+from veneer.serve.limits import LARGE_LOGPROBS, MOST_PROMPT_LOGPROBS
 from veneer.serve.protocols.answers import AnswerDelta, AnswerEnd, TokenLogprob, ToolCall, Usage
 from veneer.serve.protocols.request import GenerationRequest, TextPrompt
 from veneer.serve.refusals import Refusal, refusal_of
@@ -58,6 +59,7 @@ def engine_requests(
             deadline=now + seconds,
             salt=salt,
             prompt_logprobs=request.repeats_prompt and request.sampling.logprobs is not None,
+            prompt_only=request.prompt_only,
         )
         for number, (ids, length) in enumerate(zip(prompts, lengths, strict=True))
     ]
@@ -110,6 +112,7 @@ class Generation:
         self._tickets: list[Ticket] = []
         self._decoders: list[list[_AnswerDecoder]] = []
         self._unrepeated: set[int] = set()  # answers that do not have their prompt yet
+        self._prompt_starts: dict[int, _PromptStart] = {}  # by the number of the request
         self.style: CallStyle | None = None
 
     async def __aenter__(self) -> Generation:
@@ -154,12 +157,12 @@ class Generation:
             self._unrepeated = {*range(sum(map(len, self._decoders)))}
         open_answers = sum(map(len, self._decoders))
         while open_answers:
-            deltas = []
-            for update in await self._inbox.next_updates():
-                if update.error is not None:
-                    raise refusal_of(update.error)
-                open_answers -= update.ended
-                deltas.append(self._delta(update))
+            updates = await self._inbox.next_updates()
+            if self._num_logprobs(updates) > LARGE_LOGPROBS:
+                deltas = await asyncio.to_thread(self._deltas, updates)
+            else:
+                deltas = self._deltas(updates)
+            open_answers -= sum(update.ended for update in updates)
             yield deltas
 
     def hand_to(self, sink: DeltaSink) -> None:
@@ -179,6 +182,20 @@ class Generation:
 
         self._inbox.take_now = take_now
 
+    def _num_logprobs(self, updates: Sequence[TokenUpdate]) -> int:
+        """Returns the number of log-probabilities in the deltas of these updates."""
+        tokens = sum(len(update.logprobs) for update in updates)
+        for number in {update.request for update in updates} - self._prompt_starts.keys():
+            if self._request.repeats_prompt:
+                tokens += len(self._engine_requests[number].prompt)
+        return tokens * (1 + (self._request.sampling.logprobs or 0))
+
+    def _deltas(self, updates: Sequence[TokenUpdate]) -> list[AnswerDelta]:
+        for update in updates:
+            if update.error is not None:
+                raise refusal_of(update.error)
+        return [self._delta(update) for update in updates]
+
     def _delta(self, update: TokenUpdate) -> AnswerDelta:
         index = update.request * self._request.choices + update.choice
         delta = self._decoders[update.request][update.choice].delta(index, update)
@@ -192,18 +209,31 @@ class Generation:
 
     def _behind_prompt(self, delta: AnswerDelta, update: TokenUpdate) -> AnswerDelta:
         """Puts the prompt's text and logprobs in front of an answer's first delta."""
+        start = self._prompt_starts.get(update.request)
+        if start is None:
+            start = self._prompt_starts[update.request] = self._prompt_start(update)
+        return replace(
+            delta, text=start.text + delta.text, logprobs=(*start.logprobs, *delta.logprobs)
+        )
+
+    def _prompt_start(self, update: TokenUpdate) -> _PromptStart:
         prompt = self._request.prompts[update.request]
         ids = self._engine_requests[update.request].prompt
         sent_text = prompt.text if isinstance(prompt, TextPrompt) else None
         text = str(self._texts.tokenizer.decode(ids)) if sent_text is None else sent_text
-        logprobs: tuple[TokenLogprob, ...] = ()
-        if self._request.sampling.logprobs is not None:
-            sequence = self._tickets[update.request].sequences[update.choice]
-            logprobs = (
-                self._texts.logprob(ids[0], None),
-                *(logprob_of(self._texts, chance) for chance in sequence.prompt_logprobs),
-            )
-        return replace(delta, text=text + delta.text, logprobs=(*logprobs, *delta.logprobs))
+        if self._request.sampling.logprobs is None:
+            return _PromptStart(text)
+        sequence = self._tickets[update.request].sequences[update.choice]
+        chances = (logprob_of(self._texts, chance) for chance in sequence.prompt_logprobs)
+        return _PromptStart(text, (self._texts.logprob(ids[0], None), *chances))
+
+
+@dataclass(frozen=True)
+class _PromptStart:
+    """The prompt's text and logprobs, with which all answers to it begin."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class _AnswerDecoder:

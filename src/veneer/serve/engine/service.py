@@ -169,7 +169,7 @@ class Service:
         texts = self.texts
         if preamble.tokens:
             texts = await self.read_files(lambda: self.texts.with_tokens(preamble.tokens))
-        places = self._max_positions(prefix)
+        places = self._max_positions(prefix, prompt_only=request.prompt_only)
         lengths = [
             self.prompts.most_new(ids, request.max_new_tokens, places, prefix) for ids in prompts
         ]

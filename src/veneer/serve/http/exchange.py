@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -16,6 +16,7 @@ from veneer.serve.engine.generation import Generation
 from veneer.serve.engine.service import Service
 from veneer.serve.http.connection import ChunkWriter, chunk_writer
 from veneer.serve.http.guard import error_response
+from veneer.serve.limits import LARGE_LOGPROBS
 from veneer.serve.protocols.answers import (
     AnswerDelta,
     AnswerWriter,
@@ -28,6 +29,7 @@ from veneer.serve.protocols.request import GenerationRequest
 from veneer.serve.refusals import Refusal, refusal_of, shutting_down
 
 log = logging.getLogger("veneer.serve")
+T = TypeVar("T")
 HEADERS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store"))
 PROXIES = (b"x-accel-buffering", b"no")
 """Keeps proxies from buffering the stream."""
@@ -99,7 +101,10 @@ class Exchange(Response):
                 async for more in deltas:
                     _add(answers, more)
                 reason = answers[0].end.reason if answers[0].end else None
-                return JSONResponse(writer.whole(answers, generation.usage))
+                usage = generation.usage
+                return await _unblocked(
+                    lambda: JSONResponse(writer.whole(answers, usage)), self._num_logprobs(answers)
+                )
         finally:
             metrics.count_answer(reason, time.monotonic() - self._start, generation.usage)
 
@@ -116,12 +121,13 @@ class Exchange(Response):
         reason = _end_reason(None, first)
         self._has_begun = True
         await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS, PROXIES]})
-        await _send(send, "".join([*writer.begin(generation.usage), *_events(writer, first)]))
+        beginning = "".join(writer.begin(generation.usage))
+        await _send(send, beginning + await self._events(writer, first))
         if chunks is not None:
             generation.hand_to(_ChunkSink(chunks, writer))
         try:
             async for more in deltas:
-                await _send(send, "".join(_events(writer, more)))
+                await _send(send, await self._events(writer, more))
                 reason = _end_reason(reason, more)
         except asyncio.CancelledError:  # the client has gone, or the server ends
             await _send(send, "".join(writer.fail(shutting_down())), last=True)
@@ -133,6 +139,23 @@ class Exchange(Response):
             return None
         await _send(send, "".join(writer.finish(generation.usage)), last=True)
         return reason
+
+    async def _events(self, writer: AnswerWriter, deltas: Sequence[AnswerDelta]) -> str:
+        return await _unblocked(
+            lambda: "".join(event for delta in deltas for event in writer.write(delta)),
+            self._num_logprobs(deltas),
+        )
+
+    def _num_logprobs(self, answers: Sequence[AnswerDelta] | Sequence[GeneratedAnswer]) -> int:
+        tokens = sum(len(answer.logprobs) for answer in answers)
+        return tokens * (1 + (self._request.sampling.logprobs or 0))
+
+
+async def _unblocked(write: Callable[[], T], num_logprobs: int) -> T:
+    """Runs a function that writes an answer; in a thread if it has many log-probabilities."""
+    if num_logprobs > LARGE_LOGPROBS:
+        return await asyncio.to_thread(write)
+    return write()
 
 
 class _ChunkSink:
@@ -153,11 +176,6 @@ class _ChunkSink:
 def _add(answers: Sequence[GeneratedAnswer], deltas: Sequence[AnswerDelta]) -> None:
     for delta in deltas:
         answers[delta.index].add(delta)
-
-
-def _events(writer: AnswerWriter, deltas: Sequence[AnswerDelta]) -> Iterator[str]:
-    for delta in deltas:
-        yield from writer.write(delta)
 
 
 def _end_reason(before: EndReason | None, deltas: Sequence[AnswerDelta]) -> EndReason | None:

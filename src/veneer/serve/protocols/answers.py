@@ -7,7 +7,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from veneer.decoding.tool_calls.calls import compact
 from veneer.serve.protocols.request import GenerationRequest
@@ -17,8 +17,7 @@ from veneer.serve.refusals import Refusal
 EndReason = Literal["stop", "length", "deadline", "cancelled"]
 
 
-@dataclass(frozen=True)
-class TokenLogprob:
+class TokenLogprob(NamedTuple):
     """A token with its log probability and the likeliest tokens in its place.
 
     logprob: None for the first token of a repeated prompt. bytes: None if they are unknown.
