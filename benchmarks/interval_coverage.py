@@ -29,13 +29,17 @@ Random = np.random.Generator
 
 
 class Case(NamedTuple):
-    """Draws one set of rows: (ours, theirs or None). truth: the figure of endless rows."""
+    """Draws one set of rows: (ours, theirs or None). truth: the figure of endless rows.
+
+    prompts: gives each of N rows the number of its prompt; None if every row has its own
+    """
 
     name: str
     draw: Callable[[Random, int], tuple[Counts, Counts | None]]
     truth: float
     share: bool = False
     of_totals: OfTotals = ratio
+    prompts: Callable[[int], list[int]] | None = None
 
 
 class Found(NamedTuple):
@@ -64,12 +68,15 @@ def _right(right: int, rows: int) -> tuple[float, float]:
 
 def drawn(case: Case, rows: int, draws: int, *, seed: int) -> Found:
     random, held, widths = np.random.default_rng(seed), 0, []
+    prompts = None if case.prompts is None else case.prompts(rows)
     for _ in range(draws):
         ours, theirs = case.draw(random, rows)
         if theirs is None:
-            ends = interval(ours, case.of_totals, share=case.share)
+            ends = interval(ours, case.of_totals, share=case.share, prompts=prompts)
         else:
-            ends = paired_difference(ours, theirs, case.of_totals, share=case.share)[1]
+            ends = paired_difference(
+                ours, theirs, case.of_totals, share=case.share, prompts=prompts
+            )[1]
         if ends is not None:
             held += ends[0] <= case.truth <= ends[1]
             widths.append(ends[1] - ends[0])
@@ -194,6 +201,51 @@ def _uneven(random: Random, rows: int) -> tuple[Counts, None]:
 LOSSES["uneven"] = (Case("loss, tokens of a row lognormal", _uneven, 2.0),)
 
 
+ANSWERS = 5
+"""Rows of each prompt in SHARED."""
+
+
+def _prompts(rows: int) -> list[int]:
+    return [row // ANSWERS for row in range(rows)]
+
+
+def _of_prompts(random: Random, rows: int) -> Counts:
+    """Draws normal values with variance 1; rows of a prompt have a correlation of 0.7."""
+    prompts = np.repeat(random.normal(size=-(-rows // ANSWERS)), ANSWERS)[:rows]
+    return math.sqrt(0.7) * prompts + math.sqrt(0.3) * random.normal(size=rows)
+
+
+def _shared_loss(random: Random, rows: int) -> tuple[Counts, None]:
+    return _table(3 + _of_prompts(random, rows), _tokens(random, rows)), None
+
+
+def _shared_change(random: Random, rows: int) -> tuple[Counts, Counts]:
+    before, tokens = random.normal(3, 1, rows), _tokens(random, rows)
+    after = before - 1 + 0.5 * _of_prompts(random, rows)
+    return _table(after, tokens), _table(before, tokens)
+
+
+def _shared_share(random: Random, rows: int) -> tuple[Counts, None]:
+    return _table((_of_prompts(random, rows) < 0).astype(float)), None
+
+
+def _shared_shares(random: Random, rows: int) -> tuple[Counts, Counts]:
+    sides = [(_of_prompts(random, rows) < 0).astype(float) for _ in range(2)]
+    return _table(sides[0]), _table(sides[1])
+
+
+SHARED = {
+    "loss": Case("loss, five rows a prompt", _shared_loss, 3.0, prompts=_prompts),
+    "change": Case(
+        "change of the loss, five rows a prompt", _shared_change, -1.0, prompts=_prompts
+    ),
+    "share": Case("share 0.5, five rows a prompt", _shared_share, 0.5, prompts=_prompts),
+    "difference of shares": Case(
+        "difference of shares, five rows a prompt", _shared_shares, 0.0, prompts=_prompts
+    ),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -207,7 +259,8 @@ def main() -> None:
         print(f"| share {share:g}, right or wrong rows | " + " | ".join(cells) + " |")
     cases = [paired_shares(*pair) for pair in PAIRS]
     cases += [graded(0.6), graded(0.97), seeded_shares(0.9, 3, 0.0), seeded_shares(0.5, 3, 0.3)]
-    for case in (*cases, *(case for kind in LOSSES.values() for case in kind)):
+    cases += [case for kind in LOSSES.values() for case in kind]
+    for case in (*cases, *SHARED.values()):
         cells = []
         for rows in ROWS:
             found = drawn(case, rows, draws, seed=rows)

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -24,6 +25,7 @@ from veneer.cli.training.compare import _comparison_table
 from veneer.comparison import environment
 from veneer.comparison.conclusion import conclude
 from veneer.comparison.execute import JobRunner
+from veneer.comparison.figures import Measure, _differences, _figure
 from veneer.comparison.jobs import CommandJob, JobGenerator, Outcome, run_jobs, run_together
 from veneer.comparison.local import LocalExecutor
 from veneer.comparison.pace import Pace
@@ -32,6 +34,7 @@ from veneer.comparison.plan import Candidate, Comparison, prepare_rows
 from veneer.comparison.search import search
 from veneer.data.files.sources import read_rows
 from veneer.errors import DataError, InputError, VeneerError
+from veneer.evaluation.metrics.metric import ratio
 from veneer.files.lock import BusyError
 from veneer.report.scatter import ScatterMark, scatter_chart
 from veneer.training.config import RunConfig
@@ -553,6 +556,20 @@ def figures_of(*methods: dict[str, Any], best: str) -> dict[str, Any]:
         "disagreements": [],
         "conclusion": [],
     }
+
+
+def test_rows_with_the_same_prompt_are_one_observation_of_quality_and_difference() -> None:
+    counts = np.stack([np.repeat([1.0, 0.0, 1.0, 1.0], 5), np.ones(20)], axis=-1)[None]
+    own, shared = (
+        Measure(ratio, share=True, prompts=[row // size for row in range(20)]) for size in (1, 5)
+    )
+
+    def widths(measure: Measure) -> list[float]:
+        difference = _differences({"share": counts}, {"share": counts[:, ::-1]}, {"share": measure})
+        ends = [_figure(counts, measure)["interval"], difference["share"]["interval"]]
+        return [high - low for low, high in ends]
+
+    assert all(a > 1.5 * b for a, b in zip(widths(shared), widths(own), strict=True))
 
 
 FULL = method("full", 0.8, (0.0, 0.0), adapter_bytes=5 * 10**8, peak_memory_bytes=4 * 10**9)

@@ -242,6 +242,40 @@ def test_losses_and_their_differences_hold_the_truth(coverage: Any, kind: str) -
             assert coverage.drawn(case, rows, 400, seed=rows).share >= floor
 
 
+def test_prompts_of_one_row_each_leave_the_interval_as_it_is() -> None:
+    for rows in (shares(1, 0, 1, 1), shares(0.5, 0.2, 0.9), shares(1.0)):
+        prompts = [9, 4, 7, 5][: len(rows)]
+        assert interval(rows, ratio, prompts=prompts) == interval(rows, ratio)
+        assert paired_difference(rows, rows[::-1], ratio, prompts=prompts) == paired_difference(
+            rows, rows[::-1], ratio
+        )
+
+
+def test_the_rows_of_a_prompt_count_as_their_sum() -> None:
+    random = np.random.default_rng(8)
+    table = np.stack([random.gamma(2.0, 1.0, (3, 12)), random.integers(1, 9, (3, 12))], axis=-1)
+    prompts = [3, 1, 3, 2, 1, 1, 8, 2, 3, 3, 8, 5]
+    sums = np.stack(
+        [table[:, np.array(prompts) == prompt].sum(axis=1) for prompt in (3, 1, 2, 8, 5)], axis=1
+    )
+    assert interval(table, ratio, prompts=prompts) == pytest.approx(interval(sums, ratio))
+    ours, theirs = (side[:1] for side in (table, table[::-1]))
+    ends = paired_difference(ours, theirs, ratio, prompts=prompts)[1]
+    assert ends == pytest.approx(paired_difference(sums[:1], sums[2:], ratio)[1])
+    right = shares(*[1.0] * 12)
+    low, high = known(interval(right, ratio, prompts=[0, 1] * 6))
+    assert high == 1 and low < known(interval(right, ratio))[0]
+
+
+@pytest.mark.parametrize("kind", ["loss", "change", "share", "difference of shares"])
+def test_rows_that_share_prompts_hold_the_truth(coverage: Any, kind: str) -> None:
+    case = coverage.SHARED[kind]
+    for prompts in (10, 40):
+        assert coverage.drawn(case, 5 * prompts, 200, seed=prompts).share >= 0.90
+    independent = case._replace(prompts=None)
+    assert coverage.drawn(independent, 50, 200, seed=1).share < 0.85
+
+
 def test_a_loss_of_rows_with_uneven_tokens_holds_the_truth_less_often(coverage: Any) -> None:
     for rows in (10, 20):
         share = coverage.drawn(*coverage.LOSSES["uneven"], rows, 400, seed=rows).share

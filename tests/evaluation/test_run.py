@@ -419,6 +419,23 @@ def test_two_evaluations_are_compared_row_by_row(base: FrozenBase, tmp_path: Pat
     assert found["loss"]["difference"] == pytest.approx(-sum(tokens[:3]) / sum(tokens))
 
 
+def test_rows_with_the_same_prompt_are_one_observation_of_every_interval(
+    base: FrozenBase, tmp_path: Path
+) -> None:
+    """Answers to two of the four questions became better: as certain as four rows, not sixteen."""
+    asked = [row(i + 1, f"question {i // 4}", "it") for i in range(16)]
+    run(base, asked, ["exact_match"], predictions=tmp_path / "a.jsonl")
+    lines = read_predictions(tmp_path / "a.jsonl")
+    for line in lines[:8]:
+        line["answer"] = "it"
+        line["nats"] += line["tokens"]
+    write_predictions(tmp_path / "b.jsonl", lines)
+    found = run(base, asked, ["exact_match"], against=tmp_path / "b.jsonl")
+    low, high = found["against"]["exact_match"]["interval"]
+    assert low < -0.5 < 0 < high
+    assert found["intervals"]["exact_match"][1] > 0.4  # sixteen rows, all wrong: 0.21
+
+
 def test_predictions_hold_any_answer(tmp_path: Path) -> None:
     line = {
         "row": "x",

@@ -20,10 +20,11 @@ from veneer.data.examples import Example, RowRef
 from veneer.errors import ConfigError, DataError, RefusedError
 from veneer.models.step import ComputePaths, prepare
 from veneer.objectives.config import DPO, IPO, KTO, ORPO
-from veneer.objectives.objective import AnswerBatch
+from veneer.objectives.objective import AnswerBatch, HeldOutFigures
 from veneer.objectives.registry import make_objective
 from veneer.training import trainee as trainee_module
 from veneer.training.config import RunConfig
+from veneer.training.evaluations import _preference
 from veneer.training.gradient import StepGradient, forward_backward
 from veneer.training.inputs import ReferenceLogProbs, TrainingInputs
 from veneer.training.optimizer.buffer import FlatParameters
@@ -218,6 +219,15 @@ def preferences(out):
         for record in read_records(out / "metrics.jsonl")
         if "preference" in record
     ]
+
+
+def test_pairs_of_the_same_prompt_are_one_observation_of_the_accuracy():
+    held_out = HeldOutFigures({"accuracy": 0.75}, np.array([1.0, 1, 1, 1, 1, 1, 0, 0]), np.ones(8))
+    own, shared = (
+        _preference(held_out, prompts)["accuracy"]
+        for prompts in (range(8), [0, 0, 1, 1, 2, 2, 3, 3])
+    )
+    assert shared["high"] - shared["low"] > own["high"] - own["low"] + 0.1
 
 
 class Stop(Exception):

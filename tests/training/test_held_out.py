@@ -38,6 +38,13 @@ def examples_of(rows: int) -> list[Example]:
     return found
 
 
+def with_prompt(example: Example, number: int) -> Example:
+    """Returns the example with another first token."""
+    ids = example.ids.copy()
+    ids[0] = 1000 + number
+    return Example(ids, example.trained, example.ref, example.key)
+
+
 def counts_of(examples: Sequence[Example]) -> list[float]:
     return [float(example.trained.sum()) for example in examples]
 
@@ -86,7 +93,7 @@ def test_every_set_has_figures_of_its_own_and_an_empty_one_none() -> None:
 def test_what_is_kept_is_bounded_and_the_interval_of_many_rows_stays(sets: int) -> None:
     count = 2 * MOST_CELLS + 500
     one = make_examples(1)[0]
-    examples, nats = [one] * count, nats_of(count, 5, 4.0)
+    examples, nats = [with_prompt(one, number) for number in range(count)], nats_of(count, 5, 4.0)
     named = [SetSize(str(number), size, size, 0) for number, size in enumerate((2000, 498, 2))][
         :sets
     ]
@@ -98,6 +105,27 @@ def test_what_is_kept_is_bounded_and_the_interval_of_many_rows_stays(sets: int) 
     ends = interval(np.array([[each, tokens] for each in nats]), ratio)
     assert ends is not None and found.rows == count
     assert [found.loss.low, found.loss.high] == pytest.approx(ends, rel=0.01)
+
+
+def test_rows_with_the_same_prompt_are_one_cell_and_texts_have_none() -> None:
+    plain = make_examples(8)
+    examples = [with_prompt(plain[4 * (n // 4)], n // 4) for n in range(8)]  # of 2 prompts
+    for number, answer in enumerate(examples):
+        answer.ids[-1] = number
+    text_mask = np.arange(len(plain[0].ids)) > 0
+    texts = [Example(plain[0].ids, text_mask, plain[0].ref, 5) for _ in range(3)]
+    sets = [SetSize("first", 4, 4, 0), SetSize("rest", 7, 7, 0)]
+    cells = LossCells.over([*examples, *texts], sets, counts_of([*examples, *texts]))
+    assert cells.of.tolist() == [0] * 4 + [1] * 4 + [2, 3, 4] and cells.rows == 11
+    assert [name for name, *_ in cells.sets] == ["first", "rest"]
+    assert len(set(cells.prompts[:8].tolist())) == 2 and len(set(cells.prompts.tolist())) == 5
+    nats = nats_of(11, 8, 3.0)
+    found = cells.figures(None, cells.sums(nats))
+    table = np.stack([nats, counts_of([*examples, *texts])], axis=1)
+    assert [found.loss.low, found.loss.high] == pytest.approx(
+        interval(table, ratio, prompts=cells.prompts.tolist())
+    )
+    assert found.sets["first"].loss.low is None  # one prompt shows no spread
 
 
 def test_a_run_keeps_the_loss_before_and_after_with_intervals_and_every_reader_shows_them(

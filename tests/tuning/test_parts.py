@@ -31,7 +31,8 @@ def test_parts_share_no_prompt_and_lose_no_row():
     again = [row(each.messages[0]["content"], "no") for each in all_rows[:60]]
     parts = divide([*all_rows, *again], "d")
     sides = [parts.train, parts.search, parts.judge]
-    assert parts.judge_groups == len(prompts(parts.judge)) < len(parts.judge)
+    assert parts.judge_groups == parts.judge_prompts == len(prompts(parts.judge))
+    assert parts.judge_prompts < len(parts.judge)
     assert sum(map(len, sides)) == 260 and min(map(len, sides)) >= 30
     assert all(
         not prompts(a) & prompts(b) for a, b in zip(sides, sides[1:] + sides[:1], strict=True)
@@ -43,6 +44,7 @@ def test_similar_prompts_stay_together():
     similar = [row(each.messages[0]["content"] + " please") for each in all_rows]
     parts = divide([*all_rows, *similar], "d")
     assert parts.by_likeness
+    assert 2 * parts.judge_groups == parts.judge_prompts == len(parts.judge)
     for part in (parts.train, parts.search, parts.judge):
         texts = {each.messages[0]["content"].removesuffix(" please") for each in part}
         assert len(part) == 2 * len(texts)

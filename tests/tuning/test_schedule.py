@@ -85,7 +85,13 @@ def result(interval, *, forgetting=(0.1, [0.05, 0.15]), interrupted=False, runne
     }
     return {
         "out": "runs/t",
-        "rows": {"train": 210, "judge": 30, "judge_groups": 30, "by_likeness": True},
+        "rows": {
+            "train": 210,
+            "judge": 30,
+            "judge_groups": 30,
+            "judge_prompts": 30,
+            "by_likeness": True,
+        },
         "search": {
             "candidates": [{}] * 8,
             "seconds": 62.0,

@@ -15,7 +15,7 @@ import numpy as np
 
 from veneer.comparison.execute import FinishedRun
 from veneer.comparison.plan import Candidate, Comparison
-from veneer.data.examples import Row
+from veneer.data.examples import Row, prompt_key
 from veneer.evaluation.intervals import Counts, OfTotals, interval, paired_difference
 from veneer.evaluation.metrics.metric import ratio
 from veneer.evaluation.predictions import Line, counts_of, loss_counts, read_predictions
@@ -27,10 +27,15 @@ Figures = dict[str, Any]
 
 
 class Measure(NamedTuple):
-    """Computes a figure from sums of counts. share: it is between 0 and 1."""
+    """Computes a figure from sums of counts.
+
+    share: it is between 0 and 1. prompts: a number for each row, equal for rows with the same
+    prompt.
+    """
 
     of_totals: OfTotals
     share: bool
+    prompts: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -58,11 +63,12 @@ def make_figures(
     """Returns the content of comparison.json (docs/format.md). rows: the test rows, in the file's
     order.
     """
+    prompts = [prompt_key(row) for row in rows]
     measures = {
-        metric.name: Measure(metric.of_totals, metric.unit == "share")
+        metric.name: Measure(metric.of_totals, metric.unit == "share", prompts)
         for metric in comparison.found
     }
-    measures["loss"] = Measure(ratio, share=False)
+    measures["loss"] = Measure(ratio, share=False, prompts=prompts)
     successful = [result for result in results if result.best is not None]
     lines = {
         result.candidate.name: [
@@ -128,7 +134,7 @@ def _figure(counts: Counts, measure: Measure) -> Figures:
     of_totals = measure.of_totals
     return {
         "value": of_totals(counts.sum(axis=(0, 1))),
-        "interval": interval(counts, of_totals, share=measure.share),
+        "interval": interval(counts, of_totals, share=measure.share, prompts=measure.prompts),
         "seeds": [of_totals(seed.sum(axis=0)) for seed in counts],
     }
 
@@ -139,7 +145,7 @@ def _differences(
     differences = {}
     for name, measure in measures.items():
         difference, ends = paired_difference(
-            left[name], right[name], measure.of_totals, share=measure.share
+            left[name], right[name], measure.of_totals, share=measure.share, prompts=measure.prompts
         )
         differences[name] = {"difference": difference, "interval": ends}
     return differences

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from veneer.data.examples import Example, Row
+from veneer.data.examples import Example, Row, prompt_key
 from veneer.decoding.schedule.lookup import LookupMode
 from veneer.errors import DataError
 from veneer.evaluation.answers import evaluate_answers, finite, references_of, refuse_rows
@@ -88,8 +88,8 @@ def evaluate(
         <metric>          each requested metric; units: share or points of each
         labels            for accuracy: own (whether the choices are the rows' own answers), names,
                           confusion, uncalibrated and calibrated (label_figures.py)
-        intervals         {loss, metric: [low, high]}, 95%, over rows (intervals.py); a figure
-                          without one is left out
+        intervals         {loss, metric: [low, high]}, 95%, over rows, those with the same prompt
+                          as one (intervals.py); a figure without an interval is left out
         general           of general text: loss, interval, and with an adapter: before, forgetting
         against           of the other predictions: {loss, metric: other, difference, interval}
 
@@ -122,7 +122,8 @@ def evaluate(
         for example, (row_nats, row_tokens) in zip(examples, losses, strict=True)
     ]
     of_labels = _answer(base, rows, references, labels, choices, nats, lines, report)
-    result = _figures(losses, lines, choices.metrics)
+    prompts = [prompt_key(row) for row in rows]
+    result = _figures(losses, lines, choices.metrics, prompts)
     if labels:
         result["labels"] = {"own": not choices.labels, "names": labels, **of_labels}
     if general is not None:
@@ -131,7 +132,7 @@ def evaluate(
         matched_lines = matched(lines, other_lines, str(choices.against))
         result["against"] = {
             "file": str(choices.against),
-            **differences(lines, matched_lines, choices.metrics),
+            **differences(lines, matched_lines, choices.metrics, prompts),
         }
     if choices.predictions is not None:
         write_predictions(choices.predictions, lines)
@@ -215,7 +216,9 @@ def _answer(
     return figures
 
 
-def _figures(losses: Counts, lines: list[Line], metrics: Sequence[Metric]) -> dict[str, Any]:
+def _figures(
+    losses: Counts, lines: list[Line], metrics: Sequence[Metric], prompts: Sequence[int]
+) -> dict[str, Any]:
     loss = ratio(losses.sum(axis=0))
     result: dict[str, Any] = {
         "rows": len(losses),
@@ -225,13 +228,15 @@ def _figures(losses: Counts, lines: list[Line], metrics: Sequence[Metric]) -> di
         "intervals": {},
         "units": {},
     }
-    ends = {"loss": interval(losses, ratio)}
+    ends = {"loss": interval(losses, ratio, prompts=prompts)}
     if any("cut" in line for line in lines):
         result["cut_answers"] = sum(line["cut"] for line in lines)
     for metric in metrics:
         counts = counts_of(lines, metric)
         result[metric.name] = metric.of_totals(counts.sum(axis=0))
-        ends[metric.name] = interval(counts, metric.of_totals, share=metric.unit == "share")
+        ends[metric.name] = interval(
+            counts, metric.of_totals, share=metric.unit == "share", prompts=prompts
+        )
         result["units"][metric.name] = metric.unit
         for line, row in zip(lines, counts, strict=True):
             line[metric.name] = metric.of_totals(row)

@@ -10,7 +10,9 @@ A metric gives every row a line of counts, and its figure is a function of their
 What each row adds to the figure is its jackknife pseudo-value, so a corpus figure such as BLEU is
 treated as a mean is. A difference is taken row by row on the same rows. Several seeds add the
 variance of the seeds' own figures, with Satterthwaite's degrees of freedom; rows of unequal weight
-count as fewer. `benchmarks/interval_coverage.py` prints how often the intervals hold the truth.
+count as fewer. Rows that share a prompt depend on each other: their counts are summed, and a prompt
+is left out as a whole (the jackknife over clusters). `benchmarks/interval_coverage.py` prints how
+often the intervals hold the truth.
 
 Shapes: S seeds, N rows, K counts of a row. Sources: Clopper and Pearson 1934, Biometrika 26; Bonett
 and Price 2012, J. Educ. Behav. Stat. 37 (4); Hall 1992, J. R. Stat. Soc. B 54 (1), the monotone
@@ -21,7 +23,7 @@ Survey Sampling.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -39,13 +41,20 @@ Ends = list[float]
 
 
 def interval(
-    counts: Counts, of_totals: OfTotals, *, share: bool = False, level: float = LEVEL
+    counts: Counts,
+    of_totals: OfTotals,
+    *,
+    share: bool = False,
+    prompts: Sequence[int] | None = None,
+    level: float = LEVEL,
 ) -> Ends | None:
     """[low, high] of the figure. counts (N, K), N at least 1; or (S, N, K): runs that differ in
     their seed, on the same rows, and the interval is then over seeds too. One seed says nothing of
     what another would change.
 
-    share   the figure lies between 0 and 1. A mean of rows that are all 0 or 1 is a share by itself
+    share    the figure lies between 0 and 1. A mean of rows that are all 0 or 1 is a share by
+             itself
+    prompts  (N) equal numbers for rows with the same prompt; None if every row has its own
     Returns None if the rows do not determine an interval: a single row of a figure without bounds,
         rows that are all
     alike, or a figure that is not finite.
@@ -53,6 +62,7 @@ def interval(
     counts = _with_seeds(counts)
     if not share:
         share = _right_or_wrong(counts)
+    counts = _sum_prompts(counts, prompts)
     if len(counts) == 1 and _right_or_wrong(counts):
         return list(_share_of_rows(int(counts[0, :, 0].sum()), counts.shape[1], level))
     bounds = [0.0, 1.0] if share else None
@@ -63,10 +73,16 @@ def interval(
 
 
 def paired_difference(
-    ours: Counts, theirs: Counts, of_totals: OfTotals, *, share: bool = False, level: float = LEVEL
+    ours: Counts,
+    theirs: Counts,
+    of_totals: OfTotals,
+    *,
+    share: bool = False,
+    prompts: Sequence[int] | None = None,
+    level: float = LEVEL,
 ) -> tuple[float, Ends | None]:
     """Ours minus theirs on the same rows (and seeds), and its [low, high]. Both (N, K), or both (S,
-    N, K).
+    N, K). share, prompts: as for `interval`.
 
     The interval is None in the cases that `interval` names. A difference that is the same in all
     rows is one of them: [d, d] would claim that no other row differs otherwise, and rows without
@@ -75,6 +91,7 @@ def paired_difference(
     assert ours.shape == theirs.shape
     ours, theirs = _with_seeds(ours), _with_seeds(theirs)
     share = share or (_right_or_wrong(ours) and _right_or_wrong(theirs))
+    ours, theirs = _sum_prompts(ours, prompts), _sum_prompts(theirs, prompts)
     figure, rows, seeds = _pseudo_values(ours, of_totals)
     other_figure, other_rows, other_seeds = _pseudo_values(theirs, of_totals)
     bounds, effective = (
@@ -91,6 +108,19 @@ def _with_seeds(counts: Counts) -> Counts:
     if not counts.size:
         raise ValueError("no rows to compute an interval from")
     return counts if counts.ndim == 3 else counts[None]
+
+
+def _sum_prompts(counts: Counts, prompts: Sequence[int] | None) -> Counts:
+    """Sums the counts of rows with the same prompt, (S, P, K), in the order of the first rows."""
+    if prompts is None:
+        return counts
+    places: dict[int, int] = {}
+    place_of_row = [places.setdefault(prompt, len(places)) for prompt in prompts]
+    if len(places) == counts.shape[1]:
+        return counts
+    sums = np.zeros((len(counts), len(places), counts.shape[2]))
+    np.add.at(sums, (slice(None), place_of_row), counts)
+    return sums
 
 
 def _right_or_wrong(counts: Counts) -> bool:

@@ -128,12 +128,12 @@ def loss_counts(lines: Sequence[Line]) -> Counts:
 
 
 def differences(
-    ours: Sequence[Line], theirs: Sequence[Line], metrics: Sequence[Metric]
+    ours: Sequence[Line], theirs: Sequence[Line], metrics: Sequence[Metric], prompts: Sequence[int]
 ) -> dict[str, Any]:
     """Returns, for the loss and each metric: their figure, ours minus theirs, and its 95% interval.
 
     The lines are of the same rows in the same order (`matched`); the interval is over these rows,
-    paired.
+    paired. prompts: a number for each row, equal for rows with the same prompt.
     """
     sides: dict[str, tuple[Counts, Counts, OfTotals, bool]] = {
         "loss": (loss_counts(ours), loss_counts(theirs), ratio, False)
@@ -143,7 +143,7 @@ def differences(
         sides[metric.name] = (own_counts, other_counts, metric.of_totals, metric.unit == "share")
     result = {}
     for name, (a, b, of_totals, share) in sides.items():
-        difference, ends = paired_difference(a, b, of_totals, share=share)
+        difference, ends = paired_difference(a, b, of_totals, share=share, prompts=prompts)
         result[name] = {
             "other": of_totals(b.sum(axis=0)),
             "difference": difference,

@@ -82,7 +82,7 @@ def evaluation_record(
     counts = objective.counts(inputs.validation).tolist()
     loss = mean_loss(losses, counts)
     sets = losses_by_set(inputs.validation, inputs.validation_sets, losses, counts)
-    preference = _preference(objective.held_out(nats, answers))
+    preference = _preference(objective.held_out(nats, answers), cells.prompts.tolist())
     sample = None
     if inputs.sample is not None and result.new is not None:
         sample = inputs.sample.record_of(result.new)
@@ -106,12 +106,15 @@ def evaluation_record(
     }
 
 
-def _preference(held_out: HeldOutFigures | None) -> dict[str, Any]:
-    """Returns figures of preferences as a record holds them, the accuracy with its interval."""
+def _preference(held_out: HeldOutFigures | None, prompts: Sequence[int]) -> dict[str, Any]:
+    """Returns figures of preferences as a record holds them, the accuracy with its interval.
+
+    prompts: a number for each row, equal for rows with the same prompt.
+    """
     if held_out is None:
         return {}
     counts = np.stack([held_out.right, held_out.counted], axis=1)
-    low, high = interval(counts, ratio, share=True) or (None, None)
+    low, high = interval(counts, ratio, share=True, prompts=prompts) or (None, None)
     accuracy = {"value": held_out.figures["accuracy"], "low": low, "high": high}
     return {**held_out.figures, "accuracy": accuracy}
 

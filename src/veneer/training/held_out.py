@@ -2,8 +2,8 @@
 
 The nats before step 1 and those of the kept values are compared row by row
 (evaluation/intervals.py), so that a result says how certain it is. An evaluation is stored as a few
-numbers: beyond MOST_CELLS rows, several rows are summed into a cell, evenly, and each cell counts
-as a row.
+numbers: rows with the same prompt are summed into a cell; beyond MOST_CELLS prompts, a cell holds
+several of them, evenly. Each cell counts as a row.
 """
 
 from collections.abc import Sequence
@@ -50,16 +50,18 @@ def losses_by_set(
 
 @dataclass(frozen=True)
 class LossCells:
-    """Sums the losses of examples into cells: a cell holds one row, or several if there are many.
+    """Sums the losses of examples into cells: a cell holds the rows of a prompt, or of several
+    prompts if there are many.
 
-    of      (E) each example's cell;  counts  (C) what each cell counts, such as trained tokens
-    rows    of all cells;  tokens  trained tokens of all
-    sets    name, rows and cells of each set, if there are several
+    of       (E) each example's cell;  counts  (C) what each cell counts, such as trained tokens
+    prompts  (N) a number for each row, equal for rows of a set with the same prompt
+    tokens   trained tokens of all rows
+    sets     name, rows and cells of each set, if there are several
     """
 
     of: NDArray[np.int64]
     counts: NDArray[np.float64]
-    rows: int
+    prompts: NDArray[np.int64]
     tokens: int
     sets: tuple[tuple[str, int, slice], ...]
 
@@ -72,16 +74,22 @@ class LossCells:
         starts = np.asarray(rows.starts)
         row_of = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
         cell_of = np.zeros(len(starts) - 1, dtype=np.int64)
+        prompts = np.zeros_like(cell_of)
         spans = [
             tuple(int(row) for row in np.searchsorted(starts, span))
             for span in _spans(examples, sets)
         ]
-        end, cells_of_sets = 0, []
+        end, num_prompts, cells_of_sets = 0, 0, []
         for first, last in spans:
-            count = min(last - first, max(MOST_CELLS // len(spans), 1))
-            cell_of[first:last] = end + np.arange(last - first) % max(count, 1)
+            numbers = _prompt_numbers(
+                [_last(examples, *ends) for ends in pairwise(starts[first : last + 1])]
+            )
+            count = min(max(numbers, default=-1) + 1, max(MOST_CELLS // len(spans), 1))
+            prompts[first:last] = num_prompts + np.array(numbers, dtype=np.int64)
+            cell_of[first:last] = end + np.array(numbers, dtype=np.int64) % max(count, 1)
             cells_of_sets.append((last - first, slice(end, end + count)))
             end += count
+            num_prompts += last - first
         of = cell_of[row_of]
         of_cells = np.zeros(end)
         np.add.at(of_cells, of, counts)
@@ -91,7 +99,11 @@ class LossCells:
             if len(sets) > 1
             else []
         )
-        return cls(of, of_cells, len(starts) - 1, tokens, tuple(named))
+        return cls(of, of_cells, prompts, tokens, tuple(named))
+
+    @property
+    def rows(self) -> int:
+        return len(self.prompts)
 
     def sums(self, losses: Sequence[float]) -> list[float]:
         """Sums the losses of examples by cell."""
@@ -133,6 +145,32 @@ class LossCells:
             )
             figures["change"] = _figure(*paired_difference(after_counts, before_counts, ratio))
         return figures
+
+
+def _prompt_numbers(examples: Sequence[Example]) -> list[int]:
+    """Numbers the prompts of rows from 0, in order. examples: one of each row."""
+    numbers: dict[bytes | int, int] = {}
+    return [
+        numbers.setdefault(_prompt(example) or row, len(numbers))
+        for row, example in enumerate(examples)
+    ]
+
+
+def _last(examples: Sequence[Example], start: int, end: int) -> Example:
+    """Returns the last of a row's own examples; an answer to another row's prompt is none."""
+    return next(
+        example
+        for number in reversed(range(start, end))
+        if (example := examples[number]).kind != "mismatched"
+    )
+
+
+def _prompt(example: Example) -> bytes | None:
+    """Returns the tokens before the last answer; None for a text without a prompt."""
+    last = int(np.flatnonzero(example.trained)[-1]) if example.trained.any() else 0
+    untrained = np.flatnonzero(~example.trained[:last])
+    length = int(untrained[-1]) + 1 if len(untrained) else 0
+    return example.ids[:length].tobytes() if length > 1 else None
 
 
 def _figure(value: float, ends: Ends | None) -> Figure:

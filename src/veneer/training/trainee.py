@@ -117,7 +117,8 @@ class Trainee:
 
     def held_out(self) -> HeldOut | None:
         """Returns the held-out figures of the values that are kept, None if there are none."""
-        nats = self.progress.nats
+        num_cells = len(self._cells.counts)  # an earlier version may have made others
+        nats = {step: sums for step, sums in self.progress.nats.items() if len(sums) == num_cells}
         after = nats.get(str(self.progress.best_step))
         return None if after is None else self._cells.figures(nats.get("0"), after)
 

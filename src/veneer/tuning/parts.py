@@ -35,13 +35,15 @@ only equal prompts stay together."""
 @dataclass(frozen=True)
 class RowParts:
     """The parts. by_likeness: similar prompts stay together, not only equal ones. judge_groups:
-    number of groups of rows that stay together, in the part to judge with."""
+    number of groups of rows that stay together, in the part to judge with. judge_prompts: number
+    of different prompts there."""
 
     train: list[Row]
     search: list[Row]
     judge: list[Row]
     by_likeness: bool
     judge_groups: int
+    judge_prompts: int
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def divide(rows: Sequence[Row], name: str) -> RowParts:
         )
     train, judge, search = parts
     judge_groups = len({key for key in keys if part_of(key, groups) == 1})
-    return RowParts(train, search, judge, by_likeness, judge_groups)
+    judge_prompts = len(set(map(prompt_key, judge)))
+    return RowParts(train, search, judge, by_likeness, judge_groups, judge_prompts)
 
 
 def _share(rows: int, most: int) -> float:

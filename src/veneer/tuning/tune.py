@@ -188,6 +188,7 @@ class _TuneRuns:
                 "judge": len(self.parts.judge),
                 "by_likeness": self.parts.by_likeness,
                 "judge_groups": self.parts.judge_groups,
+                "judge_prompts": self.parts.judge_prompts,
             },
             "reasons": list(self.advised.reasons),
             "search": self._search_facts(search),

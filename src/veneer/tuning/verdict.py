@@ -8,7 +8,8 @@ from typing import Any
 from veneer.wording import clock, number
 
 LEAST_GROUPS = 0.9
-"""Groups of similar prompts for each row to judge with, from which on rows count as independent."""
+"""Groups of similar prompts for each prompt to judge with, from which on prompts count as
+independent."""
 
 Result = Mapping[str, Any]
 """The content of tune.json."""
@@ -95,10 +96,10 @@ def is_better(result: Result) -> bool | None:
 
 
 def _is_too_narrow(result: Result) -> bool:
-    """Returns whether many judging rows have similar prompts: an interval over rows takes them as
-    independent."""
+    """Returns whether many prompts of the judging rows are similar: an interval takes different
+    prompts as independent."""
     rows = result["rows"]
-    return bool(rows["judge_groups"] < LEAST_GROUPS * rows["judge"])
+    return bool(rows["judge_groups"] < LEAST_GROUPS * rows["judge_prompts"])
 
 
 def _certainty(result: Result) -> str:
@@ -108,8 +109,8 @@ def _certainty(result: Result) -> str:
     elif _is_too_narrow(result):
         rows = result["rows"]
         sentence = (
-            f"Not sure: the {rows['judge']} rows have only {rows['judge_groups']} different"
-            " prompts, so the interval over rows is too narrow."
+            f"Not sure: the {rows['judge_prompts']} prompts are only {rows['judge_groups']} groups"
+            " of similar ones, so the interval is too narrow."
         )
     elif not result["rows"]["by_likeness"]:
         sentence = (
