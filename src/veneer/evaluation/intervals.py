@@ -119,7 +119,8 @@ def _sum_prompts(counts: Counts, prompts: Sequence[int] | None) -> Counts:
     if len(places) == counts.shape[1]:
         return counts
     sums = np.zeros((len(counts), len(places), counts.shape[2]))
-    np.add.at(sums, (slice(None), place_of_row), counts)
+    for row, place in enumerate(place_of_row):
+        sums[:, place] += counts[:, row]
     return sums
 
 
