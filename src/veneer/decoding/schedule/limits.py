@@ -66,7 +66,7 @@ def check_fits(
     """Raises DoesNotFitError if a request is too long for the model's positions or for all blocks.
     prefix_length: tokens of its adapter's trained prefix."""
     lengths = f"{len(request.prompt):,} tokens and {request.max_new_tokens:,} new ones"
-    if positions is not None and prefix_length + request.max_positions > positions:
+    if positions is not None and prefix_length + request.needed_positions > positions:
         prefix = f" behind its adapter's prefix of {prefix_length:,}" if prefix_length else ""
         raise DoesNotFitError(
             f"{lengths}{prefix} are more than the {positions:,} positions that the model reads"

@@ -128,8 +128,8 @@ class Request:
         return len(self.prompt) + self.max_new_tokens - 1
 
     @property
-    def max_positions(self) -> int:
-        """Most positions of prompt and answer."""
+    def needed_positions(self) -> int:
+        """Positions of prompt and longest answer."""
         return len(self.prompt) + self.max_new_tokens - self.prompt_only
 
 
