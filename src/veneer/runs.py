@@ -124,6 +124,7 @@ def run_rows(config: RunConfig) -> DataSet:
         tokenizer=extended(tokenizer, config.new_tokens),
         preamble=Preamble(variables=config.template.variables),
         kind=config.objective.rows,
+        teacher=config.objective.teacher_text(),
     )
     refuse_unreadable(data.report, config.data.called)
     return data

@@ -46,8 +46,9 @@ def check_place(config: RunConfig, *, resume: bool) -> None:
 
 
 def check_run(config: RunConfig) -> None:
-    """Checks that the base and the rows of a run exist."""
+    """Checks that the base, the rows and what a teacher reads exist."""
     check_base(config.base)
+    config.objective.teacher_text()
     check_rows(
         *(row_set.path for row_set in (*config.data.train_sets, *config.data.validation_sets))
     )

@@ -33,15 +33,25 @@ class ExampleCollector:
     _systems: set[str | None] = field(default_factory=set)
     _counted: tuple[int, int, int] = (0, 0, 0)
     _tokens: int = 0
+    _num_examples: int = 0
 
-    def add(self, row: Row, parts: Sequence[tuple[Row, Example]]) -> None:
-        """Adds a row's examples, each with the part of the row that it covers."""
+    def add(
+        self,
+        row: Row,
+        parts: Sequence[tuple[Row, Example]],
+        teacher: Sequence[tuple[Row, Example]] = (),
+    ) -> None:
+        """Adds a row's examples, each with the part of the row that it covers.
+
+        teacher: what a teacher reads of the row; it stands behind the row's own and is not counted
+        """
         self.tally.add(row, [example for _, example in parts])
         self._tokens += sum(len(example.ids) for _, example in parts)
         if row.messages and len(self._systems) < 2:
             self._systems |= {_system_of(part) for part, _ in parts}
         self.chats |= bool(row.messages)
-        self.keep(parts)
+        self._num_examples += len(parts) + len(teacher)
+        self.keep([*parts, *teacher])
 
     def keep(self, parts: Sequence[tuple[Row, Example]]) -> None:
         for row, example in parts:
@@ -50,7 +60,7 @@ class ExampleCollector:
 
     def end_set(self, name: str) -> None:
         """Ends a set: the rows since the last call belong to it."""
-        totals = self.tally.rows, len(self.tally), self._tokens
+        totals = self.tally.rows, self._num_examples, self._tokens
         self.sets.append(
             SetSize(
                 name, *(total - before for total, before in zip(totals, self._counted, strict=True))

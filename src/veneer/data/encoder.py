@@ -31,6 +31,8 @@ from veneer.data.files.layouts import RowLayouts
 from veneer.data.files.places import ResolvedSets
 from veneer.data.files.sources import iterate_rows
 from veneer.data.split import BY_THRESHOLD, Holds, Split, by_threshold
+from veneer.data.teacher import teacher_example, teacher_fault
+from veneer.data.teacher_text import TeacherText
 from veneer.data.template.encoded_row import EncodedRow
 from veneer.data.template.template import ChatTemplate
 
@@ -50,6 +52,9 @@ class SetEncoder:
     findings: Findings
     sets: ResolvedSets
     kind: RowKind
+    teacher: TeacherText | None = None
+    positions: int | None = None
+    """Positions of the base, which limit the teacher's text; None: unlimited."""
     numbers: Iterator[int] = field(default_factory=count)
     """The next row's number. It tells rows apart; a hash of their content would merge equal
     neighbours."""
@@ -95,7 +100,7 @@ class SetEncoder:
         """Tokenises rows and adds their examples to `collector`."""
         keys = [row_key(row) for row in rows]  # before the preamble is added
         conversations = [
-            [self._with_preamble(answer) for answer in conversations_of(row)] for row in rows
+            [self._with_preamble(answer) for answer in self._conversations(row)] for row in rows
         ]
         results = iter(
             self.template.encode_rows(list(chain(*conversations)), train_on=self.data.train_on)
@@ -112,8 +117,17 @@ class SetEncoder:
                 self.findings.problems.append(problems[0])
             elif row.others or row.liked is not None:
                 self._add_preference(row, key, answers, encodings, collector)
+            elif self.teacher is not None:
+                own, teacher = encodings
+                self._add_taught(answers[0], key, own, teacher, collector)
             else:
                 self._add_examples(answers[0], key, encodings[0], collector)
+
+    def _conversations(self, row: Row) -> list[Row]:
+        """Returns a row for each answer, or one for the student and one for the teacher."""
+        if self.teacher is None:
+            return conversations_of(row)
+        return [row, self.teacher.extend(row, has_template=bool(self.template.source))]
 
     def _with_preamble(self, row: Row) -> Row:
         if not row.messages:
@@ -146,14 +160,41 @@ class SetEncoder:
     def _add_examples(
         self, row: Row, key: int, encodings: Sequence[EncodedRow], collector: ExampleCollector
     ) -> None:
+        if parts := self._answer_parts(row, key, encodings):
+            collector.add(row, parts)
+
+    def _add_taught(
+        self,
+        row: Row,
+        key: int,
+        encodings: Sequence[EncodedRow],
+        teacher: Sequence[EncodedRow],
+        collector: ExampleCollector,
+    ) -> None:
+        """Adds a row with what the teacher reads of it: one more example for each of its own."""
+        if fault := teacher_fault(row, encodings, teacher, self.positions):
+            self.findings.problems.append(Problem("D118", row.ref.file, fault, (row.ref.line,)))
+            return
+        parts = self._answer_parts(row, key, encodings)
+        if len(parts) < len(encodings):
+            return  # too long
+        number = next(self.numbers)
+        parts = [(part, replace(example, row=number)) for part, example in parts]
+        pairs = zip(parts, teacher, strict=True)
+        collector.add(
+            row, parts, [(part, teacher_example(own, text)) for (part, own), text in pairs]
+        )
+
+    def _answer_parts(
+        self, row: Row, key: int, encodings: Sequence[EncodedRow]
+    ) -> list[tuple[Row, Example]]:
         rows = [
             row
             if encoding.upto in (None, len(row.messages))
             else _first_messages(row, encoding.upto)
             for encoding in encodings
         ]
-        if parts := self._parts(rows, key, encodings, ["answer"] * len(rows)):
-            collector.add(row, parts)
+        return self._parts(rows, key, encodings, ["answer"] * len(rows))
 
     def _parts(
         self,

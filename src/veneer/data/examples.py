@@ -33,9 +33,10 @@ Format = Literal[
 RowKind = Literal["answers", "pairs", "ratings", "any"]
 """Content of rows: answers to learn, answers in order of preference, or answers with a rating
 (pairs too). any: answers or pairs, by the columns."""
-AnswerKind = Literal["answer", "chosen", "rejected", "mismatched"]
+AnswerKind = Literal["answer", "chosen", "rejected", "mismatched", "teacher"]
 """Role of an example in an objective: an answer to learn; one that is preferred or rated good; one
-that is not preferred or rated bad; or the answer to another row's prompt."""
+that is not preferred or rated bad; the answer to another row's prompt; or what a teacher reads of
+the row."""
 Layout = Literal["auto", Format]
 TrainOn = Literal["assistant", "last", "all"]
 LongRows = Literal["refuse", "drop", "cut"]

@@ -35,6 +35,7 @@ from veneer.data.files.unused import DESCRIPTION, lock_of, use
 from veneer.data.load import DataSet, load_data, read_data
 from veneer.data.mixture import Mixture
 from veneer.data.split import BY_COUNT
+from veneer.data.teacher_text import TeacherText
 from veneer.data.template.template import ChatTemplate
 from veneer.errors import ConfigError, DataError, VeneerError
 from veneer.files.atomic import atomic_folder, verify_manifest, write_manifest
@@ -69,20 +70,24 @@ def training_data(
     held_out_by: str = BY_COUNT,
     resumes: bool = False,
     kind: RowKind = "answers",
+    teacher: TeacherText | None = None,
     say: Say = lambda line: None,
 ) -> DataSet:
     """Loads a run's data like load_data; tokens of large sets of answers are kept in files.
 
-    `data.tokens` can force either. say: receives lines for the screen. kind: what the rows hold
+    `data.tokens` can force either. say: receives lines for the screen. kind: what the rows hold.
+    teacher: what a teacher reads besides each row
     """
     options: dict[str, Any] = {"length": length, "capacity": capacity, "preamble": preamble}
     options |= {"held_out_by": held_out_by, "sets": ResolvedSets()}
-    if kind != "answers" and data.tokens == "files":
+    one_each = kind == "answers" and teacher is None
+    if not one_each and data.tokens == "files":
+        rows = kind if teacher is None else "a teacher"
         raise ConfigError(
-            f"tokens of {kind} cannot be kept in files", next_step="Set data.tokens to memory."
+            f"tokens of {rows} cannot be kept in files", next_step="Set data.tokens to memory."
         )
-    if kind != "answers" or not _uses_files(data, options["sets"]):
-        options["kind"] = kind
+    if not one_each or not _uses_files(data, options["sets"]):
+        options |= {"kind": kind, "teacher": teacher}
         return load_data(data, tokenizer=tokenizer, today=today, resumes=resumes, **options)
     template = ChatTemplate(tokenizer, today=today, variables=preamble.variables)
     folder = tokens_folder() / _set_name(data, template, **options)

@@ -29,6 +29,7 @@ from veneer.data.files.places import ResolvedSets
 from veneer.data.mismatched import add_mismatched
 from veneer.data.mixture import Mixture, mix_sets
 from veneer.data.split import BY_COUNT, Split
+from veneer.data.teacher_text import TeacherText
 from veneer.data.template.template import ChatTemplate
 from veneer.errors import ConfigError
 
@@ -73,6 +74,7 @@ def load_data(
     resumes: bool = False,
     sets: ResolvedSets | None = None,
     kind: RowKind = "answers",
+    teacher: TeacherText | None = None,
 ) -> DataSet:
     """Loads the examples of a run. Raises DataError with everything that prevents it from starting.
 
@@ -85,6 +87,7 @@ def load_data(
     resumes    the run has started with these rows before
     sets       remembers the files of each set
     kind       what the rows must hold
+    teacher    what a teacher reads besides each row; None without a teacher
     """
     data_set = examine_data(
         data,
@@ -96,6 +99,7 @@ def load_data(
         held_out_by=held_out_by,
         sets=sets,
         kind=kind,
+        teacher=teacher,
     )
     refuse(data_set.report, data.called, purpose, resumes=resumes)
     return data_set
@@ -112,6 +116,7 @@ def examine_data(
     held_out_by: str = BY_COUNT,
     sets: ResolvedSets | None = None,
     kind: RowKind = "answers",
+    teacher: TeacherText | None = None,
 ) -> DataSet:
     """Loads data like load_data, but reports faults and keeps the remaining rows.
 
@@ -126,6 +131,7 @@ def examine_data(
         "preamble": preamble,
         "held_out_by": held_out_by,
         "kind": kind,
+        "teacher": teacher,
     }
     return read_data(data, template, training, validation, sets=sets or ResolvedSets(), **options)
 
@@ -142,6 +148,7 @@ def read_data(
     held_out_by: str,
     sets: ResolvedSets,
     kind: RowKind = "answers",
+    teacher: TeacherText | None = None,
     say: Callable[[int], None] = lambda rows: None,
 ) -> DataSet:
     """Reads the rows of all sets into training and validation examples.
@@ -150,8 +157,9 @@ def read_data(
     twice, because the choice depends on all of its prompts.
     """
     requested_length, length = length, min(length, capacity.positions or length)
-    findings, total = Findings(), 0
-    encoder, split = SetEncoder(data, template, preamble, length, findings, sets, kind), Split()
+    findings, total, split = Findings(), 0, Split()
+    positions = capacity.positions
+    encoder = SetEncoder(data, template, preamble, length, findings, sets, kind, teacher, positions)
     with _manual_collection() as collect:
         for data_set in data.train_sets:
             read = out = 0

@@ -7,6 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from veneer.kernels.dense.divergence import (
+    Divergence,
+    TeacherRows,
+    frozen_head_divergence,
+    logit_divergence,
+    trained_head_divergence,
+)
 from veneer.kernels.dense.loss import (
     Head,
     frozen_head_loss,
@@ -14,6 +21,7 @@ from veneer.kernels.dense.loss import (
     trained_head_loss,
     trained_head_nats,
 )
+from veneer.objectives.objective import Predictions
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,12 @@ class HeadPredictions:
         nats = trained_head_nats if self._trains else frozen_head_nats
         return nats(self.states, self.targets, self.head)
 
+    def divergence(self, teacher: Predictions, divergence: Divergence) -> Tensor:
+        assert isinstance(teacher, HeadPredictions)  # the same model computes both
+        values = trained_head_divergence if self._trains else frozen_head_divergence
+        rows = TeacherRows(teacher.states.detach(), teacher.head)
+        return values(self.states, self.head, rows, divergence)
+
 
 @dataclass(frozen=True)
 class LogitPredictions:
@@ -56,3 +70,7 @@ class LogitPredictions:
 
     def nats(self) -> Tensor:
         return F.cross_entropy(self.logits.float(), self.targets, reduction="none")
+
+    def divergence(self, teacher: Predictions, divergence: Divergence) -> Tensor:
+        assert isinstance(teacher, LogitPredictions)
+        return logit_divergence(self.logits, teacher.logits.detach(), divergence)

@@ -199,20 +199,33 @@ def batch_losses(
 
     The routing holds what acts on all rows; the head sees one run after the other.
     """
-    counts = [share.targets for share in shares]
+    readers = [(share.adapters, share.targets) for share in shares]
+    predicted = predictions_of_runs(model, paths, routing, batch, readers)
+    return [share.loss(own) for share, own in zip(shares, predicted, strict=True)]
+
+
+def predictions_of_runs(
+    model: PreTrainedModel,
+    paths: ComputePaths,
+    routing: Routing,
+    batch: Batch,
+    runs: Sequence[tuple[Applied, int]],
+) -> Iterator[Predictions]:
+    """Yields the predictions of each run in a batch of several, while its adapters act everywhere.
+
+    runs: their adapters, and the number of their targets
+    """
+    counts = [targets for _, targets in runs]
     rows_of_runs, targets = batch.loss_rows.split(counts), batch.targets.split(counts)
     if paths.head_reason is not None:
         all_logits = whole_logits(model, batch).split(counts)
-        return [
-            share.loss(LogitPredictions(logits, chosen))
-            for logits, chosen, share in zip(all_logits, targets, shares, strict=True)
-        ]
-    states, keys, losses = hidden_states(model, batch), routing.acting.keys, []
-    for share, loss_rows, chosen in zip(shares, rows_of_runs, targets, strict=True):
-        with routing.held(Acting.everywhere(share.adapters).drawing(keys)):
+        yield from map(LogitPredictions, all_logits, targets)
+        return
+    states, keys = hidden_states(model, batch), routing.acting.keys
+    for (adapters, _), loss_rows, chosen in zip(runs, rows_of_runs, targets, strict=True):
+        with routing.held(Acting.everywhere(adapters).drawing(keys)):
             rows, linear = _predicting(model, paths, routing, states, loss_rows)
-            losses.append(share.loss(_head_predictions(rows, chosen, linear)))
-    return losses
+            yield _head_predictions(rows, chosen, linear)
 
 
 def _head_predictions(rows: Tensor, targets: Tensor, linear: Head) -> HeadPredictions:

@@ -2,15 +2,18 @@
 so it does not import torch.
 
 Sources: DPO, Rafailov et al. 2023, arXiv:2305.18290; IPO, Azar et al. 2023, arXiv:2310.12036; KTO,
-Ethayarajh et al. 2024, arXiv:2402.01306; ORPO, Hong et al. 2024, arXiv:2403.07691.
+Ethayarajh et al. 2024, arXiv:2402.01306; ORPO, Hong et al. 2024, arXiv:2403.07691; distil, Agarwal
+et al. 2023, arXiv:2306.13649.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from veneer.bounds import BETA, FACTOR, SMOOTHING
+from veneer.bounds import BETA, ENERGY, FACTOR, SMOOTHING
 from veneer.data.examples import RowKind
+from veneer.data.teacher_text import TeacherText, absolute_path, read_teacher_text
+from veneer.errors import ConfigError
 from veneer.files.settings import StrictSettings
 
 
@@ -18,14 +21,38 @@ class ObjectiveConfig(StrictSettings):
     """Base class of objectives: properties of an objective besides its settings.
 
     rows           what the rows of a run hold
+    has_teacher    whether it learns from the predictions of a teacher
+    several        whether it reads several examples of a row, which one forward must compute
     share_of_rate  factor of the method's usual learning rate
     """
 
     rows: ClassVar[RowKind]
+    has_teacher: ClassVar[bool] = False
+    several: ClassVar[bool] = False
     share_of_rate: ClassVar[float] = 1.0
 
     name: str = ""
     """Name in the run file; every objective has one."""
+
+    def teacher_text(self) -> TeacherText | None:
+        """Returns what a teacher reads besides each row, None without a teacher.
+
+        Raises ConfigError if a file cannot be read.
+        """
+        return None
+
+    @property
+    def teacher_adapter(self) -> str | None:
+        """Name or folder of the teacher's adapter; None if the teacher is the base alone."""
+        return None
+
+    def located(self, adapter: str | None, content: str | None) -> Self:
+        """Returns the settings with absolute paths, and the folder and the content hash of the
+        teacher's adapter.
+
+        Raises ConfigError if the settings name another content.
+        """
+        return self
 
 
 class Answers(ObjectiveConfig):
@@ -37,6 +64,7 @@ class Answers(ObjectiveConfig):
 class PreferenceConfig(ObjectiveConfig):
     """Base class of objectives that learn which answers are preferred."""
 
+    several: ClassVar[bool] = True
     share_of_rate: ClassVar[float] = 0.1
 
 
@@ -89,7 +117,63 @@ class ORPO(PreferenceConfig):
     """Weight of the odds ratio beside the cross-entropy of the preferred answer."""
 
 
-AnyObjective = Annotated[Answers | DPO | IPO | KTO | ORPO, Field(discriminator="name")]
+class Distil(ObjectiveConfig):
+    rows: ClassVar[RowKind] = "answers"
+    has_teacher: ClassVar[bool] = True
+    several: ClassVar[bool] = True
+
+    name: Literal["distil"] = "distil"
+    divergence: Literal["forward", "reverse", "jensen_shannon"] = "forward"
+    """forward: KL(teacher || student), the student covers all that the teacher expects; reverse:
+    KL(student || teacher), it keeps to what the teacher finds likely; jensen_shannon: between the
+    two, by `teacher_share`."""
+    teacher_share: Annotated[float, ENERGY] = 0.5
+    """The teacher's share of the mixture that jensen_shannon compares both with: near 0 it acts
+    like forward, near 1 like reverse."""
+    temperature: Annotated[float, BETA] = 1.0
+    """Divides the logits of both; above 1 less likely tokens count more."""
+    system: str | None = None
+    """System prompt that the teacher reads in front of every conversation, and the student does
+    not. A row's own system prompt stands behind it, for both."""
+    document: str | None = None
+    """A text file that the teacher reads in its system prompt, behind `system`."""
+    tools: str | None = None
+    """A JSON file with a list of tools that the teacher knows, in rows that have none."""
+    teacher: str | None = None
+    """Adapter of the teacher: a name in the library or a folder; default: the base alone."""
+
+    content: str | None = None
+    """Content hash of that adapter, filled in when the run begins."""
+
+    def teacher_text(self) -> TeacherText:
+        if all(part is None for part in (self.system, self.document, self.tools, self.teacher)):
+            raise ConfigError(
+                "objective distil needs a teacher",
+                next_step="Set objective.document, system or tools, which the base reads, or"
+                " objective.teacher, an adapter.",
+            )
+        return read_teacher_text(self.system, self.document, self.tools)
+
+    @property
+    def teacher_adapter(self) -> str | None:
+        return self.teacher
+
+    def located(self, adapter: str | None, content: str | None) -> Self:
+        if self.content not in (None, content):
+            raise ConfigError(
+                f"{adapter} is not the teacher that the run started with",
+                [f"content then {self.content}, now {content}"],
+                "Put that adapter back, or start a new run.",
+            )
+        files = {
+            name: absolute_path(path)
+            for name in ("document", "tools")
+            if (path := getattr(self, name)) is not None
+        }
+        return self.model_copy(update={**files, "teacher": adapter, "content": content})
+
+
+AnyObjective = Annotated[Answers | DPO | IPO | KTO | ORPO | Distil, Field(discriminator="name")]
 
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "answers": Answers,
@@ -97,4 +181,5 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "ipo": IPO,
     "kto": KTO,
     "orpo": ORPO,
+    "distil": Distil,
 }

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from veneer.data.examples import Example
+from veneer.kernels.dense.divergence import Divergence
 
 Values = NDArray[np.float64]
 
@@ -30,6 +31,9 @@ class Predictions(Protocol):
     def nats(self) -> Tensor:
         """Returns -log p of every target, (T)."""
 
+    def divergence(self, teacher: "Predictions", divergence: Divergence) -> Tensor:
+        """Returns how far the predictions of every target are from the teacher's, (T)."""
+
 
 @dataclass(frozen=True)
 class AnswerBatch:
@@ -37,10 +41,12 @@ class AnswerBatch:
 
     reference  (E) log p of each answer by the reference, summed over its targets; zeros where an
                objective compares with none
+    teacher    the teacher's predictions of the same targets; None without a teacher
     """
 
     examples: Sequence[Example]
     reference: Values
+    teacher: Predictions | None = None
 
     @classmethod
     def without_reference(cls, examples: Sequence[Example]) -> Self:
@@ -76,6 +82,8 @@ class Objective(ABC):
 
     compares: bool = False
     """Whether it reads the reference."""
+    has_teacher: bool = False
+    """Whether it reads the predictions of a teacher."""
     num_figures: int = 0
     """Number of sums in the figures of a batch."""
 
@@ -93,9 +101,14 @@ class Objective(ABC):
         total: counts of all examples of the step; infinity for a batch that another process counts
         """
 
+    def target_values(self, predictions: Predictions, teacher: Predictions | None) -> Tensor:
+        """Returns the value of every held-out target, (T); `answer_losses` reads their sums."""
+        return predictions.nats()
+
     @abstractmethod
     def answer_losses(self, nats: Values, answers: AnswerBatch) -> Values:
-        """Returns the loss of each example, (E), from its summed nats, without a gradient.
+        """Returns the loss of each example, (E), from the sum of its targets' values, without a
+        gradient.
 
         answers: all of them, as one batch
         """

@@ -1,7 +1,8 @@
 """Makes the objective of a run's settings."""
 
 from veneer.objectives.answers import AnswersObjective
-from veneer.objectives.config import DPO, IPO, KTO, ORPO, AnyObjective
+from veneer.objectives.config import DPO, IPO, KTO, ORPO, AnyObjective, Distil
+from veneer.objectives.distil import DistilObjective
 from veneer.objectives.objective import Objective
 from veneer.objectives.preferences import DPOObjective, IPOObjective, KTOObjective, ORPOObjective
 
@@ -16,5 +17,7 @@ def make_objective(config: AnyObjective) -> Objective:
             return KTOObjective(config)
         case ORPO():
             return ORPOObjective(config)
+        case Distil():
+            return DistilObjective(config)
         case _:
             return AnswersObjective()

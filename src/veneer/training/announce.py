@@ -136,7 +136,9 @@ def _base_lines(run: PreparedRun) -> list[str]:
 
 def _data_lines(data: DataSet) -> list[str]:
     lines = []
-    if (examples := len(data.train)) > data.report.rows:
+    if data.train and data.train[-1].kind == "teacher":
+        lines.append(f"a teacher reads {data.report.rows:,} rows too, behind its own prompt")
+    elif (examples := len(data.train)) > data.report.rows:
         compared = data.train[0].kind != "answer"
         lines.append(
             f"{examples:,} answers of {data.report.rows:,} rows"

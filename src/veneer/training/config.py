@@ -92,7 +92,7 @@ class RunConfig(StrictSettings):
     """Settings of the base's chat template."""
     objective: AnyObjective = Field(default_factory=Answers)
     """What training minimises: answers (cross-entropy of the given answers), or a preference: dpo,
-    ipo, kto or orpo, or one with its settings: {name: dpo, beta: 0.1}."""
+    ipo, kto or orpo, or a teacher: distil; or one with its settings: {name: dpo, beta: 0.1}."""
     method: Method = Field(default_factory=LoRA)
     """lora, dora, bottleneck, prefix or full, or the method with its settings: {name: lora, rank:
     16}; qlora is lora over quantize: nf4."""
@@ -259,10 +259,20 @@ class RunConfig(StrictSettings):
                 f"with method {self.method.name} shard adds up gradients as floating-point numbers:"
                 " take reduce plain, or leave shard out"
             )
-        if self.objective.rows != "answers" and self.data.train_on == "all":
+        if self.objective.several and self.data.train_on == "all":
             raise ValueError(
                 f"objective {self.objective.name} compares answers, and train_on all trains"
                 " prompts too: leave train_on out"
+            )
+        if self.objective.has_teacher and self.method.trains_base:
+            raise ValueError(
+                f"method {self.method.name} trains every weight of the base, and objective"
+                f" {self.objective.name} learns from the base: take method lora"
+            )
+        if self.objective.has_teacher and self.new_tokens:
+            raise ValueError(
+                f"objective {self.objective.name} learns from a base that does not know"
+                " new_tokens: leave them out"
             )
         if self.from_adapter and self.method.trains_base:
             raise ValueError(

@@ -3,7 +3,7 @@ best so far."""
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from veneer.training.held_out import LossCells, losses_by_set, mean_loss
 from veneer.training.inputs import TrainingInputs
 from veneer.training.processes.world import World
 from veneer.training.state.progress import RunProgress
+from veneer.training.teacher import taught_nats
 
 FEWER_ROWS = "Take fewer rows at once, --set micro_batch=N, or a smaller --length."
 
@@ -29,15 +30,32 @@ FEWER_ROWS = "Take fewer rows at once, --set micro_batch=N, or a smaller --lengt
 def compute_evaluation(inputs: TrainingInputs, world: World, *, step: int) -> EvaluationResult:
     """Computes the nats of each held-out example over all processes, and the sample answer."""
     sample, doing = inputs.sample, f"on the evaluation at step {step}"
-    nats = compute_nats(inputs, world, inputs.validation, doing)
+    compute = taught_nats if inputs.objective.has_teacher else example_nats
+    nats = compute_nats(inputs, world, inputs.validation, doing, compute)
     with _evaluating(inputs, world, doing):
         # Sharded layers are gathered by all processes, so all of them answer.
         answers = sample is not None and (world.leads or inputs.sharded)
         return EvaluationResult(nats, sample.new() if sample is not None and answers else None)
 
 
+NatsOfParts = Callable[
+    [TrainingInputs, Sequence[Example], Sequence[Sequence[int]]], list[list[float]]
+]
+"""Computes the summed nats of examples, part by part."""
+
+
+def example_nats(
+    inputs: TrainingInputs, examples: Sequence[Example], parts: Sequence[Sequence[int]]
+) -> list[list[float]]:
+    return part_nats(inputs.model, inputs.paths, inputs.routing, examples, parts)
+
+
 def compute_nats(
-    inputs: TrainingInputs, world: World, examples: Sequence[Example], doing: str
+    inputs: TrainingInputs,
+    world: World,
+    examples: Sequence[Example],
+    doing: str,
+    compute: NatsOfParts = example_nats,
 ) -> list[float]:
     """Computes the summed nats of each example over all processes. doing: as errors name it"""
     order = by_length(examples, inputs.config.rows_at_once)
@@ -45,13 +63,7 @@ def compute_nats(
     nats = [0.0] * len(examples)
     with _evaluating(inputs, world, doing):
         assigned = own_micro_batches(parts, examples, world, sharded=inputs.sharded)
-        computed = part_nats(
-            inputs.model,
-            inputs.paths,
-            inputs.routing,
-            examples,
-            [parts[number] for number, _ in assigned],
-        )
+        computed = compute(inputs, examples, [parts[number] for number, _ in assigned])
         for (number, counts), values in zip(assigned, computed, strict=True):
             if counts:
                 for example, value in zip(parts[number], values, strict=True):

@@ -66,6 +66,7 @@ def first_evaluation(
         "settings": job.config.model_dump(mode="json", exclude={*_TRAINING, *_READ_ALREADY}),
         "values": digest(job.flat.parameters),
         "rows": rows_digest(job.validation),
+        "teacher": [digest(adapter.parameters()) for adapter, _ in job.teacher_adapters],
         "question": hashlib.sha256(repr(question).encode()).hexdigest(),
     }
     is_new = False

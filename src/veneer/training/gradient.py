@@ -10,8 +10,8 @@ or checkpoints.
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -24,13 +24,14 @@ from veneer.data.examples import Example
 from veneer.data.joint_batch import join_batches
 from veneer.errors import DivergedError, DoesNotFitError, fits_memory
 from veneer.kernels.dense.block import adding_gradients_in_place
-from veneer.models.step import BatchShare, batch_losses, batch_of
-from veneer.objectives.objective import ObjectiveLoss, Predictions
+from veneer.models.step import BatchShare, batch_losses
+from veneer.objectives.objective import AnswerBatch, Objective, ObjectiveLoss, Predictions
 from veneer.training.inputs import ForwardInputs, TrainingInputs
 from veneer.training.optimizer.offload import Offload, offload_for, offloaded
 from veneer.training.processes.assignment import assign_by_cost, group_by_cost
 from veneer.training.processes.reduce import KINDS, GradientSum
 from veneer.training.processes.world import World
+from veneer.training.teacher import predict_as_teachers, teacher_examples
 
 FEWER_VALUES = (
     "Train fewer values (an adapter instead of full, a smaller --rank), or --set"
@@ -122,12 +123,20 @@ class StepGradient:
 
     def take(self) -> "MicroBatch":
         """Takes the next micro-batch that this process computes."""
+        inputs = self.inputs
         number, counts = self.assigned.popleft()
-        answers = self.inputs.answers(self.micro_batches[number])
+        numbers = self.micro_batches[number]
         # If another process counts it, the loss is divided by infinity, so the gradient is 0.
         total = self.total if counts else math.inf
-        loss = partial(self.inputs.objective.loss, answers=answers, total=total)
-        return MicroBatch(self, answers.examples, number, counts, loss)
+        return MicroBatch(
+            self,
+            number,
+            counts,
+            inputs.objective,
+            inputs.answers(numbers),
+            total,
+            teacher_examples(inputs.train[i] for i in numbers),
+        )
 
     def next_lengths(self) -> list[int]:
         """Counts the tokens of each example of the next micro-batch."""
@@ -200,25 +209,28 @@ class MicroBatch:
     """A micro-batch of one step, for forward_backward.
 
     number: its place among the step's micro-batches. counts: False if another process counts it.
-    loss: computes its part of the step's loss from the model's predictions of its targets.
+    total: number by which its loss is divided. teacher: what a teacher reads of its examples.
     """
 
     gradient: GradientCollector
-    examples: Sequence[Example]
     number: int
     counts: bool
-    loss: Callable[[Predictions], ObjectiveLoss]
+    objective: Objective
+    answers: AnswerBatch
+    total: float
+    teacher: Sequence[Example] = ()
+
+    @property
+    def examples(self) -> Sequence[Example]:
+        return self.answers.examples
 
     def batch(self) -> Batch:
         """Builds the batch that a forward of its own would compute."""
-        forward = self.gradient.forward
-        return batch_of(
-            forward.model,
-            forward.paths,
-            self.examples,
-            range(len(self.examples)),
-            share_prompt=forward.share_prompt,
-        )
+        return self.gradient.forward.batch(self.examples)
+
+    def loss(self, predictions: Predictions, teacher: Predictions | None) -> ObjectiveLoss:
+        """Computes its part of the step's loss from predictions of its targets."""
+        return self.objective.loss(predictions, replace(self.answers, teacher=teacher), self.total)
 
 
 def forward_backward(micro_batches: Sequence[MicroBatch]) -> None:
@@ -229,11 +241,14 @@ def forward_backward(micro_batches: Sequence[MicroBatch]) -> None:
     """
     gradients = [micro_batch.gradient for micro_batch in micro_batches]
     inputs = gradients[0].forward
+    teachers = predict_as_teachers([(m.gradient.forward, m.teacher) for m in micro_batches])
     parts = [micro_batch.batch() for micro_batch in micro_batches]
     batch, rows = join_batches(parts)
     shares = [
-        BatchShare(gradient.forward.adapters, part.trained_tokens, micro_batch.loss)
-        for gradient, part, micro_batch in zip(gradients, parts, micro_batches, strict=True)
+        BatchShare(
+            m.gradient.forward.adapters, part.trained_tokens, partial(m.loss, teacher=teacher)
+        )
+        for m, part, teacher in zip(micro_batches, parts, teachers, strict=True)
     ]
     draws = [
         (count, gradient.step, gradient.forward.seed)

@@ -93,7 +93,7 @@ class LossCells:
         of = cell_of[row_of]
         of_cells = np.zeros(end)
         np.add.at(of_cells, of, counts)
-        tokens = sum(example.trained_tokens for example in examples)
+        tokens = sum(e.trained_tokens for e in examples if e.kind != "teacher")
         named = (
             [(item.name, *part) for item, part in zip(sets, cells_of_sets, strict=True)]
             if len(sets) > 1

@@ -9,12 +9,12 @@ from transformers import PreTrainedModel
 
 from veneer.adapters.placement.acting import Acting, Applied
 from veneer.adapters.placement.routing import Routing
-from veneer.data.batching import RowSpans
+from veneer.data.batching import Batch, RowSpans
 from veneer.data.collector import SetSize
 from veneer.data.examples import Example
 from veneer.data.longest import largest_micro_batches, plans_of_run
 from veneer.data.mixture import Mixture
-from veneer.models.step import ComputePaths, parts_of
+from veneer.models.step import ComputePaths, batch_of, parts_of
 from veneer.objectives.objective import AnswerBatch, Objective, Values
 from veneer.objectives.registry import make_objective
 from veneer.training.config import RunConfig
@@ -35,7 +35,8 @@ class ReferenceLogProbs:
 class ForwardInputs:
     """Holds what a forward over the rows of one adapter needs.
 
-    adapters: what acts on the rows. seed: of the dropout masks.
+    adapters: what acts on the rows. seed: of the dropout masks. teacher: what acts on the
+    teacher's rows.
     """
 
     model: PreTrainedModel
@@ -44,6 +45,13 @@ class ForwardInputs:
     adapters: Applied
     share_prompt: bool
     seed: int
+    teacher: Applied = ()
+
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        """Builds the batch of a forward over these examples alone."""
+        return batch_of(
+            self.model, self.paths, examples, range(len(examples)), share_prompt=self.share_prompt
+        )
 
 
 @dataclass
@@ -77,6 +85,8 @@ class TrainingInputs:
     find_largest."""
     reference_adapters: Applied = ()
     """Adapters of the reference, with the values that training starts from; none: the base."""
+    teacher_adapters: Applied = ()
+    """Adapters of the teacher; none: the base alone."""
     reference: ReferenceLogProbs | None = None
     """Log-probabilities of the reference, which the objective reads; None until computed."""
 
@@ -90,7 +100,11 @@ class TrainingInputs:
         self.objective = make_objective(self.config.objective)
 
     def answers(self, numbers: Sequence[int]) -> AnswerBatch:
-        """Returns these training examples with their reference; zeros before it is computed."""
+        """Returns these training examples with their reference; zeros before it is computed.
+
+        Those that a teacher reads are left out.
+        """
+        numbers = [i for i in numbers if self.train[i].kind != "teacher"]
         examples = [self.train[i] for i in numbers]
         if self.reference is None:
             return AnswerBatch.without_reference(examples)
@@ -128,7 +142,13 @@ class TrainingInputs:
         """Returns what a forward over the training rows needs."""
         config = self.config
         return ForwardInputs(
-            self.model, self.paths, self.routing, self.adapters, config.share_prompt, config.seed
+            self.model,
+            self.paths,
+            self.routing,
+            self.adapters,
+            config.share_prompt,
+            config.seed,
+            self.teacher_adapters,
         )
 
     @property

@@ -16,8 +16,10 @@ from veneer.adapters.preamble import Preamble
 from veneer.bases.compute import HeldAs
 from veneer.data.batching import RowSpans
 from veneer.data.checks.check import refuse_beyond
+from veneer.data.examples import Example
 from veneer.data.large import training_data
 from veneer.data.load import DataSet
+from veneer.data.teacher_text import TeacherText
 from veneer.data.template.new_tokens import bring, extended, room_with
 from veneer.errors import RefusedError, fits_memory
 from veneer.execution.proofs.model import acting_prefix_length
@@ -45,6 +47,7 @@ from veneer.training.state.origin import (
     origin_of,
 )
 from veneer.training.state.parents import ADAPTER_NAME, begin_adapter, with_tokens
+from veneer.training.teacher import attach_teacher, locate_teacher
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,11 @@ class PreparedRun:
     idle_bytes: int
     rows_key: object
     """Equal for runs that read the same rows in the same way."""
+
+    def detach(self) -> None:
+        """Takes its adapters off the base."""
+        for attachment, _ in (*self.inputs.adapters, *self.inputs.teacher_adapters):
+            self.base.detach(attachment.name)
 
     @property
     def attachment(self) -> Attachment | None:
@@ -102,6 +110,7 @@ def prepare_run(
     base.routing.active = ()
     day = _first_day(started, world)
     with world.fail_together("before its first step"):
+        config, stored_teacher = locate_teacher(config)
         if started is None:
             config = with_tokens(config)
         else:
@@ -110,9 +119,14 @@ def prepare_run(
         rows_key = (
             *(config.data, config.length, config.new_tokens, config.template, day, started),
             config.objective.rows,
+            teacher_text := config.objective.teacher_text(),
         )
         known = [run.data for run in beside if run.rows_key == rows_key]
-        data = known[0] if known else _load_rows(config, base, new_tokens, day, started, say)
+        data = (
+            known[0]
+            if known
+            else _load_rows(config, base, new_tokens, teacher_text, day, started, say)
+        )
         # Never longer than the model has positions.
         config = config.model_copy(update={"length": data.report.length})
         if started is not None:
@@ -124,7 +138,7 @@ def prepare_run(
             config, adapter = begin_adapter(
                 base,
                 config,
-                data.train,
+                _read_by_students(data.train) if teacher_text is not None else data.train,
                 name=f"{ADAPTER_NAME} {len(base.attachments) + 1}" if beside else ADAPTER_NAME,
                 tokens=new_tokens,
                 resumes=started is not None,
@@ -136,10 +150,15 @@ def prepare_run(
         run_manifest(config, base, data)  # raises now if it could not be written at the end
         with fits_memory("on the trained values and their gradient", next_step=FEWER_VALUES):
             flat = _trained_values(base, adapter, world)
-        inputs = _training_inputs(config, base, data, flat, adapter)
-        if config.objective.rows != "answers":
+        teacher = attach_teacher(base, stored_teacher)
+        inputs = _training_inputs(config, base, data, flat, adapter, teacher)
+        if config.objective.several:
             _refuse_divided_rows(inputs)
     return PreparedRun(config, base, data, adapter, inputs, origin, idle_bytes, rows_key)
+
+
+def _read_by_students(examples: Sequence[Example]) -> list[Example]:
+    return [example for example in examples if example.kind != "teacher"]
 
 
 def _base_dtype(config: RunConfig, started: Origin | None) -> HeldAs:
@@ -159,6 +178,7 @@ def _load_rows(
     config: RunConfig,
     base: FrozenBase,
     new_tokens: AddedTokens | None,
+    teacher: TeacherText | None,
     day: date,
     started: Origin | None,
     say: Callable[[str], None],
@@ -173,6 +193,7 @@ def _load_rows(
         held_out_by=HELD_OUT_BY if started is None else started.held_out_by,
         resumes=started is not None,
         kind=config.objective.rows,
+        teacher=teacher,
         say=say,
     )
 
@@ -200,6 +221,7 @@ def _training_inputs(
     data: DataSet,
     flat: FlatValues,
     adapter: FreshAdapter | None,
+    teacher: Applied,
 ) -> TrainingInputs:
     adapters: Applied = () if adapter is None else ((adapter.attachment, 1.0),)
     shows_answers = config.show_answers and base.tokenizer.chat_template is not None
@@ -220,6 +242,7 @@ def _training_inputs(
         sharded=base.sharding is not None,
         validation_sets=data.held,
         reference_adapters=adapters if config.from_adapter or config.new_tokens else (),
+        teacher_adapters=teacher,
     )
 
 
@@ -233,8 +256,8 @@ def _refuse_divided_rows(inputs: TrainingInputs) -> None:
         if len(paths.together(examples, prefix)) > 1:
             reason = paths.padded_reason or paths.switches.words
             raise RefusedError(
-                f"objective {inputs.config.objective.name} compares the answers of a row, and this"
-                " base computes them apart",
+                f"objective {inputs.config.objective.name} reads several examples of a row, and"
+                " this base computes them apart",
                 [f"{examples[0].ref}: {reason}"],
                 "Take another base, a smaller length, or objective answers.",
             )

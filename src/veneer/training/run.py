@@ -289,8 +289,7 @@ class _Run:
         The result becomes the error of records that cannot be closed, unless it is one already.
         """
         self.result = result
-        if self.prepared.attachment is not None:
-            self.prepared.base.detach(self.prepared.attachment.name)
+        self.prepared.detach()
         try:
             self._stack.close()
         except VeneerError as fault:

@@ -112,7 +112,7 @@ class Head:
         return out if self.softcap is None else out.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -138,7 +138,7 @@ def _entropy(
     if (liger := launch.kernels_for("liger_kernels", z)) is not None:
         return [liger.entropy(z, targets, True)], z
     place = torch.arange(count, device=z.device)
-    p = z.to(_wide(z.dtype))
+    p = z.to(wide_type(z.dtype))
     top = p.amax(dim=-1, keepdim=True)
     p.sub_(top)
     distance = -p[place, targets]
@@ -238,7 +238,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, h: Tensor, rows_nD: Tensor | None, targets: Tensor, head: Head, total: float
     ) -> Tensor:
-        loss = torch.zeros((), dtype=_wide(h.dtype), device=h.device)
+        loss = torch.zeros((), dtype=wide_type(h.dtype), device=h.device)
         trains = any(ctx.needs_input_grad[:2])
         grad = torch.empty_like(h) if trains else None
         grad_rows = None if rows_nD is None or not trains else torch.zeros_like(rows_nD)
@@ -266,7 +266,7 @@ class _FrozenHeadNats(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, rows_nD: Tensor | None, targets: Tensor, head: Head) -> Tensor:
-        nats = torch.empty(len(h), dtype=_wide(h.dtype), device=h.device)
+        nats = torch.empty(len(h), dtype=wide_type(h.dtype), device=h.device)
         trains = any(ctx.needs_input_grad[:2])
         grad = torch.empty_like(h) if trains else None
         columns = None if rows_nD is None or not trains else h.new_empty(len(h), len(rows_nD))
@@ -311,7 +311,7 @@ def head_nats(h: Tensor, targets: Tensor, head: Head, likeliest: Tensor | None =
     Computed in the same chunks as the loss, without a gradient.
     likeliest: (M) int64, filled with the column of each row's largest logit; None: not wanted
     """
-    losses = torch.empty(len(h), dtype=_wide(h.dtype), device=h.device)
+    losses = torch.empty(len(h), dtype=wide_type(h.dtype), device=h.device)
     chunk = _chunk(h, head.width)
     buffer = h.new_empty(round_up(min(chunk, len(h))), head.width)
     for start in range(0, len(h), chunk):
@@ -337,18 +337,18 @@ def head_nats(h: Tensor, targets: Tensor, head: Head, likeliest: Tensor | None =
 def head_loss_reference(h: Tensor, targets: Tensor, head: Head, total: float) -> Tensor:
     """Defines the loss, with all logits at once under torch's autograd, even of a trained head."""
     z = head.logits(h)
-    return F.cross_entropy(z.to(_wide(z.dtype)), targets, reduction="sum") / total
+    return F.cross_entropy(z.to(wide_type(z.dtype)), targets, reduction="sum") / total
 
 
 def head_nats_reference(h: Tensor, targets: Tensor, head: Head) -> Tensor:
     """Defines the nats of every row, like head_loss_reference."""
     z = head.logits(h)
-    return F.cross_entropy(z.to(_wide(z.dtype)), targets, reduction="none")
+    return F.cross_entropy(z.to(wide_type(z.dtype)), targets, reduction="none")
 
 
 def trained_head_loss(h: Tensor, targets: Tensor, head: Head, total: float) -> Tensor:
     """Computes the loss of a head that trains, chunk by chunk; backward recomputes the logits."""
-    loss = torch.zeros((), dtype=_wide(h.dtype), device=h.device)
+    loss = torch.zeros((), dtype=wide_type(h.dtype), device=h.device)
     for start in range(0, h.shape[0], CHUNK):
         loss = loss + _recomputed(head_loss_reference, h, targets, head, start, total)
     return loss

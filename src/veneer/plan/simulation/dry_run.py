@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,6 @@ from veneer.adapters.placement.reads import weights_read_past
 from veneer.adapters.placement.routing import Routing
 from veneer.adapters.placement.token_rows import AddedTokens
 from veneer.bases.loading.from_config import build
-from veneer.data.batching import make_batch
 from veneer.errors import ConfigError
 from veneer.execution.attention import decoder
 from veneer.execution.decoder_layer import decoder_layers
@@ -44,8 +44,8 @@ from veneer.models.left_out import reached_weights
 from veneer.models.step import (
     ComputePaths,
     assume_paths,
-    batch_loss,
     keep_paths,
+    predictions,
     refuse_untrainable,
 )
 from veneer.plan.simulation.depth import first_layers, grown_phase, grown_work, period_of
@@ -62,6 +62,7 @@ from veneer.plan.simulation.step_counts import (
     DryRun,
     Step,
 )
+from veneer.plan.simulation.taught import make_batches, predict_as_teacher, step_loss
 from veneer.plan.simulation.tracker import META, MetaMode, Parts, Tracker, Work, without_values
 from veneer.plan.simulation.weights import base_bytes
 from veneer.private.torch import storage_key
@@ -242,22 +243,24 @@ def _run(
         moments = torch.empty(
             moment_bytes(flat.values.numel(), step.optimizer), dtype=torch.uint8, device=device
         )
-        batch = make_batch(
-            step.rows, packed=paths.packed, share_prompt=step.share_prompt, device=device
-        )
+        batch, *teacher = make_batches(step, packed=paths.packed, device=device)
         weights = (*model.parameters(), *model.buffers(), flat.values)
         offload = PlannedOffload(weights) if step.offload else None
-        hook = (decoder(model) or model).register_forward_hook(
-            lambda *_: tracker.enter("loss", label=LOGITS)
-        )
+        hooks = []
         try:
             with fused(model, fused_modules), checkpointed(model, routing, on=step.checkpointing):
                 tracker.enter("forward", label=ACTIVATIONS)
                 tracker.work = Work()
                 take_counts()
+                with without_values(type(model).__name__):
+                    taught = predict_as_teacher(model, paths, routing, teacher)
+                enter_loss = partial(tracker.enter, "loss", label=LOGITS)
+                module = decoder(model) or model
+                hooks.append(module.register_forward_hook(lambda *_: enter_loss()))
                 with routing.drawing(TokenKeys(batch.dropout_rows, 0)):
                     with _offloading(offload), without_values(type(model).__name__):
-                        loss = batch_loss(model, paths, routing, batch, total=1.0)
+                        own = predictions(model, paths, routing, batch)
+                        loss = step_loss(own, taught)
                     forward_shapes = len(tracker.work.of_libraries)
                     tracker.enter("backward", label=BACKWARD)
                     loss.backward()
@@ -266,7 +269,8 @@ def _run(
                 tracker.work.replayed_layers = counts.replayed_layers
                 tracker.work.host_bytes = 0 if offload is None else offload.moved_bytes
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         tracker.enter("update", label="other")
         flat.publish()
         tracker.enter("done", label="other")
@@ -283,7 +287,7 @@ def _run(
         file_bytes=0,
         modules_adapted=None,
         modules_total=None,
-        computed_tokens=batch.computed_tokens,
+        computed_tokens=sum(rows.computed_tokens for rows in (batch, *teacher)),
         packed=paths.packed,
         experts=experts,
         expert_rows=round_up(tracker.expert_rows),

@@ -96,13 +96,16 @@ def remember_run(step: Step, find_facts: Callable[[], AttachedFacts]) -> DryRun:
 
 
 def rows_digest(rows: Sequence[Example]) -> str:
-    """Returns the SHA-256 of ids, masks, and which examples came from one row."""
+    """Returns the SHA-256 of ids, masks, which examples came from one row, and which a teacher
+    reads."""
     digest, previous_row = hashlib.sha256(), None
     for row in rows:
         digest.update(
             b"one row\n" if row.row is not None and row.row == previous_row else b"another row\n"
         )
         previous_row = row.row
+        if row.kind == "teacher":
+            digest.update(b"teacher\n")
         for part in (row.ids, row.trained):
             digest.update(f"{part.dtype} {len(part)}\n".encode())
             digest.update(part.tobytes())

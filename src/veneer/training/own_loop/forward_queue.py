@@ -9,7 +9,6 @@ of their trainers are computed again.
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from weakref import WeakSet
 
 import torch
@@ -111,9 +110,8 @@ class TrainerGradient:
         for number, part in enumerate(parts):
             place = len(self._of_micro_batch)
             self._of_micro_batch.append((call, number))
-            chosen = [examples[i] for i in part]
-            loss = partial(_SUM.loss, answers=AnswerBatch.without_reference(chosen), total=1.0)
-            self.waiting.append(MicroBatch(self, chosen, place, counts=True, loss=loss))
+            answers = AnswerBatch.without_reference([examples[i] for i in part])
+            self.waiting.append(MicroBatch(self, place, True, _SUM, answers, total=1.0))
 
     def next_lengths(self) -> list[int]:
         """Counts the tokens of each example of the next micro-batch, with those of a prefix."""

@@ -1,0 +1,54 @@
+"""What a teacher reads of a row: the same conversation, behind a prompt of its own.
+
+The answers are the same tokens for teacher and student, so the teacher's example of a row has the
+same targets in the same order, at other positions. Rows where it has not are faults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import compress
+
+import numpy as np
+
+from veneer.data.examples import Example, Row, part_key
+from veneer.data.template.encoded_row import EncodedRow
+
+
+def teacher_fault(
+    row: Row, own: Sequence[EncodedRow], teacher: Sequence[EncodedRow], positions: int | None
+) -> str | None:
+    """Returns why the teacher cannot read the row, None if it can.
+
+    own, teacher: the row as the student and as the teacher read it. positions: of the base
+    """
+    if not row.messages:
+        return "plain text has no prompt for a teacher to stand before"
+    longest = max(len(encoding.ids) for encoding in teacher)
+    if positions is not None and longest > positions:
+        return (
+            f"the teacher's text has {longest:,} tokens, and the base has {positions:,} positions"
+        )
+    if [_targets(encoding) for encoding in own] != [_targets(encoding) for encoding in teacher]:
+        return "the chat template renders the answers differently behind the teacher's prompt"
+    return None
+
+
+def _targets(encoding: EncodedRow) -> list[int]:
+    return list(compress(encoding.ids, encoding.trained))
+
+
+def teacher_example(example: Example, encoding: EncodedRow) -> Example:
+    """Returns what the teacher reads of an example. It ends with the example's last target, which
+    may have been cut."""
+    targets = np.flatnonzero(encoding.trained)[: example.trained_tokens]
+    end = int(targets[-1]) + 1 if len(targets) else len(encoding.ids)
+    return replace(
+        example,
+        ids=np.array(encoding.ids[:end], dtype=np.int32),
+        trained=np.array(encoding.trained[:end], dtype=np.bool_),
+        key=part_key(example.key, -1),
+        roles=(),
+        kind="teacher",
+    )

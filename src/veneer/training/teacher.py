@@ -1,0 +1,104 @@
+"""The teacher of runs: the base alone, or with a stored adapter; it reads its own prompt.
+
+Its predictions are computed beside each micro-batch, in one forward without a gradient for all
+runs whose micro-batches share a forward. Rows know their adapters, so the same base serves student
+and teacher, and nothing of the teacher is kept from step to step. It drops nothing out.
+
+Without a gradient its rows cost a third of a student's and store nothing, so they do not stand in
+the student's own forward.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from veneer.adapters.placement.acting import Acting, Applied, in_turn
+from veneer.data.examples import Example
+from veneer.data.joint_batch import join_batches
+from veneer.formats.adapter import StoredAdapter, read_adapter
+from veneer.formats.loading import load_adapter
+from veneer.library.library import Library
+from veneer.models.frozen_base import FrozenBase
+from veneer.models.step import predictions_of_runs
+from veneer.objectives.objective import Predictions
+from veneer.training.config import RunConfig
+from veneer.training.inputs import ForwardInputs, TrainingInputs
+
+
+def locate_teacher(config: RunConfig) -> tuple[RunConfig, StoredAdapter | None]:
+    """Returns the settings with absolute paths of what the teacher reads, and its adapter.
+
+    Raises ConfigError if a run is resumed with another adapter, and the errors of reading it.
+    """
+    objective, stored = config.objective, None
+    if objective.teacher_adapter is None:
+        located = objective.located(None, None)
+    else:
+        folder = Library().locate(objective.teacher_adapter)
+        stored = read_adapter(folder)
+        located = objective.located(str(folder.absolute()), stored.content_hash)
+    return config.model_copy(update={"objective": located}), stored
+
+
+def attach_teacher(base: FrozenBase, stored: StoredAdapter | None) -> Applied:
+    """Attaches the teacher's adapter; returns what acts on the teacher's rows."""
+    if stored is None:
+        return ()
+    name = f"teacher {len(base.attachments) + 1}"
+    return ((load_adapter(base, stored, name=name), 1.0),)
+
+
+def teacher_examples(examples: Iterable[Example]) -> list[Example]:
+    return [example for example in examples if example.kind == "teacher"]
+
+
+@torch.no_grad()
+def predict_as_teachers(
+    runs: Sequence[tuple[ForwardInputs, Sequence[Example]]],
+) -> list[Predictions | None]:
+    """Returns the predictions of each run's teacher, None for a run without a teacher's examples.
+
+    All are computed in one forward.
+    """
+    taught = [(forward, examples) for forward, examples in runs if examples]
+    if not taught:
+        return [None] * len(runs)
+    parts = [forward.batch(examples) for forward, examples in taught]
+    batch, rows = join_batches(parts)
+    first = taught[0][0]
+    readers = [
+        (forward.teacher, part.trained_tokens)
+        for (forward, _), part in zip(taught, parts, strict=True)
+    ]
+    acting = in_turn([(n, adapters) for n, (adapters, _) in zip(rows, readers, strict=True)])
+    with first.routing.held(acting):
+        computed = list(
+            predictions_of_runs(first.model, first.paths, first.routing, batch, readers)
+        )
+    predictions = iter(computed)
+    return [next(predictions) if examples else None for _, examples in runs]
+
+
+def taught_nats(
+    inputs: TrainingInputs, examples: Sequence[Example], parts: Sequence[Sequence[int]]
+) -> list[list[float]]:
+    """Returns the objective's summed values of each example's targets, part by part, for the run's
+    own adapters; 0 for examples that the teacher reads."""
+    return [list(_part_values(inputs, [examples[i] for i in part])) for part in parts]
+
+
+def _part_values(inputs: TrainingInputs, examples: Sequence[Example]) -> Iterator[float]:
+    forward = inputs.forward
+    (teacher,) = predict_as_teachers([(forward, teacher_examples(examples))])
+    own = [example for example in examples if example.kind != "teacher"]
+    batch = forward.batch(own)
+    readers = [(forward.adapters, batch.trained_tokens)]
+    acting = Acting.everywhere(forward.adapters)
+    with forward.routing.held(acting), torch.no_grad():
+        (student,) = predictions_of_runs(
+            forward.model, forward.paths, forward.routing, batch, readers
+        )
+        values = inputs.objective.target_values(student, teacher).cpu().double()
+    sums = iter(values.split([example.trained_tokens for example in own]))
+    for example in examples:
+        yield 0.0 if example.kind == "teacher" else next(sums).sum().item()
