@@ -22,10 +22,9 @@ from veneer.comparison.jobs import JobExecutor
 from veneer.comparison.local import LocalExecutor
 from veneer.comparison.plan import DEFAULT_STEPS, Candidate, Comparison, prepare_rows
 from veneer.data.checks.check import refuse_beyond
-from veneer.data.checks.closer import look_closer
-from veneer.data.examples import Example, Row, RowRef, grouped
+from veneer.data.examples import Example, Row, RowRef
 from veneer.data.files.writing import Record
-from veneer.data.load import DataSet, examine_data
+from veneer.data.load import DataSet, examine_closely
 from veneer.data.template.user_prompt import UserPrompt, prompt_list, prompt_messages
 from veneer.decoding.schedule.lookup import LookupMode, check_lookup
 from veneer.errors import ConfigError
@@ -144,22 +143,13 @@ def check_data(
             "map": columns or {},
         }
     )
-    data_set = examine_data(
+    data_set = examine_closely(
         fields,
         length=length,
         capacity=configured_capacity(config),
         tokenizer=tokenizer,
         preamble=Preamble(variables=variables or {}),
-        kind="any",
     )
-    kept, held_out = (
-        [row for row, example in zip(rows, examples, strict=True) if example.kind != "rejected"]
-        for rows, examples in (
-            (data_set.train_rows, data_set.train),
-            (data_set.validation_rows, data_set.validation),
-        )
-    )
-    data_set.report.problems.extend(grouped(look_closer(data, kept, held_out)))
     return data_set, tokenizer
 
 

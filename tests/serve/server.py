@@ -145,6 +145,7 @@ def running(
     limits: Limits | None = None,
     seconds: float | None = None,
     runs: Path | None = None,
+    studio: Path | None = None,
     drain_seconds: float = 30.0,
     lookup: LookupMode = "auto",
 ) -> Iterator[Running]:
@@ -155,6 +156,7 @@ def running(
         limits=limits or Limits(),
         cache_bytes=tokens * bytes_per_token(base),
         runs=runs,
+        studio=studio,
         drain_seconds=drain_seconds,
         lookup=lookup,
         **({} if seconds is None else {"seconds": seconds}),

@@ -55,6 +55,7 @@ GROUPS = {
         "score": "write the log-probability of given answers, by row",
         "generate": "answer one prompt",
         "chat": "talk to a base, with or without an adapter",
+        "studio": "train, judge and serve adapters from a page in the browser",
         "serve": "answer OpenAI-style HTTP requests for a base and its adapters",
     },
     "manage adapters": {
@@ -76,7 +77,7 @@ FOLDERS = {
     **dict.fromkeys(
         ("train", "tune", "compare", "evaluate", "score", "report", "plan", "demo"), "training."
     ),
-    **dict.fromkeys(("serve", "chat", "generate"), "answers."),
+    **dict.fromkeys(("serve", "studio", "chat", "generate"), "answers."),
     "data": "rows.",
 }
 """The folder of a command's module; other commands are beside this file."""

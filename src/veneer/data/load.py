@@ -20,11 +20,12 @@ import numpy as np
 from veneer.adapters.preamble import NONE, Preamble
 from veneer.bounds import SET_WEIGHT
 from veneer.data.checks.check import CheckReport, Findings, check, refuse, unknown_tokens
+from veneer.data.checks.closer import look_closer
 from veneer.data.checks.tally import Tally
 from veneer.data.collector import ExampleCollector, SetSize
 from veneer.data.config import DataConfig
 from veneer.data.encoder import SetEncoder
-from veneer.data.examples import Capacity, Example, Problem, Row, RowKind
+from veneer.data.examples import Capacity, Example, Problem, Row, RowKind, grouped
 from veneer.data.files.places import ResolvedSets
 from veneer.data.mismatched import add_mismatched
 from veneer.data.mixture import Mixture, mix_sets
@@ -134,6 +135,27 @@ def examine_data(
         "teacher": teacher,
     }
     return read_data(data, template, training, validation, sets=sets or ResolvedSets(), **options)
+
+
+def examine_closely(
+    data: DataConfig, *, length: int, capacity: Capacity, tokenizer: Any, preamble: Preamble = NONE
+) -> DataSet:
+    """Examines answers or pairs, and reports near-duplicates and personal data too.
+
+    Raises what examine_data raises.
+    """
+    data_set = examine_data(
+        data, length=length, capacity=capacity, tokenizer=tokenizer, preamble=preamble, kind="any"
+    )
+    kept, held_out = (
+        [row for row, example in zip(rows, examples, strict=True) if example.kind != "rejected"]
+        for rows, examples in (
+            (data_set.train_rows, data_set.train),
+            (data_set.validation_rows, data_set.validation),
+        )
+    )
+    data_set.report.problems.extend(grouped(look_closer(data.called, kept, held_out)))
+    return data_set
 
 
 def read_data(

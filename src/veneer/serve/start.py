@@ -31,6 +31,8 @@ from veneer.serve.http.keys import ApiKeys, read_keys
 from veneer.serve.http.paths import PATHS
 from veneer.serve.run import check_reach, listening
 from veneer.serve.runs import Runs
+from veneer.serve.studio.routes import studio_routes
+from veneer.serve.studio.studio import Studio
 
 MOST_CACHE_BYTES = 8 * 2**30
 CACHE_SHARE = 4
@@ -50,6 +52,7 @@ class ServeSettings:
     system, variables  default system message and template variables, in place of those that
                        adapters were trained with; "" and None: the adapters' own
     runs               folder of the runs that the page shows
+    studio             folder of uploaded rows; with it the page has the tab Teach
     lookup             as in Base.generate
     """
 
@@ -68,6 +71,7 @@ class ServeSettings:
     system: str | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
     runs: Path | None = None
+    studio: Path | None = None
     lookup: LookupMode = "auto"
 
     def __post_init__(self) -> None:
@@ -136,8 +140,13 @@ def open_server(
 ) -> OpenServer:
     """Makes the server and opens its port. VeneerError: as service_of, or the port is in use."""
     service = service_of(base, library, settings)
+    studio = None if settings.studio is None else Studio(settings.studio, base)
     server, listener = guarded(
-        application(service),
+        application(
+            service,
+            routes=[] if studio is None else studio_routes(studio),
+            teaches=studio is not None,
+        ),
         settings,
         keys,
         counted=service.metrics.count_http,

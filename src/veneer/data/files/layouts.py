@@ -175,12 +175,7 @@ def _explain_preferences(columns: frozenset[str]) -> str:
 
 def _suggest_renames(columns: frozenset[str]) -> str:
     """Suggests which columns could be prompt and completion."""
-    answer = next((name for name in ("completion", *_ANSWER_LIKE) if name in columns), None)
-    prompt = next(
-        (name for name in ("prompt", *_PROMPT_LIKE) if name in columns and name != answer), None
-    )
-    if answer is not None and prompt is None and len(columns) == 2:
-        (prompt,) = columns - {answer}
+    prompt, answer = likely_columns(columns)
     pairs = [(prompt, "prompt"), (answer, "completion")]
     steps = [
         f"'{old}' to 'prompt'" if new == "prompt" else f"'{old}' to 'completion'"
@@ -198,6 +193,17 @@ def _suggest_renames(columns: frozenset[str]) -> str:
         )
     renamed = [step for step, (old, new) in zip(steps, pairs, strict=True) if old != new]
     return "To train on answers, rename column " + " and ".join(renamed)
+
+
+def likely_columns(columns: frozenset[str]) -> tuple[str | None, str | None]:
+    """Returns the columns that are probably the prompt and the completion, by their names."""
+    answer = next((name for name in ("completion", *_ANSWER_LIKE) if name in columns), None)
+    prompt = next(
+        (name for name in ("prompt", *_PROMPT_LIKE) if name in columns and name != answer), None
+    )
+    if answer is not None and prompt is None and len(columns) == 2:
+        (prompt,) = columns - {answer}
+    return prompt, answer
 
 
 class RowLayouts:

@@ -83,7 +83,7 @@ def iterate_rows(
     renames, labels, any_rows = ColumnRenames(columns or {}), KtoLabels(), False
     for row_file in (sets or ResolvedSets()).find_files(str(path)):
         empty = True
-        for record in _records(row_file):
+        for record in iterate_records(row_file):
             empty, any_rows = False, True
             if isinstance(record, Problem):
                 yield record
@@ -109,7 +109,9 @@ def iterate_rows(
         yield from renames.unused(str(path))
 
 
-def _records(row_file: RowFile) -> Records:
+def iterate_records(row_file: RowFile) -> Records:
+    """Yields the records of a file with their lines, and the problems of those that cannot be
+    read."""
     path, file = row_file.path, row_file.name
     readers: dict[str, Callable[[BinaryIO, str], Records]] = {
         ".jsonl": _jsonl,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -37,8 +37,13 @@ log = logging.getLogger("veneer.serve")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-def application(service: Service) -> Starlette:
-    """Makes the application, without the guard in front of it (guard.py)."""
+def application(
+    service: Service, *, routes: Sequence[Route] = (), teaches: bool = False
+) -> Starlette:
+    """Makes the application, without the guard in front of it (guard.py).
+
+    routes: further ones. teaches: whether the page has the tab Teach
+    """
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -47,11 +52,13 @@ def application(service: Service) -> Starlette:
         await service.close()
 
     return Starlette(
-        routes=_routes(service), lifespan=lifespan, exception_handlers={HTTPException: _http_error}
+        routes=[*routes, *_routes(service, teaches=teaches)],
+        lifespan=lifespan,
+        exception_handlers={HTTPException: _http_error},
     )
 
 
-def _routes(service: Service) -> list[Route]:
+def _routes(service: Service, *, teaches: bool) -> list[Route]:
     def post(
         path: str,
         handler: Callable[[Any, Request], Awaitable[Response]],
@@ -62,7 +69,7 @@ def _routes(service: Service) -> list[Route]:
         read_fields = read or BODIES[path].read
 
         async def endpoint(request: Request) -> Response:
-            if path in ADMIN_BODIES and _caller(request).scope != "admin":
+            if path in ADMIN_BODIES and caller_of(request).scope != "admin":
                 message = "This key may not change which adapters are served."
                 raise Refusal(403, message, code="wrong_scope")
             if service.loop.closing:
@@ -74,11 +81,11 @@ def _routes(service: Service) -> list[Route]:
                 body = read_fields(parsed(text))
             return await handler(body, request)
 
-        return Route(path, _catch_errors(endpoint), methods=["POST"])
+        return Route(path, catch_errors(endpoint), methods=["POST"])
 
     def protocol_route(path: str, protocol: ApiProtocol) -> Route:
         async def answer(generation: GenerationRequest, request: Request) -> Response:
-            return Exchange(service, protocol, generation, _caller(request).name, path)
+            return Exchange(service, protocol, generation, caller_of(request).name, path)
 
         return post(path, answer, protocol.read)
 
@@ -118,7 +125,7 @@ def _routes(service: Service) -> list[Route]:
         return change
 
     def get(path: str, handler: Handler) -> Route:
-        return Route(path, _catch_errors(handler), methods=["GET"])
+        return Route(path, catch_errors(handler), methods=["GET"])
 
     async def models(request: Request) -> Response:
         return _list(await service.report(service.names.cards))
@@ -146,7 +153,7 @@ def _routes(service: Service) -> list[Route]:
         return JSONResponse(await service.read_files(lambda: service.runs.records(name, after)))
 
     async def index(request: Request) -> Response:
-        return page()
+        return page(teaches=teaches)
 
     async def model(request: Request) -> Response:
         return JSONResponse(
@@ -189,7 +196,7 @@ def _routes(service: Service) -> list[Route]:
         get("/metrics", metrics),
         get("/healthz", health),
         get("/readyz", ready),
-        *(Route(path, _catch_errors(_not_served), methods=["GET", "POST"]) for path in NOT_SERVED),
+        *(Route(path, catch_errors(_not_served), methods=["GET", "POST"]) for path in NOT_SERVED),
     ]
 
 
@@ -203,7 +210,7 @@ async def _not_served(request: Request) -> Response:
     )
 
 
-def _catch_errors(handler: Handler) -> Handler:
+def catch_errors(handler: Handler) -> Handler:
     """Turns every error into a response. Bugs are logged with their traceback."""
 
     async def answer(request: Request) -> Response:
@@ -245,6 +252,6 @@ def _byte(request: Request) -> int:
     return int(after)
 
 
-def _caller(request: Request) -> Caller:
+def caller_of(request: Request) -> Caller:
     caller: Caller = request.state.caller
     return caller

@@ -27,20 +27,34 @@ SCRIPTS = (
     "start",
 )
 """In this order: the files share one scope, and each may use those before it."""
+TEACHING = ("steps", "upload", "columns", "findings", "row_step")
+"""Scripts of the tab Teach, in web/teach/. They come before the last of SCRIPTS."""
 
 
-def page() -> HTMLResponse:
-    """Returns the page, which is the same for everyone and reveals nothing about the models."""
-    html, headers = _page()
+def page(*, teaches: bool = False) -> HTMLResponse:
+    """Returns the page, which is the same for everyone and reveals nothing about the models.
+
+    teaches: whether it has the tab Teach
+    """
+    html, headers = _page(teaches)
     return HTMLResponse(html, headers=headers)
 
 
 @cache
-def _page() -> tuple[str, dict[str, str]]:
+def _page(teaches: bool) -> tuple[str, dict[str, str]]:
     web = files("veneer.serve") / "web"
-    style = (web / "style.css").read_text(encoding="utf-8")
-    script = "\n".join((web / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
-    html = (web / "index.html").read_text(encoding="utf-8")
+
+    def text(*names: str) -> str:
+        return "\n".join((web / name).read_text(encoding="utf-8") for name in names)
+
+    scripts = [f"{name}.js" for name in SCRIPTS]
+    if teaches:
+        scripts[-1:-1] = [f"teach/{name}.js" for name in TEACHING]
+    script = text(*scripts)
+    style = text("style.css", *["teach/teach.css"] * teaches)
+    html = text("index.html")
+    for mark, file in (("<!--TAB-->", "teach/tab.html"), ("<!--TEACH-->", "teach/teach.html")):
+        html = html.replace(mark, text(file) if teaches else "")
     html = html.replace("<style>STYLE<", f"<style>{style}<").replace(">SCRIPT<", f">{script}<")
     policy = {
         "default-src": "'none'",

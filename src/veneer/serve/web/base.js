@@ -21,6 +21,8 @@ function draw(tag, attributes = {}, ...children) {
   return made;
 }
 
+/** What to do when a tab is opened, by its name. */
+const whenOpened = {};
 /** The served models: the base's name, and a card of each adapter. */
 const served = { base: "", adapters: [] };
 const session = { key: sessionStorage.getItem("key") ?? "" };
@@ -32,11 +34,14 @@ class Refused extends Error {
   }
 }
 
-async function request(path, { body, signal } = {}) {
+/** Sends a request. body: sent as JSON; file: a Blob that is sent as it is. Throws Refused. */
+async function request(path, { body, file, signal } = {}) {
   const headers = {};
   if (session.key) headers.authorization = `Bearer ${session.key}`;
   if (body !== undefined) headers["content-type"] = "application/json";
-  const asked = body === undefined ? {} : { method: "POST", body: JSON.stringify(body) };
+  if (file !== undefined) headers["content-type"] = "application/octet-stream";
+  const sent = file ?? (body === undefined ? undefined : JSON.stringify(body));
+  const asked = sent === undefined ? {} : { method: "POST", body: sent };
   const answer = await fetch(path, { headers, signal, ...asked });
   if (answer.ok) return answer;
   const told = await answer.json().catch(() => null);

@@ -1,7 +1,7 @@
 // Tabs, the API key, and the list of models.
 
-const TABS = ["ask", "table", "library", "runs"];
-const OPENED = { ask: () => {}, table: () => {}, library: openLibrary, runs: openRuns };
+const TABS = [...document.querySelectorAll("[role=tab]")].map((tab) => tab.getAttribute("aria-controls"));
+Object.assign(whenOpened, { library: openLibrary, runs: openRuns });
 
 function openTab(name) {
   for (const each of TABS) {
@@ -11,7 +11,7 @@ function openTab(name) {
   }
   byId("columns").hidden = name !== "ask" && name !== "table";
   history.replaceState(null, "", `#${name}`);
-  if (served.base) OPENED[name]();
+  if (served.base) whenOpened[name]?.();
   if (name === "ask" && !touches()) byId("question").focus();
 }
 
@@ -47,7 +47,7 @@ async function begin() {
   const wanted = location.hash.slice(1);
   const went = await told(byId("columns"), loadModels);
   if (went && !chosen.length && served.adapters.length) addColumn(served.adapters[0].id);
-  openTab(TABS.includes(wanted) ? wanted : "ask");
+  openTab(TABS.includes(wanted) ? wanted : TABS[0]);
 }
 
 document.addEventListener("keydown", (event) => {

@@ -1,0 +1,57 @@
+"""Serve a base and its adapters, with a page on which you train new ones.
+
+For instance:
+
+  veneer studio
+  veneer studio --base HuggingFaceTB/SmolLM2-360M-Instruct --port 9000
+
+Open the address that it prints in a browser. docs/guides/studio.md shows the steps. Everything that
+`veneer serve` serves is served too.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from veneer.bases.names.named import NAMED
+from veneer.cli.answers.server import add_server_flags, run_server, start_here
+
+if TYPE_CHECKING:
+    from veneer.serve.start import ServeSettings
+
+DEFAULT_BASE = next(iter(NAMED))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "veneer studio [--base B] [--library DIR] [--folder DIR] [--port N] ..."
+    parser.add_argument(
+        "--base",
+        default=DEFAULT_BASE,
+        metavar="B",
+        help=f"hub id, folder, .gguf file or named default; default: {DEFAULT_BASE}",
+    )
+    parser.add_argument(
+        "--folder",
+        metavar="DIR",
+        help="folder of uploaded rows and runs; default: studio beside your own library",
+    )
+    add_server_flags(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    def with_studio(settings: ServeSettings) -> ServeSettings:
+        return replace(settings, studio=studio_folder(args.folder))
+
+    return run_server(
+        args, lambda settings, keys, library: start_here(args, settings, keys, library), with_studio
+    )
+
+
+def studio_folder(folder: str | None) -> Path:
+    """Returns the folder of --folder, or the default one."""
+    from veneer.library.folder import default_folder
+
+    return Path(folder).absolute() if folder else default_folder().parent / "studio"

@@ -1,0 +1,135 @@
+"""Drafts: uploaded rows and what a person chose for them, so that the page finds them again.
+
+A draft is a folder named by its id. It holds the uploaded file and draft.json. Names from a
+browser are shown, and are never part of a path.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, JsonValue
+
+from veneer.data.files.places import RowFile, kind_of
+from veneer.data.files.sources import READABLE_KINDS
+from veneer.errors import DataError, VeneerError
+from veneer.files.atomic import atomic_folder, write_text
+from veneer.files.settings import StrictSettings
+from veneer.files.strict_json import json_text, legible, read_json
+from veneer.serve.refusals import Refusal
+
+MOST_DRAFTS = 200
+MOST_NAME = 120
+_ID = re.compile(r"[0-9a-f]{16}")
+_FILE = "draft.json"
+
+
+class Draft(StrictSettings):
+    """A set of rows and the choices made for it."""
+
+    id: str
+    """Name of the draft's folder."""
+    name: str
+    """Name of the uploaded file, as the browser sent it."""
+    kind: str
+    """Extension of the stored file."""
+    bytes: int
+    """Size of the stored file."""
+    created: float
+    """Seconds since 1970."""
+    rows: dict[str, JsonValue] = Field(default_factory=dict)
+    """Fields of RowChoices."""
+    method: dict[str, JsonValue] = Field(default_factory=dict)
+    """Fields of MethodChoices."""
+    job: str | None = None
+    """Id of the job that trains the rows."""
+    model: str | None = None
+    """Name in the library of the adapter that was kept."""
+
+
+class Drafts:
+    """Stores drafts in a folder, which the first upload makes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def all(self) -> list[Draft]:
+        """Lists the drafts, the newest first. Damaged drafts are left out."""
+        drafts = []
+        for path in self.folder.glob(f"*/{_FILE}"):
+            with suppress(VeneerError, Refusal):
+                drafts.append(self.get(path.parent.name))
+        return sorted(drafts, key=lambda draft: draft.created, reverse=True)
+
+    def get(self, draft_id: str) -> Draft:
+        """Reads a draft. Refusal: 404."""
+        file = self._place(draft_id) / _FILE
+        if not file.is_file():
+            raise _unknown(draft_id)
+        return Draft.of(read_json(file))
+
+    def add(self, name: str, content: bytes) -> Draft:
+        """Stores uploaded rows. Refusal: there are too many drafts. DataError: the name's extension
+        is not one of rows."""
+        if len(self.all()) >= MOST_DRAFTS:
+            raise Refusal(409, f"There are {MOST_DRAFTS} sets of rows already: remove one.")
+        shown_name = _public(name)
+        kind = kind_of(shown_name)
+        if not kind or not shown_name.lower().endswith(kind):
+            raise DataError(
+                f"{shown_name}: the extension decides how a file is read",
+                next_step=f"Kinds of file: {READABLE_KINDS}.",
+            )
+        draft = Draft(
+            id=secrets.token_hex(8),
+            name=shown_name,
+            kind=kind,
+            bytes=len(content),
+            created=time.time(),
+        )
+        with atomic_folder(self._place(draft.id), needed_bytes=len(content)) as folder:
+            (folder / f"rows{kind}").write_bytes(content)
+            (folder / _FILE).write_text(_text(draft), encoding="utf-8")
+        return draft
+
+    def change(self, draft_id: str, **changes: Any) -> Draft:
+        """Replaces fields of a draft."""
+        draft = self.get(draft_id).model_copy(update=changes)
+        write_text(self._place(draft_id) / _FILE, _text(draft), replace=True)
+        return draft
+
+    def remove(self, draft_id: str) -> None:
+        """Deletes a draft and its rows."""
+        self.get(draft_id)
+        shutil.rmtree(self._place(draft_id))
+
+    def row_file(self, draft: Draft) -> RowFile:
+        """Returns the place of the rows, under the name that errors show."""
+        return RowFile(draft.name, self._place(draft.id) / f"rows{draft.kind}")
+
+    def _place(self, draft_id: str) -> Path:
+        if not _ID.fullmatch(draft_id):
+            raise _unknown(draft_id)
+        return self.folder / draft_id
+
+
+def _text(draft: Draft) -> str:
+    return json_text(draft.model_dump(mode="json"))
+
+
+def _public(name: str) -> str:
+    """Returns the last part of a file's name as printable text."""
+    last = re.split(r"[/\\]", name)[-1]
+    clean = "".join(c for c in str(legible(last)) if c.isprintable()).strip()
+    stem, dot, kind = clean.rpartition(".")
+    return f"{stem[:MOST_NAME]}{dot}{kind[:12]}" if dot else clean[:MOST_NAME]
+
+
+def _unknown(draft_id: str) -> Refusal:
+    return Refusal(404, f"There are no rows `{draft_id[:40]}`.", "id", "draft_not_found")

@@ -1,0 +1,119 @@
+// The Teach tab: the steps from rows to a served adapter, and the set of rows that is open.
+
+const OPEN_DRAFT = "veneer-draft";
+/**
+ * draft: the open set of rows as the server describes it, or null. preview: its columns and first rows.
+ * report: the result of its check. settings: help texts of settings by their path. step: the one that is shown.
+ */
+const lesson = { draft: null, preview: null, report: null, settings: {}, step: "rows" };
+/** By step: called when it is shown. */
+const whenStepShown = {};
+/** By step: whether it can be opened. */
+const stepIsOpen = { rows: () => true };
+
+const studio = (path, settings) => read(`/studio/api${path}`, settings);
+const draftPath = (rest = "") => `/drafts/${lesson.draft.id}${rest}`;
+
+const stepButtons = () => [...byId("steps").querySelectorAll("button")];
+
+function showSteps() {
+  for (const button of stepButtons()) {
+    const { step } = button.dataset;
+    button.disabled = !stepIsOpen[step]();
+    button.ariaCurrent = step === lesson.step ? "step" : null;
+    byId(`step-${step}`).hidden = step !== lesson.step;
+  }
+}
+
+function openStep(step) {
+  lesson.step = stepIsOpen[step]?.() ? step : "rows";
+  if (lesson.draft) localStorage.setItem(`${OPEN_DRAFT}-step`, lesson.step);
+  showSteps();
+  whenStepShown[lesson.step]?.();
+}
+
+/** Does some work and shows its error at the top of the tab. Returns whether it succeeded. */
+async function teachSafely(work) {
+  const place = byId("teach-fault");
+  place.hidden = true;
+  try {
+    await work();
+    return true;
+  } catch (fault) {
+    const message = said(fault);
+    if (message === null) return false;
+    place.textContent = message;
+    place.hidden = false;
+    return false;
+  }
+}
+
+async function openDraft(id, step = "rows") {
+  await teachSafely(async () => {
+    const { preview, ...draft } = await studio(`/drafts/${encodeURIComponent(id)}`);
+    Object.assign(lesson, { draft, preview, report: null });
+    localStorage.setItem(OPEN_DRAFT, id);
+    byId("drafts").value = id;
+  });
+  showDraftButtons();
+  openStep(step);
+}
+
+function closeDraft() {
+  Object.assign(lesson, { draft: null, preview: null, report: null });
+  localStorage.removeItem(OPEN_DRAFT);
+  byId("drafts").value = "";
+  showDraftButtons();
+  openStep("rows");
+}
+
+function showDraftButtons() {
+  byId("draft-new").hidden = byId("draft-remove").hidden = lesson.draft === null;
+}
+
+/** Lists the sets of rows; a first, empty entry stands for a new one. */
+async function listDrafts() {
+  const { data } = await studio("/drafts");
+  const entries = data.map((draft) =>
+    make("option", { value: draft.id }, `${draft.name} · ${ago(Date.now() / 1000 - draft.created)}`),
+  );
+  byId("drafts").hidden = !data.length;
+  byId("drafts").replaceChildren(make("option", { value: "" }, "new rows"), ...entries);
+  byId("drafts").value = lesson.draft?.id ?? "";
+  return data;
+}
+
+async function removeDraft() {
+  if (!confirm(`Remove the rows of ${lesson.draft.name} from this server?`)) return;
+  await teachSafely(async () => {
+    await studio(draftPath("/remove"), { body: {} });
+    closeDraft();
+    await listDrafts();
+  });
+}
+
+/** Opens the tab where one was: the last set of rows, at its step. */
+async function openTeach() {
+  if (lesson.draft) return openStep(lesson.step);
+  await teachSafely(async () => {
+    const { settings } = await studio("/settings");
+    lesson.settings = settings;
+    const drafts = await listDrafts();
+    const wanted = localStorage.getItem(OPEN_DRAFT);
+    if (drafts.some((draft) => draft.id === wanted))
+      await openDraft(wanted, localStorage.getItem(`${OPEN_DRAFT}-step`) ?? "rows");
+  });
+  openStep(lesson.step);
+}
+
+function beginSteps() {
+  for (const button of stepButtons()) button.addEventListener("click", () => openStep(button.dataset.step));
+  byId("drafts").addEventListener("change", (event) => {
+    if (event.target.value) openDraft(event.target.value);
+    else closeDraft();
+  });
+  byId("draft-new").addEventListener("click", closeDraft);
+  byId("draft-remove").addEventListener("click", removeDraft);
+  whenOpened.teach = openTeach;
+}
+beginSteps();

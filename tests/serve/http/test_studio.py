@@ -1,0 +1,162 @@
+"""The Teach tab, in a browser that drops a file of rows."""
+
+import json
+
+import pytest
+
+from tests.serve.http.browser import CHROMIUM, browser
+from tests.serve.server import add_adapter, running
+from veneer.library.library import Library
+from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
+from veneer.serve.studio.rows import column_map
+
+API = "/studio/api"
+TICKETS = [
+    ("The tap leaks.", "repairs"),
+    ("Where is my parcel?", "shipping"),
+    ("I was charged twice.", "billing"),
+    ("The door is stuck.", "repairs"),
+    ("Refund me at me@example.com", "billing"),
+    ("The parcel is open.", "shipping"),
+    ("The lift is stuck.", "repairs"),
+    ("The lift is stuck.", "repairs"),
+    ("Change my address.", "shipping"),
+    ("The invoice is wrong.", "billing"),
+]
+CSV = "ticket,queue\n" + "".join(f'"{ticket}",{queue}\n' for ticket, queue in TICKETS)
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium is on the path: apt-get install chromium"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("studio")
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    library = Library(folder / "adapters")
+    add_adapter(library, folder / "poems", "poems", 1)
+    with running(library, studio=folder / "studio") as running_server:
+        yield running_server
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with browser() as found:
+        yield found
+
+
+@pytest.fixture
+def tab(server, chromium):
+    page = chromium.open(f"{server.url}/")
+    page.until("document.querySelector('#tab-teach').ariaSelected === 'true'")
+    yield page
+    assert page.said == [], "nothing was refused by the policy, nothing failed"
+    addresses = [url for url in page.asked if not url.startswith((server.url, "blob:", "data:"))]
+    assert addresses == [], "no other server is asked"
+
+
+def upload(server, text, name="rows.csv", **headers):
+    headers = {"content-type": "application/octet-stream", **headers}
+    return server.http(headers=headers).post(f"{API}/drafts", params={"name": name}, content=text)
+
+
+def drop(tab, name, text):
+    """Drops a file on the page, as a desktop does."""
+    tab.run(
+        "(() => { const data = new DataTransfer();"
+        f" data.items.add(new File([{json.dumps(text)}], {json.dumps(name)}));"
+        " for (const type of ['dragover', 'drop']) document.querySelector('#drop').dispatchEvent("
+        "new DragEvent(type, {bubbles: true, cancelable: true, dataTransfer: data})); })()"
+    )
+
+
+def choose(tab, selector, value):
+    tab.run(
+        f"(() => {{ const field = document.querySelector({selector!r});"
+        f" field.value = {json.dumps(value)};"
+        " field.dispatchEvent(new Event('change', {bubbles: true})); })()"
+    )
+
+
+def drop_tickets(tab):
+    """Drops the tickets and chooses their columns; returns when they are checked."""
+    drop(tab, "tickets.csv", CSV)
+    tab.until("document.querySelector('.records') !== null")
+    for name, column, missing in (("prompt", "ticket", "answer"), ("completion", "queue", "")):
+        choose(tab, f"[data-name={name}]", column)
+        reason = f"Choose the column of the {missing}." if missing else ""
+        tab.until(f"document.querySelector('#rows-reason').textContent === '{reason}'")
+    tab.until("document.querySelector('.counts') !== null")
+
+
+@needs_browser
+def test_dropped_rows_are_mapped_checked_and_shown_token_by_token(tab):
+    drop_tickets(tab)
+    cards = tab.run("[...document.querySelectorAll('.card')].map((card) => card.innerText)")
+    assert len(cards) == 3 and "The tap leaks." in cards[0] and "repairs" in cards[0]
+    assert "2\nheld out" in tab.text(".counts")
+    findings = tab.run("[...document.querySelectorAll('.finding')].map((e) => e.textContent)")
+    assert any("D209" in text and "row 9" in text and "lift" in text for text in findings)
+    assert any("e-mail" in text and "me@example.com" in text for text in findings)
+    tokens = "[...document.querySelectorAll('.tokens .token%s')].map((e) => e.textContent).join('')"
+    assert "The tap leaks." in tab.run(tokens % ":not(.trained)")
+    assert "repairs" in tab.run(tokens % ".trained")
+    assert "leaks" not in tab.run(tokens % ".trained")
+    tab.call("Page.reload")
+    tab.until("document.querySelector('.counts') !== null")
+    assert tab.text("#rows-name").startswith("tickets.csv"), "a reload finds the rows"
+    tab.screen(390, 844, phone=True)
+    assert tab.run("document.documentElement.scrollWidth") <= 390
+
+
+@needs_browser
+def test_texts_of_a_file_are_text(tab):
+    row = json.dumps({"prompt": "<img src=x onerror=alert(1)>", "completion": "<b>bold</b>"})
+    drop(tab, "<i>odd</i>.jsonl", (row + "\n") * 3)
+    tab.until("document.querySelector('.counts') !== null")
+    assert tab.text("#rows-name").startswith("i>.jsonl"), "the part behind the last slash"
+    assert "<img src=x" in tab.text(".card")
+    assert tab.run("document.querySelectorAll('#teach :is(img, b.bold, i)').length") == 0
+
+
+def test_an_upload_is_refused_as_the_command_line_refuses_the_file(server):
+    assert "the extension decides" in upload(server, "a", "rows.txt").json()["error"]["message"]
+    refusal = server.http().post(f"{API}/drafts", params={"name": "a.csv"}, data={"a": "b"})
+    assert refusal.status_code == 415
+    assert server.http().get(f"{API}/drafts/..%2F..%2Fetc").status_code == 404
+    other_site = upload(server, CSV, origin="https://elsewhere.example")
+    assert other_site.status_code == 403
+    body = {"layout": "nothing", "validation_share": 2}
+    draft = upload(server, CSV).json()
+    faults = server.post(f"{API}/drafts/{draft['id']}/rows", body)
+    assert faults.status_code == 400
+    assert "validation_share" in faults.json()["error"]["message"]
+    assert server.post(f"{API}/drafts/{draft['id']}/remove", {}).status_code == 200
+    assert server.http().get(f"{API}/drafts/{draft['id']}").status_code == 404
+
+
+def test_no_answer_names_a_folder_of_the_server(server, folder):
+    draft = upload(server, "prompt,completion\na\n", "../broken.csv").json()
+    assert draft["name"] == "broken.csv"
+    report = server.http().get(f"{API}/drafts/{draft['id']}/check")
+    assert report.json()["refused"] and str(folder) not in report.text
+
+
+def test_a_key_for_use_may_not_train(folder):
+    key = "k" * 40
+    keys = ApiKeys([ApiKey("use", hashed(key), "one")])
+    with running(Library(folder / "adapters"), keys=keys, studio=folder / "studio") as guarded:
+        assert guarded.http().get(f"{API}/drafts").status_code == 401
+        headers = {"authorization": f"Bearer {key}"}
+        assert guarded.http(headers=headers).get(f"{API}/drafts").status_code == 403
+
+
+def test_columns_that_swap_names_are_renamed_and_others_of_the_name_are_dropped():
+    swapped = column_map(["prompt", "completion"], {"prompt": "completion", "completion": "prompt"})
+    assert swapped == {"completion": "prompt", "prompt": "completion"}
+    assert column_map(
+        ["a", "prompt", "completion"], {"prompt": "a", "completion": "completion"}
+    ) == {"a": "prompt", "prompt": None}
