@@ -27,7 +27,7 @@ SCRIPTS = (
     "start",
 )
 """In this order: the files share one scope, and each may use those before it."""
-TEACHING = ("steps", "upload", "columns", "findings", "row_step")
+TEACHING = ("steps", "upload", "columns", "findings", "row_step", "settings", "plan", "method_step")
 """Scripts of the tab Teach, in web/teach/. They come before the last of SCRIPTS."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -14,6 +14,34 @@ from veneer.serve.refusals import Fault
 
 MOST_COLUMNS = 16
 MOST_COLUMN = 200
+MOST_SETTINGS = 64
+OFFERED = (
+    "epochs",
+    "steps",
+    "learning_rate",
+    "method.rank",
+    "method.alpha",
+    "method.dropout",
+    "method.rslora",
+    "method.init",
+    "batch",
+    "micro_batch",
+    "schedule",
+    "warmup",
+    "weight_decay",
+    "clip",
+    "order",
+    "checkpointing",
+    "evaluate_every",
+    "save_every",
+    "patience",
+    "show_answers",
+    "seed",
+    "quantize",
+    "dtype",
+    "objective.name",
+)
+"""Settings that the page offers, in its order."""
 Column = Annotated[str, Length(1, MOST_COLUMN)]
 
 
@@ -39,8 +67,35 @@ class RowChoices(Body):
             yield Fault("columns", f"column {twice[0]!r} is chosen twice")
 
 
+TaskKind = Literal["style", "format", "task", "instructions", "knowledge"]
+Value = str | int | float | bool
+
+
+class MethodChoices(Body):
+    """What is trained and with which settings."""
+
+    kind: TaskKind = "task"
+    """what the rows teach; the advice depends on it"""
+    method: Literal["lora", "qlora", "dora", "prefix", "bottleneck", "full"] = "lora"
+    """what is trained"""
+    settings: Annotated[dict[str, Any], Length(0, MOST_SETTINGS)] = Field(default_factory=dict)
+    """other settings of a run file by their path, such as method.rank; absent ones have their
+    default"""
+
+    def conflicts(self) -> Iterator[Fault]:
+        for path, value in self.settings.items():
+            if path not in OFFERED:
+                yield Fault("settings", f"{path[:80]!r} is not offered here")
+            elif not isinstance(value, Value):
+                yield Fault(f"settings.{path}", "is not a number, a text, true or false")
+
+
+class PlanBody(MethodChoices):
+    """The body of a request for a plan."""
+
+    compare: bool = False
+    """plans every method"""
+
+
 class NoBody(Body):
     """The body of a request that needs no field."""
-
-
-TaskKind = Literal["style", "format", "task", "instructions", "knowledge"]

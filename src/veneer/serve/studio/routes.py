@@ -20,7 +20,7 @@ from veneer.serve.limits import BODY_BYTES
 from veneer.serve.protocols.body import Body
 from veneer.serve.protocols.json_body import parsed, read_body, read_bytes
 from veneer.serve.refusals import Refusal
-from veneer.serve.studio.bodies import NoBody, RowChoices
+from veneer.serve.studio.bodies import NoBody, PlanBody, RowChoices
 from veneer.serve.studio.settings import describe_settings
 from veneer.serve.studio.studio import Studio
 
@@ -56,6 +56,9 @@ def studio_routes(studio: Studio) -> list[Route]:
     async def check(request: Request, body: None) -> Any:
         return await studio.run(lambda: studio.check(_id(request)))
 
+    async def plan(request: Request, body: PlanBody) -> Any:
+        return await studio.plan(_id(request), body)
+
     async def remove(request: Request, body: NoBody) -> Any:
         await studio.run(lambda: studio.drafts.remove(_id(request)))
         return {}
@@ -67,6 +70,7 @@ def studio_routes(studio: Studio) -> list[Route]:
         _get("/drafts/{id}", show),
         _post("/drafts/{id}/rows", RowChoices, preview),
         _get("/drafts/{id}/check", check),
+        _post("/drafts/{id}/plan", PlanBody, plan),
         _post("/drafts/{id}/remove", NoBody, remove),
     ]
 

@@ -12,10 +12,12 @@ from typing import Any, TypeVar
 from veneer.errors import hide_path
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
-from veneer.serve.studio.bodies import RowChoices
+from veneer.serve.studio.bodies import MethodChoices, PlanBody, RowChoices
 from veneer.serve.studio.drafts import Draft, Drafts
+from veneer.serve.studio.plans import Plans, run_settings
 from veneer.serve.studio.rows import (
     count_records,
+    data_settings,
     describe_check,
     describe_columns,
     examine,
@@ -23,6 +25,8 @@ from veneer.serve.studio.rows import (
 )
 
 T = TypeVar("T")
+FOLDER = "the studio's folder"
+"""Name of the folder in errors."""
 
 
 class Studio:
@@ -32,7 +36,7 @@ class Studio:
     """
 
     def __init__(self, folder: Path, base: FrozenBase) -> None:
-        self.drafts = Drafts(folder)
+        self.drafts, self.plans = Drafts(folder), Plans()
         self.base_source = base.source
         self.capacity = capacity_of(base)
         # Tokenizers change while they encode, so this one is a copy that nothing else uses.
@@ -43,7 +47,7 @@ class Studio:
         """Runs a function beside the event loop, one at a time. No error names the folder."""
 
         def hidden() -> T:
-            with hide_path(self.drafts.folder, "the studio's folder"):
+            with hide_path(self.drafts.folder, FOLDER):
                 return function()
 
         return await asyncio.get_running_loop().run_in_executor(self._threads, hidden)
@@ -85,6 +89,31 @@ class Studio:
         """Keeps the choices of a draft, and returns its columns and first rows."""
         self.drafts.change(draft_id, rows=choices.model_dump())
         return self.show(draft_id)
+
+    async def plan(self, draft_id: str, body: PlanBody) -> dict[str, Any]:
+        """Keeps the choices of a draft, and returns the plan of its run."""
+        choices = MethodChoices(kind=body.kind, method=body.method, settings=body.settings)
+
+        def prepare() -> tuple[Draft, dict[str, Any]]:
+            draft = self.drafts.change(draft_id, method=choices.model_dump())
+            return draft, self.run_settings(draft)
+
+        draft, settings = await self.run(prepare)
+        file = self.drafts.row_file(draft)
+        with hide_path(file.path, file.name), hide_path(self.drafts.folder, FOLDER):
+            return await self.plans.plan(
+                file.path.parent, settings, kind=body.kind, compare=body.compare
+            )
+
+    def run_settings(self, draft: Draft) -> dict[str, Any]:
+        """Returns the settings of a draft's run. ConfigError: one of them is wrong."""
+        rows = RowChoices.read(draft.rows)
+        return run_settings(
+            self.base_source,
+            data_settings(self.drafts.row_file(draft), rows),
+            rows.length,
+            MethodChoices.read(draft.method),
+        )
 
     def check(self, draft_id: str) -> dict[str, Any]:
         """Returns the report of `veneer data check` on a draft."""

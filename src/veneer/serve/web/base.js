@@ -72,7 +72,8 @@ function save(name, type, text) {
 const touches = () => matchMedia("(pointer: coarse)").matches;
 const figure = (value) => (value === null ? "–" : String(Number(Number(value).toPrecision(4))));
 const count = (value) => Number(value).toLocaleString("en");
-const bytes = (value) => (value < 1e6 ? `${Math.round(value / 1e3)} kB` : `${(value / 1e6).toFixed(1)} MB`);
+const bytes = (value) =>
+  value < 1e6 ? `${Math.round(value / 1e3)} kB` : value < 1e9 ? `${(value / 1e6).toFixed(1)} MB` : `${(value / 1e9).toFixed(2)} GB`;
 
 function ago(seconds) {
   const steps = [[86400 * 2, 86400, "days"], [7200, 3600, "hours"], [120, 60, "minutes"], [0, 1, "seconds"]];

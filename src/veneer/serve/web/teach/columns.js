@@ -102,7 +102,7 @@ async function chooseRows() {
   const body = chosenRows();
   const kept = await teachSafely(async () => {
     const { preview, ...draft } = await studio(draftPath("/rows"), { body });
-    Object.assign(lesson, { draft, preview, report: null });
+    Object.assign(lesson, { draft, preview, report: null, plan: null });
   });
   if (!kept) return;
   showColumnChoices();

@@ -11,3 +11,4 @@ async function showRows() {
   else showReport(lesson.report);
 }
 whenStepShown.rows = showRows;
+byId("rows-next").addEventListener("click", () => openStep("method"));

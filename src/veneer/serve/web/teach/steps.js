@@ -3,13 +3,13 @@
 const OPEN_DRAFT = "veneer-draft";
 /**
  * draft: the open set of rows as the server describes it, or null. preview: its columns and first rows.
- * report: the result of its check. settings: help texts of settings by their path. step: the one that is shown.
+ * report: the result of its check. plan: the last plan of its run. settings: help texts of settings by their path. step: the one that is shown.
  */
-const lesson = { draft: null, preview: null, report: null, settings: {}, step: "rows" };
+const lesson = { draft: null, preview: null, report: null, plan: null, settings: {}, step: "rows" };
 /** By step: called when it is shown. */
 const whenStepShown = {};
 /** By step: whether it can be opened. */
-const stepIsOpen = { rows: () => true };
+const stepIsOpen = { rows: () => true, method: () => lesson.report !== null && !lesson.report.refused };
 
 const studio = (path, settings) => read(`/studio/api${path}`, settings);
 const draftPath = (rest = "") => `/drafts/${lesson.draft.id}${rest}`;
@@ -23,6 +23,7 @@ function showSteps() {
     button.ariaCurrent = step === lesson.step ? "step" : null;
     byId(`step-${step}`).hidden = step !== lesson.step;
   }
+  byId("rows-next").disabled = !stepIsOpen.method();
 }
 
 function openStep(step) {
@@ -51,16 +52,17 @@ async function teachSafely(work) {
 async function openDraft(id, step = "rows") {
   await teachSafely(async () => {
     const { preview, ...draft } = await studio(`/drafts/${encodeURIComponent(id)}`);
-    Object.assign(lesson, { draft, preview, report: null });
+    Object.assign(lesson, { draft, preview, report: null, plan: null });
     localStorage.setItem(OPEN_DRAFT, id);
     byId("drafts").value = id;
+    if (step !== "rows" && columnsAreChosen()) await checkRows();
   });
   showDraftButtons();
   openStep(step);
 }
 
 function closeDraft() {
-  Object.assign(lesson, { draft: null, preview: null, report: null });
+  Object.assign(lesson, { draft: null, preview: null, report: null, plan: null });
   localStorage.removeItem(OPEN_DRAFT);
   byId("drafts").value = "";
   showDraftButtons();

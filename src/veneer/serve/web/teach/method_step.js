@@ -1,0 +1,87 @@
+// Step 2: the method and its settings, and what they cost on this machine.
+
+const KINDS = {
+  task: "a task",
+  style: "a tone or style",
+  format: "a form of answers",
+  instructions: "to follow instructions",
+  knowledge: "new knowledge",
+};
+const METHODS = {
+  lora: "lora: thin layers",
+  qlora: "qlora: thin layers over 4 bits",
+  dora: "dora: LoRA with lengths",
+  prefix: "prefix: trained beginnings",
+  bottleneck: "bottleneck: small layers between",
+  full: "full: every weight",
+};
+/** ends: stops the request for the last plan. */
+const planning = { ends: null };
+
+const chosenMethod = () => ({
+  kind: byId("method-kind").value,
+  method: byId("method-name").value,
+  settings: chosenSettings(),
+});
+
+async function showMethod() {
+  const { kind = "task", method = "lora", settings = {} } = lesson.draft.method;
+  byId("method-base").textContent = served.base;
+  byId("method-kind").value = kind;
+  byId("method-name").value = method;
+  showMethodSettings(method, settings);
+  byId("method-compared").replaceChildren();
+  await planChosen();
+}
+
+/** Plans a run. An earlier request for a plan that still runs is dropped. */
+async function askForPlan(place, compare, shown) {
+  planning.ends?.abort();
+  planning.ends = new AbortController();
+  const { signal } = planning.ends;
+  const body = chosenMethod();
+  place.replaceChildren(make("p", { className: "soft" }, "Planning …"));
+  try {
+    const answer = await studio(draftPath("/plan"), { body: { ...body, compare }, signal });
+    lesson.draft.method = body;
+    place.replaceChildren(...shown(answer));
+    return answer;
+  } catch (fault) {
+    if (!signal.aborted) place.replaceChildren(make("p", { className: "bad fault", role: "alert" }, said(fault) ?? ""));
+    return null;
+  }
+}
+
+async function planChosen() {
+  lesson.plan = null;
+  showSteps();
+  lesson.plan = await askForPlan(byId("method-plan"), false, planShown);
+  showSteps();
+}
+
+function chooseMethod(method) {
+  byId("method-name").value = method;
+  showMethodSettings(method, chosenSettings());
+  planChosen();
+}
+
+function takeAdvice(advice) {
+  const method = advice.quantize ? "qlora" : advice.method;
+  byId("method-name").value = method;
+  const { rank, alpha, rslora } = advice.settings;
+  const settings = { ...chosenSettings(), learning_rate: advice.learning_rate };
+  if (rank) Object.assign(settings, { "method.rank": rank, "method.alpha": alpha, "method.rslora": rslora });
+  showMethodSettings(method, settings);
+  planChosen();
+}
+
+function beginMethod() {
+  byId("method-kind").append(...optionsOf(KINDS));
+  byId("method-name").append(...optionsOf(METHODS));
+  byId("method-kind").addEventListener("change", planChosen);
+  byId("method-name").addEventListener("change", (event) => chooseMethod(event.target.value));
+  for (const id of ["main-settings", "more-settings"]) byId(id).addEventListener("change", planChosen);
+  byId("method-compare").addEventListener("click", () => askForPlan(byId("method-compared"), true, comparedShown));
+  whenStepShown.method = showMethod;
+}
+beginMethod();
