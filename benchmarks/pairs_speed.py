@@ -1,0 +1,154 @@
+"""Trains on pairs with Veneer and with TRL in alternating rounds, and prints both and their ratio.
+
+    python benchmarks/pairs_speed.py --base FOLDER --rows e2e.jsonl viggo.jsonl --peer-python PY
+
+A row's rejected answer is the answer of the row behind it. Both train a LoRA of rank 16 by `dpo` on
+the same pairs in file order, in bf16. Veneer computes the reference once, before step 1; its pairs
+per second count this time (for the share of pairs that is timed). TRL computes it in each step. PY
+is the Python of an environment with `trl` and `peft`.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+def write_pairs(source: Path, target: Path, count: int) -> None:
+    """Writes `count` pairs from rows of `messages`."""
+    rows = [json.loads(line)["messages"] for line in source.read_text("utf-8").splitlines()]
+    with target.open("w", encoding="utf-8") as file:
+        for row, following in itertools.islice(itertools.pairwise(rows), count):
+            pair = {"prompt": row[:-1], "chosen": row[-1:], "rejected": following[-1:]}
+            file.write(json.dumps(pair) + "\n")
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+    """Trains once with Veneer. Without a cache, so that the reference is computed."""
+    from veneer import api
+    from veneer.adapters.config import LoRA
+    from veneer.training import trainee
+    from veneer.training.config import DataConfig, RunConfig
+    from veneer.training.output.records import read_records
+    from veneer.training.output.screen import QuietScreen
+
+    compute, seconds = trainee.compute_reference, []
+
+    def timed(*arguments: Any) -> Any:
+        start = time.perf_counter()
+        result = compute(*arguments)
+        seconds.append(time.perf_counter() - start)
+        return result
+
+    trainee.compute_reference = timed  # type: ignore[attr-defined]
+    with tempfile.TemporaryDirectory() as scratch:
+        config = RunConfig.model_validate(
+            {
+                "base": args.base,
+                "out": f"{scratch}/run",
+                "method": LoRA(rank=16, alpha=32.0),
+                "objective": "dpo",
+                "batch": args.batch,
+                "steps": args.steps + 1,
+                "data": DataConfig(train=args.pairs, validation_share=0.0),
+                "order": "file",
+                "learning_rate": args.lr,
+                "schedule": "constant",
+                "warmup": 0.0,
+            }
+        )
+        summary = api.train_run(config, resume=False, screen=QuietScreen())
+        records = read_records(Path(scratch) / "run" / "metrics.jsonl")
+    steps = [record for record in records if record["kind"] == "step"]
+    timed_seconds = sum(record["seconds"] for record in steps[1:])
+    reference = sum(seconds) * args.steps / (args.steps + 1)
+    return {
+        "tool": "veneer",
+        "pairs_per_s": round(args.batch * args.steps / (timed_seconds + reference), 3),
+        "reference_seconds": round(sum(seconds), 3),
+        "first_loss": round(steps[0]["loss"], 4),
+        "last_loss": round(steps[-1]["loss"], 4),
+        "peak_rss_mib": round(summary["peak_memory_bytes"] / 2**20, 1),
+        "idle_rss_mib": round(summary["idle_memory_bytes"] / 2**20, 1),
+    }
+
+
+def run(command: list[str], **environment: str) -> dict[str, Any]:
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+    line: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return line
+
+
+def spread(lines: list[dict[str, Any]], key: str) -> str:
+    values = [line[key] for line in lines]
+    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--base", required=True)
+    p.add_argument("--rows", nargs="+", type=Path, default=[])
+    p.add_argument("--pairs", help="train once with Veneer on these pairs, and print one JSON line")
+    p.add_argument("--peer-python")
+    p.add_argument("--batch", type=int, default=8)
+    p.add_argument("--steps", type=int, default=12)
+    p.add_argument("--lr", type=float, default=2e-5)
+    p.add_argument("--rounds", type=int, default=3)
+    args = p.parse_args()
+    if args.pairs:
+        print(json.dumps(train(args)))
+        return
+    for rows in args.rows:
+        lines: dict[str, list[dict[str, Any]]] = {"veneer": [], "trl": []}
+        with tempfile.TemporaryDirectory() as scratch:
+            pairs = Path(scratch) / "pairs.jsonl"
+            write_pairs(rows, pairs, args.batch * (args.steps + 1))
+            common = ["--base", args.base, "--pairs", str(pairs), "--batch", str(args.batch)]
+            common += ["--steps", str(args.steps), "--lr", str(args.lr)]
+            commands = [
+                ("veneer", [sys.executable, str(HERE / "pairs_speed.py"), *common]),
+                ("trl", [args.peer_python, str(HERE / "pairs_trl.py"), *common]),
+            ]
+            for number in range(args.rounds):
+                for tool, command in commands if number % 2 == 0 else reversed(commands):
+                    with tempfile.TemporaryDirectory() as cache:
+                        lines[tool].append(run(command, VENEER_CACHE=cache))
+        medians = {
+            tool: statistics.median(line["pairs_per_s"] for line in found)
+            for tool, found in lines.items()
+        }
+        idle = statistics.median(line["idle_rss_mib"] for line in lines["veneer"])
+        memory = {
+            tool: statistics.median(line["peak_rss_mib"] for line in found) - idle
+            for tool, found in lines.items()
+        }
+        print(f"{rows.stem}: {args.rounds} rounds of {args.steps} steps, batch {args.batch}")
+        for tool, found in lines.items():
+            print(
+                f"  {tool:6}  {spread(found, 'pairs_per_s')} pairs/s  {memory[tool]:.0f} MiB above"
+                f" an idle process  loss {found[0]['first_loss']} to {found[0]['last_loss']}"
+            )
+        print(
+            f"  pairs/s {medians['veneer'] / medians['trl']:.2f} times, memory"
+            f" {memory['veneer'] / memory['trl']:.2f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
