@@ -47,6 +47,7 @@ GROUPS = {
         "plan": "predict memory, time and cost before a run",
         "train": "train an adapter, or all weights",
         "tune": "search settings on your rows, train the best and judge it",
+        "runs": "list, follow, stop and resume training jobs of a server or the page",
         "report": "rebuild the report of a run",
         "compare": "compare methods on your rows",
     },
@@ -75,7 +76,8 @@ FOLDERS = {
         ("adapters", "combine", "export", "extract", "lint", "merge", "quantize"), "library."
     ),
     **dict.fromkeys(
-        ("train", "tune", "compare", "evaluate", "score", "report", "plan", "demo"), "training."
+        ("train", "tune", "compare", "evaluate", "score", "report", "runs", "plan", "demo"),
+        "training.",
     ),
     **dict.fromkeys(("serve", "studio", "chat", "generate"), "answers."),
     "data": "rows.",
