@@ -29,6 +29,7 @@ from veneer.decoding.schedule.lookup import LookupMode
 from veneer.decoding.schedule.sequence import Sequence
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.library.library import Library
+from veneer.serve.engine.fine_tuning import TrainSettings
 from veneer.serve.engine.service import Service
 from veneer.serve.http.connection import Server
 from veneer.serve.http.keys import ApiKeys
@@ -148,6 +149,7 @@ def running(
     studio: Path | None = None,
     drain_seconds: float = 30.0,
     lookup: LookupMode = "auto",
+    train: TrainSettings | None = None,
 ) -> Iterator[Running]:
     base = base or made_base()
     settings = ServeSettings(
@@ -159,6 +161,7 @@ def running(
         studio=studio,
         drain_seconds=drain_seconds,
         lookup=lookup,
+        train=train,
         **({} if seconds is None else {"seconds": seconds}),
     )
     opened = open_server(base, library, settings, keys or ApiKeys([]))

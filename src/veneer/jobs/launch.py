@@ -18,7 +18,7 @@ from veneer.files.system_errors import explained
 NICENESS = 10
 """How much lower a trainer's priority is than the server's: when both want the processor, the
 system gives the trainer about a tenth of what it gives the server."""
-SECRETS = ("VENEER_API_KEY", "VENEER_ADMIN_KEY")
+SECRETS = ("VENEER_API_KEY", "VENEER_TRAIN_KEY", "VENEER_ADMIN_KEY")
 LOG = "trainer.log"
 
 

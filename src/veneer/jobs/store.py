@@ -65,7 +65,6 @@ from veneer.jobs.record import (
 from veneer.library.folder import LibraryFolder
 from veneer.library.names import check_name
 from veneer.training.config import RunConfig
-from veneer.training.state.folder import remove_run
 
 LOCK = ".lock"
 LOCK_SECONDS = 5.0
@@ -167,6 +166,7 @@ class JobStore:
         publish_as: str | None = None,
         owner: str = "",
         details: Mapping[str, Any] = MappingProxyType({}),
+        error: str | None = None,
     ) -> TrainingJob:
         """Queues a job, and starts it if no other runs.
 
@@ -175,6 +175,7 @@ class JobStore:
         publish_as the adapter's name in the library; a further version if the name exists
         owner      whose job it is; the queue takes turns between owners
         details    JSON values that are kept with the job
+        error      why it cannot be trained: the job is kept as a failed one
         """
         _require_posix()
         self._check_room()
@@ -197,6 +198,9 @@ class JobStore:
         threads, niceness = share_of_machine(self.train_share)
         record = JobRecord(
             id=job_id,
+            state="queued" if error is None else "failed",
+            error=error,
+            ended=None if error is None else now,
             created=now,
             queued=now,
             owner=owner,
@@ -214,6 +218,8 @@ class JobStore:
             record_text = json_text(record.model_dump(mode="json"))
             (partial / "job.json").write_text(record_text, encoding="utf-8")
             add_event(partial, f"Created fine-tuning job: {job_id}")
+            if error is not None:
+                add_event(partial, error, "error")
         self.start_next()
         return self.get(job_id)
 
@@ -263,6 +269,8 @@ class JobStore:
 
     def delete(self, job_id: str) -> None:
         """Removes a job with its run and checkpoints. An adapter in the library stays."""
+        from veneer.training.state.folder import remove_run  # loads torch
+
         job = self.get(job_id)
         if job.state in ("running", "stopping"):
             raise ConfigError(f"job {job_id} is {job.state}", next_step="Pause or cancel it first.")

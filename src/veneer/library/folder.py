@@ -99,7 +99,8 @@ class LibraryFolder:
                 "Give an empty or a new folder.",
             )
 
-    def _make(self) -> None:
+    def make(self) -> None:
+        """Makes the folder a library, if it is not one yet. Raises as require_place."""
         self.require_place()
         with explained(self.folder), locked(self.folder / ".names.lock"):
             if not (self.folder / MARKER).is_file():
@@ -110,7 +111,7 @@ class LibraryFolder:
     @contextmanager
     def receiving(self) -> Iterator[None]:
         """Protects objects written within the block from a collection until names point to them."""
-        self._make()
+        self.make()
         with ExitStack() as locks, explained(self.folder):
             with locked(self.folder / ".turn.lock"):  # a collection that waits goes first
                 locks.enter_context(locked(self.folder / ".objects.lock", shared=True))

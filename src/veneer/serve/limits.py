@@ -16,6 +16,7 @@ from veneer.data.template.worker import SECONDS as TEMPLATE_SECONDS
 from veneer.decoding.sampling.grammar import MOST_CHARACTERS, MOST_PATTERN, MOST_RULES
 from veneer.decoding.sampling.json_check import MOST_STEPS
 from veneer.files.nesting import MAX_JSON_DEPTH
+from veneer.jobs.limits import JobLimits
 
 MOST_HEADER_BYTES = 64 * 2**10
 HEADER_SECONDS = 30.0
@@ -71,6 +72,11 @@ MOST_PROMPTS_WAITING = 256
 """Requests whose prompts wait to be tokenised."""
 MAX_ALIASES = 1000
 """Names that were added for adapters."""
+UPLOAD_SECONDS = 3600.0
+"""Time for an uploaded file to arrive; each part of it within BODY_SECONDS."""
+MOST_TRAINING_ROWS = 1_000_000
+"""Rows of a file that a job trains on."""
+JOB_LIMITS = JobLimits()
 
 
 class Limit(NamedTuple):
@@ -137,6 +143,15 @@ LIMITS = {
         Limit("name of a model or an adapter", MOST_NAME, "characters", "400"),
         Limit("adapters that act together", MOST_ADAPTERS, "", "400"),
         Limit("names added for adapters", MAX_ALIASES, "", "409"),
+    ),
+    "Files and jobs": (
+        Limit("uploaded file", JOB_LIMITS.file_bytes, "bytes", "413 or 507"),
+        Limit("time for an uploaded file to arrive", UPLOAD_SECONDS, "seconds", "408"),
+        Limit("uploaded files", JOB_LIMITS.files, "", "507"),
+        Limit("rows of a training file", MOST_TRAINING_ROWS, "", "the job fails"),
+        Limit("jobs, ended ones included", JOB_LIMITS.jobs, "", "507"),
+        Limit("jobs in the queue", JOB_LIMITS.waiting, "", "507"),
+        Limit("disk space of jobs, runs and files", JOB_LIMITS.disk_bytes, "bytes", "507"),
     ),
 }
 """By the heading of the table in docs/serve.md."""

@@ -23,6 +23,7 @@ from veneer.errors import (
     DoesNotFitError,
     InputError,
     QueueFullError,
+    QuotaError,
     UnsafeFileError,
     VeneerError,
 )
@@ -154,6 +155,8 @@ def refusal_of(fault: Exception, *, param: str | None = None) -> Refusal:
     message = without_folders(str(fault))
     if isinstance(fault, QueueFullError):
         return Refusal(429, message)
+    if isinstance(fault, QuotaError):
+        return Refusal(507, message, param, "quota_reached")
     if isinstance(fault, BudgetFullError):
         return Refusal(507, message, param)
     if isinstance(fault, AdapterMismatchError | CorruptFileError | UnsafeFileError):

@@ -18,14 +18,17 @@ from veneer.decoding.engine import Engine
 from veneer.decoding.schedule.limits import Limits
 from veneer.decoding.schedule.lookup import LookupMode, check_lookup
 from veneer.files.home import name_of
+from veneer.files.system_errors import explained
 from veneer.library.library import Library
 from veneer.library.residents.residents import Residents
-from veneer.models.frozen_base import FrozenBase
+from veneer.models.frozen_base import FrozenBase, hidden_size
 from veneer.plan.machine import memory_bytes
+from veneer.serve.engine.fine_tuning import FineTuning, TrainSettings
 from veneer.serve.engine.names import ModelNames
 from veneer.serve.engine.service import ServeLimits, Service
 from veneer.serve.http.app import application
 from veneer.serve.http.connection import Server
+from veneer.serve.http.fine_tuning import fine_tuning_routes
 from veneer.serve.http.guard import Guard, check_origins, for_browsers
 from veneer.serve.http.keys import ApiKeys, read_keys
 from veneer.serve.http.paths import PATHS
@@ -54,6 +57,7 @@ class ServeSettings:
     runs               folder of the runs that the page shows
     studio             folder of uploaded rows; with it the page has the tab Teach
     lookup             as in Base.generate
+    train              None: the server does not train
     """
 
     host: str = "127.0.0.1"
@@ -73,6 +77,7 @@ class ServeSettings:
     runs: Path | None = None
     studio: Path | None = None
     lookup: LookupMode = "auto"
+    train: TrainSettings | None = None
 
     def __post_init__(self) -> None:
         check_numbers(
@@ -109,7 +114,6 @@ def keys_of(settings: ServeSettings, environment: Mapping[str, str]) -> ApiKeys:
 
 def service_of(base: FrozenBase, library: Library, settings: ServeSettings) -> Service:
     """Makes the service. VeneerError: the base cannot be served, a pinned adapter does not fit."""
-    runs = Runs(settings.runs)
     name = settings.name or name_of(base.source)
     names_of_base = {name, base.source, base.name_or_path}
     residents = Residents(
@@ -126,13 +130,35 @@ def service_of(base: FrozenBase, library: Library, settings: ServeSettings) -> S
     names = ModelNames(name, library, residents, created=int(time.time()), positions=positions)
     limits = ServeLimits(seconds=settings.seconds, drain_seconds=settings.drain_seconds)
     asked = partial(Preamble.overridden, system=settings.system, variables=settings.variables)
+    fine_tuning = None
+    if settings.train is not None:
+        size = hidden_size(base.model.config)
+        fine_tuning = FineTuning(settings.train, library, names, hidden_size=size, length=positions)
     service = Service(
-        base, engine, names, residents, limits=limits, routes=PATHS, asked_as=asked, runs=runs
+        base,
+        engine,
+        names,
+        residents,
+        limits=limits,
+        routes=PATHS,
+        asked_as=asked,
+        runs=Runs(_runs_folder(settings, fine_tuning)),
+        fine_tuning=fine_tuning,
     )
     residents.tiers.changed = service.loop.wake
     for adapter in settings.pinned:
         residents.pin(adapter)
     return service
+
+
+def _runs_folder(settings: ServeSettings, fine_tuning: FineTuning | None) -> Path | None:
+    """Returns the folder of runs that the page shows: of --runs, else of the jobs."""
+    if settings.runs is not None or fine_tuning is None:
+        return settings.runs
+    folder = fine_tuning.store.runs_folder
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def open_server(
@@ -144,7 +170,10 @@ def open_server(
     server, listener = guarded(
         application(
             service,
-            routes=[] if studio is None else studio_routes(studio),
+            routes=[
+                *fine_tuning_routes(service),
+                *([] if studio is None else studio_routes(studio)),
+            ],
             teaches=studio is not None,
         ),
         settings,

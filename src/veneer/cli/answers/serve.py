@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     access = add_server_flags(parser)
     access.add_argument(
         "--new-key",
-        choices=["use", "admin"],
+        choices=["use", "train", "admin"],
         help="make a key, print it, store its hash in FILE of --keys, and exit",
     )
     where = parser.add_argument_group("where to run")
@@ -108,6 +108,8 @@ def _start_on_ray(
     from veneer.serve.replicas.replica import ReplicaConfig
     from veneer.serve.start import url_of
 
+    if settings.train is not None:
+        raise ConfigError("--train: only for a server in this process", [], "Leave out --on ray.")
     replicas = args.replicas or 1
     max_replicas = args.max_replicas or replicas
     if max_replicas < replicas:

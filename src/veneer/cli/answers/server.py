@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from veneer.bounds import COUNT, MIB, PORT, ROWS, SECONDS
+from veneer.bounds import COUNT, MIB, PART, PORT, ROWS, SECONDS
 from veneer.cli.bases import add_dtype
 from veneer.cli.common import (
     add_library,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import socket
 
     from veneer.library.library import Library
+    from veneer.serve.engine.fine_tuning import TrainSettings
     from veneer.serve.http.connection import Server
     from veneer.serve.http.keys import ApiKeys
     from veneer.serve.start import ServeSettings
@@ -101,6 +102,24 @@ def add_server_flags(parser: argparse.ArgumentParser) -> Container:
         "--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, ...; default: auto"
     )
     add_lookup(parser)
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--train",
+        action="store_true",
+        help="accept rows and training jobs: /v1/files and /v1/fine_tuning/jobs",
+    )
+    training.add_argument(
+        "--jobs", metavar="DIR", help="folder of jobs and uploaded files; default: your own"
+    )
+    training.add_argument(
+        "--train-share",
+        type=PART,
+        metavar="S",
+        help=(
+            "part of the processor that a trainer may use, at lower priority; 1: all of it, at"
+            " equal priority; default: 0.5"
+        ),
+    )
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--rows", type=ROWS, default=64, metavar="N", help="answers computed at once; default: 64"
@@ -150,7 +169,10 @@ def add_server_flags(parser: argparse.ArgumentParser) -> Container:
     access.add_argument(
         "--keys",
         metavar="FILE",
-        help="file with hashes of API keys; VENEER_API_KEY and VENEER_ADMIN_KEY also work",
+        help=(
+            "file with hashes of API keys; VENEER_API_KEY, VENEER_TRAIN_KEY and VENEER_ADMIN_KEY"
+            " also work"
+        ),
     )
     access.add_argument(
         "--allow-host",
@@ -183,6 +205,8 @@ def run_server(
 
     # Errors hide the library's path, and a relative path may equal a word of their text.
     library = Library(args.library and Path(args.library).resolve())
+    if args.train:
+        library.make()
     library.entries()  # checks the library before a base is loaded
     with working(f"loading {args.base}"):
         with pause_collection():
@@ -250,6 +274,27 @@ def _read_settings(args: argparse.Namespace) -> ServeSettings:
         variables=parse_variables(args),
         runs=None if args.runs is None else Path(args.runs),
         lookup=args.lookup,
+        train=_read_train_settings(args),
+    )
+
+
+def _read_train_settings(args: argparse.Namespace) -> TrainSettings | None:
+    """Returns the settings of --train. Raises ConfigError for its flags without it."""
+    names = [name for name in ("jobs", "train_share") if getattr(args, name)]
+    if not args.train:
+        if names:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+            raise ConfigError(f"{flags}: only with --train", [], "Give --train too.")
+        return None
+    from veneer.jobs.store import TRAIN_SHARE
+    from veneer.serve.engine.fine_tuning import TrainSettings
+
+    run = {"base": args.base, "dtype": args.dtype, "device": args.device}
+    quantize = {} if args.quantize is None else {"quantize": args.quantize}
+    return TrainSettings(
+        run={**run, **quantize},
+        folder=None if args.jobs is None else Path(args.jobs),
+        share=args.train_share or TRAIN_SHARE,
     )
 
 

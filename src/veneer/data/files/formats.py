@@ -11,8 +11,9 @@ template is used; on a base without a template the two are joined (template/temp
 read in every layout, and `system` (a string) in every layout without a system message. An assistant
 message with `"weight": 0` is shown to the model but not trained on. `references`, a list of
 strings, holds further correct answers for evaluations. `"unfinished": true` says that a text or the
-last answer was cut, so that its end is not trained on. Columns that no layout reads are ignored,
-except beside `text`: see `detect`.
+last answer was cut, so that its end is not trained on. `"parallel_tool_calls": false` promises one
+call a message: a row with more is refused, and no template shows it to the model. Columns that no
+layout reads are ignored, except beside `text`: see `detect`.
 
 Knows nothing of files or tokens.
 """
@@ -79,9 +80,26 @@ def to_row(record: dict[str, Any], ref: RowRef, format: Format) -> Row:
             raise RowFault("D111", "there is a system message and a 'system' column too: keep one")
         messages = [{"role": "system", "content": system}, *messages]
     check_order(messages)
+    _check_parallel_calls(messages, record.get("parallel_tool_calls"))
     tools, references = _tools(record.get("tools")), _references(record.get("references"))
     _check_values(messages, tools)
     return Row(ref, messages, tools, None, format, references, _unfinished(record))
+
+
+def _check_parallel_calls(messages: list[dict[str, Any]], allowed: Any) -> None:
+    """Raises RowFault if a row says that calls come one at a time, and a message has several."""
+    if allowed is None or allowed is True:
+        return
+    if allowed is not False:
+        raise RowFault("D113", f"'parallel_tool_calls' is {_kind(allowed)}, not true or false")
+    for number, message in enumerate(messages, 1):
+        if len(message.get("tool_calls", ())) > 1:
+            raise RowFault(
+                "D113",
+                f"message {number} has {len(message['tool_calls'])} tool calls, and"
+                " parallel_tool_calls is false",
+                "Write one call a message, or leave parallel_tool_calls out.",
+            )
 
 
 def require_columns(record: dict[str, Any], format: Format) -> None:

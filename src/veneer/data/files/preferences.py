@@ -36,7 +36,8 @@ def make_row(record: Record, ref: RowRef, format: Format) -> Row:
             raise RowFault("D109", "'input' is not an object with messages")
         columns = ("preferred_output", "non_preferred_output")
         own = {name: value for name, value in record.items() if name not in (*columns, "input")}
-        base = {"tools": question.get("tools"), **own, "prompt": question["messages"]}
+        shared = {name: question.get(name) for name in ("tools", "parallel_tool_calls")}
+        base = {**shared, **own, "prompt": question["messages"]}
         return _row_of_answers(base, [(name, record[name]) for name in columns], ref, format)
     if format == "ranked":
         ranked = record["ranked"]

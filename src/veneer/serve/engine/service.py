@@ -22,6 +22,7 @@ from veneer.library.residents.resident import Tier
 from veneer.library.residents.residents import Residents
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
+from veneer.serve.engine.fine_tuning import FineTuning
 from veneer.serve.engine.generation import Generation, engine_requests
 from veneer.serve.engine.loop import EngineLoop
 from veneer.serve.engine.metrics import Metrics, engine_state, joined
@@ -67,10 +68,12 @@ class Service:
         routes: Sequence[str] = (),
         asked_as: Callable[[Preamble], Preamble] = lambda trained: trained,
         runs: Runs | None = None,
+        fine_tuning: FineTuning | None = None,
     ) -> None:
-        """asked_as: changes the preamble that an adapter was trained with into the one to use."""
+        """asked_as: changes the preamble that an adapter was trained with into the one to use.
+        fine_tuning: None if this server does not train."""
         capacity = capacity_of(base)
-        self.runs = runs or Runs(None)
+        self.runs, self.fine_tuning = runs or Runs(None), fine_tuning
         self.names, self.residents, self.limits = names, residents, limits or ServeLimits()
         self.prompts = Prompts(
             base.tokenizer, positions=engine.scheduler.positions, ids=capacity.tokens
@@ -90,6 +93,8 @@ class Service:
         grammars = partial(Grammars, self.prompts.tokenizer, rows=rows, stops=stops)
         self._shapes = ShapeGrammars(grammars, self.prompts.style)
         folders = {residents.library.folder: "the library", self.runs.folder: "the folder of runs"}
+        if fine_tuning is not None:
+            folders[fine_tuning.store.folder] = "the folder of jobs"
         folders |= {Path(path): names.base_name for path in (base.source, base.name_or_path)}
         absolute = [
             (str(folder), name)

@@ -48,7 +48,11 @@ def application(
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         service.loop.start()
+        fine_tuning = service.fine_tuning
+        queue = None if fine_tuning is None else asyncio.create_task(fine_tuning.start_jobs())
         yield
+        if queue is not None:
+            queue.cancel()
         await service.close()
 
     return Starlette(

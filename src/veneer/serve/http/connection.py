@@ -34,6 +34,8 @@ from veneer.serve.limits import KEEP_ALIVE_SECONDS, MOST_HEADER_BYTES
 
 CHUNKS = "veneer.chunks"
 """The writer of chunks among the extensions of a request's scope."""
+BODY_CLOCK = "veneer.body_clock"
+"""The clock of a request's body, also among the extensions."""
 LATE_SECONDS = 5.0
 TOO_MANY = (
     b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection:"
@@ -144,6 +146,13 @@ class Connection(H11Protocol):
             extensions = self.scope.setdefault("extensions", {})
             if CHUNKS not in extensions:
                 extensions[CHUNKS] = {"of": ChunkWriter(self)}
+                extensions[BODY_CLOCK] = {"restart": self._restart_body_clock}
+
+    def _restart_body_clock(self) -> None:
+        """Gives the client the whole time for a body again."""
+        if self._awaited is AwaitedInput.BODY and self._clock is not None:
+            self._clock.cancel()
+            self._clock = self.loop.call_later(_most_seconds(AwaitedInput.BODY), self.drop)
 
     def _watch(self) -> None:
         """Starts the clock for what the server waits for now."""
@@ -171,6 +180,13 @@ class Connection(H11Protocol):
             return None
         in_header = self._awaited is AwaitedInput.HEADER or self.conn.trailing_data[0]
         return AwaitedInput.HEADER if self.cycle is None or in_header else AwaitedInput.REQUEST
+
+
+def allow_more_time(scope: Scope) -> None:
+    """Restarts the clock of a request's body: an upload that goes on is not too late."""
+    restart = (scope.get("extensions") or {}).get(BODY_CLOCK, {}).get("restart")
+    if restart is not None:
+        restart()
 
 
 def _most_seconds(awaited: AwaitedInput) -> float:

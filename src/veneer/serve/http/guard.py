@@ -204,7 +204,7 @@ def for_browsers(app: ASGIApp, origins: Collection[str]) -> ASGIApp:
     return CORSMiddleware(
         app,
         allow_origins=[as_browsers_send(origin) for origin in origins],
-        allow_methods=("GET", "POST"),
+        allow_methods=("GET", "POST", "DELETE"),
         allow_headers=("*",),  # clients of OpenAI and Anthropic send headers of their own
         allow_private_network=True,  # a page of the web asks a server at home
         expose_headers=("x-request-id", "retry-after", "x-should-retry"),

@@ -1,6 +1,7 @@
 """API keys, stored as hashes, compared in constant time, each with a scope.
 
     use     answers, models, metrics
+    train   these, and uploading rows, starting, stopping and deleting jobs
     admin   these, and loading and unloading adapters
 
 A file has a line for each key: `use 5d41...(sha256, hexadecimal) name`. Keys have 256 random bits,
@@ -17,16 +18,21 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from veneer.errors import ConfigError, SourceError
 from veneer.files.system_errors import explained
 
-Scope = Literal["use", "admin"]
-VARIABLES: dict[str, Scope] = {"VENEER_API_KEY": "use", "VENEER_ADMIN_KEY": "admin"}
+Scope = Literal["use", "train", "admin"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+VARIABLES: dict[str, Scope] = {
+    "VENEER_API_KEY": "use",
+    "VENEER_TRAIN_KEY": "train",
+    "VENEER_ADMIN_KEY": "admin",
+}
 SHORTEST = 16
 MOST_KEYS = 1000
-_LINE = re.compile(r"(use|admin) ([0-9a-f]{64})(?: ([\w.-]{1,64}))?")
+_LINE = re.compile(r"(use|train|admin) ([0-9a-f]{64})(?: ([\w.-]{1,64}))?")
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,10 @@ class Caller:
 
     name: str
     scope: Scope
+
+    @property
+    def may_train(self) -> bool:
+        return self.scope in ("train", "admin")
 
 
 class ApiKeys:
@@ -100,13 +110,10 @@ def _read_file(file: Path) -> list[ApiKey]:
             continue
         match = _LINE.fullmatch(line.strip())
         if match is None:
-            faults.append(f"line {number} is not `use` or `admin`, a SHA-256 and a name")
+            faults.append(f"line {number} is not `use`, `train` or `admin`, a SHA-256 and a name")
         else:
-            keys.append(
-                ApiKey(
-                    "admin" if match[1] == "admin" else "use", match[2], match[3] or f"key-{number}"
-                )
-            )
+            scope = next(scope for scope in SCOPES if scope == match[1])
+            keys.append(ApiKey(scope, match[2], match[3] or f"key-{number}"))
     if len(keys) > MOST_KEYS:
         faults.append(f"it has {len(keys):,} keys; at most {MOST_KEYS:,} are allowed")
     if faults or not keys:

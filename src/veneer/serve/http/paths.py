@@ -11,6 +11,7 @@ from veneer.serve.engine.adapters import LoadBody, PinBody, UnloadBody
 from veneer.serve.protocols import chat, completions, messages, responses
 from veneer.serve.protocols.answers import ApiProtocol
 from veneer.serve.protocols.body import Body
+from veneer.serve.protocols.fine_tuning import CreateJobBody
 from veneer.serve.protocols.tokens import DetokenizeBody, TokenizeBody
 
 PROTOCOLS: dict[str, ApiProtocol] = {
@@ -29,6 +30,7 @@ ADMIN_BODIES: dict[str, type[Body]] = {
 BODIES: dict[str, type[Body]] = {
     **{path: protocol.body for path, protocol in PROTOCOLS.items()},
     "/v1/messages/count_tokens": messages.CountBody,
+    "/v1/fine_tuning/jobs": CreateJobBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
     **ADMIN_BODIES,
@@ -48,6 +50,7 @@ PATHS = (
     "/v1/models",
     "/v1/adapters",
     "/v1/runs",
+    "/v1/files",
     "/openapi.json",
     "/metrics",
     "/healthz",

@@ -1,0 +1,148 @@
+"""Uploaded files of a store of jobs, under ids; a name is only shown, and never a path.
+
+    files/<id>/file.json        UploadedFile
+    files/<id>/rows.jsonl       the content, with an ending that says how rows are read
+
+A file is whole or absent, and never changes. Deleting it changes no job: a job has its own copy.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from pydantic import ValidationError
+
+from veneer.data.files.places import PACKED, kind_of
+from veneer.data.files.sources import READABLE_KINDS
+from veneer.errors import (
+    ConfigError,
+    CorruptFileError,
+    DataError,
+    QuotaError,
+    UnknownNameError,
+    VeneerError,
+)
+from veneer.files.atomic import atomic_folder
+from veneer.files.partial import sweep, unfinished
+from veneer.files.settings import StrictSettings
+from veneer.files.strict_json import field_faults, json_text, read_json
+from veneer.jobs.limits import JobLimits, folder_bytes
+
+MOST_NAME = 200
+CHUNK_BYTES = 2**20
+_ID = re.compile(r"file-[0-9a-f]{16}")
+
+
+class UploadedFile(StrictSettings):
+    """The content of file.json. created: seconds since 1970. owner: as JobRecord.owner"""
+
+    format_version: Literal[1] = 1
+    id: str
+    name: str
+    content: str
+    """Name of the file with the content, such as rows.jsonl."""
+    bytes: int
+    created: float
+    owner: str = ""
+
+
+class UploadStore:
+    """Uploaded files in the folder of a store of jobs."""
+
+    def __init__(self, store_folder: Path, limits: JobLimits) -> None:
+        self.store_folder, self.folder = store_folder, store_folder / "files"
+        self.limits = limits
+
+    def add(self, source: BinaryIO, *, name: str, owner: str = "") -> UploadedFile:
+        """Stores a file of rows. Raises ConfigError for another kind of file, QuotaError."""
+        shown_name = "".join(c for c in Path(name).name if c.isprintable())[:MOST_NAME] or "upload"
+        content = f"rows{_ending(shown_name)}"
+        self._check_room()
+        file_id = f"file-{secrets.token_hex(8)}"
+        with atomic_folder(self.folder / file_id) as partial:
+            size = self._copy(source, partial / content)
+            file = UploadedFile(
+                id=file_id,
+                name=shown_name,
+                content=content,
+                bytes=size,
+                created=time.time(),
+                owner=owner,
+            )
+            text = json_text(file.model_dump(mode="json"))
+            (partial / "file.json").write_text(text, encoding="utf-8")
+        return file
+
+    def files(self) -> list[UploadedFile]:
+        """Lists the files, the newest first. Leaves out damaged ones."""
+        try:
+            names = [path.name for path in self.folder.iterdir()]
+        except FileNotFoundError:
+            return []
+        files = []
+        for name in names:
+            try:
+                files.append(self.get(name))
+            except VeneerError:  # not a file, removed meanwhile, or damaged
+                continue
+        return sorted(files, key=lambda file: (file.created, file.id), reverse=True)
+
+    def get(self, file_id: str) -> UploadedFile:
+        """Returns a file. Raises UnknownNameError."""
+        path = self.folder / file_id / "file.json"
+        if _ID.fullmatch(file_id) is None or not path.is_file():
+            raise UnknownNameError(f"there is no file {file_id[:80]!r}")
+        try:
+            return UploadedFile.model_validate(read_json(path))
+        except ValidationError as fault:
+            raise CorruptFileError(
+                f"{path} does not describe a file", field_faults(fault)
+            ) from None
+
+    def content_path(self, file_id: str) -> Path:
+        """Returns where the content is, for JobStore.create. Raises UnknownNameError."""
+        return self.folder / file_id / self.get(file_id).content
+
+    def delete(self, file_id: str) -> None:
+        """Removes a file. Raises UnknownNameError."""
+        self.get(file_id)
+        with unfinished(self.folder) as gone:
+            (self.folder / file_id).rename(gone)
+
+    def _check_room(self) -> None:
+        sweep(self.folder)
+        if (count := len(self.files())) >= self.limits.files:
+            raise QuotaError(f"{count:,} files are kept, which is the limit", [], "Delete some.")
+
+    def _copy(self, source: BinaryIO, path: Path) -> int:
+        """Copies the content and returns its bytes. Raises QuotaError."""
+        disk_bytes = self.limits.disk_bytes - folder_bytes(self.store_folder)
+        most, size = min(self.limits.file_bytes, disk_bytes), 0
+        with path.open("wb") as file:
+            while chunk := source.read(CHUNK_BYTES):
+                size += len(chunk)
+                if size > most:
+                    raise QuotaError(
+                        f"the file is larger than the {max(most, 0):,} bytes that are left for it",
+                        [],
+                        "Upload a smaller file, or delete files and jobs.",
+                    )
+                file.write(chunk)
+        if not size:
+            raise DataError("the file is empty")
+        return size
+
+
+def _ending(name: str) -> str:
+    """Returns the ending of the stored file; a name without one is taken as .jsonl."""
+    path = Path(name)
+    if not path.suffix:
+        return ".jsonl"
+    if not (kind := kind_of(name)):
+        raise ConfigError(f"{name} is not a file of rows", [f"read are {READABLE_KINDS}"])
+    packed = path.suffix.lower()
+    return f"{kind}{packed if packed in PACKED else ''}"

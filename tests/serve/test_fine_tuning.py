@@ -1,0 +1,313 @@
+"""OpenAI's fine-tuning API, asked with OpenAI's own client; trainers are real processes."""
+
+import csv
+import io
+import json
+import socket
+import time
+from contextlib import contextmanager
+
+import openai
+import pytest
+
+from tests.serve.server import BASE, running
+from tests.support.tiny import save_tiny
+from veneer import api
+from veneer.jobs.limits import JobLimits
+from veneer.jobs.store import JobStore
+from veneer.library.library import Library
+from veneer.serve.engine.fine_tuning import TrainSettings, page_of
+from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
+from veneer.serve.protocols.fine_tuning import CreateJobBody
+from veneer.serve.refusals import Refusal
+
+USE, TRAIN = "use-" + "k" * 20, "train-" + "k" * 20
+KEYS = ApiKeys([ApiKey("use", hashed(USE), "asker"), ApiKey("train", hashed(TRAIN), "teacher")])
+AUTHORIZED = {"authorization": f"Bearer {TRAIN}"}
+ROWS = [
+    {"messages": [{"role": "user", "content": f"hi {n}"}, {"role": "assistant", "content": "yes"}]}
+    for n in range(12)
+]
+MOST_BYTES = 100_000
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    save_tiny(folder, "llama_untied")
+    return api.load(str(folder))
+
+
+@contextmanager
+def training_server(folder, base):
+    settings = TrainSettings(
+        run={"base": base.source},
+        folder=folder / "jobs",
+        share=1.0,
+        limits=JobLimits(file_bytes=MOST_BYTES),
+    )
+    with running(Library(folder / "library"), base=base, keys=KEYS, train=settings) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, base):
+    with training_server(tmp_path_factory.mktemp("server"), base) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return server.openai(api_key=TRAIN)
+
+
+def upload(client, rows=ROWS, name="rows.jsonl"):
+    return client.files.create(file=(name, lines(rows)), purpose="fine-tune")
+
+
+def test_a_script_of_openais_runs_and_its_model_answers_after_a_restart_of_the_server(
+    tmp_path, base
+):
+    with training_server(tmp_path, base) as server:
+        client = server.openai(api_key=TRAIN)
+        file = upload(client)
+        assert (file.filename, file.purpose, file.status) == (
+            "rows.jsonl",
+            "fine-tune",
+            "processed",
+        )
+        job = client.fine_tuning.jobs.create(
+            model=BASE,
+            training_file=file.id,
+            validation_file=upload(client, ROWS[:4]).id,
+            suffix="My Tickets!",
+            method={
+                "type": "supervised",
+                "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 4}},
+            },
+            metadata={"team": "support"},
+        )
+        assert job.status == "validating_files" and job.fine_tuned_model is None
+        waiting = client.fine_tuning.jobs.create(model=BASE, training_file=file.id)
+        assert waiting.status == "queued" and waiting.hyperparameters.n_epochs == "auto"
+        assert client.fine_tuning.jobs.pause(waiting.id).status == "paused"
+        assert client.fine_tuning.jobs.resume(waiting.id).status == "queued"
+        assert client.fine_tuning.jobs.cancel(waiting.id).status == "cancelled"
+        client.files.delete(file.id)  # the job has a copy
+
+    with training_server(tmp_path, base) as server:
+        client = server.openai(api_key=TRAIN)
+        deadline = time.monotonic() + 240
+        while (job := client.fine_tuning.jobs.retrieve(job.id)).status not in (
+            "succeeded",
+            "failed",
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert job.status == "succeeded", job.error
+        model = job.fine_tuned_model
+        assert model.startswith("ft-my-tickets-") and job.metadata == {"team": "support"}
+        assert job.trained_tokens > 0 and job.finished_at >= job.created_at
+        answer = server.openai(api_key=USE).chat.completions.create(
+            model=model, messages=[{"role": "user", "content": "hi 3"}], max_tokens=4
+        )
+        assert answer.model == model
+        assert model in [card.id for card in client.models.list()]
+
+        (result,) = job.result_files
+        rows = list(csv.DictReader(io.StringIO(client.files.content(result).text)))
+        assert [row["step"] for row in rows if row["train_loss"]] == [str(n) for n in range(1, 7)]
+        assert any(row["valid_loss"] for row in rows)
+        assert client.files.retrieve(result).purpose == "fine-tune-results"
+        events = list(client.fine_tuning.jobs.list_events(job.id, limit=3))
+        assert "successfully completed" in events[0].message  # the client reads every page
+        assert events[-1].message.startswith("Created fine-tuning job")
+        assert [e.data["step"] for e in events if e.type == "metrics" and "train_loss" in e.data][
+            ::-1
+        ] == list(range(1, 7))
+        checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id))
+        assert model in [checkpoint.fine_tuned_model_checkpoint for checkpoint in checkpoints]
+        listed = client.fine_tuning.jobs.list(limit=1)
+        assert listed.has_more and [job.id for job in listed] == [waiting.id, job.id]
+        assert str(tmp_path) not in json.dumps(
+            [job.model_dump() for job in listed] + [event.model_dump() for event in events]
+        )
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ({"method": {"type": "reinforcement"}}, "method.type", "reinforcement is not supported"),
+        ({"integrations": [{"type": "wandb"}]}, "integrations", "0 to 0"),
+        ({"hyperparameters": {"n_epochs": "many"}}, "hyperparameters.n_epochs", '"auto"'),
+        ({"hyperparameters": {}, "method": {"type": "supervised"}}, "hyperparameters", "one of"),
+        ({"training_file": "file-0123456789abcdef"}, "training_file", "There is no file"),
+        ({"training_file": "../../etc/passwd"}, "training_file", "There is no file"),
+        ({"model": "gpt-4o-mini"}, "model", "does not exist"),
+        ({"epochs": 3}, "epochs", "is not a field"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(client, body, param, message):
+    file = client.files.list().data
+    file_id = file[0].id if file else upload(client).id
+    body = {"model": BASE, "training_file": file_id, **body}
+    with pytest.raises(openai.APIStatusError) as error:
+        client.post("/fine_tuning/jobs", body=body, cast_to=object)
+    assert error.value.status_code in (400, 404)
+    assert error.value.body["param"] == param and message in error.value.body["message"]
+
+
+def test_wrong_rows_are_a_failed_job_that_names_them(client):
+    calls = [{"type": "function", "function": {"name": name, "arguments": "{}"}} for name in "ab"]
+    two_calls = [ROWS[0]["messages"][0], {"role": "assistant", "tool_calls": calls}]
+    rows = [
+        *ROWS,
+        {"messages": [{"role": "user", "content": "x"}], "functions": [{"name": "f"}]},
+        {"messages": two_calls, "parallel_tool_calls": False},
+    ]
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=upload(client, rows).id)
+    assert job.status == "failed" and job.error.param == "training_file"
+    assert job.error.code == "invalid_training_file"
+    assert "'functions' would not be trained on" in job.error.message
+    assert "2 tool calls, and parallel_tool_calls is false" in job.error.message
+    assert "rows.jsonl:13" in job.error.message
+
+
+def test_bodies_become_settings_of_a_run():
+    body = CreateJobBody.read(
+        {
+            "model": "b",
+            "training_file": "f",
+            "seed": 7,
+            "method": {
+                "type": "dpo",
+                "dpo": {"hyperparameters": {"beta": 0.2, "batch_size": 2, "n_epochs": "auto"}},
+            },
+        }
+    )
+    assert body.run_settings() == {
+        "seed": 7,
+        "show_answers": False,
+        "batch": 2,
+        "objective": {"name": "dpo", "beta": 0.2},
+    }
+
+
+def test_a_learning_rate_multiplier_scales_the_usual_rate(server):
+    fine_tuning = server.service.fine_tuning
+    settings = [
+        fine_tuning._settings(
+            CreateJobBody.read(
+                {
+                    "model": BASE,
+                    "training_file": "f",
+                    "hyperparameters": {"learning_rate_multiplier": factor},
+                }
+            )
+        )
+        for factor in (1, 0.5)
+    ]
+    assert settings[0]["learning_rate"] == 2 * settings[1]["learning_rate"] > 0
+
+
+def test_only_the_scope_train_and_this_site_may_touch_files_and_jobs(server):
+    paths = (
+        ("GET", "/v1/files"),
+        ("POST", "/v1/files"),
+        ("DELETE", "/v1/files/file-0123456789abcdef"),
+        ("GET", "/v1/fine_tuning/jobs"),
+        ("POST", "/v1/fine_tuning/jobs"),
+        ("POST", "/v1/fine_tuning/jobs/ftjob-000000000000/cancel"),
+    )
+    with server.http() as http:
+        for method, path in paths:
+            wrong_key = http.request(method, path, headers={"authorization": f"Bearer {USE}"})
+            assert (wrong_key.status_code, wrong_key.json()["error"]["code"]) == (
+                403,
+                "wrong_scope",
+            )
+            other_site = http.request(
+                method, path, headers={**AUTHORIZED, "origin": "https://evil.example"}
+            )
+            assert other_site.json()["error"]["code"] == "unknown_origin"
+            assert http.request(method, path).status_code == 401
+
+
+def test_uploads_are_bounded_and_leave_nothing_when_they_are_cut_off(server, client):
+    def stored():
+        folder = server.service.fine_tuning.uploads.folder
+        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+    before = stored()
+    with pytest.raises(openai.APIStatusError, match="larger than 100,000 bytes"):
+        client.files.create(file=("a.jsonl", b"x" * (MOST_BYTES + 70_000)), purpose="fine-tune")
+    with pytest.raises(openai.APIStatusError, match="larger than the 100,000 bytes"):
+        client.files.create(file=("a.jsonl", b"x" * (MOST_BYTES + 1)), purpose="fine-tune")
+    with pytest.raises(openai.BadRequestError, match="only fine-tune"):
+        client.files.create(file=("a.jsonl", b"{}"), purpose="batch")
+    with pytest.raises(openai.BadRequestError, match="not a file of rows"):
+        client.files.create(file=("a.exe", b"{}"), purpose="fine-tune")
+    with server.http(headers=AUTHORIZED) as http:
+        assert http.post("/v1/files", json={}).status_code == 415
+        assert http.post("/v1/files", files={"file": ("a.jsonl", b"{}")}).status_code == 400
+    host, port = server.url.removeprefix("http://").split(":")
+    head = (
+        f"POST /v1/files HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer {TRAIN}\r\n"
+        "content-type: multipart/form-data; boundary=b\r\ncontent-length: 50000\r\n\r\n"
+        '--b\r\ncontent-disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n'
+    )
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode() + b"x" * 20_000)
+    time.sleep(0.2)
+    assert stored() == before
+    file = upload(client, name="../../x.jsonl")
+    assert file.filename == "x.jsonl"
+    assert client.files.content(file.id).read() == lines(ROWS)
+    assert client.files.delete(file.id).deleted and stored() == before
+
+
+def test_limits_of_a_store_are_answered_without_an_invitation_to_retry(client, server):
+    store = server.service.fine_tuning.store
+    before, store.limits = store.limits, JobLimits(jobs=0)
+    try:
+        with pytest.raises(openai.APIStatusError, match="which is the limit") as error:
+            client.fine_tuning.jobs.create(model=BASE, training_file=upload(client).id)
+    finally:
+        store.limits = before
+    assert error.value.body["code"] == "quota_reached"
+    assert error.value.response.headers["x-should-retry"] == "false"
+
+
+def test_a_server_that_does_not_train_says_how_to_turn_it_on(tmp_path):
+    with running(Library(tmp_path / "library")) as server, server.http() as http:
+        for path in ("/v1/files", "/v1/files/x/content", "/v1/fine_tuning/jobs"):
+            answer = http.get(path)
+            assert answer.status_code == 404 and "--train" in answer.json()["error"]["message"]
+
+
+def test_pages_of_a_list_continue_after_an_id():
+    objects = [{"id": name} for name in "abc"]
+    assert page_of(objects, None, 2)["has_more"]
+    assert page_of(objects, "b", 2) == {
+        "object": "list",
+        "data": [{"id": "c"}],
+        "has_more": False,
+        "first_id": "c",
+        "last_id": "c",
+    }
+    with pytest.raises(Refusal):
+        page_of(objects, "x", 2)
+
+
+def test_jobs_from_elsewhere_are_listed_too(server, client):
+    fine_tuning = server.service.fine_tuning
+    store = JobStore(fine_tuning.store.folder)
+    job = store.create(
+        {"base": server.base.source}, rows={"train": ROWS}, error="not started in this test"
+    )
+    listed = client.fine_tuning.jobs.retrieve(job.id)
+    assert (listed.status, listed.error.message) == ("failed", "not started in this test")
