@@ -46,6 +46,7 @@ GROUPS = {
         "data": "check, convert, split or sample rows",
         "plan": "predict memory, time and cost before a run",
         "train": "train an adapter, or all weights",
+        "distil": "train an adapter that replaces a long prompt or a document",
         "tune": "search settings on your rows, train the best and judge it",
         "runs": "list, follow, stop and resume training jobs of a server or the page",
         "report": "rebuild the report of a run",
@@ -76,7 +77,10 @@ FOLDERS = {
         ("adapters", "combine", "export", "extract", "lint", "merge", "quantize"), "library."
     ),
     **dict.fromkeys(
-        ("train", "tune", "compare", "evaluate", "score", "report", "runs", "plan", "demo"),
+        (
+            *("train", "tune", "compare", "distil", "evaluate", "score"),
+            *("report", "runs", "plan", "demo"),
+        ),
         "training.",
     ),
     **dict.fromkeys(("serve", "studio", "chat", "generate"), "answers."),

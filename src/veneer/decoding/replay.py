@@ -79,6 +79,31 @@ def draw_replay(
     return {name: some_rows for name, some_rows in generated.items() if some_rows}
 
 
+def draw_answers(
+    base: FrozenBase,
+    rows: int,
+    *,
+    system: str,
+    questions: Sequence[str] = (),
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    progress: Progress = lambda what, done, total: None,
+) -> Rows:
+    """Returns rows of a question and the base's answer, each behind the system message.
+
+    The arguments and errors are those of draw_replay; a base without a chat template is refused.
+    """
+    template = ChatTemplate(base.tokenizer)
+    if not template.source:
+        raise ConfigError(
+            "this base has no chat template, and answers no questions",
+            next_step="Take a base that was trained for chat.",
+        )
+    generator = _RowGenerator(base, template, system, max_new_tokens, seed, progress)
+    with base.routing.none():
+        return generator.answers(rows, questions)
+
+
 @dataclass
 class _RowGenerator:
     """Generates rows of one base. questions_used: questions that the base has written."""

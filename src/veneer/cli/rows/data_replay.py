@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     check_base(args.base)
     check_new(out)
     check_files([args.questions])
-    questions = [] if args.questions is None else _questions(args.questions)
+    questions = [] if args.questions is None else read_questions(args.questions)
     variables = parse_variables(args)
     base = load_bare_base(args.base, args, args.quantize)
     from veneer.data.files.writing import write_records
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _questions(file: Path) -> list[str]:
+def read_questions(file: Path) -> list[str]:
     """Reads one question per line.
 
     Raises DataError if the file is not UTF-8, and ConfigError if it has no question.

@@ -1,0 +1,146 @@
+"""Train an adapter that acts as the base does behind a long prompt, and needs no prompt.
+
+For instance:
+
+  veneer distil --base smollm2-135m --prompt support.txt --out runs/support
+  veneer distil --base smollm2-135m --document handbook.md --questions asked.txt --out runs/handbook
+
+The base writes questions behind the prompt and answers them there, unless --questions gives them.
+Then an adapter learns the base's distributions over these answers, without the prompt (objective
+distil). --set changes any setting of that run, for instance objective.divergence=reverse.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from veneer.bounds import COUNT, NEW_TOKENS, SEED
+from veneer.cli.bases import add_base_format, load_bare_base
+from veneer.cli.common import add_json, print_json
+from veneer.cli.config_file import FLAGS, read_settings, resolve_run
+from veneer.cli.early import check_base, check_files, check_place
+from veneer.cli.rows.data_replay import read_questions
+from veneer.errors import ConfigError
+from veneer.training.config import RunConfig
+
+ROWS_FILE = "rows.jsonl"
+ABOUT_DOCUMENT = "Answer questions about this document."
+"""System prompt in front of --document."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = (
+        "veneer distil --base B (--prompt FILE | --document FILE) --out DIR [--questions FILE]"
+        " [--set path=value]"
+    )
+    parser.add_argument(
+        "--base", required=True, metavar="B", help="hub id, folder, .gguf file or named default"
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--prompt", type=Path, metavar="FILE", help="a text file: the system prompt to replace"
+    )
+    source.add_argument(
+        "--document", type=Path, metavar="FILE", help="a text file that questions are about"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder of the run")
+    parser.add_argument(
+        "--questions",
+        type=Path,
+        metavar="FILE",
+        help="questions, one per line; default: the base writes them",
+    )
+    parser.add_argument(
+        "--rows",
+        type=COUNT,
+        default=300,
+        metavar="N",
+        help="number of questions with answers; default: 300",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=NEW_TOKENS,
+        default=128,
+        metavar="N",
+        help="longest question or answer in tokens; default: 128",
+    )
+    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="random seed; default: 0")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        dest="sets",
+        help="set any setting of the run, for instance epochs=5",
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    add_base_format(parser, "as it is stored")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    check_base(args.base)
+    check_files([args.prompt, args.document, args.questions])
+    questions = [] if args.questions is None else read_questions(args.questions)
+    config = _read_config(args)
+    check_place(config, resume=False)
+    teacher = config.objective.teacher_text()
+    if teacher is None or teacher.system is None:
+        raise ConfigError(f"{args.prompt or args.document} is empty", next_step="Write the prompt.")
+    rows = _draw_rows(args, questions, teacher.system)
+    from veneer import api
+    from veneer.training.output.screen import make_screen
+
+    screen = make_screen(json=args.json, quiet=args.quiet)
+    try:
+        summary = api.train_run(config, resume=False, screen=screen, rows={ROWS_FILE: rows})
+    finally:
+        screen.close()
+    if args.json:
+        print_json(summary)
+    elif not args.quiet:
+        screen.message(f"next: veneer chat --adapter {args.out}")
+    return 0
+
+
+def _read_config(args: argparse.Namespace) -> RunConfig:
+    """Returns the settings of the run over the rows that are drawn."""
+    objective: dict[str, Any] = {"name": "distil", "document": str(args.prompt or args.document)}
+    if args.document is not None:
+        objective["system"] = ABOUT_DOCUMENT
+    settings = read_settings(None)
+    settings.values |= {
+        "base": args.base,
+        "data": {"train": str(Path(args.out) / ROWS_FILE)},
+        "objective": objective,
+        "out": args.out,
+        "seed": args.seed,
+        "dtype": args.dtype,
+        "device": args.device,
+        "quantize": args.quantize,
+    }
+    return resolve_run(settings, dict.fromkeys(FLAGS), args.sets, {})
+
+
+def _draw_rows(
+    args: argparse.Namespace, questions: Sequence[str], system: str
+) -> list[dict[str, Any]]:
+    """Returns questions with the base's answers behind the prompt, without the prompt."""
+    base = load_bare_base(args.base, args, args.quantize)
+    from veneer.decoding.replay import draw_answers
+    from veneer.training.output.working import working
+
+    with working("generating") as tell:
+        rows = draw_answers(
+            base,
+            args.rows,
+            questions=questions,
+            system=system,
+            max_new_tokens=args.max_new_tokens,
+            seed=args.seed,
+            progress=tell,
+        )
+    return [{**row, "messages": row["messages"][1:]} for row in rows]

@@ -1,0 +1,69 @@
+"""`veneer distil`: a long prompt becomes an adapter, from questions to its folder."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from tests.support.tiny import tiny_model, tiny_tokenizer
+from veneer.cli import main
+from veneer.training.output.records import read_records
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A random model that says letters, and stops one time in some twenty."""
+    folder = tmp_path_factory.mktemp("base")
+    model, tokenizer = tiny_model("phi"), tiny_tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.3)
+        model.lm_head.bias.fill_(-100.0)
+        model.lm_head.bias[tokenizer("abcdefghijklmnopqrstuvwxyz").input_ids] = 0.0
+        model.lm_head.bias[tokenizer.eos_token_id] = 0.3
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_questions_and_answers_behind_the_prompt_train_an_adapter_without_it(
+    asked, base, tmp_path, capsys
+):
+    (tmp_path / "prompt.txt").write_text("Always answer in letters, and be brief.\n")
+    (tmp_path / "asked.txt").write_text("abc\ndef\n")
+    questions = ["--questions", str(tmp_path / "asked.txt")] if asked else []
+    command = ["distil", "--base", str(base), "--prompt", str(tmp_path / "prompt.txt")]
+    command += ["--out", str(tmp_path / "run"), "--rows", "6", "--max-new-tokens", "24"]
+    settings = ["steps=2", "data.validation_share=0.3", "show_answers=false"]
+    for setting in settings:
+        command += ["--set", setting]
+    assert main.main([*command, *questions, "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["objective"] == "distil"
+    lines = (tmp_path / "run" / "rows.jsonl").read_text().splitlines()
+    turns = [json.loads(line)["messages"] for line in lines]
+    assert [[turn["role"] for turn in row] for row in turns] == [["user", "assistant"]] * 6
+    if asked:
+        assert {row[0]["content"] for row in turns} == {"abc", "def"}
+    run_file = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    assert run_file["objective"]["document"] == str(tmp_path / "prompt.txt")
+    records = read_records(tmp_path / "run" / "metrics.jsonl")
+    assert all(record["loss"] > 0 for record in records if record["kind"] == "step")
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompt", "empty.txt"], "empty.txt is empty"),
+        (["--prompt", "none.txt"], "none.txt was not found"),
+        (["--prompt", "empty.txt", "--document", "empty.txt"], "not allowed with"),
+    ],
+)
+def test_a_prompt_that_is_missing_is_refused(flags, message, base, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text(" \n")
+    assert main.main(["distil", "--base", str(base), "--out", "run", *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
