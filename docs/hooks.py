@@ -100,7 +100,7 @@ def settings() -> str:
     from veneer.data.config import DataConfig
     from veneer.files.settings import description_at
     from veneer.objectives.config import OBJECTIVES
-    from veneer.training.config import RunConfig, TemplateConfig
+    from veneer.training.config import ReplayConfig, RunConfig, TemplateConfig
 
     def table(model: Any, names: Any, before: str = "") -> str:
         head = ["| setting | default | |", "|---|---|---|"]
@@ -119,6 +119,7 @@ def settings() -> str:
 
     parts = [table(RunConfig, RunConfig.model_fields)]
     parts += ["### data\n", table(DataConfig, DataConfig.model_fields, "data.")]
+    parts += ["### replay\n", table(ReplayConfig, ReplayConfig.model_fields, "replay.")]
     parts += ["### template\n", table(TemplateConfig, TemplateConfig.model_fields, "template.")]
     for name, model in METHODS.items():
         fields = [each for each in model.model_fields if each != "name"]

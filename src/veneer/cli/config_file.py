@@ -21,7 +21,7 @@ from veneer.adapters.config import METHODS
 from veneer.errors import ConfigError
 from veneer.files.nesting import is_text, walk, yaml_fault
 from veneer.files.settings import description_at, explain_faults, field_at, setting_paths
-from veneer.training.config import DataConfig, RunConfig, TemplateConfig
+from veneer.training.config import DataConfig, ReplayConfig, RunConfig, TemplateConfig
 from veneer.vocabulary import KeyPath
 
 MAX_FILE_BYTES = 1_000_000
@@ -60,7 +60,11 @@ such a value may begin with."""
 NAMES: tuple[KeyPath, ...] = (("method", "name"), ("objective", "name"))
 """Settings that choose which other settings there are."""
 
-PARTS: dict[str, type[BaseModel]] = {"data": DataConfig, "template": TemplateConfig}
+PARTS: dict[str, type[BaseModel]] = {
+    "data": DataConfig,
+    "replay": ReplayConfig,
+    "template": TemplateConfig,
+}
 """Settings that hold settings, beside the method."""
 
 

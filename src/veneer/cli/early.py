@@ -50,7 +50,8 @@ def check_run(config: RunConfig) -> None:
     check_base(config.base)
     config.objective.teacher_text()
     check_rows(
-        *(row_set.path for row_set in (*config.data.train_sets, *config.data.validation_sets))
+        *(row_set.path for row_set in (*config.data.train_sets, *config.data.validation_sets)),
+        *([] if config.replay.rows is None else [config.replay.rows]),
     )
 
 

@@ -10,6 +10,7 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 from veneer.adapters.config import LoRA, Method, MethodConfig
 from veneer.adapters.preamble import variable_faults
 from veneer.bounds import (
+    BETA,
     CLIP,
     COUNT,
     EPOCHS,
@@ -79,6 +80,19 @@ class StartFrom(StrictSettings):
     """Content hash of the adapter, filled in when the run begins."""
 
 
+class ReplayConfig(StrictSettings):
+    """Rows on which the adapter stays close to the base, against forgetting."""
+
+    rows: str | None = None
+    """Rows of other tasks, named as in data.train, for instance those of `veneer data replay`. On
+    their answers KL(base || adapter) is added to the loss. Default: none.
+    """
+    weight: Annotated[float, BETA] = 1.0
+    """Factor of the mean KL over the trained tokens of a step's replay rows."""
+    batch: Annotated[int, ROWS] = 2
+    """Replay rows of each optimizer step, besides those of `batch`."""
+
+
 def trains_packed(method: MethodConfig, quantize: Quantize) -> str:
     return f"method {method.name} trains every weight, and weights held as {quantize} cannot train"
 
@@ -88,6 +102,8 @@ class RunConfig(StrictSettings):
     """Hub id, folder, .gguf file, or a named default such as smollm2-135m."""
     data: DataConfig
     """The rows: a file, or {train, validation, format, ...}."""
+    replay: ReplayConfig = Field(default_factory=ReplayConfig)
+    """Rows against forgetting: {rows, weight, batch}."""
     template: TemplateConfig = Field(default_factory=TemplateConfig)
     """Settings of the base's chat template."""
     objective: AnyObjective = Field(default_factory=Answers)
@@ -273,6 +289,11 @@ class RunConfig(StrictSettings):
             raise ValueError(
                 f"objective {self.objective.name} learns from a base that does not know"
                 " new_tokens: leave them out"
+            )
+        if self.replay.rows is not None and (self.method.trains_base or self.new_tokens):
+            raise ValueError(
+                "replay compares an adapter with the base, which method full and new_tokens change:"
+                " leave it out"
             )
         if self.from_adapter and self.method.trains_base:
             raise ValueError(

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from veneer.adapters.placement.acting import TokenKeys, in_turn
+from veneer.adapters.placement.acting import Applied, TokenKeys, in_turn
 from veneer.data.batching import Batch, used_length
 from veneer.data.examples import Example
 from veneer.data.joint_batch import join_batches
@@ -53,6 +53,7 @@ class StepTotals:
     trained_tokens: int
     computed_tokens: int
     figures: Mapping[str, float]
+    replay: float | None = None
 
 
 class GradientCollector(Protocol):
@@ -88,6 +89,7 @@ class StepGradient:
         self.offload = offload_for(flat.values.device, weights) if inputs.config.offload else None
         self.rows: Sequence[int] = ()
         self.micro_batches: Sequence[Sequence[int]] = ()
+        self.replayed: Sequence[Sequence[Example]] = ()
         self.step, self.seconds, self.total = 0, 0.0, 0.0
         self.assigned: deque[tuple[int, bool]] = deque()
         self._losses: dict[int, Tensor] = {}
@@ -95,16 +97,27 @@ class StepGradient:
         self._tokens = [0, 0, 0]
 
     def begin(
-        self, rows: Sequence[int], micro_batches: Sequence[Sequence[int]], *, step: int
+        self,
+        rows: Sequence[int],
+        micro_batches: Sequence[Sequence[int]],
+        *,
+        step: int,
+        replays: bool = False,
     ) -> None:
         """Begins the gradient of the objective over the examples of these micro-batches.
 
-        step: number of steps before this one
+        step: number of steps before this one. replays: whether replay rows are added
         """
         inputs = self.inputs
         self.rows, self.micro_batches, self.step = rows, micro_batches, step
         examples = [inputs.train[i] for part in micro_batches for i in part]
         self.total = float(inputs.objective.counts(examples).sum())
+        replay = inputs.replay if replays else None
+        self.replayed = (
+            []
+            if replay is None
+            else [[replay.examples[i] for i in part] for part in replay.micro_batches(step)]
+        )
         self.seconds = 0.0
         self._assign()
 
@@ -116,15 +129,26 @@ class StepGradient:
     def _assign(self) -> None:
         inputs = self.inputs
         self._losses, self._figures, self._tokens = {}, [], [0, 0, 0]
-        self.assigned = deque(
-            own_micro_batches(self.micro_batches, inputs.train, self.world, sharded=inputs.sharded)
-        )
+        examples = [self._examples(n) for n in range(self._num_micro_batches)]
+        self.assigned = deque(assign_micro_batches(examples, self.world, sharded=inputs.sharded))
         self.sum.begin()
+
+    @property
+    def _num_micro_batches(self) -> int:
+        return len(self.micro_batches) + len(self.replayed)
+
+    def _examples(self, number: int) -> Sequence[Example]:
+        """Returns the examples of a micro-batch; those of replay rows come last."""
+        if number >= len(self.micro_batches):
+            return self.replayed[number - len(self.micro_batches)]
+        return [self.inputs.train[i] for i in self.micro_batches[number]]
 
     def take(self) -> "MicroBatch":
         """Takes the next micro-batch that this process computes."""
         inputs = self.inputs
         number, counts = self.assigned.popleft()
+        if number >= len(self.micro_batches):
+            return self._replay_micro_batch(number, counts)
         numbers = self.micro_batches[number]
         # If another process counts it, the loss is divided by infinity, so the gradient is 0.
         total = self.total if counts else math.inf
@@ -136,12 +160,28 @@ class StepGradient:
             inputs.answers(numbers),
             total,
             teacher_examples(inputs.train[i] for i in numbers),
+            inputs.teacher_adapters,
+        )
+
+    def _replay_micro_batch(self, number: int, counts: bool) -> "MicroBatch":
+        """Returns a micro-batch of replay rows, whose teacher is the base alone."""
+        assert self.inputs.replay is not None
+        examples = self._examples(number)
+        total = sum(example.trained_tokens for part in self.replayed for example in part)
+        return MicroBatch(
+            self,
+            number,
+            counts,
+            self.inputs.replay.objective,
+            AnswerBatch.without_reference(examples),
+            total if counts else math.inf,
+            examples,
         )
 
     def next_lengths(self) -> list[int]:
         """Counts the tokens of each example of the next micro-batch."""
         number, _ = self.assigned[0]
-        return [used_length(self.inputs.train[i]) for i in self.micro_batches[number]]
+        return [used_length(example) for example in self._examples(number)]
 
     def add(self, micro_batch: "MicroBatch", result: ObjectiveLoss, batch: Batch) -> None:
         """Adds the result of a micro-batch, whose gradient is in the flat buffer."""
@@ -150,7 +190,9 @@ class StepGradient:
             self._losses[micro_batch.number] = result.loss.detach()
             if result.figures is not None:
                 self._figures.append(result.figures)
-            counts = batch.tokens, batch.trained_tokens, batch.computed_tokens
+            is_own = micro_batch.number < len(self.micro_batches)
+            trained = batch.trained_tokens if is_own else 0
+            counts = batch.tokens, trained, batch.computed_tokens
             self._tokens = [sum(pair) for pair in zip(self._tokens, counts, strict=True)]
 
     def finish(self) -> StepTotals:
@@ -160,22 +202,30 @@ class StepGradient:
         """
         own_losses, norm, own_figures = self._read()
         # A loss is 0 at all processes but one, so these sums are exact.
-        all_losses = [own_losses.get(number, 0.0) for number in range(len(self.micro_batches))]
+        all_losses = [own_losses.get(number, 0.0) for number in range(self._num_micro_batches)]
         sums = self.world.summed([*all_losses, *self._tokens, *own_figures])
         all_losses, sums = sums[: len(all_losses)], sums[len(all_losses) :]
         tokens, trained_tokens, computed_tokens, *figures = sums
         norm = self.sum.norm(norm)
-        for part, loss_value in zip(self.micro_batches, all_losses, strict=True):
+        for number, loss_value in enumerate(all_losses):
             if not math.isfinite(loss_value):
-                raise diverged(self.inputs, "loss", loss_value, part, step=self.step)
+                examples = self._examples(number)
+                raise diverged(self.inputs, "loss", loss_value, examples, step=self.step)
+        own = len(self.micro_batches)
         return StepTotals(
-            sum(all_losses),
+            sum(all_losses[:own]),
             norm,
             round(tokens),
             round(trained_tokens),
             round(computed_tokens),
             self.inputs.objective.summary(figures),
+            self._replay_mean(all_losses[own:]),
         )
+
+    def _replay_mean(self, losses: Sequence[float]) -> float | None:
+        """Returns the mean KL to the base from the weighted losses of replay rows."""
+        replay = self.inputs.replay
+        return None if replay is None or not losses else sum(losses) / replay.objective.weight
 
     def _read(self) -> tuple[dict[int, float], float, list[float]]:
         """Returns this process's losses, the measured norm, and sums of the objective's figures.
@@ -210,6 +260,7 @@ class MicroBatch:
 
     number: its place among the step's micro-batches. counts: False if another process counts it.
     total: number by which its loss is divided. teacher: what a teacher reads of its examples.
+    teacher_adapters: what acts on that.
     """
 
     gradient: GradientCollector
@@ -219,6 +270,7 @@ class MicroBatch:
     answers: AnswerBatch
     total: float
     teacher: Sequence[Example] = ()
+    teacher_adapters: Applied = ()
 
     @property
     def examples(self) -> Sequence[Example]:
@@ -241,7 +293,9 @@ def forward_backward(micro_batches: Sequence[MicroBatch]) -> None:
     """
     gradients = [micro_batch.gradient for micro_batch in micro_batches]
     inputs = gradients[0].forward
-    teachers = predict_as_teachers([(m.gradient.forward, m.teacher) for m in micro_batches])
+    teachers = predict_as_teachers(
+        [(m.gradient.forward, m.teacher_adapters, m.teacher) for m in micro_batches]
+    )
     parts = [micro_batch.batch() for micro_batch in micro_batches]
     batch, rows = join_batches(parts)
     shares = [
@@ -289,7 +343,15 @@ def own_micro_batches(
     All processes gather sharded layers together, so each computes in every round. A process without
     a micro-batch of its own computes that of another process, and its result does not count.
     """
-    costs = [sum(used_length(examples[i]) for i in part) for part in micro_batches]
+    parts = [[examples[i] for i in part] for part in micro_batches]
+    return assign_micro_batches(parts, world, sharded=sharded)
+
+
+def assign_micro_batches(
+    parts: Sequence[Sequence[Example]], world: World, *, sharded: bool
+) -> list[tuple[int, bool]]:
+    """Does the same for micro-batches of examples."""
+    costs = [sum(map(used_length, part)) for part in parts]
     if not sharded:
         owners = assign_by_cost(costs, world.size)
         return [(number, True) for number, owner in enumerate(owners) if owner == world.rank]
@@ -300,11 +362,11 @@ def own_micro_batches(
 
 
 def diverged(
-    inputs: TrainingInputs, figure: str, value: float, numbers: Sequence[int], *, step: int
+    inputs: TrainingInputs, figure: str, value: float, examples: Sequence[Example], *, step: int
 ) -> DivergedError:
     """Drops the gradient and returns the error for a loss or norm that is not finite."""
     inputs.flat.gradient.zero_()
-    rows = [str(inputs.train[i].ref) for i in numbers]
+    rows = [str(example.ref) for example in examples]
     return DivergedError(
         f"T601 the {figure} is {value} at step {step + 1}; the weights are those of step {step}",
         [f"rows of this batch: {', '.join(rows)}"],

@@ -20,6 +20,7 @@ from veneer.objectives.registry import make_objective
 from veneer.training.config import RunConfig
 from veneer.training.optimizer.buffer import FlatValues
 from veneer.training.output.sample import Sample
+from veneer.training.replay import Replay
 from veneer.training.state.checkpoint import numbers
 
 
@@ -45,7 +46,6 @@ class ForwardInputs:
     adapters: Applied
     share_prompt: bool
     seed: int
-    teacher: Applied = ()
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         """Builds the batch of a forward over these examples alone."""
@@ -87,6 +87,8 @@ class TrainingInputs:
     """Adapters of the reference, with the values that training starts from; none: the base."""
     teacher_adapters: Applied = ()
     """Adapters of the teacher; none: the base alone."""
+    replay: Replay | None = None
+    """Rows on which the adapter stays close to the base."""
     reference: ReferenceLogProbs | None = None
     """Log-probabilities of the reference, which the objective reads; None until computed."""
 
@@ -142,13 +144,7 @@ class TrainingInputs:
         """Returns what a forward over the training rows needs."""
         config = self.config
         return ForwardInputs(
-            self.model,
-            self.paths,
-            self.routing,
-            self.adapters,
-            config.share_prompt,
-            config.seed,
-            self.teacher_adapters,
+            self.model, self.paths, self.routing, self.adapters, config.share_prompt, config.seed
         )
 
     @property

@@ -35,6 +35,7 @@ from veneer.training.optimizer.buffer import FlatParameters, FlatValues
 from veneer.training.output.records import process_memory_bytes, reset_peak_memory
 from veneer.training.output.sample import sample_of
 from veneer.training.processes.world import World
+from veneer.training.replay import Replay, load_replay
 from veneer.training.result import run_manifest
 from veneer.training.state.origin import (
     HELD_OUT_BY,
@@ -127,6 +128,9 @@ def prepare_run(
             if known
             else _load_rows(config, base, new_tokens, teacher_text, day, started, say)
         )
+        replay = load_replay(config, base, data, day)
+        if replay is not None:
+            data = replace(data, fingerprint=f"{data.fingerprint} {replay.fingerprint}")
         # Never longer than the model has positions.
         config = config.model_copy(update={"length": data.report.length})
         if started is not None:
@@ -151,7 +155,7 @@ def prepare_run(
         with fits_memory("on the trained values and their gradient", next_step=FEWER_VALUES):
             flat = _trained_values(base, adapter, world)
         teacher = attach_teacher(base, stored_teacher)
-        inputs = _training_inputs(config, base, data, flat, adapter, teacher)
+        inputs = _training_inputs(config, base, data, flat, adapter, teacher, replay)
         if config.objective.several:
             _refuse_divided_rows(inputs)
     return PreparedRun(config, base, data, adapter, inputs, origin, idle_bytes, rows_key)
@@ -222,6 +226,7 @@ def _training_inputs(
     flat: FlatValues,
     adapter: FreshAdapter | None,
     teacher: Applied,
+    replay: Replay | None,
 ) -> TrainingInputs:
     adapters: Applied = () if adapter is None else ((adapter.attachment, 1.0),)
     shows_answers = config.show_answers and base.tokenizer.chat_template is not None
@@ -243,6 +248,7 @@ def _training_inputs(
         validation_sets=data.held,
         reference_adapters=adapters if config.from_adapter or config.new_tokens else (),
         teacher_adapters=teacher,
+        replay=replay,
     )
 
 

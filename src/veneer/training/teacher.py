@@ -54,21 +54,21 @@ def teacher_examples(examples: Iterable[Example]) -> list[Example]:
 
 @torch.no_grad()
 def predict_as_teachers(
-    runs: Sequence[tuple[ForwardInputs, Sequence[Example]]],
+    runs: Sequence[tuple[ForwardInputs, Applied, Sequence[Example]]],
 ) -> list[Predictions | None]:
     """Returns the predictions of each run's teacher, None for a run without a teacher's examples.
 
-    All are computed in one forward.
+    All are computed in one forward. runs: each with the teacher's adapters, and what it reads
     """
-    taught = [(forward, examples) for forward, examples in runs if examples]
+    taught = [run for run in runs if run[2]]
     if not taught:
         return [None] * len(runs)
-    parts = [forward.batch(examples) for forward, examples in taught]
+    parts = [forward.batch(examples) for forward, _, examples in taught]
     batch, rows = join_batches(parts)
     first = taught[0][0]
     readers = [
-        (forward.teacher, part.trained_tokens)
-        for (forward, _), part in zip(taught, parts, strict=True)
+        (adapters, part.trained_tokens)
+        for (_, adapters, _), part in zip(taught, parts, strict=True)
     ]
     acting = in_turn([(n, adapters) for n, (adapters, _) in zip(rows, readers, strict=True)])
     with first.routing.held(acting):
@@ -76,7 +76,7 @@ def predict_as_teachers(
             predictions_of_runs(first.model, first.paths, first.routing, batch, readers)
         )
     predictions = iter(computed)
-    return [next(predictions) if examples else None for _, examples in runs]
+    return [next(predictions) if examples else None for _, _, examples in runs]
 
 
 def taught_nats(
@@ -89,7 +89,8 @@ def taught_nats(
 
 def _part_values(inputs: TrainingInputs, examples: Sequence[Example]) -> Iterator[float]:
     forward = inputs.forward
-    (teacher,) = predict_as_teachers([(forward, teacher_examples(examples))])
+    taught = forward, inputs.teacher_adapters, teacher_examples(examples)
+    (teacher,) = predict_as_teachers([taught])
     own = [example for example in examples if example.kind != "teacher"]
     batch = forward.batch(own)
     readers = [(forward.adapters, batch.trained_tokens)]

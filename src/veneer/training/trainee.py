@@ -134,7 +134,8 @@ class Trainee:
         start = time.perf_counter()
         self.world.spent.clear()
         rows = self._next_rows()
-        self.gradient.begin(rows, self._micro_batches(rows), step=self.progress.step)
+        parts = self._micro_batches(rows)
+        self.gradient.begin(rows, parts, step=self.progress.step, replays=True)
         self.gradient.seconds = time.perf_counter() - start
 
     def end_step(self) -> None:
@@ -150,7 +151,7 @@ class Trainee:
         )
         totals, rows = self.gradient.finish(), self.gradient.rows
         if not math.isfinite(totals.norm):
-            examples = inputs.rows.examples(rows)
+            examples = [inputs.train[i] for i in inputs.rows.examples(rows)]
             raise diverged(inputs, "gradient norm", totals.norm, examples, step=progress.step)
         with fits_memory(
             f"on the optimizer's step {progress.step + 1}",
@@ -182,6 +183,7 @@ class Trainee:
             "memory_bytes": process_memory_bytes(),
             **({"parts": parts} if parts else {}),
             **({"preference": totals.figures} if totals.figures else {}),
+            **({} if totals.replay is None else {"replay": totals.replay}),
         }
         self.records.write(record)
         self.screen.step(record)

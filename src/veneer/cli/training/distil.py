@@ -19,7 +19,7 @@ from typing import Any
 
 from veneer.bounds import COUNT, NEW_TOKENS, SEED
 from veneer.cli.bases import add_base_format, load_bare_base
-from veneer.cli.common import add_json, print_json
+from veneer.cli.common import add_json, pause_collection, print_json
 from veneer.cli.config_file import FLAGS, read_settings, resolve_run
 from veneer.cli.early import check_base, check_files, check_place
 from veneer.cli.rows.data_replay import read_questions
@@ -91,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
     if teacher is None or teacher.system is None:
         raise ConfigError(f"{args.prompt or args.document} is empty", next_step="Write the prompt.")
     rows = _draw_rows(args, questions, teacher.system)
-    from veneer import api
+    with pause_collection():
+        from veneer import api
     from veneer.training.output.screen import make_screen
 
     screen = make_screen(json=args.json, quiet=args.quiet)

@@ -77,7 +77,11 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         "validation": absolute_sets(config.data.validation),
     }
     base = config.base if config.base in NAMED else _absolute_if_exists(config.base)
-    return config.model_copy(update={"base": base, "data": config.data.model_copy(update=rows)})
+    replay = config.replay
+    if replay.rows is not None:
+        replay = replay.model_copy(update={"rows": absolute(replay.rows)})
+    data = config.data.model_copy(update=rows)
+    return config.model_copy(update={"base": base, "data": data, "replay": replay})
 
 
 def _absolute_if_exists(named: str) -> str:

@@ -207,7 +207,11 @@ def check_borders(started: Origin, examples: Sequence[Example], config: RunConfi
 def _settings(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(
         mode="json",
-        exclude={**dict.fromkeys(MAY_CHANGE, True), "data": {"train", "validation", "tokens"}},
+        exclude={
+            **dict.fromkeys(MAY_CHANGE, True),
+            "data": {"train", "validation", "tokens"},
+            "replay": {"rows"},
+        },
     )
 
 
