@@ -27,7 +27,13 @@ FAMILIES = [
     "granite",
     "phi3",
     "glm4",
+    "cohere",
+    "stablelm",
+    "starcoder2",
+    "phi",
 ]
+OUTPUTS = {"starcoder2": ["o_proj", "c_proj"], "phi": ["dense", "fc2"]}
+"""Modules at the ends of the blocks, where they have other names."""
 NEW = 24
 IDENTITIES = [(), (("a", 1.0),), (("b", 1.0),), (("a", 0.5), ("b", -1.0))]
 
@@ -36,7 +42,8 @@ pytestmark = pytest.mark.skipif(native.level() < 2, reason="no products of few r
 
 def with_adapters(family):
     base = tiny_base(family)
-    for number, targets in enumerate((["o_proj", "down_proj"], "all-linear")):
+    outputs = OUTPUTS.get(family, ["o_proj", "down_proj"])
+    for number, targets in enumerate((outputs, "all-linear")):
         made = attach(
             base.model,
             LoRA(rank=3, targets=targets),

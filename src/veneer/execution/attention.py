@@ -207,14 +207,19 @@ layer keeps the mask until it is computed again."""
 
 def packed_arguments(positions: Tensor, layout: BatchAttention) -> dict[str, Any]:
     """Returns the arguments of a model's forward besides ids (1, N). positions: (1, N)."""
-    mask = unused_mask(positions.device)
-    _LAYOUTS[mask] = layout
     return {
         "position_ids": positions,
-        "attention_mask": mask,
+        "attention_mask": mask_of(layout, positions.device),
         "use_cache": False,
         "veneer_layout": layout,
     }
+
+
+def mask_of(layout: BatchAttention, device: torch.device) -> Tensor:
+    """Returns an unused mask that leads attention to this layout."""
+    mask = unused_mask(device)
+    _LAYOUTS[mask] = layout
+    return mask
 
 
 def unused_mask(device: torch.device) -> Tensor:

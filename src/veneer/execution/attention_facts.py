@@ -19,7 +19,7 @@ from veneer.adapters.methods.adapted_linear import apply_together
 from veneer.adapters.placement.wrapping import unwrapped
 from veneer.execution.agreement import EXACT, agrees
 from veneer.execution.attention import NAME, attention_forward
-from veneer.execution.layer_facts import HEAD_NORMS, JOINED_QKV, QKV, Attention, O, Rotation
+from veneer.execution.layer_facts import HEAD_NORMS, JOINED_QKV, OUTPUTS, QKV, Attention, Rotation
 from veneer.execution.part_facts import find_norm
 from veneer.execution.small_modules import (
     ROWS,
@@ -50,7 +50,8 @@ def find_attention(block: Any) -> Attention | None:
     """Returns the facts of an attention block; None for any other module."""
     names, size = {name for name, _ in block.named_children()}, getattr(block, "head_dim", None)
     inputs = JOINED_QKV if JOINED_QKV[0] in names else QKV
-    own, norm_names = {*inputs, O}, {*HEAD_NORMS} & names
+    output = next((name for name in OUTPUTS if name in names), OUTPUTS[0])
+    own, norm_names = {*inputs, output}, {*HEAD_NORMS} & names
     if names - norm_names != own or len(norm_names) == 1:
         return None
     if (
@@ -60,7 +61,7 @@ def find_attention(block: Any) -> Attention | None:
     ):
         return None
     children = children_of(block)
-    views = [frozen_linear(unwrapped(children[name])) for name in (*inputs, O)]
+    views = [frozen_linear(unwrapped(children[name])) for name in (*inputs, output)]
     modules = {name: unwrapped(children[name]) for name in HEAD_NORMS if name in names}
     norms = [norm for name, module in modules.items() if (norm := find_norm(module, name))]
     linears = [view for view in views if view is not None]
@@ -71,7 +72,9 @@ def find_attention(block: Any) -> Attention | None:
         both = sum(outputs) - attended
         outputs = [attended, both // 2, both - both // 2]
     q, k, v = outputs
-    facts = Attention(block, size, AttentionRules(1.0), (q, k, v), tuple(norms), inputs=inputs)
+    facts = Attention(
+        block, size, AttentionRules(1.0), (q, k, v), tuple(norms), inputs=inputs, output=output
+    )
     for width in _rotated_sizes(block, size):
         try:
             confirmed = _confirm(facts, linears[0].dtype, width)
@@ -97,9 +100,9 @@ def _confirm(facts: Attention, dtype: torch.dtype, width: int) -> Attention | No
     """Returns the facts with rules and rotation if the block computes them by angles of this
     width."""
     block, parts = facts.module, dict[str, nn.Module]()
-    for seed, name in enumerate((*facts.inputs, O)):
+    for seed, name in enumerate((*facts.inputs, facts.output)):
         own: Any = unwrapped(children_of(block)[name])
-        ins, outs = (own.in_features, WIDTH) if name == O else (WIDTH, own.out_features)
+        ins, outs = (own.in_features, WIDTH) if name == facts.output else (WIDTH, own.out_features)
         parts[name] = small_linear(ins, outs, dtype, seed)
     for norm in facts.norms:
         parts[norm.name] = with_small_weight(norm.module, "cpu")[0]
@@ -171,7 +174,7 @@ def attend(
         "s_aux": facts.rules.sinks,
     }
     out, weights = attention_forward(block, q, k, v, attention_mask, **rules, **others)
-    return block.o_proj(out.reshape(B, T, -1)), weights
+    return getattr(block, facts.output)(out.reshape(B, T, -1)), weights
 
 
 class _RecordingLayout:

@@ -26,13 +26,14 @@ from veneer.execution.ends import Ends
 from veneer.execution.layer_facts import DecoderLayer, Norm
 from veneer.execution.layer_step import (
     DENSE,
+    LayerAngles,
     add_norm,
     bare,
     compute_layer,
     dense_operands,
     product,
 )
-from veneer.execution.model_start import ModelStart, embedding_scale, find_start
+from veneer.execution.model_start import ModelStart, embedding_scale, find_start, part_names
 from veneer.execution.paged import PagedStep
 from veneer.execution.part_facts import find_norm
 from veneer.execution.proofs.model import acting_prefix_length, some_ids, structure
@@ -83,13 +84,22 @@ class LayersForward:
         return in_place and acting_prefix_length(self.model) == 0
 
     @property
+    def _embedding(self) -> Any:
+        return getattr(self.inner, self._start.names.embedding)
+
+    @property
+    def _last_norm(self) -> Any:
+        return getattr(self.inner, self._start.names.norm)
+
+    @property
     def has_dense_head(self) -> bool:
         head: Any = self.model.get_output_embeddings()
         return type(unwrapped(head)) in DENSE
 
     def logits(self, rows: Tensor, paged_step: PagedStep, kept: Tensor | None) -> Tensor:
         """Returns the logits (kept, V); kept None: of all rows. rows (2, N): ids and positions."""
-        h_1ND = self.inner.embed_tokens(rows[:1])
+        embedding = self._embedding
+        h_1ND = embedding(rows[:1])
         if self._start.scale != 1.0:
             h_1ND = h_1ND * self._start.scale
         angles = self._start.angles(self.inner.rotary_emb, h_1ND, rows[1:])
@@ -97,7 +107,7 @@ class LayersForward:
         head = self.model.get_output_embeddings()
         with self.steps.leased() as free:
             if free:
-                beside = _keys_around(self.inner.embed_tokens) | _keys_around(head)
+                beside = _keys_around(embedding) | _keys_around(head)
                 states = self.steps.compute(
                     inputs, paged_step, self._layers, self._called, beside, self._ends
                 )
@@ -116,7 +126,7 @@ class LayersForward:
         """Returns the embedding and the head; None if an adapter or a hook acts on them, or if they
         cannot be recorded."""
         embedding, rotary, head = (
-            self.inner.embed_tokens,
+            self._embedding,
             self.inner.rotary_emb,
             self.model.get_output_embeddings(),
         )
@@ -138,14 +148,15 @@ class LayersForward:
 
     def _layers(self, inputs: Inputs, paged_step: PagedStep) -> Tensor:
         (h, *angles), branch = inputs, None
-        for layer, kind in zip(self.layers, self._start.of_layer, strict=True):
-            of_layer = angles[2 * kind][None], angles[2 * kind + 1][None]
+        pairs = list(zip(angles[::2], angles[1::2], strict=True))
+        for layer, (kind, own) in zip(self.layers, self._start.of_layer, strict=True):
+            of_layer = LayerAngles(pairs[kind], pairs[own])
             h, branch = compute_layer(layer, h, branch, of_layer, paged_step)
-        return add_norm(h, branch, self.inner.norm, self.norm)[1]
+        return add_norm(h, branch, self._last_norm, self.norm)[1]
 
     def _called(self) -> list[nn.Module]:
         """Returns all modules that `_layers` may call."""
-        return [self.inner, *self.inner.layers.modules(), *self.inner.norm.modules()]
+        return [self.inner, *self.inner.layers.modules(), *self._last_norm.modules()]
 
 
 class DecodeStep:
@@ -266,20 +277,19 @@ def _take_apart(model: PreTrainedModel, logit_rules: LogitRules) -> LayersForwar
     are not understood are called whole."""
     name, inner = type(model).__name__, decoder(model)
     places: Any = None if inner is None else unwrapped(inner)
-    names = ("embed_tokens", "rotary_emb", "layers", "norm")
-    missing = [part for part in names if getattr(places, part, None) is None]
-    if missing:
-        return f"{name} has no {', '.join(missing)}"
+    names = None if places is None else part_names(places)
+    if names is None:
+        return f"{name} has no embedding, rotary module, layers or last norm of a usual name"
     layers = find_layers(model)
     if [layer.module for layer in layers] != [unwrapped(place) for place in places.layers]:
         return f"{name} has other layers than those of its decoder"
     if any(is_sharded(weight) for layer in layers for weight in layer.module.parameters()):
         return f"the layers of {name} are sharded: they are called whole"
-    reasons = [layer.called_whole for layer in layers]
+    reasons = [layer.unknown for layer in layers]
     if None not in reasons:
         return f"no layer of {name} is taken apart: {reasons[0]}"
-    if (norm := find_norm(unwrapped(places.norm))) is None or norm.is_centred:
-        return f"the last norm of {name} is no RMS norm"
+    if (norm := find_norm(unwrapped(getattr(places, names.norm)))) is None:
+        return f"the last norm of {name} is of no known kind"
     if (start := find_start(places)) is None:
         return f"{name} changes its embeddings or its angles in a way that is not known here"
     attention = [layer.attention for layer in layers]

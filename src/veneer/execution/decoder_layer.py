@@ -25,9 +25,9 @@ from veneer.execution.layer_facts import (
     FEED_FORWARD,
     HEAD_NORMS,
     JOINED_QKV,
+    OUTPUTS,
     QKV,
     DecoderLayer,
-    O,
 )
 from veneer.execution.norm_places import Sums, find_places
 from veneer.execution.part_facts import find_feed_forward, find_norm
@@ -84,7 +84,8 @@ def _find_layer(layer: nn.Module) -> DecoderLayer:
     attention, feed = parts.pop(ATTENTION, layer), parts.pop(FEED_FORWARD, layer)
     parts = {name: part for name, part in parts.items() if not _passes_values_on(part)}
     children = {name for name, _ in attention.named_children()}
-    usual = {*(JOINED_QKV if JOINED_QKV[0] in children else QKV), O}
+    output = next((name for name in OUTPUTS if name in children), OUTPUTS[0])
+    usual = {*(JOINED_QKV if JOINED_QKV[0] in children else QKV), output}
     beside = {name for name in parts if not name.endswith("norm")}
     if layer in (attention, feed):
         beside |= {ATTENTION, FEED_FORWARD} - {name for name, _ in layer.named_children()}
@@ -109,5 +110,5 @@ def _find_layer(layer: nn.Module) -> DecoderLayer:
 
 
 def _passes_values_on(module: nn.Module) -> bool:
-    """Whether it is a dropout of nothing."""
-    return type(module) is nn.Dropout and module.p == 0
+    """Whether it is a dropout that drops nothing, now or ever: models stay in eval mode."""
+    return type(module) is nn.Dropout and not (module.training and module.p)

@@ -3,33 +3,36 @@
 h = x + scale * norm(attention(norm(x)))
 y = h + scale * norm(feed_forward(norm(h)))         any of these norms may be missing
 
-A parallel layer is y = x + attention(n) + feed_forward(n), n = norm(x).
+A parallel layer is y = x + attention(norm(x)) + feed_forward(norm(x)), by one norm or by two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, SILU
+from veneer.kernels.dense.fused import gelu_erf_gate, gelu_gate, silu_gate
 from veneer.kernels.rules import AttentionRules
 
 ATTENTION, FEED_FORWARD = "self_attn", "mlp"
 """The parts of a layer beside its norms."""
-QKV, O = ("q_proj", "k_proj", "v_proj"), "o_proj"
+QKV, OUTPUTS = ("q_proj", "k_proj", "v_proj"), ("o_proj", "dense")
 HEAD_NORMS = ("q_norm", "k_norm")
 GATE_UP, DOWN = ("gate_proj", "up_proj"), "down_proj"
 JOINED_QKV, JOINED_GATE_UP = ("qkv_proj",), ("gate_up_proj",)
 """Modules whose outputs are those of several layers, side by side."""
 LAYERS_OF_INPUTS = {**dict.fromkeys((*QKV, *GATE_UP), 1), JOINED_QKV[0]: 3, JOINED_GATE_UP[0]: 2}
-"""How many layers each module computes that reads the input of a block."""
+"""How many layers each module computes that reads the input of a block, together with others."""
 
 Gate = Callable[[Tensor, Tensor], Tensor]
 """(gate_proj(x), up_proj(x)) -> activation(gate_proj(x)) * up_proj(x)."""
+ACTIVATIONS: dict[Gate, int] = {silu_gate: SILU, gelu_gate: GELU_TANH, gelu_erf_gate: GELU_ERF}
+"""Numbers of the activations of gates (kernels/bindings/row_calls.py)."""
 
 
 @dataclass(frozen=True)
@@ -67,18 +70,26 @@ class LayerNorms(NamedTuple):
 class FeedForward:
     """down(gate(gate_proj(x), up_proj(x))), gate being silu_gate, gelu_gate or gelu_erf_gate.
 
-    width   outputs of gate, and of up
-    inputs  names of the modules that compute gate and up: two, or one that joins them
+    width     outputs of gate, and of up
+    inputs    names of the modules that compute gate and up: two, or one that joins them
+    output    name of the module that computes down
+    is_plain  down(activation(gate_proj(x))): the single input is the gate, and there is no up
     """
 
     module: nn.Module
     gate: Gate
     width: int
     inputs: tuple[str, ...] = GATE_UP
+    output: str = DOWN
+    is_plain: bool = False
 
     @property
     def is_joined(self) -> bool:
-        return len(self.inputs) == 1
+        return len(self.inputs) == 1 and not self.is_plain
+
+    @property
+    def activation(self) -> int:
+        return ACTIVATIONS[self.gate]
 
 
 @dataclass(frozen=True)
@@ -124,6 +135,7 @@ class Attention:
     rotation       None: nothing is rotated
     takes_float32  cosines and sines may be float32 too; heads are rounded once after the rotation
     inputs         names of the modules that compute q, k and v: three, or one that joins them
+    output         name of the module that computes o
     """
 
     module: nn.Module
@@ -134,6 +146,7 @@ class Attention:
     rotation: Rotation | None = None
     takes_float32: bool = False
     inputs: tuple[str, ...] = QKV
+    output: str = OUTPUTS[0]
 
     @property
     def is_joined(self) -> bool:
@@ -148,7 +161,8 @@ class DecoderLayer:
     """Describes what a decoder layer computes.
 
     feed_forward    None: its own module computes it
-    is_parallel     y = x + attention(n) + feed_forward(n), n = norm(x) by the norm before attention
+    is_parallel     y = x + attention(n) + feed_forward(m), n = norm(x); m = norm(x) by the norm
+                    before the feed-forward block, or n without such a norm
     residual_scale  what the output of each part is multiplied by before it is added
     unknown         why the layer's own code has to compute it; None: the layer is understood
     """
@@ -170,23 +184,11 @@ class DecoderLayer:
 
     @property
     def module_widths(self) -> list[tuple[int, ...]]:
-        """Returns the outputs of q, k, v; o; gate, up; down, those of one module together. The
-        layer must have both blocks."""
+        """Returns the outputs of q, k, v; o; down; gate, up, those of one module together. A
+        plain block has no up. The layer must have both blocks."""
         heads, gated = self.attention, self.feed_forward
         assert heads is not None and gated is not None
         of_heads = [heads.widths] if heads.is_joined else [(width,) for width in heads.widths]
-        of_gates = [(gated.width,) * 2] if gated.is_joined else [(gated.width,)] * 2
+        of_gates = [(gated.width,) * 2] if gated.is_joined else [(gated.width,)] * len(gated.inputs)
         whole = (0,)
-        return [*of_heads, whole, *of_gates, whole]
-
-    @cached_property
-    def called_whole(self) -> str | None:
-        """Why a decoding step calls the layer whole; None: it takes the layer apart."""
-        if self.unknown is not None or self.attention is None:
-            return self.unknown
-        if self.is_parallel:
-            return "attention and its feed-forward block read the same input"
-        norms = [norm for norm in (*self.norms, *self.attention.norms) if norm is not None]
-        if any(norm.is_centred for norm in norms):
-            return "its norms are no RMS norms"
-        return None
+        return [*of_heads, whole, whole, *of_gates]

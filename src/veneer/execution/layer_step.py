@@ -3,6 +3,7 @@
     h = h + scale * norm(o(attention(rotate(norm(q(x))), rotate(norm(k(x))), v(x))))    x = norm(h)
     h = h + scale * norm(down(activation(gate(x)) * up(x)))                             x = norm(h)
 
+In a parallel layer both read the layer's input, by one norm or by two.
 The model's own modules are called, found in their places at every step; between them one call does
 what several did (kernels/decoding/decoder_step.py). A module with an adapter is called as it is, a
 layer that is not understood whole.
@@ -18,30 +19,17 @@ from torch import Tensor, nn
 
 from veneer.adapters.methods.adapted_linear import AdaptedLinear
 from veneer.adapters.placement.wrapping import AdaptedModule
-from veneer.execution.attention import unused_mask
-from veneer.execution.layer_facts import (
-    ATTENTION,
-    DOWN,
-    FEED_FORWARD,
-    Attention,
-    DecoderLayer,
-    Gate,
-    Norm,
-    O,
-)
+from veneer.execution.attention import mask_of
+from veneer.execution.layer_facts import ATTENTION, FEED_FORWARD, Attention, DecoderLayer, Norm
 from veneer.execution.paged import PagedStep
-from veneer.kernels.bindings.step_calls import GELU_ERF, GELU_TANH, SILU
 from veneer.kernels.decoding import decoder_step
 from veneer.kernels.decoding.decoder_step import StepNorm
 from veneer.kernels.dense import few_rows
-from veneer.kernels.dense.fused import gelu_erf_gate, gelu_gate, silu_gate
 from veneer.linear import FewRowsLinear
-from veneer.private.torch import children_of, has_hooks
+from veneer.private.torch import children_of, has_hooks, parameters_of
 
 DENSE = (nn.Linear, FewRowsLinear)
 """Modules whose products few_rows computes."""
-ACTIVATIONS: dict[Gate, int] = {silu_gate: SILU, gelu_gate: GELU_TANH, gelu_erf_gate: GELU_ERF}
-"""Numbers of the activations of gates (kernels/bindings/step_calls.py)."""
 
 
 class Branch(NamedTuple):
@@ -56,16 +44,23 @@ class Branch(NamedTuple):
     facts: Norm | None
 
 
+class LayerAngles(NamedTuple):
+    """Cosines and sines (N, R) of a layer, in the order of the kernels and in that of its code."""
+
+    of_kernels: tuple[Tensor, Tensor]
+    own: tuple[Tensor, Tensor]
+
+
 def compute_layer(
     layer: DecoderLayer,
     h: Tensor,
     branch: Branch | None,
-    angles: tuple[Tensor, Tensor],
+    angles: LayerAngles,
     paged_step: PagedStep,
 ) -> tuple[Tensor, Branch | None]:
     """Returns (h, branch): the layer's output, and what is still to be added to it. The arguments
     are what the layer before returns."""
-    if layer.called_whole is not None or layer.attention is None:
+    if layer.unknown is not None or layer.attention is None:
         whole: Any = layer.module
         h, _ = add_norm(h, branch, None, None)
         return whole(h[None], **_arguments_of(angles, paged_step))[0], None
@@ -75,12 +70,18 @@ def compute_layer(
     assert attention is not None and feed is not None
     h, x = add_norm(h, branch, _place(parts, before), before)
     if bare(attention) is layer.attention.module:
-        values = _attention(layer.attention, x, angles, paged_step)
+        values = _attention(layer.attention, x, angles.of_kernels, paged_step)
     else:
         values = attention(hidden_states=x[None], **_arguments_of(angles, paged_step))[0][0]
     scale = layer.residual_scale
     branch = Branch(values, scale, _place(parts, after), after)
-    h, x = add_norm(h, branch, _place(parts, before_feed_forward), before_feed_forward)
+    place = _place(parts, before_feed_forward)
+    if layer.is_parallel:
+        if before_feed_forward is not None:
+            x = add_norm(h, None, place, before_feed_forward)[1]
+        h = add_norm(h, branch, None, None)[0]
+    else:
+        h, x = add_norm(h, branch, place, before_feed_forward)
     values = _feed_forward(layer, feed, x)
     return h, Branch(values, scale, _place(parts, after_feed_forward), after_feed_forward)
 
@@ -96,14 +97,16 @@ def _feed_forward(layer: DecoderLayer, feed: Any, x: Tensor) -> Tensor:
         return own
     places = children_of(gated.module)
     outputs = _products(x, [places[name] for name in gated.inputs])
-    gate, up = outputs[0].split(gated.width, dim=-1) if gated.is_joined else outputs
-    return product(decoder_step.gate(gate, up, ACTIVATIONS[gated.gate]), places[DOWN])
+    gate, *up = outputs[0].split(gated.width, dim=-1) if gated.is_joined else outputs
+    values = decoder_step.gate(gate, up[0] if up else None, gated.activation)
+    return product(values, places[gated.output])
 
 
-def _arguments_of(angles: tuple[Tensor, Tensor], paged_step: PagedStep) -> dict[str, Any]:
+def _arguments_of(angles: LayerAngles, paged_step: PagedStep) -> dict[str, Any]:
     """Returns the arguments of a layer's own code, without its rows."""
-    mask = unused_mask(angles[0].device)
-    return {"position_embeddings": angles, "attention_mask": mask, "veneer_layout": paged_step}
+    own = tuple(of_rows[None] for of_rows in angles.own)
+    mask = mask_of(paged_step, own[0].device)
+    return {"position_embeddings": own, "attention_mask": mask, "veneer_layout": paged_step}
 
 
 def _attention(
@@ -118,11 +121,10 @@ def _attention(
             for values, norm in zip((q, k), facts.norms, strict=True)
         )
     if facts.rotation is not None:
-        cos, sin = angles[0][0], angles[1][0]
-        decoder_step.rotate(q, k, cos, sin, size, neighbours=facts.rotation.neighbours)
+        decoder_step.rotate(q, k, *angles, size, neighbours=facts.rotation.neighbours)
     key = k.view(rows, -1, size)
     heads = q.view(rows, -1, size), key, v.view(rows, key.shape[1], -1)
-    return product(paged_step.attend(*heads, (), facts.rules).flatten(1), places[O])
+    return product(paged_step.attend(*heads, (), facts.rules).flatten(1), places[facts.output])
 
 
 def bare(module: nn.Module | None) -> nn.Module | None:
@@ -212,4 +214,5 @@ def _operand(place: nn.Module | None, facts: Norm | None) -> StepNorm | None:
     norm: Any = bare(place)
     if norm is None or facts is None:
         return None
-    return StepNorm(norm.weight, facts.epsilon, facts.offset, facts.is_wide)
+    kind = facts.epsilon, facts.offset, facts.is_wide, facts.is_centred
+    return StepNorm(norm.weight, *kind, parameters_of(norm).get("bias"))

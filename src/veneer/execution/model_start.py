@@ -21,6 +21,28 @@ from veneer.execution.layer_facts import Rotation
 from veneer.execution.small_modules import ROWS, with_children
 from veneer.private.torch import replace_parameters
 
+EMBEDDINGS = ("embed_tokens", "embed_in")
+LAST_NORMS = ("norm", "final_layernorm", "final_layer_norm")
+
+
+class PartNames(NamedTuple):
+    """Names of a decoder's embedding and of its last norm."""
+
+    embedding: str
+    norm: str
+
+
+def part_names(inner: nn.Module) -> PartNames | None:
+    """Returns None if a decoder has no embedding, last norm, rotary module or layers of a usual
+    name."""
+    children = {name for name, child in inner.named_children() if child is not None}
+    if not {"rotary_emb", "layers"} <= children:
+        return None
+    names = [
+        next((name for name in usual if name in children), "") for usual in (EMBEDDINGS, LAST_NORMS)
+    ]
+    return PartNames(*names) if all(names) else None
+
 
 class AngleKind(NamedTuple):
     """A kind of cosines and sines.
@@ -45,13 +67,15 @@ class AngleKind(NamedTuple):
 class ModelStart:
     """The input of the first layer is scale * embed_tokens(ids), rounded once.
 
+    names     of the decoder's parts
     kinds     arguments of the rotary module, for each kind of angles
-    of_layer  number of the kind that each layer gets
+    of_layer  numbers of the kinds that each layer gets: for the kernels, and for its own code
     """
 
+    names: PartNames
     scale: float
     kinds: tuple[AngleKind, ...]
-    of_layer: tuple[int, ...]
+    of_layer: tuple[tuple[int, int], ...]
 
     def angles(self, rotary: Any, h_1ND: Tensor, positions_1N: Tensor) -> list[Tensor]:
         """Returns cosines and sines (1, N, R) of each kind, in order."""
@@ -59,16 +83,16 @@ class ModelStart:
         return [angles for pair in pairs for angles in pair]
 
     def rotating(self, rotations: Sequence[Rotation | None]) -> ModelStart:
-        """Returns the same start with the angles of each layer in the order of the kernels.
+        """Returns the same start with angles for each layer in the order of the kernels too.
 
         rotations: of each layer; None: it takes the angles as they are
         """
-        kinds, of_layer = list[AngleKind](), list[int]()
-        for number, rotation in zip(self.of_layer, rotations, strict=True):
+        kinds, of_layer = [*self.kinds], list[tuple[int, int]]()
+        for (_, own), rotation in zip(self.of_layer, rotations, strict=True):
             order = None if rotation is None or rotation.takes_halves else rotation
-            kind = self.kinds[number]._replace(rotation=order)
+            kind = self.kinds[own]._replace(rotation=order)
             kinds += [] if kind in kinds else [kind]
-            of_layer.append(kinds.index(kind))
+            of_layer.append((kinds.index(kind), own))
         return replace(self, kinds=tuple(kinds), of_layer=tuple(of_layer))
 
 
@@ -113,26 +137,29 @@ class _RecordingLayer(nn.Module):
 def find_start(inner: nn.Module) -> ModelStart | None:
     """Returns what a decoder does before its layers. Returns None if it does something else, or
     anything behind its layers but its last norm."""
-    table = inner.get_submodule("embed_tokens").get_parameter("weight")
+    if (names := part_names(inner)) is None:
+        return None
+    table = inner.get_submodule(names.embedding).get_parameter("weight")
     device = table.device
     draw = torch.Generator().manual_seed(0)
     random_rows = torch.randn(1, ROWS, table.shape[1], generator=draw).to(table.dtype).to(device)
     try:
         ones = torch.ones(1, ROWS, 4, device=device)
-        scale = float(_run(inner, ones)[0].input.flatten()[0])
-        layers = _run(inner, random_rows)
+        scale = float(_run(inner, names, ones)[0].input.flatten()[0])
+        layers = _run(inner, names, random_rows)
     except Exception:  # modelling code may raise any, as in agreement.disagreement
         return None
-    kinds, of_layer = list[AngleKind](), list[int]()
+    kinds, of_layer = list[AngleKind](), list[tuple[int, int]]()
     for layer in layers:
         if layer.kind is None:
             return None
         kinds += [] if layer.kind in kinds else [layer.kind]
-        of_layer.append(kinds.index(layer.kind))
+        number = kinds.index(layer.kind)
+        of_layer.append((number, number))
     scaled = random_rows if scale == 1.0 else random_rows * scale
     if not layers or not torch.equal(layers[0].input, scaled):
         return None
-    return ModelStart(scale, tuple(kinds), tuple(of_layer))
+    return ModelStart(names, scale, tuple(kinds), tuple(of_layer))
 
 
 @dataclass(frozen=True)
@@ -141,12 +168,12 @@ class _LayerInput:
     kind: AngleKind | None
 
 
-def _run(inner: Any, rows_1ND: Tensor) -> Sequence[_LayerInput]:
+def _run(inner: Any, names: PartNames, rows_1ND: Tensor) -> Sequence[_LayerInput]:
     """Runs a decoder's own code without its layers on these embeddings."""
     rotary = _RecordingRotary(inner.rotary_emb)
     layers = nn.ModuleList([_RecordingLayer() for _ in inner.layers])
-    places = {"embed_tokens": _KnownEmbedding(rows_1ND), "rotary_emb": rotary, "layers": layers}
-    small = with_children(inner, {**places, "norm": nn.Identity()})
+    places = {names.embedding: _KnownEmbedding(rows_1ND), "rotary_emb": rotary, "layers": layers}
+    small = with_children(inner, {**places, names.norm: nn.Identity()})
     count = rows_1ND.shape[1]
     positions = torch.arange(count, device=rows_1ND.device)[None]
     out = small.forward(

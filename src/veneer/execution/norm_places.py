@@ -4,6 +4,7 @@ layer_facts.py, by running the layer with known functions as its parts."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -68,17 +69,25 @@ def find_places(layer: nn.Module, norms: Sequence[Norm]) -> Sums | None:
         own_code(x)
     except Exception:  # modelling code may raise any, as in agreement.disagreement
         return None
-    by_name = {norm.name: norm for norm in norms}
-    if called == [names[-1], ATTENTION, FEED_FORWARD] and len(norms) == 1:
+    by_name, own_calls = {norm.name: norm for norm in norms}, tuple(called)
+    if (own_norms := _parallel_norms(own_calls, by_name)) is not None:
+        of_attention, of_feed_forward = own_norms
 
-        def parallel(x: Tensor) -> tuple[Any, ...]:
-            n = parts[names[-1]](x)
-            return x + parts[ATTENTION](n)[0] + parts[FEED_FORWARD](n), True
+        def parallel(x: Tensor, order: Sequence[int]) -> tuple[Any, ...]:
+            n = parts[of_attention.name](x)
+            m = n if of_feed_forward is None else parts[of_feed_forward.name](x)
+            terms = x, parts[ATTENTION](n)[0], parts[FEED_FORWARD](m)
+            first, second, third = (terms[number] for number in order)
+            return first + second + third, True
 
-        if agrees(own_code, parallel, (x,), EXACT):
-            return Sums(LayerNorms(before_attention=norms[0]), is_parallel=True)
+        for order in ((0, 1, 2), (1, 2, 0), (0, 2, 1)):  # roundings differ by the order of sums
+            if agrees(own_code, partial(parallel, order=order), (x,), EXACT):
+                places = LayerNorms(
+                    before_attention=of_attention, before_feed_forward=of_feed_forward
+                )
+                return Sums(places, is_parallel=True)
     scales = [1.0, *(own for own in vars(layer).values() if type(own) is float and own != 1.0)]
-    for names_of_places, scale in product(_orders(tuple(called)), scales):
+    for names_of_places, scale in product(_orders(own_calls), scales):
         places = LayerNorms(*(by_name.get(name) for name in names_of_places))
 
         def computed(
@@ -93,6 +102,21 @@ def find_places(layer: nn.Module, norms: Sequence[Norm]) -> Sums | None:
         if agrees(own_code, computed, (x,), EXACT):
             return Sums(places, residual_scale=scale)
     return None
+
+
+def _parallel_norms(
+    called: Sequence[str], norms: Mapping[str, Norm]
+) -> tuple[Norm, Norm | None] | None:
+    """Returns the norms before attention and before the feed-forward block, the second only if it
+    is another one. Returns None if this order of calls is not that of a parallel layer."""
+    blocks = [name for name in called if name not in norms]
+    own_norms = [norms[name] for name in called if name in norms]
+    if blocks != [ATTENTION, FEED_FORWARD] or called[0] not in norms:
+        return None
+    if len(own_norms) == 1:
+        return own_norms[0], None
+    is_pair = len(own_norms) == len(norms) == 2 and called[-1] == FEED_FORWARD
+    return (own_norms[0], own_norms[1]) if is_pair else None
 
 
 def _orders(called: Sequence[str]) -> list[tuple[str, str, str, str]]:

@@ -12,7 +12,15 @@ from torch.nn import functional as F
 
 from veneer.adapters.placement.wrapping import unwrapped
 from veneer.execution.agreement import EXACT, PART, agrees
-from veneer.execution.layer_facts import DOWN, GATE_UP, JOINED_GATE_UP, FeedForward, Gate, Norm
+from veneer.execution.layer_facts import (
+    ACTIVATIONS,
+    DOWN,
+    GATE_UP,
+    JOINED_GATE_UP,
+    FeedForward,
+    Gate,
+    Norm,
+)
 from veneer.execution.small_modules import (
     WIDTH,
     random_rows,
@@ -20,13 +28,7 @@ from veneer.execution.small_modules import (
     with_children,
     with_small_weight,
 )
-from veneer.kernels.dense.fused import (
-    gelu_erf_gate,
-    gelu_gate,
-    rms_norm,
-    rms_norm_reference,
-    silu_gate,
-)
+from veneer.kernels.dense.fused import activate, rms_norm, rms_norm_reference
 from veneer.linear import frozen_linear
 from veneer.private.torch import children_of, parameters_of, replace_parameters
 
@@ -34,7 +36,7 @@ NORM_KINDS = ((0.0, False), (0.0, True), (1.0, True))
 """(offset, is_wide) of the kinds of norms that find_norm tries."""
 INNER = 12
 """Inner size of the small feed-forward block that is tried."""
-ACTIVATIONS = ("act_fn", "activation_fn")
+ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
 """Names of the activation in a feed-forward block."""
 
 
@@ -84,32 +86,43 @@ def _find_layer_norm(module: nn.Module, epsilon: float, name: str) -> Norm | Non
 
 @torch.no_grad()
 def find_feed_forward(module: nn.Module) -> FeedForward | None:
-    """Returns the facts of a gated feed-forward block; None for any other module, for instance one
-    that clips its values."""
+    """Returns the facts of a feed-forward block, gated or plain; None for any other module, for
+    instance one that clips its values."""
     children = children_of(module)
-    inputs = JOINED_GATE_UP if JOINED_GATE_UP[0] in children else GATE_UP
-    (activation_name, *others) = {*children} - {*inputs, DOWN} or {""}
-    activation = children.get(activation_name)
-    if others or not {*inputs, DOWN} <= children.keys() or activation_name not in ACTIVATIONS:
-        return None
+    activation_name = next((name for name in ACTIVATION_NAMES if name in children), "")
+    activation, names = children.get(activation_name), [*children]
     if not isinstance(activation, nn.Module) or any(True for _ in activation.parameters()):
         return None
-    x = torch.linspace(-4, 4, 64, device="cpu")[None]
-    view = frozen_linear(unwrapped(module.get_submodule(inputs[0])))
-    dtype, width = (torch.float32, 0) if view is None else (view.dtype, view.out_features)
-    sizes = [*((WIDTH, 2 * INNER // len(inputs)) for _ in inputs), (INNER, WIDTH)]
+    names.remove(activation_name)
+    inputs = JOINED_GATE_UP if JOINED_GATE_UP[0] in children else GATE_UP
+    output, is_plain = DOWN, {*names} != {*inputs, DOWN}
+    if is_plain:
+        if len(names) != 2:
+            return None
+        inputs, output = (names[0],), names[1]
+    views = [frozen_linear(unwrapped(module.get_submodule(name))) for name in (*inputs, output)]
+    linears = [view for view in views if view is not None]
+    if len(linears) != len(views):
+        return None
+    dtype, width = linears[0].dtype, sum(view.out_features for view in linears[:-1])
+    width = width if is_plain else width // 2
+    count = 1 if is_plain else 2 // len(inputs)
+    sizes = [*((WIDTH, count * INNER) for _ in inputs), (INNER, WIDTH)]
     *projections, down = (small_linear(*size, dtype, seed) for seed, size in enumerate(sizes))
-    own = {**dict(zip(inputs, projections, strict=True)), DOWN: down}
-    small = with_children(module, own)
+    small = with_children(module, dict(zip((*inputs, output), (*projections, down), strict=True)))
 
     def computed(x: Tensor, gate: Gate) -> Tensor:
         outputs = torch.cat([project(x) for project in projections], dim=-1)
-        y: Tensor = down(gate(*outputs.chunk(2, dim=-1)))
+        if is_plain:
+            y: Tensor = down(activate(outputs, ACTIVATIONS[gate]))
+        else:
+            y = down(gate(*outputs.chunk(2, dim=-1)))
         return y
 
-    for gate in (silu_gate, gelu_gate, gelu_erf_gate):
+    x = torch.linspace(-4, 4, 64, device="cpu")[None]
+    for gate in ACTIVATIONS:
         same = agrees(lambda x, gate=gate: gate(x, torch.ones_like(x)), activation, (x,), PART)
         rows = random_rows(WIDTH, dtype)
         if same and agrees(partial(computed, gate=gate), small, (rows,), PART):
-            return FeedForward(module, gate, width * len(inputs) // 2, inputs)
+            return FeedForward(module, gate, width, inputs, output, is_plain)
     return None

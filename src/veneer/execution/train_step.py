@@ -27,14 +27,12 @@ from veneer.execution.attention_facts import attend, find_attention
 from veneer.execution.decoder_layer import find_layers
 from veneer.execution.layer_facts import (
     ATTENTION,
-    DOWN,
     FEED_FORWARD,
     LAYERS_OF_INPUTS,
     Attention,
     DecoderLayer,
     FeedForward,
     Norm,
-    O,
 )
 from veneer.execution.part_facts import find_feed_forward, find_norm
 from veneer.execution.stand_in import StandIn
@@ -42,7 +40,7 @@ from veneer.kernels.bindings.library import has_bf16
 from veneer.kernels.dense import block_operands
 from veneer.kernels.dense.block import lora_block
 from veneer.kernels.dense.block_operands import Block, BlockPart, module_rows
-from veneer.kernels.dense.fused import gelu_gate, layer_norm, rms_norm, silu_gate, takes_layer_norm
+from veneer.kernels.dense.fused import activate, layer_norm, rms_norm, takes_layer_norm
 from veneer.kernels.dense.lora import LoRALinear, filled
 from veneer.kernels.dense.rank import MOST_RANK
 from veneer.linear import frozen_linear
@@ -94,8 +92,7 @@ class FusedNorm(StandIn):
 
 
 class FusedGate(StandIn):
-    """down(gate(gate_proj(x), up_proj(x))), by the model's own projections, adapted or not, joined
-    or not."""
+    """A feed-forward block by the model's own projections, adapted or not, joined or not."""
 
     def __init__(self, base: nn.Module, facts: FeedForward) -> None:
         super().__init__(base)
@@ -103,9 +100,13 @@ class FusedGate(StandIn):
 
     def forward(self, x: Tensor) -> Tensor:
         base: Any = self.base
-        outputs = apply_together([getattr(base, name) for name in self.facts.inputs], x)
-        gate, up = outputs[0].chunk(2, dim=-1) if self.facts.is_joined else outputs
-        return base.down_proj(self.facts.gate(gate, up))
+        facts = self.facts
+        down: Callable[[Tensor], Tensor] = getattr(base, facts.output)
+        outputs = apply_together([getattr(base, name) for name in facts.inputs], x)
+        if facts.is_plain:
+            return down(activate(outputs[0], facts.activation))
+        gate, up = outputs[0].chunk(2, dim=-1) if facts.is_joined else outputs
+        return down(facts.gate(gate, up))
 
 
 class FusedAttention(StandIn):
@@ -210,8 +211,8 @@ class FusedLayer(StandIn):
                 return None
             angles = None if rotation is None else (cos[span], sin[span])
             parts.append(BlockPart(span, of_part, layers, self.places, angles, layout.groups[0]))
-        is_gelu, neighbours = feed_forward.gate is gelu_gate, bool(rotation and rotation.neighbours)
-        kind = is_gelu, neighbours, self.facts.is_parallel
+        neighbours = bool(rotation and rotation.neighbours)
+        kind = feed_forward.activation, neighbours, self.facts.is_parallel
         block = Block(norms, parts, heads.head_dim, heads.rules, *kind)
         if not block.usable(x_MI):
             return None
@@ -230,8 +231,9 @@ class FusedLayer(StandIn):
         assert heads is not None and feed_forward is not None
         rows_of_parts, modules = [x_MI[span] for span in spans], list[list[LoRALinear]]()
         # Of the blocks themselves: a stand-in finds their attributes last.
-        places = [getattr(attention.base, name) for name in (*heads.inputs, O)]
-        places += [getattr(gated.base, name) for name in (*feed_forward.inputs, DOWN)]
+        places = [getattr(attention.base, name) for name in (*heads.inputs, heads.output)]
+        names = feed_forward.output, *feed_forward.inputs
+        places += [getattr(gated.base, name) for name in names]
         for place in places:
             loras = part_loras(place, x_MI, spans)
             if loras is None:
@@ -300,9 +302,7 @@ def _is_one_node(path: str, layer: DecoderLayer, stand_ins: Mapping[str, StandIn
     """Whether the kernels compute a layer: it is understood, in bf16, and has an adapted linear."""
     if layer.unknown is not None or layer.attention is None or layer.feed_forward is None:
         return False
-    if layer.feed_forward.gate not in (silu_gate, gelu_gate) or not has_bf16():
-        return False
-    if layer.residual_scale != 1.0:
+    if layer.residual_scale != 1.0 or not has_bf16():
         return False
     first = frozen_linear(
         unwrapped(layer.attention.module.get_submodule(layer.attention.inputs[0]))

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from transformers.models.phi.modeling_phi import PhiDecoderLayer
 
 from tests.kernels.test_tiles import vectors
 from tests.support.helpers import fill, make_examples
@@ -34,24 +35,29 @@ SIZES = {
 }
 FAMILIES = [
     *("llama", "qwen2", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "olmo2", "exaone4"),
-    *("phi3", "glm4", "cohere", "stablelm"),
+    *("phi3", "glm4", "cohere", "stablelm", "starcoder2", "phi"),
 ]
 """Norms of heads, of all heads, before and behind the parts, in float32; gates of GELU; layers
 without rotation, or with angles in float32."""
 
 
-JOINED = {"phi3": {**dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")}, "glm4": {}}
-for names in JOINED.values():
+OWN_NAMES = {
+    "starcoder2": {"gate_proj": "c_fc", "up_proj": "c_fc", "down_proj": "c_proj"},
+    "phi": {"gate_proj": "fc1", "up_proj": "fc1", "down_proj": "fc2", "o_proj": "dense"},
+    "phi3": {**dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")},
+    "glm4": {},
+}
+for names in (OWN_NAMES["phi3"], OWN_NAMES["glm4"]):
     names |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
-"""Families whose modules join several layers: {name elsewhere: their name}."""
-IN_ANOTHER_ORDER = {*JOINED, "cohere"}
+"""Families with other names of modules: {name elsewhere: their name}."""
+IN_ANOTHER_ORDER = {"phi3", "glm4", "cohere", "phi"}
 """Families that add up gradients in another order than their parts: those of a factor that layers
 share, or of an input that both blocks read."""
 
 
 def named(family, settings):
     """Settings with a family's own names of modules."""
-    names = JOINED.get(family, {})
+    names = OWN_NAMES.get(family, {})
     if isinstance(settings.get("targets"), list):
         targets = [names.get(name, name) for name in settings["targets"]]
         settings = {**settings, "targets": list(dict.fromkeys(targets))}
@@ -112,6 +118,11 @@ def taken(monkeypatch):
     return counts
 
 
+def _x_first(layer, hidden_states, **given):
+    n = layer.input_layernorm(hidden_states)
+    return hidden_states + layer.self_attn(hidden_states=n, **given)[0] + layer.mlp(n)
+
+
 def both(trained, monkeypatch):
     """What is measured, then the same with its layers computed part by part."""
     found = replacements(trained.model)
@@ -140,6 +151,8 @@ def both(trained, monkeypatch):
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_node_gives_the_bits_of_its_parts(family, settings, taken, monkeypatch):
+    if family == "phi":  # it adds x last, which rounds otherwise
+        monkeypatch.setattr(PhiDecoderLayer, "forward", _x_first)
     trained = Trained(family, **settings)
     ours, plain = both(trained, monkeypatch)
     assert taken == [True, True]
@@ -385,7 +398,7 @@ def test_a_layer_that_holds_more_than_its_parts_stays(add):
     assert len(trained.layers()) == 1
 
 
-@pytest.mark.parametrize("family", ["starcoder2", "gpt2", "mixtral"])
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
 def test_layers_of_other_parts_stay(family):
     model = tiny_model(family, torch.bfloat16)
     prepare(model)

@@ -20,6 +20,7 @@ from veneer.data.batching import make_batch
 from veneer.execution.proofs.small_copy import drawn, small_copy
 from veneer.execution.stand_in import put_aside
 from veneer.execution.train_step import FusedAttention, FusedGate, FusedNorm, fused, replacements
+from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, SILU
 from veneer.kernels.dense import fused as kernels
 from veneer.kernels.dense.loss import Head, frozen_head_loss, head_loss_reference, head_nats
 from veneer.models.checkpointing import checkpointed
@@ -63,7 +64,7 @@ def test_the_norm_is_its_reference(dtype, shape, kind):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(3, 7), (4, 48)], ids=str)
-@pytest.mark.parametrize("kind", ["silu_gate", "gelu_gate"])
+@pytest.mark.parametrize("kind", ["silu_gate", "gelu_gate", "gelu_erf_gate"])
 def test_the_gate_is_its_reference(kind, dtype, shape):
     torch.manual_seed(1)
     gate, up = ((torch.randn(shape) * 4).to(dtype).requires_grad_() for _ in range(2))
@@ -74,6 +75,19 @@ def test_the_gate_is_its_reference(kind, dtype, shape):
     wide = [t.detach().double().requires_grad_() for t in (gate, up)]
     ours, theirs = getattr(kernels, kind)(gate, up), getattr(kernels, f"{kind}_reference")(*wide)
     near_with_gradients(ours, theirs, (gate, up), wide, grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 7), (4, 48)], ids=str)
+@pytest.mark.parametrize("activation", [SILU, GELU_TANH, GELU_ERF])
+def test_an_activation_without_a_gate_is_that_of_torch(activation, dtype, shape):
+    torch.manual_seed(1)
+    x = (torch.randn(shape) * 4).to(dtype)
+    x.view(-1)[:2] = torch.tensor([-1e15, 1e15])
+    x.requires_grad_()
+    grad, wide = torch.randn(shape).to(dtype), x.detach().double().requires_grad_()
+    ours, theirs = kernels.activate(x, activation), kernels.activated(wide, activation)
+    near_with_gradients(ours, theirs, (x,), [wide], grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -34,7 +34,8 @@ def block_cases(
         return block_calls.RankFactors(factors, filled(BF16, rows, sum(ranks)), 0.5, masks)
 
     heads = [rng.randint(1, 3) for _ in range(3)]
-    is_wide, is_gelu, back, has_norms, is_centred = (bool(rng.randint(0, 1)) for _ in range(5))
+    is_wide, back, has_norms, is_centred, has_up = (bool(rng.randint(0, 1)) for _ in range(5))
+    activation = rng.randint(0, 2)
 
     def norm(columns: int = width, spans: int = 1) -> block_calls.NormOperands:
         scale = filled(torch.float32, rows * spans)
@@ -112,12 +113,12 @@ def block_cases(
             block_calls.gate_forward,
             {
                 "gate": wide(),
-                "up": wide(),
+                "up": wide() if has_up else None,
                 "out": wide(),
                 "of_gate": of_gate,
-                "of_up": of_up,
+                "of_up": of_up if has_up else None,
                 "next_factors": side(of_A=True),
-                "is_gelu": is_gelu,
+                "activation": activation,
             },
         ),
         (
@@ -125,12 +126,12 @@ def block_cases(
             {
                 "grad": wide(),
                 "gate": wide(),
-                "up": wide(),
-                "grad_up": wide(),
+                "up": wide() if has_up else None,
+                "grad_up": wide() if has_up else None,
                 "update": side(of_A=True),
                 "of_gate": of_gate,
-                "of_up": of_up,
-                "is_gelu": is_gelu,
+                "of_up": of_up if has_up else None,
+                "activation": activation,
             },
         ),
         (

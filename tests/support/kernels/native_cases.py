@@ -131,6 +131,8 @@ def _rows(rng: random.Random) -> list[Call]:
     )
     weight = filled(dtype, width)
     gates = [filled(dtype, rows, 16) for _ in range(5)]
+    half = dtype is BF16
+    activation, has_up = rng.randint(0, 2 if half else 1), not half or rng.random() < 0.5
     angle_type, turned = rng.choice([dtype, torch.float32]), rng.choice([2, 30, 32, 64])
     return [
         (
@@ -155,13 +157,25 @@ def _rows(rng: random.Random) -> list[Call]:
                 "scale": scale,
             },
         ),
-        *(
-            (call, dict(zip(("gate", "up", "out"), gates[:3], strict=True)))
-            for call in (row_calls.silu_gate_forward, row_calls.gelu_gate_forward)
+        (
+            row_calls.gate_forward,
+            {
+                "gate": gates[0],
+                "up": gates[1] if has_up else None,
+                "out": gates[2],
+                "activation": activation,
+            },
         ),
-        *(
-            (call, dict(zip(("gate", "up", "grad", "grad_gate", "grad_up"), gates, strict=True)))
-            for call in (row_calls.silu_gate_backward, row_calls.gelu_gate_backward)
+        (
+            row_calls.gate_backward,
+            {
+                "gate": gates[0],
+                "up": gates[1] if has_up else None,
+                "grad": gates[2],
+                "grad_gate": gates[3],
+                "grad_up": gates[4] if has_up else None,
+                "activation": activation,
+            },
         ),
         (
             row_calls.rotary,
@@ -461,6 +475,10 @@ def _step(rng: random.Random) -> list[Call]:
                 "after_epsilon": 1e-5,
                 "after_offset": rng.choice([0.0, 1.0]),
                 "after_is_wide": rng.random() < 0.5,
+                "is_centred": has_norm and rng.random() < 0.5,
+                "bias": filled(dtype, width) if has_norm and rng.random() < 0.5 else None,
+                "after_is_centred": has_after and rng.random() < 0.5,
+                "after_bias": filled(dtype, width) if has_after and rng.random() < 0.5 else None,
                 "scale": 0.3,
                 "level": level,
             },
@@ -479,7 +497,13 @@ def _step(rng: random.Random) -> list[Call]:
         ),
         (
             step_calls.step_gate,
-            {"gate": x, "up": delta, "out": out, "activation": rng.randint(0, 2), "level": level},
+            {
+                "gate": x,
+                "up": rng.choice([None, delta]),
+                "out": out,
+                "activation": rng.randint(0, 2),
+                "level": level,
+            },
         ),
         (
             step_calls.step_cap,

@@ -224,29 +224,32 @@ def norm_backward(
 @declare(
     "veneer_block_gate_forward(*)",
     f"""
-    gate, up: bf16[rows, width]
+    gate: bf16[rows, width]
+    up: bf16[rows, width]?
     out: bf16[rows, width] words 4
     grad_up: unused
     sides: RankFactors*3
     {_SIZES}
-    is_gelu: flag
+    activation: 0..2
     body sides
     """,
     RankFactors=_RankFactors,
 )
 def gate_forward(
     gate: Tensor,
-    up: Tensor,
+    up: Tensor | None,
     out: Tensor,
     of_gate: RankFactors,
-    of_up: RankFactors,
+    of_up: RankFactors | None,
     next_factors: RankFactors,
     *,
-    is_gelu: bool,
+    activation: int,
 ) -> Values:
     """Adds their updates (B of one layer each) to gate and up (M, D), in place. Then computes out
-    (M, D) = silu(gate) * up, or gelu(gate) * up, and its product with A of one layer
-    (`next_factors`)."""
+    (M, D) = activation(gate) * up, or without up activation(gate), and its product with A of one
+    layer (`next_factors`). activation: a number of row_calls.py."""
+    if (up is None) != (of_up is None):
+        raise CallError("a part of a gate")
     updates = [_rank_factors(side, gate, across=True, of_A=False) for side in (of_gate, of_up)]
     return {"sides": (*updates, _rank_factors(next_factors, gate, across=True, of_A=True))}
 
@@ -254,11 +257,13 @@ def gate_forward(
 @declare(
     "veneer_block_gate_backward(*)",
     f"""
-    gate, up: bf16[rows, width]
-    out, grad_up: bf16[rows, width] words 4
+    gate: bf16[rows, width]
+    up: bf16[rows, width]?
+    out: bf16[rows, width] words 4
+    grad_up: bf16[rows, width]? words 4
     sides: RankFactors*3
     {_SIZES}
-    is_gelu: flag
+    activation: 0..2
     body out, sides
     """,
     RankFactors=_RankFactors,
@@ -266,17 +271,19 @@ def gate_forward(
 def gate_backward(
     grad: Tensor,
     gate: Tensor,
-    up: Tensor,
-    grad_up: Tensor,
+    up: Tensor | None,
+    grad_up: Tensor | None,
     *,
     update: RankFactors,
     of_gate: RankFactors,
-    of_up: RankFactors,
-    is_gelu: bool,
+    of_up: RankFactors | None,
+    activation: int,
 ) -> Values:
     """Adds `update` (by A of one layer) to grad (M, D), the gradient of gate_forward's
     out. Then writes the gradient of gate over it and that of up to grad_up (M, D), and computes the
-    products of both with B of one layer each (`of_gate`, `of_up`)."""
+    products of both with B of one layer each (`of_gate`, `of_up`). Without up that of gate."""
+    if len({up is None, grad_up is None, of_up is None}) > 1:
+        raise CallError("a part of a gate")
     products = [_rank_factors(side, gate, across=False, of_A=False) for side in (of_gate, of_up)]
     return {"out": grad, "sides": (*products, _rank_factors(update, gate, across=False, of_A=True))}
 

@@ -3,6 +3,7 @@
 Shapes: M rows, D width, H heads, E head size, V vocabulary.
 """
 
+import torch
 from torch import Tensor
 
 from veneer.kernels.bindings.arguments import CallError
@@ -11,8 +12,8 @@ from veneer.kernels.bindings.declarations import declare
 
 _READ = "x: T{rows * width}; weight: T[width];"
 _WRITTEN = "out: T{rows * width}; scale: f32[rows]; width: 1..;"
-_GATES = "gate, up: T{count}; grad: unused; out: T{count}; grad_gate, grad_up: unused"
-_GATE_GRADIENTS = "gate, up, grad: T{count}; out: unused; grad_gate, grad_up: T{count}"
+SILU, GELU_TANH, GELU_ERF = range(3)
+"""Numbers of activations: GELU by its formula with tanh, and by its definition."""
 
 
 @declare(
@@ -43,37 +44,38 @@ def rms_norm_backward(
 
 
 @declare(
-    "veneer_silu_gate_forward|veneer_silu_gate_float_forward(*, registers = count / 16)", _GATES
+    "veneer_gate_forward|veneer_gate_float_forward(*, registers = count / 16,"
+    " activation: int32 0..2)",
+    "gate: T{count}; up: T{count}?; grad: unused; out: T{count}; grad_gate, grad_up: unused",
 )
-def silu_gate_forward(gate: Tensor, up: Tensor, out: Tensor) -> None:
-    """out = silu(gate) * up, a multiple of 16 values."""
+def gate_forward(gate: Tensor, up: Tensor | None, out: Tensor, activation: int) -> None:
+    """Computes out = activation(gate) * up, a multiple of 16 values. Without up each is 1."""
+    _check_gate(gate, up, activation)
 
 
 @declare(
-    "veneer_silu_gate_backward|veneer_silu_gate_float_backward(*, registers = count / 16)",
-    _GATE_GRADIENTS,
+    "veneer_gate_backward|veneer_gate_float_backward(*, registers = count / 16,"
+    " activation: int32 0..2)",
+    "gate: T{count}; up: T{count}?; grad: T{count}; out: unused; grad_gate: T{count};"
+    " grad_up: T{count}?",
 )
-def silu_gate_backward(
-    gate: Tensor, up: Tensor, grad: Tensor, grad_gate: Tensor, grad_up: Tensor
+def gate_backward(
+    gate: Tensor,
+    up: Tensor | None,
+    grad: Tensor,
+    grad_gate: Tensor,
+    grad_up: Tensor | None,
+    activation: int,
 ) -> None:
-    """grad_gate, grad_up: the gradients of gate and up."""
+    """Writes the gradients of gate and up to grad_gate and grad_up."""
+    _check_gate(gate, up, activation)
+    if (up is None) != (grad_up is None):
+        raise CallError("a gradient of what is missing, or none of what is there")
 
 
-@declare(
-    "veneer_gelu_gate_forward|veneer_gelu_gate_float_forward(*, registers = count / 16)", _GATES
-)
-def gelu_gate_forward(gate: Tensor, up: Tensor, out: Tensor) -> None:
-    """out = gelu(gate) * up, gelu by its formula with tanh, a multiple of 16 values."""
-
-
-@declare(
-    "veneer_gelu_gate_backward|veneer_gelu_gate_float_backward(*, registers = count / 16)",
-    _GATE_GRADIENTS,
-)
-def gelu_gate_backward(
-    gate: Tensor, up: Tensor, grad: Tensor, grad_gate: Tensor, grad_up: Tensor
-) -> None:
-    """grad_gate, grad_up: the gradients of gate and up."""
+def _check_gate(gate: Tensor, up: Tensor | None, activation: int) -> None:
+    if gate.dtype is torch.float32 and (up is None or activation == GELU_ERF):
+        raise CallError("a gate that C does not compute in float32")
 
 
 @declare(

@@ -10,10 +10,9 @@ from torch import Tensor
 from veneer.kernels.bindings.arguments import CallError, number
 from veneer.kernels.bindings.checks import Values
 from veneer.kernels.bindings.declarations import declare
+from veneer.kernels.bindings.row_calls import SILU
 
 ANY_LEVEL = 3
-SILU, GELU_TANH, GELU_ERF = range(3)
-"""Numbers of activations."""
 
 
 @declare(
@@ -25,11 +24,11 @@ SILU, GELU_TANH, GELU_ERF = range(3)
     out: T[rows, width]?
     rows
     width: 1..
-    weight: T[width]?
-    is_wide: flag
+    weight, bias: T[width]?
+    is_wide, is_centred: flag
     epsilon, offset: float
-    after_weight: T[width]?
-    after_is_wide: flag
+    after_weight, after_bias: T[width]?
+    after_is_wide, after_is_centred: flag
     after_epsilon, after_offset, scale: float
     """,
 )
@@ -43,10 +42,14 @@ def step_norm(
     epsilon: float,
     offset: float,
     is_wide: bool,
+    is_centred: bool,
+    bias: Tensor | None,
     after_weight: Tensor | None,
     after_epsilon: float,
     after_offset: float,
     after_is_wide: bool,
+    after_is_centred: bool,
+    after_bias: Tensor | None,
     level: int = ANY_LEVEL,
 ) -> None:
     """Computes sum_ (N, D) = x + scale * norm(delta) by the weight behind it, or x + scale * delta
@@ -95,7 +98,7 @@ def step_rotate(
     "veneer_step_gate(*, T, level: int32 0..3)",
     """
     gate: T[rows@gate_row, width]
-    up: T[rows@up_row, width]
+    up: T[rows@up_row, width]?
     out: T[rows, width]
     rows
     gate_row, up_row: 0..2**40
@@ -104,9 +107,10 @@ def step_rotate(
     """,
 )
 def step_gate(
-    gate: Tensor, up: Tensor, out: Tensor, activation: int = SILU, level: int = ANY_LEVEL
+    gate: Tensor, up: Tensor | None, out: Tensor, activation: int = SILU, level: int = ANY_LEVEL
 ) -> None:
-    """Computes out (N, D) = activation(gate) * up."""
+    """Computes out (N, D) = activation(gate) * up; without up each is 1. activation: a number of
+    row_calls.py."""
 
 
 @declare(

@@ -18,22 +18,28 @@ from torch.nn import functional as F
 
 from veneer.kernels.bindings import step_calls
 from veneer.kernels.bindings.arguments import available
-from veneer.kernels.dense.fused import rms_norm_reference, rotary_reference
+from veneer.kernels.bindings.row_calls import SILU
+from veneer.kernels.dense.fused import activated, rms_norm_reference, rotary_reference
 
 TYPES = (torch.float32, torch.bfloat16)
 
 
 class StepNorm(NamedTuple):
     """(weight + offset) * x / sqrt(mean(x^2) + epsilon); the normal values are rounded before they
-    are multiplied unless is_wide. Source: Zhang and Sennrich 2019, arXiv:1910.07467."""
+    are multiplied unless is_wide. Source: Zhang and Sennrich 2019, arXiv:1910.07467.
+
+    is_centred: LayerNorm, weight * (x - mean) / sqrt(variance + epsilon) + bias, rounded once.
+    """
 
     weight: Tensor
     epsilon: float
     offset: float = 0.0
     is_wide: bool = False
+    is_centred: bool = False
+    bias: Tensor | None = None
 
 
-_NO_NORM = (None, 0.0, 0.0, False)
+_NO_NORM = (None, 0.0, 0.0, False, False, None)
 
 
 def usable(*tensors: Tensor | None) -> bool:
@@ -54,8 +60,9 @@ def add_norm(
     """Returns (h', x). h' is h if there is no delta; x is h' if there is no norm."""
     if delta_ND is None and norm is None:
         return h_ND, h_ND
-    weights = [None if each is None else each.weight for each in (norm, after)]
-    if not usable(h_ND, delta_ND, *weights):
+    norms = [present for present in (norm, after) if present is not None]
+    values = [value for present in norms for value in (present.weight, present.bias)]
+    if not usable(h_ND, delta_ND, *values):
         return add_norm_reference(h_ND, delta_ND, norm, after, scale)
     added = None if delta_ND is None else torch.empty_like(h_ND)
     out = None if norm is None else torch.empty_like(h_ND)
@@ -81,7 +88,13 @@ def add_norm_reference(
 def _normed(x: Tensor, norm: StepNorm | None) -> Tensor:
     if norm is None:
         return x
-    weight, epsilon, offset, is_wide = norm
+    weight, epsilon, offset, is_wide, is_centred, bias = norm
+    if is_centred:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        own_bias = None if bias is None else bias.to(wide)
+        return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), own_bias, epsilon).to(
+            x.dtype
+        )
     return rms_norm_reference(x, weight, epsilon, offset=offset, is_wide=is_wide)
 
 
@@ -132,24 +145,23 @@ def rotate_reference(
         x.copy_(by_heads.flatten(1))
 
 
-def gate(gate_ND: Tensor, up_ND: Tensor, activation: int = step_calls.SILU) -> Tensor:
-    """Returns activation(gate) * up. Source: Shazeer 2020, arXiv:2002.05202, SwiGLU and GEGLU.
+def gate(gate_ND: Tensor, up_ND: Tensor | None, activation: int = SILU) -> Tensor:
+    """Returns activation(gate) * up, or without up activation(gate). Source: Shazeer 2020,
+    arXiv:2002.05202, SwiGLU and GEGLU.
 
-    activation: SILU, GELU_TANH or GELU_ERF of bindings/step_calls.py
+    activation: SILU, GELU_TANH or GELU_ERF of bindings/row_calls.py
     """
-    if not _have_rows(gate_ND, up_ND):
+    if not _have_rows(gate_ND, *(() if up_ND is None else (up_ND,))):
         return gate_reference(gate_ND, up_ND, activation)
     out = gate_ND.new_empty(gate_ND.shape)
     step_calls.step_gate(gate_ND, up_ND, out, activation)
     return out
 
 
-def gate_reference(gate_ND: Tensor, up_ND: Tensor, activation: int = step_calls.SILU) -> Tensor:
+def gate_reference(gate_ND: Tensor, up_ND: Tensor | None, activation: int = SILU) -> Tensor:
     """Defines gate, in plain torch."""
-    if activation == step_calls.SILU:
-        return F.silu(gate_ND) * up_ND
-    how = "tanh" if activation == step_calls.GELU_TANH else "none"
-    return F.gelu(gate_ND, approximate=how) * up_ND
+    y = activated(gate_ND, activation)
+    return y if up_ND is None else y * up_ND
 
 
 def cap(x_NV: Tensor, scale: float, softcap: float | None) -> Tensor:

@@ -4,9 +4,9 @@
     y = h + norm(down(activation(gate(m)) * up(m)))     m = norm(h), the activation SiLU or GELU
 
 A norm divides by the root mean square of a row, or is a LayerNorm. Any of them may be missing, and
-so may the rotation, which may be of a part of each head. In a parallel layer m is n, and y is
-x + o(...) + down(...). A module may join q, k and v, or gate and up: its layers are rows of its
-weight and of its B, by views, and their gradients of its A are added up.
+so may the rotation, which may be of a part of each head, and up. In a parallel layer m is n or
+another norm of x, and y is x + o(...) + down(...). A module may join q, k and v, or gate and up:
+its layers are rows of its weight and of its B, by views, and their gradients of its A are added up.
 
 The node makes the same calls as its parts (lora.py, attention/compiled.py, fused.py), in the same
 order and with the same bits, without a graph between them. Only gradients of joined modules, and of

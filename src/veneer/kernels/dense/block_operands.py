@@ -16,6 +16,7 @@ from veneer.kernels.attention.compiled import document_starts
 from veneer.kernels.bindings import block_calls
 from veneer.kernels.bindings.block_calls import RankFactors
 from veneer.kernels.bindings.library import on_cpu
+from veneer.kernels.bindings.row_calls import SILU
 from veneer.kernels.dense import rank
 from veneer.kernels.dense.dropout import Dropout
 from veneer.kernels.dense.frozen import DenseLinear
@@ -25,8 +26,9 @@ from veneer.kernels.layout import Group
 from veneer.kernels.rules import AttentionRules
 from veneer.kernels.tape.layer_tape import Input
 
-QKV, O, GATES, DOWN, LAYERS = (0, 1, 2), 3, (4, 5), 6, 7
-"""Numbers of the linear layers: q, k, v; o; gate, up; down; and how many there are."""
+QKV, O, DOWN, GATES = (0, 1, 2), 3, 4, (5, 6)
+"""Numbers of the linear layers: q, k, v; o; down; gate, up. A plain feed-forward block has no
+up."""
 
 
 class ModuleRows(NamedTuple):
@@ -114,7 +116,7 @@ class BlockPart:
 
     rows     which of the M rows
     modules  the linear modules with their updates
-    layers   q, k, v, o, gate, up and down; all have the same share of dropout, or none has dropout
+    layers   q, k, v, o, down, gate and up; all have the same share of dropout, or none has dropout
     places   of each layer in the modules
     angles   cosines and sines (rows, rotated dimensions of a head), bf16 or float32, those of the
              firsts of the pairs, then of the seconds; None: nothing is rotated
@@ -129,7 +131,7 @@ class BlockPart:
 
     def fits_ranks(self) -> bool:
         ranks = [len(layer.A) for layer in self.layers]
-        if max(sum(ranks[:3]), sum(ranks[4:6])) > rank.MOST_RANK:
+        if max(sum(ranks[:3]), sum(ranks[5:])) > rank.MOST_RANK:
             return False
         rows = self.rows.stop - self.rows.start
         if rows < _LEAST_ROWS or not all(map(_is_updated_by_kernels, self.layers)):
@@ -172,17 +174,17 @@ class Block:
     """The operands of a decoder layer. parts: all rows in order, one part if a single adapter acts.
 
     size         S
-    is_gelu      the activation of the gate is GELU, by its formula with tanh; otherwise SiLU
+    activation   of the gate, a number of bindings/row_calls.py
     neighbours   dimensions 2 i and 2 i + 1 of a head are rotated together; otherwise i and the one
                  half the rotated dimensions behind it
-    is_parallel  the feed-forward block reads what attention reads; the layer has one norm
+    is_parallel  the feed-forward block reads x by its own norm, or without one what attention reads
     """
 
     norms: Norms
     parts: Sequence[BlockPart]
     size: int
     rules: AttentionRules
-    is_gelu: bool = False
+    activation: int = SILU
     neighbours: bool = False
     is_parallel: bool = False
 
@@ -190,6 +192,16 @@ class Block:
     def layers(self) -> Sequence[LoRALinear]:
         """The layers of the first part; base and bias are the same in every part."""
         return self.parts[0].layers
+
+    @property
+    def gates(self) -> Sequence[int]:
+        """Numbers of the layers that read the input of the feed-forward block."""
+        return GATES[: len(self.layers) - GATES[0]]
+
+    @property
+    def shares_norm(self) -> bool:
+        """True if attention and the feed-forward block read the same input."""
+        return self.is_parallel and self.norms.before_feed_forward is None
 
     def usable(self, x: Tensor) -> bool:
         """True if the kernels compute this layer for x (M, D)."""
@@ -203,7 +215,7 @@ class Block:
         )
 
     def _fits_heads(self) -> bool:
-        q, k, v, _, gate, up, _ = (layer.base.out_features for layer in self.layers)
+        q, k, v, _, _, gate, *up = (layer.base.out_features for layer in self.layers)
         if self.size % 16 or any(width % self.size for width in (q, k, v)) or k != v:
             return False
         q_norm, k_norm = self.norms.q, self.norms.k
@@ -212,7 +224,7 @@ class Block:
                 return False
         if (q_norm is None) != (k_norm is None):
             return False
-        return not q // self.size % max(1, k // self.size) and gate == up and not gate % 16
+        return not q // self.size % max(1, k // self.size) and {*up} <= {gate} and not gate % 16
 
     def _fits_rules(self) -> bool:
         rules = self.rules
@@ -251,7 +263,9 @@ class Block:
         """
         if not on_cpu(x) or not all(type(layer.base) is DenseLinear for layer in self.layers):
             return None
-        weights = [value for value in self.inputs[: 2 * LAYERS] if isinstance(value, Tensor)]
+        weights = [
+            value for value in self.inputs[: 2 * len(self.layers)] if isinstance(value, Tensor)
+        ]
         shapes = [(t.shape, t.dtype, t.is_contiguous()) for t in (*factors, *weights)]
         numbers = [
             (layer.scaling, layer.bias is None) for part in self.parts for layer in part.layers
@@ -268,7 +282,7 @@ class Block:
         ]
         places = [(place.module, place.rows and place.rows.stop) for place in self.parts[0].places]
         norms = [norm and norm.facts() for norm in self.norms]
-        kind = self.size, self.is_gelu, self.neighbours, self.is_parallel, self.rules
+        kind = self.size, self.activation, self.neighbours, self.is_parallel, self.rules
         own = (*kind, equal_keys, *norms, *angles)
         return len(x), self.recomputes(len(x)), *own, *places, *rows, *shapes, *numbers, *drops
 

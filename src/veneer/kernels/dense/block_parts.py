@@ -15,7 +15,6 @@ from veneer.kernels.bindings import block_calls, row_calls
 from veneer.kernels.bindings.block_calls import RankFactors
 from veneer.kernels.dense import rank
 from veneer.kernels.dense.block_operands import (
-    GATES,
     QKV,
     Block,
     BlockPart,
@@ -328,7 +327,7 @@ class BackwardPass(Pass):
         grad_narrow = self.narrow([O])
         next_factors = self.output_factors(O, grad_narrow) if output_norm is None else None
         self.through_norm(
-            grad_h, GATES, grad_m_narrow, norm, kept.h, kept.m_scale, grad, next_factors
+            grad_h, self.block.gates, grad_m_narrow, norm, kept.h, kept.m_scale, grad, next_factors
         )
         if output_norm is None:
             return grad_h, grad_narrow
@@ -375,9 +374,8 @@ class BackwardPass(Pass):
         """Returns the input of the layer down if a factor's gradient needs it."""
         if self.keeps_all or not is_adapted(narrow):
             return kept.gated
-        gated = torch.empty_like(kept.gate)
-        gate = row_calls.gelu_gate_forward if self.block.is_gelu else row_calls.silu_gate_forward
-        gate(kept.gate, kept.up, gated)
+        gated, up = torch.empty_like(kept.gate), kept.up if kept.up.numel() else None
+        row_calls.gate_forward(kept.gate, up, gated, self.block.activation)
         return gated
 
     def recompute_heads(self, kept: Kept) -> tuple[Tensor, Tensor]:

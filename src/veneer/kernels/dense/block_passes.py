@@ -14,7 +14,7 @@ from torch import Tensor
 from veneer.kernels.attention.compiled import packed_forward
 from veneer.kernels.bindings import block_calls
 from veneer.kernels.dense import rank
-from veneer.kernels.dense.block_operands import DOWN, GATES, QKV, Block, O
+from veneer.kernels.dense.block_operands import DOWN, QKV, Block, O
 from veneer.kernels.dense.block_parts import BackwardPass, Kept, Pass, is_adapted
 
 
@@ -40,25 +40,32 @@ def forward(
         dropout = part.part.layers[O].dropout
         out_narrow.append(rank.down(own_out.view(len(own_out), -1), part.A[O], dropout=dropout))
     o, updates = run.product(O, out.view(rows, -1)), run.output_factors(O, out_narrow)
-    gates_of_h = () if block.is_parallel else GATES
-    h, o_scale, m, m_scale, m_narrow = run.add(
-        o, updates, x, norms.after_attention, norms.before_feed_forward, gates_of_h
-    )
-    if block.is_parallel:
-        m, m_narrow = n, run.products(n, GATES)
-    gate, up = (run.product(number, m) for number in GATES)
+    of_h = (None, ()) if block.is_parallel else (norms.before_feed_forward, block.gates)
+    h, o_scale, m, m_scale, m_narrow = run.add(o, updates, x, norms.after_attention, *of_h)
+    if block.shares_norm:
+        m, m_narrow = n, run.products(n, block.gates)
+    elif block.is_parallel:
+        _, _, m, m_scale, m_narrow = run.add(
+            x, [None for _ in run.parts], None, None, norms.before_feed_forward, block.gates
+        )
+    gate, *ups = (run.product(number, m) for number in block.gates)
+    up = ups[0] if ups else None
     gated, gated_narrow = torch.empty_like(gate), run.narrow([DOWN])
     for part, own_m_narrow, own_gated_narrow in zip(run.parts, m_narrow, gated_narrow, strict=True):
-        own_gate, own_up, own_gated = (values[part.rows] for values in (gate, up, gated))
-        sides = (
-            *part.all_output_factors(GATES, own_m_narrow),
+        of_gate, *of_up = part.all_output_factors(block.gates, own_m_narrow)
+        block_calls.gate_forward(
+            gate[part.rows],
+            None if up is None else up[part.rows],
+            gated[part.rows],
+            of_gate,
+            of_up[0] if of_up else None,
             part.input_factors([DOWN], own_gated_narrow),
+            activation=block.activation,
         )
-        block_calls.gate_forward(own_gate, own_up, own_gated, *sides, is_gelu=block.is_gelu)
     d, updates = run.product(DOWN, gated), run.output_factors(DOWN, gated_narrow)
     y, d_scale, *_ = run.add(d, updates, h, norms.after_feed_forward, None)
 
-    of_n = [*n_narrow, *m_narrow] if block.is_parallel else n_narrow
+    of_n = [*n_narrow, *m_narrow] if block.shares_norm else n_narrow
 
     def if_needed(x: Tensor, *conditions: object) -> Tensor:
         return x if all(conditions) else x.new_empty(0)
@@ -78,7 +85,7 @@ def forward(
         h=if_needed(h, not block.is_parallel),
         m_scale=m_scale,
         gate=gate,
-        up=up,
+        up=x.new_empty(0) if up is None else up,
         d=if_needed(d, norms.after_feed_forward),
         d_scale=d_scale,
         n=if_needed(n, run.keeps_all, norms.before_attention, is_adapted(of_n)),
@@ -108,12 +115,13 @@ def backward(
     norms, rest = block.norms, iter(saved)
     kept = Kept(*(next(rest) for _ in Kept._fields))
     n_narrow, out_narrow, m_narrow, gated_narrow = (
-        [next(rest) for _ in run.parts] for _ in (QKV, O, GATES, DOWN)
+        [next(rest) for _ in run.parts] for _ in (QKV, O, block.gates, DOWN)
     )
     grad_d, grad_narrow = run.through_last_norm(
         DOWN, grad, norms.after_feed_forward, kept.d, kept.d_scale
     )
-    grad_gate, grad_up = run.input_gradient([DOWN], [grad_d]), torch.empty_like(kept.up)
+    grad_gate = run.input_gradient([DOWN], [grad_d])
+    up, grad_up = (None, None) if len(block.gates) == 1 else (kept.up, torch.empty_like(kept.up))
     run.write(
         [DOWN],
         run.recompute_gated(kept, gated_narrow),
@@ -122,34 +130,39 @@ def backward(
         gated_narrow,
         add=add,
     )
-    grad_m_narrow = run.narrow(GATES)
+    grad_m_narrow = run.narrow(block.gates)
     for part, own_grad_narrow, own_grad_m_narrow in zip(
         run.parts, grad_narrow, grad_m_narrow, strict=True
     ):
-        own = [values[part.rows] for values in (grad_gate, kept.gate, kept.up, grad_up)]
-        of_gate, of_up = part.all_output_factors(GATES, own_grad_m_narrow)
+        of_gate, *of_up = part.all_output_factors(block.gates, own_grad_m_narrow)
         block_calls.gate_backward(
-            own[0],
-            own[1],
-            own[2],
-            own[3],
+            grad_gate[part.rows],
+            kept.gate[part.rows],
+            None if up is None else up[part.rows],
+            None if grad_up is None else grad_up[part.rows],
             update=part.input_factors([DOWN], own_grad_narrow),
             of_gate=of_gate,
-            of_up=of_up,
-            is_gelu=block.is_gelu,
+            of_up=of_up[0] if of_up else None,
+            activation=block.activation,
         )
-    of_n = [*n_narrow, *m_narrow] if block.is_parallel else n_narrow
+    of_n = [*n_narrow, *m_narrow] if block.shares_norm else n_narrow
     n = run.recompute_norm(norms.before_attention, x, kept.n, of_n)
-    m = (
-        n
-        if block.is_parallel
-        else run.recompute_norm(norms.before_feed_forward, kept.h, kept.m, m_narrow)
-    )
-    run.write(GATES, m, grad_m_narrow, [grad_gate, grad_up], m_narrow, add=add)
-    grad_m = run.input_gradient(GATES, [grad_gate, grad_up])
+    h = x if block.is_parallel else kept.h
+    m = n
+    if not block.shares_norm:
+        m = run.recompute_norm(norms.before_feed_forward, h, kept.m, m_narrow)
+    grads_of_gates = [grad_gate] if grad_up is None else [grad_gate, grad_up]
+    run.write(block.gates, m, grad_m_narrow, grads_of_gates, m_narrow, add=add)
+    grad_m = run.input_gradient(block.gates, grads_of_gates)
     if block.is_parallel:
-        run.add_updates(grad_m, GATES, grad_m_narrow)
         grad_h, (grad_o, grad_narrow) = grad, run.through_last_norm(O, grad, None, grad, grad)
+        if block.shares_norm:
+            run.add_updates(grad_m, block.gates, grad_m_narrow)
+        else:
+            run.through_norm(
+                grad_m, block.gates, grad_m_narrow, norms.before_feed_forward, x, kept.m_scale, grad
+            )
+            grad_h = grad_m
     else:
         grad_o, grad_narrow = run.through_norms(grad_m, grad_m_narrow, grad, kept)
         grad_h = grad_m
@@ -161,6 +174,6 @@ def backward(
     run.write(QKV, n, grad_narrow, grads, n_narrow, add=add)
     if not needs_x:
         return []
-    grad_x = run.input_gradient(QKV, grads, grad_m if block.is_parallel else None)
+    grad_x = run.input_gradient(QKV, grads, grad_m if block.shares_norm else None)
     run.through_norm(grad_x, QKV, grad_narrow, norms.before_attention, x, kept.n_scale, grad_h)
     return [grad_x]

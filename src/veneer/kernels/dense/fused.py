@@ -5,6 +5,7 @@
     layer_norm   y = weight * (x - mean) / deviation + bias        saves x and one float32 a row
     silu_gate    y = silu(gate) * up                               saves gate and up
     gelu_gate    y = gelu(gate) * up, by the formula with tanh     saves gate and up
+    gelu_erf_gate, activate: the same by erf, and without up
     rotary       y = x cos + rotate_half(x) sin, for q and k       saves cos and sin
 
 Plain torch makes six to eight passes over memory for each, and its norm saves two float32 copies of
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 from veneer.kernels.bindings import block_calls, row_calls
 from veneer.kernels.bindings.library import has_bf16, has_floats, on_cpu
 from veneer.kernels.bindings.rank_calls import PAIR_BYTES
+from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, SILU
 from veneer.kernels.cuda import launch
 
 MAX_WIDTH = 2**16
@@ -117,9 +119,9 @@ def _liger_norms(x: Tensor, weight: Tensor, *gradients: Tensor) -> Any:
     return launch.kernels_for("liger_kernels", x, weight, *gradients) if fits else None
 
 
-def _liger_gates(gate: Tensor, up: Tensor, *gradients: Tensor) -> Any:
+def _liger_gates(gate: Tensor, up: Tensor, activation: int, *gradients: Tensor) -> Any:
     """Returns liger-kernel's functions if its gates take these tensors, else None."""
-    fits = gate.shape == up.shape and gate.shape[-1] <= MAX_WIDTH
+    fits = gate.shape == up.shape and gate.shape[-1] <= MAX_WIDTH and activation != GELU_ERF
     return launch.kernels_for("liger_kernels", gate, up, *gradients) if fits else None
 
 
@@ -155,38 +157,60 @@ def _centred(
     )
 
 
+def activated(gate: Tensor, activation: int) -> Tensor:
+    """Returns the activation of gate, by torch. activation: a number of bindings/row_calls.py."""
+    if activation == SILU:
+        return F.silu(gate)
+    return F.gelu(gate, approximate="tanh" if activation == GELU_TANH else "none")
+
+
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
+    def forward(ctx: Any, gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
+        gate, up = gate.contiguous(), None if up is None else up.contiguous()
         ctx.save_for_backward(gate, up)
-        ctx.gelu = gelu
-        if (liger := _liger_gates(gate, up)) is not None:
-            return liger.gate_forward(gate, up, gelu)
-        if gate.shape != up.shape or gate.numel() % 16 or not in_one_pass(gate, up):
-            return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
+        ctx.activation = activation
+        if up is not None and (liger := _liger_gates(gate, up, activation)) is not None:
+            return liger.gate_forward(gate, up, activation == GELU_TANH)
+        if not _is_compiled_gate(gate, up, activation):
+            y = activated(gate, activation)
+            return y if up is None else y * up
         out = torch.empty_like(gate)
-        (row_calls.gelu_gate_forward if gelu else row_calls.silu_gate_forward)(gate, up, out)
+        row_calls.gate_forward(gate, up, out, activation)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        gate, up = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (gate, up), activation = ctx.saved_tensors, ctx.activation
         grad = grad.contiguous()
-        if (liger := _liger_gates(gate, up, grad)) is not None:
-            return *liger.gate_backward(gate, up, grad, ctx.gelu), None
-        is_compiled = gate.numel() % 16 == 0 and in_one_pass(gate, up, grad)
-        if ctx.gelu and not is_compiled:
-            grad_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
-            return grad_gate, grad * F.gelu(gate, approximate="tanh"), None
-        if not is_compiled:
+        if up is not None and (liger := _liger_gates(gate, up, activation, grad)) is not None:
+            return *liger.gate_backward(gate, up, grad, activation == GELU_TANH), None
+        if _is_compiled_gate(gate, up, activation, grad):
+            grad_gate, grad_up = (
+                torch.empty_like(gate),
+                None if up is None else up.new_empty(up.shape),
+            )
+            row_calls.gate_backward(gate, up, grad, grad_gate, grad_up, activation)
+            return grad_gate, grad_up, None
+        of_gate, grad_up = (grad, None) if up is None else (grad * up, None)
+        if activation == SILU:
             share = torch.sigmoid(gate)
-            return grad * up * share * (1 + gate * (1 - share)), grad * gate * share, None
-        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(gate)
-        backward = row_calls.gelu_gate_backward if ctx.gelu else row_calls.silu_gate_backward
-        backward(gate, up, grad, grad_gate, grad_up)
-        return grad_gate, grad_up, None
+            grad_up = None if up is None else grad * gate * share
+            return of_gate * share * (1 + gate * (1 - share)), grad_up, None
+        kind = "tanh" if activation == GELU_TANH else "none"
+        grad_gate = torch.ops.aten.gelu_backward(of_gate, gate, approximate=kind)
+        return grad_gate, None if up is None else grad * activated(gate, activation), None
+
+
+def _is_compiled_gate(gate: Tensor, up: Tensor | None, activation: int, *gradients: Tensor) -> bool:
+    """True if the kernels take these: in float32 no plain activation, and no GELU by its
+    definition."""
+    if (up is None or activation == GELU_ERF) and gate.dtype is not torch.bfloat16:
+        return False
+    others = gradients if up is None else (up, *gradients)
+    alike = all(other.shape == gate.shape for other in others)
+    return alike and gate.numel() % 16 == 0 and in_one_pass(gate, *others)
 
 
 class _Rotary(torch.autograd.Function):
@@ -311,7 +335,7 @@ def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
     Source: Shazeer 2020, arXiv:2002.05202, SwiGLU.
     """
     apply: Any = _Gate.apply
-    return apply(gate, up, False)
+    return apply(gate, up, SILU)
 
 
 def silu_gate_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -325,7 +349,7 @@ def gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
     Source: Shazeer 2020, arXiv:2002.05202, GEGLU.
     """
     apply: Any = _Gate.apply
-    return apply(gate, up, True)
+    return apply(gate, up, GELU_TANH)
 
 
 def gelu_gate_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -334,6 +358,17 @@ def gelu_gate_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def gelu_erf_gate(gate: Tensor, up: Tensor) -> Tensor:
-    """gate and up of one shape -> gelu(gate) * up, gelu by its definition with erf, in plain
-    torch."""
+    """gate and up of one shape -> gelu(gate) * up, gelu by its definition with erf."""
+    apply: Any = _Gate.apply
+    return apply(gate, up, GELU_ERF)
+
+
+def gelu_erf_gate_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """Defines gelu_erf_gate, under torch's own autograd."""
     return F.gelu(gate) * up
+
+
+def activate(x: Tensor, activation: int) -> Tensor:
+    """x -> its activation, a number of bindings/row_calls.py; saves x."""
+    apply: Any = _Gate.apply
+    return apply(x, None, activation)

@@ -55,10 +55,9 @@ LAYER_FUNCTIONS = (
     "veneer_attention_summed",
     "veneer_attention_shared",
     "veneer_zeros",
-    "veneer_silu_gate_forward",
-    "veneer_gelu_gate_forward",
+    "veneer_gate_forward",
 )
-"""Each takes a struct, and at most a number beside it."""
+"""Each takes a struct, and at most two numbers beside it."""
 FUNCTIONS = (*STEP_FUNCTIONS, *LAYER_FUNCTIONS)
 """In the order in which native/common/tape.c numbers them."""
 MOST_ARGUMENTS = 9

@@ -45,8 +45,7 @@ void veneer_step_angles(const void *), veneer_step_cap(const void *, int, int);
     X(ATTENTION_SUMMED, (veneer_attention_summed(P(0)), 0))                                        \
     X(ATTENTION_SHARED, (veneer_attention_shared(P(0)), 0))                                        \
     X(ZEROS, (veneer_zeros(P(0)), 0))                                                              \
-    X(SILU_GATE_FORWARD, (veneer_silu_gate_forward(P(0), a[1]), 0))                                \
-    X(GELU_GATE_FORWARD, (veneer_gelu_gate_forward(P(0), a[1]), 0))
+    X(GATE_FORWARD, (veneer_gate_forward(P(0), a[1], I(2)), 0))
 
 int veneer_product(void *);
 void veneer_rank_down(void *), veneer_rank_up(void *), veneer_rank_gradient(void *);
@@ -55,7 +54,7 @@ void veneer_block_gate_forward(void *), veneer_block_gate_backward(void *);
 void veneer_block_heads(void *), veneer_zeros(void *);
 void veneer_attention_forward(void *), veneer_attention_backward(void *);
 void veneer_attention_summed(void *), veneer_attention_shared(void *);
-void veneer_silu_gate_forward(void *, int64_t), veneer_gelu_gate_forward(void *, int64_t);
+void veneer_gate_forward(void *, int64_t, int);
 
 #else
 #define LAYER_FUNCTIONS(X)

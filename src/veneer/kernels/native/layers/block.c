@@ -188,14 +188,15 @@ void veneer_block_norm_backward(struct norms *a) { norms(a, norm_backward); }
 /* Forward: gate and up, each + its update (sides 0 and 1), in place; out = activation(gate) * up;
    the first product of the next update (side 2) of out. Backward: out is the gradient of what the
    gate gave, + the update of side 2; it becomes the gradient of gate, and grad_up that of up; the
-   products of sides 0 and 1 of these. */
+   products of sides 0 and 1 of these. up and grad_up NULL: out = activation(gate). */
 struct gates {
     uint16_t *gate, *up, *out, *grad_up;
     struct rank_factors sides[3];
-    int64_t rows, width, is_gelu;
+    int64_t rows, width, activation;
 };
 
-VENEER_INLINE void gate_rows(const int is_gelu, const struct gates *a, int64_t from, int64_t to) {
+VENEER_INLINE void gate_rows(const int activation, const struct gates *a, int64_t from,
+                             int64_t to) {
     const struct rank_factors *s = a->sides;
     for (int64_t block = from; block < to; block++) {
         const int64_t row = block * BLOCK, n = rank_rows(block, a->rows), start = row * a->width;
@@ -204,19 +205,19 @@ VENEER_INLINE void gate_rows(const int is_gelu, const struct gates *a, int64_t f
                 const int64_t wide = rank_columns(a->width, c),
                               few = row + n - m < ALONG ? row + n - m : ALONG;
                 up_columns(s, a->gate + m * a->width, m, few, a->width, c, wide);
-                up_columns(s + 1, a->up + m * a->width, m, few, a->width, c, wide);
+                if (a->up) up_columns(s + 1, a->up + m * a->width, m, few, a->width, c, wide);
                 for (int64_t r = 0; r < few; r++)
                     for (int64_t i = 0; i < wide; i += 16) {
                         const int64_t at = (m + r) * a->width + c + i;
-                        bf16_store(a->out + at, gated(is_gelu, bf16_floats(a->gate + at),
-                                                      bf16_floats(a->up + at)));
+                        bf16_store(a->out + at, gated(activation, bf16_floats(a->gate + at),
+                                                      up_values(a->up, at)));
                     }
             }
         down(s + 2, a->out + start, row, n, a->width);
     }
 }
 
-VENEER_INLINE void gate_gradients(const int is_gelu, const struct gates *a, int64_t from,
+VENEER_INLINE void gate_gradients(const int activation, const struct gates *a, int64_t from,
                                   int64_t to) {
     const struct rank_factors *s = a->sides;
     for (int64_t block = from; block < to; block++) {
@@ -229,27 +230,27 @@ VENEER_INLINE void gate_gradients(const int is_gelu, const struct gates *a, int6
                 for (int64_t r = 0; r < few; r++)
                     for (int64_t i = 0; i < wide; i += 16) {
                         const int64_t at = (m + r) * a->width + c + i;
-                        gated_gradient(is_gelu, bf16_floats(a->gate + at), bf16_floats(a->up + at),
-                                       bf16_floats(a->out + at), a->out + at, a->grad_up + at);
+                        gated_gradient(activation, bf16_floats(a->gate + at), up_values(a->up, at),
+                                       bf16_floats(a->out + at), a->out + at,
+                                       a->grad_up ? a->grad_up + at : NULL);
                     }
             }
         down(s, a->out + start, row, n, a->width);
-        down(s + 1, a->grad_up + start, row, n, a->width);
+        if (a->grad_up) down(s + 1, a->grad_up + start, row, n, a->width);
     }
 }
 
-static VENEER_BF16 void silu_forward(void *arguments, int64_t from, int64_t to) {
-    gate_rows(0, arguments, from, to);
-}
-static VENEER_BF16 void gelu_forward(void *arguments, int64_t from, int64_t to) {
-    gate_rows(1, arguments, from, to);
-}
-static VENEER_BF16 void silu_backward(void *arguments, int64_t from, int64_t to) {
-    gate_gradients(0, arguments, from, to);
-}
-static VENEER_BF16 void gelu_backward(void *arguments, int64_t from, int64_t to) {
-    gate_gradients(1, arguments, from, to);
-}
+#define GATES(name, activation)                                                                    \
+    static VENEER_BF16 void name##_forward(void *arguments, int64_t from, int64_t to) {            \
+        gate_rows(activation, arguments, from, to);                                                \
+    }                                                                                              \
+    static VENEER_BF16 void name##_backward(void *arguments, int64_t from, int64_t to) {           \
+        gate_gradients(activation, arguments, from, to);                                           \
+    }
+
+GATES(silu, SILU)
+GATES(gelu_tanh, GELU_TANH)
+GATES(gelu_erf, GELU_ERF)
 
 static void gates(struct gates *a, veneer_body body) {
     veneer_parallel_dealt(body, a, rank_blocks(a->rows), 1, 4);
@@ -257,17 +258,19 @@ static void gates(struct gates *a, veneer_body body) {
 }
 
 void veneer_block_gate_forward(struct gates *a) {
+    const veneer_body bodies[] = {silu_forward, gelu_tanh_forward, gelu_erf_forward};
     pack_up(a->sides, a->rows, a->width);
     pack_up(a->sides + 1, a->rows, a->width);
     pack_down(a->sides + 2, a->rows, a->width);
-    gates(a, a->is_gelu ? gelu_forward : silu_forward);
+    gates(a, bodies[a->activation]);
 }
 
 void veneer_block_gate_backward(struct gates *a) {
+    const veneer_body bodies[] = {silu_backward, gelu_tanh_backward, gelu_erf_backward};
     pack_down(a->sides, a->rows, a->width);
     pack_down(a->sides + 1, a->rows, a->width);
     pack_up(a->sides + 2, a->rows, a->width);
-    gates(a, a->is_gelu ? gelu_backward : silu_backward);
+    gates(a, bodies[a->activation]);
 }
 
 /* q, k and v, rows of `heads` heads each. Forward: each + its update, in place; q and k normed and

@@ -12,10 +12,11 @@
 enum { LANES = 16, CAP_RUN = 4096 };
 
 /* (weight + offset) * x / sqrt(mean(x^2) + epsilon). weight: NULL, no norm. The normal values are
-   rounded before they are multiplied, unless is_wide. */
+   rounded before they are multiplied, unless is_wide. is_centred: of x - mean(x), + bias, which may
+   be NULL, rounded once. */
 struct norm {
-    const void *weight;
-    int64_t is_wide;
+    const void *weight, *bias;
+    int64_t is_wide, is_centred;
     float epsilon, offset;
 };
 
@@ -38,7 +39,7 @@ struct step_rotate {
 enum { SILU, GELU_TANH, GELU_ERF };
 
 struct step_gate {
-    const void *gate, *up;
+    const void *gate, *up; /* up: NULL, all values are 1 */
     void *out;
     int64_t rows, gate_row, up_row, width, activation;
 };
@@ -95,24 +96,42 @@ INLINE const void *row_of(const int bf16, const void *all, int64_t row, int64_t 
     return (const char *)all + row * width * (bf16 ? 2 : 4);
 }
 
-INLINE float inverse_root(const int bf16, const void *x, int64_t width, float epsilon) {
+INLINE float mean_of(const int bf16, const void *x, int64_t width) {
+    const int64_t whole = width / LANES * LANES;
+    float sums[LANES] = {0}, total = 0.0f;
+    for (int64_t i = 0; i < whole; i += LANES)
+        for (int l = 0; l < LANES; l++) sums[l] += value_at(bf16, x, i + l);
+    for (int64_t i = whole; i < width; i++) sums[i - whole] += value_at(bf16, x, i);
+    for (int l = 0; l < LANES; l++) total += sums[l];
+    return total / (float)width;
+}
+
+/* Of x - mean. */
+INLINE float inverse_root(const int bf16, const void *x, float mean, int64_t width, float epsilon) {
     const int64_t whole = width / LANES * LANES;
     float squares[LANES] = {0}, total = 0.0f;
     for (int64_t i = 0; i < whole; i += LANES)
-        for (int l = 0; l < LANES; l++)
-            squares[l] += value_at(bf16, x, i + l) * value_at(bf16, x, i + l);
-    for (int64_t i = whole; i < width; i++)
-        squares[i - whole] += value_at(bf16, x, i) * value_at(bf16, x, i);
+        for (int l = 0; l < LANES; l++) {
+            const float v = value_at(bf16, x, i + l) - mean;
+            squares[l] += v * v;
+        }
+    for (int64_t i = whole; i < width; i++) {
+        const float v = value_at(bf16, x, i) - mean;
+        squares[i - whole] += v * v;
+    }
     for (int l = 0; l < LANES; l++) total += squares[l];
     return 1.0f / sqrtf(total / (float)width + epsilon);
 }
 
 INLINE void norm_row(const int bf16, const int is_wide, const struct norm *norm, const void *x,
                      const void *beside, float branch_scale, void *out, int64_t width) {
-    const float scale = inverse_root(bf16, x, width, norm->epsilon), offset = norm->offset;
+    const float mean = norm->is_centred ? mean_of(bf16, x, width) : 0.0f, offset = norm->offset;
+    const float scale = inverse_root(bf16, x, mean, width, norm->epsilon);
     for (int64_t i = 0; i < width; i++) {
-        const float normal = value_at(bf16, x, i) * scale, weight = value_at(bf16, norm->weight, i);
-        const float y = (is_wide ? normal : rounded(bf16, normal)) * (weight + offset);
+        const float normal = (value_at(bf16, x, i) - mean) * scale;
+        const float weight = value_at(bf16, norm->weight, i);
+        const float product = (is_wide ? normal : rounded(bf16, normal)) * (weight + offset);
+        const float y = norm->bias == 0 ? product : product + value_at(bf16, norm->bias, i);
         put(bf16, out, i,
             beside == 0
                 ? y
@@ -238,14 +257,14 @@ INLINE void gate_rows_of(const int bf16, const int activation, const struct step
                          int64_t from, int64_t to) {
     for (int64_t row = from; row < to; row++) {
         const void *gate = row_of(bf16, a->gate, row, a->gate_row),
-                   *up = row_of(bf16, a->up, row, a->up_row);
+                   *up = a->up == 0 ? 0 : row_of(bf16, a->up, row, a->up_row);
         void *out = (void *)row_of(bf16, a->out, row, a->width);
         for (int64_t i = 0; i < a->width; i++) {
             const float x = value_at(bf16, gate, i);
             const float y = activation == SILU        ? x * sigmoid(x)
                             : activation == GELU_TANH ? x * sigmoid(gelu_argument(x))
                                                       : x * normal_share(x);
-            put(bf16, out, i, rounded(bf16, y) * value_at(bf16, up, i));
+            put(bf16, out, i, rounded(bf16, y) * (up == 0 ? 1.0f : value_at(bf16, up, i)));
         }
     }
 }

@@ -38,40 +38,39 @@ void veneer_rms_norm_backward(struct norm *a, int64_t rows) {
     veneer_parallel(norm_backward_body, a, rows, 16);
 }
 
+/* up: NULL, all values are 1; grad_up: NULL with it. */
 struct gate {
     const uint16_t *gate, *up, *grad;
     uint16_t *out, *grad_gate, *grad_up;
 };
 
 /* Items are runs of 16 values; the last one may be shorter and is the caller's to avoid. */
-#define GATES(name, is_gelu)                                                                       \
-    static VENEER_BF16 void name##_forward_body(void *arguments, int64_t from, int64_t to) {       \
+#define GATES(name, activation)                                                                    \
+    static VENEER_BF16 void name##_forward(void *arguments, int64_t from, int64_t to) {            \
         const struct gate *a = arguments;                                                          \
         for (int64_t i = from * 16; i < to * 16; i += 16)                                          \
             bf16_store(a->out + i,                                                                 \
-                       gated(is_gelu, bf16_floats(a->gate + i), bf16_floats(a->up + i)));          \
+                       gated(activation, bf16_floats(a->gate + i), up_values(a->up, i)));          \
     }                                                                                              \
-    static VENEER_BF16 void name##_backward_body(void *arguments, int64_t from, int64_t to) {      \
+    static VENEER_BF16 void name##_backward(void *arguments, int64_t from, int64_t to) {           \
         const struct gate *a = arguments;                                                          \
         for (int64_t i = from * 16; i < to * 16; i += 16)                                          \
-            gated_gradient(is_gelu, bf16_floats(a->gate + i), bf16_floats(a->up + i),              \
-                           bf16_floats(a->grad + i), a->grad_gate + i, a->grad_up + i);            \
+            gated_gradient(activation, bf16_floats(a->gate + i), up_values(a->up, i),              \
+                           bf16_floats(a->grad + i), a->grad_gate + i,                             \
+                           a->grad_up ? a->grad_up + i : NULL);                                    \
     }
 
-GATES(silu, 0)
-GATES(gelu, 1)
+GATES(silu, SILU)
+GATES(gelu_tanh, GELU_TANH)
+GATES(gelu_erf, GELU_ERF)
 
-void veneer_silu_gate_forward(struct gate *a, int64_t runs) {
-    veneer_parallel(silu_forward_body, a, runs, 256);
+void veneer_gate_forward(struct gate *a, int64_t runs, int activation) {
+    const veneer_body bodies[] = {silu_forward, gelu_tanh_forward, gelu_erf_forward};
+    veneer_parallel(bodies[activation], a, runs, 256);
 }
-void veneer_silu_gate_backward(struct gate *a, int64_t runs) {
-    veneer_parallel(silu_backward_body, a, runs, 256);
-}
-void veneer_gelu_gate_forward(struct gate *a, int64_t runs) {
-    veneer_parallel(gelu_forward_body, a, runs, 256);
-}
-void veneer_gelu_gate_backward(struct gate *a, int64_t runs) {
-    veneer_parallel(gelu_backward_body, a, runs, 256);
+void veneer_gate_backward(struct gate *a, int64_t runs, int activation) {
+    const veneer_body bodies[] = {silu_backward, gelu_tanh_backward, gelu_erf_backward};
+    veneer_parallel(bodies[activation], a, runs, 256);
 }
 
 struct rotary {

@@ -136,7 +136,9 @@ VENEER_INLINE __m512 sigmoid(__m512 x) {
     return _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_add_ps(_mm512_set1_ps(1.0f), e));
 }
 
-/* Both activations are gate * sigmoid(t): t = gate for SiLU, and for GELU by its formula with tanh
+enum { SILU, GELU_TANH, GELU_ERF };
+
+/* SiLU and GELU by its formula with tanh are gate * sigmoid(t): t = gate for SiLU, and for GELU
    t = 2 sqrt(2 / pi) (gate + 0.044715 gate^3), as (1 + tanh(t / 2)) / 2 = sigmoid(t). */
 #define GELU_LINEAR 1.5957691216057308f
 #define GELU_CUBIC (GELU_LINEAR * 0.044715f)
@@ -146,30 +148,61 @@ VENEER_INLINE __m512 within(__m512 x) {
     return _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-GELU_MOST)), _mm512_set1_ps(GELU_MOST));
 }
 
-VENEER_INLINE __m512 activation_share(const int is_gelu, __m512 gate) {
-    if (!is_gelu) return sigmoid(gate);
+/* The share of a normal distribution below x, to 1e-7; *power: e^(-x^2 / 2). Source: Abramowitz and
+   Stegun 1964, 7.1.26. */
+VENEER_INLINE __m512 normal_share(__m512 x, __m512 *power) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    const __m512 z = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.70710678118654752f));
+    const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(z, _mm512_set1_ps(0.3275911f), one));
+    __m512 p = _mm512_set1_ps(1.061405429f);
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-1.453152027f));
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f));
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-0.284496736f));
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.254829592f));
+    *power = exp_floats(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(z, z)));
+    const __m512 half = _mm512_mul_ps(_mm512_set1_ps(0.5f), *power);
+    const __m512 above = _mm512_mul_ps(_mm512_mul_ps(p, t), half);
+    const __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
+    return _mm512_mask_mov_ps(_mm512_sub_ps(one, above), negative, above);
+}
+
+/* Factor of the gate in its activation; *power: of GELU by its definition, as in normal_share. */
+VENEER_INLINE __m512 activation_share(const int activation, __m512 gate, __m512 *power) {
+    if (activation == SILU) return sigmoid(gate);
+    if (activation == GELU_ERF) return normal_share(gate, power);
     const __m512 x = within(gate);
     return sigmoid(_mm512_mul_ps(x, _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(GELU_CUBIC),
                                                     _mm512_set1_ps(GELU_LINEAR))));
 }
 
-/* activation(gate) * up, rounded where models round. */
-VENEER_INLINE __m512 gated(const int is_gelu, __m512 gate, __m512 up) {
-    return _mm512_mul_ps(rounded(_mm512_mul_ps(gate, activation_share(is_gelu, gate))), up);
+/* 16 values of up; without it each is 1. */
+VENEER_INLINE __m512 up_values(const uint16_t *up, int64_t at) {
+    return up ? bf16_floats(up + at) : _mm512_set1_ps(1.0f);
 }
 
-VENEER_INLINE void gated_gradient(const int is_gelu, __m512 gate, __m512 up, __m512 g,
+/* activation(gate) * up, rounded where models round. */
+VENEER_INLINE __m512 gated(const int activation, __m512 gate, __m512 up) {
+    __m512 power;
+    const __m512 share = activation_share(activation, gate, &power);
+    return _mm512_mul_ps(rounded(_mm512_mul_ps(gate, share)), up);
+}
+
+/* grad_up: NULL, or where the gradient of up is written. */
+VENEER_INLINE void gated_gradient(const int activation, __m512 gate, __m512 up, __m512 g,
                                   uint16_t *grad_gate, uint16_t *grad_up) {
-    const __m512 one = _mm512_set1_ps(1.0f), s = activation_share(is_gelu, gate);
-    __m512 run = gate; /* gate * the slope of t */
-    if (is_gelu) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    __m512 power, slope, run = gate; /* gate * the slope of t */
+    const __m512 s = activation_share(activation, gate, &power);
+    if (activation == GELU_TANH) {
         const __m512 x = within(gate);
         run = _mm512_mul_ps(x,
                             _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(3.0f * GELU_CUBIC),
                                             _mm512_set1_ps(GELU_LINEAR)));
     }
-    const __m512 slope = _mm512_mul_ps(s, _mm512_fmadd_ps(run, _mm512_sub_ps(one, s), one));
-    bf16_store(grad_up, _mm512_mul_ps(g, _mm512_mul_ps(gate, s)));
+    if (activation == GELU_ERF)
+        slope = _mm512_fmadd_ps(_mm512_mul_ps(gate, power), _mm512_set1_ps(0.3989422804f), s);
+    else slope = _mm512_mul_ps(s, _mm512_fmadd_ps(run, _mm512_sub_ps(one, s), one));
+    if (grad_up) bf16_store(grad_up, _mm512_mul_ps(g, _mm512_mul_ps(gate, s)));
     bf16_store(grad_gate, _mm512_mul_ps(_mm512_mul_ps(g, up), slope));
 }
 

@@ -57,17 +57,15 @@ void veneer_rms_norm_float_forward(struct norm *a, int64_t rows) {
 void veneer_rms_norm_float_backward(struct norm *a, int64_t rows) {
     veneer_parallel(LOOP_OF(norm_backward, veneer_level()), a, rows, 16);
 }
-void veneer_silu_gate_float_forward(struct gate *a, int64_t runs) {
-    veneer_parallel(LOOP_OF(silu_forward, veneer_level()), a, runs, 256);
+void veneer_gate_float_forward(struct gate *a, int64_t runs, int activation) {
+    veneer_parallel(activation ? LOOP_OF(gelu_forward, veneer_level())
+                               : LOOP_OF(silu_forward, veneer_level()),
+                    a, runs, 256);
 }
-void veneer_silu_gate_float_backward(struct gate *a, int64_t runs) {
-    veneer_parallel(LOOP_OF(silu_backward, veneer_level()), a, runs, 256);
-}
-void veneer_gelu_gate_float_forward(struct gate *a, int64_t runs) {
-    veneer_parallel(LOOP_OF(gelu_forward, veneer_level()), a, runs, 256);
-}
-void veneer_gelu_gate_float_backward(struct gate *a, int64_t runs) {
-    veneer_parallel(LOOP_OF(gelu_backward, veneer_level()), a, runs, 256);
+void veneer_gate_float_backward(struct gate *a, int64_t runs, int activation) {
+    veneer_parallel(activation ? LOOP_OF(gelu_backward, veneer_level())
+                               : LOOP_OF(silu_backward, veneer_level()),
+                    a, runs, 256);
 }
 void veneer_rotary_float(struct rotary *a, int64_t rows) {
     veneer_parallel(LOOP_OF(rotary, veneer_level()), a, rows, 32);
