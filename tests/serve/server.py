@@ -146,7 +146,7 @@ def running(
     limits: Limits | None = None,
     seconds: float | None = None,
     runs: Path | None = None,
-    studio: Path | None = None,
+    studio: bool = False,
     drain_seconds: float = 30.0,
     lookup: LookupMode = "auto",
     train: TrainSettings | None = None,

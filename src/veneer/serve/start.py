@@ -55,7 +55,7 @@ class ServeSettings:
     system, variables  default system message and template variables, in place of those that
                        adapters were trained with; "" and None: the adapters' own
     runs               folder of the runs that the page shows
-    studio             folder of uploaded rows; with it the page has the tab Teach
+    studio             whether the page has the tab Teach; needs `train`
     lookup             as in Base.generate
     train              None: the server does not train
     """
@@ -75,7 +75,7 @@ class ServeSettings:
     system: str | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
     runs: Path | None = None
-    studio: Path | None = None
+    studio: bool = False
     lookup: LookupMode = "auto"
     train: TrainSettings | None = None
 
@@ -166,13 +166,16 @@ def open_server(
 ) -> OpenServer:
     """Makes the server and opens its port. VeneerError: as service_of, or the port is in use."""
     service = service_of(base, library, settings)
-    studio = None if settings.studio is None else Studio(settings.studio, base)
+    studio = None
+    if settings.studio:
+        assert service.fine_tuning is not None, "the studio trains"
+        studio = Studio(service.fine_tuning, base, library)
     server, listener = guarded(
         application(
             service,
             routes=[
                 *fine_tuning_routes(service),
-                *([] if studio is None else studio_routes(studio)),
+                *([] if studio is None else studio_routes(studio, lambda: service.loop.closing)),
             ],
             teaches=studio is not None,
         ),

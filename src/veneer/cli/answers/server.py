@@ -60,10 +60,10 @@ Start = Callable[["ServeSettings", "ApiKeys", "Library"], ListeningServer]
 """Loads the base and opens the port."""
 
 
-def add_server_flags(parser: argparse.ArgumentParser) -> Container:
+def add_server_flags(parser: argparse.ArgumentParser, *, trains: bool = False) -> Container:
     """Adds the flags of a server, without its base and the place where it runs.
 
-    Returns the group of access flags.
+    trains: whether the server trains without --train. Returns the group of access flags.
     """
     add_library(parser)
     parser.add_argument(
@@ -103,11 +103,14 @@ def add_server_flags(parser: argparse.ArgumentParser) -> Container:
     )
     add_lookup(parser)
     training = parser.add_argument_group("training")
-    training.add_argument(
-        "--train",
-        action="store_true",
-        help="accept rows and training jobs: /v1/files and /v1/fine_tuning/jobs",
-    )
+    if trains:
+        parser.set_defaults(train=True)
+    else:
+        training.add_argument(
+            "--train",
+            action="store_true",
+            help="accept rows and training jobs: /v1/files and /v1/fine_tuning/jobs",
+        )
     training.add_argument(
         "--jobs", metavar="DIR", help="folder of jobs and uploaded files; default: your own"
     )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from veneer.bases.names.named import NAMED
@@ -26,32 +25,20 @@ DEFAULT_BASE = next(iter(NAMED))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "veneer studio [--base B] [--library DIR] [--folder DIR] [--port N] ..."
+    parser.usage = "veneer studio [--base B] [--library DIR] [--jobs DIR] [--port N] ..."
     parser.add_argument(
         "--base",
         default=DEFAULT_BASE,
         metavar="B",
         help=f"hub id, folder, .gguf file or named default; default: {DEFAULT_BASE}",
     )
-    parser.add_argument(
-        "--folder",
-        metavar="DIR",
-        help="folder of uploaded rows and runs; default: studio beside your own library",
-    )
-    add_server_flags(parser)
+    add_server_flags(parser, trains=True)
 
 
 def run(args: argparse.Namespace) -> int:
     def with_studio(settings: ServeSettings) -> ServeSettings:
-        return replace(settings, studio=studio_folder(args.folder))
+        return replace(settings, studio=True)
 
     return run_server(
         args, lambda settings, keys, library: start_here(args, settings, keys, library), with_studio
     )
-
-
-def studio_folder(folder: str | None) -> Path:
-    """Returns the folder of --folder, or the default one."""
-    from veneer.library.folder import default_folder
-
-    return Path(folder).absolute() if folder else default_folder().parent / "studio"

@@ -86,7 +86,7 @@ class FineTuning:
         )
         library.make()
         self.uploads = UploadStore(self.store.folder, settings.limits)
-        self._library, self._names, self._run = library, names, settings.run
+        self._library, self._names, self.run = library, names, settings.run
         self._hidden_size = hidden_size
         self._length = length or RunConfig.model_fields["length"].default
 
@@ -192,7 +192,7 @@ class FineTuning:
         """Returns the settings of a run. All rows are trained, and longer ones than the model has
         positions are cut, as at OpenAI."""
         settings = {
-            **self._run,
+            **self.run,
             **body.run_settings(),
             "length": self._length,
             "data": {"long_rows": "cut", "validation_share": 0.0},

@@ -153,7 +153,7 @@ def _routes(service: Service, *, teaches: bool) -> list[Route]:
         return _list(await service.read_files(service.runs.cards))
 
     async def run(request: Request) -> Response:
-        name, after = request.path_params["name"], _byte(request)
+        name, after = request.path_params["name"], byte_after(request)
         return JSONResponse(await service.read_files(lambda: service.runs.records(name, after)))
 
     async def index(request: Request) -> Response:
@@ -248,7 +248,7 @@ async def _http_error(request: Request, fault: Exception) -> Response:
     )
 
 
-def _byte(request: Request) -> int:
+def byte_after(request: Request) -> int:
     """Returns the byte from which records are wanted. Refusal: 400."""
     after = request.query_params.get("after", "0")
     if not (after.isascii() and after.isdigit() and len(after) < 16):

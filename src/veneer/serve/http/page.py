@@ -27,7 +27,19 @@ SCRIPTS = (
     "start",
 )
 """In this order: the files share one scope, and each may use those before it."""
-TEACHING = ("steps", "upload", "columns", "findings", "row_step", "settings", "plan", "method_step")
+TEACHING = (
+    "steps",
+    "upload",
+    "columns",
+    "findings",
+    "row_step",
+    "settings",
+    "plan",
+    "method_step",
+    "train_step",
+    "judge_step",
+    "keep_step",
+)
 """Scripts of the tab Teach, in web/teach/. They come before the last of SCRIPTS."""
 
 

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from veneer.bounds import LENGTH, SHARE
 from veneer.data.examples import Layout, LongRows, TrainOn
+from veneer.serve.limits import MOST_NAME
 from veneer.serve.protocols.body import Body, Length, Num
 from veneer.serve.refusals import Fault
 
@@ -76,7 +77,7 @@ class MethodChoices(Body):
 
     kind: TaskKind = "task"
     """what the rows teach; the advice depends on it"""
-    method: Literal["lora", "qlora", "dora", "prefix", "bottleneck", "full"] = "lora"
+    method: Literal["lora", "qlora", "dora", "prefix", "bottleneck"] = "lora"
     """what is trained"""
     settings: Annotated[dict[str, Any], Length(0, MOST_SETTINGS)] = Field(default_factory=dict)
     """other settings of a run file by their path, such as method.rank; absent ones have their
@@ -95,6 +96,13 @@ class PlanBody(MethodChoices):
 
     compare: bool = False
     """plans every method"""
+
+
+class KeepBody(Body):
+    """The body of a request to keep an adapter."""
+
+    name: Annotated[str, Length(1, MOST_NAME)]
+    """name in the library"""
 
 
 class NoBody(Body):

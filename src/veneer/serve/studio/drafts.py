@@ -1,7 +1,7 @@
 """Drafts: uploaded rows and what a person chose for them, so that the page finds them again.
 
-A draft is a folder named by its id. It holds the uploaded file and draft.json. Names from a
-browser are shown, and are never part of a path.
+A draft is a folder named by its id. It holds draft.json; the rows are an uploaded file. Names from
+a browser are shown, and are never part of a path.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import secrets
 import shutil
 import time
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from pydantic import Field, JsonValue
 
 from veneer.data.files.places import RowFile, kind_of
 from veneer.data.files.sources import READABLE_KINDS
-from veneer.errors import DataError, VeneerError
+from veneer.errors import DataError, UnknownNameError, VeneerError
 from veneer.files.atomic import atomic_folder, write_text
 from veneer.files.settings import StrictSettings
 from veneer.files.strict_json import json_text, legible, read_json
+from veneer.jobs.uploads import UploadStore
 from veneer.serve.refusals import Refusal
 
 MOST_DRAFTS = 200
@@ -37,10 +39,10 @@ class Draft(StrictSettings):
     """Name of the draft's folder."""
     name: str
     """Name of the uploaded file, as the browser sent it."""
-    kind: str
-    """Extension of the stored file."""
+    file: str
+    """Id of the uploaded file."""
     bytes: int
-    """Size of the stored file."""
+    """Size of the uploaded file."""
     created: float
     """Seconds since 1970."""
     rows: dict[str, JsonValue] = Field(default_factory=dict)
@@ -54,10 +56,10 @@ class Draft(StrictSettings):
 
 
 class Drafts:
-    """Stores drafts in a folder, which the first upload makes."""
+    """Stores drafts in a folder, which the first upload makes. uploads: holds their rows"""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, uploads: UploadStore) -> None:
+        self.folder, self.uploads = folder, uploads
 
     def all(self) -> list[Draft]:
         """Lists the drafts, the newest first. Damaged drafts are left out."""
@@ -74,27 +76,26 @@ class Drafts:
             raise _unknown(draft_id)
         return Draft.of(read_json(file))
 
-    def add(self, name: str, content: bytes) -> Draft:
+    def add(self, name: str, content: bytes, owner: str = "") -> Draft:
         """Stores uploaded rows. Refusal: there are too many drafts. DataError: the name's extension
-        is not one of rows."""
+        is not one of rows. QuotaError: there is no room. owner: name of the caller's key"""
         if len(self.all()) >= MOST_DRAFTS:
             raise Refusal(409, f"There are {MOST_DRAFTS} sets of rows already: remove one.")
         shown_name = _public(name)
-        kind = kind_of(shown_name)
-        if not kind or not shown_name.lower().endswith(kind):
+        if not kind_of(shown_name):
             raise DataError(
                 f"{shown_name}: the extension decides how a file is read",
                 next_step=f"Kinds of file: {READABLE_KINDS}.",
             )
+        file = self.uploads.add(BytesIO(content), name=shown_name, owner=owner)
         draft = Draft(
             id=secrets.token_hex(8),
             name=shown_name,
-            kind=kind,
-            bytes=len(content),
+            file=file.id,
+            bytes=file.bytes,
             created=time.time(),
         )
-        with atomic_folder(self._place(draft.id), needed_bytes=len(content)) as folder:
-            (folder / f"rows{kind}").write_bytes(content)
+        with atomic_folder(self._place(draft.id)) as folder:
             (folder / _FILE).write_text(_text(draft), encoding="utf-8")
         return draft
 
@@ -106,12 +107,18 @@ class Drafts:
 
     def remove(self, draft_id: str) -> None:
         """Deletes a draft and its rows."""
-        self.get(draft_id)
+        with suppress(UnknownNameError):  # deleted through /v1/files
+            self.uploads.delete(self.get(draft_id).file)
         shutil.rmtree(self._place(draft_id))
 
     def row_file(self, draft: Draft) -> RowFile:
-        """Returns the place of the rows, under the name that errors show."""
-        return RowFile(draft.name, self._place(draft.id) / f"rows{draft.kind}")
+        """Returns the place of the rows, under the name that errors show. UnknownNameError: the
+        uploaded file was deleted."""
+        return RowFile(draft.name, self.uploads.content_path(draft.file))
+
+    def place(self, draft: Draft) -> Path:
+        """Returns the draft's folder, for files that belong to it."""
+        return self._place(draft.id)
 
     def _place(self, draft_id: str) -> Path:
         if not _ID.fullmatch(draft_id):

@@ -30,13 +30,13 @@ PLANNED = "planned"
 
 
 def run_settings(
-    base: str, rows: Mapping[str, Any], length: int, choices: MethodChoices
+    shared: Mapping[str, Any], rows: Mapping[str, Any], length: int, choices: MethodChoices
 ) -> dict[str, Any]:
     """Returns the settings of a run, without `out`. ConfigError: one of them is wrong.
 
-    rows: the `data` settings
+    shared: of every run of the server, such as its base. rows: the `data` settings
     """
-    settings: dict[str, Any] = {"base": base, "data": dict(rows), "length": length}
+    settings: dict[str, Any] = {**shared, "data": dict(rows), "length": length}
     settings["method"] = {"name": choices.method}
     for path, value in choices.settings.items():
         part, dot, name = path.partition(".")
@@ -57,6 +57,11 @@ class Plans:
         self._process: asyncio.subprocess.Process | None = None
         self._answers: dict[tuple[str, ...], dict[str, Any]] = {}
 
+    def stop(self) -> None:
+        """Ends the plan that is being made."""
+        if self._process is not None:
+            self._process.kill()
+
     async def plan(
         self, folder: Path, settings: Mapping[str, Any], *, kind: TaskKind, compare: bool
     ) -> dict[str, Any]:
@@ -67,8 +72,8 @@ class Plans:
         text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
         flags = ["--kind", kind, "--json", *["--compare"] * compare]
         key = (str(folder), text, *flags)
-        if self._process is not None and key not in self._answers:
-            self._process.kill()
+        if key not in self._answers:
+            self.stop()
         async with self._turn:
             if key not in self._answers:
                 file = folder / "plan.yaml"
@@ -100,7 +105,7 @@ class Plans:
             if process.returncode is None:
                 process.kill()
         if process.returncode == -signal.SIGKILL:
-            raise InputError("the plan was stopped: a newer one was asked for")
+            raise InputError("the plan was stopped")
         if process.returncode not in (0, DOES_NOT_FIT) or not answer:
             raise InputError(messages.decode("utf-8", "replace").strip() or "the plan failed")
         plan: dict[str, Any] = json.loads(answer)

@@ -1,7 +1,7 @@
 """Routes of the Teach tab, under /studio/api.
 
-Everything there changes the machine's files or computes for long, so that it needs an
-administrator's key where keys are used. A body that is not JSON comes as
+Everything there changes the machine's files or computes for long, so that it needs a key that may
+train where keys are used. A body that is not JSON comes as
 application/octet-stream, which no form of another site can send.
 """
 
@@ -10,27 +10,29 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
+from urllib.parse import quote
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from veneer.serve.http.app import caller_of, catch_errors
+from veneer.serve.http.app import byte_after, caller_of, catch_errors
 from veneer.serve.limits import BODY_BYTES
 from veneer.serve.protocols.body import Body
 from veneer.serve.protocols.json_body import parsed, read_body, read_bytes
 from veneer.serve.refusals import Refusal
-from veneer.serve.studio.bodies import NoBody, PlanBody, RowChoices
+from veneer.serve.studio.bodies import KeepBody, NoBody, PlanBody, RowChoices
 from veneer.serve.studio.settings import describe_settings
 from veneer.serve.studio.studio import Studio
+from veneer.serve.studio.training import follow_job
 
 PREFIX = "/studio/api"
 UPLOAD_BYTES = 256 * 2**20
 Answer = Callable[[Request, Any], Awaitable[Any]]
 
 
-def studio_routes(studio: Studio) -> list[Route]:
-    """Returns the routes of the studio."""
+def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
+    """Returns the routes of the studio. closing: whether the server ends; streams end then too."""
 
     async def drafts(request: Request, body: None) -> Any:
         return {"data": await studio.run(studio.cards), "base": studio.base_source}
@@ -39,13 +41,13 @@ def studio_routes(studio: Studio) -> list[Route]:
         return {"settings": describe_settings()}
 
     async def upload(request: Request) -> Response:
-        _require_admin(request)
+        _require_train(request)
         kind = request.headers.get("content-type", "")
         if kind != "application/octet-stream":
             raise Refusal(415, "Send the file with content-type: application/octet-stream.")
-        name = request.query_params.get("name", "")
+        name, owner = request.query_params.get("name", ""), caller_of(request).name
         content = await read_bytes(request, UPLOAD_BYTES)
-        return JSONResponse(await studio.run(lambda: studio.add(name, content)))
+        return JSONResponse(await studio.run(lambda: studio.add(name, content, owner)))
 
     async def show(request: Request, body: None) -> Any:
         return await studio.run(lambda: studio.show(_id(request)))
@@ -54,13 +56,57 @@ def studio_routes(studio: Studio) -> list[Route]:
         return await studio.run(lambda: studio.preview(_id(request), body))
 
     async def check(request: Request, body: None) -> Any:
-        return await studio.run(lambda: studio.check(_id(request)))
+        return await studio.check(_id(request))
 
     async def plan(request: Request, body: PlanBody) -> Any:
         return await studio.plan(_id(request), body)
 
+    async def train(request: Request, body: NoBody) -> Any:
+        owner = caller_of(request).name
+        studio.plans.stop()  # it would compete with the trainer
+        return await studio.run(lambda: studio.start(_id(request), owner))
+
+    async def stop(request: Request, body: NoBody) -> Any:
+        return await studio.run(lambda: studio.stop(_id(request)))
+
+    async def resume(request: Request, body: NoBody) -> Any:
+        return await studio.run(lambda: studio.resume(_id(request)))
+
+    async def events(request: Request) -> Response:
+        _require_train(request)
+        draft_id, after = _id(request), byte_after(request)
+
+        async def progress(after: int) -> dict[str, Any]:
+            return await studio.run(lambda: studio.progress(draft_id, after))
+
+        await progress(after)  # a draft without a job is refused before the stream begins
+        stream = follow_job(progress, after, closing)
+        headers = {"cache-control": "no-store"}
+        return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+
+    async def held_out(request: Request, body: None) -> Any:
+        return await studio.held_out(_id(request))
+
+    async def try_out(request: Request, body: NoBody) -> Any:
+        return await studio.run(lambda: studio.try_out(_id(request)))
+
+    async def keep(request: Request, body: KeepBody) -> Any:
+        return await studio.run(lambda: studio.keep(_id(request), body.name))
+
+    async def take(request: Request) -> Response:
+        _require_train(request)
+        what = str(request.path_params["what"])
+        content, name = await studio.run(lambda: studio.take(_id(request), what))
+        # The report is a page: it is downloaded, and never shown as one of this site's.
+        headers = {
+            "content-disposition": f"attachment; filename*=UTF-8''{quote(name)}",
+            "content-security-policy": "sandbox",
+            "x-content-type-options": "nosniff",
+        }
+        return Response(content, media_type="application/octet-stream", headers=headers)
+
     async def remove(request: Request, body: NoBody) -> Any:
-        await studio.run(lambda: studio.drafts.remove(_id(request)))
+        await studio.run(lambda: studio.remove(_id(request)))
         return {}
 
     return [
@@ -71,13 +117,21 @@ def studio_routes(studio: Studio) -> list[Route]:
         _post("/drafts/{id}/rows", RowChoices, preview),
         _get("/drafts/{id}/check", check),
         _post("/drafts/{id}/plan", PlanBody, plan),
+        _post("/drafts/{id}/train", NoBody, train),
+        _post("/drafts/{id}/stop", NoBody, stop),
+        _post("/drafts/{id}/resume", NoBody, resume),
+        Route(f"{PREFIX}/drafts/{{id}}/events", catch_errors(events), methods=["GET"]),
+        _get("/drafts/{id}/held_out", held_out),
+        _post("/drafts/{id}/try", NoBody, try_out),
+        _post("/drafts/{id}/keep", KeepBody, keep),
+        Route(f"{PREFIX}/drafts/{{id}}/files/{{what}}", catch_errors(take), methods=["GET"]),
         _post("/drafts/{id}/remove", NoBody, remove),
     ]
 
 
 def _get(path: str, answer: Answer) -> Route:
     async def endpoint(request: Request) -> Response:
-        _require_admin(request)
+        _require_train(request)
         return JSONResponse(await answer(request, None))
 
     return Route(PREFIX + path, catch_errors(endpoint), methods=["GET"])
@@ -85,7 +139,7 @@ def _get(path: str, answer: Answer) -> Route:
 
 def _post(path: str, body: type[Body], answer: Answer) -> Route:
     async def endpoint(request: Request) -> Response:
-        _require_admin(request)
+        _require_train(request)
         text = await read_body(request, BODY_BYTES)
         fields = await asyncio.to_thread(lambda: body.read(parsed(text)))
         return JSONResponse(await answer(request, fields))
@@ -93,8 +147,8 @@ def _post(path: str, body: type[Body], answer: Answer) -> Route:
     return Route(PREFIX + path, catch_errors(endpoint), methods=["POST"])
 
 
-def _require_admin(request: Request) -> None:
-    if caller_of(request).scope != "admin":
+def _require_train(request: Request) -> None:
+    if not caller_of(request).may_train:
         raise Refusal(403, "This key may not train.", code="wrong_scope")
 
 

@@ -6,14 +6,26 @@ import asyncio
 import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from contextlib import suppress
 from typing import Any, TypeVar
 
-from veneer.errors import hide_path
+from veneer.data.load import DataSet
+from veneer.errors import UnknownNameError, hide_path
+from veneer.jobs.record import TrainingJob
+from veneer.library.library import Library
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
+from veneer.serve.engine.fine_tuning import FineTuning
+from veneer.serve.refusals import Refusal
 from veneer.serve.studio.bodies import MethodChoices, PlanBody, RowChoices
 from veneer.serve.studio.drafts import Draft, Drafts
+from veneer.serve.studio.keeping import (
+    held_out_questions,
+    publish,
+    result_file,
+    trial_name,
+    unpublish,
+)
 from veneer.serve.studio.plans import Plans, run_settings
 from veneer.serve.studio.rows import (
     count_records,
@@ -23,6 +35,7 @@ from veneer.serve.studio.rows import (
     examine,
     first_choices,
 )
+from veneer.serve.studio.training import job_card, job_progress, start_job
 
 T = TypeVar("T")
 FOLDER = "the studio's folder"
@@ -32,28 +45,34 @@ FOLDER = "the studio's folder"
 class Studio:
     """What the Teach tab shows and does. Methods read files: call them by `run`.
 
-    folder: of drafts. base: the server's base, on which adapters train
+    fine_tuning: stores jobs and uploaded files. base: the server's, on which adapters train
     """
 
-    def __init__(self, folder: Path, base: FrozenBase) -> None:
-        self.drafts, self.plans = Drafts(folder), Plans()
-        self.base_source = base.source
+    def __init__(self, fine_tuning: FineTuning, base: FrozenBase, library: Library) -> None:
+        self.jobs, self.library = fine_tuning.store, library
+        self.drafts = Drafts(self.jobs.folder / "drafts", fine_tuning.uploads)
+        self.plans = Plans()
+        self.run_of_server, self.base_source = fine_tuning.run, base.source
         self.capacity = capacity_of(base)
         # Tokenizers change while they encode, so this one is a copy that nothing else uses.
         self._tokenizer = copy.deepcopy(base.tokenizer)
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix="veneer-studio")
+        self._checks = ThreadPoolExecutor(1, thread_name_prefix="veneer-checks")
+        self._files = ThreadPoolExecutor(4, thread_name_prefix="veneer-studio")
 
     async def run(self, function: Callable[[], T]) -> T:
-        """Runs a function beside the event loop, one at a time. No error names the folder."""
+        """Runs a function that reads files beside the event loop. No error names the folder."""
+        return await self._run(self._files, function)
 
+    async def _run(self, threads: ThreadPoolExecutor, function: Callable[[], T]) -> T:
         def hidden() -> T:
-            with hide_path(self.drafts.folder, FOLDER):
+            with hide_path(self.jobs.folder, FOLDER):
                 return function()
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, hidden)
+        return await asyncio.get_running_loop().run_in_executor(threads, hidden)
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._checks, self._files):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def cards(self) -> list[dict[str, Any]]:
         """Lists the drafts, the newest first."""
@@ -63,9 +82,9 @@ class Studio:
         names = ("id", "name", "bytes", "created", "rows", "method", "job", "model")
         return {name: getattr(draft, name) for name in names}
 
-    def add(self, name: str, content: bytes) -> dict[str, Any]:
+    def add(self, name: str, content: bytes, owner: str = "") -> dict[str, Any]:
         """Stores rows. Refusal or DataError: they are no rows, or too many."""
-        draft = self.drafts.add(name, content)
+        draft = self.drafts.add(name, content, owner)
         file = self.drafts.row_file(draft)
         try:
             choices = first_choices(file, count_records(file))
@@ -81,6 +100,7 @@ class Studio:
         file = self.drafts.row_file(draft)
         return {
             **self.card(draft),
+            "training": self._training(draft),
             "choices": choices.model_dump(),
             "preview": describe_columns(file, choices),
         }
@@ -100,27 +120,114 @@ class Studio:
 
         draft, settings = await self.run(prepare)
         file = self.drafts.row_file(draft)
-        with hide_path(file.path, file.name), hide_path(self.drafts.folder, FOLDER):
+        with hide_path(file.path, file.name), hide_path(self.jobs.folder, FOLDER):
             return await self.plans.plan(
-                file.path.parent, settings, kind=body.kind, compare=body.compare
+                self.drafts.place(draft), settings, kind=body.kind, compare=body.compare
             )
 
     def run_settings(self, draft: Draft) -> dict[str, Any]:
         """Returns the settings of a draft's run. ConfigError: one of them is wrong."""
         rows = RowChoices.read(draft.rows)
         return run_settings(
-            self.base_source,
+            self.run_of_server,
             data_settings(self.drafts.row_file(draft), rows),
             rows.length,
             MethodChoices.read(draft.method),
         )
 
-    def check(self, draft_id: str) -> dict[str, Any]:
+    async def check(self, draft_id: str) -> dict[str, Any]:
         """Returns the report of `veneer data check` on a draft."""
-        draft = self.drafts.get(draft_id)
+
+        def describe() -> dict[str, Any]:
+            draft = self.drafts.get(draft_id)
+            data_set = self._examined(draft)
+            return describe_check(self.drafts.row_file(draft), data_set, self._tokenizer)
+
+        return await self._run(self._checks, describe)
+
+    async def held_out(self, draft_id: str) -> dict[str, Any]:
+        """Returns held-out rows as questions and expected answers."""
+
+        def find() -> dict[str, Any]:
+            rows = self._examined(self.drafts.get(draft_id)).validation_rows
+            return {"rows": len(rows), "questions": held_out_questions(rows)}
+
+        return await self._run(self._checks, find)
+
+    def _examined(self, draft: Draft) -> DataSet:
+        """Reads and checks the rows of a draft. One thread at a time: tokenizers change."""
         file = self.drafts.row_file(draft)
         with hide_path(file.path, file.name):
-            data_set = examine(
+            return examine(
                 file, RowChoices.read(draft.rows), tokenizer=self._tokenizer, capacity=self.capacity
             )
-            return describe_check(file, data_set, self._tokenizer)
+
+    def start(self, draft_id: str, owner: str) -> dict[str, Any]:
+        """Queues the run of a draft; returns its job."""
+        draft = self.drafts.get(draft_id)
+        rows = self.drafts.row_file(draft).path
+        job = start_job(self.jobs, draft, rows, self.run_settings(draft), owner)
+        self.drafts.change(draft_id, job=job.id, model=None)
+        return job_card(job)
+
+    def stop(self, draft_id: str) -> dict[str, Any]:
+        """Asks the trainer to save a checkpoint and end."""
+        return job_card(self.jobs.pause(self._job(draft_id).id))
+
+    def resume(self, draft_id: str) -> dict[str, Any]:
+        """Queues a stopped job again."""
+        return job_card(self.jobs.resume(self._job(draft_id).id))
+
+    def progress(self, draft_id: str, after: int) -> dict[str, Any]:
+        """Returns the job of a draft with its records from a byte on."""
+        return job_progress(self._job(draft_id), after)
+
+    def try_out(self, draft_id: str) -> dict[str, Any]:
+        """Returns the model that answers with a finished job's adapter.
+
+        It has a name of its own in the library until it is kept under another.
+        """
+        draft = self.drafts.get(draft_id)
+        if draft.model is not None:
+            return {"model": draft.model}
+        name = trial_name(draft.id)
+        publish(self.library, self._job(draft_id), name)
+        return {"model": name}
+
+    def keep(self, draft_id: str, name: str) -> dict[str, Any]:
+        """Adds the adapter to the library under a name, where it is a model at once."""
+        reference = publish(self.library, self._job(draft_id), name)
+        unpublish(self.library, trial_name(draft_id))
+        draft = self.drafts.change(draft_id, model=name)
+        return {**self.card(draft), "reference": reference}
+
+    def take(self, draft_id: str, what: str) -> tuple[bytes, str]:
+        """Returns a file of the result and its name: the adapter, the report or the card."""
+        draft = self.drafts.get(draft_id)
+        name = draft.model or draft.name.rpartition(".")[0] or "adapter"
+        return result_file(self._job(draft_id), what, name=name, base=self.base_source)
+
+    def remove(self, draft_id: str) -> None:
+        """Deletes a draft, its rows and its job. An adapter that was kept stays."""
+        draft = self.drafts.get(draft_id)
+        if draft.job is not None:
+            with suppress(UnknownNameError):
+                self.jobs.delete(draft.job)
+            unpublish(self.library, trial_name(draft.id))
+        self.drafts.remove(draft_id)
+
+    def _training(self, draft: Draft) -> dict[str, Any] | None:
+        """Returns the card of a draft's job; None if it has none, or the job was deleted."""
+        if draft.job is None:
+            return None
+        try:
+            return job_card(self.jobs.get(draft.job))
+        except UnknownNameError:
+            return None
+
+    def _job(self, draft_id: str) -> TrainingJob:
+        """Finds the job of a draft. Refusal: 404."""
+        draft = self.drafts.get(draft_id)
+        if draft.job is None:
+            raise Refusal(404, "These rows are not trained on yet.", "id", "job_not_found")
+        return self.jobs.get(draft.job)

@@ -60,8 +60,10 @@ function said(fault) {
   return fault instanceof Refused ? fault.message : `The server does not answer: ${fault.message}`;
 }
 
-function save(name, type, text) {
-  const address = URL.createObjectURL(new Blob([text], { type }));
+const save = (name, type, text) => saveBlob(name, new Blob([text], { type }));
+
+function saveBlob(name, blob) {
+  const address = URL.createObjectURL(blob);
   const link = make("a", { href: address, download: name });
   document.body.append(link);
   link.click();

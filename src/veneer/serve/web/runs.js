@@ -94,8 +94,8 @@ function thinned(points) {
   return there.filter((_, n) => n % every === 0 || n === there.length - 1);
 }
 
-/** series: name, class, [step, value] of each; held-out points get dots. */
-function chart(title, series) {
+/** series: name, class, [step, value] of each; held-out points get dots. room: width that is there. */
+function chart(title, series, room = byId("run").clientWidth) {
   const thin = series.map(([name, look, points]) => [name, look, thinned(points)]);
   const drawn = thin.filter(([, , points]) => points.length);
   if (!drawn.length) return make("p", { className: "soft" }, `${title}: nothing is written yet`);
@@ -107,7 +107,7 @@ function chart(title, series) {
   const below = least(ys) - (y1 - least(ys)) * 0.05;
   const y0 = least(ys) >= 0 ? Math.max(0, below) : below;
   const { height, left, bottom } = CHART;
-  const width = Math.min(720, byId("run").clientWidth || 720); // of the screen's own points: text keeps its size
+  const width = Math.min(720, room || 720); // of the screen's own points: text keeps its size
   const x = (value) => left + ((value - x0) / (x1 - x0)) * (width - left);
   const y = (value) => (height - bottom) * (1 - (value - y0) / (y1 - y0 || 1)) + 6;
   const marks = [...new Set([0, 0.5, 1].map((share) => y0 + share * (y1 - y0)))];

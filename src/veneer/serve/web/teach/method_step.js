@@ -13,7 +13,6 @@ const METHODS = {
   dora: "dora: LoRA with lengths",
   prefix: "prefix: trained beginnings",
   bottleneck: "bottleneck: small layers between",
-  full: "full: every weight",
 };
 /** ends: stops the request for the last plan. */
 const planning = { ends: null };
@@ -80,6 +79,7 @@ function beginMethod() {
   byId("method-name").append(...optionsOf(METHODS));
   byId("method-kind").addEventListener("change", planChosen);
   byId("method-name").addEventListener("change", (event) => chooseMethod(event.target.value));
+  byId("method-next").addEventListener("click", () => openStep("train"));
   for (const id of ["main-settings", "more-settings"]) byId(id).addEventListener("change", planChosen);
   byId("method-compare").addEventListener("click", () => askForPlan(byId("method-compared"), true, comparedShown));
   whenStepShown.method = showMethod;

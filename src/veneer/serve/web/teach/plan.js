@@ -61,7 +61,8 @@ function planShown(answer) {
 function comparedShown(answer) {
   const head = ["method", "trained", "file", "memory", "time", "fits"].map((name) => make("th", {}, name));
   const rows = answer.plans.map((plan) => {
-    const choose = make("button", { className: "quiet", onclick: () => chooseMethod(plan.method) }, plan.method);
+    const offered = plan.method in METHODS;
+    const choose = offered ? make("button", { className: "quiet", onclick: () => chooseMethod(plan.method) }, plan.method) : plan.method;
     const cells = [choose, large(plan.trainable_parameters), bytes(plan.file_bytes), bytes(plan.needed_memory_bytes)];
     cells.push(duration(plan.run_seconds), { true: "yes", false: "no", null: "–" }[plan.fits]);
     return make("tr", {}, ...cells.map((cell) => make("td", {}, cell)));

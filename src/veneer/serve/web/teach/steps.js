@@ -6,10 +6,17 @@ const OPEN_DRAFT = "veneer-draft";
  * report: the result of its check. plan: the last plan of its run. settings: help texts of settings by their path. step: the one that is shown.
  */
 const lesson = { draft: null, preview: null, report: null, plan: null, settings: {}, step: "rows" };
-/** By step: called when it is shown. */
+/** By step: called when it is shown, or left. */
 const whenStepShown = {};
+const whenStepLeft = {};
 /** By step: whether it can be opened. */
-const stepIsOpen = { rows: () => true, method: () => lesson.report !== null && !lesson.report.refused };
+const stepIsOpen = {
+  rows: () => true,
+  method: () => lesson.report !== null && !lesson.report.refused,
+  train: () => stepIsOpen.method() || Boolean(lesson.draft?.job),
+  judge: () => Boolean(lesson.draft?.job) && lesson.draft.state === "done",
+  keep: () => stepIsOpen.judge(),
+};
 
 const studio = (path, settings) => read(`/studio/api${path}`, settings);
 const draftPath = (rest = "") => `/drafts/${lesson.draft.id}${rest}`;
@@ -27,6 +34,7 @@ function showSteps() {
 }
 
 function openStep(step) {
+  whenStepLeft[lesson.step]?.();
   lesson.step = stepIsOpen[step]?.() ? step : "rows";
   if (lesson.draft) localStorage.setItem(`${OPEN_DRAFT}-step`, lesson.step);
   showSteps();
@@ -53,9 +61,13 @@ async function openDraft(id, step = "rows") {
   await teachSafely(async () => {
     const { preview, ...draft } = await studio(`/drafts/${encodeURIComponent(id)}`);
     Object.assign(lesson, { draft, preview, report: null, plan: null });
+    draft.state = draft.training?.state;
+    if (!draft.training) draft.job = null; // it was deleted
+    forgetTraining();
+    training.job = draft.training;
     localStorage.setItem(OPEN_DRAFT, id);
     byId("drafts").value = id;
-    if (step !== "rows" && columnsAreChosen()) await checkRows();
+    if (step === "method" && columnsAreChosen()) await checkRows();
   });
   showDraftButtons();
   openStep(step);

@@ -1,0 +1,77 @@
+"""The result of a job: held-out rows to judge it, its name in the library, and files to take."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from veneer.data.examples import Row
+from veneer.errors import ConfigError, UnknownNameError
+from veneer.jobs.record import TrainingJob
+from veneer.library.library import Library
+from veneer.report.card import card_for
+
+MOST_HELD_OUT = 200
+"""Held-out rows that the page may ask about."""
+TRIAL = "trial-"
+
+
+def trial_name(draft_id: str) -> str:
+    """Returns the library's name of an adapter that is judged and has no other name yet."""
+    return f"{TRIAL}{draft_id}"
+
+
+def publish(library: Library, job: TrainingJob, name: str) -> str:
+    """Adds a job's adapter to the library; returns its reference, such as tickets@2."""
+    if job.state != "done":
+        raise ConfigError(f"the job is {job.state}: only a finished run has an adapter to keep")
+    return str(library.add(job.run_folder, name=name).reference)
+
+
+def unpublish(library: Library, name: str) -> None:
+    """Removes a name from the library, if it is there."""
+    try:
+        library.remove(name)
+    except (UnknownNameError, ConfigError):
+        return
+
+
+def held_out_questions(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Returns the held-out rows that can be asked: messages up to the last turn, and that turn."""
+    questions = []
+    for row in rows:
+        if row.messages and isinstance(row.messages[-1].get("content"), str) and not row.tools:
+            messages = [
+                {"role": turn["role"], "content": turn["content"]} for turn in row.messages[:-1]
+            ]
+            expected = row.messages[-1]["content"]
+            questions.append({"line": row.ref.line, "messages": messages, "expected": expected})
+    return questions[:MOST_HELD_OUT]
+
+
+def zipped(folder: Path) -> bytes:
+    """Returns the files of a folder as a zip archive. They are not compressed: tensors are random
+    bytes."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and not path.is_symlink():
+                archive.write(path, f"{folder.name}/{path.relative_to(folder).as_posix()}")
+    return content.getvalue()
+
+
+def result_file(job: TrainingJob, what: str, *, name: str, base: str) -> tuple[bytes, str]:
+    """Returns the adapter as a zip archive, the report or the model card, and the file's name."""
+    adapter = job.run_folder / "adapter"
+    if not adapter.is_dir():
+        raise ConfigError("the run has no adapter yet")
+    if what == "report":
+        return (job.run_folder / "report.html").read_bytes(), f"{name}.html"
+    if what == "card":
+        commands = [f"veneer serve --base {base}"]
+        card = card_for(adapter, name=name, commands=commands, base=base) or ""
+        return card.encode(), f"{name}.md"
+    return zipped(adapter), f"{name}.zip"

@@ -1,0 +1,137 @@
+"""Trains the rows of a draft as a job, and follows the job's records."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import ConfigError, CorruptFileError, hide_path
+from veneer.files.strict_json import legible, read_json
+from veneer.jobs.record import ENDED, RESUMABLE, TrainingJob
+from veneer.jobs.store import JobStore
+from veneer.serve.refusals import Refusal, without_folders
+from veneer.serve.studio.drafts import Draft
+from veneer.training.output.records import records_after
+
+PART_BYTES = 2**20
+EVERY_SECONDS = 0.7
+"""Seconds between two looks at a job that is followed."""
+SILENT_LOOKS = 20
+"""Looks without news until a line is sent all the same, so that proxies keep the connection."""
+SHOWN = (
+    "kind",
+    "step",
+    "steps",
+    "loss",
+    "gradient_norm",
+    "learning_rate",
+    "tokens",
+    "seconds",
+    "memory_bytes",
+    "reason",
+    "best",
+    "sample",
+    "train_rows",
+    "validation_rows",
+    "planned_memory_bytes",
+    "trainable_parameters",
+    "time",
+)
+"""Fields of records that the page shows."""
+SUMMARY = (
+    "reason",
+    "steps",
+    "total_seconds",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "validation_loss",
+    "held_out",
+    "best_step",
+    "adapter_bytes",
+    "preference",
+)
+"""Fields of a run's summary that the page shows."""
+
+
+def start_job(
+    store: JobStore, draft: Draft, rows: Path, settings: dict[str, Any], owner: str
+) -> TrainingJob:
+    """Queues the run of a draft. ConfigError: its job has not ended, or a setting is wrong."""
+    if draft.job is not None and (job := store.get(draft.job)).state not in ENDED:
+        raise ConfigError(
+            f"these rows are being trained on: the job is {job.state}",
+            next_step="Stop it or resume it, or drop the file again for another run.",
+        )
+    data = {name: value for name, value in settings["data"].items() if name != "train"}
+    return store.create(
+        {**settings, "data": data},
+        rows={"train": rows},
+        owner=owner,
+        details={"draft": draft.id, "rows": draft.name},
+    )
+
+
+def job_card(job: TrainingJob) -> dict[str, Any]:
+    """Describes a job for the page; of a finished one, its summary too."""
+    card: dict[str, Any] = {
+        "id": job.id,
+        "state": job.state,
+        "error": None if job.error is None else without_folders(job.error),
+        "open": job.state not in ENDED and job.state not in RESUMABLE,
+        "resumable": job.state in RESUMABLE,
+        "summary": None,
+    }
+    summary = job.run_folder / "summary.json"
+    if summary.is_file():
+        whole = read_json(summary)
+        card["summary"] = {name: whole.get(name) for name in SUMMARY}
+    return dict(legible(card))
+
+
+def job_progress(job: TrainingJob, after: int) -> dict[str, Any]:
+    """Returns a job's card and its records from a byte on. Records begin at `start`, which is 0 if
+    the file was written anew."""
+    update: dict[str, Any] = {"job": job_card(job), "records": [], "start": after, "next": after}
+    file = job.records_file
+    if not file.is_file():
+        return {**update, "start": 0, "next": 0, "more": False}
+    with hide_path(job.run_folder, "the run"):
+        records, start, following = records_after(
+            file, after, most_bytes=PART_BYTES, shown="the run's records"
+        )
+    shown = [{name: legible(r[name]) for name in SHOWN if name in r} for r in records]
+    more = file.stat().st_size - start > PART_BYTES
+    return {**update, "records": shown, "start": start, "next": following, "more": more}
+
+
+async def follow_job(
+    progress: Callable[[int], Awaitable[dict[str, Any]]], after: int, closing: Callable[[], bool]
+) -> AsyncIterator[bytes]:
+    """Yields server-sent events of a job until it rests, or the server ends.
+
+    `next` of an event is the byte from which a reader goes on after the connection was lost.
+    """
+    last_card, silent = None, 0
+    while not closing():
+        try:
+            update = await progress(after)
+        except (Refusal, CorruptFileError) as fault:
+            yield _event({"error": str(fault)})
+            return
+        after = update["next"]
+        silent += 1
+        if update["records"] or update["job"] != last_card or silent > SILENT_LOOKS:
+            last_card, silent = update["job"], 0
+            yield _event(update)
+        if update["more"]:
+            continue
+        if not update["job"]["open"]:
+            return
+        await asyncio.sleep(EVERY_SECONDS)
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(content)}\n\n".encode()

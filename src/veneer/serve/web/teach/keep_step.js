@@ -1,0 +1,58 @@
+// Step 5: the adapter gets a name in the library, where it is a model of this server at once.
+
+/** Returns a name that the library accepts, made of the file's. */
+const nameFrom = (file) =>
+  file.replace(/\.[^.]*$/, "").toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-+|-+$/g, "").slice(0, 40) || "adapter";
+
+function showKeep() {
+  byId("keep-name").value = lesson.draft.model ?? nameFrom(lesson.draft.name);
+  showKept();
+}
+
+function showKept() {
+  const { model } = lesson.draft;
+  byId("kept").hidden = !model;
+  if (!model) return byId("keep-said").replaceChildren();
+  byId("keep-said").textContent = `${lesson.draft.reference ?? model} is in the library, and a model of this server.`;
+  const question = judging.questions[0]?.messages ?? [{ role: "user", content: "…" }];
+  const body = bodyOf({ name: model, weight: 1 }, question, { max_tokens: 96 });
+  byId("keep-curl").textContent = curlOf(body);
+  byId("keep-python").textContent = pythonOf(body);
+}
+
+async function keep(event) {
+  event.preventDefault();
+  const name = byId("keep-name").value.trim();
+  await teachSafely(async () => {
+    const draft = await studio(draftPath("/keep"), { body: { name } });
+    Object.assign(lesson.draft, draft);
+    judging.model = draft.model;
+    await loadModels();
+  });
+  showKept();
+}
+
+async function download(what) {
+  await teachSafely(async () => {
+    const response = await request(`/studio/api${draftPath(`/files/${what}`)}`);
+    const named = response.headers.get("content-disposition").split("''")[1];
+    saveBlob(decodeURIComponent(named), await response.blob());
+  });
+}
+
+function askKept() {
+  if (!chosen.some((column) => column.name === lesson.draft.model)) {
+    if (chosen.length === MOST_ADAPTERS) chosen.pop();
+    addColumn(lesson.draft.model);
+  }
+  openTab("ask");
+}
+
+function beginKeep() {
+  byId("keep-form").addEventListener("submit", keep);
+  byId("keep-ask").addEventListener("click", askKept);
+  for (const button of document.querySelectorAll("#kept [data-file]"))
+    button.addEventListener("click", () => download(button.dataset.file));
+  whenStepShown.keep = showKeep;
+}
+beginKeep();
