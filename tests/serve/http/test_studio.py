@@ -1,16 +1,22 @@
 """The Teach tab, in a browser that drops a file of rows."""
 
 import json
+from io import BytesIO
+from zipfile import ZipFile
 
 import pytest
 
 from tests.serve.http.browser import CHROMIUM, browser
 from tests.serve.server import add_adapter, running
+from tests.support.tiny import save_tiny
+from veneer.api import load
 from veneer.library.library import Library
 from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
 from veneer.serve.studio.rows import column_map
 
 API = "/studio/api"
+WAIT = 240.0
+"""Seconds for a trainer's process on a busy machine."""
 TICKETS = [
     ("The tap leaks.", "repairs"),
     ("Where is my parcel?", "shipping"),
@@ -36,9 +42,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(folder):
+    base = load(save_tiny(folder / "base"))
     library = Library(folder / "adapters")
-    add_adapter(library, folder / "poems", "poems", 1)
-    with running(library, studio=folder / "studio") as running_server:
+    add_adapter(library, folder / "poems", "poems", 1, base)
+    with running(library, base=base, studio=folder / "studio") as running_server:
         yield running_server
 
 
@@ -89,7 +96,7 @@ def drop_tickets(tab):
         choose(tab, f"[data-name={name}]", column)
         reason = f"Choose the column of the {missing}." if missing else ""
         tab.until(f"document.querySelector('#rows-reason').textContent === '{reason}'")
-    tab.until("document.querySelector('.counts') !== null")
+    tab.until("document.querySelector('#rows-check .counts') !== null")
 
 
 @needs_browser
@@ -97,7 +104,7 @@ def test_dropped_rows_are_mapped_checked_and_shown_token_by_token(tab):
     drop_tickets(tab)
     cards = tab.run("[...document.querySelectorAll('.card')].map((card) => card.innerText)")
     assert len(cards) == 3 and "The tap leaks." in cards[0] and "repairs" in cards[0]
-    assert "2\nheld out" in tab.text(".counts")
+    assert "2\nheld out" in tab.text("#rows-check .counts")
     findings = tab.run("[...document.querySelectorAll('.finding')].map((e) => e.textContent)")
     assert any("D209" in text and "row 9" in text and "lift" in text for text in findings)
     assert any("e-mail" in text and "me@example.com" in text for text in findings)
@@ -106,17 +113,57 @@ def test_dropped_rows_are_mapped_checked_and_shown_token_by_token(tab):
     assert "repairs" in tab.run(tokens % ".trained")
     assert "leaks" not in tab.run(tokens % ".trained")
     tab.call("Page.reload")
-    tab.until("document.querySelector('.counts') !== null")
+    tab.until("document.querySelector('#rows-check .counts') !== null")
     assert tab.text("#rows-name").startswith("tickets.csv"), "a reload finds the rows"
     tab.screen(390, 844, phone=True)
     assert tab.run("document.documentElement.scrollWidth") <= 390
 
 
 @needs_browser
+def test_a_dropped_file_becomes_a_model_that_answers(server, tab):
+    drop_tickets(tab)
+    tab.click("#go-method")
+    tab.until("document.querySelector('[data-path=steps]') !== null")
+    for setting, value in {"steps": 400, "batch": 2, "evaluate_every": 100}.items():
+        choose(tab, f"[data-path={setting}]", str(value))
+    tab.click("#method-next")
+    tab.click("#train-start")
+    points = "(document.querySelector('#train-curve .line.a')?.getAttribute('points') ?? '').length"
+    tab.until(f"{points} > 0", WAIT)
+    assert tab.run("document.querySelector('#train-curve .line.base') !== null")
+    tab.click("#train-stop")
+    tab.until("!document.querySelector('#train-resume').hidden", WAIT)
+    assert "checkpoint" in tab.text("#train-state")
+    stopped = tab.run(points)
+    tab.call("Page.reload")
+    tab.click("#train-resume")  # a reload finds the run, at its step
+    tab.until("!document.querySelector('#train-next').hidden", WAIT)
+    assert tab.text("#train-facts").startswith("400 of 400")
+    assert tab.run(points) > stopped
+    tab.click("#train-next")
+    tab.until("document.querySelectorAll('.judged .right, .judged .wrong').length === 4")
+    assert "2 held-out rows" in tab.text("#judge-figures")
+    tab.click("#judge-next")
+    tab.type("#keep-name", "queues\n")
+    tab.until("document.querySelector('#keep-python').textContent.includes('queues')")
+    names = [entry.name for entry in server.library.entries()]
+    assert names == ["poems", "queues"], "the name under which it was judged is gone"
+    body = {"model": "queues", "messages": [{"role": "user", "content": "The tap leaks."}]}
+    assert server.post("/v1/chat/completions", {**body, "max_tokens": 8}).status_code == 200
+    draft = server.http().get(f"{API}/drafts").json()["data"][0]
+    archive = server.http().get(f"{API}/drafts/{draft['id']}/files/adapter")
+    assert "adapter/adapter_model.safetensors" in ZipFile(BytesIO(archive.content)).namelist()
+    report = server.http().get(f"{API}/drafts/{draft['id']}/files/report")
+    assert report.headers["content-disposition"].startswith("attachment")
+    tab.click("#keep-ask")
+    tab.until("[...document.querySelectorAll('.column input')].some((e) => e.value === 'queues')")
+
+
+@needs_browser
 def test_texts_of_a_file_are_text(tab):
     row = json.dumps({"prompt": "<img src=x onerror=alert(1)>", "completion": "<b>bold</b>"})
     drop(tab, "<i>odd</i>.jsonl", (row + "\n") * 3)
-    tab.until("document.querySelector('.counts') !== null")
+    tab.until("document.querySelector('#rows-check .counts') !== null")
     assert tab.text("#rows-name").startswith("i>.jsonl"), "the part behind the last slash"
     assert "<img src=x" in tab.text(".card")
     assert tab.run("document.querySelectorAll('#teach :is(img, b.bold, i)').length") == 0
@@ -136,6 +183,17 @@ def test_an_upload_is_refused_as_the_command_line_refuses_the_file(server):
     assert "validation_share" in faults.json()["error"]["message"]
     assert server.post(f"{API}/drafts/{draft['id']}/remove", {}).status_code == 200
     assert server.http().get(f"{API}/drafts/{draft['id']}").status_code == 404
+
+
+def test_settings_are_refused_as_the_command_line_refuses_them(server):
+    draft = upload(server, CSV.replace("ticket,queue", "prompt,completion")).json()
+    plan = f"{API}/drafts/{draft['id']}/plan"
+    both = {"settings": {"steps": 3, "epochs": 2}}
+    assert "give one" in server.post(plan, both).json()["error"]["message"]
+    unknown = server.post(plan, {"settings": {"out": "/tmp"}}).json()["error"]["message"]
+    assert "'out' is not offered here" in unknown
+    assert server.http().get(f"{API}/drafts/{draft['id']}/events").status_code == 404
+    assert server.post(f"{API}/drafts/{draft['id']}/stop", {}).status_code == 404
 
 
 def test_no_answer_names_a_folder_of_the_server(server, folder):

@@ -67,7 +67,9 @@ async function openDraft(id, step = "rows") {
     training.job = draft.training;
     localStorage.setItem(OPEN_DRAFT, id);
     byId("drafts").value = id;
-    if (step === "method" && columnsAreChosen()) await checkRows();
+    if (step === "rows" || !columnsAreChosen()) return;
+    const checked = checkRows();
+    if (step === "method") await checked; // later steps do not wait for it
   });
   showDraftButtons();
   openStep(step);

@@ -2,13 +2,13 @@
 
 const RETRY = 1500; // milliseconds until a lost connection is opened again
 const STATES = {
-  queued: "It waits for another job to end.",
-  running: "It trains.",
-  stopping: "It saves a checkpoint and stops.",
-  paused: "It is stopped. A checkpoint is kept.",
-  done: "It is trained.",
-  failed: "It failed.",
-  cancelled: "It was cancelled.",
+  queued: "Waiting for another job to end.",
+  running: "Training.",
+  stopping: "Stopping: a checkpoint is being saved.",
+  paused: "Stopped. A checkpoint is kept.",
+  done: "Training is done.",
+  failed: "Training failed.",
+  cancelled: "Training was cancelled.",
 };
 /** job, start: the run's first record. next: the byte to read on from. ends: stops following. */
 const training = { draft: null, job: null, start: null, next: 0, steps: [], evaluations: [], ends: null };
