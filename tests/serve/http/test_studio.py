@@ -11,6 +11,7 @@ from tests.serve.server import add_adapter, running
 from tests.support.tiny import save_tiny
 from veneer.api import load
 from veneer.library.library import Library
+from veneer.serve.engine.fine_tuning import TrainSettings
 from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
 from veneer.serve.studio.rows import column_map
 
@@ -40,12 +41,16 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("studio")
 
 
+def settings(folder):
+    return TrainSettings(run={"base": str(folder / "base")}, folder=folder / "jobs", share=1)
+
+
 @pytest.fixture(scope="module")
 def server(folder):
     base = load(save_tiny(folder / "base"))
     library = Library(folder / "adapters")
     add_adapter(library, folder / "poems", "poems", 1, base)
-    with running(library, base=base, studio=folder / "studio") as running_server:
+    with running(library, base=base, studio=True, train=settings(folder)) as running_server:
         yield running_server
 
 
@@ -206,7 +211,8 @@ def test_no_answer_names_a_folder_of_the_server(server, folder):
 def test_a_key_for_use_may_not_train(folder):
     key = "k" * 40
     keys = ApiKeys([ApiKey("use", hashed(key), "one")])
-    with running(Library(folder / "adapters"), keys=keys, studio=folder / "studio") as guarded:
+    train = TrainSettings(run={"base": "tiny"}, folder=folder / "jobs")
+    with running(Library(folder / "other"), keys=keys, studio=True, train=train) as guarded:
         assert guarded.http().get(f"{API}/drafts").status_code == 401
         headers = {"authorization": f"Bearer {key}"}
         assert guarded.http(headers=headers).get(f"{API}/drafts").status_code == 403
