@@ -52,6 +52,11 @@ LAYOUTS: dict[str, tuple[dict[str, Any], Format, list[dict[str, Any]]]] = {
         "chat",
         [ASK, CALLS, RESULT, ANSWER],
     ),
+    "one call a message, as promised": (
+        {"messages": [ASK, CALLS, RESULT, ANSWER], "parallel_tool_calls": False},
+        "chat",
+        [ASK, CALLS, RESULT, ANSWER],
+    ),
     "sharegpt": (
         {
             "conversations": [
@@ -205,6 +210,14 @@ FAULTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "tools nested in text": ("D113", {"messages": [ASK, ANSWER], "tools": "[" * 600 + "]" * 600}),
     "a value that is no JSON": ("D109", {"messages": [ASK, {**ANSWER, "at": date(2026, 1, 1)}]}),
+    "calls at once where one at a time is promised": (
+        "D113",
+        {"messages": [ASK, {**CALLS, "tool_calls": [CALL, CALL]}], "parallel_tool_calls": False},
+    ),
+    "parallel_tool_calls that is a text": (
+        "D113",
+        {"messages": [ASK, ANSWER], "parallel_tool_calls": "no"},
+    ),
     "tools that are no list": ("D113", {"messages": [ASK, ANSWER], "tools": {"name": "f"}}),
     "an image part": (
         "D114",

@@ -4,27 +4,43 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterable
 from typing import Any
 
 from veneer.errors import VeneerError
 from veneer.jobs.record import TrainingJob
-from veneer.training.output.records import Record, read_records
+from veneer.training.output.records import Record, records_after
 
 COLUMNS = ("step", "train_loss", "valid_loss", "learning_rate", "trained_tokens")
+RESULT = "step_metrics.csv"
+"""The result file in a job's folder; the worker writes it when the job is done."""
+MOST_BYTES = 8 * 2**20
+FIRST_BYTES = 2**16
 
 
 def job_records(job: TrainingJob) -> list[Record]:
-    """Returns the run's records; empty before the first, and if the file is damaged."""
+    """Returns the first record of the run and the newest MOST_BYTES of them. Empty before the
+    first, and if the file is damaged."""
+    file, name = job.records_file, f"the run of {job.id}"
     try:
-        return read_records(job.records_file)
+        start = max(file.stat().st_size - MOST_BYTES, 0)
+        if start:
+            with file.open("rb") as stream:
+                stream.seek(start)
+                start += len(stream.readline())
+        records, start, _ = records_after(file, start, most_bytes=MOST_BYTES, shown=name)
+        if start:
+            first = records_after(file, 0, most_bytes=FIRST_BYTES, shown=name)[0][:1]
+            return [*first, *records]
+        return records
     except (OSError, VeneerError):
         return []
 
 
-def metrics_csv(job: TrainingJob) -> str:
+def metrics_csv(records: Iterable[Record]) -> str:
     """Returns the losses of every step. valid_loss is empty at steps without an evaluation."""
     rows: dict[int, dict[str, Any]] = {}
-    for record in job_records(job):
+    for record in records:
         if record["kind"] == "step":
             columns = {
                 "train_loss": record.get("loss"),

@@ -19,11 +19,15 @@ from types import FrameType
 
 from veneer.child import end_with_parent
 from veneer.errors import RunInterrupted, VeneerError
+from veneer.files.atomic import write_text
 from veneer.jobs.events import add_event
 from veneer.jobs.launch import LOG, trainer_command, trainer_environment
 from veneer.jobs.record import JobRecord, StopRequest, read_record, write_record
+from veneer.jobs.results import RESULT, metrics_csv
+from veneer.jobs.run_facts import RECORDS
 from veneer.jobs.store import JobStore
 from veneer.library.library import Library
+from veneer.training.output.records import read_records
 
 POLL_SECONDS = 0.2
 MOST_ERROR = 4000
@@ -107,6 +111,8 @@ class Worker:
                 self._fail(f"The adapter was trained, but not added to the library. {fault}")
                 return
             add_event(self.folder, f"New fine-tuned model created: {name}")
+        records = read_records(self.run_folder / RECORDS)
+        write_text(self.folder / RESULT, metrics_csv(records), replace=True)
         self._end("done", "The job has successfully completed", adapter=adapter)
 
     def _end(self, state: str, message: str, **changes: str | None) -> None:

@@ -22,7 +22,7 @@ from veneer.errors import UnknownNameError, VeneerError
 from veneer.jobs.job_settings import RowPart, RowSource
 from veneer.jobs.limits import JobLimits
 from veneer.jobs.record import TrainingJob
-from veneer.jobs.results import metrics_csv
+from veneer.jobs.results import RESULT
 from veneer.jobs.store import TRAIN_SHARE, JobStore
 from veneer.jobs.uploads import UploadedFile, UploadStore
 from veneer.library.library import Library
@@ -107,27 +107,19 @@ class FineTuning:
 
     def files(self) -> list[dict[str, Any]]:
         """Lists uploaded files and results, the newest first."""
-        results = [
-            result_file_object(job, metrics_csv(job))
-            for job in self.store.jobs()
-            if job.state == "done"
-        ]
+        results = [result_file_object(job) for job in self.store.jobs() if job.state == "done"]
         uploaded = [file_object(file) for file in self.uploads.files()]
         return sorted([*uploaded, *results], key=lambda file: file["created_at"], reverse=True)
 
     def file(self, file_id: str) -> dict[str, Any]:
         job = self._result_job(file_id)
-        return (
-            file_object(self._uploaded(file_id))
-            if job is None
-            else result_file_object(job, metrics_csv(job))
-        )
+        return file_object(self._uploaded(file_id)) if job is None else result_file_object(job)
 
-    def content(self, file_id: str) -> Path | str:
-        """Returns the path of an uploaded file, or the text of a result file."""
+    def content(self, file_id: str) -> Path:
+        """Returns the path of an uploaded file or a result file."""
         job = self._result_job(file_id)
         if job is not None:
-            return metrics_csv(job)
+            return job.folder / RESULT
         self._uploaded(file_id)
         return self.uploads.content_path(file_id)
 

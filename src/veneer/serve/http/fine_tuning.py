@@ -93,12 +93,10 @@ class _Routes:
 
         async def content(request: Request) -> Response:
             file_id = request.path_params["id"]
-            found = await self._read(lambda: fine_tuning.content(file_id))
+            path = await self._read(lambda: fine_tuning.content(file_id))
             # Never a type that a browser would show as a page of this server.
             headers = {"x-content-type-options": "nosniff", "content-disposition": "attachment"}
-            if isinstance(found, str):
-                return Response(found, media_type="text/csv", headers=headers)
-            return FileResponse(found, media_type="application/octet-stream", headers=headers)
+            return FileResponse(path, media_type="application/octet-stream", headers=headers)
 
         async def delete(request: Request) -> Response:
             file_id = request.path_params["id"]

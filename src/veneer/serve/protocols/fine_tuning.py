@@ -18,8 +18,9 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from veneer.bounds import BETA, COUNT, LEARNING_RATE, ROWS, SEED, Number
+from veneer.files.strict_json import read_json
 from veneer.jobs.record import State, TrainingJob
-from veneer.jobs.results import job_records
+from veneer.jobs.results import RESULT, job_records
 from veneer.jobs.uploads import UploadedFile
 from veneer.serve.limits import MOST_NAME
 from veneer.serve.protocols.body import Body, EmptyList, Length, Num, OneOf
@@ -236,11 +237,12 @@ def _error(job: TrainingJob) -> dict[str, Any] | None:
 
 
 def _trained_tokens(job: TrainingJob) -> int:
-    return sum(r.get("trained_tokens") or 0 for r in job_records(job) if r["kind"] == "step")
+    tokens = read_json(job.run_folder / "summary.json").get("trained_tokens")
+    return tokens if isinstance(tokens, int) else 0
 
 
 def event_objects(job: TrainingJob, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lists a job's events and the losses of its steps, the newest first."""
+    """Lists a job's events and the losses of its newest steps, the newest first."""
     merged: list[tuple[float, str, str, str, dict[str, Any]]] = [
         (event["time"], "message", event["level"], event["message"], {}) for event in events
     ]
@@ -318,15 +320,15 @@ def file_object(file: UploadedFile) -> dict[str, Any]:
     }
 
 
-def result_file_object(job: TrainingJob, content: str) -> dict[str, Any]:
+def result_file_object(job: TrainingJob) -> dict[str, Any]:
     """Describes the result file of a job."""
     return {
         "object": "file",
         "id": result_file_id(job.id),
-        "bytes": len(content),
+        "bytes": (job.folder / RESULT).stat().st_size,
         "created_at": int(job.record.ended or job.record.created),
         "expires_at": None,
-        "filename": "step_metrics.csv",
+        "filename": RESULT,
         "purpose": "fine-tune-results",
         "status": "processed",
         "status_details": None,
