@@ -151,19 +151,21 @@ def taught_rows(count=6, vocab=272):
     return examples
 
 
-def adapted(dtype):
+def adapted(dtype, targets="all-linear"):
     model, routing = tiny_model("llama", dtype), Routing()
     head = model.get_output_embeddings()
     student, teacher = (
-        attach(model, LoRA(rank=rank, alpha=5), name=name, routing=routing, head=head)
+        attach(
+            model, LoRA(rank=rank, alpha=5, targets=targets), name=name, routing=routing, head=head
+        )
         for name, rank in (("student", 3), ("teacher", 2))
     )
     fill([*student.parameters().values(), *teacher.parameters().values()])
     return model, routing, student, teacher
 
 
-def inputs_of(objective, examples, tmp_path, *, share_prompt=True):
-    model, routing, student, teacher = adapted(torch.float32)
+def inputs_of(objective, examples, tmp_path, *, share_prompt=True, targets="all-linear"):
+    model, routing, student, teacher = adapted(torch.float32, targets)
     return TrainingInputs(
         model=model,
         paths=prepare(model),
@@ -183,9 +185,9 @@ def inputs_of(objective, examples, tmp_path, *, share_prompt=True):
     )
 
 
-def by_rows(objective, examples):
+def by_rows(objective, examples, targets):
     """Loss of each row and gradient: every row alone in a float64 model, through whole logits."""
-    model, routing, student, _ = adapted(torch.float64)
+    model, routing, student, _ = adapted(torch.float64, targets)
 
     def logits(example, active):
         routing.active = active
@@ -212,11 +214,17 @@ OBJECTIVES = {
 }
 
 
-@pytest.mark.parametrize(("rows_at_once", "share_prompt"), [(1, True), (4, True), (6, False)])
+@pytest.mark.parametrize(
+    ("rows_at_once", "share_prompt", "targets"),
+    [(1, True, "all-linear"), (4, True, ["q_proj", "lm_head"]), (6, False, "all-linear")],
+)
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_loss_and_gradient_are_those_of_rows_alone(name, share_prompt, rows_at_once, tmp_path):
+def test_loss_and_gradient_are_those_of_rows_alone(
+    name, rows_at_once, share_prompt, targets, tmp_path
+):
+    """With lm_head among the targets, student and teacher have heads of their own."""
     objective, examples = OBJECTIVES[name], taught_rows()
-    inputs = inputs_of(objective, examples, tmp_path, share_prompt=share_prompt)
+    inputs = inputs_of(objective, examples, tmp_path, share_prompt=share_prompt, targets=targets)
     starts = range(0, 6, rows_at_once)
     parts = [inputs.rows.examples(range(n, min(n + rows_at_once, 6))) for n in starts]
     gradient = StepGradient(inputs, ALONE)
@@ -224,7 +232,7 @@ def test_loss_and_gradient_are_those_of_rows_alone(name, share_prompt, rows_at_o
     while gradient.assigned:
         forward_backward([gradient.take()])
     totals = gradient.finish()
-    values, loss, gradients = by_rows(objective, examples)
+    values, loss, gradients = by_rows(objective, examples, targets)
     assert totals.loss == pytest.approx(loss, rel=1e-5)
     assert totals.trained_tokens == sum(e.trained_tokens for e in examples[::2])
     own = inputs.flat.parameters.values()
