@@ -13,7 +13,7 @@ from tests.decoding.test_engine import METHODS
 from tests.support.helpers import Limited
 from tests.support.tiny import tiny_base
 from veneer.adapters.attach import attach
-from veneer.adapters.config import LoRA
+from veneer.adapters.config import Bottleneck, LoRA
 from veneer.adapters.placement.acting import Acting, in_turn
 from veneer.decoding.engine import Engine, decode_step_of
 from veneer.decoding.schedule.adapters import FixedAdapters
@@ -42,6 +42,10 @@ FAMILIES = [
     "granite",
     "phi3",
     "glm4",
+    "cohere",
+    "stablelm",
+    "starcoder2",
+    "phi",
 ]
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 0.1}
 
@@ -142,6 +146,17 @@ def test_what_an_adapter_does_is_done_by_parts_too(name, monkeypatch):
     fresh = based("llama_untied")
     with torch.no_grad():
         assert torch.equal(before, read_and_continued(by_parts(fresh).logits, PROMPTS))
+
+
+@pytest.mark.parametrize("family", ["cohere", "glm4", "stablelm"])
+def test_attention_within_an_adapter_gets_angles_in_its_own_order(family):
+    base = based(family)
+    found = by_parts(base)
+    settings = Bottleneck(placement="houlsby", size=5)
+    head = base.model.get_output_embeddings()
+    move(attach(base.model, settings, name="a", routing=base.routing, head=head, seed=1), seed=1)
+    with base.routing.held(Acting.everywhere(base.routing.applied((("a", 1.0),)))):
+        assert differ(base, found) < BOUND[torch.float32]
 
 
 def test_rows_of_several_adapters_go_by_parts_too():
