@@ -212,7 +212,12 @@ class FusedLayer(StandIn):
             angles = None if rotation is None else (cos[span], sin[span])
             parts.append(BlockPart(span, of_part, layers, self.places, angles, layout.groups[0]))
         neighbours = bool(rotation and rotation.neighbours)
-        kind = feed_forward.activation, neighbours, self.facts.is_parallel
+        kind = (
+            feed_forward.activation,
+            neighbours,
+            self.facts.is_parallel,
+            self.facts.residual_scale,
+        )
         block = Block(norms, parts, heads.head_dim, heads.rules, *kind)
         if not block.usable(x_MI):
             return None
@@ -302,7 +307,7 @@ def _is_one_node(path: str, layer: DecoderLayer, stand_ins: Mapping[str, StandIn
     """Whether the kernels compute a layer: it is understood, in bf16, and has an adapted linear."""
     if layer.unknown is not None or layer.attention is None or layer.feed_forward is None:
         return False
-    if layer.residual_scale != 1.0 or not has_bf16():
+    if not has_bf16():
         return False
     first = frozen_linear(
         unwrapped(layer.attention.module.get_submodule(layer.attention.inputs[0]))

@@ -35,7 +35,7 @@ SIZES = {
 }
 FAMILIES = [
     *("llama", "qwen2", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "olmo2", "exaone4"),
-    *("phi3", "glm4", "cohere", "stablelm", "starcoder2", "phi"),
+    *("phi3", "glm4", "cohere", "stablelm", "starcoder2", "phi", "granite"),
 ]
 """Norms of heads, of all heads, before and behind the parts, in float32; gates of GELU; layers
 without rotation, or with angles in float32."""

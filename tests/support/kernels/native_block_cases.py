@@ -92,6 +92,7 @@ def block_cases(
                 "x": wide(),
                 "update": update,
                 "residual": residual,
+                "scale": 1.0 if residual is None else 0.25,
                 "next_factors": side(of_A=True, most=3),
                 **rng.choice([{"norm": norm(), "out": wide()}, {}]),
                 **rng.choice([{"output_norm": norm(), "total": wide()}, {}]),
@@ -104,7 +105,10 @@ def block_cases(
                 "out": rng.choice([None, wide()]),
                 "update": side(of_A=True, most=3),
                 **rng.choice(
-                    [{"normed": wide(), "norm": norm(), "residual": residual}, {"residual": wide()}]
+                    [
+                        {"normed": wide(), "norm": norm(), "residual": residual},
+                        {"residual": residual, "scale": 0.25},
+                    ]
                 ),
                 "next_factors": rng.choice([None, side(of_A=False)]),
             },

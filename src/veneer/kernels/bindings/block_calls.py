@@ -140,6 +140,7 @@ _SIZES = "rows: 0..2**27; width: 16..2**27 % 16"
     output_norm, norm: NormOperands
     update, next_factors: RankFactors
     {_SIZES}
+    scale: float
     body total, output_norm, norm, update, next_factors
     """,
     RankFactors=_RankFactors,
@@ -155,18 +156,21 @@ def norm_forward(
     norm: NormOperands | None = None,
     out: Tensor | None = None,
     next_factors: RankFactors | None = None,
+    scale: float = 1.0,
 ) -> Values:
     """Computes, in this order, each step only if its operands are given:
 
     x (M, D) += update              by B of one layer; in place
     total (M, D) = output_norm(x)   without this norm total is x itself
-    total += residual (M, D)
+    total = residual (M, D) + scale * total
     out (M, D) = norm(total)
     narrow of `next_factors`        the products of out (without a norm: of total) with A of each
                                     layer
     """
     if (output_norm is None) != (total is None) or (norm is None) != (out is None):
         raise CallError("a part of a norm")
+    if scale != 1.0 and residual is None:
+        raise CallError("a scale of no sum")
     return {
         "total": x if total is None else total,
         "output_norm": _norm(output_norm, *x.shape),
@@ -186,6 +190,7 @@ def norm_forward(
     output_norm, norm: NormOperands
     update, next_factors: RankFactors
     {_SIZES}
+    scale: float
     body out, output_norm, norm, update, next_factors
     """,
     RankFactors=_RankFactors,
@@ -200,18 +205,20 @@ def norm_backward(
     residual: Tensor | None = None,
     out: Tensor | None = None,
     next_factors: RankFactors | None = None,
+    scale: float = 1.0,
 ) -> Values:
     """Computes, in this order, each step only if its operands are given:
 
     x (M, D) += update               by A of each layer; in place
-    out (M, D) = gradient of normed  x is the gradient of norm(normed); without a norm out = x
+    out (M, D) = gradient of normed  x is the gradient of norm(normed); without a norm
+                                     out = scale * x
     out += residual (M, D)
     narrow of `next_factors`         the product of out with B of one layer
 
     Without `out` the result is written to x.
     """
-    if (norm is None) != (normed is None) or (norm is None and residual is None):
-        raise CallError("a part of a norm")
+    if (norm is None) != (normed is None) or (norm is not None and scale != 1.0):
+        raise CallError("a part of a norm, or a scale beside one")
     return {
         "out": x if out is None else out,
         "output_norm": _norm(None, *x.shape),

@@ -8,6 +8,8 @@ so may the rotation, which may be of a part of each head, and up. In a parallel 
 another norm of x, and y is x + o(...) + down(...). A module may join q, k and v, or gate and up:
 its layers are rows of its weight and of its B, by views, and their gradients of its A are added up.
 
+In layers without norms behind o and down both may be scaled before they are added.
+
 The node makes the same calls as its parts (lora.py, attention/compiled.py, fused.py), in the same
 order and with the same bits, without a graph between them. Only gradients of joined modules, and of
 an input that both blocks read, are added in another order. A sum and the norms beside it are one

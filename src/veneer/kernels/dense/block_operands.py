@@ -178,6 +178,9 @@ class Block:
     neighbours   dimensions 2 i and 2 i + 1 of a head are rotated together; otherwise i and the one
                  half the rotated dimensions behind it
     is_parallel  the feed-forward block reads x by its own norm, or without one what attention reads
+
+    residual_scale: what the outputs of o and of down are multiplied by before they are added. Only
+    without norms of these outputs.
     """
 
     norms: Norms
@@ -187,6 +190,7 @@ class Block:
     activation: int = SILU
     neighbours: bool = False
     is_parallel: bool = False
+    residual_scale: float = 1.0
 
     @property
     def layers(self) -> Sequence[LoRALinear]:
@@ -229,6 +233,9 @@ class Block:
     def _fits_rules(self) -> bool:
         rules = self.rules
         limits = (rules.window, rules.softcap)
+        norms = self.norms.after_attention, self.norms.after_feed_forward
+        if self.residual_scale != 1.0 and (self.is_parallel or any(norms)):
+            return False
         return rules.sinks is None and all(limit is None or limit > 0 for limit in limits)
 
     def recomputes(self, rows: int) -> bool:
@@ -282,7 +289,8 @@ class Block:
         ]
         places = [(place.module, place.rows and place.rows.stop) for place in self.parts[0].places]
         norms = [norm and norm.facts() for norm in self.norms]
-        kind = self.size, self.activation, self.neighbours, self.is_parallel, self.rules
+        sums = self.is_parallel, self.residual_scale
+        kind = self.size, self.activation, self.neighbours, *sums, self.rules
         own = (*kind, equal_keys, *norms, *angles)
         return len(x), self.recomputes(len(x)), *own, *places, *rows, *shapes, *numbers, *drops
 

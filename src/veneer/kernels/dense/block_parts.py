@@ -176,8 +176,8 @@ class Pass:
         norm: Norm | None,
         next_layers: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-        """Computes h = residual + output_norm(x + update), m = norm(h), and the products of m with
-        A of `next_layers`. Returns h, the scales of output_norm, m, its scales, these products."""
+        """Computes h = residual + scale * output_norm(x + update), m = norm(h), and m A^T of
+        `next_layers`. Returns h, the scales of output_norm, m, its scales, these products."""
         output_scale, scale = self.scales(output_norm, x), self.scales(norm, x)
         h = x if output_norm is None else torch.empty_like(x)
         m, narrow = h if norm is None else torch.empty_like(x), self.narrow(next_layers)
@@ -191,6 +191,7 @@ class Pass:
                 norm=self.norm_of(norm, scale, part),
                 out=None if norm is None else m[part.rows],
                 next_factors=part.input_factors(next_layers, down),
+                scale=1.0 if residual is None else self.block.residual_scale,
             )
         return h, output_scale, m, scale, narrow
 
@@ -273,9 +274,9 @@ class BackwardPass(Pass):
     def through_last_norm(
         self, number: int, grad: Tensor, norm: Norm | None, normed: Tensor, scale: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        """Takes a gradient back through the norm that follows a layer. Returns the gradient of the
-        layer's output, and its product with B of each part."""
-        if norm is None:
+        """Takes a gradient back through the norm or the scale that follows a layer. Returns the
+        gradient of the layer's output, and its product with B of each part."""
+        if norm is None and self.block.residual_scale == 1.0:
             return grad, [
                 rank.down(grad[part.rows], part.B[number].T, part.part.layers[number].scaling)
                 for part in self.parts
@@ -287,9 +288,10 @@ class BackwardPass(Pass):
             block_calls.norm_backward(
                 grad[part.rows],
                 norm=self.norm_of(norm, scale, part),
-                normed=normed[part.rows],
+                normed=None if norm is None else normed[part.rows],
                 out=out[part.rows],
                 next_factors=next_factors,
+                scale=self.block.residual_scale,
             )
         return out, grad_narrow
 
@@ -325,11 +327,12 @@ class BackwardPass(Pass):
         part."""
         norm, output_norm = self.block.norms.before_feed_forward, self.block.norms.after_attention
         grad_narrow = self.narrow([O])
-        next_factors = self.output_factors(O, grad_narrow) if output_norm is None else None
+        is_added = output_norm is None and self.block.residual_scale == 1.0
+        next_factors = self.output_factors(O, grad_narrow) if is_added else None
         self.through_norm(
             grad_h, self.block.gates, grad_m_narrow, norm, kept.h, kept.m_scale, grad, next_factors
         )
-        if output_norm is None:
+        if is_added:
             return grad_h, grad_narrow
         return self.through_last_norm(O, grad_h, output_norm, kept.o, kept.o_scale)
 

@@ -123,16 +123,20 @@ static VENEER_BF16 void norm_gradient(const struct weighting *w, const uint16_t 
     }
 }
 
+/* out = scale * x, rounded, + residual, which may be NULL. */
 static VENEER_BF16 void sum(const uint16_t *x, const uint16_t *residual, uint16_t *out,
-                            int64_t count) {
-    for (int64_t i = 0; i < count; i += 16)
-        bf16_store(out + i, _mm512_add_ps(bf16_floats(residual + i), bf16_floats(x + i)));
+                            int64_t count, float scale) {
+    for (int64_t i = 0; i < count; i += 16) {
+        __m512 y = bf16_floats(x + i);
+        if (scale != 1.0f) y = rounded(_mm512_mul_ps(y, _mm512_set1_ps(scale)));
+        bf16_store(out + i, residual ? _mm512_add_ps(bf16_floats(residual + i), y) : y);
+    }
 }
 
 /* Norms with the update and the sum that come first, and the first product of the next update.
-   Forward: x + update, in place; total = residual + output_norm of x, or x itself where there is
-   none; out = the norm of total; the product `next` of out, or of total where there is no norm.
-   Backward: x + update is the gradient of what the norm gave of `normed`, or of normed itself where
+   Forward: x + update, in place; total = residual + scale * output_norm of x, or x itself where
+   there is none; out = the norm of total; the product `next` of out, or of total where there is no norm.
+   Backward: x + update is the gradient of what the norm gave of `normed`, or of scale * normed where
    there is no norm; out that of normed, + residual; the narrow product `next` of out. */
 struct norms {
     uint16_t *x;
@@ -141,6 +145,7 @@ struct norms {
     struct weighting output_norm, norm;
     struct rank_factors update, next;
     int64_t rows, width;
+    float scale;
 };
 
 static VENEER_BF16 void norm_forward(void *arguments, int64_t from, int64_t to) {
@@ -152,7 +157,7 @@ static VENEER_BF16 void norm_forward(void *arguments, int64_t from, int64_t to) 
         uint16_t *out = a->norm.weight ? a->out + at : total;
         up(&a->update, x, row, n, width);
         if (a->output_norm.weight) norm(&a->output_norm, x, total, row, n, width);
-        if (a->residual) sum(total, a->residual + at, total, n * width);
+        if (a->residual) sum(total, a->residual + at, total, n * width, a->scale);
         if (a->norm.weight) norm(&a->norm, total, out, row, n, width);
         down(&a->next, out, row, n, width);
     }
@@ -169,7 +174,7 @@ static VENEER_BF16 void norm_backward(void *arguments, int64_t from, int64_t to)
         if (a->norm.weight)
             norm_gradient(&a->norm, a->normed + at, x, residual, out, row, n, width);
         else
-            sum(x, residual, out, n * width);
+            sum(x, residual, out, n * width, a->scale);
         down(&a->next, out, row, n, width);
     }
 }
