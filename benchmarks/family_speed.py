@@ -1,37 +1,46 @@
-"""A training step of each family at one shape: time beside Llama's, and bytes kept for backward.
+"""Steps of each family at one shape: time beside Llama's, and bytes kept for backward.
 
     python benchmarks/family_speed.py --out family_speed.json
+    python benchmarks/family_speed.py --answers 1 16     decoding with 1 row, and with 16
 
 Random bases in bf16 of SmolLM2-135M's shape (--layers of them), each in the form of its family:
-norms, gates, rotation. LoRA of rank 16 on all linear layers, 8 rows that share a prompt. The
-families take steps in turn in one process, so that what else the machine does falls on all alike;
-the fastest step of each counts. On a machine that others use, --clock cpu with one thread
+norms, gates, rotation. --nf4 packs their linear layers (QLoRA). LoRA of rank 16 on all linear
+layers, 8 rows that share a prompt; decoding steps are of the adapter, after prompts of 64 tokens.
+The families take steps in turn in one process, so that what else the machine does falls on all
+alike; the fastest step of each counts. On a machine that others use, --clock cpu with one thread
 (OMP_NUM_THREADS=1) counts the time that the process itself computed. `path` says how layers are
-computed: one node each, or parts.
+computed: one node each, or parts; in decoding recorded steps, or why not.
 """
 
 import argparse
 import json
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+import veneer
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
-from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import make_batch
 from veneer.data.examples import Example, RowRef
+from veneer.decoding.engine import Engine
+from veneer.decoding.schedule.adapters import FixedAdapters
+from veneer.decoding.schedule.sequence import Request
 from veneer.execution.train_step import fused, replacements
-from veneer.models.step import batch_loss, prepare
+from veneer.models.step import batch_loss
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 49152,
@@ -54,12 +63,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "exaone4": {"sliding_window": 512},
     "smollm3": {},
-    "granite": {},
+    "granite": {"residual_multiplier": 0.22},
     "glm4": {"head_dim": 64},
     "phi3": {},
     "cohere": {},
+    "stablelm": {},
+    "starcoder2": {"sliding_window": None},
+    "phi": {},
 }
 """What the form of a family asks of its config beside the shape."""
+
+
+NEW = 32
+"""Tokens of an answer."""
+Table = dict[str, dict[str, str | float]]
 
 
 def examples(count: int, prompt: int, answer: int) -> list[Example]:
@@ -73,15 +90,29 @@ def examples(count: int, prompt: int, answer: int) -> list[Example]:
     return rows
 
 
-class Trained:
-    """A base of a family with an adapter, and its step on one batch."""
+def one_token(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Returns a tokenizer of one token, whose id is the last."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"<end>": vocabulary - 1}, "<end>")),
+        eos_token="<end>",
+        pad_token="<end>",
+    )
 
-    def __init__(self, family: str, layers: int, rows: list[Example]) -> None:
+
+class Trained:
+    """A base of a family with an adapter, and its steps: of training, on one batch, and of
+    decoding."""
+
+    def __init__(self, family: str, layers: int, rows: list[Example], *, nf4: bool) -> None:
         config = AutoConfig.for_model(family, **SHAPE, **FAMILIES[family], num_hidden_layers=layers)
         torch.manual_seed(0)
         made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        self.model = made.eval().requires_grad_(False)
-        self.paths, self.routing = prepare(self.model), Routing()
+        with TemporaryDirectory() as folder:
+            made.save_pretrained(folder)
+            one_token(SHAPE["vocab_size"]).save_pretrained(folder)
+            packed: Literal["nf4"] | None = "nf4" if nf4 else None
+            self.base = veneer.load(folder, dtype="bfloat16", device="cpu", quantize=packed)
+        self.model, self.paths, self.routing = self.base.model, self.base.paths, self.base.routing
         head = self.model.get_output_embeddings()
         settings = LoRA(targets="all-linear", rank=16, alpha=32.0)
         attachment = attach(self.model, settings, name="a", routing=self.routing, head=head)
@@ -102,6 +133,31 @@ class Trained:
         began = clock()
         torch.autograd.grad(self.loss(), self.parameters)
         return clock() - began
+
+    def tokens_per_second(self, rows: int, clock: Callable[[], float]) -> float:
+        """Measures steps of single tokens behind the first; the median counts."""
+        identity = (("a", 1.0),)
+        adapters = FixedAdapters({identity: self.routing.applied(identity)})
+        self.routing.active = ()
+        engine = Engine(self.base, budget_bytes=2**28, adapters=adapters)
+        prompts = torch.randint(
+            0, SHAPE["vocab_size"] - 1, (rows, 64), generator=torch.Generator().manual_seed(0)
+        )
+        answers = [
+            engine.add(Request(prompt=tuple(ids), max_new_tokens=NEW, adapter=identity))[0]
+            for ids in prompts.tolist()
+        ]
+        while not all(len(answer.new) > 2 for answer in answers):
+            engine.step(0.0)
+        step = engine.decode_step
+        self.decode_path = step.not_by_parts or ("recorded" if step.is_recorded else "parts")
+        times = []
+        while not engine.scheduler.idle:
+            began = clock()
+            engine.step(0.0)
+            times.append(clock() - began)
+        self.routing.active = identity
+        return rows / statistics.median(times)
 
     def kept_bytes(self) -> int:
         """Bytes of all tensors that a forward keeps for backward, parameters aside."""
@@ -139,27 +195,17 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=70)
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--nf4", action="store_true")
+    parser.add_argument("--answers", type=int, nargs="+", default=[], metavar="ROWS")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     clock = time.perf_counter if args.clock == "wall" else time.process_time
     rows = examples(8, args.prompt, args.answer)
-    trained = {family: Trained(family, args.layers, rows) for family in args.families}
-    kept = {family: own.kept_bytes() for family, own in trained.items()}
-    seconds: dict[str, list[float]] = {family: [] for family in trained}
-    for _ in range(args.repeats):
-        for family, own in trained.items():
-            seconds[family].append(own.step(clock))
-    first = args.families[0]
-    table = {
-        family: {
-            "path": trained[family].path(),
-            "examples/s": len(rows) / min(times),
-            f"beside {first}": min(seconds[first]) / min(times),
-            "kept MiB": kept[family] / 2**20,
-            f"kept beside {first}": kept[family] / kept[first],
-        }
-        for family, times in seconds.items()
-    }
+    bases = {family: Trained(family, args.layers, rows, nf4=args.nf4) for family in args.families}
+    if args.answers:
+        table = decoding(bases, args.answers, args.repeats, clock)
+    else:
+        table = training(bases, len(rows), args.repeats, clock)
     for family, row in table.items():
         print(family, *(f"{k} {v:.2f}" if isinstance(v, float) else v for k, v in row.items()))
     if args.out is not None:
@@ -172,6 +218,46 @@ def main() -> None:
             "transformers": transformers.__version__,
         }
         args.out.write_text(json.dumps({"about": about, "families": table}, indent=1) + "\n")
+
+
+def training(
+    bases: dict[str, Trained], rows: int, repeats: int, clock: Callable[[], float]
+) -> Table:
+    """Measures training steps of all families in turn."""
+    kept = {family: own.kept_bytes() for family, own in bases.items()}
+    seconds: dict[str, list[float]] = {family: [] for family in bases}
+    for _ in range(repeats):
+        for family, own in bases.items():
+            seconds[family].append(own.step(clock))
+    first = next(iter(bases))
+    return {
+        family: {
+            "path": bases[family].path(),
+            "examples/s": rows / min(times),
+            f"beside {first}": min(seconds[first]) / min(times),
+            "kept MiB": kept[family] / 2**20,
+            f"kept beside {first}": kept[family] / kept[first],
+        }
+        for family, times in seconds.items()
+    }
+
+
+def decoding(
+    bases: dict[str, Trained], numbers: list[int], repeats: int, clock: Callable[[], float]
+) -> Table:
+    """Measures decoding steps of all families in turn, with each number of rows."""
+    table: Table = {family: {} for family in bases}
+    for rows in numbers:
+        speeds: dict[str, list[float]] = {family: [] for family in bases}
+        for _ in range(repeats):
+            for family, own in bases.items():
+                speeds[family].append(own.tokens_per_second(rows, clock))
+        first = max(next(iter(speeds.values())))
+        for family, of_family in speeds.items():
+            table[family]["path"] = bases[family].decode_path
+            table[family][f"tokens/s of {rows}"] = max(of_family)
+            table[family][f"beside the first, {rows}"] = max(of_family) / first
+    return table
 
 
 if __name__ == "__main__":
