@@ -113,9 +113,11 @@ def _parallel_norms(
     own_norms = [norms[name] for name in called if name in norms]
     if blocks != [ATTENTION, FEED_FORWARD] or called[0] not in norms:
         return None
+    if len(own_norms) != len(norms):
+        return None
     if len(own_norms) == 1:
         return own_norms[0], None
-    is_pair = len(own_norms) == len(norms) == 2 and called[-1] == FEED_FORWARD
+    is_pair = len(own_norms) == 2 and called[-1] == FEED_FORWARD
     return (own_norms[0], own_norms[1]) if is_pair else None
 
 
