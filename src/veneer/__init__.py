@@ -21,9 +21,11 @@ _HOMES = {
     "RunConfig": "veneer.training.config",
     "VeneerError": "veneer.errors",
     "choose": "veneer.api",
+    "classify": "veneer.evaluation.classify",
     "compare": "veneer.api",
     "evaluate": "veneer.api",
     "load": "veneer.api",
+    "rerank": "veneer.evaluation.classify",
     "train": "veneer.trained",
     "tune": "veneer.tuning.tune",
 }
@@ -40,9 +42,11 @@ __all__ = [
     "RunConfig",
     "VeneerError",
     "choose",
+    "classify",
     "compare",
     "evaluate",
     "load",
+    "rerank",
     "train",
     "tune",
 ]
@@ -59,6 +63,8 @@ if TYPE_CHECKING:  # the same names as _HOMES, for type checkers and editors
     from veneer.api import load as load
     from veneer.base import Base as Base
     from veneer.errors import VeneerError as VeneerError
+    from veneer.evaluation.classify import classify as classify
+    from veneer.evaluation.classify import rerank as rerank
     from veneer.library.library import Library as Library
     from veneer.trained import train as train
     from veneer.training.config import RunConfig as RunConfig

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+from veneer.adapters.placement.acting import check_answers
 from veneer.adapters.preamble import Preamble
 from veneer.base import Base
 from veneer.bases.compute import HeldAs
@@ -302,6 +303,7 @@ def choose(
 
 def _nats(base: FrozenBase, batch: int) -> Nats:
     """Returns a function that computes the nats of examples with the adapters in use."""
+    check_answers(base.routing.acting.adapters)
     paths, capacity, tokenizer = base.paths, capacity_of(base), base.acting_tokenizer
 
     def nats(examples: Sequence[Example]) -> Counts:

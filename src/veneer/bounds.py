@@ -139,6 +139,7 @@ SHARE = Number(float, 0, 1, below=True)
 """Warm-up, held-out rows, dropout: less than 1."""
 PART = Number(float, 0, 1, above=True)
 """Density: more than 0."""
+PROBABILITY = Number(float, 0, 1)
 ENERGY = Number(float, 0, 1, above=True, below=True)
 WEIGHT_DECAY = Number(float, 0, 1000)
 CLIP = Number(float, 0, 10**12, above=True)

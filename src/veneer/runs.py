@@ -125,6 +125,7 @@ def run_rows(config: RunConfig) -> DataSet:
         preamble=Preamble(variables=config.template.variables),
         kind=config.objective.rows,
         teacher=config.objective.teacher_text(),
+        head=config.objective.head,
     )
     refuse_unreadable(data.report, config.data.called)
     return data

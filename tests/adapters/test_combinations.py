@@ -20,6 +20,7 @@ from veneer.adapters.combinations import (
     BIASES,
     BOTTLENECKS,
     CONTENTS,
+    HEAD,
     MAGNITUDES,
     MODULES,
     OFFSETS,
@@ -29,6 +30,7 @@ from veneer.adapters.combinations import (
     Content,
 )
 from veneer.adapters.config import Bottleneck, DoRA, LoRA, Prefix
+from veneer.adapters.labels import HeadSettings
 from veneer.adapters.placement.acting import Acting, BatchPart
 from veneer.adapters.placement.wrapping import plain_modules
 from veneer.decoding.engine import Engine
@@ -44,6 +46,7 @@ from veneer.merge.combine.combine import Recipe
 from veneer.merge.combine.combine_run import combine_adapters
 from veneer.merge.fold.fold import stored_tensors, weight_changes
 from veneer.models.frozen_base import FrozenBase
+from veneer.models.initial_values import fresh_head
 from veneer.models.load import load_base
 
 MADE = {
@@ -57,6 +60,7 @@ MADE = {
     BOTTLENECKS: Bottleneck(placement="houlsby", size=5),
     PREFIX: Prefix(tokens=3, start="random"),
     TOKENS: LoRA(rank=2, targets=["up_proj"]),
+    HEAD: LoRA(rank=2, targets=["gate_proj"]),
 }
 IDS = torch.tensor([[5, 200, 17, 99, 3, 64, 230, 9]])
 CLOSE = 1e-4
@@ -113,6 +117,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             name, config = name_of(content, number), MADE[content]
             texts = [f"<{number}>"] if content is TOKENS else []
             made = base.attach(config, name=name, seed=number, new_tokens=texts)
+            if content is HEAD:
+                made.score = fresh_head(base, HeadSettings("label", ("a", "b", "c")))
             move(made, seed=10 * number + place)
             write_adapter(
                 folder / name, made, manifest_for(base, method=config.name), model=base.model
@@ -235,6 +241,11 @@ def test_a_cell_of_the_table_is_the_dense_sum_on_every_way_or_refused_on_every_w
         if alone[0].merges:
             with pytest.raises(ConfigError, match=refused[0]):
                 base.merge(names, weights)
+        return
+    if HEAD in contents:  # it acts beside others, but nothing answers with it
+        assert refused == [None] * 3 + ["these adapters write no answers"]
+        with base.using(names, weights), pytest.raises(RefusedError, match="write no answers"):
+            base.generate("a", max_new_tokens=1)
         return
     assert refused == [None] * 4
     reference = expected(world, cell)

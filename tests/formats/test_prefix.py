@@ -78,7 +78,7 @@ def test_the_file_has_the_size_that_arithmetic_says():
     ("change", "error", "says"),
     [
         ({"num_transformer_submodules": 2}, RefusedError, "models of one stack"),
-        ({"task_type": "SEQ_CLS"}, RefusedError, "SEQ_CLS"),
+        ({"task_type": "SEQ_CLS"}, CorruptFileError, "classifier without a head"),
         ({"modules_to_save": ["lm_head"]}, RefusedError, "modules_to_save"),
         ({"gate": True}, RefusedError, "gate: unknown, and switched on"),
         ({"num_virtual_tokens": 6}, CorruptFileError, "(5, 96)"),

@@ -17,6 +17,7 @@ from veneer.adapters.methods.new_tokens import put_tokens
 from veneer.adapters.methods.prefix import build_prefix
 from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.routing import Routing
+from veneer.adapters.placement.score_head import ScoreHead
 from veneer.adapters.placement.site import Site
 from veneer.adapters.placement.token_rows import AddedTokens
 from veneer.adapters.placement.wrapping import plain_modules, unwrap, unwrapped
@@ -40,6 +41,7 @@ def attach(
     routing: Routing,
     head: nn.Module | None,
     tokens: AddedTokens | None = None,
+    score: ScoreHead | None = None,
     seed: int = 0,
     values_follow: bool = False,
     read_past: Collection[str] | None = None,
@@ -49,6 +51,7 @@ def attach(
 
     head           the output head; all-linear leaves it out
     tokens         new tokens of the adapter
+    score          its own head, if it classifies
     values_follow  the caller sets every trained value before the first forward, so none is drawn
     read_past      weights that the model reads without calling their module (placement/reads.py);
                    None: found by a forward where it matters
@@ -64,7 +67,7 @@ def attach(
                 f"an adapter named {name!r} is attached already",
                 next_step="Detach it or take another name.",
             )
-        attachment = Attachment(name, config)
+        attachment = Attachment(name, config, score=score)
         site = Site(
             model=model,
             modules=plain_modules(model),

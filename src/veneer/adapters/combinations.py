@@ -1,9 +1,10 @@
 """Contents of adapters, and which of them combine: one table for serving, merging and combining.
 
-Adapters that act together add up: base + sum of weight * (output with the adapter - base). Two
-contents cannot be added: a trained prefix, which is text in front of the text, and a new token,
-which has no row in the base's table to differ from. Only one adapter with such a content may act,
-with weight 1. This module imports no torch, because settings name their contents (config.py).
+Adapters that act together add up: base + sum of weight * (output with the adapter - base). Three
+contents cannot be added: a trained prefix, which is text in front of the text, a new token, which
+has no row in the base's table to differ from, and a score head, whose outputs are its own labels.
+Only one adapter with such a content may act, with weight 1. This module imports no torch, because
+settings name their contents (config.py).
 """
 
 from collections.abc import Collection, Sequence
@@ -20,13 +21,15 @@ class Content:
     merges    can become part of the base's weights
     combines  can become part of an adapter made of several (veneer adapters combine, or training
               from a sum)
-    instead   next step in the error of a content that neither merges nor combines
+    answers   a base with it generates text and scores answers
+    instead   next step in the error of a content that the operation does not take
     """
 
     name: str
     adds_up: bool = True
     merges: bool = True
     combines: bool = False
+    answers: bool = True
     instead: str = (
         "Merge it into its base (veneer merge); veneer extract then makes a plain LoRA of the"
         " difference."
@@ -60,7 +63,17 @@ TOKENS = Content(
     adds_up=False,
     instead="Use it beside its base (--adapter), or merge it: veneer merge.",
 )
-CONTENTS = (UPDATE, MODULES, BIASES, OFFSETS, MAGNITUDES, BOTTLENECKS, PREFIX, TOKENS)
+HEAD = Content(
+    "a score head",
+    adds_up=False,
+    merges=False,
+    answers=False,
+    instead=(
+        "It classifies texts instead of answering: use veneer.classify, veneer evaluate or"
+        " /v1/classify; PEFT and transformers read its folder as it is."
+    ),
+)
+CONTENTS = (UPDATE, MODULES, BIASES, OFFSETS, MAGNITUDES, BOTTLENECKS, PREFIX, TOKENS, HEAD)
 """The rows of the table in docs/format.md."""
 
 Holding = tuple[str, Collection[Content]]
@@ -103,6 +116,19 @@ def refuse_combining(adapters: Sequence[Holding]) -> None:
             if not content.combines
         ],
         "these adapters cannot be combined into one adapter",
+    )
+
+
+def refuse_answers(adapters: Sequence[Holding]) -> None:
+    """Raises RefusedError if a base with these adapters writes no answers."""
+    _refuse(
+        [
+            (name, content)
+            for name, contents in adapters
+            for content in contents
+            if not content.answers
+        ],
+        "these adapters write no answers",
     )
 
 

@@ -1,7 +1,9 @@
 """Makes examples of the rows of a set: renders and tokenises them, and applies the length limit.
 
 A row becomes one example, several if its template renders earlier answers differently, or one for
-each answer that it compares. Faults are collected. Knows nothing of splits' sizes or of runs.
+each answer that it compares. A text with a label becomes its tokens and one more, a placeholder for
+the label: a score head reads the hidden state before it, which is that of the last real token.
+Faults are collected. Knows nothing of splits' sizes or of runs.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from itertools import chain, count
 
 import numpy as np
 
+from veneer.adapters.labels import HeadSettings
 from veneer.adapters.preamble import Preamble
 from veneer.data.checks.check import Findings
 from veneer.data.collector import ExampleCollector
@@ -21,12 +24,14 @@ from veneer.data.examples import (
     Example,
     Problem,
     Row,
+    RowFault,
     RowKind,
     grouped,
     part_key,
     prompt_key,
     row_key,
 )
+from veneer.data.files.labels import label_reader
 from veneer.data.files.layouts import RowLayouts
 from veneer.data.files.places import ResolvedSets
 from veneer.data.files.sources import iterate_rows
@@ -36,6 +41,8 @@ from veneer.data.teacher_text import TeacherText
 from veneer.data.template.encoded_row import EncodedRow
 from veneer.data.template.template import ChatTemplate
 
+PLACEHOLDER = 0
+"""Token id behind a text with a label. It is never computed."""
 _ROWS_AT_ONCE = 4096
 """Rows that are tokenised together. Their tokens are Python lists of forty bytes a token until they
 become arrays."""
@@ -55,6 +62,8 @@ class SetEncoder:
     teacher: TeacherText | None = None
     positions: int | None = None
     """Positions of the base, which limit the teacher's text; None: unlimited."""
+    head: HeadSettings | None = None
+    """What labels mean, for rows of labels."""
     numbers: Iterator[int] = field(default_factory=count)
     """The next row's number. It tells rows apart; a hash of their content would merge equal
     neighbours."""
@@ -68,6 +77,11 @@ class SetEncoder:
             return by_threshold(share)
         rows = self._rows(data_set)
         return split.hold_out((prompt_key(row) for row in rows if isinstance(row, Row)), share)
+
+    def training_rows(self) -> Iterator[Row]:
+        """Yields the readable rows of all training sets, without tokens."""
+        for data_set in self.data.train_sets:
+            yield from (row for row in self._rows(data_set) if isinstance(row, Row))
 
     def scan(self, data_set: SetConfig) -> Iterator[list[Row]]:
         """Yields the rows of a set, _ROWS_AT_ONCE at a time."""
@@ -105,6 +119,7 @@ class SetEncoder:
         results = iter(
             self.template.encode_rows(list(chain(*conversations)), train_on=self.data.train_on)
         )
+        read_label = None if self.head is None else label_reader(self.head)
         for row, key, answers in zip(rows, keys, conversations, strict=True):
             encodings: list[list[EncodedRow]] = []
             problems: list[Problem] = []
@@ -115,6 +130,13 @@ class SetEncoder:
                     encodings.append(encoded)
             if problems:
                 self.findings.problems.append(problems[0])
+            elif read_label is not None:
+                try:
+                    label = read_label(row.label)
+                except RowFault as fault:
+                    self.findings.problems.append(fault.at(row.ref))
+                else:
+                    self._add_label(row, key, encodings[0][0], label, collector)
             elif row.others or row.liked is not None:
                 self._add_preference(row, key, answers, encodings, collector)
             elif self.teacher is not None:
@@ -156,6 +178,31 @@ class SetEncoder:
         parts = self._parts(answers, key, texts, kinds)
         if len(parts) == len(texts):
             collector.add(answers[0], parts)
+
+    def _add_label(
+        self,
+        row: Row,
+        key: int,
+        encoding: EncodedRow,
+        label: tuple[float, ...],
+        collector: ExampleCollector,
+    ) -> None:
+        """Adds a text with its label. A text that is too long is cut before the placeholder."""
+        room = self.length - 1
+        cut = encoding.ids[:room] if self.data.long_rows == "cut" else encoding.ids
+        ids = [*cut, PLACEHOLDER]
+        whole = replace(
+            encoding,
+            ids=[*encoding.ids, PLACEHOLDER],
+            trained=[False] * len(encoding.ids) + [True],
+            reasons=(),
+        )
+        for part_row, example in self._parts([row], key, [whole], ["answer"]):
+            trained = np.zeros(len(ids), dtype=np.bool_)
+            trained[-1] = True
+            example_ids = np.array(ids, dtype=np.int32)
+            labelled = replace(example, ids=example_ids, trained=trained, label=label)
+            collector.add(row, [(part_row, labelled)])
 
     def _add_examples(
         self, row: Row, key: int, encodings: Sequence[EncodedRow], collector: ExampleCollector
@@ -224,6 +271,7 @@ class SetEncoder:
                     continue
                 if (
                     long_rows == "cut"
+                    and row.label is None
                     and any(encoding.trained)
                     and not any(encoding.trained[:length])
                 ):

@@ -29,10 +29,12 @@ Format = Literal[
     "openai_pairs",
     "ranked",
     "ratings",
+    "labels",
+    "relevance",
 ]
-RowKind = Literal["answers", "pairs", "ratings", "any"]
-"""Content of rows: answers to learn, answers in order of preference, or answers with a rating
-(pairs too). any: answers or pairs, by the columns."""
+RowKind = Literal["answers", "pairs", "ratings", "labels", "any"]
+"""Content of rows: answers to learn, answers in order of preference, answers with a rating (pairs
+too), or texts with labels. any: answers or pairs, by the columns."""
 AnswerKind = Literal["answer", "chosen", "rejected", "mismatched", "teacher"]
 """Role of an example in an objective: an answer to learn; one that is preferred or rated good; one
 that is not preferred or rated bad; the answer to another row's prompt; or what a teacher reads of
@@ -82,6 +84,8 @@ class Row:
     others     the same conversation with other answers: preferred less than the one in messages,
                best first
     liked      the rating of the answer, true or false; None if it is not rated
+    label      the label of its text, as the file has it: a name, a number or a list; None if it has
+               none
     """
 
     ref: RowRef
@@ -93,6 +97,7 @@ class Row:
     unfinished: bool = False
     others: tuple[list[dict[str, Any]], ...] = ()
     liked: bool | None = None
+    label: Any = None
 
 
 class RoleRun(NamedTuple):
@@ -114,6 +119,8 @@ class Example:
               None if the row became only this example
     roles     the message that each token belongs to, in order; empty unless requested
     kind      its role in the run's objective
+    label     targets of a score head's outputs (data/files/labels.py); empty for answers. The head
+              reads the token before the only trained one, which is a placeholder behind the text
     """
 
     ids: NDArray[np.int32]
@@ -123,6 +130,7 @@ class Example:
     roles: tuple[RoleRun, ...] = ()
     row: int | None = None
     kind: AnswerKind = "answer"
+    label: tuple[float, ...] = ()
 
     @property
     def trained_tokens(self) -> int:
@@ -223,7 +231,8 @@ def _hash63(content: Any) -> int:
 def row_key(row: Row) -> int:
     """Hashes the row's content to 63 bits (BLAKE2b); the file and the line do not enter."""
     preference = [row.others, row.liked] if row.others or row.liked is not None else []
-    return _hash63([row.messages, row.tools, row.text, *preference])
+    label = [] if row.label is None else [{"label": row.label}]
+    return _hash63([row.messages, row.tools, row.text, *preference, *label])
 
 
 def sampling_key(key: int, seed: int, number: int) -> int:

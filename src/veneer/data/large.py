@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
+from veneer.adapters.labels import HeadSettings
 from veneer.adapters.preamble import NONE, Preamble
 from veneer.data.checks.check import CheckReport, refuse
 from veneer.data.checks.tally import Tally
@@ -71,12 +72,13 @@ def training_data(
     resumes: bool = False,
     kind: RowKind = "answers",
     teacher: TeacherText | None = None,
+    head: HeadSettings | None = None,
     say: Say = lambda line: None,
 ) -> DataSet:
     """Loads a run's data like load_data; tokens of large sets of answers are kept in files.
 
     `data.tokens` can force either. say: receives lines for the screen. kind: what the rows hold.
-    teacher: what a teacher reads besides each row
+    teacher: what a teacher reads besides each row. head: what their labels mean
     """
     options: dict[str, Any] = {"length": length, "capacity": capacity, "preamble": preamble}
     options |= {"held_out_by": held_out_by, "sets": ResolvedSets()}
@@ -87,7 +89,7 @@ def training_data(
             f"tokens of {rows} cannot be kept in files", next_step="Set data.tokens to memory."
         )
     if not one_each or not _uses_files(data, options["sets"]):
-        options |= {"kind": kind, "teacher": teacher}
+        options |= {"kind": kind, "teacher": teacher, "head": head}
         return load_data(data, tokenizer=tokenizer, today=today, resumes=resumes, **options)
     template = ChatTemplate(tokenizer, today=today, variables=preamble.variables)
     folder = tokens_folder() / _set_name(data, template, **options)

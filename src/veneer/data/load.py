@@ -10,13 +10,14 @@ import gc
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
+from veneer.adapters.labels import HeadSettings
 from veneer.adapters.preamble import NONE, Preamble
 from veneer.bounds import SET_WEIGHT
 from veneer.data.checks.check import CheckReport, Findings, check, refuse, unknown_tokens
@@ -26,6 +27,7 @@ from veneer.data.collector import ExampleCollector, SetSize
 from veneer.data.config import DataConfig
 from veneer.data.encoder import SetEncoder
 from veneer.data.examples import Capacity, Example, Problem, Row, RowKind, grouped
+from veneer.data.files.labels import label_problems, with_labels
 from veneer.data.files.places import ResolvedSets
 from veneer.data.mismatched import add_mismatched
 from veneer.data.mixture import Mixture, mix_sets
@@ -47,6 +49,7 @@ class DataSet:
     mixture       how many rows of each set an epoch uses; None: every row once
     sets, held    the sets that train and validation consist of, one after the other
     in_files      a line for the screen if the tokens are in files; then only a few rows are held
+    head          what the labels of the rows mean, if they have labels
     """
 
     train: Sequence[Example]
@@ -60,6 +63,7 @@ class DataSet:
     sets: Sequence[SetSize] = ()
     held: Sequence[SetSize] = ()
     in_files: str | None = None
+    head: HeadSettings | None = None
 
 
 def load_data(
@@ -76,6 +80,7 @@ def load_data(
     sets: ResolvedSets | None = None,
     kind: RowKind = "answers",
     teacher: TeacherText | None = None,
+    head: HeadSettings | None = None,
 ) -> DataSet:
     """Loads the examples of a run. Raises DataError with everything that prevents it from starting.
 
@@ -89,6 +94,7 @@ def load_data(
     sets       remembers the files of each set
     kind       what the rows must hold
     teacher    what a teacher reads besides each row; None without a teacher
+    head       what labels mean, for rows of labels; without labels, those of the rows are taken
     """
     data_set = examine_data(
         data,
@@ -101,6 +107,7 @@ def load_data(
         sets=sets,
         kind=kind,
         teacher=teacher,
+        head=head,
     )
     refuse(data_set.report, data.called, purpose, resumes=resumes)
     return data_set
@@ -118,6 +125,7 @@ def examine_data(
     sets: ResolvedSets | None = None,
     kind: RowKind = "answers",
     teacher: TeacherText | None = None,
+    head: HeadSettings | None = None,
 ) -> DataSet:
     """Loads data like load_data, but reports faults and keeps the remaining rows.
 
@@ -133,6 +141,7 @@ def examine_data(
         "held_out_by": held_out_by,
         "kind": kind,
         "teacher": teacher,
+        "head": head,
     }
     return read_data(data, template, training, validation, sets=sets or ResolvedSets(), **options)
 
@@ -171,6 +180,7 @@ def read_data(
     sets: ResolvedSets,
     kind: RowKind = "answers",
     teacher: TeacherText | None = None,
+    head: HeadSettings | None = None,
     say: Callable[[int], None] = lambda rows: None,
 ) -> DataSet:
     """Reads the rows of all sets into training and validation examples.
@@ -182,6 +192,9 @@ def read_data(
     findings, total, split = Findings(), 0, Split()
     positions = capacity.positions
     encoder = SetEncoder(data, template, preamble, length, findings, sets, kind, teacher, positions)
+    if head is not None:
+        encoder = replace(encoder, head=with_labels(head, encoder.training_rows()))
+        findings.problems += label_problems(encoder.head, data.called)
     with _manual_collection() as collect:
         for data_set in data.train_sets:
             read = out = 0
@@ -241,6 +254,7 @@ def read_data(
         mixture,
         training.sets,
         validation.sets,
+        head=encoder.head,
     )
 
 
@@ -305,4 +319,6 @@ def _fingerprint(*parts: Sequence[Example], mixture: Mixture | None) -> str:
             digest.update(np.packbits(example.trained).tobytes())
             if example.kind != "answer":
                 digest.update(example.kind.encode())
+            if example.label:
+                digest.update(np.array(example.label, dtype="<f8").tobytes())
     return digest.hexdigest()

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from veneer.adapters.placement.acting import check_answers
 from veneer.bases.stop_tokens import stop_token_ids
 from veneer.bounds import NEW_TOKENS, SEED, TEMPERATURE, TOP_P, check_numbers
 from veneer.data.examples import Capacity
@@ -85,6 +86,7 @@ def generate(
 
     token_callback = say if on_token is not None and len(prompts) == 1 else None
     with base.routing.held():  # the adapters that act now act throughout
+        check_answers(base.routing.acting.adapters)
         limits = limits_of(base, prompts, max_new_tokens)
         run = _GenerationRun(
             base,

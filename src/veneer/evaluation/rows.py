@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from veneer.adapters.labels import HeadSettings
+from veneer.adapters.placement.acting import score_head_of
 from veneer.adapters.preamble import Preamble
 from veneer.data.config import DataConfig
 from veneer.data.examples import Example, Row, RowRef
@@ -53,8 +55,10 @@ def load_row_set(
 
     data     the name of a set of rows, or the rows themselves, each a dict
     purpose  what the rows are used for, as errors name it
+    With a score head the rows are texts with labels of that head.
     Raises DataError with every row that cannot be computed.
     """
+    head = acting_head(base)
     with as_set(data) as set_name:
         fields = DataConfig.of(
             {
@@ -72,9 +76,18 @@ def load_row_set(
             tokenizer=base.acting_tokenizer,
             preamble=preamble,
             purpose=purpose,
+            kind="answers" if head is None else "labels",
+            head=head,
         )
     if not is_rows(data):
         return loaded
     rows = [replace(row, ref=RowRef(ROWS_NAME, row.ref.line)) for row in loaded.train_rows]
     examples = [replace(e, ref=RowRef(ROWS_NAME, e.ref.line)) for e in loaded.train]
     return replace(loaded, train=examples, train_rows=rows)
+
+
+def acting_head(base: FrozenBase) -> HeadSettings | None:
+    """Returns the settings of the score head that acts on all rows; None without one."""
+    whole = base.routing.acting.whole
+    score = None if whole is None else score_head_of(whole)
+    return None if score is None else score.settings

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from veneer.adapters.methods.new_tokens import texts_of
-from veneer.adapters.placement.acting import Acting, Applied
+from veneer.adapters.placement.acting import Acting, Applied, check_answers
 from veneer.adapters.preamble import Preamble
 from veneer.data.batching import RowSpans
 from veneer.data.examples import Example
@@ -76,6 +76,7 @@ def score_rows(
     examples_of: list[tuple[tuple[Preamble, tuple[str, ...]], list[Example]]] = []
     requests = []
     for applied in adapters:
+        check_answers([adapter for adapter, _ in applied])
         with base.routing.held(Acting.everywhere(applied)):
             preamble = base.preamble.overridden(system, variables)
             key = preamble, texts_of(base.routing.acting.adapters)

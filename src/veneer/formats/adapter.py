@@ -20,8 +20,9 @@ from pydantic import JsonValue
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from veneer.adapters.combinations import PREFIX, TOKENS, Content
+from veneer.adapters.combinations import HEAD, PREFIX, TOKENS, Content
 from veneer.adapters.config import AdapterConfig
+from veneer.adapters.labels import HeadSettings
 from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.preamble import Preamble
 from veneer.errors import ConfigError, CorruptFileError, SourceError, UnsafeFileError
@@ -41,6 +42,15 @@ from veneer.formats.manifest import (
     read_manifest,
 )
 from veneer.formats.peft.config import CONFIG_NAME, config_text
+from veneer.formats.peft.head_files import (
+    has_head,
+    head_entry,
+    head_fields,
+    head_tensors,
+    read_head,
+    split_head,
+    without_head,
+)
 from veneer.formats.peft.tensors import bare_name, tensor_file_bytes
 from veneer.formats.peft.token_files import (
     KEY,
@@ -75,6 +85,7 @@ class StoredAdapter:
     file      the settings in the file's terms
     tensors   by name, without PEFT's prefix
     tokens    its new tokens, whose rows are among the tensors
+    head      what its score head's outputs mean, if it has a head
     content_hash  of the files as they were read, by the rule of veneer.json
     manifest  veneer.json; None for another program's adapter
     notes     what was repaired or ignored while reading
@@ -89,6 +100,7 @@ class StoredAdapter:
     content_hash: str
     manifest: Manifest | None
     notes: list[str]
+    head: HeadSettings | None = None
 
     @property
     def name_or_path(self) -> str | None:
@@ -97,8 +109,27 @@ class StoredAdapter:
 
     @property
     def contents(self) -> tuple[Content, ...]:
-        """Returns the kinds of its contents, new tokens included."""
-        return *self.config.contents, *((TOKENS,) if self.tokens is not None else ())
+        """Returns the kinds of its contents, new tokens and a head included."""
+        tokens = (TOKENS,) if self.tokens is not None else ()
+        return *self.config.contents, *tokens, *((HEAD,) if self.head is not None else ())
+
+    def split(self) -> "TensorParts":
+        """Splits the tensors by what they belong to."""
+        return split_tensors(self.tensors)
+
+
+@dataclass(frozen=True)
+class TensorParts:
+    """Tensors of a file by bare names: of its method, rows of new tokens, the head's weight."""
+
+    method: dict[str, Tensor]
+    tokens: dict[str, Tensor]
+    head: Tensor | None
+
+
+def split_tensors(tensors: Mapping[str, Tensor]) -> TensorParts:
+    rest, head = split_head(tensors)
+    return TensorParts(*split_token_rows(rest), head)
 
 
 def adapter_file_bytes(attachment: Attachment, model: nn.Module) -> int:
@@ -107,9 +138,8 @@ def adapter_file_bytes(attachment: Attachment, model: nn.Module) -> int:
 
 
 def _tensors(attachment: Attachment, model: nn.Module) -> dict[str, Tensor]:
-    return format_of_method(attachment.config).tensors(attachment, model) | token_tensors(
-        attachment
-    )
+    own = format_of_method(attachment.config).tensors(attachment, model)
+    return own | token_tensors(attachment) | head_tensors(attachment)
 
 
 def manifest_for(
@@ -177,9 +207,9 @@ def write_adapter(
             "Resume from the last checkpoint before they appeared, with a lower learning rate.",
         )
     expected_bytes = tensor_file_bytes(tensors)
-    config = format_of_method(attachment.config).config(
-        attachment, model, manifest.base
-    ) | token_settings(attachment)
+    layout = format_of_method(attachment.config)
+    config = layout.config(attachment, model, manifest.base) | token_settings(attachment)
+    config |= head_fields(attachment, config, lists=layout.lists_saved)
     with atomic_folder(folder, replace=replace, needed_bytes=expected_bytes) as partial:
         save_file(tensors, partial / WEIGHTS_NAME, metadata={"format": "pt"})
         (partial / CONFIG_NAME).write_text(config_text(config), encoding="utf-8")
@@ -190,6 +220,7 @@ def write_adapter(
                 },
                 "content_hash": content_hash(partial / WEIGHTS_NAME, config),
                 "new_tokens": [] if attachment.tokens is None else list(attachment.tokens.texts),
+                "head": head_entry(attachment),
             }
         )
         for name, text in {**more_files, MANIFEST_NAME: complete_manifest.to_json()}.items():
@@ -258,15 +289,16 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
                 " read as PEFT's.",
             )
     try:
-        settings = file.settings(split_token_rows(tensors)[0])
+        settings = file.settings(split_tensors(tensors).method)
     except ConfigError as fault:
         raise CorruptFileError(
             f"{folder / CONFIG_NAME} is not valid",
             fault.faults or [fault.headline],
             "Restore the file.",
         ) from fault
+    head = read_head(folder, stored, tensors, manifest)
     return StoredAdapter(
-        folder, settings, layout, file, tensors, tokens, found_hash, manifest, notes
+        folder, settings, layout, file, tensors, tokens, found_hash, manifest, notes, head
     )
 
 
@@ -284,8 +316,9 @@ class AdapterSummary:
 
 def read_summary(folder: Path) -> AdapterSummary:
     """Reads the summary without the tensors. Raises what read_adapter raises."""
-    _, _, file, tokens, _ = read_settings(folder)
+    stored, _, file, tokens, _ = read_settings(folder)
     contents = ((PREFIX,) if file.prefix_length else ()) + ((TOKENS,) if tokens is not None else ())
+    contents += (HEAD,) if has_head(stored) else ()
     return AdapterSummary(file.prefix_length, contents)
 
 
@@ -298,7 +331,8 @@ def read_settings(
     layout = format_of_file(folder / CONFIG_NAME, stored)
     tokens = read_tokens(folder / CONFIG_NAME, stored)
     file, ignored = layout.read(
-        folder / CONFIG_NAME, {name: value for name, value in stored.items() if name != KEY}
+        folder / CONFIG_NAME,
+        {name: value for name, value in without_head(stored).items() if name != KEY},
     )
     return stored, layout, file, tokens, ignored
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from veneer.files.strict_tensors import read_header
-from veneer.formats.adapter import WEIGHTS_NAME, read_adapter, read_settings
+from veneer.formats.adapter import WEIGHTS_NAME, read_adapter, read_settings, split_tensors
 from veneer.formats.peft.tensors import bare_name
-from veneer.formats.peft.token_files import fit_tokens, split_token_rows
+from veneer.formats.peft.token_files import fit_tokens
 
 
 def header_faults(folder: Path, model: nn.Module, read_past: Collection[str]) -> list[str]:
@@ -37,8 +37,8 @@ def _faults(
     folder: Path, tensors: Mapping[str, Tensor], model: nn.Module, read_past: Collection[str]
 ) -> list[str]:
     _, _, file, tokens, _ = read_settings(folder)
-    method_tensors, rows = split_token_rows(tensors)
+    parts = split_tensors(tensors)
     head = model.get_output_embeddings()  # type: ignore[operator]
-    method_fit = file.fit(method_tensors, model, head, read_past)
-    token_fit = fit_tokens(tokens, rows, model, head)
+    method_fit = file.fit(parts.method, model, head, read_past)
+    token_fit = fit_tokens(tokens, parts.tokens, model, head)
     return [*method_fit.faults, *([] if token_fit is None else token_fit.faults)]

@@ -78,12 +78,14 @@ class AdapterFormat:
     tensors        (adapter, its model) -> every tensor of the file by its full name
     config         (adapter, model, base) -> adapter_config.json
     read           (path, its content) -> the settings, and the names of unknown fields that are off
+    lists_saved    whether adapter_config.json lists modules that are saved whole, such as a head
     """
 
     peft_type: str
     tensors: Callable[[Attachment, nn.Module], dict[str, Tensor]]
     config: Callable[[Attachment, nn.Module, BaseIdentity], dict[str, Any]]
     read: Callable[[Path, Mapping[str, Any]], tuple[FileSettings, list[str]]]
+    lists_saved: bool = False
 
     @property
     def peft_reads(self) -> bool:

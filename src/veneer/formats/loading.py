@@ -12,6 +12,7 @@ from torch import Tensor
 
 from veneer.adapters.attach import attach
 from veneer.adapters.placement.attachment import Attachment
+from veneer.adapters.placement.score_head import PART, ScoreHead
 from veneer.adapters.placement.token_rows import AddedTokens
 from veneer.data.template.new_tokens import bring
 from veneer.errors import AdapterMismatchError, CorruptFileError
@@ -19,10 +20,11 @@ from veneer.formats.adapter import StoredAdapter, read_adapter
 from veneer.formats.manifest import MANIFEST_NAME
 from veneer.formats.peft.config import CONFIG_NAME
 from veneer.formats.peft.text_names import recorded_within
-from veneer.formats.peft.token_files import TokenFit, fit_tokens, split_token_rows
+from veneer.formats.peft.token_files import TokenFit, fit_tokens
 from veneer.formats.same_base import base_differences, text_differences, wrong_base_remedy
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
+from veneer.models.initial_values import fresh_head
 from veneer.wording import first_lines
 
 MAX_DIFFERENT = 8
@@ -55,10 +57,11 @@ def load_adapter(
     if stored.config.through_attention:
         _ = base.paths  # verifies attention and replaces it
     head = base.model.get_output_embeddings()
-    tensors, rows = split_token_rows(stored.tensors)
-    fit = stored.file.fit(tensors, base.model, head, base.read_past)
-    token_fit = fit_tokens(stored.tokens, rows, base.model, head)
-    misfits = [*fit.faults, *([] if token_fit is None else token_fit.faults)]
+    parts = stored.split()
+    fit = stored.file.fit(parts.method, base.model, head, base.read_past)
+    token_fit = fit_tokens(stored.tokens, parts.tokens, base.model, head)
+    score, score_faults = _score_head(stored, parts.head, base)
+    misfits = [*fit.faults, *([] if token_fit is None else token_fit.faults), *score_faults]
     added_tokens = (
         None if token_fit is None or misfits else _added_tokens(stored, token_fit, base, misfits)
     )
@@ -96,6 +99,7 @@ def load_adapter(
         routing=base.routing,
         head=head,
         tokens=added_tokens,
+        score=score,
         values_follow=True,
         read_past=base.read_past,
     )
@@ -103,6 +107,8 @@ def load_adapter(
         attachment.preamble = stored.manifest.preamble
     try:
         values = dict(fit.values) | (token_fit.values if token_fit is not None else {})
+        if parts.head is not None:
+            values[PART] = parts.head.float()
         _fill(
             attachment, values, take=take or stored is not source
         )  # tensors read here have no other owner
@@ -110,6 +116,19 @@ def load_adapter(
         base.detach(name)
         raise
     return attachment
+
+
+def _score_head(
+    stored: StoredAdapter, weight: Tensor | None, base: FrozenBase
+) -> tuple[ScoreHead | None, list[str]]:
+    """Returns an empty head for the adapter's weight on this base, and why the weight does not
+    fit."""
+    if stored.head is None or weight is None:
+        return None, [] if weight is None else [f"{PART}   no such tensor"]
+    head = fresh_head(base, stored.head)
+    if weight.shape == head.weight.shape:
+        return head, []
+    return head, [f"{PART}   adapter {tuple(weight.shape)}   model {tuple(head.weight.shape)}"]
 
 
 def _added_tokens(

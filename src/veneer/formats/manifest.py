@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+from veneer.adapters.labels import HeadKind, HeadSettings
 from veneer.adapters.preamble import Preamble
 from veneer.errors import ConfigError, CorruptFileError, VeneerError
 from veneer.files.hashes import file_hash
@@ -86,6 +87,21 @@ class HeldOut(SetHeldOut):
     """By name, if there are several."""
 
 
+class ScoreHeadEntry(_ManifestModel):
+    """What the outputs of an adapter's score head mean."""
+
+    kind: HeadKind
+    """One label, several labels, a number, or how well a document fits a query."""
+    labels: list[str] = Field(default_factory=list)
+    """Name of each output, in order; empty for one output."""
+    thresholds: dict[str, float] = Field(default_factory=dict)
+    """Probability from which one of several labels is chosen, where it is not 0.5."""
+
+    @property
+    def settings(self) -> HeadSettings:
+        return HeadSettings(self.kind, tuple(self.labels), tuple(sorted(self.thresholds.items())))
+
+
 class Manifest(_ManifestModel):
     """The content of veneer.json."""
 
@@ -112,6 +128,8 @@ class Manifest(_ManifestModel):
     """Variables of the chat template (enable_thinking, ...)."""
     new_tokens: list[str] = Field(default_factory=list)
     """Texts of its new tokens, in the order of their rows."""
+    head: ScoreHeadEntry | None = None
+    """Its score head, if it classifies; write_adapter fills it in."""
     data_fingerprint: str | None = None
     """Hash over the rows it was trained on."""
     recipe: dict[str, JsonValue] | None = None

@@ -5,12 +5,16 @@ from dataclasses import dataclass
 
 from veneer.adapters.attach import attach
 from veneer.adapters.config import AdapterConfig, LoRA, Prefix
+from veneer.adapters.labels import HeadSettings
 from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.reads import refused_by_peft
+from veneer.adapters.placement.score_head import ScoreHead
 from veneer.adapters.placement.token_rows import AddedTokens
+from veneer.adapters.placement.wrapping import unwrapped
 from veneer.data.examples import Example
+from veneer.linear import frozen_linear
 from veneer.models.eva_loftq import start_lora
-from veneer.models.frozen_base import FrozenBase
+from veneer.models.frozen_base import FrozenBase, hidden_size
 from veneer.models.prefix_start import start_prefix
 from veneer.models.start import AdapterStart
 from veneer.models.step import refuse_untrainable
@@ -45,9 +49,10 @@ def begin(
     seed: int = 0,
     examples: Sequence[Example] = (),
     tokens: AddedTokens | None = None,
+    score: HeadSettings | None = None,
 ) -> FreshAdapter:
     """Attaches a fresh, inactive adapter to `base`. examples: training rows, if any; tokens: new
-    tokens.
+    tokens; score: of its head, if it classifies.
 
     Raises ConfigError, with nothing attached, if the name is taken or the settings do not fit, and
     RefusedError if the model cannot be trained.
@@ -64,6 +69,7 @@ def begin(
         routing=base.routing,
         head=head,
         tokens=tokens,
+        score=None if score is None else fresh_head(base, score),
         seed=seed,
         read_past=base.read_past,
         idle=paths.idle,
@@ -76,7 +82,17 @@ def begin(
     lines = [*([] if line is None else [line]), *_refused_by_peft(base, attachment)]
     if tokens is not None:
         lines.append(f"{len(tokens.ids):,} new tokens: only their rows of the vocabulary train")
+    if score is not None:
+        lines.append(f"a score head with {score.num_outputs:,} outputs over the last token")
     return FreshAdapter(attachment, None if start is None else start.prompt, lines)
+
+
+def fresh_head(base: FrozenBase, settings: HeadSettings) -> ScoreHead:
+    """Returns a head over the hidden states that the base's own head reads."""
+    own = base.model.get_output_embeddings()
+    linear = None if own is None else frozen_linear(unwrapped(own))
+    width = hidden_size(base.config) if linear is None else linear.in_features
+    return ScoreHead.fresh(settings, hidden_size=width, device=base.device)
 
 
 def _refused_by_peft(base: FrozenBase, attachment: Attachment) -> list[str]:

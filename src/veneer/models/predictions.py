@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from veneer.adapters.placement.score_head import ScoreHead
 from veneer.kernels.dense.divergence import (
     Divergence,
     TeacherRows,
@@ -22,6 +23,9 @@ from veneer.kernels.dense.loss import (
     trained_head_nats,
 )
 from veneer.objectives.objective import Predictions
+
+NO_SCORE_HEAD = "the adapters that act have no score head"
+ONLY_OUTPUTS = "an adapter with a score head predicts no tokens"
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,9 @@ class HeadPredictions:
         rows = TeacherRows(teacher.states.detach(), teacher.head)
         return values(self.states, self.head, rows, divergence)
 
+    def outputs(self) -> Tensor:
+        raise TypeError(NO_SCORE_HEAD)
+
 
 @dataclass(frozen=True)
 class LogitPredictions:
@@ -74,3 +81,26 @@ class LogitPredictions:
     def divergence(self, teacher: Predictions, divergence: Divergence) -> Tensor:
         assert isinstance(teacher, LogitPredictions)
         return logit_divergence(self.logits, teacher.logits.detach(), divergence)
+
+    def outputs(self) -> Tensor:
+        raise TypeError(NO_SCORE_HEAD)
+
+
+@dataclass(frozen=True)
+class ScorePredictions:
+    """Outputs of an adapter's own head over hidden states (T, D), in place of tokens."""
+
+    states: Tensor
+    score: ScoreHead
+
+    def outputs(self) -> Tensor:
+        return self.score.outputs(self.states)
+
+    def cross_entropy(self, total: float) -> Tensor:
+        raise TypeError(ONLY_OUTPUTS)
+
+    def nats(self) -> Tensor:
+        raise TypeError(ONLY_OUTPUTS)
+
+    def divergence(self, teacher: Predictions, divergence: Divergence) -> Tensor:
+        raise TypeError(ONLY_OUTPUTS)

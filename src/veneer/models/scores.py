@@ -95,7 +95,7 @@ def score_examples(
     results = [[nothing] * len(request.examples) for request in requests]
     total = sum(len(request.examples) for request in requests)
     computed, done = [], 0
-    for parts in _forwards(model, paths, routing, requests, batch_rows):
+    for parts in forwards(model, paths, routing, requests, batch_rows):
         chosen = [
             ScoreRequest(requests[number].adapters, [requests[number].examples[i] for i in part])
             for number, part in parts
@@ -119,7 +119,7 @@ def score_examples(
     return results
 
 
-def _forwards(
+def forwards(
     model: PreTrainedModel,
     paths: ComputePaths,
     routing: Routing,

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from veneer.adapters.methods.new_tokens import ExtendedHead
-from veneer.adapters.placement.acting import Acting, Applied, in_turn
+from veneer.adapters.placement.acting import Acting, Applied, in_turn, score_head_of
 from veneer.adapters.placement.routing import Routing
 from veneer.adapters.placement.wrapping import AdaptedModule, unwrapped
 from veneer.data.batching import Batch, make_batch, used_length
@@ -38,7 +38,7 @@ from veneer.execution.proofs.model import (
 from veneer.execution.switches import RopeSwitches, forget_lengths, sides, switches
 from veneer.kernels.dense.loss import Head, TrainedHeadRows, head_nats
 from veneer.models.left_out import left_out
-from veneer.models.predictions import HeadPredictions, LogitPredictions
+from veneer.models.predictions import HeadPredictions, LogitPredictions, ScorePredictions
 from veneer.objectives.objective import ObjectiveLoss, Predictions
 
 
@@ -217,15 +217,20 @@ def predictions_of_runs(
     """
     counts = [targets for _, targets in runs]
     rows_of_runs, targets = batch.loss_rows.split(counts), batch.targets.split(counts)
-    if paths.head_reason is not None:
-        all_logits = whole_logits(model, batch).split(counts)
-        yield from map(LogitPredictions, all_logits, targets)
-        return
-    states, keys = hidden_states(model, batch), routing.acting.keys
-    for (adapters, _), loss_rows, chosen in zip(runs, rows_of_runs, targets, strict=True):
-        with routing.held(Acting.everywhere(adapters).drawing(keys)):
-            rows, linear = _predicting(model, paths, routing, states, loss_rows)
-            yield _head_predictions(rows, chosen, linear)
+    scores = [score_head_of(adapters) for adapters, _ in runs]
+    by_logits = [paths.head_reason is not None and score is None for score in scores]
+    logits = whole_logits(model, batch).split(counts) if any(by_logits) else ()
+    states, keys = None if all(by_logits) else hidden_states(model, batch), routing.acting.keys
+    for number, (adapters, _) in enumerate(runs):
+        loss_rows, chosen, score = rows_of_runs[number], targets[number], scores[number]
+        if states is None or by_logits[number]:
+            yield LogitPredictions(logits[number], chosen)
+        elif score is not None:
+            yield ScorePredictions(states.index_select(0, loss_rows), score)
+        else:
+            with routing.held(Acting.everywhere(adapters).drawing(keys)):
+                rows, linear = _predicting(model, paths, routing, states, loss_rows)
+                yield _head_predictions(rows, chosen, linear)
 
 
 def _head_predictions(rows: Tensor, targets: Tensor, linear: Head) -> HeadPredictions:

@@ -3,14 +3,15 @@ so it does not import torch.
 
 Sources: DPO, Rafailov et al. 2023, arXiv:2305.18290; IPO, Azar et al. 2023, arXiv:2310.12036; KTO,
 Ethayarajh et al. 2024, arXiv:2402.01306; ORPO, Hong et al. 2024, arXiv:2403.07691; distil, Agarwal
-et al. 2023, arXiv:2306.13649.
+et al. 2023, arXiv:2306.13649; classify, transformers' ...ForSequenceClassification.
 """
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
-from veneer.bounds import BETA, ENERGY, FACTOR, SMOOTHING
+from veneer.adapters.labels import HeadKind, HeadSettings
+from veneer.bounds import BETA, ENERGY, FACTOR, PROBABILITY, SMOOTHING
 from veneer.data.examples import RowKind
 from veneer.data.teacher_text import TeacherText, absolute_path, read_teacher_text
 from veneer.errors import ConfigError
@@ -24,12 +25,14 @@ class ObjectiveConfig(StrictSettings):
     has_teacher    whether it learns from the predictions of a teacher
     several        whether it reads several examples of a row, which one forward must compute
     share_of_rate  factor of the method's usual learning rate
+    answers        whether the model writes answers
     """
 
     rows: ClassVar[RowKind]
     has_teacher: ClassVar[bool] = False
     several: ClassVar[bool] = False
     share_of_rate: ClassVar[float] = 1.0
+    answers: ClassVar[bool] = True
 
     name: str = ""
     """Name in the run file; every objective has one."""
@@ -53,6 +56,11 @@ class ObjectiveConfig(StrictSettings):
         Raises ConfigError if the settings name another content.
         """
         return self
+
+    @property
+    def head(self) -> HeadSettings | None:
+        """Returns the settings of the head that it trains; None if it learns from answers."""
+        return None
 
 
 class Answers(ObjectiveConfig):
@@ -173,7 +181,55 @@ class Distil(ObjectiveConfig):
         return self.model_copy(update={**files, "teacher": adapter, "content": content})
 
 
-AnyObjective = Annotated[Answers | DPO | IPO | KTO | ORPO | Distil, Field(discriminator="name")]
+class Classify(ObjectiveConfig):
+    rows: ClassVar[RowKind] = "labels"
+    answers: ClassVar[bool] = False
+
+    name: Literal["classify"] = "classify"
+    kind: HeadKind = "label"
+    """One label of several (label), any number of labels (labels), a number (regression), or how
+    well a document fits a query (rerank)."""
+    labels: list[str] = Field(default_factory=list)
+    """The labels, in the order of the head's outputs; default: those of the rows, sorted. Not with
+    regression and rerank."""
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, FACTOR]] = Field(
+        default_factory=dict
+    )
+    """Weight of a label's rows in the loss, {rare: 5}; default: 1. balanced: rare labels count as
+    much as frequent ones. With kind labels it weighs the rows that have the label."""
+    thresholds: dict[str, Annotated[float, PROBABILITY]] = Field(default_factory=dict)
+    """Probability from which a label is chosen, by label; default: 0.5. Only with kind labels."""
+
+    @property
+    def head(self) -> HeadSettings:
+        return HeadSettings(self.kind, tuple(self.labels), tuple(sorted(self.thresholds.items())))
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _numbers_are_names(cls, value: object) -> object:
+        """Reads numbers as names, since labels in rows may be numbers."""
+        if not isinstance(value, list):
+            return value
+        return [str(label) if type(label) is int else label for label in value]
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        if self.labels and len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels names a label twice")
+        if not self.head.names_outputs and (self.labels or self.class_weights):
+            raise ValueError(f"kind {self.kind} has one output: leave labels and class_weights out")
+        if self.thresholds and self.kind != "labels":
+            raise ValueError(f"kind {self.kind} has no thresholds: leave them out")
+        weights = {} if self.class_weights == "balanced" else self.class_weights
+        unknown = sorted({*weights, *self.thresholds} - set(self.labels))
+        if self.labels and unknown:
+            raise ValueError(f"{', '.join(unknown)}: weights and thresholds of unknown labels")
+        return self
+
+
+AnyObjective = Annotated[
+    Answers | DPO | IPO | KTO | ORPO | Distil | Classify, Field(discriminator="name")
+]
 
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "answers": Answers,
@@ -182,4 +238,5 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "kto": KTO,
     "orpo": ORPO,
     "distil": Distil,
+    "classify": Classify,
 }

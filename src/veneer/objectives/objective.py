@@ -1,7 +1,9 @@
 """An objective: a function from a model's predictions of a batch's targets to a loss.
 
 Targets are the trained tokens of the answers in a batch. A model gives their cross-entropy in one
-pass, or the nats -log p of each of them; both carry a gradient. An objective makes one number of
+pass, or the nats -log p of each of them. An adapter with a score head gives the head's outputs in
+their place; a text has one target, the place after its last token. All carry a gradient. An
+objective makes one number of
 them. Step, batch, resume, processes, joint training and plan take any objective and ask for
 nothing else. Knows nothing of models, optimizers or records.
 Shapes: T targets, E examples.
@@ -33,6 +35,9 @@ class Predictions(Protocol):
 
     def divergence(self, teacher: "Predictions", divergence: Divergence) -> Tensor:
         """Returns how far the predictions of every target are from the teacher's, (T)."""
+
+    def outputs(self) -> Tensor:
+        """Returns the outputs of the adapter's score head in place of every target, (T, C)."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +74,13 @@ class ObjectiveLoss:
 class HeldOutFigures:
     """Figures of held-out answers by name.
 
-    right, counted: of each row (R), the sum of its comparisons that are right, and of all
+    right, counted: of each row (R), the sum of its comparisons that are right, and of all; the
+    figure `accuracy` is their share. None if nothing is right or wrong
     """
 
     figures: dict[str, float]
-    right: Values
-    counted: Values
+    right: Values | None = None
+    counted: Values | None = None
 
 
 class Objective(ABC):
@@ -86,6 +92,10 @@ class Objective(ABC):
     """Whether it reads the predictions of a teacher."""
     num_figures: int = 0
     """Number of sums in the figures of a batch."""
+    figures_name: str = "preference"
+    """Name of the figures in a run's records."""
+    num_outputs: int | None = None
+    """Outputs of the score head that it reads; None: it reads nats."""
 
     @abstractmethod
     def counts(self, examples: Sequence[Example]) -> Values:
@@ -107,9 +117,9 @@ class Objective(ABC):
 
     @abstractmethod
     def answer_losses(self, nats: Values, answers: AnswerBatch) -> Values:
-        """Returns the loss of each example, (E), from the sum of its targets' values, without a
-        gradient.
+        """Returns the loss of each example, (E), without a gradient.
 
+        nats: the sum of its targets' values, (E); or the outputs of its score head, (E * C)
         answers: all of them, as one batch
         """
 
@@ -118,5 +128,5 @@ class Objective(ABC):
         return {}
 
     def held_out(self, nats: Values, answers: AnswerBatch) -> HeldOutFigures | None:
-        """Returns figures of held-out answers, from the summed nats of each; None without any."""
+        """Returns figures of held-out answers from what `answer_losses` reads; None without any."""
         return None

@@ -1,8 +1,9 @@
 """Makes the objective of a run's settings."""
 
 from veneer.objectives.answers import AnswersObjective
-from veneer.objectives.config import DPO, IPO, KTO, ORPO, AnyObjective, Distil
+from veneer.objectives.config import DPO, IPO, KTO, ORPO, AnyObjective, Classify, Distil
 from veneer.objectives.distil import DistilObjective
+from veneer.objectives.labels import ClassifyObjective
 from veneer.objectives.objective import Objective
 from veneer.objectives.preferences import DPOObjective, IPOObjective, KTOObjective, ORPOObjective
 
@@ -19,5 +20,7 @@ def make_objective(config: AnyObjective) -> Objective:
             return ORPOObjective(config)
         case Distil():
             return DistilObjective(config)
+        case Classify():
+            return ClassifyObjective(config)
         case _:
             return AnswersObjective()

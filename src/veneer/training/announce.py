@@ -159,7 +159,7 @@ def _data_lines(data: DataSet) -> list[str]:
 
 
 def _adapter_lines(run: PreparedRun) -> list[str]:
-    if run.attachment is None:
+    if run.attachment is None or run.attachment.score is not None:
         return []
     if run.attachment.config.folds:
         return [f"{run.config.method.name} can be merged into the base"]

@@ -107,8 +107,9 @@ class RunConfig(StrictSettings):
     template: TemplateConfig = Field(default_factory=TemplateConfig)
     """Settings of the base's chat template."""
     objective: AnyObjective = Field(default_factory=Answers)
-    """What training minimises: answers (cross-entropy of the given answers), or a preference: dpo,
-    ipo, kto or orpo, or a teacher: distil; or one with its settings: {name: dpo, beta: 0.1}."""
+    """What training minimises: answers (cross-entropy of the given answers), a preference: dpo,
+    ipo, kto or orpo, a teacher: distil, or labels of a score head: classify; or one with its
+    settings: {name: dpo, beta: 0.1}. In a run file `task: classify` says the same."""
     method: Method = Field(default_factory=LoRA)
     """lora, dora, bottleneck, prefix or full, or the method with its settings: {name: lora, rank:
     16}; qlora is lora over quantize: nf4."""
@@ -212,6 +213,8 @@ class RunConfig(StrictSettings):
     def _expand_short_forms(cls, values: Any) -> Any:
         if isinstance(values, dict):
             values = dict(values)
+            if "task" in values and "objective" not in values:
+                values["objective"] = values.pop("task")
             if isinstance(values.get("data"), (str, Path)):
                 values["data"] = {"train": str(values["data"])}
             if isinstance(start := values.get("from_adapter"), str | Path | dict | list):
@@ -275,10 +278,16 @@ class RunConfig(StrictSettings):
                 f"with method {self.method.name} shard adds up gradients as floating-point numbers:"
                 " take reduce plain, or leave shard out"
             )
-        if self.objective.several and self.data.train_on == "all":
+        learns_answers = self.objective.answers and not self.objective.several
+        if self.data.train_on == "all" and not learns_answers:
             raise ValueError(
-                f"objective {self.objective.name} compares answers, and train_on all trains"
-                " prompts too: leave train_on out"
+                f"objective {self.objective.name} does not learn from every token, and train_on all"
+                " trains prompts too: leave train_on out"
+            )
+        if not self.objective.answers and self.method.trains_base:
+            raise ValueError(
+                f"method {self.method.name} writes a model that answers, and objective"
+                f" {self.objective.name} trains a head of its own: take method lora"
             )
         if self.objective.has_teacher and self.method.trains_base:
             raise ValueError(

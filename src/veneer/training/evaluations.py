@@ -14,8 +14,9 @@ from veneer.data.examples import Example
 from veneer.errors import fits_memory
 from veneer.evaluation.intervals import interval
 from veneer.evaluation.metrics.metric import ratio
+from veneer.models.score_heads import part_outputs
 from veneer.models.step import part_nats, parts_of
-from veneer.objectives.objective import HeldOutFigures
+from veneer.objectives.objective import HeldOutFigures, Objective
 from veneer.training.first_evaluation import EvaluationResult
 from veneer.training.gradient import own_micro_batches
 from veneer.training.held_out import LossCells, losses_by_set, mean_loss
@@ -28,10 +29,9 @@ FEWER_ROWS = "Take fewer rows at once, --set micro_batch=N, or a smaller --lengt
 
 
 def compute_evaluation(inputs: TrainingInputs, world: World, *, step: int) -> EvaluationResult:
-    """Computes the nats of each held-out example over all processes, and the sample answer."""
+    """Computes the values of each held-out example over all processes, and the sample answer."""
     sample, doing = inputs.sample, f"on the evaluation at step {step}"
-    compute = taught_nats if inputs.objective.has_teacher else example_nats
-    nats = compute_nats(inputs, world, inputs.validation, doing, compute)
+    nats = compute_nats(inputs, world, inputs.validation, doing, _compute_of(inputs.objective))
     with _evaluating(inputs, world, doing):
         # Sharded layers are gathered by all processes, so all of them answer.
         answers = sample is not None and (world.leads or inputs.sharded)
@@ -39,15 +39,28 @@ def compute_evaluation(inputs: TrainingInputs, world: World, *, step: int) -> Ev
 
 
 NatsOfParts = Callable[
-    [TrainingInputs, Sequence[Example], Sequence[Sequence[int]]], list[list[float]]
+    [TrainingInputs, Sequence[Example], Sequence[Sequence[int]]],
+    list[list[float]] | list[list[list[float]]],
 ]
-"""Computes the summed nats of examples, part by part."""
+"""Computes the summed nats of examples, or the outputs of their head, part by part."""
 
 
 def example_nats(
     inputs: TrainingInputs, examples: Sequence[Example], parts: Sequence[Sequence[int]]
 ) -> list[list[float]]:
     return part_nats(inputs.model, inputs.paths, inputs.routing, examples, parts)
+
+
+def example_outputs(
+    inputs: TrainingInputs, examples: Sequence[Example], parts: Sequence[Sequence[int]]
+) -> list[list[list[float]]]:
+    return part_outputs(inputs.model, inputs.paths, inputs.routing, examples, parts)
+
+
+def _compute_of(objective: Objective) -> NatsOfParts:
+    if objective.num_outputs is not None:
+        return example_outputs
+    return taught_nats if objective.has_teacher else example_nats
 
 
 def compute_nats(
@@ -57,18 +70,21 @@ def compute_nats(
     doing: str,
     compute: NatsOfParts = example_nats,
 ) -> list[float]:
-    """Computes the summed nats of each example over all processes. doing: as errors name it"""
+    """Computes the summed nats of each example over all processes, or the outputs of its head.
+
+    doing: as errors name it
+    """
     order = by_length(examples, inputs.config.rows_at_once)
     parts = list(parts_of(inputs.model, inputs.paths, examples, order))
-    nats = [0.0] * len(examples)
+    values = np.zeros((len(examples), inputs.objective.num_outputs or 1))
     with _evaluating(inputs, world, doing):
         assigned = own_micro_batches(parts, examples, world, sharded=inputs.sharded)
-        computed = compute(inputs, examples, [parts[number] for number, _ in assigned])
-        for (number, counts), values in zip(assigned, computed, strict=True):
+        own = [parts[number] for number, _ in assigned]
+        computed = compute(inputs, examples, own)
+        for part, (_, counts), part_values in zip(own, assigned, computed, strict=True):
             if counts:
-                for example, value in zip(parts[number], values, strict=True):
-                    nats[example] = value
-    return world.summed(nats) if parts else []
+                values[part] = np.reshape(part_values, (len(part), -1))
+    return world.summed(values.ravel().tolist()) if parts else []
 
 
 @contextmanager
@@ -94,7 +110,7 @@ def evaluation_record(
     counts = objective.counts(inputs.validation).tolist()
     loss = mean_loss(losses, counts)
     sets = losses_by_set(inputs.validation, inputs.validation_sets, losses, counts)
-    preference = _preference(objective.held_out(nats, answers), cells.prompts.tolist())
+    figures = _figures(objective.held_out(nats, answers), cells.prompts.tolist())
     sample = None
     if inputs.sample is not None and result.new is not None:
         sample = inputs.sample.record_of(result.new)
@@ -102,8 +118,8 @@ def evaluation_record(
             progress.sample = {"before": sample["answer"]}
         sample = {**sample, "before": progress.sample.get("before")}
     best = _enter_loss(progress, cells, loss, losses)
-    if preference:
-        progress.preference[str(progress.step)] = preference
+    if figures:
+        progress.preference[str(progress.step)] = figures
     if loss is None and sample is None:
         return None
     return {
@@ -114,17 +130,19 @@ def evaluation_record(
         "seconds": time.perf_counter() - start,
         "sample": sample,
         **({"sets": sets} if sets else {}),
-        **({"preference": preference} if preference else {}),
+        **({objective.figures_name: figures} if figures else {}),
     }
 
 
-def _preference(held_out: HeldOutFigures | None, prompts: Sequence[int]) -> dict[str, Any]:
-    """Returns figures of preferences as a record holds them, the accuracy with its interval.
+def _figures(held_out: HeldOutFigures | None, prompts: Sequence[int]) -> dict[str, Any]:
+    """Returns the objective's figures as a record holds them, the accuracy with its interval.
 
     prompts: a number for each row, equal for rows with the same prompt.
     """
     if held_out is None:
         return {}
+    if held_out.right is None or held_out.counted is None:
+        return dict(held_out.figures)
     counts = np.stack([held_out.right, held_out.counted], axis=1)
     low, high = interval(counts, ratio, share=True, prompts=prompts) or (None, None)
     accuracy = {"value": held_out.figures["accuracy"], "low": low, "high": high}

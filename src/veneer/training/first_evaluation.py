@@ -45,8 +45,9 @@ _READ_ALREADY = ("base", "data", "template", "from_adapter")
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Holds what an evaluation computes. nats: of each held-out example. new: ids of the sample
-    answer.
+    """Holds what an evaluation computes.
+
+    nats: of each held-out example, or the outputs of its score head. new: ids of the sample answer
     """
 
     nats: list[float]

@@ -27,6 +27,7 @@ from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase, hidden_size
 from veneer.models.initial_values import FreshAdapter
 from veneer.models.step import refuse_untrainable
+from veneer.objectives.labels import resolved
 from veneer.training.config import EPOCHS_UNSAID, RunConfig
 from veneer.training.coordination import every_weight, load_on_all_processes
 from veneer.training.gradient import FEWER_VALUES
@@ -121,6 +122,7 @@ def prepare_run(
             *(config.data, config.length, config.new_tokens, config.template, day, started),
             config.objective.rows,
             teacher_text := config.objective.teacher_text(),
+            config.objective.head,
         )
         known = [run.data for run in beside if run.rows_key == rows_key]
         data = (
@@ -132,7 +134,9 @@ def prepare_run(
         if replay is not None:
             data = replace(data, fingerprint=f"{data.fingerprint} {replay.fingerprint}")
         # Never longer than the model has positions.
-        config = config.model_copy(update={"length": data.report.length})
+        objective = resolved(config.objective, data.head, data.train)
+        length = data.report.length
+        config = config.model_copy(update={"length": length, "objective": objective})
         if started is not None:
             check_rows(started, data.fingerprint, config)
             check_borders(started, data.train, config)
@@ -198,6 +202,7 @@ def _load_rows(
         resumes=started is not None,
         kind=config.objective.rows,
         teacher=teacher,
+        head=config.objective.head,
         say=say,
     )
 
@@ -229,7 +234,11 @@ def _training_inputs(
     replay: Replay | None,
 ) -> TrainingInputs:
     adapters: Applied = () if adapter is None else ((adapter.attachment, 1.0),)
-    shows_answers = config.show_answers and base.tokenizer.chat_template is not None
+    shows_answers = (
+        config.show_answers
+        and config.objective.answers
+        and base.tokenizer.chat_template is not None
+    )
     return TrainingInputs(
         model=base.model,
         paths=base.paths,

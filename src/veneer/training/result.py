@@ -15,6 +15,7 @@ from veneer.files.atomic import atomic_folder
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.formats.manifest import HeldOut, Manifest, make_readable
 from veneer.models.frozen_base import FrozenBase
+from veneer.objectives.registry import make_objective
 from veneer.training.config import RunConfig
 from veneer.training.output.records import peak_memory_bytes
 from veneer.training.state.progress import RunProgress
@@ -44,11 +45,12 @@ def run_manifest(
     )
 
 
-def _preference(progress: RunProgress) -> dict[str, Any]:
-    """Returns figures of preferences before step 1 and of the kept values; empty without any."""
+def _figures(config: RunConfig, progress: RunProgress) -> dict[str, Any]:
+    """Returns the objective's figures before step 1 and of the kept values; empty without any."""
     kept = progress.preference.get(str(progress.best_step))
     before = progress.preference.get("0")
-    return {} if kept is None else {"preference": {**kept, "before": before}}
+    name = make_objective(config.objective).figures_name
+    return {} if kept is None else {name: {**kept, "before": before}}
 
 
 def write_trained_adapter(
@@ -108,7 +110,7 @@ def run_summary(
         "last_loss": progress.last_loss,
         "validation_loss": progress.best_loss,
         "held_out": None if held_out is None else held_out.model_dump(mode="json"),
-        **_preference(progress),
+        **_figures(config, progress),
         "best_step": progress.best_step,
         "damaged_best": damaged_best,
         "base_fingerprint": base.fingerprint().digest,

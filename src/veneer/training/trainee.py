@@ -182,7 +182,7 @@ class Trainee:
             "seconds": seconds,
             "memory_bytes": process_memory_bytes(),
             **({"parts": parts} if parts else {}),
-            **({"preference": totals.figures} if totals.figures else {}),
+            **({self.inputs.objective.figures_name: totals.figures} if totals.figures else {}),
             **({} if totals.replay is None else {"replay": totals.replay}),
         }
         self.records.write(record)

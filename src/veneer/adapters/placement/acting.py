@@ -13,8 +13,9 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from veneer.adapters.combinations import refuse_sum
+from veneer.adapters.combinations import refuse_answers, refuse_sum
 from veneer.adapters.placement.attachment import Attachment
+from veneer.adapters.placement.score_head import ScoreHead
 from veneer.errors import ConfigError
 from veneer.kernels.dense.dropout import Dropout
 from veneer.kernels.dense.segments import UpdateCache
@@ -23,10 +24,20 @@ Applied = tuple[tuple[Attachment, float], ...]
 """Adapters that act on the same rows, with their weights. Empty: the base alone."""
 
 
+def score_head_of(adapters: Applied) -> ScoreHead | None:
+    """Returns the score head of the adapters; at most one of them has a head."""
+    return next((adapter.score for adapter, _ in adapters if adapter.score is not None), None)
+
+
 def check_together(adapters: Applied) -> None:
     """Raises ConfigError if these adapters cannot act together (combinations.py)."""
     if len(adapters) > 1 or any(weight != 1.0 for _, weight in adapters):
         refuse_sum([(adapter.name, adapter.contents, weight) for adapter, weight in adapters])
+
+
+def check_answers(adapters: Sequence[Attachment]) -> None:
+    """Raises RefusedError if a base with these adapters writes no answers (combinations.py)."""
+    refuse_answers([(adapter.name, adapter.contents) for adapter in adapters])
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.combinations import TOKENS, Content
+from veneer.adapters.combinations import HEAD, TOKENS, Content
 from veneer.adapters.config import AdapterConfig
 from veneer.adapters.placement.layer import Layer
+from veneer.adapters.placement.score_head import PART as SCORE
+from veneer.adapters.placement.score_head import ScoreHead
 from veneer.adapters.placement.token_rows import NewTokens
 from veneer.adapters.preamble import Preamble
 from veneer.wording import html_table
@@ -57,6 +59,8 @@ class Attachment:
     """Number of adapted places if one layer serves several; None: one per layer."""
     tokens: NewTokens | None = None
     """New tokens of the adapter."""
+    score: ScoreHead | None = None
+    """Head of an adapter that classifies; None: the adapter answers with the base's head."""
     preamble: Preamble = field(default_factory=Preamble)
     """Preamble of the conversations that it was trained on."""
     laid_out: Any = None
@@ -65,8 +69,9 @@ class Attachment:
 
     @property
     def contents(self) -> tuple[Content, ...]:
-        """Contents of the adapter, new tokens included."""
-        return *self.config.contents, *((TOKENS,) if self.tokens is not None else ())
+        """Contents of the adapter, new tokens and a head included."""
+        tokens = (TOKENS,) if self.tokens is not None else ()
+        return *self.config.contents, *tokens, *((HEAD,) if self.score is not None else ())
 
     @property
     def adapted(self) -> int:
@@ -74,15 +79,15 @@ class Attachment:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Returns every trained tensor by a unique name, in a fixed order: layers, values, new
-        tokens."""
+        tokens, the head."""
         parameters = {
             f"{path}.{part}": parameter
             for path, layer in self.layers.items()
             for part, parameter in layer.parts().items()
         }
-        return (
-            parameters | self.values | (self.tokens.parameters() if self.tokens is not None else {})
-        )
+        tokens = {} if self.tokens is None else self.tokens.parameters()
+        head = {} if self.score is None else {SCORE: self.score.weight}
+        return parameters | self.values | tokens | head
 
     def learning_rate_factors(self) -> dict[str, float]:
         """Factor of the learning rate of each of `parameters()`."""

@@ -345,7 +345,7 @@ def _set_problems(report: CheckReport, file: str, rows_have_problems: bool) -> l
     if not report.trained_tokens:
         step = "Show which tokens are trained: veneer data check"
         problems.append(Problem("D205", file, "no token would be trained on", next_step=step))
-    elif report.trained_share < TOO_LITTLE:
+    elif report.answers and report.trained_share < TOO_LITTLE:
         message = f"{report.trained_share:.2%} of {report.tokens:,} tokens would be trained on"
         cut = report.truncated
         if cut:

@@ -88,7 +88,9 @@ class Tally:
 
     def _count_answers(self, example: Example) -> None:
         """Counts trained spans, and how many of them hold a stop token among their last few
-        tokens."""
+        tokens. A text with a label has no answer."""
+        if example.label:
+            return
         padded = np.zeros(len(example.trained) + 2, dtype=np.int8)
         padded[1:-1] = example.trained
         edges = np.flatnonzero(padded[1:] != padded[:-1]).tolist()

@@ -21,6 +21,8 @@ NEEDS: dict[Format, tuple[str, ...]] = {
     "openai_pairs": ("input", "preferred_output", "non_preferred_output"),
     "ranked": ("prompt", "ranked"),
     "ratings": ("prompt", "completion", "label"),
+    "labels": ("text", "label"),
+    "relevance": ("query", "document", "label"),
 }
 _ANSWERS: tuple[Format, ...] = ("chat", "sharegpt", "prompt_completion", "alpaca", "text")
 _PAIRS: tuple[Format, ...] = ("pairs", "openai_pairs", "ranked")
@@ -28,6 +30,7 @@ FORMATS_OF: dict[RowKind, tuple[Format, ...]] = {
     "answers": _ANSWERS,
     "pairs": _PAIRS,
     "ratings": (*_PAIRS, "ratings"),
+    "labels": ("labels", "relevance"),
     "any": (*_ANSWERS, *_PAIRS),
 }
 """The layouts of each kind of rows."""
@@ -86,6 +89,8 @@ def detect(columns: frozenset[str], kind: RowKind = "answers") -> Format:
             f"columns {shown} fit {' and '.join(fitting)}",
             "Say which layout is meant: format: " + fitting[0],
         )
+    if kind == "labels":
+        raise _no_label(columns, shown)
     if "text" in columns:
         others = sorted(columns - _METADATA - {"text"})
         if not others:
@@ -162,6 +167,20 @@ def _no_preference(columns: frozenset[str], kind: RowKind, shown: str) -> RowFau
     named = f"are answers ({answers[0]}), and" if answers else "are not recognised:"
     wanted = "pairs of answers" if kind == "pairs" else "pairs or rated answers"
     return RowFault("D117", f"columns {shown} {named} the objective learns from {wanted}", step)
+
+
+def _no_label(columns: frozenset[str], shown: str) -> RowFault:
+    """Returns the fault of a row that an objective of labels cannot learn from."""
+    layouts = "; ".join(f"{name} ({', '.join(NEEDS[name])})" for name in FORMATS_OF["labels"])
+    label = next((name for name in ("label", *_ANSWER_LIKE) if name in columns), "COLUMN")
+    text = next((n for n in ("text", *_PROMPT_LIKE) if n in columns and n != label), "COLUMN")
+    pairs = [(text, "text"), (label, "label")]
+    renames = " ".join(f"--map {old}={new}" for old, new in pairs if old != new)
+    return RowFault(
+        "D119",
+        f"columns {shown}: the objective learns from texts with labels",
+        f"Layouts: {layouts}" + (f". Rename columns: {renames}" if renames else ""),
+    )
 
 
 def _explain_preferences(columns: frozenset[str]) -> str:

@@ -19,9 +19,9 @@ from typing import Any, BinaryIO
 from veneer.data.examples import Problem, Row, RowFault, RowKind, RowRef, grouped, refusal
 from veneer.data.files.columns import ColumnMap, ColumnRenames, KtoLabels
 from veneer.data.files.json_text import JSONText, whole_value
+from veneer.data.files.labels import make_row
 from veneer.data.files.layouts import RowLayouts, detect, format_of
 from veneer.data.files.places import PACKED, ResolvedSets, RowFile, kind_of
-from veneer.data.files.preferences import make_row
 from veneer.files.nesting import TOO_DEEP, too_deep
 
 MAX_LINE_BYTES = 16 * 2**20

@@ -275,17 +275,19 @@ class ChatTemplate:
             if isinstance(chat, UnfitRowError):
                 return chat
             if row.text is not None:
-                return [self._render_text(row.text)]
+                return [self._render_text(row.text, ends=row.label is None)]
             if chat is None:
                 return [self._render_joined(row, train_on)]
             return plan_chat(row, *chat, train_on, self._names.show)
         except (UnfitRowError, TemplateFault, TokenFault) as fault:
             return unfit(fault)
 
-    def _render_text(self, text: str) -> RenderedRow:
+    def _render_text(self, text: str, *, ends: bool) -> RenderedRow:
+        """Renders a plain text. ends: whether the end token follows it"""
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
         begin = () if bos and text.startswith(bos) else self._begin_ids
-        end = () if eos is None or text.endswith(eos) else (self.tokenizer.eos_token_id,)
+        ended = not ends or eos is None or text.endswith(eos)
+        end = () if ended else (self.tokenizer.eos_token_id,)
         control = self._names.count(text)
         return RenderedRow(
             MarkedText(text), ((0, len(text)),), (("text", len(text)),), control, begin, end

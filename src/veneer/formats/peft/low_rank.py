@@ -61,4 +61,4 @@ def _read(path: Path, stored: Mapping[str, Any]) -> tuple[LowRankFile, list[str]
     return LowRankFile(path, settings), ignored
 
 
-LOW_RANK = AdapterFormat("LORA", file_tensors, _config, _read)
+LOW_RANK = AdapterFormat("LORA", file_tensors, _config, _read, lists_saved=True)

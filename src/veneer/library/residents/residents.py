@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from veneer.adapters.combinations import refuse_sum
+from veneer.adapters.combinations import refuse_answers, refuse_sum
 from veneer.adapters.placement.wrapping import plain_copy
 from veneer.adapters.preamble import NONE, Preamble, shared
 from veneer.bounds import SECONDS, WEIGHT, check_numbers
@@ -116,7 +116,8 @@ class Residents:
         """Returns the positions of its trained prefix, 0 if its files are broken: loading reports
         them.
 
-        Raises ConfigError if the adapters cannot act together with these weights.
+        Raises ConfigError if the adapters cannot act together with these weights, and RefusedError
+        if they write no answers.
         """
         files = [self.tiers.files(content) for content, _ in identity]
         summaries = [self._summary(version) for version in files]
@@ -125,6 +126,12 @@ class Residents:
             [
                 (version_files.reference, summary.contents, weight)
                 for version_files, summary, weight in zip(files, summaries, weights, strict=True)
+            ]
+        )
+        refuse_answers(
+            [
+                (version_files.reference, summary.contents)
+                for version_files, summary in zip(files, summaries, strict=True)
             ]
         )
         return sum(summary.places for summary in summaries)

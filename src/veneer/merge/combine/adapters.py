@@ -29,7 +29,7 @@ from veneer.formats.layout import Fit
 from veneer.formats.manifest import BaseIdentity, Manifest, Parent, content_hash
 from veneer.formats.peft.config import CONFIG_NAME, PeftLoRA
 from veneer.formats.peft.matching import Strength, exact_settings
-from veneer.formats.peft.token_files import fit_tokens, split_token_rows
+from veneer.formats.peft.token_files import fit_tokens
 from veneer.library.names import said_of
 from veneer.merge.combine.combine import FactorPair
 from veneer.models.load import load_base
@@ -65,9 +65,9 @@ def fit_adapter(stored: StoredAdapter, model: nn.Module) -> Fit:
     fit.
     """
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    tensors, token_rows = split_token_rows(stored.tensors)
-    fit = stored.file.fit(tensors, model, head, weights_read_past(model))
-    tokens = fit_tokens(stored.tokens, token_rows, model, head)
+    parts = stored.split()
+    fit = stored.file.fit(parts.method, model, head, weights_read_past(model))
+    tokens = fit_tokens(stored.tokens, parts.tokens, model, head)
     if (faults := [*fit.faults, *(tokens.faults if tokens else [])]) or fit.settings is None:
         raise AdapterMismatchError(
             f"{stored.folder} does not fit the base",

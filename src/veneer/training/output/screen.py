@@ -98,7 +98,7 @@ class StepFigures:
         self.memory_bytes = int(record["memory_bytes"])
         previous_loss = self.loss
         self._losses.append(float(record["loss"]))
-        self.preference = preference_words(record)
+        self.preference = figure_words(record)
         self.loss = sum(self._losses) / len(self._losses)
         self.falling = None if previous_loss is None else self.loss < previous_loss
 
@@ -290,13 +290,13 @@ def evaluation_line(record: Facts, previous_loss: float | None) -> str:
     sets = "".join(
         f" · {shown(name)} {number(value)}" for name, value in record.get("sets", {}).items()
     )
-    preference = preference_words(record)
+    preference = figure_words(record)
     return f"  step {record['step']} · held-out loss {number(loss)}{arrow}{best}{sets}{preference}"
 
 
-def preference_words(record: Facts) -> str:
+def figure_words(record: Facts) -> str:
     """Returns: · accuracy 71% (64% to 77%) · margin 0.42 (chosen 0.11, rejected -0.31)"""
-    figures = record.get("preference")
+    figures = record.get("preference") or record.get("labels")
     if not figures:
         return ""
     accuracy, words = figures.get("accuracy"), ""
@@ -307,9 +307,13 @@ def preference_words(record: Facts) -> str:
     elif accuracy is not None:
         words = f" · accuracy {percent(accuracy, 1)}"
     scores = [f"{k} {number(figures[k])}" for k in ("chosen", "rejected") if k in figures]
+    if "macro_f1" in figures:
+        words += f" · macro F1 {percent(figures['macro_f1'], 1)}"
+    if "mean_error" in figures:
+        words += f" · mean error {number(figures['mean_error'])}"
     if "margin" in figures:
         return f"{words} · margin {number(figures['margin'])} ({', '.join(scores)})"
-    return f"{words} · {', '.join(scores)}"
+    return f"{words} · {', '.join(scores)}" if scores else words
 
 
 def sample_parts(sample: Facts) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypeGuard, cast, get_args
 
-from veneer.adapters.placement.acting import Acting
+from veneer.adapters.placement.acting import Acting, check_answers
 from veneer.adapters.placement.attachment import Attachment
 from veneer.bounds import LENGTH, SEED, check_numbers
 from veneer.data.checks.check import refuse_beyond
@@ -82,6 +82,7 @@ class Trainer:
     def __init__(
         self, base: FrozenBase, attachment: Attachment, queue: ForwardQueue, options: TrainerOptions
     ) -> None:
+        check_answers([attachment])
         self._base, self.attachment, self._queue = base, attachment, queue
         self.name, self._options = attachment.name, options
         attachment.preamble = attachment.preamble.overridden(variables=options.variables)

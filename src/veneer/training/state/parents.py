@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from veneer.adapters.config import AdapterConfig
+from veneer.adapters.labels import HeadSettings
 from veneer.adapters.placement.attachment import Attachment
+from veneer.adapters.placement.score_head import ScoreHead
 from veneer.adapters.placement.token_rows import AddedTokens
 from veneer.adapters.preamble import NONE, shared
 from veneer.data.examples import Example
@@ -51,12 +53,19 @@ def begin_adapter(
     checkpoint. Raises the errors of reading and fitting the parents.
     """
     assert isinstance(config.method, AdapterConfig)
+    score = config.objective.head
     if not config.from_adapter or resumes:
         started = begin(
-            base, config.method, name=name, seed=config.seed, examples=examples, tokens=tokens
+            base,
+            config.method,
+            name=name,
+            seed=config.seed,
+            examples=examples,
+            tokens=tokens,
+            score=score,
         )
     else:
-        config, started = _from_parents(base, config, examples, name, tokens)
+        config, started = _from_parents(base, config, examples, name, tokens, score)
     base.routing.active = ((name, 1.0),)
     return config.model_copy(update={"method": started.attachment.config}), started
 
@@ -105,6 +114,7 @@ def _from_parents(
     examples: Sequence[Example],
     name: str,
     tokens: AddedTokens | None,
+    score: HeadSettings | None,
 ) -> tuple[RunConfig, FreshAdapter]:
     folders = [Library().locate(parent.adapter) for parent in config.from_adapter]
     stored = [read_adapter(folder) for folder in folders]
@@ -123,7 +133,13 @@ def _from_parents(
         try:
             settings = _merge_settings(old.config, set_by_user)
             started = begin(
-                base, settings, name=name, seed=config.seed, examples=examples, tokens=tokens
+                base,
+                settings,
+                name=name,
+                seed=config.seed,
+                examples=examples,
+                tokens=tokens,
+                score=score,
             )
             _take_over(old, started.attachment)
         finally:
@@ -256,9 +272,35 @@ def _take_over(old: Attachment, new: Attachment) -> None:
         )
     for path, value in old.values.items():
         new.values[path].copy_(value)
+    if old.score is not None:
+        _take_over_head(old.score, new.score)
     if old.tokens is not None and new.tokens is not None:
         for path, old_rows in old.tokens.places.items():
             new.tokens.places[path].rows[: len(old_rows.ids)].copy_(old_rows.rows)
+
+
+def _take_over_head(old: ScoreHead, new: ScoreHead | None) -> None:
+    """Copies a head's weights by label; labels that the old head does not have start at zero.
+
+    Raises AdapterMismatchError if the new adapter has no head, or the outputs mean something else.
+    """
+    if new is None or new.settings.kind != old.settings.kind:
+        kind = "none" if new is None else new.settings.kind
+        raise AdapterMismatchError(
+            "the adapter has a score head, and this run does not go on with it",
+            [f"kind {old.settings.kind} there, {kind} with these settings"],
+            f"Train it with objective: {{name: classify, kind: {old.settings.kind}}}.",
+        )
+    names = {name: number for number, name in enumerate(new.settings.output_names)}
+    missing = [name for name in old.settings.output_names if name not in names]
+    if missing:
+        raise AdapterMismatchError(
+            "the adapter's score head has labels that this run does not have",
+            missing,
+            "List all labels, the old ones too: objective.labels.",
+        )
+    for number, name in enumerate(old.settings.output_names):
+        new.weight[names[name]].copy_(old.weight[number])
 
 
 def _has_room(value: Tensor, target: Tensor) -> bool:

@@ -37,7 +37,8 @@ class RunProgress:
     """Held-out losses in cells (held_out.py), by step: of the same checkpoints, and "0" for those
     before step 1. Of answers they are nats."""
     preference: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Figures of preferences on held-out rows, by step like `nats`; empty for other objectives."""
+    """Figures of the objective on held-out rows, of preferences or labels, by step like `nats`;
+    empty for answers."""
     sample: dict[str, Any] = field(default_factory=dict)
     """The sample row's answer before training."""
 

@@ -1,0 +1,68 @@
+"""Settings of a score head: what its outputs mean, and how they become probabilities.
+
+    label       one of C labels: softmax over C outputs
+    labels      any of C labels: a sigmoid for each output, compared with the label's threshold
+    regression  one output, a number
+    rerank      one output, a sigmoid: how well a document fits a query
+
+Imports no torch, because settings and manifests name these types.
+Shapes: N rows, C outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:  # the help of commands reads this file
+    import numpy as np
+    from numpy.typing import NDArray
+
+HeadKind = Literal["label", "labels", "regression", "rerank"]
+THRESHOLD = 0.5
+"""Probability from which one of several labels is chosen, unless a threshold is set."""
+MOST_LABELS = 100_000
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """What a head's outputs mean.
+
+    labels      name of each output; empty for regression and rerank, which have one output
+    thresholds  label -> probability from which it is chosen, of several labels
+    """
+
+    kind: HeadKind
+    labels: tuple[str, ...] = ()
+    thresholds: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.labels) if self.names_outputs else 1
+
+    @property
+    def names_outputs(self) -> bool:
+        """Whether its outputs are labels with names."""
+        return self.kind in ("label", "labels")
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Returns a name of each output, as transformers would show it."""
+        return self.labels or tuple(f"LABEL_{number}" for number in range(self.num_outputs))
+
+    def threshold(self, label: str) -> float:
+        return dict(self.thresholds).get(label, THRESHOLD)
+
+
+def probabilities(kind: HeadKind, outputs_NC: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Returns the probability of each output, (N, C); of regression the outputs themselves."""
+    import numpy as np
+
+    if kind == "regression":
+        return outputs_NC
+    if kind == "label":
+        powers = np.exp(outputs_NC - outputs_NC.max(axis=1, keepdims=True))
+        shares: NDArray[np.float64] = powers / powers.sum(axis=1, keepdims=True)
+        return shares
+    halves: NDArray[np.float64] = 0.5 * (1 + np.tanh(0.5 * outputs_NC))  # never overflows
+    return halves
