@@ -142,13 +142,15 @@ def test_the_loss_is_that_of_pytorch_however_a_step_is_divided(kind):
 
 
 def test_balanced_weights_make_labels_count_the_same():
-    settings = Classify(class_weights="balanced")
+    settings = Classify(balanced=True)
     examples = [example((float(n),)) for n in (0, 0, 0, 1)]
     chosen = resolved(settings, Classify(labels=["a", "b"]).head, examples)
     assert chosen.labels == ["a", "b"]
     assert chosen.class_weights == pytest.approx({"a": 4 / 6, "b": 2.0})
     with pytest.raises(ConfigError, match="weights and thresholds of labels"):
         resolved(Classify(class_weights={"c": 1}), chosen.head, examples)
+    with pytest.raises(ConfigError, match="kind label has no thresholds"):
+        resolved(Classify(thresholds={"a": 0.2}), chosen.head, examples)
 
 
 def of_transformers(world, folder, texts, side):
@@ -332,7 +334,7 @@ def test_a_run_resumes_bit_for_bit(world, tmp_path, monkeypatch):
         "label",
         method={"name": "lora", "rank": 4, "dropout": 0.2},
         micro_batch=2,
-        objective={"name": "classify", "class_weights": "balanced"},
+        objective={"name": "classify", "balanced": True},
     )
     whole = train(world, tmp_path / "whole", **settings)
     records = read_records(tmp_path / "whole" / "metrics.jsonl")

@@ -24,7 +24,7 @@ from veneer.objectives.objective import AnswerBatch, HeldOutFigures
 from veneer.objectives.registry import make_objective
 from veneer.training import trainee as trainee_module
 from veneer.training.config import RunConfig
-from veneer.training.evaluations import _preference
+from veneer.training.evaluations import figures_of
 from veneer.training.gradient import StepGradient, forward_backward
 from veneer.training.inputs import ReferenceLogProbs, TrainingInputs
 from veneer.training.optimizer.buffer import FlatParameters
@@ -224,7 +224,7 @@ def preferences(out):
 def test_pairs_of_the_same_prompt_are_one_observation_of_the_accuracy():
     held_out = HeldOutFigures({"accuracy": 0.75}, np.array([1.0, 1, 1, 1, 1, 1, 0, 0]), np.ones(8))
     own, shared = (
-        _preference(held_out, prompts)["accuracy"]
+        figures_of(held_out, prompts)["accuracy"]
         for prompts in (range(8), [0, 0, 1, 1, 2, 2, 3, 3])
     )
     assert shared["high"] - shared["low"] > own["high"] - own["low"] + 0.1

@@ -192,11 +192,11 @@ class Classify(ObjectiveConfig):
     labels: list[str] = Field(default_factory=list)
     """The labels, in the order of the head's outputs; default: those of the rows, sorted. Not with
     regression and rerank."""
-    class_weights: Literal["balanced"] | dict[str, Annotated[float, FACTOR]] = Field(
-        default_factory=dict
-    )
-    """Weight of a label's rows in the loss, {rare: 5}; default: 1. balanced: rare labels count as
-    much as frequent ones. With kind labels it weighs the rows that have the label."""
+    class_weights: dict[str, Annotated[float, FACTOR]] = Field(default_factory=dict)
+    """Weight of a label's rows in the loss, {rare: 5}; default: 1. With kind labels it weighs the
+    rows that have the label."""
+    balanced: bool = False
+    """Fill in class_weights so that rare labels count as much as frequent ones."""
     thresholds: dict[str, Annotated[float, PROBABILITY]] = Field(default_factory=dict)
     """Probability from which a label is chosen, by label; default: 0.5. Only with kind labels."""
 
@@ -216,12 +216,9 @@ class Classify(ObjectiveConfig):
     def _check_labels(self) -> Self:
         if self.labels and len(set(self.labels)) != len(self.labels):
             raise ValueError("labels names a label twice")
-        if not self.head.names_outputs and (self.labels or self.class_weights):
+        if not self.head.names_outputs and (self.labels or self.class_weights or self.balanced):
             raise ValueError(f"kind {self.kind} has one output: leave labels and class_weights out")
-        if self.thresholds and self.kind != "labels":
-            raise ValueError(f"kind {self.kind} has no thresholds: leave them out")
-        weights = {} if self.class_weights == "balanced" else self.class_weights
-        unknown = sorted({*weights, *self.thresholds} - set(self.labels))
+        unknown = sorted({*self.class_weights, *self.thresholds} - set(self.labels))
         if self.labels and unknown:
             raise ValueError(f"{', '.join(unknown)}: weights and thresholds of unknown labels")
         return self

@@ -43,8 +43,8 @@ class ClassifyObjective(Objective):
     def __init__(self, config: Classify) -> None:
         self.head = config.head
         self.num_outputs = self.head.num_outputs
-        weights = {} if config.class_weights == "balanced" else config.class_weights
-        self.weights = np.array([weights.get(name, 1.0) for name in self.head.output_names])
+        weights = [config.class_weights.get(name, 1.0) for name in self.head.output_names]
+        self.weights = np.array(weights)
 
     def counts(self, examples: Sequence[Example]) -> Values:
         if self.head.kind != "label":
@@ -159,15 +159,19 @@ def resolved(
     if not isinstance(config, Classify) or head is None:
         return config
     weights = config.class_weights
-    unknown = sorted({*config.thresholds, *(weights if isinstance(weights, dict) else ())})
-    if unknown := [name for name in unknown if name not in head.labels]:
+    if unknown := sorted({*config.thresholds, *weights} - set(head.labels)):
         raise ConfigError(
             "weights and thresholds of labels that the rows do not have",
             unknown,
             f"Labels: {', '.join(head.labels[:20])}{', …' if len(head.labels) > 20 else ''}.",
         )
-    if weights == "balanced":
-        weights = _balanced(head, train)
+    if config.thresholds and head.kind != "labels":
+        raise ConfigError(
+            f"kind {head.kind} has no thresholds",
+            next_step="Leave objective.thresholds out, or take kind labels.",
+        )
+    if config.balanced:
+        weights = _balanced(head, train) | weights
     return config.model_copy(update={"labels": list(head.labels), "class_weights": weights})
 
 

@@ -83,7 +83,7 @@ def compute_nats(
         computed = compute(inputs, examples, own)
         for part, (_, counts), part_values in zip(own, assigned, computed, strict=True):
             if counts:
-                values[part] = np.reshape(part_values, (len(part), -1))
+                values[part] = np.asarray(part_values, dtype=np.float64).reshape(len(part), -1)
     return world.summed(values.ravel().tolist()) if parts else []
 
 
@@ -110,7 +110,7 @@ def evaluation_record(
     counts = objective.counts(inputs.validation).tolist()
     loss = mean_loss(losses, counts)
     sets = losses_by_set(inputs.validation, inputs.validation_sets, losses, counts)
-    figures = _figures(objective.held_out(nats, answers), cells.prompts.tolist())
+    figures = figures_of(objective.held_out(nats, answers), cells.prompts.tolist())
     sample = None
     if inputs.sample is not None and result.new is not None:
         sample = inputs.sample.record_of(result.new)
@@ -134,7 +134,7 @@ def evaluation_record(
     }
 
 
-def _figures(held_out: HeldOutFigures | None, prompts: Sequence[int]) -> dict[str, Any]:
+def figures_of(held_out: HeldOutFigures | None, prompts: Sequence[int]) -> dict[str, Any]:
     """Returns the objective's figures as a record holds them, the accuracy with its interval.
 
     prompts: a number for each row, equal for rows with the same prompt.
