@@ -313,6 +313,8 @@ def test_what_a_head_cannot_do_is_refused_by_name(adapters, base):
     base.detach("own")
     with pytest.raises(ConfigError, match="trains a head of its own"):
         RunConfig(base="b", data="d", out="o", objective="classify", method="full")
+    with pytest.raises(ConfigError, match="predicts none"):
+        RunConfig(base="b", data="d", out="o", objective="classify", replay={"rows": "r"})
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "bottleneck", "prefix"])

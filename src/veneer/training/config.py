@@ -299,6 +299,11 @@ class RunConfig(StrictSettings):
                 f"objective {self.objective.name} learns from a base that does not know"
                 " new_tokens: leave them out"
             )
+        if self.replay.rows is not None and not self.objective.answers:
+            raise ValueError(
+                f"replay compares tokens with the base, and objective {self.objective.name} predicts"
+                " none: leave replay out"
+            )
         if self.replay.rows is not None and (self.method.trains_base or self.new_tokens):
             raise ValueError(
                 "replay compares an adapter with the base, which method full and new_tokens change:"
