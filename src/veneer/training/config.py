@@ -301,8 +301,8 @@ class RunConfig(StrictSettings):
             )
         if self.replay.rows is not None and not self.objective.answers:
             raise ValueError(
-                f"replay compares tokens with the base, and objective {self.objective.name} predicts"
-                " none: leave replay out"
+                "replay compares tokens with the base, and objective"
+                f" {self.objective.name} predicts none: leave replay out"
             )
         if self.replay.rows is not None and (self.method.trains_base or self.new_tokens):
             raise ValueError(
