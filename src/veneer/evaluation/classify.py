@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, TypeGuard, overload
+from typing import Any, TypeGuard, overload
 
 import numpy as np
 
 from veneer.adapters.labels import HeadSettings, probabilities
-from veneer.adapters.placement.acting import Applied, score_head_of
+from veneer.adapters.placement.acting import Acting, Applied, score_head_of
 from veneer.bounds import ROWS, check_numbers
 from veneer.data.checks.check import refuse_beyond
 from veneer.data.encoder import PLACEHOLDER
@@ -28,9 +28,6 @@ from veneer.models.frozen_base import FrozenBase
 from veneer.models.score_heads import score_texts
 from veneer.models.scores import ScoreRequest
 
-if TYPE_CHECKING:
-    from veneer.base import Base
-
 ANSWERS_INSTEAD = (
     "Train one with objective: classify; for labels by likelihood of an adapter that answers, use"
     " veneer.choose."
@@ -39,23 +36,23 @@ ANSWERS_INSTEAD = (
 
 @overload
 def classify(  # type: ignore[overload-overlap]  # str is a sequence of str
-    base: Base, texts: str, *, adapter: str | None = None, batch: int = 16
+    base: FrozenBase, texts: str, *, adapter: str | None = None, batch: int = 16
 ) -> dict[str, float] | float: ...
 
 
 @overload
 def classify(
-    base: Base, texts: Sequence[str], *, adapter: str | None = None, batch: int = 16
+    base: FrozenBase, texts: Sequence[str], *, adapter: str | None = None, batch: int = 16
 ) -> list[dict[str, float] | float]: ...
 
 
 def classify(
-    base: Base, texts: str | Sequence[str], *, adapter: str | None = None, batch: int = 16
+    base: FrozenBase, texts: str | Sequence[str], *, adapter: str | None = None, batch: int = 16
 ) -> dict[str, float] | float | list[dict[str, float] | float]:
     """Returns the probability of each label of a text, the likeliest first; a list of them for a
     list of texts. A head of kind regression or rerank gives a number.
 
-    adapter  one with a score head; default: the adapters in use
+    adapter  a loaded one with a score head; default: the adapters in use
     batch    texts computed at once; results do not depend on it
     """
     check_numbers(batch=(ROWS, batch))
@@ -69,11 +66,16 @@ def classify(
 
 
 def rerank(
-    base: Base, query: str, documents: Sequence[str], *, adapter: str | None = None, batch: int = 16
+    base: FrozenBase,
+    query: str,
+    documents: Sequence[str],
+    *,
+    adapter: str | None = None,
+    batch: int = 16,
 ) -> list[tuple[int, float]]:
     """Returns (number, score) of each document, the best first; a score is from 0 to 1.
 
-    adapter  one with a score head of kind rerank; default: the adapters in use
+    adapter  a loaded one with a score head of kind rerank; default: the adapters in use
     The tokens of the query are computed once for all documents of a forward.
     """
     check_numbers(batch=(ROWS, batch))
@@ -91,14 +93,17 @@ def rerank(
 
 
 def _values(
-    base: Base, texts: Sequence[str], adapter: str | None, batch: int
+    base: FrozenBase, texts: Sequence[str], adapter: str | None, batch: int
 ) -> tuple[HeadSettings, Counts]:
     """Returns the head and the probability of each of its outputs for each text, (N, C)."""
     with ExitStack() as stack:
         stack.enter_context(base.routing.held())  # a switch elsewhere concerns later calls
-        if adapter is not None:
-            stack.enter_context(base.using(adapter))
-        applied = base.routing.applied(base.routing.active)
+        if adapter is not None and adapter not in base.attachments:
+            step = "Load it first: base.load_adapter(...)."
+            raise ConfigError(f"no adapter {adapter!r} is loaded", next_step=step)
+        active = base.routing.active if adapter is None else ((adapter, 1.0),)
+        applied = base.routing.applied(active)
+        stack.enter_context(base.routing.held(Acting.everywhere(applied)))
         head = head_of(applied)
         examples = text_examples(base, texts)
         with fits_memory("while texts were classified", next_step="Take fewer at once (batch)."):
