@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.methods.experts import by_expert, expert_bias
+from veneer.kernels.dense.frozen import JoinedLinear
 from veneer.linear import FrozenLinear, PackedExperts, PackedLinear, PackedModule, frozen_product
 from veneer.private.torch import buffers_of, parameters_of
 from veneer.quant.weight import PackedWeight
@@ -136,6 +137,10 @@ class HeldLinear(Holder, PackedLinear):
     @property
     def matrix(self) -> FrozenLinear:
         return self._view("matrix", lambda: self.packed().matrix(self.dtype))
+
+    def output_rows(self, rows: slice) -> FrozenLinear | None:
+        matrix = self.matrix
+        return matrix.output_rows(rows) if isinstance(matrix, JoinedLinear) else None
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return self.matrix.product(x, bias)

@@ -4,7 +4,7 @@ Few rows use the fused product, which reads the packed bytes once. More rows use
 buffer that all layers share and autograd never sees. Shapes: M rows, I in_features, O out_features.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,14 @@ class PackedMatrix:
     dtype: torch.dtype
     start: int = 0
     transposed: bool = False
+
+    def output_rows(self, rows: slice) -> "PackedMatrix | None":
+        """Returns these rows of W; None if W is stored as (I, O)."""
+        if self.transposed:
+            return None
+        first, stop, _ = rows.indices(self.out_features)
+        start = self.start + first * self.in_features
+        return replace(self, start=start, out_features=stop - first)
 
     @property
     def device(self) -> torch.device:

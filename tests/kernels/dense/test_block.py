@@ -22,6 +22,8 @@ from veneer.kernels.dense import block, block_operands
 from veneer.models.checkpointing import checkpointed
 from veneer.models.step import BatchShare, batch_loss, batch_losses, prepare
 from veneer.objectives.objective import ObjectiveLoss
+from veneer.quant.layers import HeldLinear
+from veneer.quant.nf4 import quantize
 from veneer.training.optimizer.buffer import FlatParameters
 
 pytestmark = pytest.mark.skipif(
@@ -67,14 +69,27 @@ def named(family, settings):
     return settings
 
 
+def pack(model):
+    """Packs the linear layers of a model, without its head, in NF4."""
+    for module in list(model.model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is torch.nn.Linear:
+                weight = quantize(child.weight.data)
+                setattr(module, name, HeldLinear(weight, child.bias, dtype=torch.bfloat16))
+
+
 class Trained:
     """A tiny model in bf16 with an adapter on all linear layers, and one batch."""
 
-    def __init__(self, family="llama", method=LoRA, rank=16, prompt=5, layers=2, **settings):
+    def __init__(
+        self, family="llama", method=LoRA, rank=16, prompt=5, layers=2, in_nf4=False, **settings
+    ):
         self.model, self.routing = (
             tiny_model(family, torch.bfloat16, **SIZES, head_dim=32, num_hidden_layers=layers),
             Routing(),
         )
+        if in_nf4:
+            pack(self.model)
         self.paths = prepare(self.model)
         settings = {"targets": "all-linear", "rank": rank, "alpha": 5.0, **named(family, settings)}
         head = self.model.get_output_embeddings()
@@ -163,6 +178,18 @@ def test_one_node_gives_the_bits_of_its_parts(family, settings, taken, monkeypat
         else:
             assert torch.equal(a, b)
     assert all(gradient.abs().max() > 0 for gradient in ours[1:])
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "glm4", "phi"])
+def test_bases_in_nf4_are_one_node_too(family, taken, monkeypatch):
+    """A module that joins layers is multiplied by rows of its packed weight, elsewhere whole."""
+    if family == "phi":
+        monkeypatch.setattr(PhiDecoderLayer, "forward", _x_first)
+    ours, plain = both(Trained(family, in_nf4=True), monkeypatch)
+    assert taken == [True, True]
+    assert abs(ours[0] - plain[0]) <= 2**-10 * plain[0]
+    for a, b in zip(ours[1:], plain[1:], strict=True):
+        assert (a - b).abs().max() <= 2**-5 * b.abs().max()
 
 
 @pytest.mark.parametrize(

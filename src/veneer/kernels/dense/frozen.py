@@ -7,7 +7,7 @@ weight formats do not know each other. Shapes: M rows (batch times tokens), I in
 out_features.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,14 @@ class FrozenLinear(Protocol):
     def own_bias(self) -> Tensor | None: ...
 
 
+@runtime_checkable
+class JoinedLinear(Protocol):
+    """A frozen linear layer whose weight has views of some of its rows."""
+
+    def output_rows(self, rows: slice) -> FrozenLinear | None:
+        """Returns the layer that computes these outputs alone. Returns None if it has no view."""
+
+
 class DenseLinear:
     """A frozen nn.Linear, which stores W as (O, I), or these rows of its W."""
 
@@ -49,6 +57,9 @@ class DenseLinear:
         self.in_features, self.out_features = module.in_features, module.out_features
         if rows is not None:
             self.out_features = len(range(*rows.indices(module.out_features)))
+
+    def output_rows(self, rows: slice) -> "DenseLinear":
+        return DenseLinear(self.module, rows)
 
     @property
     def weight(self) -> Tensor:

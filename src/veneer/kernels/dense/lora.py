@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from veneer.kernels.dense import rank
 from veneer.kernels.dense.dropout import Dropout
-from veneer.kernels.dense.frozen import DenseLinear, FrozenLinear, bias_gradient, writable
+from veneer.kernels.dense.frozen import FrozenLinear, JoinedLinear, bias_gradient, writable
 
 
 class _DropoutFunction(torch.autograd.Function):
@@ -93,11 +93,11 @@ def unadapted(base: FrozenLinear) -> LoRALinear:
 
 def output_rows(layer: LoRALinear, rows: slice) -> LoRALinear | None:
     """Returns the layer that computes these outputs alone, by views of weight, bias and B. Returns
-    None for a packed weight."""
-    if type(layer.base) is not DenseLinear:
+    None for a weight without such views."""
+    base = layer.base.output_rows(rows) if isinstance(layer.base, JoinedLinear) else None
+    if base is None:
         return None
     bias = None if layer.bias is None else layer.bias[rows]
-    base = DenseLinear(layer.base.module, rows)
     return replace(layer, B=layer.B.detach()[rows], bias=bias, base=base)
 
 
