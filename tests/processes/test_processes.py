@@ -47,7 +47,13 @@ UNSET = {
         "batch": 12,
     }
 }
-HERE = {name: RUNS[name] for name in [*RUNS][: len(rounds("processes", ci=3))]} | UNSET
+TAUGHT = {
+    "teacher": {
+        "method": {"name": "lora", "rank": 2, "dropout": 0.2},
+        "objective": {"name": "distil", "system": "Say x."},
+    }
+}
+HERE = {name: RUNS[name] for name in [*RUNS][: len(rounds("processes", ci=3))]} | UNSET | TAUGHT
 STANDING = pytest.mark.skipif(
     not rounds("standing", ci=0), reason="waits for who never comes: make soak"
 )
