@@ -26,7 +26,7 @@ from veneer.plan.machine import memory_bytes
 from veneer.serve.engine.fine_tuning import FineTuning, TrainSettings
 from veneer.serve.engine.names import ModelNames
 from veneer.serve.engine.service import ServeLimits, Service
-from veneer.serve.http.app import application
+from veneer.serve.http.app import Teaching, application
 from veneer.serve.http.connection import Server
 from veneer.serve.http.fine_tuning import fine_tuning_routes
 from veneer.serve.http.guard import Guard, check_origins, for_browsers
@@ -166,18 +166,11 @@ def open_server(
 ) -> OpenServer:
     """Makes the server and opens its port. VeneerError: as service_of, or the port is in use."""
     service = service_of(base, library, settings)
-    studio = None
-    if settings.studio:
-        assert service.fine_tuning is not None, "the studio trains"
-        studio = Studio(service.fine_tuning, base, library)
     server, listener = guarded(
         application(
             service,
-            routes=[
-                *fine_tuning_routes(service),
-                *([] if studio is None else studio_routes(studio, lambda: service.loop.closing)),
-            ],
-            teaches=studio is not None,
+            routes=fine_tuning_routes(service),
+            teaching=_teaching(service, base, library) if settings.studio else None,
         ),
         settings,
         keys,
@@ -186,6 +179,12 @@ def open_server(
         ending=service.loop.abort,
     )
     return OpenServer(server, listener, service, service.residents, keys)
+
+
+def _teaching(service: Service, base: FrozenBase, library: Library) -> Teaching:
+    assert service.fine_tuning is not None, "the studio trains"
+    studio = Studio(service.fine_tuning, base, library)
+    return Teaching(studio_routes(studio, lambda: service.loop.closing), studio.close)
 
 
 def guarded(

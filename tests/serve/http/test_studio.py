@@ -14,6 +14,7 @@ from veneer.library.library import Library
 from veneer.serve.engine.fine_tuning import TrainSettings
 from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
 from veneer.serve.studio.rows import column_map
+from veneer.training.config import RunConfig
 
 API = "/studio/api"
 WAIT = 240.0
@@ -129,7 +130,7 @@ def test_a_dropped_file_becomes_a_model_that_answers(server, tab):
     drop_tickets(tab)
     tab.click("#go-method")
     tab.until("document.querySelector('[data-path=steps]') !== null")
-    for setting, value in {"steps": 400, "batch": 2, "evaluate_every": 100}.items():
+    for setting, value in {"steps": 300, "batch": 2, "evaluate_every": 100}.items():
         choose(tab, f"[data-path={setting}]", str(value))
     tab.click("#method-next")
     tab.click("#train-start")
@@ -143,7 +144,7 @@ def test_a_dropped_file_becomes_a_model_that_answers(server, tab):
     tab.call("Page.reload")
     tab.click("#train-resume")  # a reload finds the run, at its step
     tab.until("!document.querySelector('#train-next').hidden", WAIT)
-    assert tab.text("#train-facts").startswith("400 of 400")
+    assert tab.text("#train-facts").startswith("300 of 300")
     assert tab.run(points) > stopped
     tab.click("#train-next")
     tab.until("document.querySelectorAll('.judged .right, .judged .wrong').length === 4")
@@ -199,6 +200,14 @@ def test_settings_are_refused_as_the_command_line_refuses_them(server):
     assert "'out' is not offered here" in unknown
     assert server.http().get(f"{API}/drafts/{draft['id']}/events").status_code == 404
     assert server.post(f"{API}/drafts/{draft['id']}/stop", {}).status_code == 404
+
+
+def test_each_setting_on_the_page_has_the_help_of_the_command_line(server):
+    described = server.http().get(f"{API}/settings").json()["settings"]
+    assert described["batch"]["help"] == RunConfig.model_fields["batch"].description
+    assert described["batch"]["default"] == 8
+    assert [path for path, setting in described.items() if not setting["help"]] == []
+    assert {"answers", "dpo"} <= set(described["objective.name"]["choices"])
 
 
 def test_no_answer_names_a_folder_of_the_server(server, folder):

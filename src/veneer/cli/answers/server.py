@@ -244,8 +244,9 @@ def start_here(
     service = server.service
     adapters = [card["id"] for card in service.names.cards()[1:]]
     cache_line = f"key/value cache {size(service.cache_bytes)} · {service.cache_tokens:,} tokens"
+    page = {"page": "train, judge and keep adapters"} if settings.studio else {}
     screen_lines = describe(
-        service.names.base_name, adapters, cache_line, server.url, keys, args.host
+        service.names.base_name, adapters, cache_line, server.url, keys, args.host, **page
     )
     return ListeningServer(server.server, server.socket, screen_lines)
 
@@ -302,9 +303,16 @@ def _read_train_settings(args: argparse.Namespace) -> TrainSettings | None:
 
 
 def describe(
-    base: str, adapters: Sequence[str], capacity_line: str, url: str, keys: ApiKeys, host: str
+    base: str,
+    adapters: Sequence[str],
+    capacity_line: str,
+    url: str,
+    keys: ApiKeys,
+    host: str,
+    *,
+    page: str = "base and adapters side by side",
 ) -> list[str]:
-    """Lists the lines of the start screen: models, address, access."""
+    """Lists the lines of the start screen: models, address, access. page: what the page shows"""
     from veneer.serve.run import is_loopback
 
     count = f"{len(adapters):,} adapter" + ("" if len(adapters) == 1 else "s")
@@ -319,7 +327,7 @@ def describe(
         folded(f"{base} · {count}" + (f" · {first_names}" if first_names else ""), COLUMNS),
         f"  {capacity_line}",
         f"  {url}/v1 · {access}",
-        f"  {url}/ in a browser: base and adapters side by side",
+        f"  {url}/ in a browser: {page}",
         "  Ctrl-C stops the server",
     ]
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.applications import Starlette
@@ -37,13 +38,18 @@ log = logging.getLogger("veneer.serve")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-def application(
-    service: Service, *, routes: Sequence[Route] = (), teaches: bool = False
-) -> Starlette:
-    """Makes the application, without the guard in front of it (guard.py).
+@dataclass(frozen=True)
+class Teaching:
+    """What a page with the tab Teach needs. close: called when the server ends"""
 
-    routes: further ones. teaches: whether the page has the tab Teach
-    """
+    routes: Sequence[Route]
+    close: Callable[[], None]
+
+
+def application(
+    service: Service, *, routes: Sequence[Route] = (), teaching: Teaching | None = None
+) -> Starlette:
+    """Makes the application, without the guard in front of it (guard.py). routes: further ones"""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -53,10 +59,16 @@ def application(
         yield
         if queue is not None:
             queue.cancel()
+        if teaching is not None:
+            teaching.close()
         await service.close()
 
     return Starlette(
-        routes=[*routes, *_routes(service, teaches=teaches)],
+        routes=[
+            *routes,
+            *(() if teaching is None else teaching.routes),
+            *_routes(service, teaches=teaching is not None),
+        ],
         lifespan=lifespan,
         exception_handlers={HTTPException: _http_error},
     )

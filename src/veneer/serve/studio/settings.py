@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from veneer.files.settings import field_at, setting_paths, words_at
+from veneer.files.settings import field_at, nested_models, setting_paths, words_at
 from veneer.serve.studio.bodies import OFFERED
 from veneer.training.config import RunConfig
+from veneer.vocabulary import KeyPath
 
 
 def describe_settings() -> dict[str, dict[str, Any]]:
@@ -19,8 +20,21 @@ def describe_settings() -> dict[str, dict[str, Any]]:
         field = field_at(RunConfig, path)
         default = field.get_default(call_default_factory=False)
         described[name] = {
-            "help": " ".join((field.description or "").split()),
+            "help": " ".join((field.description or _of_whole(path)).split()),
             "default": default if isinstance(default, str | int | float | bool) else None,
-            "choices": list(words_at(RunConfig, path)),
+            "choices": _words(path),
         }
     return described
+
+
+def _of_whole(path: KeyPath) -> str:
+    """Returns the text of the setting that a nested one without its own belongs to."""
+    return RunConfig.model_fields[path[0]].description or ""
+
+
+def _words(path: KeyPath) -> list[str]:
+    """Returns the words that a setting may be; of nested settings, those of every variant."""
+    *parents, name = path
+    variants = nested_models(RunConfig)[parents[0]] if parents else [RunConfig]
+    words = [words_at(model, (name,)) for model in variants if name in model.model_fields]
+    return list(dict.fromkeys(word for several in words for word in several))

@@ -80,7 +80,9 @@ class Studio:
 
     def card(self, draft: Draft) -> dict[str, Any]:
         names = ("id", "name", "bytes", "created", "rows", "method", "job", "model")
-        return {name: getattr(draft, name) for name in names}
+        training = self._training(draft)
+        state = None if training is None else training["state"]
+        return {**{name: getattr(draft, name) for name in names}, "state": state}
 
     def add(self, name: str, content: bytes, owner: str = "") -> dict[str, Any]:
         """Stores rows. Refusal or DataError: they are no rows, or too many."""
@@ -120,7 +122,7 @@ class Studio:
 
         draft, settings = await self.run(prepare)
         file = self.drafts.row_file(draft)
-        with hide_path(file.path, file.name), hide_path(self.jobs.folder, FOLDER):
+        with hide_path(self.jobs.folder, FOLDER), hide_path(file.path, file.name):
             return await self.plans.plan(
                 self.drafts.place(draft), settings, kind=body.kind, compare=body.compare
             )

@@ -102,7 +102,6 @@ async function chooseRows() {
   const body = chosenRows();
   const kept = await teachSafely(async () => {
     const { preview, ...draft } = await studio(draftPath("/rows"), { body });
-    draft.state = draft.training?.state;
     Object.assign(lesson, { draft, preview, report: null, plan: null });
   });
   if (!kept) return;

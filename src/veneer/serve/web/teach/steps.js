@@ -61,7 +61,6 @@ async function openDraft(id, step = "rows") {
   await teachSafely(async () => {
     const { preview, ...draft } = await studio(`/drafts/${encodeURIComponent(id)}`);
     Object.assign(lesson, { draft, preview, report: null, plan: null });
-    draft.state = draft.training?.state;
     if (!draft.training) draft.job = null; // it was deleted
     forgetTraining();
     training.job = draft.training;
@@ -90,9 +89,10 @@ function showDraftButtons() {
 /** Lists the sets of rows; a first, empty entry stands for a new one. */
 async function listDrafts() {
   const { data } = await studio("/drafts");
-  const entries = data.map((draft) =>
-    make("option", { value: draft.id }, `${draft.name} · ${ago(Date.now() / 1000 - draft.created)}`),
-  );
+  const entries = data.map((draft) => {
+    const parts = [draft.name, draft.model ?? draft.state, ago(Date.now() / 1000 - draft.created)];
+    return make("option", { value: draft.id }, parts.filter(Boolean).join(" · "));
+  });
   byId("drafts").hidden = !data.length;
   byId("drafts").replaceChildren(make("option", { value: "" }, "new rows"), ...entries);
   byId("drafts").value = lesson.draft?.id ?? "";
