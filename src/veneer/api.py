@@ -32,13 +32,14 @@ from veneer.errors import ConfigError
 from veneer.evaluation.evaluation import EvaluationOptions, Progress
 from veneer.evaluation.evaluation import evaluate as evaluate_rows
 from veneer.evaluation.general import BUILT_IN
+from veneer.evaluation.head_evaluation import evaluate_head, refuse_with_head
 from veneer.evaluation.intervals import Counts
 from veneer.evaluation.label_figures import probabilities
 from veneer.evaluation.label_scores import Nats, label_scores
 from veneer.evaluation.labels import AUTO, checked_labels, with_accuracy
 from veneer.evaluation.metrics.registry import find_metrics
 from veneer.evaluation.metrics.user_function import UserFunction
-from veneer.evaluation.rows import RowOptions, load_rows
+from veneer.evaluation.rows import RowOptions, acting_head, load_rows
 from veneer.formats.packed_base import WrittenBase, write_packed
 from veneer.library.library import Library
 from veneer.merge.combine.combine_run import combine_adapters as combine_adapters
@@ -196,6 +197,14 @@ def evaluate(
         )
     with base.routing.held():  # a switch in another thread concerns later calls
         preamble = base.preamble.overridden(system, variables)
+        if (head := acting_head(base)) is not None:
+            refuse_with_head(
+                metrics=metrics,
+                labels=labels,
+                general=general,
+                against=against,
+                predictions=predictions,
+            )
         choices = EvaluationOptions(
             metrics=find_metrics(
                 with_accuracy([metrics] if isinstance(metrics, str) else metrics, labels)
@@ -216,6 +225,8 @@ def evaluate(
             preamble=preamble,
             purpose="evaluated",
         )
+        if head is not None:
+            return Evaluation(evaluate_head(base, examples, head, batch=batch, progress=progress))
         nats = _nats(base, batch)
         return Evaluation(
             evaluate_rows(base, rows, examples, choices, nats=nats, progress=progress)

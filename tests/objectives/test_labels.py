@@ -427,3 +427,43 @@ def test_a_text_that_is_cut_keeps_its_label(world, tmp_path):
 def test_a_head_without_labels_predicts_no_tokens():
     with pytest.raises(TypeError, match="predicts no tokens"):
         ScorePredictions(torch.zeros(1, 2), None).nats()
+
+
+def test_an_evaluation_of_a_head_has_intervals_and_every_label(world, adapters, base):
+    rows = [json.loads(line) for line in (world / "label.jsonl").read_text().splitlines()]
+    base.load_adapter(adapters["label"], name="own")
+    with base.using("own"):
+        result = veneer.evaluate(base, rows)
+        answers = veneer.classify(base, [row["text"] for row in rows])
+        with pytest.raises(RefusedError, match="evaluated by its labels"):
+            veneer.evaluate(base, rows, metrics=["exact_match"])
+        with pytest.raises(DataError, match="'new' is not one of the 3 labels"):
+            veneer.evaluate(base, [{"text": "a", "label": "new"}])
+    chosen = [next(iter(answer)) for answer in answers]
+    right = [row["label"] for row in rows]
+    accuracy = np.mean([a == b for a, b in zip(chosen, right, strict=True)])
+    assert result["accuracy"] == pytest.approx(accuracy)
+    low, high = result["intervals"]["accuracy"]
+    assert low <= accuracy <= high
+    expected = -np.mean([np.log(a[b]) for a, b in zip(answers, right, strict=True)])
+    assert result["loss"] == pytest.approx(expected, rel=1e-4)
+    for line in result["labels"]["per_label"]:
+        both = sum(c == r == line["label"] for c, r in zip(chosen, right, strict=True))
+        total = chosen.count(line["label"]) + right.count(line["label"])
+        assert line["rows"] == right.count(line["label"])
+        assert line["f1"] == pytest.approx(2 * both / total)
+    f1 = [line["f1"] for line in result["labels"]["per_label"]]
+    assert result["macro_f1"] == pytest.approx(np.mean(f1))
+    assert sum(cell["rows"] for cell in result["labels"]["confusion"]) == len(rows)
+    base.detach("own")
+
+
+@pytest.mark.parametrize("kind", ["labels", "regression", "rerank"])
+def test_the_command_evaluates_heads_of_every_kind(kind, world, adapters, capsys):
+    from veneer.cli.main import main
+
+    args = ["evaluate", "--base", str(world / "base"), "--adapter", str(adapters[kind])]
+    assert main([*args, "--data", str(world / f"{kind}.jsonl")]) == 0
+    shown = capsys.readouterr().out
+    assert ("mean_error" if kind == "regression" else "accuracy") in shown
+    assert "95% interval" in shown and "nats a token" not in shown

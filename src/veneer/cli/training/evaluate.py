@@ -175,6 +175,7 @@ def _print_table(result: dict[str, Any]) -> None:
     console = make_console(json=False)
     intervals, units = result.get("intervals", {}), result.get("units", {})
     against = result.get("against", {})
+    has_head = "kind" in result.get("labels", {})
 
     def line(name: str, figure: str, *notes: str) -> None:
         """Prints a figure and its notes; notes that do not fit go on the next line."""
@@ -190,7 +191,7 @@ def _print_table(result: dict[str, Any]) -> None:
         if name in ("intervals", "units", "general", "against", "labels"):
             continue
         share = units.get(name) == "share"
-        notes = [UNITS[name]] if name in UNITS else []
+        notes = [UNITS[name]] if name in UNITS and not has_head else []
         if name in intervals:
             notes.append(f"95% interval {_format_range(intervals[name], share)}")
         elif name == "loss" or name in units:
@@ -211,12 +212,14 @@ def _print_table(result: dict[str, Any]) -> None:
         line(name, figure, *notes)
     if "labels" in result:
         details = result["labels"]
-        label_origin = "from the rows' answers" if details["own"] else "as given"
-        line(
-            "labels",
-            f"{len(details['names']):,}",
-            f"choices, {label_origin}: {cut(', '.join(map(shown, details['names'])), 60)}",
-        )
+        origin = "as given"
+        if has_head:
+            origin = "of the score head"
+        elif details["own"]:
+            origin = "from the rows' answers"
+        if details["names"]:
+            names = cut(", ".join(map(shown, details["names"])), 60)
+            line("labels", f"{len(details['names']):,}", f"choices, {origin}: {names}")
         for name, figure, *notes in label_lines(details):
             line(name, figure, *notes)
     if "general" in result:
