@@ -21,7 +21,7 @@ from veneer.serve.limits import BODY_BYTES
 from veneer.serve.protocols.body import Body
 from veneer.serve.protocols.json_body import parsed, read_body, read_bytes
 from veneer.serve.refusals import Refusal
-from veneer.serve.studio.bodies import KeepBody, NoBody, PlanBody, RowChoices
+from veneer.serve.studio.bodies import KeepBody, MethodChoices, NoBody, PlanBody, RowChoices
 from veneer.serve.studio.settings import describe_settings
 from veneer.serve.studio.studio import Studio
 from veneer.serve.studio.training import follow_job
@@ -61,10 +61,10 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
     async def plan(request: Request, body: PlanBody) -> Any:
         return await studio.plan(_id(request), body)
 
-    async def train(request: Request, body: NoBody) -> Any:
+    async def train(request: Request, body: MethodChoices) -> Any:
         owner = caller_of(request).name
         studio.plans.stop()  # it would compete with the trainer
-        return await studio.run(lambda: studio.start(_id(request), owner))
+        return await studio.run(lambda: studio.start(_id(request), body, owner))
 
     async def stop(request: Request, body: NoBody) -> Any:
         return await studio.run(lambda: studio.stop(_id(request)))
@@ -117,7 +117,7 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
         _post("/drafts/{id}/rows", RowChoices, preview),
         _get("/drafts/{id}/check", check),
         _post("/drafts/{id}/plan", PlanBody, plan),
-        _post("/drafts/{id}/train", NoBody, train),
+        _post("/drafts/{id}/train", MethodChoices, train),
         _post("/drafts/{id}/stop", NoBody, stop),
         _post("/drafts/{id}/resume", NoBody, resume),
         Route(f"{PREFIX}/drafts/{{id}}/events", catch_errors(events), methods=["GET"]),

@@ -164,9 +164,9 @@ class Studio:
                 file, RowChoices.read(draft.rows), tokenizer=self._tokenizer, capacity=self.capacity
             )
 
-    def start(self, draft_id: str, owner: str) -> dict[str, Any]:
-        """Queues the run of a draft; returns its job."""
-        draft = self.drafts.get(draft_id)
+    def start(self, draft_id: str, choices: MethodChoices, owner: str) -> dict[str, Any]:
+        """Queues the run of a draft with these choices; returns its job."""
+        draft = self.drafts.change(draft_id, method=choices.model_dump())
         rows = self.drafts.row_file(draft).path
         job = start_job(self.jobs, draft, rows, self.run_settings(draft), owner)
         self.drafts.change(draft_id, job=job.id, model=None)

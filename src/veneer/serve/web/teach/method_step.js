@@ -38,11 +38,10 @@ async function askForPlan(place, compare, shown) {
   planning.ends?.abort();
   planning.ends = new AbortController();
   const { signal } = planning.ends;
-  const body = chosenMethod();
+  const body = (lesson.draft.method = chosenMethod());
   place.replaceChildren(make("p", { className: "soft" }, "Planning …"));
   try {
     const answer = await studio(draftPath("/plan"), { body: { ...body, compare }, signal });
-    lesson.draft.method = body;
     place.replaceChildren(...shown(answer));
     return answer;
   } catch (fault) {

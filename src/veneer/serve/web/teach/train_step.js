@@ -133,7 +133,8 @@ function trainingSample() {
 /** Changes the job by one of its verbs: train, stop, resume. */
 async function changeJob(verb) {
   await teachSafely(async () => {
-    const job = await studio(draftPath(`/${verb}`), { body: {} });
+    const body = verb === "train" ? lesson.draft.method : {}; // a plan may not have stored it yet
+    const job = await studio(draftPath(`/${verb}`), { body });
     if (verb === "train") forgetTraining();
     training.job = job;
     Object.assign(lesson.draft, { job: job.id, state: job.state });
