@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 import shutil
+import threading
 import time
 from contextlib import suppress
 from io import BytesIO
@@ -60,6 +61,7 @@ class Drafts:
 
     def __init__(self, folder: Path, uploads: UploadStore) -> None:
         self.folder, self.uploads = folder, uploads
+        self._changes = threading.Lock()
 
     def all(self) -> list[Draft]:
         """Lists the drafts, the newest first. Damaged drafts are left out."""
@@ -101,8 +103,9 @@ class Drafts:
 
     def change(self, draft_id: str, **changes: Any) -> Draft:
         """Replaces fields of a draft."""
-        draft = self.get(draft_id).model_copy(update=changes)
-        write_text(self._place(draft_id) / _FILE, _text(draft), replace=True)
+        with self._changes:  # a plan and a start may change a draft at once
+            draft = self.get(draft_id).model_copy(update=changes)
+            write_text(self._place(draft_id) / _FILE, _text(draft), replace=True)
         return draft
 
     def remove(self, draft_id: str) -> None:
