@@ -14,6 +14,7 @@ from veneer.files.lock import locked
 from veneer.jobs.limits import JobLimits
 from veneer.jobs.record import DIED, JobRecord, TrainingJob, new_id, write_record
 from veneer.jobs.store import JobStore, next_in_turn
+from veneer.training.state.checkpoint import numbers
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"hi {n}"}, {"role": "assistant", "content": "yes"}]}
@@ -61,33 +62,34 @@ def wait_for(store, job_id, *states, seconds=240):
     return job
 
 
-def wait_for_step(store, job_id, step):
-    deadline = time.monotonic() + 240
-    while store.get(job_id).facts().get("step", 0) < step:
-        assert store.get(job_id).state == "running" and time.monotonic() < deadline
+def wait_until(condition, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
 def newest_process(pattern):
     output = subprocess.run(["pgrep", "-n", "-f", pattern], capture_output=True, text=True).stdout
-    return int(output)
+    return int(output) if output else None
 
 
 def test_killed_trainer_and_killed_worker_are_failed_jobs_that_resume(store, base):
-    settings = {"base": base, "steps": 100_000, "save_every": 1, "show_answers": False}
+    settings = {"base": base, "steps": 100_000, "save_every": 1, "data": {"validation_share": 0}}
     job = store.create(settings, rows={"train": ROWS}, publish_as="tickets")
     assert job.state == "running"
-    wait_for_step(store, job.id, 3)
-    os.kill(newest_process(f"veneer train .*{job.id}"), signal.SIGKILL)
+    trainer = f"veneer train .*{job.id}"
+    wait_until(lambda: newest_process(trainer) is not None)
+    os.kill(newest_process(trainer), signal.SIGKILL)  # while it loads
     job = wait_for(store, job.id, "failed")
     assert "killed by SIGKILL" in job.error
 
-    step = job.facts()["step"]
     assert store.resume(job.id).state == "running"
-    wait_for_step(store, job.id, step + 2)
+    wait_until(lambda: store.get(job.id).facts().get("step", 0) >= 2)
     os.kill(newest_process(f"veneer.jobs.worker .*{job.id}"), signal.SIGKILL)
     job = wait_for(store, job.id, "failed")  # the trainer saved a checkpoint and ended too
     assert job.error == DIED and job.record.state == "running"
+    assert max(numbers(job.run_folder / "checkpoints")) >= 2
     assert store.start_next() is None
     assert store.get(job.id).record.state == "failed"
     assert [event["level"] for event in store.events(job.id)].count("error") == 2

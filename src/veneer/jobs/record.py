@@ -54,6 +54,8 @@ class JobRecord(StrictSettings):
     """When it was done, failed, cancelled or paused last."""
     owner: str = ""
     """Whose job it is: the name of an API key. The queue takes turns between owners."""
+    base: str = ""
+    """Public name of the base."""
     threads: int
     """Processor threads of the trainer. A resumed run keeps them, and so its bits."""
     niceness: int

@@ -41,7 +41,7 @@ import yaml
 from veneer.bases.names.named import refuse_unknown
 from veneer.errors import ConfigError, QuotaError, VeneerError
 from veneer.files.atomic import atomic_folder, write_text
-from veneer.files.home import data_folder, expanded
+from veneer.files.home import data_folder, expanded, name_of
 from veneer.files.lock import BusyError, locked
 from veneer.files.partial import sweep, unfinished
 from veneer.files.strict_json import json_text
@@ -204,6 +204,7 @@ class JobStore:
             created=now,
             queued=now,
             owner=owner,
+            base=name_of(config.base),
             threads=threads,
             niceness=niceness,
             publish_as=publish_as,

@@ -83,6 +83,7 @@ def describe(job: TrainingJob) -> dict[str, Any]:
         "id": job.id,
         "state": job.state,
         "error": job.error,
+        "base": job.record.base,
         **job.facts(),
         "created": record.created,
         "started": record.started,
@@ -118,7 +119,7 @@ def _row(job: TrainingJob) -> tuple[str, ...]:
                 job.state,
                 f"{facts.get('step', 0)}/{facts['steps']}" if facts.get("steps") else "",
                 number(loss) if isinstance(loss, int | float) else "",
-                facts.get("base") or "",
+                facts.get("base") or job.record.base,
                 job.record.adapter or job.record.publish_as or "",
                 age(datetime.fromtimestamp(job.record.created, UTC).isoformat()),
             ),
@@ -139,7 +140,7 @@ def _show(args: argparse.Namespace, store: JobStore) -> int:
         "job": job.id,
         "state": " · ".join(filter(None, (job.state, steps))),
         "loss": number(loss) if isinstance(loss, int | float) else "",
-        "base": facts.get("base"),
+        "base": facts.get("base") or job.record.base,
         "method": facts.get("method"),
         "adapter": job.record.adapter or job.record.publish_as,
         "threads": f"{job.record.threads}, niceness {job.record.niceness}",
@@ -157,9 +158,9 @@ def _show(args: argparse.Namespace, store: JobStore) -> int:
 def _print_event(event: dict[str, Any]) -> None:
     """Prints an event's time and message, wrapped to the terminal and indented."""
     when = datetime.fromtimestamp(float(event["time"])).strftime("%m-%d %H:%M:%S")
-    width = get_terminal_size().columns - len(when) - 2
-    text = "\n".join(shown(line) for line in str(event["message"]).splitlines())
-    lines = wrapped(text, max(width, 40)).splitlines()
+    width = max(get_terminal_size().columns - len(when) - 2, 40)
+    message = str(event["message"]).splitlines() or [""]
+    lines = [part for line in message for part in wrapped(shown(line), width).splitlines()]
     for number_of_line, line in enumerate(lines):
         print(f"{when if number_of_line == 0 else '':<{len(when)}}  {line}")
 

@@ -202,7 +202,7 @@ def job_object(job: TrainingJob) -> dict[str, Any]:
         "id": job.id,
         "created_at": int(record.created),
         "finished_at": int(record.ended) if record.ended and status in ENDED_STATUSES else None,
-        "model": details.get("model") or facts.get("base"),
+        "model": details.get("model") or record.base,
         "fine_tuned_model": record.publish_as if is_done else None,
         "organization_id": "local",
         "status": status,
