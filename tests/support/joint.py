@@ -3,10 +3,12 @@
 import json
 import random
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support.models.tiny_gguf import tiny, write_gguf
 from tests.support.tiny import save_tiny
 from veneer.training.config import RunConfig
 from veneer.training.output.records import read_records
@@ -19,6 +21,7 @@ FLOAT32 = 2e-6
 order."""
 WIDE = {"hidden_size": 128, "intermediate_size": 224, "num_hidden_layers": 4, "head_dim": 32}
 """A model whose decoder layers are one node (kernels/dense/block.py)."""
+BLOCKS = gguf.GGMLQuantizationType.Q8_0
 
 
 def make_world(folder):
@@ -28,6 +31,7 @@ def make_world(folder):
     for family in ("bloom", "falcon"):
         save_tiny(folder / family, family)
     save_tiny(folder / "wide", "llama", torch.bfloat16, **WIDE)
+    write_gguf(folder / "blocks.gguf", tiny("llama", head_dim=16), "llama", kind=BLOCKS)
     chance = random.Random(1)
     for name, count in (("rows", 14), ("others", 9)):
         lines = [

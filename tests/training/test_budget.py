@@ -1,6 +1,6 @@
 """The memory of jobs that train together, as the plan counts it."""
 
-from veneer.training.budget import FREE_SHARE, JobMemory, plan_jobs
+from veneer.training.budget import FREE_SHARE, JobMemory, has_room, plan_jobs
 
 SMALL = JobMemory(peak=900, step=200, tokens=20, values=8, optimizer=8)
 LARGE = JobMemory(peak=1500, step=800, tokens=40, values=40, optimizer=40)
@@ -27,3 +27,10 @@ def test_without_free_memory_jobs_are_computed_one_by_one():
     planned = plan_jobs([SMALL, LARGE], 10)
     assert planned.tokens == 0
     assert planned.peak == 900 - 200 + 16 * 5 + LARGE.step
+
+
+def test_another_job_has_room_if_its_values_and_the_largest_step_fit():
+    held = SMALL.values + SMALL.optimizer + 2 * (LARGE.values + LARGE.optimizer) + LARGE.step
+    assert has_room([SMALL, LARGE], None)
+    assert has_room([SMALL, LARGE], round(held / FREE_SHARE) + 1)
+    assert not has_room([SMALL, LARGE], round(held / FREE_SHARE) - 1)

@@ -51,10 +51,12 @@ def test_padded_rows_of_jobs_get_the_same_length(base, world, tmp_path):
         assert_same_run(tmp_path / "joint" / name, tmp_path / "alone" / name)
 
 
-@pytest.mark.parametrize("base", ["bf16", "nf4"])
+@pytest.mark.parametrize("base", ["bf16", "nf4", "gguf"])
 def test_in_bf16_losses_differ_as_between_batches_of_other_rows(base, world, tmp_path):
     """Products over other numbers of rows round differently; nothing else differs."""
-    others = {"base": "bf16", "quantize": "nf4"} if base == "nf4" else {"base": "bf16"}
+    others = {"base": "bf16"} if base == "bf16" else {"base": "bf16", "quantize": base}
+    if base == "gguf":
+        others |= {"base": "blocks.gguf", "dtype": "bfloat16"}
     names = ("lora", "dropout", "targets", "dora", "bottleneck")
     configs = [config(world, tmp_path / "joint" / n, **others, **JOBS[n]) for n in names]
     together(configs)

@@ -60,6 +60,17 @@ def plan_jobs(jobs: Sequence[JobMemory], free: int | None) -> JointMemory:
     return JointMemory(peak, tokens)
 
 
+def has_room(jobs: Sequence[JobMemory], free: int | None) -> bool:
+    """Returns whether another job, as large as the largest of these, fits beside them.
+
+    free: memory that was left when only the base was loaded, None if unknown. The largest
+    micro-batch must fit, too.
+    """
+    held = [job.values + job.optimizer for job in jobs]
+    step = max(job.step for job in jobs)
+    return free is None or sum(held) + max(held) + step <= FREE_SHARE * free
+
+
 def free_bytes(device: torch.device) -> int | None:
     """Returns the memory that is free on the device, None if unknown."""
     if device.type == "cuda":

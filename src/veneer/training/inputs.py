@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -91,6 +92,8 @@ class TrainingInputs:
     """Rows on which the adapter stays close to the base."""
     reference: ReferenceLogProbs | None = None
     """Log-probabilities of the reference, which the objective reads; None until computed."""
+    first_evaluations: dict[str, Any] = field(default_factory=dict)
+    """Evaluations before step 1 of jobs on this base, by what they depend on."""
 
     rows: RowSpans = field(init=False)
     """The examples of each row of `train`."""

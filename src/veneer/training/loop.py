@@ -1,7 +1,8 @@
 """The training loop: forwards over the rows of one trainee or of several, until one has left.
 
     before step 1   the largest micro-batch of every trainee is tried once, so that a run that does
-                    not fit ends now; then each evaluates its held-out rows
+                    not fit ends now; then each evaluates its held-out rows. Trainees may join
+                    while others are in a step
     a round         one forward and backward over micro-batches of trainees, at most one of each,
                     as many as forward_room.py admits; the longest waiting are first. If they do
                     not fit into memory, the budget is halved and their steps begin again. After
@@ -15,7 +16,7 @@ Knows nothing of files and records (trainee.py), or of what is computed (gradien
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 from veneer.errors import DivergedError, RunInterrupted, VeneerError, is_out_of_memory
 from veneer.training.forward_room import ForwardRoom
@@ -51,15 +52,36 @@ class Loop:
         """Trainees that are in a step, the longest waiting first."""
         self._single: set[Trainee] = set()
         """Trainees that share no forward, because a forward with them raised an error."""
+        self._new = list(trainees)
+        """Trainees that `start` has not seen."""
+        self.asked_to_stop = False
+        """Whether an interrupt came, also between two calls of `run`; the next one then stops after
+        a step."""
+        self.supervisor.begin(self.trainees)
+
+    def join(self, trainees: Sequence[Trainee]) -> None:
+        """Adds trainees; `start` comes next."""
+        self.trainees += trainees
+        self._new += trainees
+
+    def limit(self, budget: int | None) -> None:
+        """Lowers the budget. A budget that was halved because memory lacked stays."""
+        if budget is not None:
+            self.budget = budget if self.budget is None else min(self.budget, budget)
 
     def start(self) -> None:
-        """Tries the largest micro-batches, and evaluates before the first step."""
-        self.supervisor.begin(self.trainees)
-        self._try_largest()
-        for trainee in list(self.trainees):
-            if trainee.progress.step == 0:
-                with self._leaves_on_error(trainee):
-                    trainee.start()
+        """Tries the largest micro-batches of new trainees, and evaluates before their first
+        step. If others train already, an interrupt waits until then."""
+        new, self._new = self._new, []
+        if not new:
+            return
+        with Interrupt() if len(new) < len(self.trainees) else nullcontext() as interrupt:
+            self._try_largest(new)
+            for trainee in new:
+                if trainee in self.trainees and trainee.progress.step == 0:
+                    with self._leaves_on_error(trainee):
+                        trainee.start()
+        self.asked_to_stop |= interrupt is not None and interrupt.asked
 
     def run(self) -> list[Trainee]:
         """Trains until a trainee has ended or failed; returns those that have ended.
@@ -67,11 +89,12 @@ class Loop:
         Raises RunInterrupted after saving, and errors that concern all trainees.
         """
         interrupted = False
-        with Interrupt() as interrupt:
+        with Interrupt(asked=self.asked_to_stop) as interrupt:
             while self.trainees and not (interrupted or self.failed or self._ended()):
                 self._evaluate_and_save(self.step())
                 self.supervisor.review(self.trainees)
                 if interrupted := self.world.any(interrupt.asked):
+                    self.asked_to_stop = True
                     self._save_all()
                     self.supervisor.interrupted(self.trainees)
         ended = self._ended()
@@ -82,6 +105,7 @@ class Loop:
                 trainee.take_best()
         self.trainees = [trainee for trainee in self.trainees if trainee not in ended]
         self._open = [trainee for trainee in self._open if trainee not in ended]
+        self._single.difference_update(ended)
         if self.trainees:
             for trainee in self.failed:
                 trainee.release()
@@ -160,15 +184,17 @@ class Loop:
 
     # before the first step
 
-    def _try_largest(self) -> None:
+    def _try_largest(self, trainees: Sequence[Trainee]) -> None:
         """Computes the largest micro-batches once, as rounds would, and drops their gradients."""
-        for trainee in list(self.trainees):
+        in_step, self._open = self._open, []
+        for trainee in trainees:
             with self._leaves_on_error(trainee):
                 trainee.begin_trial()
-        self._open = list(self.trainees)
+                self._open.append(trainee)
         while self._open:
             for trainee in self._compute(_finish_trial):
                 trainee.end_trial()
+        self._open = in_step
 
     # leaving
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from veneer.adapters.placement.acting import Acting, Applied
 from veneer.adapters.placement.attachment import Attachment
@@ -72,25 +73,60 @@ class PreparedRun:
 
     def detach(self) -> None:
         """Takes its adapters off the base."""
-        for attachment, _ in (*self.inputs.adapters, *self.inputs.teacher_adapters):
-            self.base.detach(attachment.name)
+        for name in self.adapter_names:
+            self.base.detach(name)
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """Names of its adapters on the base: the trained one, and the teacher's."""
+        applied = (*self.inputs.adapters, *self.inputs.teacher_adapters)
+        return [attachment.name for attachment, _ in applied]
 
     @property
     def attachment(self) -> Attachment | None:
         return None if self.adapter is None else self.adapter.attachment
 
 
+class SharedBase:
+    """The base that jobs share once the first of them has loaded it, and the jobs on it now."""
+
+    def __init__(self) -> None:
+        self.runs: list[PreparedRun] = []
+        self.loaded: tuple[FrozenBase, int] | None = None
+        """The base, and the memory of the process before it was loaded."""
+        self.num_runs = 0
+        """Number of runs so far, which gives each adapter a name of its own."""
+        self.first_evaluations: dict[str, Any] = {}
+        """Evaluations before step 1, by what they depend on (first_evaluation.py)."""
+
+    def add(self, run: PreparedRun) -> None:
+        self.runs.append(run)
+        self.loaded = run.base, run.idle_bytes
+        self.num_runs += 1
+
+    def remove(self, run: PreparedRun) -> None:
+        self.runs = [other for other in self.runs if other is not run]
+
+    def detach_others(self) -> None:
+        """Detaches what a run attached that could not be prepared."""
+        if self.loaded is not None:
+            base, _ = self.loaded
+            kept = {name for run in self.runs for name in run.adapter_names}
+            for name in [name for name in base.attachments if name not in kept]:
+                base.detach(name)
+
+
 def prepare_run(
     config: RunConfig,
     started: Origin | None,
     *,
-    beside: Sequence["PreparedRun"] = (),
+    shared: SharedBase | None = None,
     world: World,
     say: Callable[[str], None],
 ) -> PreparedRun:
     """Loads base and rows, and attaches the adapter. started: what a resumed run started with.
 
-    beside: runs that train in the same forwards; the base is theirs, and so are equal rows.
+    shared: the base of jobs that train in the same forwards; they share equal rows, too.
     Raises ConfigError, AdapterMismatchError or another VeneerError if the run cannot be computed,
     or would not be the one that was started.
     """
@@ -102,8 +138,9 @@ def prepare_run(
                 "an earlier version began this run and kept no fingerprint of its base: it is not"
                 " compared"
             )
-    if beside:
-        idle_bytes, base = beside[0].idle_bytes, beside[0].base
+    shared = shared or SharedBase()
+    if shared.loaded is not None:
+        base, idle_bytes = shared.loaded
     else:
         idle_bytes = process_memory_bytes()
         base = load_on_all_processes(config, _base_dtype(config, started), world)
@@ -124,7 +161,7 @@ def prepare_run(
             teacher_text := config.objective.teacher_text(),
             config.objective.head,
         )
-        known = [run.data for run in beside if run.rows_key == rows_key]
+        known = [run.data for run in shared.runs if run.rows_key == rows_key]
         data = (
             known[0]
             if known
@@ -147,7 +184,7 @@ def prepare_run(
                 base,
                 config,
                 _read_by_students(data.train) if teacher_text is not None else data.train,
-                name=f"{ADAPTER_NAME} {len(base.attachments) + 1}" if beside else ADAPTER_NAME,
+                name=f"{ADAPTER_NAME} {shared.num_runs + 1}" if shared.num_runs else ADAPTER_NAME,
                 tokens=new_tokens,
                 resumes=started is not None,
             )
@@ -160,6 +197,7 @@ def prepare_run(
             flat = _trained_values(base, adapter, world)
         teacher = attach_teacher(base, stored_teacher)
         inputs = _training_inputs(config, base, data, flat, adapter, teacher, replay)
+        inputs.first_evaluations = shared.first_evaluations
         if config.objective.several:
             _refuse_divided_rows(inputs)
     return PreparedRun(config, base, data, adapter, inputs, origin, idle_bytes, rows_key)

@@ -9,6 +9,7 @@ the student's own forward.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 
 import torch
 
@@ -44,7 +45,8 @@ def attach_teacher(base: FrozenBase, stored: StoredAdapter | None) -> Applied:
     """Attaches the teacher's adapter; returns what acts on the teacher's rows."""
     if stored is None:
         return ()
-    name = f"teacher {len(base.attachments) + 1}"
+    names = (f"teacher {number}" for number in count(1))
+    name = next(name for name in names if name not in base.attachments)
     return ((load_adapter(base, stored, name=name), 1.0),)
 
 

@@ -16,10 +16,13 @@ ASKING = [
 
 
 class Interrupt:
-    """Sets `asked` on the first signal within the block. Does nothing outside the main thread."""
+    """Sets `asked` on the first signal within the block. Does nothing outside the main thread.
 
-    def __init__(self) -> None:
-        self.asked = False
+    asked: whether a signal came before the block
+    """
+
+    def __init__(self, *, asked: bool = False) -> None:
+        self.asked = asked
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":

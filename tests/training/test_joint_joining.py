@@ -1,0 +1,113 @@
+"""Jobs that wait until others have ended: each is the run that it would be alone, and a fault of
+one that joins ends no other."""
+
+import os
+import signal
+import weakref
+
+import pytest
+
+from tests.support.joint import JOBS, alone, assert_same_run, config, make_world, together
+from veneer.errors import ConfigError, RunInterrupted
+from veneer.plan.probe import forecast
+from veneer.training import loop, run
+from veneer.training.output.screen import QuietScreen
+from veneer.training.run import Job, run_jobs
+from veneer.training.state.folder import resume_config
+from veneer.training.trainee import Trainee
+
+NAMES = ("bottleneck", "targets", "dora", "batch", "dropout")  # of 3, 6, 6, 4 and 6 steps
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def room_for_two(monkeypatch):
+    monkeypatch.setattr(run, "has_room", lambda jobs, free: len(jobs) < 2)
+
+
+class Crash(Exception):
+    """Ends the process of a run without a word."""
+
+
+def test_waiting_jobs_take_freed_room_and_learn_what_they_learn_alone(
+    room_for_two, world, tmp_path, monkeypatch
+):
+    forward_backward, begin = loop.forward_backward, Trainee.begin_step
+    together_in_a_forward, alive = set(), weakref.WeakSet()
+
+    def counted(micro_batches):
+        names = [part.gradient.inputs.out.name for part in micro_batches]
+        together_in_a_forward.add(frozenset(names))
+        forward_backward(micro_batches)
+
+    def begin_step(self):
+        alive.add(self)
+        assert len(alive) <= 2  # what a job held is free before another begins
+        begin(self)
+
+    finished = []
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "forward_backward", counted)
+        patch.setattr(Trainee, "begin_step", begin_step)
+        results = together(
+            [config(world, tmp_path / "joint" / name, **JOBS[name]) for name in NAMES],
+            plan=forecast,
+            finished=lambda job, result: finished.append(job.config.out.rpartition("/")[2]),
+        )
+    assert max(map(len, together_in_a_forward)) == 2
+    assert {"targets", "dora"} in together_in_a_forward  # it joined while the other was training
+    assert finished[0] == "bottleneck" and sorted(finished) == sorted(NAMES)
+    for name, result in zip(NAMES, results, strict=True):
+        summary = alone(world, tmp_path / "alone" / name, **JOBS[name])
+        assert_same_run(tmp_path / "joint" / name, tmp_path / "alone" / name)
+        assert result["trained_tokens"] == summary["trained_tokens"]
+
+
+def test_a_waiting_job_that_cannot_begin_ends_alone(room_for_two, world, tmp_path):
+    bad = {"method": {"name": "lora", "targets": ["nothing"]}}
+    jobs = {"a": {"steps": 2}, "b": {"steps": 4}, "bad": bad, "c": {"steps": 2, "seed": 5}}
+    finished = []
+    a, b, failed, c = together(
+        [config(world, tmp_path / name, **job) for name, job in jobs.items()],
+        plan=forecast,
+        finished=lambda job, result: finished.append((job.config.out, result)),
+    )
+    assert isinstance(failed, ConfigError) and "'nothing'" in str(failed)
+    assert (str(tmp_path / "bad"), failed) in finished and len(finished) == 4
+    assert [result["reason"] for result in (a, b, c)] == ["done"] * 3
+    assert not (tmp_path / "bad").exists()
+    alone(world, tmp_path / "alone", **jobs["c"])
+    assert_same_run(tmp_path / "c", tmp_path / "alone")
+
+
+@pytest.mark.parametrize("end", ["interrupt", "crash"])
+def test_jobs_that_joined_and_jobs_that_waited_are_resumed(
+    end, room_for_two, world, tmp_path, monkeypatch
+):
+    """The third job joins; at its third step the process ends, before the fourth has begun."""
+    names = ("bottleneck", "targets", "dora", "dropout")
+    common = {"save_every": 1, "dtype": "float32"}
+    configs = [config(world, tmp_path / name, **common, **JOBS[name]) for name in names]
+    own = Trainee.begin_step
+
+    def begin_step(self):
+        if self.inputs.config.method.name == "dora" and self.progress.step == 2:
+            if end == "crash":
+                raise Crash
+            os.kill(os.getpid(), signal.SIGINT)
+        own(self)
+
+    with monkeypatch.context() as patch, pytest.raises(Crash if end == "crash" else RunInterrupted):
+        patch.setattr(Trainee, "begin_step", begin_step)
+        together(configs, plan=forecast)
+    assert (tmp_path / "bottleneck" / "summary.json").exists()
+    assert not (tmp_path / "dropout" / "run.yaml").exists()
+    begun = [Job(resume_config(tmp_path / n), True, QuietScreen()) for n in ("targets", "dora")]
+    run_jobs([*begun, Job(configs[3], False, QuietScreen())], plan=forecast)
+    for name in names:
+        alone(world, tmp_path / "alone" / name, **common, **JOBS[name])
+        assert_same_run(tmp_path / name, tmp_path / "alone" / name)
