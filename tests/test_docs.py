@@ -111,6 +111,11 @@ def settings_faults(text: str) -> list[str]:
             said["data"].setdefault("train", "d.jsonl")
         if "jobs" in said:
             with tempfile.TemporaryDirectory() as folder:
+                for pattern in [job["files"] for job in said["jobs"] if "files" in job]:
+                    file = Path(folder) / pattern.replace("*", "x")
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.touch()
+                    text = text.replace(pattern, f"{folder}/{pattern}")
                 (Path(folder) / "jobs.yaml").write_text(text)
                 read_jobs(read_settings(Path(folder) / "jobs.yaml"), {}, [], {}, None)
             return []

@@ -13,6 +13,7 @@ from veneer.data.files.writing import Record
 from veneer.data.load import DataSet, examine_data
 from veneer.data.template.new_tokens import bring, extended, room_with
 from veneer.errors import ConfigError, VeneerError
+from veneer.library.library import Library
 from veneer.merge.export.export_run import WeightSource as WeightSource
 from veneer.merge.export.export_run import export_adapter as export_adapter
 from veneer.merge.export.export_run import export_merged_gguf as export_merged_gguf
@@ -22,9 +23,10 @@ from veneer.models.capacity import configured_capacity
 from veneer.plan.probe import fit_config, forecast
 from veneer.report.page import write_report
 from veneer.training.config import RunConfig
+from veneer.training.job import Job
 from veneer.training.output.screen import Screen
 from veneer.training.processes.world import join_processes, world_of
-from veneer.training.run import Job, run_jobs, run_training
+from veneer.training.run import run_jobs, run_training
 from veneer.training.state.folder import resume_config as resume_config
 from veneer.training.supervisor import Supervisor
 
@@ -67,22 +69,28 @@ def train_run(
 def train_jobs(
     configs: Sequence[RunConfig],
     *,
-    resume: bool,
+    resume: bool | Sequence[bool],
     screens: Sequence[Screen],
     supervisor: Supervisor | None = None,
+    library: Library | None = None,
 ) -> list[dict[str, Any] | VeneerError]:
     """Trains several runs of one base in the same forwards, and writes their reports.
 
-    supervisor: decides which runs go on (training/supervisor.py). Returns for each the content of
-    summary.json, or the error that ended it.
+    resume: of all runs, or of each. supervisor: decides which runs go on (training/supervisor.py).
+    library: takes each adapter, under the name of its folder, as soon as its run has finished.
+    Returns for each the content of summary.json, or the error that ended it.
     """
-    jobs = [Job(config, resume, screen) for config, screen in zip(configs, screens, strict=True)]
+    resumes = [resume] * len(configs) if isinstance(resume, bool) else resume
+    jobs = [Job(*job) for job in zip(configs, resumes, screens, strict=True)]
 
     def finish(job: Job, result: dict[str, Any] | VeneerError) -> None:
         if isinstance(result, VeneerError):
-            job.screen.message(result.headline)
+            job.screen.failure(result.headline)
         else:
-            write_report(Path(job.config.out))
+            out = Path(job.config.out)
+            write_report(out)
+            if library is not None:
+                library.add(out, name=out.absolute().name)
             job.screen.end(result)
 
     return run_jobs(jobs, plan=forecast, supervisor=supervisor, finished=finish)

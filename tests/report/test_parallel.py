@@ -42,6 +42,16 @@ def test_jobs_without_a_loss_and_failed_jobs_are_last():
     assert ranked(jobs) == [jobs[3], jobs[2], jobs[1], jobs[0]]
 
 
+def test_jobs_over_different_rows_are_not_compared():
+    jobs = [job(None, 1, "failed"), job(2.0, 10), job(1.0, 90)]
+    for number, record in enumerate(jobs):
+        record.settings["data.train"] = f"{number}.jsonl"
+    assert ranked(jobs) == [jobs[1], jobs[2], jobs[0]] and equal_tokens(jobs) is None
+    for record in jobs:
+        record.settings["data.validation"] = "held-out.jsonl"
+    assert ranked(jobs) == [jobs[2], jobs[1], jobs[0]] and equal_tokens(jobs) == 10
+
+
 def test_a_setting_is_named_by_its_last_part_if_no_other_ends_with_it():
     names = ["method.rank", "batch", "data.format", "other.format"]
     assert [short_title(name, names) for name in names] == ["rank", "batch", *names[2:]]

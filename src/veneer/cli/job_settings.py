@@ -5,9 +5,13 @@
     jobs:
       - {out: runs/small, method: {rank: 8}}
       - {out: runs/other, data: orders.jsonl, learning_rate: 1e-3}
+      - {files: desks/*.jsonl, out: "runs/{name}"}      one job for each file
 
 A job overrides what stands above it, key by key. Flags and --set override both. --sweep makes
 several jobs of each, in folders of their own below `out`.
+
+An entry with `files` is a template: for each file that matches, `data.train` is the file, and
+`{name}` in the entry's texts is its name without folder and ending.
 """
 
 from __future__ import annotations
@@ -27,7 +31,9 @@ from veneer.cli.config_file import (
     validate,
 )
 from veneer.cli.sweep_points import Point, draw, grid, read_axes
+from veneer.data.files.places import KINDS, PACKED
 from veneer.errors import ConfigError
+from veneer.files.home import expanded
 from veneer.training.config import RunConfig
 from veneer.vocabulary import KeyPath
 
@@ -58,13 +64,12 @@ def read_jobs(
     if lists_jobs and flags.get("out") is not None:
         faults.append("C315 --out: each job names its own folder, out, in the run file")
         flags = {**flags, "out": None}
+    _refuse_too_many(len(jobs))
     for job in jobs:
         override(job, flags, sets, columns)
     if sweep is not None:
         axes = read_axes(sweep, ranges=draws is not None, faults=faults)
-        count = (draws or math.prod(len(axis) for axis in axes)) * len(jobs)
-        if count > MOST_JOBS:
-            raise ConfigError(f"{count:,} jobs are more than {MOST_JOBS}")
+        _refuse_too_many((draws or math.prod(len(axis) for axis in axes)) * len(jobs))
         jobs = [
             _at_point(job, point)
             for job in jobs
@@ -80,24 +85,73 @@ def read_jobs(
     return configs
 
 
+def _refuse_too_many(count: int) -> None:
+    if count > MOST_JOBS:
+        raise ConfigError(f"{count:,} jobs are more than {MOST_JOBS}")
+
+
 def _jobs_of(above: UncheckedSettings, faults: list[str]) -> Iterator[UncheckedSettings]:
-    """Yields the settings of each of `jobs`, over a copy of those above."""
+    """Yields the settings of each of `jobs`, over a copy of those above; of each file of a
+    template."""
     jobs = above.values.pop("jobs")
     if not isinstance(jobs, list) or not jobs:
         faults.append(f"C315 {above.origin(('jobs',))} jobs is a list of jobs, with one at least")
         return
     for number, job in enumerate(jobs):
         path = ("jobs", str(number))
-        settings = UncheckedSettings(copy_values(above.values), dict(above.origins))
         if not isinstance(job, dict) or "out" not in job:
             faults.append(
                 f"C315 {above.origin((*path, 'out'))} job {number + 1} is not a mapping of"
                 " settings that names its own folder, out"
             )
             continue
-        for key, value in _leaves(job):
-            settings.put(key, value, above.origin((*path, *key)))
-        yield settings
+        for values in [job] if "files" not in job else _fill_template(above, path, job, faults):
+            settings = UncheckedSettings(copy_values(above.values), dict(above.origins))
+            for key, value in _leaves(values):
+                settings.put(key, value, above.origin((*path, *key)))
+            yield settings
+
+
+def _fill_template(
+    above: UncheckedSettings, path: KeyPath, job: Mapping[Any, Any], faults: list[str]
+) -> Iterator[dict[Any, Any]]:
+    """Yields the settings of a job for each of the template's files, in the order of the names."""
+    pattern, texts = job["files"], {key: value for key, value in job.items() if key != "files"}
+    paths = [] if not isinstance(pattern, str) else _matching_files(pattern)
+    origin = above.origin((*path, "files"))
+    if not paths:
+        faults.append(f"C315 {origin} files: no file matches {pattern!r}")
+    if len(paths) > 1 and "{name}" not in str(job["out"]):
+        faults.append(f"C315 {origin} files: write {{name}} in out, for instance runs/{{name}}")
+        return
+    if not isinstance(texts.setdefault("data", {}), dict):
+        faults.append(f"C315 {origin} files: they are the rows, so leave data out, or data.train")
+        return
+    for file in paths:
+        values = _with_name(texts, _stem(file.name))
+        yield {**values, "data": {"train": str(file), **values["data"]}}
+
+
+def _matching_files(pattern: str) -> list[Path]:
+    path = expanded(pattern)
+    files = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+    return sorted(file for file in files if file.is_file())
+
+
+def _stem(name: str) -> str:
+    """Returns a file's name without the endings of files of rows: a for a.jsonl.gz."""
+    for ending in (*PACKED, *KINDS):
+        name = name.removesuffix(ending)
+    return name
+
+
+def _with_name(value: Any, name: str) -> Any:
+    """Replaces {name} in all texts of a value."""
+    if isinstance(value, dict):
+        return {key: _with_name(inner, name) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_name(inner, name) for inner in value]
+    return value.replace("{name}", name) if isinstance(value, str) else value
 
 
 def _leaves(values: Mapping[Any, Any], path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:

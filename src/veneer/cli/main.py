@@ -302,6 +302,7 @@ def _run(argv: list[str], alone: bool) -> int:
     )
     command.add_arguments(command_parser)
     parsed = command_parser.parse_args(argv[1:])
+    parsed.words = argv
     if alone:
         import_module("veneer.files.remembered").begin()
         _announce_downloads()

@@ -103,12 +103,27 @@ def _curve(file: Path) -> tuple[list[CurvePoint], int]:
     return curve, tokens
 
 
+def have_same_held_out(jobs: Sequence[JobRecord]) -> bool:
+    """Returns whether the settings say that all jobs are measured on the same held-out rows."""
+    rows = {
+        repr(job.settings.get("data.validation") or job.settings.get("data.train")) for job in jobs
+    }
+    return len(rows) == 1
+
+
 def ranked(jobs: Sequence[JobRecord]) -> list[JobRecord]:
-    """Sorts jobs by held-out loss, then jobs without one by training loss, then failed jobs."""
+    """Sorts jobs by held-out loss, then jobs without one by training loss, then failed jobs.
+
+    Losses over different rows do not compare; such jobs keep their order, with failed ones last.
+    """
+    compare = have_same_held_out(jobs)
 
     def place(job: JobRecord) -> tuple[bool, bool, float]:
         loss = job.last_loss if job.loss is None else job.loss
-        return job.reason == "failed", job.loss is None, math.inf if loss is None else loss
+        has_failed = job.reason == "failed"
+        if not compare:
+            return has_failed, False, 0.0
+        return has_failed, job.loss is None, math.inf if loss is None else loss
 
     return sorted(jobs, key=place)
 
@@ -121,9 +136,14 @@ def different_settings(jobs: Sequence[JobRecord]) -> list[str]:
 
 
 def equal_tokens(jobs: Sequence[JobRecord]) -> int | None:
-    """Returns the tokens of the shortest complete job; None if all saw about as many."""
+    """Returns the tokens of the shortest complete job; None if all saw about as many, or if their
+    held-out rows differ."""
     tokens = [job.tokens for job in jobs if job.is_complete]
-    if not tokens or max(tokens) - min(tokens) <= ALIKE * max(tokens):
+    if (
+        not tokens
+        or not have_same_held_out(jobs)
+        or max(tokens) - min(tokens) <= ALIKE * max(tokens)
+    ):
         return None
     return min(tokens)
 

@@ -76,6 +76,9 @@ class NotebookScreen:
         self._lines.append("  " + shown(text))
         self._draw()
 
+    def failure(self, text: str) -> None:
+        self.message(text)
+
     def end(self, summary: Facts) -> None:
         self._lines += end_lines(summary)
         self._draw()

@@ -8,6 +8,7 @@ For instance:
   veneer train --resume runs/tickets
   veneer train JOBS.yaml          several jobs together, if it lists `jobs:`
   veneer train RUN.yaml --sweep learning_rate=3e-4,1e-3 rank=8,32
+  veneer train JOBS.yaml --resume  goes on: finished jobs are skipped
 
 These are the settings that people use most. `veneer explain settings` lists all of them,
 `veneer explain rank` explains one, and --set path=value sets any of them (the value is YAML).
@@ -21,7 +22,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from veneer.bounds import COUNT, PROCESSES
 from veneer.cli.bases import locate_base_and_adapter
@@ -36,10 +37,14 @@ from veneer.cli.config_file import (
 )
 from veneer.cli.early import check_place, check_run
 from veneer.cli.job_settings import read_jobs
+from veneer.cli.training.file_jobs import FileJob, begun_jobs, find_library, new_jobs
 from veneer.cli.training.plan import parse_size
 from veneer.errors import ConfigError
 from veneer.private.argparse import Group
 from veneer.training.config import RunConfig
+
+if TYPE_CHECKING:
+    from veneer.library.library import Library
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,9 +90,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--resume",
-        nargs="+",
+        nargs="*",
         metavar="DIR",
-        help="continue the run in DIR bit for bit, with its own settings; several train together",
+        help=(
+            "continue the run in DIR bit for bit, with its own settings; several train together."
+            " Without DIR: the unfinished runs of RUN.yaml"
+        ),
+    )
+    group.add_argument(
+        "--library",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help=(
+            "add each finished adapter to this library, under its folder's name; without DIR: to"
+            " your own library"
+        ),
     )
     group.add_argument(
         "--fit",
@@ -147,11 +165,12 @@ def _add_setting(group: Group, name: str, placeholder: str | None) -> None:
 def run(args: argparse.Namespace) -> int:
     leads = os.environ.get("RANK", "0") == "0"
     # Rank 0 sends its settings to the other processes.
-    configs, are_jobs = _read_configs(args) if leads else ([], False)
-    if are_jobs:
+    jobs, are_several = _read_jobs(args) if leads else ([], False)
+    library = find_library(args, [job.config for job in jobs])
+    if are_several:
         from veneer.cli.training.train_jobs import train_jobs
 
-        return train_jobs(configs, args)
+        return train_jobs(jobs, args, library)
     if args.processes is not None:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise ConfigError(
@@ -160,14 +179,15 @@ def run(args: argparse.Namespace) -> int:
                 "Leave it out.",
             )
         return _launch_processes(args.processes)
-    return _train_run(next(iter(configs), None), args)
+    return _train_run(next(iter(jobs), None), args, library)
 
 
-def _train_run(config: RunConfig | None, args: argparse.Namespace) -> int:
-    """Trains one run. config: None on processes other than the first."""
-    leads = config is not None
+def _train_run(job: FileJob | None, args: argparse.Namespace, library: Library | None) -> int:
+    """Trains one run. job: None on processes other than the first."""
+    leads, config = job is not None, None if job is None else job.config
+    resume = job is not None and job.resume
     if config is not None:
-        check_place(config, resume=args.resume is not None)
+        check_place(config, resume=resume)
         check_run(config)
     # Imported after the settings are checked: loading torch takes seconds, a typo should not.
     from veneer.training.output.screen import make_screen
@@ -183,13 +203,16 @@ def _train_run(config: RunConfig | None, args: argparse.Namespace) -> int:
             config, changes = api.fit_run(config, parse_size(args.fit))
             for line in changes:
                 screen.message(line)
-        summary = api.train_run(config, resume=args.resume is not None, screen=screen)
+        summary = api.train_run(config, resume=resume, screen=screen)
     finally:
         screen.close()
+    if config is not None and library is not None:
+        entry = library.add(config.out, name=Path(config.out).name)
+        screen.message(f"in the library as {entry.reference}")
     if args.json and leads:
         print_json(summary)
     elif config is not None and not args.quiet:
-        screen.message(_suggest_next(config))
+        screen.message(_suggest_next(config, is_kept=library is not None))
     return 0
 
 
@@ -206,23 +229,25 @@ def _launch_processes(processes: int) -> int:
     return launch(arguments, processes, os.environ)
 
 
-def _read_configs(args: argparse.Namespace) -> tuple[list[RunConfig], bool]:
-    """Returns the settings of one run or of several, and whether several were asked for."""
+def _read_jobs(args: argparse.Namespace) -> tuple[list[FileJob], bool]:
+    """Returns one run or several, and whether several were asked for."""
     flags: dict[str, Any] = {name: getattr(args, name) for name in FLAGS}
+    if args.resume:
+        _refuse_settings(args, flags)
+        folders = _unfinished(args.resume)
+        jobs = [FileJob(_resumed_config(folder), resume=True) for folder in folders]
+        return jobs, len(folders) > 1
     if flags["from"] is not None and flags["base"] is None and args.run is None:
         parent = find_first_parent(flags["from"])
         flags["base"] = None if parent is None else locate_base_and_adapter(None, parent)[0]
-    if args.resume is None:
-        columns = parse_columns(args)
-        settings = read_settings(args.run)  # once: the file may be a pipe
-        _refuse_without_sweep(args)
-        jobs = read_jobs(settings, flags, args.sets, columns, args.sweep, args.draws)
-        if jobs is not None:
-            return jobs, True
-        return [resolve_run(settings, flags, args.sets, columns)], False
-    _refuse_settings(args, flags)
-    folders = _unfinished(args.resume)
-    return [_resumed_config(folder) for folder in folders], len(folders) > 1
+    columns = parse_columns(args)
+    settings = read_settings(args.run)  # once: the file may be a pipe
+    _refuse_without_sweep(args)
+    configs = read_jobs(settings, flags, args.sets, columns, args.sweep, args.draws)
+    are_several = configs is not None
+    if configs is None:
+        configs = [resolve_run(settings, flags, args.sets, columns)]
+    return (new_jobs if args.resume is None else begun_jobs)(configs), are_several
 
 
 def _refuse_without_sweep(args: argparse.Namespace) -> None:
@@ -232,6 +257,11 @@ def _refuse_without_sweep(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"{', '.join(flags)}: only with --sweep",
             next_step="Name what is tried, for instance --sweep learning_rate=3e-4,1e-3 rank=8,32.",
+        )
+    if args.halving and args.resume is not None:
+        raise ConfigError(
+            "--halving compares jobs from their start, and --resume goes on with those left",
+            next_step="Leave --halving out.",
         )
 
 
@@ -263,15 +293,20 @@ def _resumed_config(folder: str) -> RunConfig:
     file = Path(folder) / "run.yaml"
     if not file.is_file():
         raise ConfigError(
-            f"{folder} holds no run: {file} was not found", [], "Give the folder that --out named."
+            f"{folder} holds no run: {file} was not found",
+            [],
+            f"For a run file: veneer train {folder} --resume"
+            if Path(folder).is_file()
+            else "Give the folder that --out named.",
         )
     return read_run_config(file, {"out": folder})
 
 
-def _suggest_next(config: RunConfig) -> str:
+def _suggest_next(config: RunConfig, *, is_kept: bool) -> str:
     """Suggests the commands that come after a run."""
     flag = f"--base {config.out}/model" if config.method.trains_base else f"--adapter {config.out}"
     validation = config.data.validation
     held_out = f" --data {validation}" if isinstance(validation, str) else " --data HELD_OUT.jsonl"
-    keep = "" if config.method.trains_base else f"\n        veneer adapters add {config.out}"
+    add = f"\n        veneer adapters add {config.out}"
+    keep = "" if is_kept or config.method.trains_base else add
     return f"next: veneer chat {flag}\n        veneer evaluate {flag}{held_out}{keep}"

@@ -56,6 +56,9 @@ class Screen(Protocol):
     def end(self, summary: Facts) -> None:
         """Shows the summary, the content of summary.json."""
 
+    def failure(self, text: str) -> None:
+        """Shows the headline of the error that ended a job, while others train on."""
+
 
 class QuietScreen:
     """Shows nothing."""
@@ -69,6 +72,8 @@ class QuietScreen:
     def message(self, text: str) -> None: ...
 
     def end(self, summary: Facts) -> None: ...
+
+    def failure(self, text: str) -> None: ...
 
     def close(self) -> None: ...
 
@@ -114,12 +119,15 @@ class StepFigures:
         mean = sum(seconds for _, seconds in self._recent) / len(self._recent)
         return mean * (self.total - self.done)
 
+    def losses(self) -> str:
+        """Returns: loss 1.12▼ · eval 1.20"""
+        arrow = "" if self.falling is None else "▼" if self.falling else "▲"
+        evaluation = "" if self.evaluation is None else f" · eval {number(self.evaluation)}"
+        return f"loss {number(self.loss)}{arrow}{evaluation}"
+
     def figures(self) -> str:
         """Returns: loss 1.12▼ · eval 1.20 · 410 tokens/s · 1.3 GB · 6:10 left"""
-        arrow = "" if self.falling is None else "▼" if self.falling else "▲"
-        parts = [f"loss {number(self.loss)}{arrow}"]
-        if self.evaluation is not None:
-            parts.append(f"eval {number(self.evaluation)}")
+        parts = [self.losses()]
         if self.tokens_per_second is not None:
             parts.append(f"{self.tokens_per_second:,.0f} tokens/s")
         if self.memory_bytes:
@@ -152,9 +160,7 @@ class PlainScreen:
         )
         if at_an_end or now - self._last_line >= PLAIN_SECONDS:
             self._last_line = now
-            self._print(
-                f"  step {self._progress.done}/{self._progress.total} · {self._progress.figures()}"
-            )
+            self._print(self._step_line(self._progress))
 
     def evaluation(self, record: Facts) -> None:
         assert self._progress is not None, "start comes first"
@@ -167,11 +173,17 @@ class PlainScreen:
     def message(self, text: str) -> None:
         self._print("  " + shown(text))
 
+    def failure(self, text: str) -> None:
+        self.message(text)
+
     def end(self, summary: Facts) -> None:
         for line in end_lines(summary):
             self._print(line)
 
     def close(self) -> None: ...
+
+    def _step_line(self, progress: StepFigures) -> str:
+        return f"  step {progress.done}/{progress.total} · {progress.figures()}"
 
     def _print(self, line: str) -> None:
         self.console.print(Text(line), soft_wrap=True)
@@ -209,6 +221,9 @@ class LiveScreen:
 
     def message(self, text: str) -> None:
         self.console.print(Text("  " + shown(text), style="dim"))
+
+    def failure(self, text: str) -> None:
+        self.message(text)
 
     def end(self, summary: Facts) -> None:
         self.close()

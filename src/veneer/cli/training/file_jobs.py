@@ -1,0 +1,141 @@
+"""Runs of a run file that is trained again with --resume: finished, begun, or new.
+
+A run that has begun goes on with the settings in its folder. The run file and the flags must not
+ask for others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.cli.config_file import read_run_config
+from veneer.data.files.places import absolute
+from veneer.errors import ConfigError, CorruptFileError
+from veneer.files.home import expanded
+from veneer.library.names import is_name
+from veneer.training.config import RunConfig
+from veneer.training.output.loggers import flat
+
+if TYPE_CHECKING:
+    from veneer.library.library import Library
+
+MAY_DIFFER = {"out", "base", "device", "log", "keep", "show_answers", "micro_batch"}
+"""Settings that need not be those of the folder: where things are, and how they are computed."""
+
+
+@dataclass(frozen=True)
+class FileJob:
+    """A run of a run file. resume: whether it has begun. summary: of a finished run, else None."""
+
+    config: RunConfig
+    resume: bool
+    summary: Mapping[str, Any] | None = None
+
+
+def new_jobs(configs: Sequence[RunConfig]) -> list[FileJob]:
+    return [FileJob(config, resume=False) for config in configs]
+
+
+def begun_jobs(configs: Sequence[RunConfig]) -> list[FileJob]:
+    """Reads how far each run is. Raises ConfigError with every setting that differs."""
+    jobs, faults = list[FileJob](), list[str]()
+    for config in configs:
+        file = Path(config.out) / "run.yaml"
+        if not file.is_file():
+            jobs.append(FileJob(config, resume=False))
+            continue
+        begun = read_run_config(file, {"out": config.out})
+        faults += [f"{config.out}: {difference}" for difference in _differences(config, begun)]
+        jobs.append(FileJob(begun, resume=True, summary=_read_summary(Path(config.out))))
+    if faults:
+        raise ConfigError(
+            "these runs were begun with other settings",
+            faults,
+            "Write the settings as they were, or give these runs another out.",
+        )
+    return [_beside(job, jobs) for job in jobs]
+
+
+def _beside(job: FileJob, jobs: Sequence[FileJob]) -> FileJob:
+    """Writes a new job's base and dtype as jobs that have begun do: they share them."""
+    begun = next((other.config for other in jobs if other.resume), None)
+    if job.resume or begun is None:
+        return job
+    base, dtype = job.config.base, job.config.dtype
+    update = {
+        "base": begun.base if str(expanded(base).absolute()) == begun.base else base,
+        "dtype": begun.dtype if dtype == "auto" else dtype,
+    }
+    return FileJob(job.config.model_copy(update=update), resume=False)
+
+
+def find_library(args: argparse.Namespace, configs: Sequence[RunConfig]) -> Library | None:
+    """Returns the library of --library, None without it.
+
+    Raises ConfigError if a run has no adapter, or no folder that gives the adapter a name.
+    """
+    if args.library is None:
+        return None
+    from veneer.library.library import Library
+
+    library, faults = Library(args.library or None), list[str]()
+    library.require_place()
+    names = [Path(config.out).absolute().name for config in configs]
+    for config, name in zip(configs, names, strict=True):
+        if config.method.trains_base:
+            faults.append(f"{config.out}: method {config.method.name} makes no adapter")
+        elif names.count(name) > 1:
+            faults.append(f"{config.out}: another job's folder has the name {name}, too")
+        elif not is_name(name):
+            faults.append(f"{config.out}: an adapter in a library cannot be named {name!r}")
+    if faults:
+        raise ConfigError(
+            "--library names each adapter after its folder",
+            faults,
+            "Give these jobs other folders: lower-case names, with dashes.",
+        )
+    return library
+
+
+def _read_summary(out: Path) -> dict[str, Any] | None:
+    file = out / "summary.json"
+    if not file.is_file():
+        return None
+    try:
+        summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as fault:
+        raise CorruptFileError(f"{file} is not JSON: {fault}") from None
+    return summary
+
+
+def _differences(config: RunConfig, begun: RunConfig) -> list[str]:
+    """Lists the settings that the run file gives and that the run does not have.
+
+    Where the run file leaves a setting open, the folder has what the run chose. `length` is at most
+    the number of positions of the base.
+    """
+    asked, has = _settings(config), _settings(begun)
+    if config.length > begun.length:
+        asked.pop("length", None)
+    return [
+        f"{name} is {value!r} now, and was {has.get(name)!r}"
+        for name, value in asked.items()
+        if value not in (None, "auto") and value != has.get(name)
+    ]
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """Returns the settings by dotted name, with absolute names of rows."""
+    dump = config.model_dump(mode="json", exclude=MAY_DIFFER, exclude_unset=True)
+    settings = flat({**dump, "data": {**dump["data"], "train": None, "validation": None}})
+    for name, sets in (
+        ("train", config.data.train_sets),
+        ("validation", config.data.validation_sets),
+    ):
+        settings[f"data.{name}"] = [(absolute(rows.path), rows.share, rows.weight) for rows in sets]
+    return settings
