@@ -95,8 +95,7 @@ def test_another_rate_begins_with_what_the_first_run_found(
 
 OTHERS: dict[str, dict[str, Any]] = {
     "seed": {"seed": 7},
-    "rank": {"method": veneer.LoRA(rank=3)},
-    "targets": {"method": veneer.LoRA(targets=["q_proj"])},
+    "pissa": {"method": veneer.LoRA(rank=3, init="pissa")},
     "method": {"method": "dora"},
     "micro_batch": {"micro_batch": 2},
     "dtype": {"dtype": "bfloat16"},
@@ -104,6 +103,19 @@ OTHERS: dict[str, dict[str, Any]] = {
     "no sample": {"show_answers": False},
     "new tokens": {"new_tokens": ["<order>"]},
 }
+
+
+def test_lora_of_any_rank_on_any_modules_begins_as_the_base(
+    base: Path, tmp_path: Path, computed: list[int]
+) -> None:
+    run(base, tmp_path / "first", steps=1)
+    for name, method in (("rank", veneer.LoRA(rank=3)), ("at", veneer.LoRA(targets=["q_proj"]))):
+        computed.clear()
+        remembered = run(base, tmp_path / name, steps=1, method=method)
+        assert computed == [1]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(memory, "_enabled", False)
+            assert run(base, tmp_path / f"{name} fresh", steps=1, method=method) == remembered
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -1,13 +1,18 @@
-"""The evaluation before step 1, remembered if an earlier run computed the same
-(files/remembered.py).
+"""The evaluation before step 1, computed once for runs that begin in the same way.
 
-It takes nearly half of a start, and every run of a search begins with it. The key holds everything
-it is computed from, to the last byte: weights and buffers, trained values, rows, question, and
-every setting except those named here that only training reads. It is remembered on one process, on
-the CPU, over dense weights of transformers' own classes; elsewhere bits may differ from run to run.
+It takes nearly half of a start, and every run of a search begins with it. Jobs that train together
+share it in memory; later runs read it from disk (files/remembered.py). The key on disk holds
+everything it is computed from, to the last byte: weights and buffers, trained values, rows,
+question, and every setting except those named here that only training reads. It is stored on one
+process, on the CPU, over dense weights of transformers' own classes; elsewhere bits may differ from
+run to run.
+
+LoRA begins with B = 0. Its update is then zero at any rank and on any modules, so all such runs
+begin as the base, and the key has neither method nor values.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +26,7 @@ from veneer.execution.proofs.same_values import (
     digest,
     snapshot_digest,
 )
+from veneer.execution.train_step import fits_one_node
 from veneer.files.remembered import remember
 from veneer.training.inputs import TrainingInputs
 
@@ -58,18 +64,14 @@ def first_evaluation(
     job: TrainingInputs, make: Callable[[], EvaluationResult], say: Callable[[str], None]
 ) -> EvaluationResult:
     """Returns make(), or what an earlier run computed; then says so."""
-    sample = job.sample
-    if not can_be_remembered(job.model):
+    is_base = begins_as_base(job)
+    if not is_base and not can_be_remembered(job.model):
         return make()
-    question = None if sample is None else [list(sample.ids), list(sample.stops)]
-    key = {
-        **forward_key(job),
-        "settings": job.config.model_dump(mode="json", exclude={*_TRAINING, *_READ_ALREADY}),
-        "values": digest(job.flat.parameters),
-        "rows": rows_digest(job.validation),
-        "teacher": [digest(adapter.parameters()) for adapter, _ in job.teacher_adapters],
-        "question": hashlib.sha256(repr(question).encode()).hexdigest(),
-    }
+    key = _key(job, is_base=is_base)
+    in_memory = json.dumps(key, sort_keys=True, default=str)
+    if (known := job.first_evaluations.get(in_memory)) is not None:
+        say("the evaluation before step 1 is that of a job that began in the same way")
+        return known
     is_new = False
 
     def computed() -> EvaluationResult:
@@ -77,13 +79,39 @@ def first_evaluation(
         is_new = True
         return make()
 
-    result = remember("evaluation", key, EvaluationResult, computed)
+    if can_be_remembered(job.model):
+        result = remember("evaluation", {**forward_key(job), **key}, EvaluationResult, computed)
+    else:
+        result = computed()
     if not is_new:
         say(
             "the evaluation before step 1 is that of an earlier run, which was the same"
             " (VENEER_FORGET=1: anew)"
         )
+    job.first_evaluations[in_memory] = result
     return result
+
+
+def _key(job: TrainingInputs, *, is_base: bool) -> dict[str, Any]:
+    """Returns what the evaluation depends on besides the base."""
+    sample = job.sample
+    question = None if sample is None else [list(sample.ids), list(sample.stops)]
+    unread = {*_TRAINING, *_READ_ALREADY, *(["method"] if is_base else [])}
+    fits = [fits_one_node(adapter) for adapter, _ in job.adapters]
+    return {
+        "settings": job.config.model_dump(mode="json", exclude=unread),
+        "values": f"the base, {fits}" if is_base else digest(job.flat.parameters),
+        "rows": rows_digest(job.validation),
+        "teacher": [digest(adapter.parameters()) for adapter, _ in job.teacher_adapters],
+        "question": hashlib.sha256(repr(question).encode()).hexdigest(),
+    }
+
+
+def begins_as_base(job: TrainingInputs) -> bool:
+    """Returns whether every update is B A with B = 0, and nothing else is trained."""
+    return all(adapter.config.two_factors for adapter, _ in job.adapters) and not any(
+        values.any() for name, values in job.flat.parameters.items() if not name.endswith(".A")
+    )
 
 
 def forward_key(job: TrainingInputs) -> dict[str, Any]:
