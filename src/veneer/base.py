@@ -6,7 +6,7 @@ file only calls their functions.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
@@ -36,7 +36,8 @@ from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.initial_values import begin
 from veneer.training.own_loop.forward_queue import ForwardQueue
-from veneer.training.own_loop.trainer import Trainer, TrainerOptions, open_trainer
+from veneer.training.own_loop.state import TrainerOptions, choose_start
+from veneer.training.own_loop.trainer import Trainer, open_trainer
 from veneer.wording import html_table, millions
 
 
@@ -131,7 +132,7 @@ class Base(FrozenBase):
 
     def trainer(
         self,
-        method: AdapterConfig | str | Path,
+        method: AdapterConfig | str | Path | None = None,
         *,
         name: str | None = None,
         seed: int = 0,
@@ -139,6 +140,7 @@ class Base(FrozenBase):
         length: int = 2048,
         train_on: TrainOn = "assistant",
         variables: Mapping[str, Any] | None = None,
+        resume: str | Path | None = None,
     ) -> Trainer:
         """Returns a trainer, for a training loop that you write yourself.
 
@@ -148,20 +150,23 @@ class Base(FrozenBase):
         length     longest row, tokens
         train_on   tokens that are trained: as data.train_on in a run file
         variables  variables of the chat template
+        resume     folder of Trainer.save_state, in place of all other arguments but name
 
         Raises what attach and load_adapter raise.
         """
         name = name or f"trainer {len(self.attachments) + 1}"
-        options = TrainerOptions(seed, length, train_on, variables or {})
-        if isinstance(method, str | Path):
-            if new_tokens:
+        options = TrainerOptions(seed, length, train_on, variables, tuple(new_tokens))
+        start = choose_start(self, method, options, resume)
+        options = start.options
+        if isinstance(start.method, str | Path):
+            if options.new_tokens:
                 raise ConfigError("new_tokens are for a new adapter, and this one exists")
-            stored = read_adapter((self.library or Library(None)).locate(method))
+            stored = read_adapter((self.library or Library(None)).locate(start.method))
             self._pool.adopt(lambda: load_adapter(self, stored, name=name))
-            options = replace(options, parent=stored.content_hash)
+            start = start.of_parent(stored.content_hash)
         else:
-            self.attach(method, name=name, seed=seed, new_tokens=new_tokens)
-        return open_trainer(self, self.attachments[name], self._queue, options)
+            self.attach(start.method, name=name, seed=options.seed, new_tokens=options.new_tokens)
+        return open_trainer(self, self.attachments[name], self._queue, start)
 
     def use(self, name: str | Sequence[str] | None, weights: Sequence[float] | None = None) -> None:
         """Switches to one adapter, to several with weights, or with None to the base alone.

@@ -10,7 +10,15 @@ from safetensors.torch import load_file
 
 import veneer
 from tests.support.joint import FLOAT32, alone, losses, make_world
-from veneer.errors import ConfigError, DataError, DivergedError, DoesNotFitError
+from veneer.errors import (
+    AdapterMismatchError,
+    ConfigError,
+    CorruptFileError,
+    DataError,
+    DivergedError,
+    DoesNotFitError,
+    SourceError,
+)
 from veneer.training.own_loop import forward_queue
 
 DIVIDED = 1e-5
@@ -294,6 +302,112 @@ def test_a_trainer_goes_on_with_an_adapter(base, rows, tmp_path):
     assert second["parent"] == first["content_hash"] and first["recipe"] is None
 
 
+STATES = {
+    "lora": METHODS["lora"],
+    "pissa": veneer.LoRA(rank=2, init="pissa"),
+    "dora": METHODS["dora"],
+    "prefix": METHODS["prefix"],
+    "tokens": veneer.LoRA(rank=2, dropout=0.1),
+    "adapter": "parent",
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_loop_goes_on_from_a_state_to_the_bit(name, world, base, rows, tmp_path):
+    """New values, moments, dropout masks and the system turn are those of a loop that went on."""
+    method, options = STATES[name], {"seed": 5, "train_on": "last"}
+    if name == "tokens":
+        options["new_tokens"] = ["<order>"]
+    if method == "parent":
+        with base.trainer(METHODS["targets"]) as parent:
+            step(parent, rows[:3])
+            method = parent.save(tmp_path / "parent")
+    with base.trainer(method, **options) as trainer:
+        parts = batches(rows)
+        for part in parts[:2]:
+            step(trainer, part)
+        folder = trainer.save_state(tmp_path / "state")
+        expected = [step(trainer, part) for part in parts[2:4]]
+        after, saved = values(trainer), trainer.save(tmp_path / "whole")
+    other = veneer.load(world / "base")
+    with other.trainer(resume=folder) as trainer:
+        assert trainer.step == 2
+        assert [step(trainer, part) for part in parts[2:4]] == expected
+        assert all(torch.equal(value, after[key]) for key, value in values(trainer).items())
+        again = trainer.save(tmp_path / "again")
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == {
+        p.name: p.read_bytes() for p in again.iterdir()
+    }
+
+
+def test_states_that_cannot_go_on_are_refused(world, base, rows, tmp_path):
+    with base.trainer(METHODS["dora"]) as trainer:
+        trainer.forward_backward(rows[:2])
+        with pytest.raises(ConfigError, match="a step has begun"):
+            trainer.save_state(tmp_path / "state")
+        trainer.optim_step(veneer.AdamW(learning_rate=0.01))
+        trainer.save_state(tmp_path / "state")
+        with pytest.raises(ConfigError):
+            trainer.save_state(tmp_path / "state")
+        trainer.save_state(tmp_path / "state", replace=True)
+    for options in ({"method": veneer.LoRA(rank=2)}, {"seed": 3}):
+        with pytest.raises(ConfigError, match="from its state"):
+            base.trainer(resume=tmp_path / "state", **options)
+    with pytest.raises(ConfigError, match="needs a method"):
+        base.trainer()
+    with pytest.raises(SourceError, match="no state"):
+        base.trainer(resume=tmp_path)
+    with pytest.raises(AdapterMismatchError):
+        veneer.load(world / "wide").trainer(resume=tmp_path / "state")
+    (tmp_path / "state" / "state.safetensors").write_bytes(b"")
+    with pytest.raises(CorruptFileError):
+        base.trainer(resume=tmp_path / "state")
+    assert not base.attachments
+
+
+def test_a_custom_loss_gets_the_log_probabilities_of_each_row(base, rows, forwards):
+    """The sum of -log p is cross-entropy; other trainers share the forward."""
+    seen = []
+
+    def cross_entropy(examples, log_probs):
+        seen.append([len(values) for values in log_probs])
+        assert [e.trained_tokens for e in examples] == seen[-1]
+        loss = -torch.stack([values.sum() for values in log_probs]).sum()
+        return loss, {"half": loss.detach() / 2}
+
+    method = METHODS["targets"]
+    with base.trainer(method) as ours, base.trainer(method) as theirs:
+        custom = ours.forward_backward_custom(rows[:5], cross_entropy)
+        plain = theirs.forward_backward(rows[:5])
+        for trainer in (ours, theirs):
+            trainer.optim_step(veneer.AdamW(learning_rate=0.01))
+        assert forwards == [2] and len(seen) == 1
+        assert custom.loss_sum == pytest.approx(plain.loss_sum, rel=FLOAT32)
+        assert custom.metrics["half"] == pytest.approx(custom.loss_sum / 2)
+        for name, value in values(ours).items():
+            assert torch.allclose(value, values(theirs)[name], rtol=DIVIDED, atol=DIVIDED)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda examples, log_probs: 1 / 0, "loss_fn raised ZeroDivisionError"),
+        (lambda examples, log_probs: 3.0, "no loss that depends"),
+        (lambda examples, log_probs: log_probs[0].detach().sum(), "no loss that depends"),
+    ],
+)
+def test_a_custom_loss_that_fails_ends_its_own_step_alone(function, words, base, rows):
+    with base.trainer(METHODS["dora"]) as bad, base.trainer(METHODS["targets"]) as good:
+        loss = bad.forward_backward_custom(rows[:2], function)
+        assert good.forward_backward(rows[:2]).loss_sum > 0
+        with pytest.raises(ConfigError, match=words):
+            _ = loss.loss_sum
+        with pytest.raises(ConfigError, match=words):
+            bad.optim_step(veneer.AdamW(learning_rate=0.01))
+        assert good.optim_step(veneer.AdamW(learning_rate=0.01)).step == 1
+        assert step(bad, rows[:2]) > 0  # goes on
+
+
 def test_mistakes_are_refused_in_words(base, rows):
     with pytest.raises(ConfigError, match="length"):
         base.trainer(METHODS["lora"], length=0)
@@ -337,3 +451,11 @@ def test_the_example_of_the_guide_runs(world, tmp_path, monkeypatch, capsys):
     printed = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()[:20]]
     assert printed[-1] < printed[0]
     assert (tmp_path / "adapters" / "orders" / "adapter_model.safetensors").exists()
+
+
+def test_the_custom_loss_of_the_guide_runs(base, rows, capsys):
+    (example,) = re.findall(r"```python\n(def focal.*?)```", GUIDE.read_text(), re.DOTALL)
+    with base.trainer(veneer.LoRA(rank=2)) as trainer:
+        exec(example, {"veneer": veneer, "trainer": trainer, "examples": trainer.encode(rows[:4])})
+    loss, lowest = map(float, capsys.readouterr().out.split())
+    assert loss > 0 > lowest

@@ -6,7 +6,8 @@ Liu et al. 2024, arXiv:2402.09353; LoRA+, Hayou et al. 2024, arXiv:2402.12354; p
 Liang 2021, arXiv:2101.00190.
 """
 
-from typing import Annotated, ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -335,3 +336,10 @@ METHODS: dict[str, type[MethodConfig]] = {
     "prefix": Prefix,
     "full": Full,
 }
+
+
+def adapter_settings(values: Mapping[str, Any]) -> AdapterConfig:
+    """Reads stored settings of an adapter; `name` among them names its method."""
+    settings = METHODS[values["name"]].model_validate(values)
+    assert isinstance(settings, AdapterConfig), f"{settings.name} makes no adapter"
+    return settings

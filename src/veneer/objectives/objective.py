@@ -83,6 +83,13 @@ class HeldOutFigures:
     counted: Values | None = None
 
 
+class BatchLoss(Protocol):
+    """Computes the loss of a batch, as an objective does."""
+
+    def loss(self, predictions: Predictions, answers: AnswerBatch, total: float) -> ObjectiveLoss:
+        """Computes a batch's part of a step's loss, which is divided by `total`."""
+
+
 class Objective(ABC):
     """The sum of the answers' losses, divided by the sum of their counts: a run minimises it."""
 

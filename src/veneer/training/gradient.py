@@ -25,7 +25,7 @@ from veneer.data.joint_batch import join_batches
 from veneer.errors import DivergedError, DoesNotFitError, fits_memory
 from veneer.kernels.dense.block import adding_gradients_in_place
 from veneer.models.step import BatchShare, batch_losses
-from veneer.objectives.objective import AnswerBatch, Objective, ObjectiveLoss, Predictions
+from veneer.objectives.objective import AnswerBatch, BatchLoss, ObjectiveLoss, Predictions
 from veneer.training.inputs import ForwardInputs, TrainingInputs
 from veneer.training.optimizer.offload import Offload, offload_for, offloaded
 from veneer.training.processes.assignment import assign_by_cost, group_by_cost
@@ -266,7 +266,7 @@ class MicroBatch:
     gradient: GradientCollector
     number: int
     counts: bool
-    objective: Objective
+    objective: BatchLoss
     answers: AnswerBatch
     total: float
     teacher: Sequence[Example] = ()

@@ -9,6 +9,7 @@ of their trainers are computed again.
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from weakref import WeakSet
 
 import torch
@@ -18,14 +19,14 @@ from veneer.adapters.placement.acting import Acting
 from veneer.adapters.placement.attachment import Attachment
 from veneer.data.batching import Batch, used_length
 from veneer.data.examples import Example
-from veneer.errors import DivergedError, DoesNotFitError, VeneerError, is_out_of_memory
+from veneer.errors import ConfigError, DivergedError, DoesNotFitError, VeneerError, is_out_of_memory
 from veneer.execution.proofs.model import acting_prefix_length
 from veneer.execution.stand_in import StandIn
 from veneer.execution.train_step import fused, one_node, replacements
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.step import parts_of
 from veneer.objectives.answers import AnswersObjective
-from veneer.objectives.objective import AnswerBatch, ObjectiveLoss
+from veneer.objectives.objective import AnswerBatch, BatchLoss, ObjectiveLoss, Predictions
 from veneer.training.forward_room import ForwardRoom
 from veneer.training.gradient import MicroBatch, forward_backward
 from veneer.training.inputs import ForwardInputs
@@ -66,6 +67,10 @@ class SummedLoss:
             self._sum = float(torch.stack(list(self._losses.values())).sum())
         return self._sum
 
+    def objective(self, part: Sequence[int]) -> BatchLoss:
+        """Returns what computes the loss of a micro-batch. part: numbers of its examples"""
+        return _SUM
+
     def add(self, part: int, loss: Tensor) -> None:
         """Adds the loss of one of the call's micro-batches; a later one of this number replaces
         it."""
@@ -79,6 +84,61 @@ class SummedLoss:
     def __repr__(self) -> str:
         loss = "not computed yet" if self._sum is None else f"{self._sum:.6g}"
         return f"SummedLoss(loss_sum={loss}, tokens={self.tokens}, rows={self.rows})"
+
+
+LossFunction = Callable[
+    [Sequence[Example], list[Tensor]], Tensor | tuple[Tensor, Mapping[str, float]]
+]
+"""Takes the examples of a call, and for each the log p of its trained tokens, with a gradient.
+Returns a loss, or a loss and figures by name."""
+
+
+class CustomLoss(SummedLoss):
+    """The loss of one `forward_backward_custom` call. `loss_sum` is what the function returned."""
+
+    def __init__(
+        self, examples: Sequence[Example], compute: Callable[[], None], function: LossFunction
+    ) -> None:
+        super().__init__(examples, compute)
+        self._function = function
+        self._metrics: dict[str, float] = {}
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Returns the figures that the function returned."""
+        _ = self.loss_sum
+        return self._metrics
+
+    def objective(self, part: Sequence[int]) -> BatchLoss:
+        return FunctionLoss(self, part)
+
+    def call(self, log_probs: list[Tensor]) -> Tensor:
+        """Calls the function, and keeps its figures. log_probs: of each example of the call"""
+        try:
+            result = self._function(self.examples, log_probs)
+        except Exception as fault:
+            raise ConfigError(f"loss_fn raised {type(fault).__name__}: {fault}") from fault
+        loss, metrics = result if isinstance(result, tuple) else (result, {})
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise ConfigError(
+                "loss_fn returned no loss that depends on the log-probabilities",
+                next_step="Return one number as a tensor, or that and a dict of figures.",
+            )
+        self._metrics = {name: float(value) for name, value in metrics.items()}
+        return loss.reshape(())
+
+
+@dataclass(frozen=True)
+class FunctionLoss:
+    """The loss of the only micro-batch of a custom call. part: numbers of its examples"""
+
+    custom: CustomLoss
+    part: Sequence[int]
+
+    def loss(self, predictions: Predictions, answers: AnswerBatch, total: float) -> ObjectiveLoss:
+        counts = [example.trained_tokens for example in answers.examples]
+        log_probs = dict(zip(self.part, (-predictions.nats()).split(counts), strict=True))
+        return ObjectiveLoss(self.custom.call([log_probs[i] for i in range(len(counts))]))
 
 
 class TrainerGradient:
@@ -98,8 +158,8 @@ class TrainerGradient:
         self._fault: VeneerError | None = None
 
     def add_call(self, call: SummedLoss) -> None:
-        self.calls.append(call)
         self._divide(call)
+        self.calls.append(call)
 
     def _divide(self, call: SummedLoss) -> None:
         """Divides a call into the micro-batches that the model requires, one for most models."""
@@ -107,11 +167,18 @@ class TrainerGradient:
         with forward.routing.held(Acting.everywhere(forward.adapters)):
             rows = [list(range(len(examples)))]
             parts = list(parts_of(forward.model, forward.paths, examples, rows))
+        if len(parts) > 1 and isinstance(call, CustomLoss):
+            raise ConfigError(
+                f"loss_fn takes all rows of a call, and this base computes them in {len(parts)}"
+                " forwards",
+                next_step="Give fewer rows in a call: several calls add up.",
+            )
         for number, part in enumerate(parts):
             place = len(self._of_micro_batch)
             self._of_micro_batch.append((call, number))
             answers = AnswerBatch.without_reference([examples[i] for i in part])
-            self.waiting.append(MicroBatch(self, place, True, _SUM, answers, total=1.0))
+            objective = call.objective(part)
+            self.waiting.append(MicroBatch(self, place, True, objective, answers, total=1.0))
 
     def next_lengths(self) -> list[int]:
         """Counts the tokens of each example of the next micro-batch, with those of a prefix."""

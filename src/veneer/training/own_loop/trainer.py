@@ -8,13 +8,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self, TypeGuard, cast, get_args
+from typing import Literal, Self, TypeGuard, cast, get_args
 
 from veneer.adapters.placement.acting import Acting, check_answers
 from veneer.adapters.placement.attachment import Attachment
-from veneer.bounds import LENGTH, SEED, check_numbers
 from veneer.data.checks.check import refuse_beyond
-from veneer.data.examples import Example, TrainOn
+from veneer.data.examples import Example
 from veneer.data.files.writing import Record
 from veneer.data.template.user_prompt import UserPrompt
 from veneer.decoding.answers import Answer, answer_prompts
@@ -28,7 +27,14 @@ from veneer.models.frozen_base import FrozenBase
 from veneer.training.inputs import ForwardInputs
 from veneer.training.optimizer.buffer import FlatAdamW, FlatParameters
 from veneer.training.own_loop.adamw import AdamW
-from veneer.training.own_loop.forward_queue import ForwardQueue, SummedLoss, TrainerGradient
+from veneer.training.own_loop.forward_queue import (
+    CustomLoss,
+    ForwardQueue,
+    LossFunction,
+    SummedLoss,
+    TrainerGradient,
+)
+from veneer.training.own_loop.state import TrainerState, write_state
 from veneer.wording import kind_of
 
 Loss = Literal["cross_entropy"]
@@ -50,26 +56,6 @@ class OptimizerStep:
     tokens: int
 
 
-@dataclass(frozen=True)
-class TrainerOptions:
-    """Options of `base.trainer`. parent: content hash of the adapter that training starts from.
-
-    Raises ConfigError for options out of bounds.
-    """
-
-    seed: int
-    length: int
-    train_on: TrainOn
-    variables: Mapping[str, Any]
-    parent: str | None = None
-
-    def __post_init__(self) -> None:
-        check_numbers(seed=(SEED, self.seed), length=(LENGTH, self.length))
-        if self.train_on not in get_args(TrainOn):
-            choices = ", ".join(get_args(TrainOn))
-            raise ConfigError(f"train_on is {self.train_on!r}, not one of {choices}")
-
-
 class Trainer:
     """Trains an adapter of a base, step by step; made by `base.trainer`. Use it in a `with` block,
     or close it.
@@ -80,22 +66,31 @@ class Trainer:
     """
 
     def __init__(
-        self, base: FrozenBase, attachment: Attachment, queue: ForwardQueue, options: TrainerOptions
+        self, base: FrozenBase, attachment: Attachment, queue: ForwardQueue, start: TrainerState
     ) -> None:
         check_answers([attachment])
         self._base, self.attachment, self._queue = base, attachment, queue
-        self.name, self._options = attachment.name, options
-        attachment.preamble = attachment.preamble.overridden(variables=options.variables)
-        self._systems: set[str | None] = set()
+        self.name, self._options, self._method = attachment.name, start.options, start.method
+        attachment.preamble = attachment.preamble.overridden(variables=start.options.variables)
+        self._systems: set[str | None] = set(start.systems)
+        self._keep_common_system()
         adapters = ((attachment, 1.0),)
         self._acting = Acting.everywhere(adapters)
         with fits_memory("on the trained values, their gradient and the optimizer's moments"):
             flat = FlatParameters(attachment.parameters(), attachment.learning_rate_factors())
             self._optimizer: FlatAdamW | None = FlatAdamW(flat, weight_decay=0.0)
         forward = ForwardInputs(
-            base.model, base.paths, base.routing, adapters, share_prompt=True, seed=options.seed
+            base.model,
+            base.paths,
+            base.routing,
+            adapters,
+            share_prompt=True,
+            seed=start.options.seed,
         )
         self._gradient = TrainerGradient(forward, flat)
+        self._gradient.step = start.step
+        if start.tensors is not None:
+            self._optimizer.load(start.tensors)
         queue.enter(self._gradient)
 
     @property
@@ -123,9 +118,14 @@ class Trainer:
             examples = list(data.train)
             refuse_beyond("these rows do not fit", examples, capacity, tokenizer)
         self._systems.add(data.preamble.system)
-        system = next(iter(self._systems)) if len(self._systems) == 1 else None
-        self.attachment.preamble = replace(preamble, system=system)
+        self._keep_common_system()
         return examples
+
+    def _keep_common_system(self) -> None:
+        """Makes the system turn that all rows have the adapter's own."""
+        if self._systems:
+            system = next(iter(self._systems)) if len(self._systems) == 1 else None
+            self.attachment.preamble = replace(self.attachment.preamble, system=system)
 
     def forward_backward(
         self,
@@ -146,10 +146,29 @@ class Trainer:
         self._require_open()
         if loss not in get_args(Loss):
             raise ConfigError(f"loss is {loss!r}, not one of {', '.join(get_args(Loss))}")
-        examples = rows if _are_encoded(rows) else self.encode(cast(Iterable[Record], rows))
-        call = SummedLoss(examples, self._queue.compute)
+        call = SummedLoss(self._examples(rows), self._queue.compute)
         self._gradient.add_call(call)
         return call
+
+    def forward_backward_custom(
+        self, rows: str | Path | Iterable[Record] | Sequence[Example], loss_fn: LossFunction
+    ) -> CustomLoss:
+        """Adds the gradient of your own loss of these rows to that of the next step.
+
+        loss_fn  receives the examples, and a list with one tensor for each: log p of its trained
+                 tokens, in their order. It returns the loss, or the loss and a dict of figures,
+                 which `metrics` of the call then has. It runs when the call is computed, on all
+                 rows at once, in the same forward that the gradient flows back through
+        """
+        self._require_open()
+        call = CustomLoss(self._examples(rows), self._queue.compute, loss_fn)
+        self._gradient.add_call(call)
+        return call
+
+    def _examples(
+        self, rows: str | Path | Iterable[Record] | Sequence[Example]
+    ) -> Sequence[Example]:
+        return rows if _are_encoded(rows) else self.encode(cast(Iterable[Record], rows))
 
     def optim_step(self, adamw: AdamW, *, divide_by: float = 1.0) -> OptimizerStep:
         """Changes the adapter by the gradient of all calls since the last step.
@@ -226,6 +245,26 @@ class Trainer:
         folder = expanded(out)
         return write_adapter(folder, attachment, manifest, model=base.model, replace=replace).path
 
+    def save_state(self, out: str | Path, *, replace: bool = False) -> Path:
+        """Writes everything that `base.trainer(resume=out)` needs to go on bit for bit: values and
+        moments, options and number of steps. The folder holds the adapter, too.
+
+        replace: an existing folder is replaced. Raises ConfigError otherwise, and between
+        forward_backward and optim_step.
+        """
+        optimizer = self._require_open()
+        if not isinstance(out, str | Path):
+            raise ConfigError(f"out is {out!r}, not a folder's name")
+        if self._gradient.calls:
+            raise ConfigError(
+                "a step has begun, and its gradient is no part of a state",
+                next_step="Call optim_step first.",
+            )
+        state = TrainerState(
+            self._method, self._options, self.step, tuple(self._systems), optimizer.state()
+        )
+        return write_state(out, self._base, state, self.save, replace=replace)
+
     def close(self) -> None:
         """Takes the adapter off the base and frees the optimizer. Calls that wait are dropped."""
         if self._optimizer is None:
@@ -263,11 +302,11 @@ class Trainer:
 
 
 def open_trainer(
-    base: FrozenBase, attachment: Attachment, queue: ForwardQueue, options: TrainerOptions
+    base: FrozenBase, attachment: Attachment, queue: ForwardQueue, start: TrainerState
 ) -> Trainer:
     """Opens a trainer of an adapter; takes the adapter off the base if that fails."""
     try:
-        return Trainer(base, attachment, queue, options)
+        return Trainer(base, attachment, queue, start)
     except BaseException:
         base.detach(attachment.name)
         raise

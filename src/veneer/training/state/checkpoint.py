@@ -57,7 +57,7 @@ def save_checkpoint(
     path = checkpoint_path(folder, step)
     size = sum(t.nbytes for t in tensors.values())
     with atomic_folder(path, replace=True, needed_bytes=size + 2**16) as partial:
-        _write(partial / "state.safetensors", tensors)
+        write_tensors(partial / "state.safetensors", tensors)
         (partial / "state.json").write_text(json_text(state), encoding="utf-8")
         write_manifest(partial)
     return path
@@ -70,7 +70,7 @@ def send_pieces(tensors: Mapping[str, Tensor | SplitTensor]) -> None:
             pass
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor | SplitTensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor | SplitTensor]) -> None:
     """Writes as safetensors' save_file does; split tensors piece by piece."""
     whole_tensors = {
         name: tensor.detach().cpu().contiguous()
