@@ -181,6 +181,13 @@ def test_rated_rows_of_one_prompt_are_refused(tmp_path):
     assert [e.kind for e in data.train] == ["chosen", "mismatched"] * 3
     assert [e.row for e in data.train] == [0, 0, 1, 1, 2, 2]
     assert data.sets[0].examples == 6 and data.sets[0].rows == 3
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"prompt": "b", "completion": "c", "label": False}) + "\n")
+    sets = [{"path": str(tmp_path / "rows.jsonl")}, {"path": str(other)}]
+    same = [{"prompt": "a", "completion": str(n), "label": True} for n in range(2)]
+    data, *_ = examine(tmp_path, same, "ratings", train=sets)  # a mixture of sets of one prompt
+    assert [e.kind for e in data.train] == ["chosen", "mismatched"] * 2 + ["rejected", "mismatched"]
+    assert [data_set.rows for data_set in data.sets] == [2, 1] and not data.report.refused
     rows = [{"prompt": str(n), "completion": str(n), "label": n > 1} for n in range(5)]
     data, *_ = examine(tmp_path, rows, "ratings", validation_share=0.2)  # one row is held out
     assert [e.kind for e in data.validation][1:] == ["mismatched"] and not data.report.refused

@@ -222,7 +222,7 @@ def read_data(
         message = f"the chat template writes the date: rows are tokenised as on {template.today}"
         findings.problems.append(Problem("D213", data.called, message, fatal=False))
     if kind == "ratings":
-        findings.problems += add_mismatched(training, length)
+        findings.problems += add_mismatched(training, length, spare=training.close())
         findings.problems += add_mismatched(validation, length, spare=training.close())
     train_examples, validation_examples = training.close(), validation.close()
     if (

@@ -20,8 +20,8 @@ def add_mismatched(
 ) -> list[Problem]:
     """Adds the mismatched example of every row, behind the row's own.
 
-    length: most tokens. spare: rows whose answers are taken for a set with a single prompt.
-    Returns a problem for each set whose rows all have one prompt.
+    length: most tokens. spare: rows of all sets, whose answers are taken for a set with a single
+    prompt. Returns a problem for each set with a single prompt that all of `spare` has, too.
     """
     return collector.extend_rows(
         lambda examples: mismatched(examples, length, spare),
