@@ -178,7 +178,7 @@ def _advice(
     examples = list(question.workload.rows)
     task = TuningTask(
         kind=question.kind,
-        rows=len(examples) or None,
+        rows=question.workload.num_rows or None,
         tokens=sum(len(example.ids) for example in examples) or None,
         variants=question.variants,
         merge=question.merge,

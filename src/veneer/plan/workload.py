@@ -92,6 +92,11 @@ class Workload:
             mixture=data.mixture if data.in_files is None else None,
         )
 
+    @property
+    def num_rows(self) -> int:
+        """Number of rows; a row may have become several examples."""
+        return len(RowSpans.of(self.rows).lengths) if self.rows else 0
+
     def without_rows(self) -> Workload:
         return replace(self, rows=(), mixture=None, known_largest=())
 

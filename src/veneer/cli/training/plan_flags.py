@@ -13,6 +13,7 @@ from veneer.training.config import RunConfig
 SETTINGS = (
     "base",
     "models",
+    "objective",
     "method",
     "rank",
     "quantize",

@@ -50,7 +50,7 @@ def print_plan(console: Console, answer: PlanAnswer, question: PlanQuestion) -> 
 def _headline(answer: PlanAnswer, question: PlanQuestion) -> str:
     choice = question.choice
     rows = (
-        f"{len(question.workload.rows):,} rows"
+        f"{question.workload.num_rows:,} rows"
         if question.workload.rows
         else f"{choice.batch} × {choice.length} tokens a step"
     )
