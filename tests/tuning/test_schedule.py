@@ -95,7 +95,7 @@ def result(interval, *, forgetting=(0.1, [0.05, 0.15]), interrupted=False, runne
         "search": {
             "candidates": [{}] * 8,
             "seconds": 62.0,
-            "runner_up": runner_up and {"text": "rank 8", "gap": runner_up},
+            "runner_up": runner_up and {"text": "rank 8", "gap": runner_up, "noise": 0.1},
         },
         "chosen": {"text": "learning rate 0.0013, rank 8, batch 2"},
         "run": {"steps": 400, "epochs": 3.8, "reason": "done", "whole": True, "loss": 1.1},

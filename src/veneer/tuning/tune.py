@@ -332,7 +332,7 @@ class _TuneRuns:
 
     def _runner_up(self, search: _Search) -> dict[str, Any] | None:
         """Returns the setting that trained longest beside the best, and how far it was behind after
-        equal tokens; None if it was not behind."""
+        equal tokens; None if it was not behind. noise: half the 95% interval of the best loss."""
         rivals = [job for job in search.jobs if job is not search.best and job.loss is not None]
         if not rivals:
             return None
@@ -340,7 +340,12 @@ class _TuneRuns:
         best_loss = search.best.loss_after(rival.tokens)
         if best_loss is None or rival.loss is None or rival.loss < best_loss:
             return None
-        return {"text": str(self._candidate_of(rival.folder)), "gap": rival.loss - best_loss}
+        low, high = search.best.low, search.best.high
+        return {
+            "text": str(self._candidate_of(rival.folder)),
+            "gap": rival.loss - best_loss,
+            "noise": None if low is None or high is None else (high - low) / 2,
+        }
 
     def _steps_of(self, job: JobRecord) -> int:
         return int(job.settings["steps"])

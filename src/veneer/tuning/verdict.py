@@ -124,10 +124,12 @@ def _certainty(result: Result) -> str:
         sentence = "Sure that it is worse than the base on such rows: the interval is above zero."
     if search["runner_up"] is None:
         return sentence
-    gap = search["runner_up"]["gap"]
+    runner_up = search["runner_up"]
+    gap, noise = runner_up["gap"], runner_up["noise"]
+    sure = "Fairly" if noise is not None and gap > noise else "Less"
     return (
-        f"{sentence} Less sure of the setting: when {search['runner_up']['text']} stopped, its loss"
-        f" was {number(gap)} higher."
+        f"{sentence} {sure} sure of the setting: when {runner_up['text']} stopped, its loss was"
+        f" {number(gap)} higher."
     )
 
 
