@@ -38,7 +38,7 @@ from veneer.cli.common import (
 )
 from veneer.cli.early import check_files, check_rows, check_writable
 from veneer.cli.training.label_lines import label_lines
-from veneer.wording import cut, number, shown
+from veneer.wording import cut, folded, number, shown, wrapped
 
 UNITS = {"loss": "nats a token", "tokens": "trained tokens", "cut_answers": "at --max-new-tokens"}
 
@@ -179,13 +179,11 @@ def _print_table(result: dict[str, Any]) -> None:
 
     def line(name: str, figure: str, *notes: str) -> None:
         """Prints a figure and its notes; notes that do not fit go on the next line."""
-        row, is_first = f"{shown(name):<15}{figure:>10}", True
-        for note in notes:
-            if not is_first and len(row) + len(note) + 3 > console.width:
-                console.print(row, soft_wrap=True)
-                row, is_first = " " * 25, True
-            row, is_first = row + ("  " if is_first else " · ") + note, False
-        console.print(row, soft_wrap=True)
+        row, room = f"{shown(name):<15}{figure:>10}", console.width - 27
+        for facts in folded(" · ".join(notes), room).split("\n"):
+            for part in wrapped(facts, room).split("\n"):
+                console.print(f"{row}  {part}".rstrip(), soft_wrap=True)
+                row = " " * 25
 
     for name, value in result.items():
         if name in ("intervals", "units", "general", "against", "labels"):
