@@ -12,7 +12,8 @@ Otherwise transformers' own path is taken: padded rows, or one row at a time if 
 logits. That is slower but never wrong, and `ComputePaths.lines` says why.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -200,8 +201,9 @@ def batch_losses(
     The routing holds what acts on all rows; the head sees one run after the other.
     """
     readers = [(share.adapters, share.targets) for share in shares]
-    predicted = predictions_of_runs(model, paths, routing, batch, readers)
-    return [share.loss(own) for share, own in zip(shares, predicted, strict=True)]
+    # Closed at once after an error in a loss, or the routing would change at any later moment.
+    with closing(predictions_of_runs(model, paths, routing, batch, readers)) as predicted:
+        return [share.loss(own) for share, own in zip(shares, predicted, strict=True)]
 
 
 def predictions_of_runs(
@@ -210,7 +212,7 @@ def predictions_of_runs(
     routing: Routing,
     batch: Batch,
     runs: Sequence[tuple[Applied, int]],
-) -> Iterator[Predictions]:
+) -> Generator[Predictions, None, None]:
     """Yields the predictions of each run in a batch of several, while its adapters act everywhere.
 
     runs: their adapters, and the number of their targets
