@@ -22,6 +22,7 @@ from veneer.errors import (
     DataError,
     RefusedError,
 )
+from veneer.merge.export.export_run import export_adapter
 from veneer.models.predictions import ScorePredictions
 from veneer.objectives.config import Classify
 from veneer.objectives.labels import resolved
@@ -288,6 +289,25 @@ def test_probabilities_follow_the_kind_of_the_head(adapters, base):
         veneer.classify(base, TEXTS)
     for kind in adapters:
         base.detach(kind)
+
+
+@pytest.mark.parametrize("program", ["vllm", "llamacpp"])
+def test_no_export_drops_the_head(program, world, adapters, tmp_path):
+    with pytest.raises(RefusedError, match="write no answers"):
+        export_adapter(
+            adapters["label"], to=program, base=str(world / "base"), out=tmp_path / "a.gguf"
+        )
+    assert not (tmp_path / "a.gguf").exists()
+
+
+def test_an_export_for_peft_keeps_the_head(world, adapters, tmp_path):
+    export_adapter(adapters["label"], to="peft", base=str(world / "base"), out=tmp_path / "peft")
+    name = "base_model.model.score.weight"
+    tensors = [
+        load_file(folder / "adapter_model.safetensors")[name]
+        for folder in (adapters["label"], tmp_path / "peft")
+    ]
+    assert torch.equal(*tensors)
 
 
 def test_what_a_head_cannot_do_is_refused_by_name(adapters, base):

@@ -309,4 +309,5 @@ def _suggest_next(config: RunConfig, *, is_kept: bool) -> str:
     held_out = f" --data {validation}" if isinstance(validation, str) else " --data HELD_OUT.jsonl"
     add = f"\n        veneer adapters add {config.out}"
     keep = "" if is_kept or config.method.trains_base else add
-    return f"next: veneer chat {flag}\n        veneer evaluate {flag}{held_out}{keep}"
+    chat = f"veneer chat {flag}\n        " if config.objective.answers else ""
+    return f"next: {chat}veneer evaluate {flag}{held_out}{keep}"

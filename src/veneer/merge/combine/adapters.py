@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from veneer.adapters.combinations import refuse_combining
+from veneer.adapters.combinations import refuse_answers, refuse_combining
 from veneer.adapters.config import LowRank
 from veneer.adapters.methods.lora import Kind, LoRALayer
 from veneer.adapters.placement.attachment import Attachment
@@ -88,6 +88,7 @@ def _refuse_no_update(stored: StoredAdapter) -> None:
             f"{stored.folder} is of method {stored.config.name}: it is no change of weights",
             next_step=stored.config.instead_of_folding,
         )
+    refuse_answers([(str(stored.folder), stored.contents)])  # a head must not get lost
     if stored.tokens is not None:
         raise RefusedError(
             f"{stored.folder} brings {len(stored.tokens.ids):,} tokens, whose rows are no update",
