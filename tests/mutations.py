@@ -455,12 +455,32 @@ TESTS: dict[str, tuple[str, ...]] = {
     "training/state/parents.py": ("training/test_parents.py",),
     "training/output/records.py": ("training/test_records.py", "training/test_run_folder.py"),
     "training/held_out.py": (
+        "training/test_held_out.py",
         "training/test_loop.py",
         "data/test_sets.py",
         "data/test_set_sources.py",
         "data/test_columns.py",
         "data/test_data_commands.py",
     ),
+    "training/supervisor.py": ("training/test_halving.py",),
+    **dict.fromkeys(
+        ("training/own_loop/forward_queue.py", "training/own_loop/trainer.py"),
+        ("training/test_own_loop.py",),
+    ),
+    "objectives/preferences.py": ("objectives/test_preferences.py", "objectives/test_reference.py"),
+    "training/reference.py": ("objectives/test_reference.py", "objectives/test_preferences.py"),
+    "data/mismatched.py": ("data/test_preferences.py",),
+    "tuning/advice.py": ("tuning/test_tune.py",),
+    **dict.fromkeys(
+        ("tuning/candidates.py", "tuning/schedule.py", "tuning/verdict.py"),
+        ("tuning/test_schedule.py",),
+    ),
+    "tuning/parts.py": ("tuning/test_parts.py",),
+    **dict.fromkeys(
+        ("tuning/judging.py", "tuning/supervisors.py", "tuning/tune.py"), ("tuning/test_tune.py",)
+    ),
+    "models/scores.py": ("models/test_scores.py",),
+    "models/predictions.py": ("models/test_step.py", "objectives/test_preferences.py"),
     "evaluation/intervals.py": ("evaluation/test_intervals.py",),
     "evaluation/metrics/exact.py": ("evaluation/test_metrics.py",),
     "evaluation/metrics/json_fields.py": ("evaluation/test_metrics.py",),

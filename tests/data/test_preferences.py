@@ -168,6 +168,8 @@ def test_every_row_gets_the_answer_of_the_next_row_with_another_prompt():
     assert [e.ids.tolist() for e in extra] == [[1, 7, 7], [1, 7, 7], [2, 8], [3, 5]]
     assert all(e.kind == "mismatched" and e.trained[1:].all() for e in extra)
     assert [e.ids.tolist() for e in mismatched(rows[1:3], 2)] == [[1, 7], [2, 6]]
+    around = mismatched([*rows[:3], example([1], [9])], 10)
+    assert [e.ids.tolist() for e in around] == [[1, 7, 7], [1, 7, 7], [2, 9], [1, 7, 7]]
     assert mismatched(rows[:2], 10) is None
     assert [e.ids.tolist() for e in mismatched(rows[:1], 10, rows[1:])] == [[1, 7, 7]]
 

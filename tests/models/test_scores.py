@@ -18,6 +18,7 @@ from veneer.adapters.placement.routing import Routing
 from veneer.adapters.placement.token_rows import AddedTokens
 from veneer.data.batching import make_batch
 from veneer.kernels.dense import loss as loss_kernel
+from veneer.models import scores as scores_module
 from veneer.models.scores import (
     AnswerScore,
     ScoreRequest,
@@ -221,6 +222,21 @@ def test_an_answer_is_greedy_if_greedy_decoding_writes_it(head):
         examples += [replace(example, ids=row, trained=mask) for row in (ids, other)]
     (scores,) = score_examples(model, paths, routing, [ScoreRequest((), examples)])
     assert [score.greedy for score in scores] == [True, False] * 4
+
+
+def test_progress_counts_the_examples_of_all_requests(monkeypatch):
+    monkeypatch.setattr(scores_module, "FORWARD_TOKENS", 1)
+    model, paths, routing = adapted("llama", torch.float32, [])
+    requests = [ScoreRequest((), make_examples(count)) for count in (5, 2)]
+    calls = []
+
+    def progress(done, total):
+        calls.append((done, total))
+
+    score_examples(model, paths, routing, requests, batch_rows=2, progress=progress)
+    done = [count for count, _ in calls]
+    assert {total for _, total in calls} == {7} and len(done) >= 4
+    assert done == sorted(set(done)) and done[-1] == 7
 
 
 def test_no_row_and_no_request_give_no_score():

@@ -32,9 +32,18 @@ def world(tmp_path, monkeypatch):
     memory.surroundings.cache_clear()
 
 
+class Screen(QuietScreen):
+    def __init__(self):
+        super().__init__()
+        self.messages = []
+
+    def message(self, text):
+        self.messages.append(text)
+
+
 @pytest.fixture
 def anew(world, monkeypatch):
-    """Trains a run; returns whether it computed its reference."""
+    """Trains a run; returns whether it computed its reference, which the screen says."""
     calls = []
     own = reference.compute_nats
     monkeypatch.setattr(reference, "compute_nats", lambda *a: calls.append(1) or own(*a))
@@ -44,7 +53,10 @@ def anew(world, monkeypatch):
         calls.clear()
         out = world / f"run {next(names)}"
         settings = {"objective": "dpo", "rows": "pairs", "steps": 1, **settings}
-        run_training(config(world, out, **settings), resume=False, screen=QuietScreen())
+        screen = Screen()
+        run_training(config(world, out, **settings), resume=False, screen=screen)
+        said = [text for text in screen.messages if "reference" in text]
+        assert said == ["computing the reference of 16 answers"] * bool(calls)
         return bool(calls)
 
     return run

@@ -32,7 +32,8 @@ def halved(world, folder, **settings):
 
 
 @pytest.mark.parametrize(
-    ("jobs", "shares"), [(1, []), (3, [0.5]), (4, [0.25, 0.5]), (12, [1 / 8, 1 / 4, 1 / 2])]
+    ("jobs", "shares"),
+    [(1, []), (2, [0.5]), (3, [0.5]), (4, [0.25, 0.5]), (12, [1 / 8, 1 / 4, 1 / 2])],
 )
 def test_rungs_are_halves_of_halves(jobs, shares):
     assert halving_shares(jobs) == shares

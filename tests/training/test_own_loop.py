@@ -147,6 +147,18 @@ def test_loss_and_gradient_are_sums_over_trained_tokens(base, rows):
         assert torch.allclose(gradient, at_once, rtol=1e-4, atol=1e-5)
 
 
+def test_a_step_takes_the_gradient_that_was_divided(base, rows):
+    adamw = veneer.AdamW(learning_rate=1e-9)
+    with base.trainer(METHODS["targets"]) as trainer:
+        for number, divisor in enumerate((1.0, 4.0), 1):
+            loss = trainer.forward_backward(rows[:3])
+            assert loss.loss_sum > 0  # computes it
+            norm = float(trainer._gradient.flat.gradient.norm())
+            step = trainer.optim_step(adamw, divide_by=divisor)
+            assert step.gradient_norm == pytest.approx(norm / divisor, rel=1e-6)
+            assert (step.step, step.tokens, step.loss_sum) == (number, loss.tokens, loss.loss_sum)
+
+
 def test_a_call_is_computed_when_its_loss_is_read_or_at_a_step(base, rows, forwards):
     with base.trainer(METHODS["lora"]) as first, base.trainer(METHODS["dora"]) as second:
         loss = first.forward_backward(rows[:2])

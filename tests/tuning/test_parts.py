@@ -105,6 +105,12 @@ def test_too_few_rows_or_prompts_are_refused(few):
         divide(few, "d")
 
 
+def test_a_frequent_prompt_does_not_keep_similar_prompts_apart():
+    """More than a fifth of the rows are equal, so no similarity made their group that large."""
+    frequent = [row("the same question", str(n)) for n in range(30)]
+    assert divide([*rows(70), *frequent], "d").by_likeness
+
+
 def test_the_smallest_set_has_three_parts(tmp_path):
     parts = divide(rows(40), "d")
     assert [len(parts.train), len(parts.search), len(parts.judge)] == [24, 8, 8]

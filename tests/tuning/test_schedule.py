@@ -5,7 +5,15 @@ import pytest
 from veneer.adapters.config import LoRA
 from veneer.errors import ConfigError
 from veneer.training.supervisor import rung_steps
-from veneer.tuning.candidates import AdvisedSettings, candidates
+from veneer.tuning.candidates import (
+    EVALUATIONS,
+    MOST_WARMUP,
+    AdvisedSettings,
+    Candidate,
+    candidates,
+    run_config,
+)
+from veneer.tuning.parts import PartFiles
 from veneer.tuning.schedule import MOST_EPOCHS, Pace, schedule
 from veneer.tuning.verdict import is_better, verdict
 
@@ -32,6 +40,23 @@ def test_candidates_are_the_advice_and_its_neighbours():
     assert {each.learning_rate for each in TRIED} == {6.5e-4, 1.3e-3, 2.6e-3}
 
 
+def test_the_run_of_a_candidate_has_its_settings_and_those_of_every_search(tmp_path):
+    files = PartFiles(*(tmp_path / f"{name}.jsonl" for name in ("train", "search", "judge")))
+
+    def run(steps):
+        tried = Candidate(2e-3, 32, 2)
+        return run_config(tried, ADVISED, base="b", files=files, out=tmp_path, steps=steps, seed=3)
+
+    config = run(60)
+    assert config.method == LoRA(rank=32, alpha=64)
+    assert (config.learning_rate, config.batch, config.steps, config.seed) == (2e-3, 2, 60, 3)
+    assert (config.evaluate_every, config.patience, config.keep) == (10, 3, 1)
+    assert run(5).evaluate_every == 1 and config.warmup == MOST_WARMUP
+    assert not config.show_answers and config.base == "b" and config.quantize is None
+    assert config.out == str(tmp_path / "rate-0.002_rank-32_batch-2")
+    assert "train.jsonl" in repr(config.data.train) and "judge.jsonl" not in repr(config)
+
+
 @pytest.mark.parametrize("seconds", [120, 600, 3600])
 @pytest.mark.parametrize("rows", [60, 1000, 50_000])
 def test_search_and_training_fit_into_the_time(seconds, rows):
@@ -41,7 +66,11 @@ def test_search_and_training_fit_into_the_time(seconds, rows):
         assert PACE.seconds_per_row[batch] * batch * steps <= 2 / 3 * seconds
         assert steps * batch <= MOST_EPOCHS * rows
         assert rung_steps(steps, plan.rungs)[-1] < steps
-    assert plan.warmup <= plan.rungs[0]
+    assert plan.warmup == min(MOST_WARMUP, plan.rungs[0] / 2)
+    longest = max(PACE.seconds_per_row[batch] * batch * n for batch, n in plan.steps.items())
+    total = PACE.start + plan.search_seconds + longest + EVALUATIONS * PACE.evaluation
+    assert total <= seconds + 1e-3
+    assert plan.is_whole or total >= seconds - PACE.longest_step
 
 
 def test_a_whole_run_has_a_bounded_number_of_passes():
@@ -139,6 +168,18 @@ def test_the_verdict_is_not_sure_where_parts_may_have_similar_prompts():
 )
 def test_the_verdict_says_what_was_forgotten(forgetting, words):
     assert words in verdict(result([-1.2, -0.8], forgetting=forgetting))[3]
+
+
+@pytest.mark.parametrize("reason", ["time", "done"])
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("library", ["tickets", None])
+def test_the_verdict_says_what_to_do_next(reason, whole, library):
+    made = result([-1.2, -0.8])
+    made["run"] |= {"reason": reason, "whole": whole}
+    last = verdict({**made, "library": library})[4]
+    assert ("the time ended the training" in last) == (reason == "time" or not whole)
+    assert ("in the library as tickets" in last) == (library is not None)
+    assert ("veneer adapters add runs/t" in last) == (library is None)
 
 
 def test_an_interrupted_verdict_claims_nothing():

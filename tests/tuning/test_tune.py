@@ -5,18 +5,24 @@ import os
 import random
 import signal
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import pytest
 import torch
 
 import veneer
 from tests.support.tiny import save_tiny, tiny_tokenizer
+from veneer import api
 from veneer.cli.main import main
 from veneer.errors import ConfigError, DataError, RunInterrupted
 from veneer.files.strict_json import read_json
 from veneer.library.library import Library
+from veneer.plan.ask import answer_question
 from veneer.training.trainee import Trainee
+from veneer.tuning import advice as advice_module
 from veneer.tuning import tune as tune_module
+from veneer.tuning.advice import VALUE_BYTES, ask_plan
+from veneer.tuning.candidates import candidates
 from veneer.tuning.schedule import Schedule
 
 WORDS = "red green blue small large round flat warm cold loud quiet old new fast slow".split()
@@ -121,6 +127,30 @@ def test_one_command_makes_an_adapter_a_verdict_and_a_page(files, tmp_path, shor
     assert result["library"] == "tickets" and "in the library as tickets" in lines[-2]
     assert Library(library).get("tickets").reference == "tickets@1"
     veneer.load(files / "base").load_adapter(out, name="t")
+
+
+def test_the_plan_advises_lora_and_counts_the_values_of_all_candidates(files, monkeypatch):
+    base, answers = str(files / "base"), []
+
+    def observe(question):
+        answers.append(answer_question(question))
+        return answers[-1]
+
+    monkeypatch.setattr(advice_module, "answer_question", observe)
+    data, _ = api.check_data(str(files / "rows.jsonl"), base=base)
+    outlook = ask_plan(base, data)
+    advised = outlook.advised
+    assert advised.method.alpha == 2 * advised.method.rank and advised.learning_rate > 0
+    assert not any("not of" in reason for reason in advised.reasons)
+    row = answers[0].rows[0]
+    rank = row.choice.method.update_rank
+    ranks = sum(candidate.rank for candidate in candidates(advised))
+    more_values = row.run.trainable_parameters * (ranks - rank) / rank
+    assert outlook.memory_bytes == row.estimate.peak_bytes + round(VALUE_BYTES * more_values)
+    assert (
+        outlook.memory_line.endswith(" free")
+        and "free" not in replace(outlook, free=None).memory_line
+    )
 
 
 def test_the_verdict_is_not_sure_over_rows_of_similar_prompts(files, tmp_path, short):
