@@ -24,8 +24,8 @@ from veneer.objectives.objective import AnswerBatch, HeldOutFigures
 from veneer.objectives.registry import make_objective
 from veneer.training import trainee as trainee_module
 from veneer.training.config import RunConfig
-from veneer.training.evaluations import figures_of
 from veneer.training.gradient import StepGradient, forward_backward
+from veneer.training.held_out.evaluations import figures_of
 from veneer.training.inputs import ReferenceLogProbs, TrainingInputs
 from veneer.training.optimizer.buffer import FlatParameters
 from veneer.training.output.records import read_records

@@ -23,8 +23,9 @@ from veneer.files import atomic
 from veneer.models.checkpointing import checkpointed
 from veneer.models.step import prepare
 from veneer.objectives.objective import ObjectiveLoss
-from veneer.training import evaluations, gradient, trainee
+from veneer.training import gradient, trainee
 from veneer.training.config import RunConfig
+from veneer.training.held_out import evaluations
 from veneer.training.inputs import TrainingInputs
 from veneer.training.loop import Loop
 from veneer.training.optimizer.buffer import FlatAdamW, FlatParameters, learning_rate_at

@@ -34,8 +34,9 @@ from veneer.files.atomic import write_manifest
 from veneer.files.lock import BusyError
 from veneer.files.strict_json import read_json
 from veneer.files.strict_tensors import read_tensors
-from veneer.training import evaluations, prepare
+from veneer.training import prepare
 from veneer.training.config import RunConfig
+from veneer.training.held_out import evaluations
 from veneer.training.output.loggers import Logger
 from veneer.training.output.records import Records, read_records
 from veneer.training.output.screen import QuietScreen

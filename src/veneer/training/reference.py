@@ -17,8 +17,8 @@ from torch import Tensor
 from veneer.adapters.placement.acting import Acting
 from veneer.execution.proofs.same_values import can_be_remembered, digest
 from veneer.files.remembered import remember
-from veneer.training.evaluations import compute_nats
-from veneer.training.first_evaluation import forward_key, rows_digest
+from veneer.training.held_out.evaluations import compute_nats
+from veneer.training.held_out.first_evaluation import forward_key, rows_digest
 from veneer.training.inputs import ReferenceLogProbs, TrainingInputs
 from veneer.training.processes.world import World
 

@@ -31,11 +31,11 @@ from veneer.errors import fits_memory
 from veneer.execution.proofs.model import acting_prefix_length
 from veneer.formats.manifest import HeldOut
 from veneer.models.step import parts_of
-from veneer.training.best import read_best
-from veneer.training.evaluations import compute_evaluation, evaluation_record
-from veneer.training.first_evaluation import EvaluationResult, first_evaluation
 from veneer.training.gradient import FEWER_VALUES, StepGradient, StepTotals, diverged
-from veneer.training.held_out import LossCells
+from veneer.training.held_out.best import read_best
+from veneer.training.held_out.evaluations import compute_evaluation, evaluation_record
+from veneer.training.held_out.first_evaluation import EvaluationResult, first_evaluation
+from veneer.training.held_out.losses import LossCells
 from veneer.training.inputs import TrainingInputs
 from veneer.training.optimizer.buffer import learning_rate_at
 from veneer.training.optimizer.optimizers import make_optimizer

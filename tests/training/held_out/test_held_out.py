@@ -17,7 +17,7 @@ from veneer.data.examples import Example
 from veneer.evaluation.intervals import interval, paired_difference
 from veneer.evaluation.metrics.metric import ratio
 from veneer.formats.manifest import read_manifest
-from veneer.training.held_out import MOST_CELLS, LossCells, losses_by_set, mean_loss
+from veneer.training.held_out.losses import MOST_CELLS, LossCells, losses_by_set, mean_loss
 
 
 def nats_of(count: int, seed: int, scale: float) -> list[float]:

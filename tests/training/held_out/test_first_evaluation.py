@@ -17,9 +17,10 @@ from veneer.execution.proofs import same_values
 from veneer.execution.stand_in import StandIn
 from veneer.files import remembered as memory
 from veneer.files.strict_tensors import read_tensors
-from veneer.training import first_evaluation, trainee
+from veneer.training import trainee
 from veneer.training.config import RunConfig
-from veneer.training.first_evaluation import EvaluationResult
+from veneer.training.held_out import first_evaluation
+from veneer.training.held_out.first_evaluation import EvaluationResult
 from veneer.training.inputs import TrainingInputs
 from veneer.training.output import sample
 from veneer.training.output.records import read_records

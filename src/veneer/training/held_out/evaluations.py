@@ -17,9 +17,9 @@ from veneer.evaluation.metrics.metric import ratio
 from veneer.models.score_heads import part_outputs
 from veneer.models.step import part_nats, parts_of
 from veneer.objectives.objective import HeldOutFigures, Objective
-from veneer.training.first_evaluation import EvaluationResult
 from veneer.training.gradient import own_micro_batches
-from veneer.training.held_out import LossCells, losses_by_set, mean_loss
+from veneer.training.held_out.first_evaluation import EvaluationResult
+from veneer.training.held_out.losses import LossCells, losses_by_set, mean_loss
 from veneer.training.inputs import TrainingInputs
 from veneer.training.processes.world import World
 from veneer.training.state.progress import RunProgress
