@@ -14,7 +14,9 @@ from transformers import AutoModelForSequenceClassification
 import veneer
 from tests.support.joint import FLOAT32, assert_same_run, config, together
 from tests.support.tiny import save_tiny, tiny_tokenizer
-from veneer.data.examples import Example, RowRef
+from veneer.adapters.labels import HeadSettings
+from veneer.data.examples import Example, Row, RowRef
+from veneer.data.files.labels import with_labels
 from veneer.errors import (
     AdapterMismatchError,
     ConfigError,
@@ -433,6 +435,17 @@ def test_labels_of_rows_are_checked(world, tmp_path):
     with pytest.raises(DataError, match="'q' is not one of the 2 labels"):
         rows = [{"text": f"{n}", "label": "pq"[n % 2]} for n in range(9)]
         run(rows, "unknown", objective={"name": "classify", "labels": ["p", "r"]})
+
+
+def test_labels_are_in_one_order_in_every_process():
+    orders = {
+        ("1", "01", "001", "-2"): ("-2", "001", "01", "1"),
+        ("10", "9"): ("9", "10"),
+        ("--1", "1", "0"): ("--1", "0", "1"),
+    }
+    for names, expected in orders.items():
+        rows = [Row(RowRef("f", 1), [], text="t", label=name) for name in names]
+        assert with_labels(HeadSettings("label"), rows).labels == expected
 
 
 def test_a_text_that_is_cut_keeps_its_label(world, tmp_path):

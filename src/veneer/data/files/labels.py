@@ -131,8 +131,11 @@ def with_labels(head: HeadSettings, rows: Iterable[Row]) -> HeadSettings:
             names |= {label_name(label) for label in own}
         if len(names) > MOST_LABELS:
             break
-    whole = all(name.lstrip("-").isdecimal() for name in names)
-    return replace(head, labels=tuple(sorted(names, key=int if whole else None)))
+    whole = all(name.removeprefix("-").isdecimal() for name in names)
+    ordered = sorted(names)  # a fixed order of names with the same value, such as 1 and 01
+    if whole:
+        ordered.sort(key=int)
+    return replace(head, labels=tuple(ordered))
 
 
 def label_problems(head: HeadSettings | None, file: str) -> list[Problem]:
