@@ -302,6 +302,20 @@ def test_a_base_that_computes_the_answers_of_a_row_apart_is_refused(world, tmp_p
             config(world, tmp_path / "a", **settings_of("dpo")), resume=False, screen=QuietScreen()
         )
     assert "pairs.jsonl:" in str(refused.value)
+    long = {"prompt": "p", "chosen": "yes " * 12, "rejected": "no"}
+    (tmp_path / "long.jsonl").write_text(json.dumps(long) + "\n")
+    settings = settings_of("dpo") | {"data": {"train": str(world / "pairs.jsonl")}}
+    settings["data"]["validation"] = str(tmp_path / "long.jsonl")
+    monkeypatch.setattr(
+        ComputePaths,
+        "groups_of_lengths",
+        lambda self, lengths: (
+            apart(self, lengths) if max(lengths) > 50 else [[*range(len(lengths))]]
+        ),
+    )
+    with pytest.raises(RefusedError, match="computes them apart") as refused:
+        run_training(config(world, tmp_path / "b", **settings), resume=False, screen=QuietScreen())
+    assert "long.jsonl:" in str(refused.value)
 
 
 def test_rows_and_objective_must_fit(world, tmp_path):

@@ -4,7 +4,7 @@ A resumed run is compared with what it started with; rows, settings and base mus
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -301,11 +301,10 @@ def _training_inputs(
 
 def _refuse_divided_rows(inputs: TrainingInputs) -> None:
     """Raises RefusedError if answers that are compared cannot be computed in one forward."""
-    paths, rows = inputs.paths, inputs.rows
+    paths = inputs.paths
     with inputs.routing.held(Acting.everywhere(inputs.adapters)):
         prefix = acting_prefix_length(inputs.model)
-    for row in range(len(rows.lengths)):
-        examples = [inputs.train[number] for number in rows.examples([row])]
+    for examples in (*_by_row(inputs.train), *_by_row(inputs.validation)):
         if len(paths.together(examples, prefix)) > 1:
             reason = paths.padded_reason or paths.switches.words
             raise RefusedError(
@@ -314,6 +313,13 @@ def _refuse_divided_rows(inputs: TrainingInputs) -> None:
                 [f"{examples[0].ref}: {reason}"],
                 "Take another base, a smaller length, or objective answers.",
             )
+
+
+def _by_row(examples: Sequence[Example]) -> Iterator[list[Example]]:
+    """Yields the examples of each row."""
+    rows = RowSpans.of(examples)
+    for row in range(len(rows.lengths)):
+        yield [examples[number] for number in rows.examples([row])]
 
 
 def _steps_of_epochs(config: RunConfig, data: DataSet) -> int:
