@@ -1,6 +1,7 @@
 """Replay rows: KL to the base beside any objective, the same however a step is computed."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,17 +9,22 @@ import torch
 
 from tests.objectives.test_distil import by_definition, inputs_of, taught_rows
 from tests.support.joint import FLOAT32, assert_same_run, config, losses, make_world, together
+from veneer.data.batching import used_length
 from veneer.errors import ConfigError
+from veneer.execution.switches import RopeSwitches
 from veneer.objectives.config import Distil
 from veneer.objectives.replay import ReplayObjective
 from veneer.training.config import RunConfig
 from veneer.training.gradient import StepGradient, forward_backward
 from veneer.training.output.records import read_records
 from veneer.training.output.screen import QuietScreen
+from veneer.training.prepare import prepare_run
 from veneer.training.processes.world import ALONE
 from veneer.training.replay import Replay
 from veneer.training.run import run_training
+from veneer.training.state.checkpoint import newest_valid
 from veneer.training.state.folder import resume_config
+from veneer.training.state.progress import load_state
 from veneer.training.trainee import Trainee
 
 WEIGHT = 0.7
@@ -82,7 +88,8 @@ def world(tmp_path_factory):
     folder = make_world(tmp_path_factory.mktemp("world"))
     texts = [{"text": f"other text {n} " * (1 + n % 4)} for n in range(7)]
     pairs = [{"prompt": f"p {n}", "chosen": "yes " * 2, "rejected": "no"} for n in range(10)]
-    for name, rows in (("texts", texts), ("pairs", pairs)):
+    long = [{"text": "other text " * 40}]
+    for name, rows in (("texts", texts), ("pairs", pairs), ("long", long)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -137,7 +144,41 @@ def test_replay_keeps_the_adapter_nearer_to_the_base_and_jobs_apart(world, tmp_p
         alone = tmp_path / name
         run_training(config(world, alone, **jobs[name]), resume=False, screen=QuietScreen())
         assert_same_run(tmp_path / "joint" / name, alone, tolerance=5 * FLOAT32)
+        rows = [rows_of_run(folder) for folder in (tmp_path / "joint" / name, alone)]
+        assert rows[0] == rows[1]  # or it could not be resumed
     assert losses(tmp_path / "joint" / "strong")[0] == losses(tmp_path / "joint" / "weak")[0]
+
+
+def rows_of_run(out):
+    """Returns the fingerprint of the rows that a run read."""
+    return load_state(newest_valid(out / "checkpoints")[0]).origin.data
+
+
+def test_rows_that_a_base_reads_apart_do_not_share_a_forward(tmp_path):
+    rows = taught_rows()
+    inputs = inputs_of(Distil(teacher="t"), rows, tmp_path)
+    replayed = rows[::2]
+    lengths = sorted(map(used_length, replayed))
+    middle = lengths[len(lengths) // 2 - 1]
+    assert middle < lengths[-1]
+    inputs.paths = replace(inputs.paths, switches=RopeSwitches(at=(middle,)))
+    inputs.replay = Replay(replayed, ReplayObjective(1.0), len(replayed), 6, 400, 0, "")
+    gradient = StepGradient(inputs, ALONE)
+    gradient.begin([0], [inputs.rows.examples([0])], step=0, replays=True)
+    sides = [{used_length(example) > middle for example in part} for part in gradient.replayed]
+    assert sorted(sides) in ([{False}, {True}], [{True}, {False}])
+
+
+def test_the_texts_of_a_teacher_do_not_lengthen_replay_rows(world, tmp_path):
+    settings = {
+        "objective": {"name": "distil", "system": "a long prompt " * 20},
+        "replay": {"rows": str(world / "long.jsonl")},
+    }
+    run = prepare_run(config(world, tmp_path / "out", **settings), None, world=ALONE, say=print)
+    inputs = run.inputs
+    longest = max(len(example.ids) for example in inputs.train if example.kind != "teacher")
+    assert max(len(example.ids) for example in inputs.replay.examples) == longest
+    assert longest < max(len(example.ids) for example in inputs.train)
 
 
 def test_replay_without_a_base_that_stays_is_refused():

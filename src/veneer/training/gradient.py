@@ -18,19 +18,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from veneer.adapters.placement.acting import Applied, TokenKeys, in_turn
+from veneer.adapters.placement.acting import Acting, Applied, TokenKeys, in_turn
 from veneer.data.batching import Batch, used_length
 from veneer.data.examples import Example
 from veneer.data.joint_batch import join_batches
 from veneer.errors import DivergedError, DoesNotFitError, fits_memory
 from veneer.kernels.dense.block import adding_gradients_in_place
-from veneer.models.step import BatchShare, batch_losses
+from veneer.models.step import BatchShare, batch_losses, parts_of
 from veneer.objectives.objective import AnswerBatch, BatchLoss, ObjectiveLoss, Predictions
 from veneer.training.inputs import ForwardInputs, TrainingInputs
 from veneer.training.optimizer.offload import Offload, offload_for, offloaded
 from veneer.training.processes.assignment import assign_by_cost, group_by_cost
 from veneer.training.processes.reduce import KINDS, GradientSum
 from veneer.training.processes.world import World
+from veneer.training.replay import Replay
 from veneer.training.teacher import predict_as_teachers, teacher_examples
 
 FEWER_VALUES = (
@@ -113,13 +114,16 @@ class StepGradient:
         examples = [inputs.train[i] for part in micro_batches for i in part]
         self.total = float(inputs.objective.counts(examples).sum())
         replay = inputs.replay if replays else None
-        self.replayed = (
-            []
-            if replay is None
-            else [[replay.examples[i] for i in part] for part in replay.micro_batches(step)]
-        )
+        self.replayed = [] if replay is None else self._divided(replay, step)
         self.seconds = 0.0
         self._assign()
+
+    def _divided(self, replay: Replay, step: int) -> list[list[Example]]:
+        """Returns the replay rows of a step, divided into the forwards that the model requires."""
+        inputs, examples, parts = self.inputs, replay.examples, replay.micro_batches(step)
+        with inputs.routing.held(Acting.everywhere(inputs.adapters)):
+            forwards = list(parts_of(inputs.model, inputs.paths, examples, parts))
+        return [[examples[number] for number in forward] for forward in forwards]
 
     def begin_again(self) -> None:
         """Drops what was computed of the step, and begins it with the same micro-batches."""

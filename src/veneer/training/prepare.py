@@ -70,6 +70,8 @@ class PreparedRun:
     idle_bytes: int
     rows_key: object
     """Equal for runs that read the same rows in the same way."""
+    rows: DataSet
+    """Those rows alone; the fingerprint of `data` is of replay rows too."""
 
     def detach(self) -> None:
         """Takes its adapters off the base."""
@@ -161,13 +163,14 @@ def prepare_run(
             teacher_text := config.objective.teacher_text(),
             config.objective.head,
         )
-        known = [run.data for run in shared.runs if run.rows_key == rows_key]
-        data = (
+        known = [run.rows for run in shared.runs if run.rows_key == rows_key]
+        data = own_rows = (
             known[0]
             if known
             else _load_rows(config, base, new_tokens, teacher_text, day, started, say)
         )
-        replay = load_replay(config, base, data, day)
+        own = data.train if teacher_text is None else _read_by_students(data.train)
+        replay = load_replay(config, base, own, day)
         if replay is not None:
             data = replace(data, fingerprint=f"{data.fingerprint} {replay.fingerprint}")
         # Never longer than the model has positions.
@@ -183,7 +186,7 @@ def prepare_run(
             config, adapter = begin_adapter(
                 base,
                 config,
-                _read_by_students(data.train) if teacher_text is not None else data.train,
+                own,
                 name=f"{ADAPTER_NAME} {shared.num_runs + 1}" if shared.num_runs else ADAPTER_NAME,
                 tokens=new_tokens,
                 resumes=started is not None,
@@ -200,7 +203,7 @@ def prepare_run(
         inputs.first_evaluations = shared.first_evaluations
         if config.objective.several:
             _refuse_divided_rows(inputs)
-    return PreparedRun(config, base, data, adapter, inputs, origin, idle_bytes, rows_key)
+    return PreparedRun(config, base, data, adapter, inputs, origin, idle_bytes, rows_key, own_rows)
 
 
 def _read_by_students(examples: Sequence[Example]) -> list[Example]:

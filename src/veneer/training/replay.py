@@ -23,7 +23,7 @@ from veneer.data.batching import used_length
 from veneer.data.config import DataConfig
 from veneer.data.examples import Example
 from veneer.data.files.on_disk import lengths_of
-from veneer.data.load import DataSet, load_data
+from veneer.data.load import load_data
 from veneer.errors import DataError
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
@@ -77,12 +77,17 @@ class Replay:
         return numbers
 
 
-def load_replay(config: RunConfig, base: FrozenBase, data: DataSet, today: date) -> Replay | None:
-    """Loads the replay rows of a run, None if it has none. Raises DataError."""
+def load_replay(
+    config: RunConfig, base: FrozenBase, own: Sequence[Example], today: date
+) -> Replay | None:
+    """Loads the replay rows of a run, None if it has none. Raises DataError.
+
+    own: what the run learns from, without the texts of a teacher, which need less memory
+    """
     settings = config.replay
     if settings.rows is None:
         return None
-    longest = int(lengths_of(data.train).max())
+    longest = int(lengths_of(own).max())
     rows = load_data(
         DataConfig(train=settings.rows, validation_share=0.0, long_rows="cut"),
         length=longest,
