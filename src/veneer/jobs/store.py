@@ -235,7 +235,7 @@ class JobStore:
             jobs = self.jobs()
             for job in jobs:
                 if job.record.state == "running" and job.state == "failed":
-                    self._mark_dead(job)
+                    self._mark_failed(job.folder, DIED)
             if any(job.state in ("running", "stopping") for job in jobs):
                 return None
             while (job_id := next_in_turn(jobs)) is not None:
@@ -256,6 +256,8 @@ class JobStore:
         """Queues a paused or failed job again; it continues from its last checkpoint."""
         _require_posix()
         job = self.get(job_id)
+        if job.state not in RESUMABLE:  # a worker holds the lock for as long as it trains
+            raise _not_possible(job_id, job.state, "resumed", RESUMABLE)
         with locked(job.folder / LOCK, wait_seconds=LOCK_SECONDS):
             record = read_record(job.folder)
             if (state := _state_without_worker(record)) not in RESUMABLE:
@@ -312,18 +314,21 @@ class JobStore:
         write_text(job.folder / "request", request, replace=True)
         return self.get(job_id)
 
-    def _mark_dead(self, job: TrainingJob) -> None:
+    def _mark_failed(self, folder: Path, error: str) -> None:
+        """Marks a job as failed whose record says `running` although it has no worker."""
         try:
-            with locked(job.folder / LOCK, wait_seconds=LOCK_SECONDS):
-                if (record := read_record(job.folder)).state == "running":
-                    add_event(job.folder, DIED, "error")
-                    write_record(job.folder, record, state="failed", error=DIED, ended=time.time())
+            with locked(folder / LOCK, wait_seconds=LOCK_SECONDS):
+                if (record := read_record(folder)).state == "running":
+                    add_event(folder, error, "error")
+                    write_record(folder, record, state="failed", error=error, ended=time.time())
         except VeneerError:  # removed, or resumed meanwhile
             return
 
     def _start(self, job_id: str) -> bool:
         """Starts the worker of a queued job. Returns False if it is not queued any more."""
         folder = self.job_folder(job_id)
+        if not (folder / "job.json").is_file():  # removed meanwhile
+            return False
         try:
             with locked(folder / LOCK, wait_seconds=LOCK_SECONDS) as descriptor:
                 record = read_record(folder)
@@ -334,10 +339,7 @@ class JobStore:
                 add_event(folder, "Fine-tuning job started")
                 start_worker(self.folder, job_id, folder, descriptor)
         except VeneerError as fault:
-            with locked(folder / LOCK, wait_seconds=LOCK_SECONDS):
-                record = read_record(folder)
-                add_event(folder, str(fault), "error")
-                write_record(folder, record, state="failed", error=str(fault), ended=time.time())
+            self._mark_failed(folder, str(fault))
             return False
         return True
 
