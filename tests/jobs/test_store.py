@@ -1,10 +1,12 @@
 """Jobs in a folder: the queue, limits, and trainers that are killed, on a tiny model."""
 
+import gzip
 import os
 import signal
 import subprocess
 import time
 from dataclasses import replace
+from io import BytesIO
 
 import pytest
 
@@ -14,6 +16,7 @@ from veneer.files.lock import locked
 from veneer.jobs.limits import JobLimits
 from veneer.jobs.record import DIED, JobRecord, TrainingJob, new_id, write_record
 from veneer.jobs.store import JobStore, next_in_turn
+from veneer.jobs.uploads import UploadStore
 from veneer.training.state.checkpoint import numbers
 
 ROWS = [
@@ -107,12 +110,26 @@ def test_jobs_wait_while_one_runs_and_change_their_state(busy_store, base):
     with pytest.raises(ConfigError, match="is cancelled and cannot be resumed"):
         store.resume(job.id)
     (running,) = [other for other in store.jobs() if other.state == "running"]
+    with pytest.raises(ConfigError, match="is running and cannot be resumed"):
+        store.resume(running.id)
     with pytest.raises(ConfigError, match="Pause or cancel it first"):
         store.delete(running.id)
     assert store.pause(running.id).state == "stopping"
     assert store.find(job.id[-6:]).id == job.id
     store.delete(job.id)
     assert [other.id for other in store.jobs()] == [running.id]
+    assert not store._start(job.id), "it was removed while another process read the queue"
+    assert not job.folder.exists()
+
+
+def test_a_compressed_file_is_bounded_by_what_it_holds(tmp_path):
+    uploads = UploadStore(tmp_path, JobLimits(file_bytes=10_000))
+    packed = gzip.compress(b"\n" * 20_000)
+    with pytest.raises(QuotaError, match=r"more than 10,000 bytes when it is unpacked"):
+        uploads.add(BytesIO(packed), name="rows.jsonl.gz")
+    assert uploads.files() == [] and list(uploads.folder.iterdir()) == []
+    assert uploads.add(BytesIO(packed[:20]), name="rows.jsonl.gz").bytes == 20  # a job says more
+    assert uploads.add(BytesIO(gzip.compress(b"{}")), name="rows.jsonl.gz").bytes > 0
 
 
 def test_limits_ids_and_settings_are_checked_before_anything_is_written(busy_store, base):

@@ -11,13 +11,15 @@ from __future__ import annotations
 import re
 import secrets
 import time
+import zlib
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 from pydantic import ValidationError
 
+from veneer.data.examples import RowFault
 from veneer.data.files.places import PACKED, kind_of
-from veneer.data.files.sources import READABLE_KINDS
+from veneer.data.files.sources import READABLE_KINDS, open_decompressed
 from veneer.errors import (
     ConfigError,
     CorruptFileError,
@@ -65,6 +67,7 @@ class UploadStore:
         file_id = f"file-{secrets.token_hex(8)}"
         with atomic_folder(self.folder / file_id) as partial:
             size = self._copy(source, partial / content)
+            self._check_unpacked(partial / content)
             file = UploadedFile(
                 id=file_id,
                 name=shown_name,
@@ -95,7 +98,7 @@ class UploadStore:
         """Returns a file. Raises UnknownNameError."""
         path = self.folder / file_id / "file.json"
         if _ID.fullmatch(file_id) is None or not path.is_file():
-            raise UnknownNameError(f"there is no file {file_id[:80]!r}")
+            raise unknown_file(file_id)
         try:
             return UploadedFile.model_validate(read_json(path))
         except ValidationError as fault:
@@ -111,7 +114,10 @@ class UploadStore:
         """Removes a file. Raises UnknownNameError."""
         self.get(file_id)
         with unfinished(self.folder) as gone:
-            (self.folder / file_id).rename(gone)
+            try:
+                (self.folder / file_id).rename(gone)
+            except FileNotFoundError:  # deleted meanwhile
+                raise unknown_file(file_id) from None
 
     def _check_room(self) -> None:
         sweep(self.folder)
@@ -135,6 +141,29 @@ class UploadStore:
         if not size:
             raise DataError("the file is empty")
         return size
+
+    def _check_unpacked(self, path: Path) -> None:
+        """Raises QuotaError if a compressed file holds more than an uploaded one may: 1 GiB of
+        empty lines is 1 MiB of gzip. A damaged file passes; its rows are refused later."""
+        if path.suffix not in PACKED:
+            return
+        size, most = 0, self.limits.file_bytes
+        try:
+            with open_decompressed(path, path.name) as file:
+                while size <= most and (chunk := file.read(CHUNK_BYTES)):
+                    size += len(chunk)
+        except (OSError, EOFError, zlib.error, RowFault):
+            return
+        if size > most:
+            raise QuotaError(
+                f"the file holds more than {most:,} bytes when it is unpacked",
+                [],
+                "Upload it in parts.",
+            )
+
+
+def unknown_file(file_id: str) -> UnknownNameError:
+    return UnknownNameError(f"there is no file {file_id[:80]!r}")
 
 
 def _ending(name: str) -> str:

@@ -145,7 +145,7 @@ LIMITS = {
         Limit("names added for adapters", MAX_ALIASES, "", "409"),
     ),
     "Files and jobs": (
-        Limit("uploaded file", JOB_LIMITS.file_bytes, "bytes", "413 or 507"),
+        Limit("uploaded file, packed or not", JOB_LIMITS.file_bytes, "bytes", "413 or 507"),
         Limit("time for an uploaded file to arrive", UPLOAD_SECONDS, "seconds", "408"),
         Limit("uploaded files", JOB_LIMITS.files, "", "507"),
         Limit("rows of a training file", MOST_TRAINING_ROWS, "", "the job fails"),
