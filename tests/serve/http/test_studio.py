@@ -1,6 +1,9 @@
 """The Teach tab, in a browser that drops a file of rows."""
 
+import asyncio
 import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from zipfile import ZipFile
 
@@ -10,10 +13,14 @@ from tests.serve.http.browser import CHROMIUM, browser
 from tests.serve.server import add_adapter, running
 from tests.support.tiny import save_tiny
 from veneer.api import load
+from veneer.errors import UnknownNameError
+from veneer.files.lock import locked
+from veneer.jobs.record import JobRecord, new_id, write_record
 from veneer.library.library import Library
 from veneer.serve.engine.fine_tuning import TrainSettings
 from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
 from veneer.serve.studio.rows import column_map
+from veneer.serve.studio.training import follow_job
 from veneer.training.config import RunConfig
 
 API = "/studio/api"
@@ -215,6 +222,65 @@ def test_no_answer_names_a_folder_of_the_server(server, folder):
     assert draft["name"] == "broken.csv"
     report = server.http().get(f"{API}/drafts/{draft['id']}/check")
     assert report.json()["refused"] and str(folder) not in report.text
+
+
+@pytest.fixture
+def busy(server):
+    """Another job runs meanwhile, so that none is started: its lock is held."""
+    store = server.service.fine_tuning.store
+    running_job = store.job_folder(new_id())
+    running_job.mkdir(parents=True)
+    record = JobRecord(
+        id=running_job.name,
+        state="running",
+        created=1,
+        queued=1,
+        threads=1,
+        niceness=0,
+        library=str(store.folder),
+    )
+    write_record(running_job, record)
+    with locked(running_job / ".lock"):
+        yield
+    shutil.rmtree(running_job)
+
+
+@pytest.mark.usefixtures("busy")
+def test_held_out_rows_are_those_of_the_job_whatever_is_chosen_later(server):
+    draft = upload(server, CSV.replace("ticket,queue", "prompt,completion")).json()
+    path = f"{API}/drafts/{draft['id']}"
+    assert server.http().get(f"{path}/held_out").status_code == 404
+    assert server.post(f"{path}/train", {"settings": {"steps": 2}}).status_code == 200
+    before = server.http().get(f"{path}/held_out").json()
+    assert before["rows"] == 2
+    server.post(f"{path}/rows", {**draft["rows"], "validation_share": 0.6})
+    assert server.http().get(f"{path}/held_out").json() == before
+    assert server.post(f"{path}/remove", {}).status_code == 200
+
+
+@pytest.mark.usefixtures("busy")
+def test_two_pages_start_a_draft_once_and_remove_it_once(server):
+    draft = upload(server, CSV.replace("ticket,queue", "prompt,completion")).json()
+    path, store = f"{API}/drafts/{draft['id']}", server.service.fine_tuning.store
+    before = len(store.jobs())
+    with ThreadPoolExecutor(4) as pages:
+        starts = pages.map(lambda _: server.post(f"{path}/train", {}).status_code, range(4))
+        assert sorted(starts) == [200, 400, 400, 400]
+        assert len(store.jobs()) == before + 1
+        ends = pages.map(lambda _: server.post(f"{path}/remove", {}).status_code, range(4))
+        assert sorted(ends) == [200, 404, 404, 404]
+    assert len(store.jobs()) == before
+
+
+def test_who_follows_a_job_that_is_deleted_is_told():
+    async def progress(after):
+        raise UnknownNameError("there is no job 'x'")
+
+    async def follow():
+        return [event async for event in follow_job(progress, 0, lambda: False)]
+
+    (event,) = asyncio.run(follow())
+    assert json.loads(event.removeprefix(b"data: "))["error"].startswith("there is no job")
 
 
 def test_a_key_for_use_may_not_train(folder):

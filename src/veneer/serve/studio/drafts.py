@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import secrets
-import shutil
 import threading
 import time
 from contextlib import suppress
@@ -22,6 +21,7 @@ from veneer.data.files.places import RowFile, kind_of
 from veneer.data.files.sources import READABLE_KINDS
 from veneer.errors import DataError, UnknownNameError, VeneerError
 from veneer.files.atomic import atomic_folder, write_text
+from veneer.files.partial import unfinished
 from veneer.files.settings import StrictSettings
 from veneer.files.strict_json import json_text, legible, read_json
 from veneer.jobs.uploads import UploadStore
@@ -110,9 +110,12 @@ class Drafts:
 
     def remove(self, draft_id: str) -> None:
         """Deletes a draft and its rows."""
-        with suppress(UnknownNameError):  # deleted through /v1/files
-            self.uploads.delete(self.get(draft_id).file)
-        shutil.rmtree(self._place(draft_id))
+        with self._changes:
+            file_id = self.get(draft_id).file
+            with suppress(UnknownNameError):  # deleted through /v1/files
+                self.uploads.delete(file_id)
+            with unfinished(self.folder) as gone:  # a plan may write there still
+                self._place(draft_id).rename(gone)
 
     def row_file(self, draft: Draft) -> RowFile:
         """Returns the place of the rows, under the name that errors show. UnknownNameError: the

@@ -10,6 +10,7 @@ from typing import Any
 
 from veneer.data.examples import Row
 from veneer.errors import ConfigError, UnknownNameError
+from veneer.files.system_errors import explained
 from veneer.jobs.record import TrainingJob
 from veneer.library.library import Library
 from veneer.report.card import card_for
@@ -69,7 +70,8 @@ def result_file(job: TrainingJob, what: str, *, name: str, base: str) -> tuple[b
     if not adapter.is_dir():
         raise ConfigError("the run has no adapter yet")
     if what == "report":
-        return (job.run_folder / "report.html").read_bytes(), f"{name}.html"
+        with explained("the report", reading=True):
+            return (job.run_folder / "report.html").read_bytes(), f"{name}.html"
     if what == "card":
         commands = [f"veneer serve --base {base}"]
         card = card_for(adapter, name=name, commands=commands, base=base) or ""

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ class Plans:
     def stop(self) -> None:
         """Ends the plan that is being made."""
         if self._process is not None:
-            self._process.kill()
+            with suppress(ProcessLookupError):  # it has just ended
+                self._process.kill()
 
     async def plan(
         self, folder: Path, settings: Mapping[str, Any], *, kind: TaskKind, compare: bool

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from veneer.data.files.preferences import make_row
 from veneer.data.files.sources import iterate_records
 from veneer.data.load import DataSet, examine_closely
 from veneer.errors import DataError
+from veneer.files.strict_json import read_yaml
 from veneer.serve.studio.bodies import RowChoices
 from veneer.wording import cut
 
@@ -208,6 +210,18 @@ def examine(file: RowFile, choices: RowChoices, *, tokenizer: Any, capacity: Cap
     settings = DataConfig.of(data_settings(file, choices))
     return examine_closely(
         settings, length=choices.length, capacity=capacity, tokenizer=tokenizer, preamble=NONE
+    )
+
+
+def examine_job(run_file: Path, *, tokenizer: Any, capacity: Capacity) -> DataSet:
+    """Reads and encodes the rows of a job as its run file says."""
+    settings = read_yaml(run_file)
+    return examine_closely(
+        DataConfig.of(settings["data"]),
+        length=settings["length"],
+        capacity=capacity,
+        tokenizer=tokenizer,
+        preamble=NONE,
     )
 
 

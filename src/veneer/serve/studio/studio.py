@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -33,6 +34,7 @@ from veneer.serve.studio.rows import (
     describe_check,
     describe_columns,
     examine,
+    examine_job,
     first_choices,
 )
 from veneer.serve.studio.training import job_card, job_progress, start_job
@@ -58,6 +60,7 @@ class Studio:
         self._tokenizer = copy.deepcopy(base.tokenizer)
         self._checks = ThreadPoolExecutor(1, thread_name_prefix="veneer-checks")
         self._files = ThreadPoolExecutor(4, thread_name_prefix="veneer-studio")
+        self._starts = threading.Lock()
 
     async def run(self, function: Callable[[], T]) -> T:
         """Runs a function that reads files beside the event loop. No error names the folder."""
@@ -148,10 +151,14 @@ class Studio:
         return await self._run(self._checks, describe)
 
     async def held_out(self, draft_id: str) -> dict[str, Any]:
-        """Returns held-out rows as questions and expected answers."""
+        """Returns the rows that the job held out, as questions and expected answers. Choices that
+        were changed since would hold out others, which the job has trained on."""
 
         def find() -> dict[str, Any]:
-            rows = self._examined(self.drafts.get(draft_id)).validation_rows
+            run_file = self._job(draft_id).run_file
+            rows = examine_job(
+                run_file, tokenizer=self._tokenizer, capacity=self.capacity
+            ).validation_rows
             return {"rows": len(rows), "questions": held_out_questions(rows)}
 
         return await self._run(self._checks, find)
@@ -166,10 +173,11 @@ class Studio:
 
     def start(self, draft_id: str, choices: MethodChoices, owner: str) -> dict[str, Any]:
         """Queues the run of a draft with these choices; returns its job."""
-        draft = self.drafts.change(draft_id, method=choices.model_dump())
-        rows = self.drafts.row_file(draft).path
-        job = start_job(self.jobs, draft, rows, self.run_settings(draft), owner)
-        self.drafts.change(draft_id, job=job.id, model=None)
+        with self._starts:  # two pages may start the same draft at once
+            draft = self.drafts.change(draft_id, method=choices.model_dump())
+            rows = self.drafts.row_file(draft).path
+            job = start_job(self.jobs, draft, rows, self.run_settings(draft), owner)
+            self.drafts.change(draft_id, job=job.id, model=None)
         return job_card(job)
 
     def stop(self, draft_id: str) -> dict[str, Any]:
@@ -211,12 +219,13 @@ class Studio:
 
     def remove(self, draft_id: str) -> None:
         """Deletes a draft, its rows and its job. An adapter that was kept stays."""
-        draft = self.drafts.get(draft_id)
-        if draft.job is not None:
-            with suppress(UnknownNameError):
-                self.jobs.delete(draft.job)
-            unpublish(self.library, trial_name(draft.id))
-        self.drafts.remove(draft_id)
+        with self._starts:
+            draft = self.drafts.get(draft_id)
+            if draft.job is not None:
+                with suppress(UnknownNameError):
+                    self.jobs.delete(draft.job)
+                unpublish(self.library, trial_name(draft.id))
+            self.drafts.remove(draft_id)
 
     def _training(self, draft: Draft) -> dict[str, Any] | None:
         """Returns the card of a draft's job; None if it has none, or the job was deleted."""

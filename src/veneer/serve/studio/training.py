@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import ConfigError, CorruptFileError, hide_path
+from veneer.errors import ConfigError, VeneerError, hide_path
 from veneer.files.strict_json import legible, read_json
 from veneer.jobs.record import ENDED, RESUMABLE, TrainingJob
 from veneer.jobs.store import JobStore
-from veneer.serve.refusals import Refusal, without_folders
+from veneer.serve.refusals import Refusal, refusal_of, without_folders
 from veneer.serve.studio.drafts import Draft
 from veneer.training.output.records import records_after
 
@@ -118,8 +118,8 @@ async def follow_job(
     while not closing():
         try:
             update = await progress(after)
-        except (Refusal, CorruptFileError) as fault:
-            yield _event({"error": str(fault)})
+        except (Refusal, VeneerError) as fault:  # the draft or its job was deleted
+            yield _event({"error": refusal_of(fault).message})
             return
         after = update["next"]
         silent += 1
