@@ -13,9 +13,13 @@ import pytest
 from tests.serve.server import BASE, running
 from tests.support.tiny import save_tiny
 from veneer import api
+from veneer.adapters.config import Prefix
+from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.jobs.limits import JobLimits
+from veneer.jobs.record import write_record
 from veneer.jobs.store import JobStore
 from veneer.library.library import Library
+from veneer.models.frozen_base import hidden_size
 from veneer.serve.engine.fine_tuning import TrainSettings, page_of
 from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
 from veneer.serve.protocols.fine_tuning import CreateJobBody
@@ -214,6 +218,23 @@ def test_a_learning_rate_multiplier_scales_the_usual_rate(server):
     assert settings[0]["learning_rate"] == 2 * settings[1]["learning_rate"] > 0
 
 
+def test_the_usual_rate_of_a_continued_adapter_is_that_of_its_method(tmp_path, server, base):
+    attachment = base.attach(Prefix(tokens=2, start="random"), name="prefix", seed=0)
+    manifest = manifest_for(base, method="prefix")
+    write_adapter(tmp_path / "a", attachment, manifest, model=base.model)
+    base.detach("prefix")
+    server.library.add(tmp_path / "a", name="prefixes")
+    body = {
+        "model": "prefixes",
+        "training_file": "f",
+        "hyperparameters": {"learning_rate_multiplier": 1},
+    }
+    settings = server.service.fine_tuning._settings(CreateJobBody.read(body))
+    assert settings["learning_rate"] == Prefix().default_learning_rate(
+        hidden_size(base.model.config)
+    )
+
+
 def test_only_the_scope_train_and_this_site_may_touch_files_and_jobs(server):
     paths = (
         ("GET", "/v1/files"),
@@ -311,3 +332,24 @@ def test_jobs_from_elsewhere_are_listed_too(server, client):
     )
     listed = client.fine_tuning.jobs.retrieve(job.id)
     assert (listed.status, listed.error.message) == ("failed", "not started in this test")
+    assert listed.error.code == "invalid_training_file"
+    write_record(job.folder, job.record, started=1.0)  # a trainer ran, and died before its records
+    listed = client.fine_tuning.jobs.retrieve(job.id)
+    assert (listed.error.code, listed.error.param) == ("training_failed", None)
+
+
+def test_a_finished_job_without_its_files_leaves_the_lists_whole(server, client):
+    store = JobStore(server.service.fine_tuning.store.folder)
+    job = store.create({"base": server.base.source}, rows={"train": ROWS}, error="not started")
+    write_record(job.folder, job.record, state="done", started=1.0)
+    (result,) = client.fine_tuning.jobs.retrieve(job.id).result_files
+    assert job.id in [listed.id for listed in client.fine_tuning.jobs.list()]
+    assert result not in [file.id for file in client.files.list()]
+    with pytest.raises(openai.BadRequestError):
+        client.files.retrieve(result)
+
+
+def test_a_number_of_many_digits_is_a_wrong_limit(server):
+    with server.http(headers=AUTHORIZED) as http:
+        for limit in ("000000001" + "0" * 5000, "1000000000", "0", "-1", "x", ""):
+            assert http.get("/v1/files", params={"limit": limit}).status_code == 400

@@ -11,6 +11,7 @@ import logging
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,6 +38,7 @@ from veneer.serve.protocols.fine_tuning import (
 )
 from veneer.serve.refusals import MOST_SHOWN, Refusal, refusing, without_folders
 from veneer.training.config import RunConfig
+from veneer.training.state.parents import with_parent_settings
 
 log = logging.getLogger("veneer.serve")
 TICK_SECONDS = 30.0
@@ -107,7 +109,10 @@ class FineTuning:
 
     def files(self) -> list[dict[str, Any]]:
         """Lists uploaded files and results, the newest first."""
-        results = [result_file_object(job) for job in self.store.jobs() if job.state == "done"]
+        results = []
+        for job in self.store.jobs():
+            with suppress(VeneerError):  # removed meanwhile
+                results += [result_file_object(job)] if job.state == "done" else []
         uploaded = [file_object(file) for file in self.uploads.files()]
         return sorted([*uploaded, *results], key=lambda file: file["created_at"], reverse=True)
 
@@ -194,6 +199,7 @@ class FineTuning:
             settings["from_adapter"] = str(self._library.path(entry.reference))
         if (factor := body.chosen.learning_rate_multiplier) != "auto":
             config = RunConfig.of({**settings, "data": "rows.jsonl", "out": "out"})
+            config = with_parent_settings(config)
             settings["learning_rate"] = factor * config.peak_learning_rate(self._hidden_size)
         return settings
 

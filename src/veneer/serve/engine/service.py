@@ -107,6 +107,7 @@ class Service:
         self._files = ThreadPoolExecutor(4, thread_name_prefix="veneer-files")
         self._loads = ThreadPoolExecutor(4, thread_name_prefix="veneer-loads")  # may wait for room
         self._reports = ThreadPoolExecutor(1, thread_name_prefix="veneer-reports")
+        self._jobs = ThreadPoolExecutor(4, thread_name_prefix="veneer-jobs")
 
     def fingerprint(self, model: ServedModel) -> str:
         return f"vn-{self._base_digest}-{model.content}"
@@ -120,6 +121,11 @@ class Service:
         """Runs a function that reads whole adapters, one at a time, so that no request waits for
         it."""
         return await self._run(self._reports, function)
+
+    async def use_jobs(self, function: Callable[[], T]) -> T:
+        """Runs a function that reads or writes jobs and uploaded files. It may take minutes, so
+        answers do not wait for it."""
+        return await self._run(self._jobs, function)
 
     async def _run(self, threads: ThreadPoolExecutor, function: Callable[[], T]) -> T:
         def run() -> T:
@@ -276,5 +282,5 @@ class Service:
         """Ends open requests at once; the server has waited for them already (run.py)."""
         await self.loop.close(0.0)
         self.prompts.close()
-        for threads in (self._files, self._loads, self._reports):
+        for threads in (self._files, self._loads, self._reports, self._jobs):
             threads.shutdown(wait=False, cancel_futures=True)

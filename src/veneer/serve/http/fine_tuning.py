@@ -61,7 +61,7 @@ class _Routes:
         return Route(path, catch_errors(answer), methods=[method])
 
     async def _read(self, function: Callable[[], T]) -> T:
-        return await self._service.read_files(function)
+        return await self._service.use_jobs(function)
 
     # files
 
@@ -173,7 +173,7 @@ def _page(request: Request, objects: list[dict[str, Any]]) -> Response:
 def _limit(request: Request, default: int, most: int) -> int:
     """Returns how many objects of a list are wanted. Refusal: 400."""
     text = request.query_params.get("limit", str(default))
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= most):
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= most):
         raise Refusal(400, f"limit: is a whole number from 1 to {most:,}.", "limit")
     return int(text)
 

@@ -9,7 +9,8 @@ Knows nothing of files or processes: serve/engine/fine_tuning.py calls it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,9 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from veneer.bounds import BETA, COUNT, LEARNING_RATE, ROWS, SEED, Number
+from veneer.errors import VeneerError
 from veneer.files.strict_json import read_json
+from veneer.files.system_errors import explained
 from veneer.jobs.record import State, TrainingJob
 from veneer.jobs.results import RESULT, job_records
 from veneer.jobs.uploads import UploadedFile
@@ -228,7 +231,7 @@ ENDED_STATUSES = ("succeeded", "failed", "cancelled")
 def _error(job: TrainingJob) -> dict[str, Any] | None:
     if job.error is None:
         return None
-    is_row_fault = not job.facts()
+    is_row_fault = job.record.started is None  # the server has read the rows, and no trainer ran
     return {
         "code": "invalid_training_file" if is_row_fault else "training_failed",
         "message": without_folders(job.error),
@@ -236,8 +239,11 @@ def _error(job: TrainingJob) -> dict[str, Any] | None:
     }
 
 
-def _trained_tokens(job: TrainingJob) -> int:
-    tokens = read_json(job.run_folder / "summary.json").get("trained_tokens")
+def _trained_tokens(job: TrainingJob) -> int | None:
+    try:
+        tokens = read_json(job.run_folder / "summary.json").get("trained_tokens")
+    except VeneerError:  # removed or damaged
+        return None
     return tokens if isinstance(tokens, int) else 0
 
 
@@ -293,7 +299,7 @@ def checkpoint_objects(job: TrainingJob) -> list[dict[str, Any]]:
         {
             "object": "fine_tuning.job.checkpoint",
             "id": f"ftckpt-{job.id.removeprefix('ftjob-')}-{step}",
-            "created_at": int((job.run_folder / "checkpoints" / f"{step:06d}").stat().st_mtime),
+            "created_at": int(created),
             "fine_tuned_model_checkpoint": (
                 job.record.publish_as if job.state == "done" and step == kept else None
             ),
@@ -301,8 +307,16 @@ def checkpoint_objects(job: TrainingJob) -> list[dict[str, Any]]:
             "metrics": losses.get(step, {"step": step}),
             "step_number": step,
         }
-        for step in reversed(steps)
+        for step, created in sorted(_checkpoint_times(job, steps), reverse=True)
     ]
+
+
+def _checkpoint_times(job: TrainingJob, steps: Sequence[int]) -> Iterator[tuple[int, float]]:
+    """Yields the steps with the times of their checkpoints, without those that the trainer has
+    removed meanwhile."""
+    for step in steps:
+        with suppress(FileNotFoundError):
+            yield step, (job.run_folder / "checkpoints" / f"{step:06d}").stat().st_mtime
 
 
 def file_object(file: UploadedFile) -> dict[str, Any]:
@@ -321,11 +335,13 @@ def file_object(file: UploadedFile) -> dict[str, Any]:
 
 
 def result_file_object(job: TrainingJob) -> dict[str, Any]:
-    """Describes the result file of a job."""
+    """Describes the result file of a job. Raises InputError if it was removed."""
+    with explained(RESULT, reading=True):
+        size = (job.folder / RESULT).stat().st_size
     return {
         "object": "file",
         "id": result_file_id(job.id),
-        "bytes": (job.folder / RESULT).stat().st_size,
+        "bytes": size,
         "created_at": int(job.record.ended or job.record.created),
         "expires_at": None,
         "filename": RESULT,
