@@ -24,6 +24,7 @@ from veneer.comparison.local import LocalExecutor
 from veneer.comparison.plan import DEFAULT_STEPS, Candidate, Comparison, prepare_rows
 from veneer.data.checks.check import refuse_beyond
 from veneer.data.examples import Example, Row, RowRef
+from veneer.data.files.labels import text_keys
 from veneer.data.files.writing import Record
 from veneer.data.load import DataSet, examine_closely
 from veneer.data.template.user_prompt import UserPrompt, prompt_list, prompt_messages
@@ -226,7 +227,10 @@ def evaluate(
             purpose="evaluated",
         )
         if head is not None:
-            return Evaluation(evaluate_head(base, examples, head, batch=batch, progress=progress))
+            prompts = text_keys(rows)
+            return Evaluation(
+                evaluate_head(base, examples, head, prompts, batch=batch, progress=progress)
+            )
         nats = _nats(base, batch)
         return Evaluation(
             evaluate_rows(base, rows, examples, choices, nats=nats, progress=progress)

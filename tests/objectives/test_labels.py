@@ -16,7 +16,7 @@ from tests.support.joint import FLOAT32, assert_same_run, config, together
 from tests.support.tiny import save_tiny, tiny_tokenizer
 from veneer.adapters.labels import HeadSettings
 from veneer.data.examples import Example, Row, RowRef
-from veneer.data.files.labels import with_labels
+from veneer.data.files.labels import make_row, text_keys, with_labels
 from veneer.errors import (
     AdapterMismatchError,
     ConfigError,
@@ -467,6 +467,7 @@ def test_an_evaluation_of_a_head_has_intervals_and_every_label(world, adapters, 
     base.load_adapter(adapters["label"], name="own")
     with base.using("own"):
         result = veneer.evaluate(base, rows)
+        twice = veneer.evaluate(base, rows * 2)
         answers = veneer.classify(base, [row["text"] for row in rows])
         with pytest.raises(RefusedError, match="evaluated by its labels"):
             veneer.evaluate(base, rows, metrics=["exact_match"])
@@ -478,6 +479,7 @@ def test_an_evaluation_of_a_head_has_intervals_and_every_label(world, adapters, 
     assert result["accuracy"] == pytest.approx(accuracy)
     low, high = result["intervals"]["accuracy"]
     assert low <= accuracy <= high
+    assert twice["intervals"]["loss"] == pytest.approx(result["intervals"]["loss"])
     expected = -np.mean([np.log(a[b]) for a, b in zip(answers, right, strict=True)])
     assert result["loss"] == pytest.approx(expected, rel=1e-4)
     for line in result["labels"]["per_label"]:
@@ -489,6 +491,13 @@ def test_an_evaluation_of_a_head_has_intervals_and_every_label(world, adapters, 
     assert result["macro_f1"] == pytest.approx(np.mean(f1))
     assert sum(cell["rows"] for cell in result["labels"]["confusion"]) == len(rows)
     base.detach("own")
+
+
+def test_documents_of_a_query_are_one_observation():
+    pairs = [("a", "x"), ("a", "y"), ("b", "x"), ("b", "z\nDocument: z")]
+    records = [{"query": query, "document": text, "label": 1} for query, text in pairs]
+    keys = text_keys([make_row(record, RowRef("f", 1), "relevance") for record in records])
+    assert keys[0] == keys[1] != keys[2] == keys[3]
 
 
 @pytest.mark.parametrize("kind", ["labels", "regression", "rerank"])

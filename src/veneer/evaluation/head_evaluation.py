@@ -1,8 +1,8 @@
 """Evaluates a score head on rows with labels: accuracy, F1 of each label, confusions, calibration.
 
-All figures have 95% intervals over rows (intervals.py). A label's F1 is 2 both / (chosen + right);
-the macro F1 is the mean over labels that rows have or get. A row of several labels is right if
-exactly its labels are chosen.
+All figures have 95% intervals over rows (intervals.py); equal texts, and the documents of a query,
+are one observation. A label's F1 is 2 both / (chosen + right); the macro F1 is the mean over labels
+that rows have or get. A row of several labels is right if exactly its labels are chosen.
 Shapes: N rows, C outputs.
 """
 
@@ -41,11 +41,14 @@ def evaluate_head(
     base: FrozenBase,
     examples: Sequence[Example],
     head: HeadSettings,
+    prompts: Sequence[int],
     *,
     batch: int,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Returns what `veneer evaluate` reports of the acting adapter's head, ready for JSON.
+
+    prompts: a number for each row, equal for rows that depend on each other (text_keys)
 
     rows, loss   rows evaluated; their mean loss, without class weights
     accuracy, macro_f1, or mean_error (regression)
@@ -79,9 +82,11 @@ def evaluate_head(
         result["units"] = {"accuracy": "share", "macro_f1": "share"}
     for name, of_rows in counts.items():
         result[name] = ratio(of_rows.sum(axis=0))
-        _add_interval(result, name, interval(of_rows, ratio, share=name == "accuracy"))
+        _add_interval(
+            result, name, interval(of_rows, ratio, share=name == "accuracy", prompts=prompts)
+        )
     if head.names_outputs:
-        details["per_label"] = _per_label(result, head, outputs, examples)
+        details["per_label"] = _per_label(result, head, outputs, examples, prompts)
     if head.kind == "label":
         right = [[head.labels[int(example.label[0])]] for example in examples]
         figures, _ = label_figures(outputs, head.labels, right, [e.key for e in examples])
@@ -90,7 +95,11 @@ def evaluate_head(
 
 
 def _per_label(
-    result: dict[str, Any], head: HeadSettings, outputs: Counts, examples: Sequence[Example]
+    result: dict[str, Any],
+    head: HeadSettings,
+    outputs: Counts,
+    examples: Sequence[Example],
+    prompts: Sequence[int],
 ) -> list[dict[str, Any]]:
     """Enters the macro F1 into the result; returns the figures of each label."""
     gets, has = chosen(head, outputs), marked(head, examples)
@@ -99,7 +108,9 @@ def _per_label(
     result["macro_f1"] = macro_f1(scores)
     flat = of_rows.reshape(len(examples), -1)
     if len(head.labels) <= MOST_INTERVALS:
-        ends = interval(flat, lambda sums: macro_f1(sums.reshape(3, -1)), share=True)
+        ends = interval(
+            flat, lambda sums: macro_f1(sums.reshape(3, -1)), share=True, prompts=prompts
+        )
         _add_interval(result, "macro_f1", ends)
     lines = []
     for number, (name, f1) in enumerate(zip(head.labels, f1_of(scores).tolist(), strict=True)):
