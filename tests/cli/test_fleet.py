@@ -126,6 +126,25 @@ def test_the_library_takes_only_adapters_that_get_a_name_of_their_own(fleet, cap
     assert not (fleet / "shelf").exists() and not (fleet / "a").exists()
 
 
+def test_jobs_that_name_files_and_adapters_go_on(fleet, capsys):
+    write(fleet, [{"out": "runs/first", "data": "desks/desk-0.jsonl"}])
+    assert main(["train", "fleet.yaml", "--quiet"]) == 0
+    (fleet / "prompt.txt").write_text("Answer as the desk does.")
+    taught = {"name": "distil", "document": "prompt.txt", "teacher": "runs/first"}
+    jobs = [
+        {"out": "runs/replay", "replay": {"rows": "desks/desk-1.jsonl"}},
+        {"out": "runs/taught", "objective": taught},
+        {"out": "runs/further", "from_adapter": "runs/first"},
+    ]
+    write(fleet, [{**job, "data": "desks/desk-0.jsonl"} for job in jobs])
+    assert main(["train", "fleet.yaml", "--quiet"]) == 0
+    assert main(["train", "fleet.yaml", "--quiet", "--resume"]) == 0, capsys.readouterr().err
+    jobs[1]["objective"] = {**taught, "teacher": "runs/further"}
+    write(fleet, [{**job, "data": "desks/desk-0.jsonl"} for job in jobs])
+    assert main(["train", "fleet.yaml", "--quiet", "--resume"]) == 2
+    assert "objective.teacher is" in capsys.readouterr().err
+
+
 def test_one_run_of_a_file_begins_or_goes_on_with_resume(fleet, capsys):
     write(fleet, [])
     settings = yaml.safe_load((fleet / "fleet.yaml").read_text())

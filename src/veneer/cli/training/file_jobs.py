@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.cli.config_file import read_run_config
 from veneer.data.files.places import absolute
+from veneer.data.teacher_text import absolute_path
 from veneer.errors import ConfigError, CorruptFileError
 from veneer.files.home import expanded
 from veneer.library.names import is_name
@@ -130,7 +131,8 @@ def _differences(config: RunConfig, begun: RunConfig) -> list[str]:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """Returns the settings by dotted name, with absolute names of rows."""
+    """Returns the settings by dotted name, with absolute names of rows, files and adapters, as a
+    run that has begun writes them."""
     dump = config.model_dump(mode="json", exclude=MAY_DIFFER, exclude_unset=True)
     settings = flat({**dump, "data": {**dump["data"], "train": None, "validation": None}})
     for name, sets in (
@@ -138,4 +140,29 @@ def _settings(config: RunConfig) -> dict[str, Any]:
         ("validation", config.data.validation_sets),
     ):
         settings[f"data.{name}"] = [(absolute(rows.path), rows.share, rows.weight) for rows in sets]
+    for name, place in _PLACES.items():
+        if settings.get(name) is not None:
+            settings[name] = place(settings[name])
+    if config.from_adapter:
+        settings["from_adapter"] = [
+            (_adapter_folder(parent.adapter), parent.weight) for parent in config.from_adapter
+        ]
     return settings
+
+
+def _adapter_folder(named: str) -> str:
+    """Returns the absolute folder of an adapter that is a folder or a name in the library."""
+    if Path(named).is_absolute() and not Path(named).exists():
+        return named  # of a run that is finished
+    from veneer.library.library import Library
+
+    return str(Library().locate(named).absolute())
+
+
+_PLACES: Mapping[str, Callable[[str], str]] = {
+    "replay.rows": absolute,
+    "objective.document": absolute_path,
+    "objective.tools": absolute_path,
+    "objective.teacher": _adapter_folder,
+}
+"""What makes the settings that name files or adapters absolute."""
