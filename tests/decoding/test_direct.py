@@ -26,7 +26,7 @@ from veneer.kernels.decoding import decoder_step
 from veneer.kernels.dense import few_rows
 
 PROMPTS = [list(range(30, 60)), [7, 90, 4], list(range(100, 117))]
-MEMORY = ("view", "empty", "zeros", "unsqueeze", "select")
+MEMORY = ("view", "as_strided", "empty", "zeros", "unsqueeze", "select")
 FAMILIES = [
     "llama",
     "llama_untied",

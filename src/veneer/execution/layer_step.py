@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from veneer.adapters.methods.adapted_linear import AdaptedLinear
@@ -112,7 +113,7 @@ def _arguments_of(angles: LayerAngles, paged_step: PagedStep) -> dict[str, Any]:
 def _attention(
     facts: Attention, x: Tensor, angles: tuple[Tensor, Tensor], paged_step: PagedStep
 ) -> Tensor:
-    places, rows, size = children_of(facts.module), len(x), facts.head_dim
+    places, size = children_of(facts.module), facts.head_dim
     outputs = _products(x, [places[name] for name in facts.inputs])
     q, k, v = outputs[0].split(facts.widths, dim=-1) if facts.is_joined else outputs
     if facts.norms:
@@ -122,9 +123,15 @@ def _attention(
         )
     if facts.rotation is not None:
         decoder_step.rotate(q, k, *angles, size, neighbours=facts.rotation.neighbours)
-    key = k.view(rows, -1, size)
-    heads = q.view(rows, -1, size), key, v.view(rows, key.shape[1], -1)
+    key_heads = facts.widths[1] // size
+    heads = _by_head(q, size), _by_head(k, size), _by_head(v, facts.widths[2] // key_heads)
     return product(paged_step.attend(*heads, (), facts.rules).flatten(1), places[facts.output])
+
+
+def _by_head(x: Tensor, size: int) -> Tensor:
+    """Returns x (N, H E) as (N, H, E). Rows stay as far apart as they are: a recording takes this
+    distance for any number of rows, and torch's `view` changes it for a single one."""
+    return x.as_strided((len(x), x.shape[1] // size, size), (x.stride(0), size, 1))
 
 
 def bare(module: nn.Module | None) -> nn.Module | None:
@@ -183,7 +190,9 @@ def _part(x: Tensor, place: nn.Module | None) -> few_rows.UpdatedWeight | None:
 
 def _normed(x: Tensor, place: nn.Module | None, facts: Norm) -> Tensor:
     """Returns the norm of x (N, D) over each head, or over as many values as its weight has."""
-    groups = x.contiguous().view(-1, facts.weight.numel())
+    if x.stride(0) != x.shape[1]:  # a single row with a gap behind it is contiguous for torch
+        x = x.clone(memory_format=torch.contiguous_format)
+    groups = x.view(-1, facts.weight.numel())
     norm = _operand(place, facts)
     if norm is None:
         trained: Any = place

@@ -51,16 +51,13 @@ def based(dtype=torch.float32, **overrides):
     return base
 
 
-def with_method(base, name):
-    head = base.model.get_output_embeddings()
-    move(
-        attach(base.model, METHODS[name], name=name, routing=base.routing, head=head, seed=1),
-        seed=1,
-    )
+def with_method(base, name, config=None):
+    config, head = config or METHODS[name], base.model.get_output_embeddings()
+    move(attach(base.model, config, name=name, routing=base.routing, head=head, seed=1), seed=1)
     return ((name, 1.0),)
 
 
-def steps_of(base, identities, monkeypatch, between=None, new=40, joins=False):
+def steps_of(base, identities, monkeypatch, between=None, new=40, joins=False, prompts=PROMPTS):
     """All logits of the engine's steps, and what the base has recorded by then. between: called
     after ten; joins: a request comes then too."""
     found, right = [], PagedForward.logits
@@ -75,7 +72,7 @@ def steps_of(base, identities, monkeypatch, between=None, new=40, joins=False):
         adapters=FixedAdapters({i: base.routing.applied(i) for i in identities if i}),
         lookup="off",  # guesses depend on what is recorded, and steps are compared
     )
-    for number, prompt in enumerate(PROMPTS):
+    for number, prompt in enumerate(prompts):
         engine.add(
             Request(prompt=prompt, max_new_tokens=new, adapter=identities[number % len(identities)])
         )
@@ -185,6 +182,31 @@ def test_steps_of_each_family_are_one_call_from_ids_to_logits_to_the_bit(
     with monkeypatch.context() as patch:
         never(patch)
         expected, _ = steps_of(base, [own, (), own], monkeypatch, new=50)
+    assert same(found, expected)
+
+
+@pytest.mark.parametrize(
+    "family", [*FAMILIES, "llama_untied", "phi3", "cohere", "stablelm", "starcoder2", "phi"]
+)
+def test_a_recording_of_a_single_row_serves_any_number_of_rows(family, monkeypatch):
+    """Torch takes any distance between rows for that of a single one."""
+    base = tiny_base(family, torch.float32)
+    _ = base.paths
+    own = with_method(base, "lora", LoRA(rank=3, alpha=5.0, targets="all-linear"))
+    _, kept = steps_of(base, [()], monkeypatch, prompts=PROMPTS[:1], new=3)
+    assert [step._tape.memory.rows for step in kept] == [1]
+    states, replay = [], _RecordedStep.replay
+
+    def noted(*given):
+        states.append(replay(*given))
+        return states[-1]
+
+    monkeypatch.setattr(_RecordedStep, "replay", noted)
+    found, _ = steps_of(base, [own, (), own], monkeypatch, new=6)
+    assert states and None not in states
+    with monkeypatch.context() as patch:
+        never(patch)
+        expected, _ = steps_of(base, [own, (), own], monkeypatch, new=6)
     assert same(found, expected)
 
 
