@@ -255,7 +255,17 @@ def test_held_out_rows_are_those_of_the_job_whatever_is_chosen_later(server):
     assert before["rows"] == 2
     server.post(f"{path}/rows", {**draft["rows"], "validation_share": 0.6})
     assert server.http().get(f"{path}/held_out").json() == before
+    store = server.service.fine_tuning.store
+    (job,) = [job for job in store.jobs() if job.record.details.get("draft") == draft["id"]]
+    store.cancel(job.id)
+    assert server.post(f"{path}/train", {}).status_code == 200
+    record = store.get(server.http().get(path).json()["job"]).folder / "job.json"
+    text = record.read_text()
+    record.write_text("{}")
+    assert draft["id"] in [d["id"] for d in server.http().get(f"{API}/drafts").json()["data"]]
+    record.write_text(text)
     assert server.post(f"{path}/remove", {}).status_code == 200
+    assert [job for job in store.jobs() if job.record.details.get("draft") == draft["id"]] == []
 
 
 @pytest.mark.usefixtures("busy")

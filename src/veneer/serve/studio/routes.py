@@ -35,7 +35,7 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
     """Returns the routes of the studio. closing: whether the server ends; streams end then too."""
 
     async def drafts(request: Request, body: None) -> Any:
-        return {"data": await studio.run(studio.cards), "base": studio.base_source}
+        return {"data": await studio.run(studio.cards)}
 
     async def settings(request: Request, body: None) -> Any:
         return {"settings": describe_settings()}

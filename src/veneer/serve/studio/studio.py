@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from veneer.data.load import DataSet
-from veneer.errors import UnknownNameError, hide_path
+from veneer.errors import UnknownNameError, VeneerError, hide_path
 from veneer.jobs.record import TrainingJob
 from veneer.library.library import Library
 from veneer.models.capacity import capacity_of
@@ -218,22 +218,25 @@ class Studio:
         return result_file(self._job(draft_id), what, name=name, base=self.base_source)
 
     def remove(self, draft_id: str) -> None:
-        """Deletes a draft, its rows and its job. An adapter that was kept stays."""
+        """Deletes a draft, its rows and its jobs. An adapter that was kept stays."""
         with self._starts:
             draft = self.drafts.get(draft_id)
-            if draft.job is not None:
-                with suppress(UnknownNameError):
-                    self.jobs.delete(draft.job)
-                unpublish(self.library, trial_name(draft.id))
+            # The newest job first: only that one may run, and then nothing is deleted.
+            for job in self.jobs.jobs():
+                if job.record.details.get("draft") == draft.id:
+                    with suppress(UnknownNameError):
+                        self.jobs.delete(job.id)
+            unpublish(self.library, trial_name(draft.id))
             self.drafts.remove(draft_id)
 
     def _training(self, draft: Draft) -> dict[str, Any] | None:
-        """Returns the card of a draft's job; None if it has none, or the job was deleted."""
+        """Returns the card of a draft's job; None if it has none, or the job was deleted or is
+        damaged."""
         if draft.job is None:
             return None
         try:
             return job_card(self.jobs.get(draft.job))
-        except UnknownNameError:
+        except VeneerError:
             return None
 
     def _job(self, draft_id: str) -> TrainingJob:
