@@ -115,7 +115,9 @@ def test_jobs_wait_while_one_runs_and_change_their_state(busy_store, base):
     with pytest.raises(ConfigError, match="Pause or cancel it first"):
         store.delete(running.id)
     assert store.pause(running.id).state == "stopping"
-    assert store.find(job.id[-6:]).id == job.id
+    assert store.find(job.id[-6:]).id == store.find(job.id[:12]).id == job.id
+    with pytest.raises(UnknownNameError):
+        store.find("job")
     store.delete(job.id)
     assert [other.id for other in store.jobs()] == [running.id]
     assert not store._start(job.id), "it was removed while another process read the queue"

@@ -51,6 +51,7 @@ from veneer.jobs.launch import share_of_machine, start_worker
 from veneer.jobs.limits import JobLimits, folder_bytes
 from veneer.jobs.record import (
     DIED,
+    ID_PREFIX,
     RESUMABLE,
     JobRecord,
     State,
@@ -130,8 +131,9 @@ class JobStore:
         return TrainingJob(record, state, error, folder, self.run_folder(job_id))
 
     def find(self, part: str) -> TrainingJob:
-        """Finds the only job whose id contains `part`."""
-        matches = [job for job in self.jobs() if part and part in job.id]
+        """Finds the only job whose id contains `part`; the prefix of all ids does not count."""
+        digits = part.removeprefix(ID_PREFIX)
+        matches = [j for j in self.jobs() if digits and digits in j.id.removeprefix(ID_PREFIX)]
         if len(matches) > 1:
             raise ConfigError(
                 f"{part!r} is part of {len(matches)} ids",
