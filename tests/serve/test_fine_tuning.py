@@ -199,6 +199,9 @@ def test_bodies_become_settings_of_a_run():
         "batch": 2,
         "objective": {"name": "dpo", "beta": 0.2},
     }
+    large = {"model": "b", "training_file": "f", "hyperparameters": {"batch_size": 256}}
+    settings = CreateJobBody.read(large).run_settings()
+    assert (settings["batch"], settings["micro_batch"]) == (256, 8)
 
 
 def test_a_learning_rate_multiplier_scales_the_usual_rate(server):

@@ -97,8 +97,8 @@ class FineTuning:
         while True:
             try:
                 await asyncio.to_thread(self.store.start_next)
-            except VeneerError as fault:
-                log.warning("no job was started: %s", without_folders(fault.headline))
+            except (VeneerError, OSError) as fault:
+                log.warning("no job was started: %s", without_folders(str(fault)))
             await asyncio.sleep(TICK_SECONDS)
 
     # files

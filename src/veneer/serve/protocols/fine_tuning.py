@@ -40,6 +40,8 @@ STATUSES: dict[State, str] = {
     "failed": "failed",
     "cancelled": "cancelled",
 }
+MOST_AT_ONCE = 8
+"""Rows computed at once, however large a batch is: memory beside the server's."""
 MOST_SUFFIX = 64
 MOST_METADATA = 16
 
@@ -169,6 +171,8 @@ class CreateJobBody(Body):
             settings["epochs"] = chosen.n_epochs
         if chosen.batch_size != "auto":
             settings["batch"] = chosen.batch_size
+            if chosen.batch_size > MOST_AT_ONCE:
+                settings["micro_batch"] = MOST_AT_ONCE
         if isinstance(chosen, PreferenceHyperparameters):
             beta = {} if chosen.beta == "auto" else {"beta": chosen.beta}
             settings["objective"] = {"name": "dpo", **beta}
