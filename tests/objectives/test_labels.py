@@ -24,6 +24,7 @@ from veneer.errors import (
     DataError,
     RefusedError,
 )
+from veneer.formats.adapter import read_adapter
 from veneer.merge.export.export_run import export_adapter
 from veneer.models.predictions import ScorePredictions
 from veneer.objectives.config import Classify
@@ -35,6 +36,7 @@ from veneer.training.output.records import read_records
 from veneer.training.output.screen import QuietScreen
 from veneer.training.run import run_training
 from veneer.training.state.folder import resume_config
+from veneer.training.teacher import attach_teacher
 from veneer.training.trainee import Trainee
 
 TEXTS = ["a card", "where is my money", "x", "the app does not open at all today"]
@@ -327,6 +329,7 @@ def test_what_a_head_cannot_do_is_refused_by_name(adapters, base):
     for refused, message in (
         (lambda: base.merge("own"), "cannot be merged"),
         (lambda: base.trainer(adapters["label"], name="more"), "write no answers"),
+        (lambda: attach_teacher(base, read_adapter(adapters["label"])), "write no answers"),
     ):
         with pytest.raises(RefusedError, match=message):
             refused()

@@ -13,6 +13,7 @@ from itertools import count
 
 import torch
 
+from veneer.adapters.combinations import refuse_answers
 from veneer.adapters.placement.acting import Acting, Applied, in_turn
 from veneer.data.examples import Example
 from veneer.data.joint_batch import join_batches
@@ -42,9 +43,13 @@ def locate_teacher(config: RunConfig) -> tuple[RunConfig, StoredAdapter | None]:
 
 
 def attach_teacher(base: FrozenBase, stored: StoredAdapter | None) -> Applied:
-    """Attaches the teacher's adapter; returns what acts on the teacher's rows."""
+    """Attaches the teacher's adapter; returns what acts on the teacher's rows.
+
+    Raises RefusedError for an adapter that predicts no tokens.
+    """
     if stored is None:
         return ()
+    refuse_answers([(str(stored.folder), stored.contents)])
     names = (f"teacher {number}" for number in count(1))
     name = next(name for name in names if name not in base.attachments)
     return ((load_adapter(base, stored, name=name), 1.0),)
