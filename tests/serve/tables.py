@@ -143,7 +143,8 @@ def _by_protocol(head: tuple[str, ...], rows: dict[tuple[str, ...], str]) -> str
 
 def _other_paths() -> str:
     head = ("field", "values", "meaning")
-    paths = [path for path in BODIES if path not in (*LETTERS, "/v1/messages/count_tokens")]
+    same = ("/v1/messages/count_tokens", "/rerank")
+    paths = [path for path in BODIES if path not in (*LETTERS, *same)]
     tables = {
         f"`{path}`": [head, *(row for kind, row in rows_of(BODIES[path]) if kind == "supported")]
         for path in paths

@@ -70,7 +70,7 @@ HEAD = Content(
     answers=False,
     instead=(
         "It classifies texts instead of answering: use veneer.classify, veneer evaluate or"
-        " /v1/classify; PEFT and transformers read its folder as it is."
+        " v1/classify of veneer serve; PEFT and transformers read its folder as it is."
     ),
 )
 CONTENTS = (UPDATE, MODULES, BIASES, OFFSETS, MAGNITUDES, BOTTLENECKS, PREFIX, TOKENS, HEAD)
@@ -130,6 +130,17 @@ def refuse_answers(adapters: Sequence[Holding]) -> None:
         ],
         "these adapters write no answers",
     )
+
+
+def refuse_without_head(adapters: Sequence[Holding]) -> None:
+    """Raises ConfigError if none of these adapters has a score head: a head is never made up."""
+    if not any(HEAD in contents for _, contents in adapters):
+        raise ConfigError(
+            "there is no score head to classify with",
+            [name for name, _ in adapters] or ["the base alone"],
+            "Name an adapter that was trained with objective: classify. An adapter without a head"
+            " answers at v1/chat/completions.",
+        )
 
 
 def _refuse(refused: Sequence[tuple[str, Content]], message: str) -> None:

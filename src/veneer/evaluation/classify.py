@@ -129,11 +129,20 @@ def head_of(applied: Applied) -> HeadSettings:
 
 def text_examples(base: FrozenBase, texts: Sequence[str]) -> list[Example]:
     """Encodes texts as rows of a run are. Raises DataError for texts that cannot be computed."""
+    examples = encode_texts(ChatTemplate(base.acting_tokenizer), texts)
+    refuse_beyond(
+        "these texts cannot be classified", examples, capacity_of(base), base.acting_tokenizer
+    )
+    return examples
+
+
+def encode_texts(template: ChatTemplate, texts: Sequence[str]) -> list[Example]:
+    """Encodes texts as rows of a run are, whatever their length. Raises DataError for texts without
+    tokens."""
     rows = [
         Row(RowRef("texts", number), [], text=text, format="labels", label="")
         for number, text in enumerate(texts, 1)
     ]
-    template = ChatTemplate(base.acting_tokenizer)
     examples: list[Example] = []
     problems: list[Problem] = []
     for row, encoded in zip(rows, template.encode_rows(rows, train_on="last"), strict=True):
@@ -145,9 +154,6 @@ def text_examples(base: FrozenBase, texts: Sequence[str]) -> list[Example]:
             examples.append(text_example(encoded[0].ids, row.ref))
     if problems:
         raise refusal("these texts cannot be classified", problems)
-    refuse_beyond(
-        "these texts cannot be classified", examples, capacity_of(base), base.acting_tokenizer
-    )
     return examples
 
 

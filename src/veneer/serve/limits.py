@@ -68,6 +68,10 @@ MOST_ADAPTERS = 8
 """Adapters that act together."""
 MOST_TEXTS = 1024
 """Texts of a choice."""
+MOST_CLASSIFIED = 1024
+"""Texts to classify, or documents to rank, of a request."""
+MOST_CLASSIFIED_TOKENS = 2**18
+"""Tokens of these texts; of documents, with the query in front of each."""
 MOST_PROMPTS_WAITING = 256
 """Requests whose prompts wait to be tokenised."""
 MAX_ALIASES = 1000
@@ -116,6 +120,8 @@ LIMITS = {
         Limit("token ids of a prompt", MOST_IDS, "", "400"),
         Limit("log-probabilities of echoed prompts", MOST_PROMPT_LOGPROBS, "", "400"),
         Limit("answers to a prompt", CHOICES.most, "", "400"),
+        Limit("texts to classify, or documents to rank", MOST_CLASSIFIED, "", "400"),
+        Limit("tokens of these texts", MOST_CLASSIFIED_TOKENS, "", "400"),
         Limit("messages", MOST_MESSAGES, "", "400"),
         Limit("parts (blocks) of a message", MOST_PARTS, "", "400"),
         Limit("tools", MOST_TOOLS, "", "400"),

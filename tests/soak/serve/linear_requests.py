@@ -19,6 +19,8 @@ COMPLETE: Body = {"model": "m", "prompt": "hi"}
 RESPOND: Body = {"model": "m", "input": "hi"}
 MESSAGE: Body = {"model": "m", "max_tokens": 4, "messages": HELLO}
 TOKENIZE: Body = {"model": "m", "prompt": "hi"}
+CLASSIFY: Body = {"model": "m", "input": "hi"}
+RERANK: Body = {"model": "m", "query": "hi", "documents": ["a"]}
 LOAD: Body = {"lora_name": "a", "lora_path": "b"}
 BODIES: dict[str, Body] = {
     "/v1/chat/completions": CHAT,
@@ -30,6 +32,8 @@ BODIES: dict[str, Body] = {
     "/v1/load_lora_adapter": LOAD,
     "/v1/unload_lora_adapter": {"lora_name": "a"},
     "/v1/adapters/pin": {"name": "a"},
+    "/v1/classify": CLASSIFY,
+    "/v1/rerank": RERANK,
 }
 
 
@@ -268,6 +272,15 @@ OWN: dict[str, dict[str, tuple[int, Callable[[int], Body]]]] = {
     "/detokenize": {
         "tokens": (50_000, lambda n: {"model": "m", "tokens": [5] * n}),
         "wrong tokens": (50_000, lambda n: {"model": "m", "tokens": [None] * n}),
+    },
+    "/v1/classify": {
+        "texts": (100, lambda n: _with(CLASSIFY, input=["hi"] * n)),
+        "texts beyond the bound": (5_000, lambda n: _with(CLASSIFY, input=["hi"] * n)),
+        "a text": (300_000, lambda n: _with(CLASSIFY, input="a" * n)),
+    },
+    "/v1/rerank": {
+        "documents": (100, lambda n: _with(RERANK, documents=["hi"] * n)),
+        "a query": (300_000, lambda n: _with(RERANK, query="a" * n)),
     },
 }
 """Of one path."""

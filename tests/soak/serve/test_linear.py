@@ -34,7 +34,7 @@ from veneer.serve.engine import adapters
 from veneer.serve.engine.prompts import Prompts
 from veneer.serve.http.guard import Guard
 from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
-from veneer.serve.protocols import chat, completions, messages, responses, tokens
+from veneer.serve.protocols import chat, classification, completions, messages, responses, tokens
 from veneer.serve.protocols.conversation import conversation
 from veneer.serve.protocols.json_body import parsed
 from veneer.serve.protocols.request import ChatPrompt, Prompt, TextPrompt
@@ -58,6 +58,8 @@ READ: dict[str, Callable[[dict[str, Any]], object]] = {
     "/v1/messages": messages.PROTOCOL.read,
     "/tokenize": tokenize,
     "/detokenize": tokens.DetokenizeBody.read,
+    "/v1/classify": lambda body: classification.ClassifyBody.read(body).texts(),
+    "/v1/rerank": lambda body: classification.RerankBody.read(body).texts(),
     "/v1/load_lora_adapter": adapters.LoadBody.read,
     "/v1/unload_lora_adapter": adapters.UnloadBody.read,
     "/v1/adapters/pin": adapters.PinBody.read,

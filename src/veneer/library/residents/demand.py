@@ -1,9 +1,20 @@
 """What sequences ask for in a round of the decoding thread, and what may be evicted meanwhile."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from veneer.decoding.schedule.blocks import Identity
 from veneer.library.residents.resident import Resident, Tier
+
+
+@dataclass
+class PendingLoad:
+    """Waits for an identity to be loaded. by_hand: not for a request. since: number of grants when
+    it first found no room, None if it has not been tried.
+    """
+
+    by_hand: bool = False
+    since: int | None = None
 
 
 class Demand:

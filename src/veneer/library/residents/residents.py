@@ -8,12 +8,12 @@ nobody uses it.
 
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from veneer.adapters.combinations import refuse_answers, refuse_sum
+from veneer.adapters.combinations import Holding, refuse_answers, refuse_sum, refuse_without_head
 from veneer.adapters.placement.wrapping import plain_copy
 from veneer.adapters.preamble import NONE, Preamble, shared
 from veneer.bounds import SECONDS, WEIGHT, check_numbers
@@ -119,6 +119,14 @@ class Residents:
         Raises ConfigError if the adapters cannot act together with these weights, and RefusedError
         if they write no answers.
         """
+        return self._places(identity, refuse_answers)
+
+    def head_prefix_length(self, identity: Identity) -> int:
+        """Returns the same for adapters that classify. Raises ConfigError if none has a score
+        head."""
+        return self._places(identity, refuse_without_head)
+
+    def _places(self, identity: Identity, refuse_unfit: Callable[[Sequence[Holding]], None]) -> int:
         files = [self.tiers.files(content) for content, _ in identity]
         summaries = [self._summary(version) for version in files]
         weights = [weight for _, weight in identity]
@@ -128,7 +136,7 @@ class Residents:
                 for version_files, summary, weight in zip(files, summaries, weights, strict=True)
             ]
         )
-        refuse_answers(
+        refuse_unfit(
             [
                 (version_files.reference, summary.contents)
                 for version_files, summary in zip(files, summaries, strict=True)

@@ -17,7 +17,6 @@ content.
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from veneer.adapters.placement.acting import Applied
@@ -25,7 +24,7 @@ from veneer.bounds import BYTES, check_numbers
 from veneer.decoding.schedule.adapters import prefix_length
 from veneer.decoding.schedule.blocks import Identity
 from veneer.errors import BudgetFullError, ConfigError, SourceError, VeneerError
-from veneer.library.residents.demand import Demand
+from veneer.library.residents.demand import Demand, PendingLoad
 from veneer.library.residents.limits import LoadLimits
 from veneer.library.residents.loaders import Loaders
 from veneer.library.residents.loading import LoadedAdapter, load_version
@@ -38,16 +37,6 @@ from veneer.library.residents.resident import (
     budget_error,
 )
 from veneer.models.frozen_base import FrozenBase
-
-
-@dataclass
-class _PendingLoad:
-    """Waits for an identity to be loaded. by_hand: not for a request. since: number of grants when
-    it first found no room, None if it has not been tried.
-    """
-
-    by_hand: bool = False
-    since: int | None = None
 
 
 class Tiers:
@@ -73,7 +62,7 @@ class Tiers:
         )
         self._lock = threading.Condition(threading.RLock())
         self._residents: dict[str, Resident] = {}
-        self._queue: dict[Identity, _PendingLoad] = {}
+        self._queue: dict[Identity, PendingLoad] = {}
         self._demand = Demand()
         self._pinned: set[Resident] = set()
         self._gone: list[str] = []
@@ -123,7 +112,7 @@ class Tiers:
         deadline = time.monotonic() + seconds
         with self._lock:
             while not self._in_memory(self._checked(identity)):
-                self._queue.setdefault(identity, _PendingLoad()).by_hand = True
+                self._queue.setdefault(identity, PendingLoad()).by_hand = True
                 self._assign_room()
                 self._loaders.look()
                 if (
@@ -155,7 +144,7 @@ class Tiers:
             for resident in residents:
                 self._demand.announce(resident)
             if any(resident.tier is Tier.DISK for resident in residents):
-                self._queue.setdefault(identity, _PendingLoad())
+                self._queue.setdefault(identity, PendingLoad())
                 self._assign_room()
 
     def ready(self, identity: Identity) -> int | None:
@@ -167,7 +156,7 @@ class Tiers:
                     any(resident.tier is Tier.DISK for resident in residents)
                     and identity not in self._queue
                 ):
-                    self._queue[identity] = _PendingLoad()
+                    self._queue[identity] = PendingLoad()
                     self._dirty = True
                 return None
             if any(resident.draining for resident in residents):
@@ -198,6 +187,15 @@ class Tiers:
                 assert resident.tier is Tier.READY
                 resident.holders, resident.fresh = resident.holders + 1, False
                 self._use(resident)
+
+    def hold_ready(self, identity: Identity) -> bool:
+        """Holds an identity if it is in memory, and returns whether it is. Any thread may call
+        this. Raises why it can never be ready."""
+        with self._lock:
+            if not self._in_memory(self._checked(identity)):
+                return False
+            self.hold(identity)
+            return True
 
     def release(self, identity: Identity) -> None:
         with self._lock:

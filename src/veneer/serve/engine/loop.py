@@ -230,7 +230,7 @@ class EngineLoop:
             self._expected_requests -= 1
 
     async def run_between_steps(self, function: Callable[[Engine], T]) -> T:
-        """Runs a function on the engine's thread. It must be short."""
+        """Runs a function on the engine's thread. It takes no longer than a step."""
         events = asyncio.get_running_loop()
         result: asyncio.Future[T] = events.create_future()
 

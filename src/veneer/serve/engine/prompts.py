@@ -15,13 +15,16 @@ from functools import lru_cache
 from typing import Any
 
 from veneer.adapters.preamble import NONE, Preamble
+from veneer.data.batching import used_length
+from veneer.data.examples import Example
 from veneer.data.template.new_tokens import extended
 from veneer.data.template.rendering import retry_refused
 from veneer.data.template.template import ChatTemplate
 from veneer.decoding.tool_calls.call_style import NO_TOOLS, call_style
 from veneer.decoding.tool_calls.calls import CallStyle
 from veneer.errors import VeneerError
-from veneer.serve.limits import MOST_PROMPTS_WAITING
+from veneer.evaluation.classify import encode_texts
+from veneer.serve.limits import MOST_CLASSIFIED_TOKENS, MOST_PROMPTS_WAITING
 from veneer.serve.protocols.request import ChatPrompt, Prompt, TextPrompt
 from veneer.serve.refusals import Refusal, refusal_of
 
@@ -58,6 +61,41 @@ class Prompts:
             return [self.encode(prompt) for prompt in prompts]  # nothing is tokenised
         return await self._run(lambda: [self.encode(prompt, preamble) for prompt in prompts])
 
+    async def examples(
+        self, texts: Sequence[str], preamble: Preamble, prefix_length: int, param: str
+    ) -> list[Example]:
+        """Encodes texts for a score head as training does.
+
+        prefix_length: positions of the adapter's prefix. param: the field of the texts. Refusal:
+        one is too long, all are, or too many requests wait.
+        """
+
+        def encode() -> list[Example]:
+            for text in texts:
+                self._check_length(len(text), param)
+            examples = encode_texts(self._template(preamble.tokens), texts)
+            self._check_texts([used_length(example) for example in examples], prefix_length, param)
+            return examples
+
+        return await self._run(encode, param)
+
+    def _check_texts(self, lengths: Sequence[int], prefix_length: int, param: str) -> None:
+        """Raises Refusal if a text has more tokens than positions, or all have too many."""
+        places = None if self.positions is None else self.positions - prefix_length
+        code = "context_length_exceeded"
+        if places is not None and (longest := max(lengths)) > places:
+            message = (
+                f"{param}: text {lengths.index(longest)} has {longest:,} tokens, and there are"
+                f" {places:,} places. Shorten it."
+            )
+            raise Refusal(400, message, param, code)
+        if (tokens := sum(lengths)) > MOST_CLASSIFIED_TOKENS:
+            message = (
+                f"{param}: the texts have {tokens:,} tokens, {MOST_CLASSIFIED_TOKENS:,} may. Send"
+                " fewer at once."
+            )
+            raise Refusal(400, message, param, code)
+
     async def strings(self, ids: Sequence[int]) -> list[str]:
         return await self._run(
             lambda: [str(token) for token in self.tokenizer.convert_ids_to_tokens(list(ids))]
@@ -71,7 +109,7 @@ class Prompts:
             raise Refusal(400, f"{wrong} is no token: there are {self.ids:,}.", "tokens")
         return await self._run(lambda: str(self.tokenizer.decode(list(ids))))
 
-    async def _run(self, function: Callable[[], Any]) -> Any:
+    async def _run(self, function: Callable[[], Any], param: str = "messages") -> Any:
         if self._waiting >= MOST_PROMPTS_WAITING:
             raise Refusal(
                 429, f"{self._waiting:,} prompts wait to be read, {MOST_PROMPTS_WAITING:,} may."
@@ -80,7 +118,7 @@ class Prompts:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, function)
         except VeneerError as fault:
-            raise refusal_of(fault, param="messages") from None
+            raise refusal_of(fault, param=param) from None
         finally:
             self._waiting -= 1
 
@@ -128,14 +166,14 @@ class Prompts:
         """Returns the longest text that can fit, whatever its tokens are."""
         return None if self.positions is None else self.positions * self._longest
 
-    def _check_length(self, characters: int) -> None:
+    def _check_length(self, characters: int, param: str = "messages") -> None:
         """Refuses a text that cannot fit before a template or a tokenizer reads it."""
         if self._most_characters is not None and characters > self._most_characters:
             raise Refusal(
                 400,
                 f"The prompt has {characters:,} characters: more than the model's"
                 f" {self.positions:,} positions hold.",
-                "messages",
+                param,
                 "context_length_exceeded",
             )
 

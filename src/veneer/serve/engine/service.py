@@ -8,20 +8,24 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from veneer.adapters.labels import HeadKind
+from veneer.adapters.placement.acting import score_head_of
 from veneer.adapters.preamble import NONE, Preamble
 from veneer.bases.stop_tokens import stop_token_ids
+from veneer.data.batching import used_length
 from veneer.decoding.engine import Engine
 from veneer.decoding.sampling.grammar import Grammar, Grammars
-from veneer.errors import UnknownNameError, VeneerError, hide_path
+from veneer.errors import RefusedError, UnknownNameError, VeneerError, hide_path
 from veneer.library.residents.resident import Tier
 from veneer.library.residents.residents import Residents
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
+from veneer.serve.engine.classifier import Classifier
 from veneer.serve.engine.fine_tuning import FineTuning
 from veneer.serve.engine.generation import Generation, engine_requests
 from veneer.serve.engine.loop import EngineLoop
@@ -30,6 +34,7 @@ from veneer.serve.engine.names import ModelNames, ServedModel
 from veneer.serve.engine.prompts import Prompts
 from veneer.serve.engine.token_text import TokenTexts
 from veneer.serve.limits import BODY_BYTES
+from veneer.serve.protocols.classification import TextScores
 from veneer.serve.protocols.grammars import ShapeGrammars
 from veneer.serve.protocols.request import GenerationRequest, Prompt
 from veneer.serve.refusals import Refusal, refusal_of, refusing, unknown_adapter
@@ -83,6 +88,10 @@ class Service:
         self.prompts.template.telling(asked_as(NONE).variables)
         self.texts = TokenTexts(base.tokenizer)
         self.loop = EngineLoop(engine)
+        bounds = engine.scheduler.limits
+        self.classifier = Classifier(
+            base, self.loop, step_tokens=bounds.step_tokens, max_waiting=bounds.max_waiting
+        )
         self.metrics = Metrics(names.base_name, routes)
         self._stops = stop_token_ids(base.tokenizer, base.model.generation_config)
         self._base_digest = base.fingerprint().digest[:8]
@@ -218,7 +227,59 @@ class Service:
             model = self.names.model(request.model, request.adapters)
             preamble = self.residents.preamble(model.identity)
         with refusing("adapters"), self._hide_folders():
-            return model, preamble, self.residents.prefix_length(model.identity)
+            try:
+                return model, preamble, self.residents.prefix_length(model.identity)
+            except RefusedError as fault:  # the adapter is sound: the request is for another one
+                raise replace(refusal_of(fault, param="model"), status=400) from None
+
+    async def score_texts(
+        self, name: str, texts: Sequence[str], param: str, *, kind: HeadKind | None = None
+    ) -> TextScores:
+        """Computes the score head of an adapter for texts.
+
+        param: the field of the texts. kind: of the head that is needed; None: any. Refusal: 400 for
+        an adapter without such a head and for texts that are too long, 408 out of time.
+        """
+        try:
+            async with asyncio.timeout(self.limits.seconds):
+                return await self._score_texts(name, texts, param, kind)
+        except TimeoutError:
+            raise Refusal(408, "The time for this request is over.") from None
+
+    async def _score_texts(
+        self, name: str, texts: Sequence[str], param: str, kind: HeadKind | None
+    ) -> TextScores:
+        model = await self.model(name)
+        identity, tiers = model.identity, self.residents.tiers
+
+        def read() -> tuple[Preamble, int]:
+            preamble = self.residents.preamble(identity)
+            return preamble, self.residents.head_prefix_length(identity)
+
+        with refusing("model"):
+            preamble, prefix = await self.read_files(read)
+        examples = await self.prompts.examples(texts, preamble, prefix, param)
+        seconds = self.limits.load_seconds
+        with refusing("model"):
+            while not tiers.hold_ready(identity):
+                await self._run(self._loads, lambda: tiers.wait(identity, seconds))
+            try:
+                applied = tiers.applied(identity)
+                head = score_head_of(applied)
+                assert head is not None, "the adapter's files have a head"
+                if kind not in (None, head.settings.kind):
+                    raise Refusal(
+                        400,
+                        f"model: the head of {name[:80]!r} is of kind {head.settings.kind}, and"
+                        f" this path needs kind {kind}. Use /v1/classify.",
+                        "model",
+                    )
+                outputs = await self.classifier.outputs(applied, examples)
+            finally:
+                tiers.release(identity)
+        tokens = sum(map(used_length, examples))
+        self.metrics.count_prompt(tokens)
+        return TextScores(head.settings, outputs, tokens)
 
     async def _grammar(self, request: GenerationRequest) -> Grammar | None:
         """Compiles the shape of the answers. Refusal: it cannot be followed."""

@@ -20,13 +20,19 @@ from veneer.serve.engine.adapters import LoadBody, PinBody, UnloadBody, card_of
 from veneer.serve.engine.metrics import MEDIA_TYPE
 from veneer.serve.engine.service import Service
 from veneer.serve.http.details import angle_between, details
-from veneer.serve.http.exchange import Exchange
+from veneer.serve.http.exchange import ClientGone, Exchange, unless_gone
 from veneer.serve.http.guard import error_response
 from veneer.serve.http.keys import Caller
 from veneer.serve.http.page import page
 from veneer.serve.http.paths import ADMIN_BODIES, BODIES, NOT_SERVED, PATHS, PROTOCOLS, openapi
 from veneer.serve.limits import LARGE_BODY
 from veneer.serve.protocols.answers import ApiProtocol
+from veneer.serve.protocols.classification import (
+    ClassifyBody,
+    RerankBody,
+    classify_response,
+    rerank_response,
+)
 from veneer.serve.protocols.json_body import parsed, read_body
 from veneer.serve.protocols.messages import CountBody
 from veneer.serve.protocols.request import GenerationRequest
@@ -35,6 +41,8 @@ from veneer.serve.refusals import Refusal, refusal_of, shutting_down
 from veneer.wording import shown
 
 log = logging.getLogger("veneer.serve")
+CLIENT_GONE = 499
+"""Status of a request whose client has gone, for the log and the metrics; nobody reads it."""
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -122,6 +130,16 @@ def _routes(service: Service, *, teaches: bool) -> list[Route]:
         await service.model(body.model or service.names.base_name)
         return JSONResponse({"prompt": await service.prompts.text(body.tokens)})
 
+    async def classify(body: ClassifyBody, request: Request) -> Response:
+        work = service.score_texts(body.model, body.texts(), "input")
+        scores = await unless_gone(request.receive, work)
+        return JSONResponse(classify_response(body.model, scores))
+
+    async def rerank(body: RerankBody, request: Request) -> Response:
+        work = service.score_texts(body.model, body.texts(), "documents", kind="rerank")
+        scores = await unless_gone(request.receive, work)
+        return JSONResponse(rerank_response(body.model, body.documents, body.top_n, scores))
+
     async def load(body: LoadBody, request: Request) -> Response:
         name, reference, in_place = body.lora_name, body.lora_path, body.load_inplace
         await service.read_files(lambda: service.names.check(name, reference, in_place=in_place))
@@ -197,6 +215,9 @@ def _routes(service: Service, *, teaches: bool) -> list[Route]:
         post("/v1/messages/count_tokens", count),
         post("/tokenize", tokenize),
         post("/detokenize", detokenize),
+        post("/v1/classify", classify),
+        post("/v1/rerank", rerank),
+        post("/rerank", rerank),
         post("/v1/load_lora_adapter", load),
         post("/v1/unload_lora_adapter", unload),
         post("/v1/adapters/pin", pin(pinned=True)),
@@ -234,6 +255,8 @@ def catch_errors(handler: Handler) -> Handler:
             return await handler(request)
         except (Refusal, VeneerError) as fault:
             return error_response(refusal_of(fault), request.url.path)
+        except ClientGone:
+            return Response(status_code=CLIENT_GONE)
         except asyncio.CancelledError:  # the server ends, and the drain's time is over
             return error_response(shutting_down(), request.url.path)
         except Exception as fault:

@@ -11,6 +11,7 @@ from veneer.serve.engine.adapters import LoadBody, PinBody, UnloadBody
 from veneer.serve.protocols import chat, completions, messages, responses
 from veneer.serve.protocols.answers import ApiProtocol
 from veneer.serve.protocols.body import Body
+from veneer.serve.protocols.classification import ClassifyBody, RerankBody
 from veneer.serve.protocols.fine_tuning import CreateJobBody
 from veneer.serve.protocols.tokens import DetokenizeBody, TokenizeBody
 
@@ -30,6 +31,9 @@ ADMIN_BODIES: dict[str, type[Body]] = {
 BODIES: dict[str, type[Body]] = {
     **{path: protocol.body for path, protocol in PROTOCOLS.items()},
     "/v1/messages/count_tokens": messages.CountBody,
+    "/v1/classify": ClassifyBody,
+    "/v1/rerank": RerankBody,
+    "/rerank": RerankBody,
     "/v1/fine_tuning/jobs": CreateJobBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
@@ -40,7 +44,6 @@ NOT_SERVED = {
     "/v1/audio/transcriptions": "text alone is read",
     "/v1/images/generations": "answers are text",
     "/v1/moderations": "ask a model of your own for it",
-    "/v1/rerank": "no model here ranks",
     "/v1/score": "no model here scores pairs",
 }
 PATHS = (
