@@ -116,6 +116,8 @@ def body(random: Random, path: str, models: list[str]) -> dict[str, Any]:
         sent["n"] = random.randint(1, 3)
     for conflict in ("top_logprobs", "stream_options", "best_of"):
         sent.pop(conflict, None)
+    if "method" in sent:
+        sent.pop("hyperparameters", None)
     if path == "/tokenize":
         sent = _one_prompt(random, sent)
     if path in ("/v1/messages", "/v1/messages/count_tokens"):
