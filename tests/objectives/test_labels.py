@@ -418,6 +418,19 @@ def test_a_head_goes_on_by_label(world, adapters, tmp_path, base):
             train(world, tmp_path / rows, **{**settings, "objective": objective, "rows": rows})
 
 
+def test_a_head_that_goes_on_keeps_its_thresholds(world, tmp_path):
+    thresholds = {"card": 0.9, "money": 0.8}, {"money": 0.2}
+    parent = {}
+    for number, own in enumerate(thresholds):
+        objective = {"name": "classify", "kind": "labels", "thresholds": own}
+        settings = settings_of("labels", steps=1, **parent) | {"objective": objective}
+        folder = train(world, tmp_path / str(number), **settings)
+        parent = {"from_adapter": str(folder)}
+    manifest = json.loads((folder / "veneer.json").read_text())
+    assert manifest["head"]["thresholds"] == {"card": 0.9, "money": 0.2}
+    assert manifest["recipe"]["objective"]["thresholds"] == manifest["head"]["thresholds"]
+
+
 def test_labels_of_rows_are_checked(world, tmp_path):
     def run(lines, name, **settings):
         (world / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from veneer.merge.combine.combine import Recipe
 from veneer.merge.combine.combine_run import combine_adapters
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.initial_values import FreshAdapter, begin
+from veneer.objectives.config import Classify
 from veneer.training.config import RunConfig, StartFrom
 
 ADAPTER_NAME = "trained"
@@ -142,6 +144,7 @@ def _from_parents(
                 score=score,
             )
             _take_over(old, started.attachment)
+            config = _keep_thresholds(config, old.score, started.attachment.score)
         finally:
             base.detach(_PARENT)
     sum_text = " + ".join(
@@ -277,6 +280,17 @@ def _take_over(old: Attachment, new: Attachment) -> None:
     if old.tokens is not None and new.tokens is not None:
         for path, old_rows in old.tokens.places.items():
             new.tokens.places[path].rows[: len(old_rows.ids)].copy_(old_rows.rows)
+
+
+def _keep_thresholds(config: RunConfig, old: ScoreHead | None, new: ScoreHead | None) -> RunConfig:
+    """Gives the new head the old one's thresholds; those that the run sets come first."""
+    objective = config.objective
+    if old is None or new is None or not isinstance(objective, Classify):
+        return config
+    thresholds = dict(old.settings.thresholds) | objective.thresholds
+    new.settings = replace(new.settings, thresholds=tuple(sorted(thresholds.items())))
+    kept = objective.model_copy(update={"thresholds": thresholds})
+    return config.model_copy(update={"objective": kept})
 
 
 def _take_over_head(old: ScoreHead, new: ScoreHead | None) -> None:
