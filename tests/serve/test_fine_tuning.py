@@ -5,7 +5,7 @@ import io
 import json
 import socket
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import openai
 import pytest
@@ -22,6 +22,7 @@ from veneer.library.library import Library
 from veneer.models.frozen_base import hidden_size
 from veneer.serve.engine.fine_tuning import TrainSettings, page_of
 from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
+from veneer.serve.limits import MOST_UPLOADS
 from veneer.serve.protocols.fine_tuning import CreateJobBody
 from veneer.serve.refusals import Refusal
 
@@ -350,6 +351,31 @@ def test_a_finished_job_without_its_files_leaves_the_lists_whole(server, client)
     assert result not in [file.id for file in client.files.list()]
     with pytest.raises(openai.BadRequestError):
         client.files.retrieve(result)
+
+
+def test_files_that_arrive_at_once_are_bounded(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    head = (
+        f"POST /v1/files HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer {TRAIN}\r\n"
+        "content-type: multipart/form-data; boundary=b\r\ncontent-length: 500\r\n\r\n"
+    )
+    form = {"data": {"purpose": "fine-tune"}, "files": {"file": ("a.jsonl", lines(ROWS))}}
+    with ExitStack() as open_connections, server.http(headers=AUTHORIZED) as http:
+        for _ in range(MOST_UPLOADS):
+            connection = socket.create_connection((host, int(port)))
+            open_connections.enter_context(connection).sendall(head.encode())
+        deadline = time.monotonic() + 30
+        while (answer := http.post("/v1/files", **form)).status_code == 200:
+            assert time.monotonic() < deadline
+        assert answer.status_code == 429 and "again later" in answer.json()["error"]["message"]
+    deadline = time.monotonic() + 30
+    while http_status(server, form) != 200:  # the others have gone
+        assert time.monotonic() < deadline
+
+
+def http_status(server, form):
+    with server.http(headers=AUTHORIZED) as http:
+        return http.post("/v1/files", **form).status_code
 
 
 def test_a_number_of_many_digits_is_a_wrong_limit(server):

@@ -78,6 +78,8 @@ MAX_ALIASES = 1000
 """Names that were added for adapters."""
 UPLOAD_SECONDS = 3600.0
 """Time for an uploaded file to arrive; each part of it within BODY_SECONDS."""
+MOST_UPLOADS = 8
+"""Files that arrive at once: each takes its size of temporary disk space."""
 MOST_TRAINING_ROWS = 1_000_000
 """Rows of a file that a job trains on."""
 JOB_LIMITS = JobLimits()
@@ -153,6 +155,7 @@ LIMITS = {
     "Files and jobs": (
         Limit("uploaded file, packed or not", JOB_LIMITS.file_bytes, "bytes", "413 or 507"),
         Limit("time for an uploaded file to arrive", UPLOAD_SECONDS, "seconds", "408"),
+        Limit("files that arrive at once", MOST_UPLOADS, "", "429"),
         Limit("uploaded files", JOB_LIMITS.files, "", "507"),
         Limit("rows of a training file", MOST_TRAINING_ROWS, "", "the job fails"),
         Limit("jobs, ended ones included", JOB_LIMITS.jobs, "", "507"),

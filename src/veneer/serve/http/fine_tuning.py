@@ -17,7 +17,7 @@ from veneer.jobs.record import TrainingJob
 from veneer.serve.engine.fine_tuning import FineTuning, page_of
 from veneer.serve.engine.service import Service
 from veneer.serve.http.app import Handler, caller_of, catch_errors
-from veneer.serve.http.uploads import read_upload
+from veneer.serve.http.uploads import Arrivals, read_upload
 from veneer.serve.protocols.fine_tuning import (
     CreateJobBody,
     checkpoint_objects,
@@ -66,17 +66,18 @@ class _Routes:
     # files
 
     def of_files(self) -> list[Route]:
-        fine_tuning = self._fine_tuning
+        fine_tuning, arrivals = self._fine_tuning, Arrivals()
 
         async def upload(request: Request) -> Response:
-            sent = await read_upload(request, fine_tuning.store.limits.file_bytes)
-            with sent.file:
-                if sent.purpose != "fine-tune":
-                    raise Refusal(400, "purpose: only fine-tune is supported.", "purpose")
-                owner = caller_of(request).name
-                return JSONResponse(
-                    await self._read(lambda: fine_tuning.upload(sent.file, sent.name, owner))
-                )
+            with arrivals.one():
+                sent = await read_upload(request, fine_tuning.store.limits.file_bytes)
+                with sent.file:
+                    if sent.purpose != "fine-tune":
+                        raise Refusal(400, "purpose: only fine-tune is supported.", "purpose")
+                    owner = caller_of(request).name
+                    return JSONResponse(
+                        await self._read(lambda: fine_tuning.upload(sent.file, sent.name, owner))
+                    )
 
         async def listed(request: Request) -> Response:
             purpose = request.query_params.get("purpose")

@@ -7,7 +7,8 @@ nothing behind.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -16,7 +17,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from veneer.serve.http.connection import allow_more_time
-from veneer.serve.limits import BODY_SECONDS, MOST_DISCARDED, UPLOAD_SECONDS
+from veneer.serve.limits import BODY_SECONDS, MOST_DISCARDED, MOST_UPLOADS, UPLOAD_SECONDS
 from veneer.serve.refusals import Refusal, brief
 
 MOST_FORM_BYTES = 64 * 2**10
@@ -32,6 +33,24 @@ class Upload:
     file: BinaryIO
     name: str
     purpose: str
+
+
+class Arrivals:
+    """Counts the files that arrive now. Refusal: 429, there are too many."""
+
+    def __init__(self, most: int = MOST_UPLOADS) -> None:
+        self._most, self._count = most, 0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Counts a file until the end of the block."""
+        if self._count >= self._most:
+            raise Refusal(429, f"{self._count} files arrive now: send this one again later.")
+        self._count += 1
+        try:
+            yield
+        finally:
+            self._count -= 1
 
 
 async def read_upload(request: Request, most_bytes: int) -> Upload:

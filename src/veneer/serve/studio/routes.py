@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from veneer.serve.http.app import byte_after, caller_of, catch_errors
+from veneer.serve.http.uploads import Arrivals
 from veneer.serve.limits import BODY_BYTES
 from veneer.serve.protocols.body import Body
 from veneer.serve.protocols.json_body import parsed, read_body, read_bytes
@@ -28,11 +29,15 @@ from veneer.serve.studio.training import follow_job
 
 PREFIX = "/studio/api"
 UPLOAD_BYTES = 256 * 2**20
+MOST_IN_MEMORY = 2
+"""Files of the page that arrive at once: they are held in memory."""
 Answer = Callable[[Request, Any], Awaitable[Any]]
 
 
 def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
     """Returns the routes of the studio. closing: whether the server ends; streams end then too."""
+
+    arrivals = Arrivals(MOST_IN_MEMORY)
 
     async def drafts(request: Request, body: None) -> Any:
         return {"data": await studio.run(studio.cards)}
@@ -46,8 +51,9 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
         if kind != "application/octet-stream":
             raise Refusal(415, "Send the file with content-type: application/octet-stream.")
         name, owner = request.query_params.get("name", ""), caller_of(request).name
-        content = await read_bytes(request, UPLOAD_BYTES)
-        return JSONResponse(await studio.run(lambda: studio.add(name, content, owner)))
+        with arrivals.one():
+            content = await read_bytes(request, UPLOAD_BYTES)
+            return JSONResponse(await studio.run(lambda: studio.add(name, content, owner)))
 
     async def show(request: Request, body: None) -> Any:
         return await studio.run(lambda: studio.show(_id(request)))
