@@ -8,12 +8,15 @@ const judging = { draft: null, job: null, model: null, questions: [], asked: 0, 
 async function showJudge() {
   byId("judge-figures").replaceChildren(...figuresOfRun());
   if (judging.draft === lesson.draft.id && judging.job === lesson.draft.job) return showJudged();
-  Object.assign(judging, { draft: lesson.draft.id, job: lesson.draft.job, asked: 0, rightBase: 0, right: 0, worse: 0 });
+  judging.ends?.abort(); // answers for other rows would be counted here
+  Object.assign(judging, { draft: lesson.draft.id, job: lesson.draft.job, ends: null, asked: 0, rightBase: 0, right: 0, worse: 0 });
   byId("judge-rows").replaceChildren();
   byId("judge-said").textContent = "Loading the adapter …";
+  const { id } = lesson.draft;
   await teachSafely(async () => {
     const { model } = await studio(draftPath("/try"), { body: {} });
     const { questions } = await studio(draftPath("/held_out"));
+    if (judging.draft !== id) return; // other rows were opened meanwhile
     Object.assign(judging, { model, questions });
     await loadModels();
     await askNext();
@@ -76,10 +79,11 @@ async function askRow(question, signal) {
 }
 
 async function askNext() {
-  judging.ends = new AbortController();
+  const ends = (judging.ends = new AbortController());
   showJudged();
   const next = judging.questions.slice(judging.asked, judging.asked + ASKED_AT_ONCE);
-  await teachSafely(() => Promise.all(next.map((question) => askRow(question, judging.ends.signal))));
+  await teachSafely(() => Promise.all(next.map((question) => askRow(question, ends.signal))));
+  if (judging.ends !== ends) return; // other rows were opened meanwhile
   judging.ends = null;
   showJudged();
 }
