@@ -50,6 +50,9 @@ def test_jobs_over_different_rows_are_not_compared():
     for record in jobs:
         record.settings["data.validation"] = "held-out.jsonl"
     assert ranked(jobs) == [jobs[2], jobs[1], jobs[0]] and equal_tokens(jobs) == 10
+    for number, record in enumerate(jobs):
+        record.settings["objective.beta"] = 0.1 * (number + 1)
+    assert ranked(jobs) == [jobs[1], jobs[2], jobs[0]] and equal_tokens(jobs) is None
 
 
 def test_a_setting_is_named_by_its_last_part_if_no_other_ends_with_it():

@@ -104,17 +104,28 @@ def _curve(file: Path) -> tuple[list[CurvePoint], int]:
 
 
 def have_same_held_out(jobs: Sequence[JobRecord]) -> bool:
-    """Returns whether the settings say that all jobs are measured on the same held-out rows."""
-    rows = {
-        repr(job.settings.get("data.validation") or job.settings.get("data.train")) for job in jobs
+    """Returns whether the settings say that all jobs are measured on the same held-out rows, by
+    the loss of the same objective."""
+    return len({_measured_by(job.settings) for job in jobs}) == 1
+
+
+def _measured_by(settings: Mapping[str, Any]) -> str:
+    """Returns the settings that a held-out loss depends on, besides what was trained."""
+    rows = settings.get("data.validation") or settings.get("data.train")
+    filled_in = {"objective.labels", "objective.content"}  # once a run has begun
+    objective = {
+        name: value
+        for name, value in settings.items()
+        if name.startswith("objective.") and name not in filled_in
     }
-    return len(rows) == 1
+    return repr((rows, sorted(objective.items(), key=str)))
 
 
 def ranked(jobs: Sequence[JobRecord]) -> list[JobRecord]:
     """Sorts jobs by held-out loss, then jobs without one by training loss, then failed jobs.
 
-    Losses over different rows do not compare; such jobs keep their order, with failed ones last.
+    Losses over different rows or of different objectives do not compare; such jobs keep their
+    order, with failed ones last.
     """
     compare = have_same_held_out(jobs)
 

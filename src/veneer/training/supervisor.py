@@ -101,7 +101,8 @@ def best_loss(trainee: Trainee) -> float:
 
 
 def refuse_incomparable(jobs: Sequence[TrainingInputs]) -> None:
-    """Raises ConfigError if held-out losses do not exist, or are over different rows."""
+    """Raises ConfigError if held-out losses do not exist, are over different rows, or are those of
+    different objectives: beta of DPO, for instance, changes the loss of the same answers."""
     held_out = [[example.key for example in job.validation] for job in jobs]
     if not all(held_out):
         raise ConfigError(
@@ -112,4 +113,10 @@ def refuse_incomparable(jobs: Sequence[TrainingInputs]) -> None:
         raise ConfigError(
             "halving compares jobs by their held-out loss, and their held-out rows differ",
             next_step="Give all jobs the same rows, or leave --halving out.",
+        )
+    if any(job.config.objective != jobs[0].config.objective for job in jobs):
+        raise ConfigError(
+            "halving compares jobs by their held-out loss, and their objectives differ",
+            sorted({f"{job.out}: {job.config.objective}" for job in jobs}),
+            "Give all jobs the same objective, or leave --halving out.",
         )

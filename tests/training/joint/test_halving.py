@@ -112,4 +112,12 @@ def test_jobs_whose_held_out_losses_do_not_compare_are_refused_before_they_start
     jobs = [config(world, tmp_path / rows, rows=rows) for rows in ("rows", "others")]
     with pytest.raises(ConfigError, match="held-out rows differ"):
         together(jobs, supervisor=SuccessiveHalving([0.5]))
+    jobs = [
+        config(
+            world, tmp_path / str(t), objective={"name": "distil", "system": "s", "temperature": t}
+        )
+        for t in (1.0, 2.0)
+    ]
+    with pytest.raises(ConfigError, match="objectives differ"):
+        together(jobs, supervisor=SuccessiveHalving([0.5]))
     assert not list(tmp_path.rglob("run.yaml"))
