@@ -193,6 +193,7 @@ def test_every_command_that_prints_a_result_prints_it_as_json_too():
     }
     assert without == {
         "serve",
+        "studio",
         "chat",
         "completion",
     }  # they go on until they are ended; a script is its own format

@@ -8,7 +8,6 @@ For instance:
   veneer train --resume runs/tickets
   veneer train JOBS.yaml          several jobs together, if it lists `jobs:`
   veneer train RUN.yaml --sweep learning_rate=3e-4,1e-3 rank=8,32
-  veneer train JOBS.yaml --resume  goes on: finished jobs are skipped
 
 These are the settings that people use most. `veneer explain settings` lists all of them,
 `veneer explain rank` explains one, and --set path=value sets any of them (the value is YAML).
@@ -73,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="NAME=VALUES",
         help=(
-            "train every combination of these values together, for instance rank=8,32; with"
+            "train every combination together, for instance rank=8,32; with"
             " --draws also ranges, learning_rate=log:1e-4..3e-3 or warmup=even:0..0.1"
         ),
     )
@@ -81,12 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--draws",
         metavar="N",
         type=COUNT,
-        help="train N random points of the sweep instead, drawn by --seed",
+        help="train N random points of the sweep, drawn by --seed",
     )
     group.add_argument(
-        "--halving",
-        action="store_true",
-        help="stop the worse half of the sweep's jobs at each rung, by held-out loss",
+        "--halving", action="store_true", help="stop the worse half at each rung, by held-out loss"
     )
     group.add_argument(
         "--resume",
@@ -102,10 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         metavar="DIR",
-        help=(
-            "add each finished adapter to this library, under its folder's name; without DIR: to"
-            " your own library"
-        ),
+        help=("add each finished adapter to this library; without DIR: to your own"),
     )
     group.add_argument(
         "--fit",
