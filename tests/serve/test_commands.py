@@ -77,7 +77,8 @@ def test_the_llm_command_asks_as_the_page_says(library, tmp_path, key):
 
 @pytest.mark.skipif(CURL is None, reason="curl is not on the path")
 def test_curl_asks_as_the_page_says(server):
-    calls = re.findall(r"^(curl http.*?'\n)", PAGE.read_text(), flags=re.DOTALL | re.MULTILINE)
+    call_text = r"^(curl \S+ -H '[^']*' -d '.*?'\n)"
+    calls = re.findall(call_text, PAGE.read_text(), flags=re.DOTALL | re.MULTILINE)
     assert len(calls) == 2
     for call in calls:
         address, header, body = re.match(

@@ -26,7 +26,7 @@ from veneer.objectives.config import OBJECTIVES
 from veneer.report.html import html_page, section, table
 from veneer.report.plots import Series, bars, line_chart, smooth
 from veneer.report.preferences import loss_label, preference_section
-from veneer.training.config import DataConfig, RunConfig
+from veneer.training.config import DataConfig, ReplayConfig, RunConfig
 from veneer.training.output.loggers import flat
 from veneer.training.output.records import Record, read_records
 from veneer.wording import clock, interval_of_95, millions, number, percent, shares, size
@@ -335,7 +335,7 @@ def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
             k: f.get_default(call_default_factory=True) for k, f in fields if not f.is_required()
         }
 
-    defaults = of(RunConfig) | {"data": of(DataConfig)}
+    defaults = of(RunConfig) | {"data": of(DataConfig), "replay": of(ReplayConfig)}
     for part, models in (("method", METHODS), ("objective", OBJECTIVES)):
         values = settings.get(part)
         chosen = models.get(values.get("name", "")) if isinstance(values, Mapping) else None
