@@ -250,7 +250,7 @@ def test_the_largest_batch_runs_first_and_changes_nothing(tmp_path, monkeypatch)
     )
     costs = [int(made.inputs.rows.lengths[rows].sum()) for rows in plan]
     assert sum(len(e.ids) for e in seen[0]) >= max(costs)
-    monkeypatch.setattr(Loop, "_try_largest", lambda self: None)
+    monkeypatch.setattr(Loop, "_try_largest", lambda *_: None)
     without, _ = run(make_job(tmp_path / "b", steps=1, micro_batch=4))
     assert torch.equal(made.inputs.flat.values.data, without.inputs.flat.values.data)
 
