@@ -295,7 +295,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "decoding/text.py": ("decoding/test_text.py",),
     "serve/protocols/body.py": ("serve/protocols/test_fields.py",),
     "serve/protocols/faults.py": ("serve/protocols/test_fields.py",),
-    "serve/protocols/json_body.py": ("serve/protocols/test_fields.py",),
+    "serve/http/json_body.py": ("serve/protocols/test_fields.py",),
     "serve/protocols/sampling_body.py": ("serve/protocols/test_fields.py",),
     "serve/protocols/chunks.py": ("serve/protocols/test_answers.py", "serve/test_server.py"),
     "serve/protocols/chat.py": (
@@ -320,7 +320,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "serve/protocols/shapes.py": ("serve/protocols/test_fields.py",),
     "serve/protocols/tools.py": ("serve/protocols/test_tools.py",),
     "decoding/tool_calls/call_style.py": ("serve/protocols/test_tools.py",),
-    "serve/protocols/grammars.py": (
+    "serve/engine/grammars.py": (
         "serve/protocols/test_tools.py",
         "serve/protocols/test_answers.py",
     ),

@@ -10,6 +10,7 @@ from pydantic import create_model
 
 from tests.serve.protocols.generated import BODIES, body, mutated
 from veneer.bounds import TEMPERATURE, TOKEN
+from veneer.serve.http.json_body import parsed
 from veneer.serve.limits import MOST_FAULTS
 from veneer.serve.protocols import chat, completions, faults, messages, responses
 from veneer.serve.protocols.body import (
@@ -23,7 +24,6 @@ from veneer.serve.protocols.body import (
     Object,
     OneOf,
 )
-from veneer.serve.protocols.json_body import parsed
 from veneer.serve.refusals import Fault, Refusal
 
 MODULES = {

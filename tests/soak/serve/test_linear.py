@@ -33,10 +33,10 @@ from veneer.errors import VeneerError
 from veneer.serve.engine import adapters
 from veneer.serve.engine.prompts import Prompts
 from veneer.serve.http.guard import Guard
+from veneer.serve.http.json_body import parsed
 from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
 from veneer.serve.protocols import chat, classification, completions, messages, responses, tokens
 from veneer.serve.protocols.conversation import conversation
-from veneer.serve.protocols.json_body import parsed
 from veneer.serve.protocols.request import ChatPrompt, Prompt, TextPrompt
 from veneer.serve.refusals import Refusal
 

@@ -28,6 +28,7 @@ from veneer.models.frozen_base import FrozenBase
 from veneer.serve.engine.classifier import Classifier
 from veneer.serve.engine.fine_tuning import FineTuning
 from veneer.serve.engine.generation import Generation, engine_requests
+from veneer.serve.engine.grammars import ShapeGrammars
 from veneer.serve.engine.loop import EngineLoop
 from veneer.serve.engine.metrics import Metrics, engine_state, joined
 from veneer.serve.engine.names import ModelNames, ServedModel
@@ -35,7 +36,6 @@ from veneer.serve.engine.prompts import Prompts
 from veneer.serve.engine.token_text import TokenTexts
 from veneer.serve.limits import BODY_BYTES
 from veneer.serve.protocols.classification import TextScores
-from veneer.serve.protocols.grammars import ShapeGrammars
 from veneer.serve.protocols.request import GenerationRequest, Prompt
 from veneer.serve.refusals import Refusal, refusal_of, refusing, unknown_adapter
 from veneer.serve.runs import Runs

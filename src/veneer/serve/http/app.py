@@ -22,6 +22,7 @@ from veneer.serve.engine.service import Service
 from veneer.serve.http.details import angle_between, details
 from veneer.serve.http.exchange import ClientGone, Exchange, unless_gone
 from veneer.serve.http.guard import error_response
+from veneer.serve.http.json_body import parsed, read_body
 from veneer.serve.http.keys import Caller
 from veneer.serve.http.page import page
 from veneer.serve.http.paths import ADMIN_BODIES, BODIES, NOT_SERVED, PATHS, PROTOCOLS, openapi
@@ -33,7 +34,6 @@ from veneer.serve.protocols.classification import (
     classify_response,
     rerank_response,
 )
-from veneer.serve.protocols.json_body import parsed, read_body
 from veneer.serve.protocols.messages import CountBody
 from veneer.serve.protocols.request import GenerationRequest
 from veneer.serve.protocols.tokens import DetokenizeBody, TokenizeBody

@@ -17,6 +17,7 @@ from veneer.jobs.record import TrainingJob
 from veneer.serve.engine.fine_tuning import FineTuning, page_of
 from veneer.serve.engine.service import Service
 from veneer.serve.http.app import Handler, caller_of, catch_errors
+from veneer.serve.http.json_body import parsed, read_body
 from veneer.serve.http.uploads import Arrivals, read_upload
 from veneer.serve.protocols.fine_tuning import (
     CreateJobBody,
@@ -24,7 +25,6 @@ from veneer.serve.protocols.fine_tuning import (
     event_objects,
     job_object,
 )
-from veneer.serve.protocols.json_body import parsed, read_body
 from veneer.serve.refusals import Refusal, shutting_down
 
 T = TypeVar("T")

@@ -25,10 +25,10 @@ from veneer.serve.engine.service import ServeLimits
 from veneer.serve.http.connection import Server
 from veneer.serve.http.exchange import ClientGone, unless_gone
 from veneer.serve.http.guard import error_response
+from veneer.serve.http.json_body import read_bytes
 from veneer.serve.http.keys import ApiKeys
 from veneer.serve.http.paths import ADMIN_BODIES, PATHS
 from veneer.serve.limits import LARGE_BODY
-from veneer.serve.protocols.json_body import read_bytes
 from veneer.serve.refusals import Refusal, refusal_of, shutting_down
 from veneer.serve.replicas.replica import AdminChange, ForwardedRequest, model_of
 from veneer.serve.start import ServeSettings, guarded

@@ -26,8 +26,8 @@ from veneer.models.load import load_base
 from veneer.quant.config import Quantize
 from veneer.serve.engine.adapters import card_of
 from veneer.serve.http.app import application
+from veneer.serve.http.json_body import parsed
 from veneer.serve.http.keys import Caller
-from veneer.serve.protocols.json_body import parsed
 from veneer.serve.refusals import Refusal
 from veneer.serve.start import ServeSettings, service_of
 

@@ -17,10 +17,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from veneer.serve.http.app import byte_after, caller_of, catch_errors
+from veneer.serve.http.json_body import parsed, read_body, read_bytes
 from veneer.serve.http.uploads import Arrivals
 from veneer.serve.limits import BODY_BYTES
 from veneer.serve.protocols.body import Body
-from veneer.serve.protocols.json_body import parsed, read_body, read_bytes
 from veneer.serve.refusals import Refusal
 from veneer.serve.studio.bodies import KeepBody, MethodChoices, NoBody, PlanBody, RowChoices
 from veneer.serve.studio.settings import describe_settings
