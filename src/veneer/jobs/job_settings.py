@@ -42,12 +42,18 @@ def with_places(
 
 def row_file_name(part: RowPart, source: RowSource) -> str:
     """Returns the name of a job's file of rows, with the ending that says how it is read."""
-    if not isinstance(source, Path):
-        return f"{part}.jsonl"
-    if not (kind := kind_of(source.name)):
-        raise ConfigError(f"{source.name} is no file of rows", [f"read are {READABLE_KINDS}"])
-    packed = source.suffix.lower()
-    return f"{part}{kind}{packed if packed in PACKED else ''}"
+    return f"{part}{row_ending(source.name) if isinstance(source, Path) else '.jsonl'}"
+
+
+def row_ending(name: str) -> str:
+    """Returns the ending that says how a file of rows is read, such as .jsonl.gz. Raises
+    ConfigError for another kind of file."""
+    if not (kind := kind_of(name)):
+        raise ConfigError(
+            f"{name} is not a file of rows", next_step=f"Kinds of file: {READABLE_KINDS}."
+        )
+    packed = Path(name).suffix.lower()
+    return f"{kind}{packed if packed in PACKED else ''}"
 
 
 def copy_rows(source: RowSource, path: Path, store_folder: Path) -> None:

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, JsonValue, ValidationError
+from pydantic import Field, JsonValue
 
-from veneer.errors import CorruptFileError, UnknownNameError
+from veneer.errors import UnknownNameError
 from veneer.files.atomic import write_text
 from veneer.files.settings import StrictSettings
-from veneer.files.strict_json import field_faults, json_text, read_json
-from veneer.jobs.run_facts import run_facts
+from veneer.files.strict_json import json_text
+from veneer.jobs.run_facts import RECORDS, run_facts
+from veneer.jobs.stored import read_stored
 
 StoredState = Literal["queued", "running", "paused", "done", "failed", "cancelled"]
 State = Literal["queued", "running", "stopping", "paused", "done", "failed", "cancelled"]
@@ -89,7 +90,7 @@ class TrainingJob:
     def records_file(self) -> Path:
         """The run's metrics.jsonl, which does not exist before the run starts. Read it with
         training.output.records.read_records or records_after."""
-        return self.run_folder / "metrics.jsonl"
+        return self.run_folder / RECORDS
 
     @property
     def run_file(self) -> Path:
@@ -119,11 +120,7 @@ def unknown_job(job_id: str) -> UnknownNameError:
 
 def read_record(folder: Path) -> JobRecord:
     """Reads a job's record. Raises SourceError, or CorruptFileError."""
-    path = folder / "job.json"
-    try:
-        return JobRecord.model_validate(read_json(path))
-    except ValidationError as fault:
-        raise CorruptFileError(f"{path} does not describe a job", field_faults(fault)) from fault
+    return read_stored(JobRecord, folder / "job.json", "job")
 
 
 def write_record(folder: Path, record: JobRecord, **changes: Any) -> JobRecord:

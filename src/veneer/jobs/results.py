@@ -9,6 +9,7 @@ from typing import Any
 
 from veneer.errors import VeneerError
 from veneer.jobs.record import TrainingJob
+from veneer.jobs.run_facts import line_start
 from veneer.training.output.records import Record, records_after
 
 COLUMNS = ("step", "train_loss", "valid_loss", "learning_rate", "trained_tokens")
@@ -23,11 +24,7 @@ def job_records(job: TrainingJob) -> list[Record]:
     first, and if the file is damaged."""
     file, name = job.records_file, f"the run of {job.id}"
     try:
-        start = max(file.stat().st_size - MOST_BYTES, 0)
-        if start:
-            with file.open("rb") as stream:
-                stream.seek(start)
-                start += len(stream.readline())
+        start = line_start(file, file.stat().st_size - MOST_BYTES)
         records, start, _ = records_after(file, start, most_bytes=MOST_BYTES, shown=name)
         if start:
             first = records_after(file, 0, most_bytes=FIRST_BYTES, shown=name)[0][:1]

@@ -54,16 +54,22 @@ def _last(file: Path, name: str) -> list[Record]:
     records: list[Record] = []
     size, back = file.stat().st_size, END_BYTES
     while not any(record["kind"] == "step" for record in records) and back <= MOST_END_BYTES:
-        start = max(size - back, 0)
-        if start:
-            with file.open("rb") as stream:
-                stream.seek(start)
-                start += len(stream.readline())
+        start = line_start(file, size - back)
         records = records_after(file, start, most_bytes=2 * back, shown=f"{name}/{RECORDS}")[0]
         if start == 0:
             break
         back *= 4
     return records
+
+
+def line_start(file: Path, byte: int) -> int:
+    """Returns the byte at which the first whole line behind `byte` begins; 0 at or before the
+    file's beginning."""
+    if byte <= 0:
+        return 0
+    with file.open("rb") as stream:
+        stream.seek(byte)
+        return byte + len(stream.readline())
 
 
 def _public(base: Any) -> str | None:

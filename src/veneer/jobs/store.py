@@ -63,6 +63,7 @@ from veneer.jobs.record import (
     unknown_job,
     write_record,
 )
+from veneer.jobs.stored import read_entries
 from veneer.library.folder import LibraryFolder
 from veneer.library.names import check_name
 from veneer.training.config import RunConfig
@@ -102,16 +103,7 @@ class JobStore:
 
     def jobs(self) -> list[TrainingJob]:
         """Lists the jobs, the newest first. Leaves out a job whose files are damaged."""
-        try:
-            names = [path.name for path in self.jobs_folder.iterdir()]
-        except FileNotFoundError:
-            return []
-        jobs = []
-        for name in names:
-            try:
-                jobs.append(self.get(name))
-            except VeneerError:  # not a job, removed meanwhile, or damaged
-                continue
+        jobs = read_entries(self.jobs_folder, self.get)
         return sorted(jobs, key=lambda job: (job.record.created, job.id), reverse=True)
 
     def get(self, job_id: str) -> TrainingJob:

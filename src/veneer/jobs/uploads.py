@@ -15,24 +15,17 @@ import zlib
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from pydantic import ValidationError
-
 from veneer.data.examples import RowFault
-from veneer.data.files.places import PACKED, kind_of
-from veneer.data.files.sources import READABLE_KINDS, open_decompressed
-from veneer.errors import (
-    ConfigError,
-    CorruptFileError,
-    DataError,
-    QuotaError,
-    UnknownNameError,
-    VeneerError,
-)
+from veneer.data.files.places import PACKED
+from veneer.data.files.sources import open_decompressed
+from veneer.errors import DataError, QuotaError, UnknownNameError
 from veneer.files.atomic import atomic_folder
 from veneer.files.partial import sweep, unfinished
 from veneer.files.settings import StrictSettings
-from veneer.files.strict_json import field_faults, json_text, read_json
+from veneer.files.strict_json import json_text
+from veneer.jobs.job_settings import row_ending
 from veneer.jobs.limits import JobLimits, folder_bytes
+from veneer.jobs.stored import read_entries, read_stored
 
 MOST_NAME = 200
 CHUNK_BYTES = 2**20
@@ -82,16 +75,7 @@ class UploadStore:
 
     def files(self) -> list[UploadedFile]:
         """Lists the files, the newest first. Leaves out damaged ones."""
-        try:
-            names = [path.name for path in self.folder.iterdir()]
-        except FileNotFoundError:
-            return []
-        files = []
-        for name in names:
-            try:
-                files.append(self.get(name))
-            except VeneerError:  # not a file, removed meanwhile, or damaged
-                continue
+        files = read_entries(self.folder, self.get)
         return sorted(files, key=lambda file: (file.created, file.id), reverse=True)
 
     def get(self, file_id: str) -> UploadedFile:
@@ -99,12 +83,7 @@ class UploadStore:
         path = self.folder / file_id / "file.json"
         if _ID.fullmatch(file_id) is None or not path.is_file():
             raise unknown_file(file_id)
-        try:
-            return UploadedFile.model_validate(read_json(path))
-        except ValidationError as fault:
-            raise CorruptFileError(
-                f"{path} does not describe a file", field_faults(fault)
-            ) from None
+        return read_stored(UploadedFile, path, "file")
 
     def content_path(self, file_id: str) -> Path:
         """Returns where the content is, for JobStore.create. Raises UnknownNameError."""
@@ -168,10 +147,4 @@ def unknown_file(file_id: str) -> UnknownNameError:
 
 def _ending(name: str) -> str:
     """Returns the ending of the stored file; a name without one is taken as .jsonl."""
-    path = Path(name)
-    if not path.suffix:
-        return ".jsonl"
-    if not (kind := kind_of(name)):
-        raise ConfigError(f"{name} is not a file of rows", [f"read are {READABLE_KINDS}"])
-    packed = path.suffix.lower()
-    return f"{kind}{packed if packed in PACKED else ''}"
+    return row_ending(name) if Path(name).suffix else ".jsonl"
