@@ -13,7 +13,6 @@ name. docs/serve.md describes clients, fields and keys.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 from veneer.bounds import COUNT
 from veneer.cli.answers.server import (
     ListeningServer,
+    Start,
     add_server_flags,
     describe,
     make_key,
@@ -79,8 +79,7 @@ def run(args: argparse.Namespace) -> int:
             [],
             "Give --base (a hub id, a folder, a .gguf file or smollm2-135m).",
         )
-    start = PLACES[args.on]
-    return run_server(args, lambda settings, keys, library: start(args, settings, keys, library))
+    return run_server(args, PLACES[args.on])
 
 
 def _start_here(
@@ -140,7 +139,5 @@ def _start_on_ray(
     return ListeningServer(server, listener, screen_lines, replica_set.close)
 
 
-PLACES: dict[
-    str, Callable[[argparse.Namespace, ServeSettings, ApiKeys, Library], ListeningServer]
-] = {"here": _start_here, "ray": _start_on_ray}
+PLACES: dict[str, Start] = {"here": _start_here, "ray": _start_on_ray}
 ON_RAY = ("address", "replicas", "max_replicas", "cpus")

@@ -1,6 +1,4 @@
-"""What `veneer serve` and `veneer studio` share: flags, settings, and running a server in this
-process.
-"""
+"""Defines the flags of `veneer serve` and `veneer studio`, and runs a server in this process."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from veneer.bounds import COUNT, MIB, PART, PORT, ROWS, SECONDS
-from veneer.cli.bases import add_dtype
+from veneer.cli.bases import add_base_format
 from veneer.cli.common import (
     add_library,
     add_lookup,
@@ -26,7 +24,6 @@ from veneer.cli.common import (
 from veneer.cli.early import check_base
 from veneer.errors import ConfigError
 from veneer.private.argparse import Container
-from veneer.quant.config import FORMATS
 from veneer.wording import folded, shown, size
 
 if TYPE_CHECKING:
@@ -56,7 +53,7 @@ class ListeningServer:
     close: Callable[[], None] = lambda: None
 
 
-Start = Callable[["ServeSettings", "ApiKeys", "Library"], ListeningServer]
+Start = Callable[[argparse.Namespace, "ServeSettings", "ApiKeys", "Library"], ListeningServer]
 """Loads the base and opens the port."""
 
 
@@ -94,13 +91,7 @@ def add_server_flags(parser: argparse.ArgumentParser, *, trains: bool = False) -
         "--pin", action="append", default=[], metavar="A", help="always keep this adapter in memory"
     )
     parser.add_argument("--runs", metavar="DIR", help="folder of runs to show on the page")
-    add_dtype(parser)
-    parser.add_argument(
-        "--quantize", choices=FORMATS, help="format of the base's linear layers in memory"
-    )
-    parser.add_argument(
-        "--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, ...; default: auto"
-    )
+    add_base_format(parser, "as it is stored")
     add_lookup(parser)
     training = parser.add_argument_group("training")
     if trains:
@@ -194,13 +185,8 @@ def add_server_flags(parser: argparse.ArgumentParser, *, trains: bool = False) -
     return access
 
 
-def run_server(
-    args: argparse.Namespace,
-    start: Start,
-    adjust: Callable[[ServeSettings], ServeSettings] = lambda settings: settings,
-) -> int:
-    """Serves until a signal. start: loads the base and opens the port. adjust: changes the
-    settings that the flags give."""
+def run_server(args: argparse.Namespace, start: Start) -> int:
+    """Serves until a signal."""
     _require_extra()
     check_base(args.base)
     from veneer.library.library import Library
@@ -217,9 +203,9 @@ def run_server(
 
             listening(args.host, args.port).close()  # checks the port before a base is loaded
             from veneer.serve.start import keys_of
-        settings = adjust(_read_settings(args))
+        settings = _read_settings(args)
         keys = keys_of(settings, os.environ)
-        server = start(settings, keys, library)
+        server = start(args, settings, keys, library)
     _configure_logging()
     console = make_console(json=False)
     for line in server.screen_lines:

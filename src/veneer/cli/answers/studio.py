@@ -16,9 +16,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from veneer.bases.names.named import NAMED
-from veneer.cli.answers.server import add_server_flags, run_server, start_here
+from veneer.cli.answers.server import ListeningServer, add_server_flags, run_server, start_here
 
 if TYPE_CHECKING:
+    from veneer.library.library import Library
+    from veneer.serve.http.keys import ApiKeys
     from veneer.serve.start import ServeSettings
 
 DEFAULT_BASE = next(iter(NAMED))
@@ -36,9 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    def with_studio(settings: ServeSettings) -> ServeSettings:
-        return replace(settings, studio=True)
+    return run_server(args, _start_studio)
 
-    return run_server(
-        args, lambda settings, keys, library: start_here(args, settings, keys, library), with_studio
-    )
+
+def _start_studio(
+    args: argparse.Namespace, settings: ServeSettings, keys: ApiKeys, library: Library
+) -> ListeningServer:
+    return start_here(args, replace(settings, studio=True), keys, library)
