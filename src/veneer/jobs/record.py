@@ -37,7 +37,7 @@ DIED = (
     " Resume the job to continue from its last checkpoint."
 )
 ID_PREFIX = "ftjob-"
-_ID = re.compile(r"ftjob-[0-9a-f]{12}")
+_ID = re.compile(rf"{ID_PREFIX}[0-9a-f]{{12}}")
 
 
 class JobRecord(StrictSettings):

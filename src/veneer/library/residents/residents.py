@@ -122,26 +122,21 @@ class Residents:
         return self._places(identity, refuse_answers)
 
     def head_prefix_length(self, identity: Identity) -> int:
-        """Returns the same for adapters that classify. Raises ConfigError if none has a score
-        head."""
+        """Returns the positions of the trained prefix of adapters that classify. Raises
+        ConfigError if none has a score head."""
         return self._places(identity, refuse_without_head)
 
     def _places(self, identity: Identity, refuse_unfit: Callable[[Sequence[Holding]], None]) -> int:
         files = [self.tiers.files(content) for content, _ in identity]
         summaries = [self._summary(version) for version in files]
-        weights = [weight for _, weight in identity]
+        holdings = [
+            (version.reference, summary.contents)
+            for version, summary in zip(files, summaries, strict=True)
+        ]
         refuse_sum(
-            [
-                (version_files.reference, summary.contents, weight)
-                for version_files, summary, weight in zip(files, summaries, weights, strict=True)
-            ]
+            [(*holding, weight) for holding, (_, weight) in zip(holdings, identity, strict=True)]
         )
-        refuse_unfit(
-            [
-                (version_files.reference, summary.contents)
-                for version_files, summary in zip(files, summaries, strict=True)
-            ]
-        )
+        refuse_unfit(holdings)
         return sum(summary.places for summary in summaries)
 
     def _summary(self, files: VersionFiles) -> AdapterSummary:

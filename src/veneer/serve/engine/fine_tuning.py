@@ -1,7 +1,7 @@
 """Fine-tuning through the server: uploaded files and jobs, by their ids.
 
-Only a server that was started with `--train` has it. Its methods read and write files, so the
-routes (http/fine_tuning.py) call them beside the event loop.
+Only a server that was started with `--train` has a FineTuning. Its methods read and write files,
+so the routes (http/fine_tuning.py) call them beside the event loop.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from veneer.bounds import PART, check_numbers
 from veneer.data.examples import Problem, RowKind
 from veneer.data.files.sources import iterate_rows
 from veneer.errors import UnknownNameError, VeneerError
-from veneer.jobs.job_settings import RowPart, RowSource
+from veneer.jobs.job_settings import RowPart
 from veneer.jobs.limits import JobLimits
 from veneer.jobs.record import TrainingJob
 from veneer.jobs.results import RESULT
@@ -111,8 +111,9 @@ class FineTuning:
         """Lists uploaded files and results, the newest first."""
         results = []
         for job in self.store.jobs():
-            with suppress(VeneerError):  # removed meanwhile
-                results += [result_file_object(job)] if job.state == "done" else []
+            if job.state == "done":
+                with suppress(VeneerError):  # removed meanwhile
+                    results.append(result_file_object(job))
         uploaded = [file_object(file) for file in self.uploads.files()]
         return sorted([*uploaded, *results], key=lambda file: file["created_at"], reverse=True)
 
@@ -123,10 +124,7 @@ class FineTuning:
     def content(self, file_id: str) -> Path:
         """Returns the path of an uploaded file or a result file."""
         job = self._result_job(file_id)
-        if job is not None:
-            return job.folder / RESULT
-        self._uploaded(file_id)
-        return self.uploads.content_path(file_id)
+        return self._uploaded_path(file_id) if job is None else job.folder / RESULT
 
     def delete_file(self, file_id: str) -> None:
         if self._result_job(file_id) is not None:
@@ -139,6 +137,10 @@ class FineTuning:
             return self.uploads.get(file_id)
         except UnknownNameError:
             raise unknown(file_id, "file", param) from None
+
+    def _uploaded_path(self, file_id: str, param: str = "file_id") -> Path:
+        self._uploaded(file_id, param)
+        return self.uploads.content_path(file_id)
 
     def _result_job(self, file_id: str) -> TrainingJob | None:
         """Returns the finished job whose result file this is."""
@@ -157,22 +159,18 @@ class FineTuning:
 
     def create(self, body: CreateJobBody, owner: str) -> dict[str, Any]:
         """Queues a job. A file with wrong rows makes a failed job, as at OpenAI."""
-        names: dict[RowPart, str] = {"train": body.training_file}
+        file_ids: dict[RowPart, str] = {"train": body.training_file}
         if body.validation_file is not None:
-            names["validation"] = body.validation_file
-        for part, file_id in names.items():
-            self._uploaded(file_id, PARAMS[part])
-        settings = self._settings(body)
-        config = RunConfig.of({**settings, "data": "rows.jsonl", "out": "out"})
-        rows: dict[RowPart, RowSource] = {
-            part: self.uploads.content_path(file_id) for part, file_id in names.items()
+            file_ids["validation"] = body.validation_file
+        rows: dict[RowPart, Path] = {
+            part: self._uploaded_path(file_id, PARAMS[part]) for part, file_id in file_ids.items()
         }
+        settings = self._settings(body)
+        row_kind = _run_config(settings).objective.rows
         faults = [
             fault
-            for part, file_id in names.items()
-            for fault in row_faults(
-                self.uploads.content_path(file_id), config.objective.rows, PARAMS[part]
-            )
+            for part, path in rows.items()
+            for fault in row_faults(path, row_kind, PARAMS[part])
         ]
         return job_object(
             self.store.create(
@@ -198,8 +196,7 @@ class FineTuning:
             entry = self._names.entry(body.model)
             settings["from_adapter"] = str(self._library.path(entry.reference))
         if (factor := body.chosen.learning_rate_multiplier) != "auto":
-            config = RunConfig.of({**settings, "data": "rows.jsonl", "out": "out"})
-            config = with_parent_settings(config)
+            config = with_parent_settings(_run_config(settings))
             settings["learning_rate"] = factor * config.peak_learning_rate(self._hidden_size)
         return settings
 
@@ -214,6 +211,11 @@ class FineTuning:
         """Changes a job's state: store.pause, resume or cancel. Refusal: 400, 404."""
         self.job(job_id)
         return job_object(change(job_id))
+
+
+def _run_config(settings: Mapping[str, Any]) -> RunConfig:
+    """Reads the settings of a run whose files are chosen later."""
+    return RunConfig.of({**settings, "data": "rows.jsonl", "out": "out"})
 
 
 def row_faults(path: Path, kind: RowKind, param: str) -> list[str]:

@@ -185,8 +185,8 @@ class Generation:
     def _num_logprobs(self, updates: Sequence[TokenUpdate]) -> int:
         """Returns the number of log-probabilities in the deltas of these updates."""
         tokens = sum(len(update.logprobs) for update in updates)
-        for number in {update.request for update in updates} - self._prompt_starts.keys():
-            if self._request.repeats_prompt:
+        if self._request.repeats_prompt:
+            for number in {update.request for update in updates} - self._prompt_starts.keys():
                 tokens += len(self._engine_requests[number].prompt)
         return tokens * (1 + (self._request.sampling.logprobs or 0))
 

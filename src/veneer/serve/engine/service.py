@@ -132,8 +132,8 @@ class Service:
         return await self._run(self._reports, function)
 
     async def use_jobs(self, function: Callable[[], T]) -> T:
-        """Runs a function that reads or writes jobs and uploaded files. It may take minutes, so
-        answers do not wait for it."""
+        """Runs a function that reads or writes jobs and uploaded files. It may take minutes, so it
+        has threads of its own."""
         return await self._run(self._jobs, function)
 
     async def _run(self, threads: ThreadPoolExecutor, function: Callable[[], T]) -> T:

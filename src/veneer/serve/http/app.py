@@ -48,7 +48,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 @dataclass(frozen=True)
 class Teaching:
-    """What a page with the tab Teach needs. close: called when the server ends"""
+    """The routes that the page's Teach tab calls. close: ends their work when the server ends."""
 
     routes: Sequence[Route]
     close: Callable[[], None]

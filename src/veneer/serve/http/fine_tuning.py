@@ -7,7 +7,7 @@ Every one of them needs a key with the scope `train`: files hold training rows. 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
@@ -27,7 +27,6 @@ from veneer.serve.protocols.fine_tuning import (
 )
 from veneer.serve.refusals import Refusal, shutting_down
 
-T = TypeVar("T")
 FILES, JOBS = "/v1/files", "/v1/fine_tuning/jobs"
 PAGE, MOST_PAGE = 20, 100
 MOST_FILES_PAGE = 10_000
@@ -60,13 +59,11 @@ class _Routes:
 
         return Route(path, catch_errors(answer), methods=[method])
 
-    async def _read(self, function: Callable[[], T]) -> T:
-        return await self._service.use_jobs(function)
-
     # files
 
     def of_files(self) -> list[Route]:
         fine_tuning, arrivals = self._fine_tuning, Arrivals()
+        use_jobs = self._service.use_jobs
 
         async def upload(request: Request) -> Response:
             with arrivals.one():
@@ -76,12 +73,12 @@ class _Routes:
                         raise Refusal(400, "purpose: only fine-tune is supported.", "purpose")
                     owner = caller_of(request).name
                     return JSONResponse(
-                        await self._read(lambda: fine_tuning.upload(sent.file, sent.name, owner))
+                        await use_jobs(lambda: fine_tuning.upload(sent.file, sent.name, owner))
                     )
 
         async def listed(request: Request) -> Response:
             purpose = request.query_params.get("purpose")
-            files = await self._read(fine_tuning.files)
+            files = await use_jobs(fine_tuning.files)
             kept = [file for file in files if purpose in (None, file["purpose"])]
             if request.query_params.get("order") == "asc":
                 kept.reverse()
@@ -90,18 +87,18 @@ class _Routes:
 
         async def retrieve(request: Request) -> Response:
             file_id = request.path_params["id"]
-            return JSONResponse(await self._read(lambda: fine_tuning.file(file_id)))
+            return JSONResponse(await use_jobs(lambda: fine_tuning.file(file_id)))
 
         async def content(request: Request) -> Response:
             file_id = request.path_params["id"]
-            path = await self._read(lambda: fine_tuning.content(file_id))
+            path = await use_jobs(lambda: fine_tuning.content(file_id))
             # Never a type that a browser would show as a page of this server.
             headers = {"x-content-type-options": "nosniff", "content-disposition": "attachment"}
             return FileResponse(path, media_type="application/octet-stream", headers=headers)
 
         async def delete(request: Request) -> Response:
             file_id = request.path_params["id"]
-            await self._read(lambda: fine_tuning.delete_file(file_id))
+            await use_jobs(lambda: fine_tuning.delete_file(file_id))
             return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
         return [
@@ -116,20 +113,21 @@ class _Routes:
 
     def of_jobs(self) -> list[Route]:
         fine_tuning, store = self._fine_tuning, self._fine_tuning.store
+        use_jobs = self._service.use_jobs
 
         async def create(request: Request) -> Response:
             text = await read_body(request, self._service.limits.body_bytes)
             body = CreateJobBody.read(parsed(text))
             owner = caller_of(request).name
-            return JSONResponse(await self._read(lambda: fine_tuning.create(body, owner)))
+            return JSONResponse(await use_jobs(lambda: fine_tuning.create(body, owner)))
 
         async def listed(request: Request) -> Response:
-            jobs = await self._read(lambda: [job_object(job) for job in store.jobs()])
+            jobs = await use_jobs(lambda: [job_object(job) for job in store.jobs()])
             return _page(request, jobs)
 
         async def retrieve(request: Request) -> Response:
             job_id = request.path_params["id"]
-            return JSONResponse(await self._read(lambda: job_object(fine_tuning.job(job_id))))
+            return JSONResponse(await use_jobs(lambda: job_object(fine_tuning.job(job_id))))
 
         async def events(request: Request) -> Response:
             job_id = request.path_params["id"]
@@ -138,18 +136,18 @@ class _Routes:
                 job = fine_tuning.job(job_id)
                 return event_objects(job, store.events(job_id))
 
-            return _page(request, await self._read(read))
+            return _page(request, await use_jobs(read))
 
         async def checkpoints(request: Request) -> Response:
             job_id = request.path_params["id"]
             return _page(
-                request, await self._read(lambda: checkpoint_objects(fine_tuning.job(job_id)))
+                request, await use_jobs(lambda: checkpoint_objects(fine_tuning.job(job_id)))
             )
 
         def change(action: Callable[[str], TrainingJob]) -> Handler:
             async def answer(request: Request) -> Response:
                 job_id = request.path_params["id"]
-                return JSONResponse(await self._read(lambda: fine_tuning.change(job_id, action)))
+                return JSONResponse(await use_jobs(lambda: fine_tuning.change(job_id, action)))
 
             return answer
 

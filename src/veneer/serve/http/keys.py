@@ -32,7 +32,7 @@ VARIABLES: dict[str, Scope] = {
 }
 SHORTEST = 16
 MOST_KEYS = 1000
-_LINE = re.compile(r"(use|train|admin) ([0-9a-f]{64})(?: ([\w.-]{1,64}))?")
+_LINE = re.compile(rf"({'|'.join(SCOPES)}) ([0-9a-f]{{64}})(?: ([\w.-]{{1,64}}))?")
 
 
 @dataclass(frozen=True)

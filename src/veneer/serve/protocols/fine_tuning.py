@@ -22,7 +22,7 @@ from veneer.bounds import BETA, COUNT, LEARNING_RATE, ROWS, SEED, Number
 from veneer.errors import VeneerError
 from veneer.files.strict_json import read_json
 from veneer.files.system_errors import explained
-from veneer.jobs.record import State, TrainingJob
+from veneer.jobs.record import ENDED, ID_PREFIX, State, TrainingJob
 from veneer.jobs.results import RESULT, job_records
 from veneer.jobs.uploads import UploadedFile
 from veneer.serve.limits import MOST_NAME
@@ -208,7 +208,7 @@ def job_object(job: TrainingJob) -> dict[str, Any]:
         "object": "fine_tuning.job",
         "id": job.id,
         "created_at": int(record.created),
-        "finished_at": int(record.ended) if record.ended and status in ENDED_STATUSES else None,
+        "finished_at": int(record.ended) if record.ended and job.state in ENDED else None,
         "model": details.get("model") or record.base,
         "fine_tuned_model": record.publish_as if is_done else None,
         "organization_id": "local",
@@ -227,9 +227,6 @@ def job_object(job: TrainingJob) -> dict[str, Any]:
         "estimated_finish": None,
         "user_provided_suffix": details.get("suffix"),
     }
-
-
-ENDED_STATUSES = ("succeeded", "failed", "cancelled")
 
 
 def _error(job: TrainingJob) -> dict[str, Any] | None:
@@ -273,7 +270,7 @@ def event_objects(job: TrainingJob, events: list[dict[str, Any]]) -> list[dict[s
     objects = [
         {
             "object": "fine_tuning.job.event",
-            "id": f"ftevent-{job.id.removeprefix('ftjob-')}-{number}",
+            "id": f"ftevent-{job.id.removeprefix(ID_PREFIX)}-{number}",
             "created_at": int(when),
             "level": level,
             "message": without_folders(message),
@@ -288,12 +285,12 @@ def event_objects(job: TrainingJob, events: list[dict[str, Any]]) -> list[dict[s
 def checkpoint_objects(job: TrainingJob) -> list[dict[str, Any]]:
     """Lists the checkpoints on disk, the newest first. Only the one with the lowest held-out loss,
     or the last, is a model of the server, under the job's name."""
-    losses: dict[int, dict[str, Any]] = {}
+    metrics_of: dict[int, dict[str, Any]] = {}
     best: int | None = None
     for record in job_records(job):
         if record["kind"] in ("step", "evaluation"):
             key = "train_loss" if record["kind"] == "step" else "valid_loss"
-            metrics = losses.setdefault(record["step"], {"step": record["step"]})
+            metrics = metrics_of.setdefault(record["step"], {"step": record["step"]})
             metrics[key] = record.get("loss")
             if record.get("best"):
                 best = record["step"]
@@ -302,13 +299,13 @@ def checkpoint_objects(job: TrainingJob) -> list[dict[str, Any]]:
     return [
         {
             "object": "fine_tuning.job.checkpoint",
-            "id": f"ftckpt-{job.id.removeprefix('ftjob-')}-{step}",
+            "id": f"ftckpt-{job.id.removeprefix(ID_PREFIX)}-{step}",
             "created_at": int(created),
             "fine_tuned_model_checkpoint": (
                 job.record.publish_as if job.state == "done" and step == kept else None
             ),
             "fine_tuning_job_id": job.id,
-            "metrics": losses.get(step, {"step": step}),
+            "metrics": metrics_of.get(step, {"step": step}),
             "step_number": step,
         }
         for step, created in sorted(_checkpoint_times(job, steps), reverse=True)
@@ -325,41 +322,38 @@ def _checkpoint_times(job: TrainingJob, steps: Sequence[int]) -> Iterator[tuple[
 
 def file_object(file: UploadedFile) -> dict[str, Any]:
     """Describes an uploaded file."""
-    return {
-        "object": "file",
-        "id": file.id,
-        "bytes": file.bytes,
-        "created_at": int(file.created),
-        "expires_at": None,
-        "filename": file.name,
-        "purpose": "fine-tune",
-        "status": "processed",
-        "status_details": None,
-    }
+    return _file_object(file.id, file.name, file.bytes, file.created, "fine-tune")
 
 
 def result_file_object(job: TrainingJob) -> dict[str, Any]:
     """Describes the result file of a job. Raises InputError if it was removed."""
     with explained(RESULT, reading=True):
         size = (job.folder / RESULT).stat().st_size
+    created = job.record.ended or job.record.created
+    return _file_object(result_file_id(job.id), RESULT, size, created, "fine-tune-results")
+
+
+def _file_object(
+    file_id: str, name: str, size_bytes: int, created: float, purpose: str
+) -> dict[str, Any]:
     return {
         "object": "file",
-        "id": result_file_id(job.id),
-        "bytes": size,
-        "created_at": int(job.record.ended or job.record.created),
+        "id": file_id,
+        "bytes": size_bytes,
+        "created_at": int(created),
         "expires_at": None,
-        "filename": RESULT,
-        "purpose": "fine-tune-results",
+        "filename": name,
+        "purpose": purpose,
         "status": "processed",
         "status_details": None,
     }
 
 
 def result_file_id(job_id: str) -> str:
-    return f"file-result-{job_id.removeprefix('ftjob-')}"
+    return f"file-result-{job_id.removeprefix(ID_PREFIX)}"
 
 
 def job_of_result(file_id: str) -> str | None:
     """Returns the id of the job whose result file this is; None for an uploaded file."""
     prefix, _, digits = file_id.rpartition("-")
-    return f"ftjob-{digits}" if prefix == "file-result" else None
+    return f"{ID_PREFIX}{digits}" if prefix == "file-result" else None
