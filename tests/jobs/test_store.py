@@ -10,11 +10,11 @@ from io import BytesIO
 
 import pytest
 
+from tests.support.running_job import running_job
 from tests.support.tiny import save_tiny
 from veneer.errors import ConfigError, QuotaError, UnknownNameError
-from veneer.files.lock import locked
 from veneer.jobs.limits import JobLimits
-from veneer.jobs.record import DIED, JobRecord, TrainingJob, new_id, write_record
+from veneer.jobs.record import DIED, JobRecord, TrainingJob
 from veneer.jobs.store import JobStore, next_in_turn
 from veneer.jobs.uploads import UploadStore
 from veneer.training.state.checkpoint import numbers
@@ -39,20 +39,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def busy_store(store):
-    """A store in which a job runs: its lock is held, so no other starts."""
-    folder = store.job_folder(new_id())
-    folder.mkdir(parents=True)
-    record = JobRecord(
-        id=folder.name,
-        state="running",
-        created=1,
-        queued=1,
-        threads=1,
-        niceness=0,
-        library=str(store.folder),
-    )
-    write_record(folder, record)
-    with locked(folder / ".lock"):
+    with running_job(store):
         yield store
 
 

@@ -132,6 +132,12 @@ class Tab:
         look = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[look])
 
+    def check_quiet(self, server_url: str) -> None:
+        """Asserts that nothing failed or was refused, and that no other server was asked."""
+        assert self.said == [], "nothing was refused by the policy, nothing failed"
+        own = (server_url, "blob:", "data:")
+        assert [url for url in self.asked if not url.startswith(own)] == []
+
     def picture(self, file: Path) -> None:
         file.write_bytes(
             base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])

@@ -2,20 +2,18 @@
 
 import asyncio
 import json
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from zipfile import ZipFile
 
 import pytest
 
-from tests.serve.http.browser import CHROMIUM, browser
+from tests.serve.http.browser import CHROMIUM
 from tests.serve.server import add_adapter, running
+from tests.support.running_job import running_job
 from tests.support.tiny import save_tiny
 from veneer.api import load
 from veneer.errors import UnknownNameError
-from veneer.files.lock import locked
-from veneer.jobs.record import JobRecord, new_id, write_record
 from veneer.library.library import Library
 from veneer.serve.engine.fine_tuning import TrainSettings
 from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
@@ -62,20 +60,12 @@ def server(folder):
         yield running_server
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    with browser() as found:
-        yield found
-
-
 @pytest.fixture
 def tab(server, chromium):
     page = chromium.open(f"{server.url}/")
     page.until("document.querySelector('#tab-teach').ariaSelected === 'true'")
     yield page
-    assert page.said == [], "nothing was refused by the policy, nothing failed"
-    addresses = [url for url in page.asked if not url.startswith((server.url, "blob:", "data:"))]
-    assert addresses == [], "no other server is asked"
+    page.check_quiet(server.url)
 
 
 def upload(server, text, name="rows.csv", **headers):
@@ -226,23 +216,9 @@ def test_no_answer_names_a_folder_of_the_server(server, folder):
 
 @pytest.fixture
 def busy(server):
-    """Another job runs meanwhile, so that none is started: its lock is held."""
-    store = server.service.fine_tuning.store
-    running_job = store.job_folder(new_id())
-    running_job.mkdir(parents=True)
-    record = JobRecord(
-        id=running_job.name,
-        state="running",
-        created=1,
-        queued=1,
-        threads=1,
-        niceness=0,
-        library=str(store.folder),
-    )
-    write_record(running_job, record)
-    with locked(running_job / ".lock"):
+    """Another job runs meanwhile, so that none is started."""
+    with running_job(server.service.fine_tuning.store):
         yield
-    shutil.rmtree(running_job)
 
 
 @pytest.mark.usefixtures("busy")
