@@ -245,6 +245,17 @@ def test_held_out_rows_are_those_of_the_job_whatever_is_chosen_later(server):
 
 
 @pytest.mark.usefixtures("busy")
+def test_rows_whose_job_was_deleted_are_trained_again(server):
+    draft = upload(server, CSV.replace("ticket,queue", "prompt,completion")).json()
+    path, store = f"{API}/drafts/{draft['id']}", server.service.fine_tuning.store
+    job = server.post(f"{path}/train", {}).json()
+    store.delete(job["id"])
+    assert server.http().get(path).json()["training"] is None
+    assert server.post(f"{path}/train", {}).json()["state"] == "queued"
+    assert server.post(f"{path}/remove", {}).status_code == 200
+
+
+@pytest.mark.usefixtures("busy")
 def test_two_pages_start_a_draft_once_and_remove_it_once(server):
     draft = upload(server, CSV.replace("ticket,queue", "prompt,completion")).json()
     path, store = f"{API}/drafts/{draft['id']}", server.service.fine_tuning.store

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import ConfigError, VeneerError, hide_path
+from veneer.errors import ConfigError, UnknownNameError, VeneerError, hide_path
 from veneer.files.strict_json import legible, read_json
 from veneer.jobs.record import ENDED, RESUMABLE, TrainingJob
 from veneer.jobs.store import JobStore
@@ -60,11 +61,13 @@ def start_job(
     store: JobStore, draft: Draft, rows: Path, settings: dict[str, Any], owner: str
 ) -> TrainingJob:
     """Queues the run of a draft. ConfigError: its job has not ended, or a setting is wrong."""
-    if draft.job is not None and (job := store.get(draft.job)).state not in ENDED:
-        raise ConfigError(
-            f"these rows are being trained on: the job is {job.state}",
-            next_step="Stop it or resume it, or drop the file again for another run.",
-        )
+    if draft.job is not None:
+        with suppress(UnknownNameError):  # the job was deleted
+            if (job := store.get(draft.job)).state not in ENDED:
+                raise ConfigError(
+                    f"these rows are being trained on: the job is {job.state}",
+                    next_step="Stop it or resume it, or drop the file again for another run.",
+                )
     data = {name: value for name, value in settings["data"].items() if name != "train"}
     return store.create(
         {**settings, "data": data},
