@@ -1,4 +1,4 @@
-"""The run file and the rows of a new job: absolute paths, copied files."""
+"""Makes the settings of a new job, with absolute paths, and copies its rows."""
 
 from __future__ import annotations
 

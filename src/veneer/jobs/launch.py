@@ -56,9 +56,9 @@ def trainer_command(run_file: Path, run_folder: Path) -> list[str]:
 
 
 def trainer_environment(variables: Mapping[str, str], threads: int) -> dict[str, str]:
-    """Returns the trainer's environment: so many threads, and none of the server's keys.
+    """Returns the trainer's environment: its number of threads, and none of the server's keys.
 
-    Threads that wait sleep instead of spinning, because the server needs the processor.
+    Waiting threads sleep instead of spinning, because the server needs the processor.
     """
     kept = {name: value for name, value in variables.items() if name not in SECRETS}
     return {

@@ -9,8 +9,14 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class JobLimits:
-    """jobs: kept, ended ones included. waiting: in the queue. disk_bytes: of jobs, runs and files
-    together. files: uploaded ones. file_bytes: of one file."""
+    """Bounds a store.
+
+    jobs        jobs that are kept, ended ones included
+    waiting     jobs in the queue
+    disk_bytes  jobs, runs and uploaded files together
+    files       uploaded files
+    file_bytes  one uploaded file
+    """
 
     jobs: int = 200
     waiting: int = 20
@@ -20,7 +26,7 @@ class JobLimits:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Returns the bytes of all files below a folder, which others may change meanwhile."""
+    """Returns the bytes of all files below a folder. Other processes may change it meanwhile."""
     size = 0
     for place, _, names in os.walk(folder):
         for name in names:

@@ -108,7 +108,7 @@ def new_id() -> str:
 
 
 def check_id(job_id: str) -> str:
-    """Returns the id. Raises UnknownNameError if it has not the form of one: it may be a path."""
+    """Returns the id. Raises UnknownNameError if it does not look like one: it may be a path."""
     if _ID.fullmatch(job_id) is None:
         raise unknown_job(job_id)
     return job_id

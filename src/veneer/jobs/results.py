@@ -20,8 +20,8 @@ FIRST_BYTES = 2**16
 
 
 def job_records(job: TrainingJob) -> list[Record]:
-    """Returns the first record of the run and the newest MOST_BYTES of them. Empty before the
-    first, and if the file is damaged."""
+    """Returns the first record of the run, and the records in the last MOST_BYTES of its file.
+    Empty before the first record, and if the file is damaged."""
     file, name = job.records_file, f"the run of {job.id}"
     try:
         start = line_start(file, file.stat().st_size - MOST_BYTES)

@@ -342,13 +342,15 @@ class JobStore:
         sweep(self.jobs_folder)
         jobs, limits = self.jobs(), self.limits
         waiting = sum(job.state == "queued" for job in jobs)
-        for count, most, what in (
-            (len(jobs), limits.jobs, "jobs are kept"),
-            (waiting, limits.waiting, "jobs wait in the queue"),
+        for count, most, state in (
+            (len(jobs), limits.jobs, "are kept"),
+            (waiting, limits.waiting, "wait in the queue"),
         ):
             if count >= most:
                 raise QuotaError(
-                    f"{count:,} {what}, which is the limit", [], "Delete or cancel some first."
+                    f"{count:,} jobs {state}, which is the limit",
+                    [],
+                    "Delete or cancel some first.",
                 )
         if (used := self.used_bytes()) >= limits.disk_bytes:
             raise QuotaError(

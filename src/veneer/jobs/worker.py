@@ -47,8 +47,7 @@ class Worker:
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._note_signal)
         try:
-            is_trained = (self.run_folder / "summary.json").is_file() or self._train()
-            if is_trained:
+            if (self.run_folder / "summary.json").is_file() or self._train():
                 self._publish()
         except Exception as fault:
             self._fail(f"{type(fault).__name__}: {fault}"[:MOST_ERROR])
@@ -60,7 +59,8 @@ class Worker:
         return self.store.request(self.record.id) or ("pause" if self._signalled else None)
 
     def _train(self) -> bool:
-        """Runs the trainer. Returns whether it has finished the run; else the state is written."""
+        """Runs the trainer. Returns True if it has finished the run; otherwise writes the job's
+        state."""
         log = self.folder / LOG
         start = log.stat().st_size
         with log.open("ab") as output:
@@ -73,11 +73,11 @@ class Worker:
                 pass_fds=(self.descriptor,),
                 preexec_fn=self._begin_trainer,
             )
-        asked = False
+        is_ending = False
         while trainer.poll() is None:
-            if not asked and self._request() is not None:
+            if not is_ending and self._request() is not None:
                 trainer.terminate()
-                asked = True
+                is_ending = True
             time.sleep(POLL_SECONDS)
         request, code = self._request(), trainer.returncode
         if request == "cancel":
@@ -129,7 +129,7 @@ class Worker:
 
 
 def _last_text(log: Path, start: int) -> str:
-    """Returns the end of what was written to the log from byte `start` on."""
+    """Returns the end of the log's text, at most MOST_ERROR bytes and none before `start`."""
     with log.open("rb") as file:
         file.seek(max(start, log.stat().st_size - MOST_ERROR))
         return file.read().decode("utf-8", "replace").strip()

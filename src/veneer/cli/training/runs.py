@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any
@@ -83,7 +83,7 @@ def describe(job: TrainingJob) -> dict[str, Any]:
         "id": job.id,
         "state": job.state,
         "error": job.error,
-        "base": job.record.base,
+        "base": record.base,
         **job.facts(),
         "created": record.created,
         "started": record.started,
@@ -109,22 +109,23 @@ def _list(args: argparse.Namespace, store: JobStore) -> int:
 
 
 def _row(job: TrainingJob) -> tuple[str, ...]:
-    facts = job.facts()
-    loss = facts.get("loss")
-    return tuple(
-        map(
-            shown,
-            (
-                job.id,
-                job.state,
-                f"{facts.get('step', 0)}/{facts['steps']}" if facts.get("steps") else "",
-                number(loss) if isinstance(loss, int | float) else "",
-                facts.get("base") or job.record.base,
-                job.record.adapter or job.record.publish_as or "",
-                age(datetime.fromtimestamp(job.record.created, UTC).isoformat()),
-            ),
-        )
+    facts, record = job.facts(), job.record
+    cells = (
+        job.id,
+        job.state,
+        f"{facts.get('step', 0)}/{facts['steps']}" if facts.get("steps") else "",
+        _loss(facts),
+        facts.get("base") or record.base,
+        record.adapter or record.publish_as or "",
+        age(datetime.fromtimestamp(record.created, UTC).isoformat()),
     )
+    return tuple(map(shown, cells))
+
+
+def _loss(facts: Mapping[str, Any]) -> str:
+    """Returns the newest loss as text; empty if there is none."""
+    loss = facts.get("loss")
+    return number(loss) if isinstance(loss, int | float) else ""
 
 
 def _show(args: argparse.Namespace, store: JobStore) -> int:
@@ -135,11 +136,10 @@ def _show(args: argparse.Namespace, store: JobStore) -> int:
         return 0
     facts = job.facts()
     steps = f"step {facts.get('step', 0)} of {facts['steps']}" if facts.get("steps") else ""
-    loss = facts.get("loss")
     lines = {
         "job": job.id,
         "state": " · ".join(filter(None, (job.state, steps))),
-        "loss": number(loss) if isinstance(loss, int | float) else "",
+        "loss": _loss(facts),
         "base": facts.get("base") or job.record.base,
         "method": facts.get("method"),
         "adapter": job.record.adapter or job.record.publish_as,
@@ -166,7 +166,7 @@ def _print_event(event: dict[str, Any]) -> None:
 
 
 def _follow(args: argparse.Namespace, store: JobStore) -> int:
-    """Prints steps until the job ends. RefusedError: it failed."""
+    """Prints steps until the job ends. Raises RefusedError if it failed."""
     from veneer.training.output.screen import make_screen
 
     screen = make_screen(json=args.json)
