@@ -34,8 +34,6 @@ from veneer.serve.http.keys import ApiKeys, read_keys
 from veneer.serve.http.paths import PATHS
 from veneer.serve.run import check_reach, listening
 from veneer.serve.runs import Runs
-from veneer.serve.studio.routes import studio_routes
-from veneer.serve.studio.studio import Studio
 
 MOST_CACHE_BYTES = 8 * 2**30
 CACHE_SHARE = 4
@@ -182,6 +180,9 @@ def open_server(
 
 
 def _teaching(service: Service, base: FrozenBase, library: Library) -> Teaching:
+    from veneer.serve.studio.routes import studio_routes
+    from veneer.serve.studio.studio import Studio
+
     assert service.fine_tuning is not None, "the studio trains"
     studio = Studio(service.fine_tuning, base, library)
     return Teaching(studio_routes(studio, lambda: service.loop.closing), studio.close)
