@@ -238,8 +238,8 @@ def row_faults(path: Path, kind: RowKind, param: str) -> list[str]:
     return faults
 
 
-def unknown(name: str, what: str, param: str) -> Refusal:
-    return Refusal(404, f"There is no {what} `{name[:MOST_SHOWN]}`.", param, f"{what}_not_found")
+def unknown(name: str, noun: str, param: str) -> Refusal:
+    return Refusal(404, f"There is no {noun} `{name[:MOST_SHOWN]}`.", param, f"{noun}_not_found")
 
 
 def _model_name(suffix: str | None) -> str:

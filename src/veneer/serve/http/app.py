@@ -294,3 +294,9 @@ def byte_after(request: Request) -> int:
 def caller_of(request: Request) -> Caller:
     caller: Caller = request.state.caller
     return caller
+
+
+def require_train(request: Request) -> None:
+    """Refusal: 403, the caller's key may not train."""
+    if not caller_of(request).may_train:
+        raise Refusal(403, "This key may not train, or read training data.", code="wrong_scope")

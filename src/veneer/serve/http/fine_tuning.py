@@ -16,7 +16,7 @@ from starlette.routing import Route
 from veneer.jobs.record import TrainingJob
 from veneer.serve.engine.fine_tuning import FineTuning, page_of
 from veneer.serve.engine.service import Service
-from veneer.serve.http.app import Handler, caller_of, catch_errors
+from veneer.serve.http.app import Handler, caller_of, catch_errors, require_train
 from veneer.serve.http.json_body import parsed, read_body
 from veneer.serve.http.uploads import Arrivals, read_upload
 from veneer.serve.protocols.fine_tuning import (
@@ -49,10 +49,7 @@ class _Routes:
 
     def _route(self, method: str, path: str, handler: Handler) -> Route:
         async def answer(request: Request) -> Response:
-            if not caller_of(request).may_train:
-                raise Refusal(
-                    403, "This key may not train, or read training data.", code="wrong_scope"
-                )
+            require_train(request)
             if method != "GET" and self._service.loop.closing:
                 raise shutting_down()
             return await handler(request)

@@ -17,12 +17,16 @@ from veneer.serve.refusals import Refusal
 
 async def read_body(request: Request, most_bytes: int) -> bytes:
     """Reads a body that its header declares as JSON. Refusal: 400, 408, 413 or 415."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
+    if media_type(request) != "application/json":
         raise Refusal(415, "The body must be JSON: send the header content-type: application/json.")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise Refusal(415, "The body must not be compressed.")
     return await read_bytes(request, most_bytes)
+
+
+def media_type(request: Request) -> str:
+    """Returns the body's content-type without its parameters."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 async def read_bytes(request: Request, most_bytes: int) -> bytes:

@@ -17,6 +17,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from veneer.serve.http.connection import allow_more_time
+from veneer.serve.http.json_body import media_type
 from veneer.serve.limits import BODY_SECONDS, MOST_DISCARDED, MOST_UPLOADS, UPLOAD_SECONDS
 from veneer.serve.refusals import Refusal, brief
 
@@ -55,8 +56,7 @@ class Arrivals:
 
 async def read_upload(request: Request, most_bytes: int) -> Upload:
     """Reads fields `purpose` and `file`. Refusal: 400, 408, 413 or 415."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "multipart/form-data":
+    if media_type(request) != "multipart/form-data":
         raise Refusal(415, "The body must be multipart/form-data, with a file and a purpose.")
     stream = _bounded(request, most_bytes + MOST_FORM_BYTES)
     parser = MultiPartParser(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from veneer.data.examples import Row
-from veneer.errors import ConfigError, UnknownNameError
+from veneer.errors import ConfigError
 from veneer.files.system_errors import explained
 from veneer.jobs.record import TrainingJob
 from veneer.library.library import Library
@@ -34,10 +35,8 @@ def publish(library: Library, job: TrainingJob, name: str) -> str:
 
 def unpublish(library: Library, name: str) -> None:
     """Removes a name from the library, if it is there."""
-    try:
+    with suppress(ConfigError):  # the name or the library does not exist
         library.remove(name)
-    except (UnknownNameError, ConfigError):
-        return
 
 
 def held_out_questions(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -64,15 +63,15 @@ def zipped(folder: Path) -> bytes:
     return content.getvalue()
 
 
-def result_file(job: TrainingJob, what: str, *, name: str, base: str) -> tuple[bytes, str]:
+def result_file(job: TrainingJob, kind: str, *, name: str, base: str) -> tuple[bytes, str]:
     """Returns the adapter as a zip archive, the report or the model card, and the file's name."""
     adapter = job.run_folder / "adapter"
     if not adapter.is_dir():
         raise ConfigError("the run has no adapter yet")
-    if what == "report":
+    if kind == "report":
         with explained("the report", reading=True):
             return (job.run_folder / "report.html").read_bytes(), f"{name}.html"
-    if what == "card":
+    if kind == "card":
         commands = [f"veneer serve --base {base}"]
         card = card_for(adapter, name=name, commands=commands, base=base) or ""
         return card.encode(), f"{name}.md"

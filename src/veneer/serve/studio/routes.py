@@ -1,8 +1,8 @@
 """Routes of the Teach tab, under /studio/api.
 
-Everything there changes the machine's files or computes for long, so that it needs a key that may
-train where keys are used. A body that is not JSON comes as
-application/octet-stream, which no form of another site can send.
+Everything there changes the machine's files or computes for long, so a server with keys requires
+one that may train. A body that is not JSON comes as application/octet-stream, which no form of
+another site can send.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from veneer.serve.http.app import byte_after, caller_of, catch_errors
-from veneer.serve.http.json_body import parsed, read_body, read_bytes
+from veneer.serve.http.app import byte_after, caller_of, catch_errors, require_train
+from veneer.serve.http.json_body import media_type, parsed, read_body, read_bytes
 from veneer.serve.http.uploads import Arrivals
 from veneer.serve.limits import BODY_BYTES
 from veneer.serve.protocols.body import Body
@@ -46,9 +46,8 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
         return {"settings": describe_settings()}
 
     async def upload(request: Request) -> Response:
-        _require_train(request)
-        kind = request.headers.get("content-type", "")
-        if kind != "application/octet-stream":
+        require_train(request)
+        if media_type(request) != "application/octet-stream":
             raise Refusal(415, "Send the file with content-type: application/octet-stream.")
         name, owner = request.query_params.get("name", ""), caller_of(request).name
         with arrivals.one():
@@ -79,7 +78,7 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
         return await studio.run(lambda: studio.resume(_id(request)))
 
     async def events(request: Request) -> Response:
-        _require_train(request)
+        require_train(request)
         draft_id, after = _id(request), byte_after(request)
 
         async def progress(after: int) -> dict[str, Any]:
@@ -100,9 +99,9 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
         return await studio.run(lambda: studio.keep(_id(request), body.name))
 
     async def take(request: Request) -> Response:
-        _require_train(request)
-        what = str(request.path_params["what"])
-        content, name = await studio.run(lambda: studio.take(_id(request), what))
+        require_train(request)
+        kind = str(request.path_params["kind"])
+        content, name = await studio.run(lambda: studio.take(_id(request), kind))
         # The report is a page: it is downloaded, and never shown as one of this site's.
         headers = {
             "content-disposition": f"attachment; filename*=UTF-8''{quote(name)}",
@@ -130,14 +129,14 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
         _get("/drafts/{id}/held_out", held_out),
         _post("/drafts/{id}/try", NoBody, try_out),
         _post("/drafts/{id}/keep", KeepBody, keep),
-        Route(f"{PREFIX}/drafts/{{id}}/files/{{what}}", catch_errors(take), methods=["GET"]),
+        Route(f"{PREFIX}/drafts/{{id}}/files/{{kind}}", catch_errors(take), methods=["GET"]),
         _post("/drafts/{id}/remove", NoBody, remove),
     ]
 
 
 def _get(path: str, answer: Answer) -> Route:
     async def endpoint(request: Request) -> Response:
-        _require_train(request)
+        require_train(request)
         return JSONResponse(await answer(request, None))
 
     return Route(PREFIX + path, catch_errors(endpoint), methods=["GET"])
@@ -145,17 +144,12 @@ def _get(path: str, answer: Answer) -> Route:
 
 def _post(path: str, body: type[Body], answer: Answer) -> Route:
     async def endpoint(request: Request) -> Response:
-        _require_train(request)
+        require_train(request)
         text = await read_body(request, BODY_BYTES)
         fields = await asyncio.to_thread(lambda: body.read(parsed(text)))
         return JSONResponse(await answer(request, fields))
 
     return Route(PREFIX + path, catch_errors(endpoint), methods=["POST"])
-
-
-def _require_train(request: Request) -> None:
-    if not caller_of(request).may_train:
-        raise Refusal(403, "This key may not train.", code="wrong_scope")
 
 
 def _id(request: Request) -> str:

@@ -79,13 +79,14 @@ def describe_columns(file: RowFile, choices: RowChoices) -> dict[str, Any]:
                 columns.setdefault(name, cut(_text(value), MOST_CELL))
     present = frozenset(columns)
     layout, reason = _layout(present, choices.layout)
+    likely_layout = layout or "prompt_completion"
     return {
         "columns": [{"name": name, "example": example} for name, example in columns.items()],
         "layout": layout,
         "reason": reason,
-        "needed": list(NEEDS.get(layout or "prompt_completion", ())),
-        "optional": list(OPTIONAL.get(layout or "prompt_completion", ())),
-        "likely": _likely(present, layout or "prompt_completion"),
+        "needed": list(NEEDS.get(likely_layout, ())),
+        "optional": list(OPTIONAL.get(likely_layout, ())),
+        "likely": _likely(present, likely_layout),
         "records": [
             {
                 "line": line,
@@ -101,12 +102,12 @@ def describe_columns(file: RowFile, choices: RowChoices) -> dict[str, Any]:
 
 
 def first_choices(file: RowFile, records: int) -> RowChoices:
-    """Returns choices for new rows: if no layout fits, question and answer by the columns.
+    """Returns choices for new rows. If no layout fits, columns are chosen for question and answer.
 
     A small set holds out ten rows, but at most a fifth.
     """
     share = round(min(max(LEAST_SHARE, LEAST_HELD_OUT / max(records, 1)), MOST_SHARE), 2)
-    columns = frozenset(describe_names(file))
+    columns = frozenset(column_names(file))
     layout, _ = _layout(columns, "auto")
     if layout is not None or not columns:
         return RowChoices(validation_share=share)
@@ -186,18 +187,17 @@ def _message(message: Mapping[str, Any]) -> dict[str, str]:
 
 def data_settings(file: RowFile, choices: RowChoices) -> dict[str, Any]:
     """Returns the `data` settings of a run that trains on the rows."""
-    columns = describe_names(file)
     return {
         "train": str(file.path),
         "format": choices.layout,
-        "map": column_map(columns, choices.columns),
+        "map": column_map(column_names(file), choices.columns),
         "validation_share": choices.validation_share,
         "train_on": choices.train_on,
         "long_rows": choices.long_rows,
     }
 
 
-def describe_names(file: RowFile) -> list[str]:
+def column_names(file: RowFile) -> list[str]:
     """Returns the names of the columns that the first records have."""
     names: dict[str, None] = {}
     for _, record in islice(_records_of(file), RECORDS_FOR_COLUMNS):

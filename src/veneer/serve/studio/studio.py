@@ -45,7 +45,7 @@ FOLDER = "the studio's folder"
 
 
 class Studio:
-    """What the Teach tab shows and does. Methods read files: call them by `run`.
+    """Answers the requests of the Teach tab. Methods read files: call them by `run`.
 
     fine_tuning: stores jobs and uploaded files. base: the server's, on which adapters train
     """
@@ -211,11 +211,11 @@ class Studio:
         draft = self.drafts.change(draft_id, model=name)
         return {**self.card(draft), "reference": reference}
 
-    def take(self, draft_id: str, what: str) -> tuple[bytes, str]:
+    def take(self, draft_id: str, kind: str) -> tuple[bytes, str]:
         """Returns a file of the result and its name: the adapter, the report or the card."""
         draft = self.drafts.get(draft_id)
         name = draft.model or draft.name.rpartition(".")[0] or "adapter"
-        return result_file(self._job(draft_id), what, name=name, base=self.base_source)
+        return result_file(self._job(draft_id), kind, name=name, base=self.base_source)
 
     def remove(self, draft_id: str) -> None:
         """Deletes a draft, its rows and its jobs. An adapter that was kept stays."""

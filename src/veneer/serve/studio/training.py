@@ -11,7 +11,7 @@ from typing import Any
 
 from veneer.errors import ConfigError, UnknownNameError, VeneerError, hide_path
 from veneer.files.strict_json import legible, read_json
-from veneer.jobs.record import ENDED, RESUMABLE, TrainingJob
+from veneer.jobs.record import ENDED, OPEN, RESUMABLE, TrainingJob
 from veneer.jobs.store import JobStore
 from veneer.serve.refusals import Refusal, refusal_of, without_folders
 from veneer.serve.studio.drafts import Draft
@@ -78,12 +78,12 @@ def start_job(
 
 
 def job_card(job: TrainingJob) -> dict[str, Any]:
-    """Describes a job for the page; of a finished one, its summary too."""
+    """Describes a job for the page, with the summary of its run once there is one."""
     card: dict[str, Any] = {
         "id": job.id,
         "state": job.state,
         "error": None if job.error is None else without_folders(job.error),
-        "open": job.state not in ENDED and job.state not in RESUMABLE,
+        "open": job.state in OPEN,
         "resumable": job.state in RESUMABLE,
         "summary": None,
     }
