@@ -134,10 +134,11 @@ static VENEER_BF16 void sum(const uint16_t *x, const uint16_t *residual, uint16_
 }
 
 /* Norms with the update and the sum that come first, and the first product of the next update.
-   Forward: x + update, in place; total = residual + scale * output_norm of x, or x itself where
-   there is none; out = the norm of total; the product `next` of out, or of total where there is no norm.
-   Backward: x + update is the gradient of what the norm gave of `normed`, or of scale * normed where
-   there is no norm; out that of normed, + residual; the narrow product `next` of out. */
+   Forward: x + update, in place; total = output_norm of x, or without this norm x itself; total =
+   residual + scale * total; out = the norm of total; the product `next` of out, or without a norm of
+   total.
+   Backward: x + update is the gradient of the norm of `normed`, or without a norm that of scale *
+   normed; out is the gradient of normed, + residual; the product `next` of out. */
 struct norms {
     uint16_t *x;
     const uint16_t *residual, *normed;

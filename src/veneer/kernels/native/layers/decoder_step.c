@@ -5,6 +5,7 @@
    instructions. Values are rounded to the model's type where the model rounds them, sums are
    float32 in an order that no set of instructions changes: all of them give the same bits. Rows are
    independent. */
+#include "activations.h"
 #include "bits.h"
 #include "levels.h"
 #include <math.h>
@@ -12,8 +13,8 @@
 enum { LANES = 16, CAP_RUN = 4096 };
 
 /* (weight + offset) * x / sqrt(mean(x^2) + epsilon). weight: NULL, no norm. The normal values are
-   rounded before they are multiplied, unless is_wide. is_centred: of x - mean(x), + bias, which may
-   be NULL, rounded once. */
+   rounded before they are multiplied, unless is_wide. is_centred: x - mean(x) in place of x, and
+   bias, which may be NULL, is added; is_wide is set too. */
 struct norm {
     const void *weight, *bias;
     int64_t is_wide, is_centred;
@@ -35,8 +36,6 @@ struct step_rotate {
     int64_t is_wide;    /* cos and sin are float32 beside bf16 heads, which are rounded once */
     int64_t neighbours; /* a pair is 2 i and 2 i + 1; otherwise i and i + rotated / 2 */
 };
-
-enum { SILU, GELU_TANH, GELU_ERF };
 
 struct step_gate {
     const void *gate, *up; /* up: NULL, all values are 1 */
@@ -106,7 +105,7 @@ INLINE float mean_of(const int bf16, const void *x, int64_t width) {
     return total / (float)width;
 }
 
-/* Of x - mean. */
+/* 1 / sqrt(mean((x - mean)^2) + epsilon). */
 INLINE float inverse_root(const int bf16, const void *x, float mean, int64_t width, float epsilon) {
     const int64_t whole = width / LANES * LANES;
     float squares[LANES] = {0}, total = 0.0f;

@@ -3,6 +3,7 @@
 #ifndef VENEER_FUSED_H
 #define VENEER_FUSED_H
 
+#include "activations.h"
 #include "bf16.h"
 #include <math.h>
 #include <string.h>
@@ -135,8 +136,6 @@ VENEER_INLINE __m512 sigmoid(__m512 x) {
         exp_floats(_mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), x), _mm512_set1_ps(88.0f)));
     return _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_add_ps(_mm512_set1_ps(1.0f), e));
 }
-
-enum { SILU, GELU_TANH, GELU_ERF };
 
 /* SiLU and GELU by its formula with tanh are gate * sigmoid(t): t = gate for SiLU, and for GELU
    t = 2 sqrt(2 / pi) (gate + 0.044715 gate^3), as (1 + tanh(t / 2)) / 2 = sigmoid(t). */
