@@ -14,12 +14,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from veneer.kernels.bindings import step_calls
 from veneer.kernels.bindings.arguments import available
 from veneer.kernels.bindings.row_calls import SILU
-from veneer.kernels.dense.fused import activated, rms_norm_reference, rotary_reference
+from veneer.kernels.dense.fused import (
+    activated,
+    layer_norm_reference,
+    rms_norm_reference,
+    rotary_reference,
+)
 
 TYPES = (torch.float32, torch.bfloat16)
 
@@ -90,19 +94,15 @@ def _normed(x: Tensor, norm: StepNorm | None) -> Tensor:
         return x
     weight, epsilon, offset, is_wide, is_centred, bias = norm
     if is_centred:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        own_bias = None if bias is None else bias.to(wide)
-        return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), own_bias, epsilon).to(
-            x.dtype
-        )
+        return layer_norm_reference(x, weight, bias, epsilon)
     return rms_norm_reference(x, weight, epsilon, offset=offset, is_wide=is_wide)
 
 
-def _have_rows(*tensors: Tensor) -> bool:
+def _have_rows(x: Tensor, other: Tensor | None) -> bool:
     """True if the kernels take these: as `usable`, with gaps between their rows or without."""
-    dtype = tensors[0].dtype
-    fit = all(t.dtype is dtype and t.is_cpu and t.stride(-1) == 1 for t in tensors)
-    return fit and dtype in TYPES and available("veneer_step_norm")
+    tensors = (x,) if other is None else (x, other)
+    fit = all(t.dtype is x.dtype and t.is_cpu and t.stride(-1) == 1 for t in tensors)
+    return fit and x.dtype in TYPES and available("veneer_step_norm")
 
 
 def rotate(
@@ -151,7 +151,7 @@ def gate(gate_ND: Tensor, up_ND: Tensor | None, activation: int = SILU) -> Tenso
 
     activation: SILU, GELU_TANH or GELU_ERF of bindings/row_calls.py
     """
-    if not _have_rows(gate_ND, *(() if up_ND is None else (up_ND,))):
+    if not _have_rows(gate_ND, up_ND):
         return gate_reference(gate_ND, up_ND, activation)
     out = gate_ND.new_empty(gate_ND.shape)
     step_calls.step_gate(gate_ND, up_ND, out, activation)

@@ -1,12 +1,13 @@
 """Chains of elementwise operations, each as one node of the graph that saves only what it needs.
 
-    rms_norm     y = (weight + offset) * (x / sqrt(mean(x^2) + epsilon))
+    rms_norm       y = (weight + offset) * (x / sqrt(mean(x^2) + epsilon))
                                                                    saves x and one float32 a row
-    layer_norm   y = weight * (x - mean) / deviation + bias        saves x and one float32 a row
-    silu_gate    y = silu(gate) * up                               saves gate and up
-    gelu_gate    y = gelu(gate) * up, by the formula with tanh     saves gate and up
-    gelu_erf_gate, activate: the same by erf, and without up
-    rotary       y = x cos + rotate_half(x) sin, for q and k       saves cos and sin
+    layer_norm     y = weight * (x - mean) / deviation + bias      saves x and one float32 a row
+    silu_gate      y = silu(gate) * up                             saves gate and up
+    gelu_gate      y = gelu(gate) * up, by the formula with tanh   saves gate and up
+    gelu_erf_gate  y = gelu(gate) * up, by the definition with erf saves gate and up
+    activate       y = silu(x) or gelu(x)                          saves x
+    rotary         y = x cos + rotate_half(x) sin, for q and k     saves cos and sin
 
 Plain torch makes six to eight passes over memory for each, and its norm saves two float32 copies of
 x. The chains are compiled for bf16 on processors that have its arithmetic (native/layers/fused.c)
@@ -187,19 +188,17 @@ class _Gate(torch.autograd.Function):
         if up is not None and (liger := _liger_gates(gate, up, activation, grad)) is not None:
             return *liger.gate_backward(gate, up, grad, activation == GELU_TANH), None
         if _is_compiled_gate(gate, up, activation, grad):
-            grad_gate, grad_up = (
-                torch.empty_like(gate),
-                None if up is None else up.new_empty(up.shape),
-            )
+            grad_gate = torch.empty_like(gate)
+            grad_up = None if up is None else torch.empty_like(up)
             row_calls.gate_backward(gate, up, grad, grad_gate, grad_up, activation)
             return grad_gate, grad_up, None
-        of_gate, grad_up = (grad, None) if up is None else (grad * up, None)
+        grad_activated = grad if up is None else grad * up
         if activation == SILU:
             share = torch.sigmoid(gate)
             grad_up = None if up is None else grad * gate * share
-            return of_gate * share * (1 + gate * (1 - share)), grad_up, None
+            return grad_activated * share * (1 + gate * (1 - share)), grad_up, None
         kind = "tanh" if activation == GELU_TANH else "none"
-        grad_gate = torch.ops.aten.gelu_backward(of_gate, gate, approximate=kind)
+        grad_gate = torch.ops.aten.gelu_backward(grad_activated, gate, approximate=kind)
         return grad_gate, None if up is None else grad * activated(gate, activation), None
 
 
@@ -329,6 +328,13 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -
     return apply(x, weight, bias, epsilon)
 
 
+def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+    """Defines layer_norm, under torch's own autograd."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    values = weight.to(wide), None if bias is None else bias.to(wide)
+    return F.layer_norm(x.to(wide), weight.shape, *values, epsilon).to(x.dtype)
+
+
 def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
     """gate and up of one shape -> silu(gate) * up.
 
@@ -369,6 +375,6 @@ def gelu_erf_gate_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def activate(x: Tensor, activation: int) -> Tensor:
-    """x -> its activation, a number of bindings/row_calls.py; saves x."""
+    """Returns the activation of x. activation: a number of bindings/row_calls.py."""
     apply: Any = _Gate.apply
     return apply(x, None, activation)
