@@ -19,7 +19,13 @@ from veneer.adapters.methods.adapted_linear import apply_together
 from veneer.adapters.placement.wrapping import unwrapped
 from veneer.execution.agreement import EXACT, agrees
 from veneer.execution.attention import NAME, attention_forward
-from veneer.execution.layer_facts import HEAD_NORMS, JOINED_QKV, OUTPUTS, QKV, Attention, Rotation
+from veneer.execution.layer_facts import (
+    HEAD_NORMS,
+    JOINED_QKV,
+    Attention,
+    Rotation,
+    names_in_attention,
+)
 from veneer.execution.part_facts import find_norm
 from veneer.execution.small_modules import (
     ROWS,
@@ -49,8 +55,7 @@ _ROTATIONS = (
 def find_attention(block: Any) -> Attention | None:
     """Returns the facts of an attention block; None for any other module."""
     names, size = {name for name, _ in block.named_children()}, getattr(block, "head_dim", None)
-    inputs = JOINED_QKV if JOINED_QKV[0] in names else QKV
-    output = next((name for name in OUTPUTS if name in names), OUTPUTS[0])
+    inputs, output = names_in_attention(names)
     own, norm_names = {*inputs, output}, {*HEAD_NORMS} & names
     if names - norm_names != own or len(norm_names) == 1:
         return None

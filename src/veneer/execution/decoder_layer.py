@@ -24,10 +24,8 @@ from veneer.execution.layer_facts import (
     ATTENTION,
     FEED_FORWARD,
     HEAD_NORMS,
-    JOINED_QKV,
-    OUTPUTS,
-    QKV,
     DecoderLayer,
+    names_in_attention,
 )
 from veneer.execution.norm_places import Sums, find_places
 from veneer.execution.part_facts import find_feed_forward, find_norm
@@ -84,8 +82,8 @@ def _find_layer(layer: nn.Module) -> DecoderLayer:
     attention, feed = parts.pop(ATTENTION, layer), parts.pop(FEED_FORWARD, layer)
     parts = {name: part for name, part in parts.items() if not _passes_values_on(part)}
     children = {name for name, _ in attention.named_children()}
-    output = next((name for name in OUTPUTS if name in children), OUTPUTS[0])
-    usual = {*(JOINED_QKV if JOINED_QKV[0] in children else QKV), output}
+    inputs, output = names_in_attention(children)
+    usual = {*inputs, output}
     beside = {name for name in parts if not name.endswith("norm")}
     if layer in (attention, feed):
         beside |= {ATTENTION, FEED_FORWARD} - {name for name, _ in layer.named_children()}

@@ -8,7 +8,7 @@ A parallel layer is y = x + attention(norm(x)) + feed_forward(norm(x)), by one n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -27,12 +27,19 @@ GATE_UP, DOWN = ("gate_proj", "up_proj"), "down_proj"
 JOINED_QKV, JOINED_GATE_UP = ("qkv_proj",), ("gate_up_proj",)
 """Modules whose outputs are those of several layers, side by side."""
 LAYERS_OF_INPUTS = {**dict.fromkeys((*QKV, *GATE_UP), 1), JOINED_QKV[0]: 3, JOINED_GATE_UP[0]: 2}
-"""How many layers each module computes that reads the input of a block, together with others."""
+"""{name of a module that reads the input of a block: how many layers it computes}. The one of a
+plain feed-forward block, which has no other beside it, is not listed."""
 
 Gate = Callable[[Tensor, Tensor], Tensor]
 """(gate_proj(x), up_proj(x)) -> activation(gate_proj(x)) * up_proj(x)."""
 ACTIVATIONS: dict[Gate, int] = {silu_gate: SILU, gelu_gate: GELU_TANH, gelu_erf_gate: GELU_ERF}
 """Numbers of the activations of gates (kernels/bindings/row_calls.py)."""
+
+
+def names_in_attention(children: Container[str]) -> tuple[tuple[str, ...], str]:
+    """Returns the names of the modules that compute q, k and v, and of the one that computes o."""
+    inputs = JOINED_QKV if JOINED_QKV[0] in children else QKV
+    return inputs, next((name for name in OUTPUTS if name in children), OUTPUTS[0])
 
 
 @dataclass(frozen=True)
@@ -70,10 +77,12 @@ class LayerNorms(NamedTuple):
 class FeedForward:
     """down(gate(gate_proj(x), up_proj(x))), gate being silu_gate, gelu_gate or gelu_erf_gate.
 
-    width     outputs of gate, and of up
-    inputs    names of the modules that compute gate and up: two, or one that joins them
-    output    name of the module that computes down
-    is_plain  down(activation(gate_proj(x))): the single input is the gate, and there is no up
+    A plain block is down(activation(gate_proj(x))); there is no up.
+
+    width   outputs of gate, and of up
+    inputs  names of the modules that compute gate and up: two, one that joins them, or in a plain
+            block one for gate
+    output  name of the module that computes down
     """
 
     module: nn.Module
@@ -81,11 +90,14 @@ class FeedForward:
     width: int
     inputs: tuple[str, ...] = GATE_UP
     output: str = DOWN
-    is_plain: bool = False
 
     @property
     def is_joined(self) -> bool:
-        return len(self.inputs) == 1 and not self.is_plain
+        return self.inputs == JOINED_GATE_UP
+
+    @property
+    def is_plain(self) -> bool:
+        return len(self.inputs) == 1 and not self.is_joined
 
     @property
     def activation(self) -> int:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from veneer.adapters.placement.wrapping import unwrapped
 from veneer.execution.agreement import EXACT, PART, agrees
@@ -28,7 +27,7 @@ from veneer.execution.small_modules import (
     with_children,
     with_small_weight,
 )
-from veneer.kernels.dense.fused import activate, rms_norm, rms_norm_reference
+from veneer.kernels.dense.fused import activate, layer_norm_reference, rms_norm, rms_norm_reference
 from veneer.linear import frozen_linear
 from veneer.private.torch import children_of, parameters_of, replace_parameters
 
@@ -74,12 +73,8 @@ def _find_layer_norm(module: nn.Module, epsilon: float, name: str) -> Norm | Non
         bias = nn.Parameter(own_bias, requires_grad=False)
         replace_parameters(small, {"weight": small.get_parameter("weight"), "bias": bias})
 
-    def computed(x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        values = (weight.to(wide), None if own_bias is None else own_bias.to(wide))
-        return F.layer_norm(x.to(wide), weight.shape, *values, epsilon).to(x.dtype)
-
-    if not agrees(computed, small, (x,), PART):
+    norm = partial(layer_norm_reference, weight=weight, bias=own_bias, epsilon=epsilon)
+    if not agrees(norm, small, (x,), PART):
         return None
     return Norm(module, epsilon, is_wide=True, name=name, is_centred=True)
 
@@ -94,9 +89,8 @@ def find_feed_forward(module: nn.Module) -> FeedForward | None:
     if not isinstance(activation, nn.Module) or any(True for _ in activation.parameters()):
         return None
     names.remove(activation_name)
-    inputs = JOINED_GATE_UP if JOINED_GATE_UP[0] in children else GATE_UP
-    output, is_plain = DOWN, {*names} != {*inputs, DOWN}
-    if is_plain:
+    inputs, output = JOINED_GATE_UP if JOINED_GATE_UP[0] in children else GATE_UP, DOWN
+    if {*names} != {*inputs, output}:
         if len(names) != 2:
             return None
         inputs, output = (names[0],), names[1]
@@ -104,16 +98,15 @@ def find_feed_forward(module: nn.Module) -> FeedForward | None:
     linears = [view for view in views if view is not None]
     if len(linears) != len(views):
         return None
-    dtype, width = linears[0].dtype, sum(view.out_features for view in linears[:-1])
-    width = width if is_plain else width // 2
-    count = 1 if is_plain else 2 // len(inputs)
-    sizes = [*((WIDTH, count * INNER) for _ in inputs), (INNER, WIDTH)]
+    layers = 2 if inputs in (GATE_UP, JOINED_GATE_UP) else 1  # gate and up, or gate alone
+    dtype, width = linears[0].dtype, sum(view.out_features for view in linears[:-1]) // layers
+    sizes = [*((WIDTH, layers // len(inputs) * INNER) for _ in inputs), (INNER, WIDTH)]
     *projections, down = (small_linear(*size, dtype, seed) for seed, size in enumerate(sizes))
     small = with_children(module, dict(zip((*inputs, output), (*projections, down), strict=True)))
 
     def computed(x: Tensor, gate: Gate) -> Tensor:
         outputs = torch.cat([project(x) for project in projections], dim=-1)
-        if is_plain:
+        if layers == 1:
             y: Tensor = down(activate(outputs, ACTIVATIONS[gate]))
         else:
             y = down(gate(*outputs.chunk(2, dim=-1)))
@@ -124,5 +117,5 @@ def find_feed_forward(module: nn.Module) -> FeedForward | None:
         same = agrees(lambda x, gate=gate: gate(x, torch.ones_like(x)), activation, (x,), PART)
         rows = random_rows(WIDTH, dtype)
         if same and agrees(partial(computed, gate=gate), small, (rows,), PART):
-            return FeedForward(module, gate, width, inputs, output, is_plain)
+            return FeedForward(module, gate, width, inputs, output)
     return None
