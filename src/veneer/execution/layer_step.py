@@ -223,5 +223,5 @@ def _operand(place: nn.Module | None, facts: Norm | None) -> StepNorm | None:
     norm: Any = bare(place)
     if norm is None or facts is None:
         return None
-    kind = facts.epsilon, facts.offset, facts.is_wide, facts.is_centred
-    return StepNorm(norm.weight, *kind, parameters_of(norm).get("bias"))
+    bias = parameters_of(norm).get("bias") if facts.is_centred else None
+    return StepNorm(norm.weight, facts.epsilon, facts.offset, facts.is_wide, facts.is_centred, bias)
