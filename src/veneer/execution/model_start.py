@@ -33,8 +33,8 @@ class PartNames(NamedTuple):
 
 
 def part_names(inner: nn.Module) -> PartNames | None:
-    """Returns None if a decoder has no embedding, last norm, rotary module or layers of a usual
-    name."""
+    """Returns the names in a decoder. Returns None if its embedding, last norm, rotary module or
+    layers have no usual name."""
     children = {name for name, child in inner.named_children() if child is not None}
     if not {"rotary_emb", "layers"} <= children:
         return None

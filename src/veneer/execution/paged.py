@@ -99,7 +99,7 @@ class PagedStep:
         )
 
     def _spans_with(self, prefix: Sequence[tuple[slice, Pair | None]]) -> Spans:
-        """Without the prefix of spans whose prefix has nothing for this layer."""
+        """Returns the spans, without prefixes that have nothing for this layer."""
         if all(pair is not None for _, pair in prefix):
             return self.spans
         starts = accumulate((span.stop - span.start for span in self.spans.spans), initial=0)

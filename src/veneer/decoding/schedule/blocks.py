@@ -195,9 +195,9 @@ class BlockManager:
     ) -> BlockTable | None:
         """Opens a table with room for `places` tokens, using cached blocks of the same text.
 
-        chain         names of the text so far; at least one of the tokens is left to compute
+        chain          names of the text so far; at least one of the tokens is left to compute
         prefix_length  tokens of the adapter's trained prefix
-        spare         number of blocks that must stay available
+        spare          number of blocks that must stay available
         Returns None, with nothing changed, if there is no room.
         """
         cached = []

@@ -3,8 +3,8 @@
     block   memory for the keys and values of SLOTS tokens of a layer
     span    the tokens of one sequence that this step computes: one of an answer, or a chunk of a
             prompt
-    table   the blocks of a span: those of its adapter's trained prefix (the front), then its own
-    row     sees the front and its own sequence up to itself; with a window, the last of these keys
+    table   the blocks of a span: those of its adapter's trained prefix, then its own
+    row     sees the prefix and its own sequence up to itself; with a window, the last of these keys
 
 One call a layer (native/attention/paged_attention.c) writes the keys and values of the rows into
 their blocks and attends. Nothing is gathered. Blocks that the tables of single rows have in common

@@ -170,7 +170,7 @@ def norm_forward(
     if (output_norm is None) != (total is None) or (norm is None) != (out is None):
         raise CallError("a part of a norm")
     if scale != 1.0 and residual is None:
-        raise CallError("a scale of no sum")
+        raise CallError("a scale without a residual")
     return {
         "total": x if total is None else total,
         "output_norm": _norm(output_norm, *x.shape),
@@ -218,7 +218,7 @@ def norm_backward(
     Without `out` the result is written to x.
     """
     if (norm is None) != (normed is None) or (norm is not None and scale != 1.0):
-        raise CallError("a part of a norm, or a scale beside one")
+        raise CallError("a part of a norm, or a norm with a scale")
     return {
         "out": x if out is None else out,
         "output_norm": _norm(None, *x.shape),
@@ -288,7 +288,8 @@ def gate_backward(
 ) -> Values:
     """Adds `update` (by A of one layer) to grad (M, D), the gradient of gate_forward's
     out. Then writes the gradient of gate over it and that of up to grad_up (M, D), and computes the
-    products of both with B of one layer each (`of_gate`, `of_up`). Without up that of gate."""
+    products of both with B of one layer each (`of_gate`, `of_up`); without up only those of
+    gate."""
     if len({up is None, grad_up is None, of_up is None}) > 1:
         raise CallError("a part of a gate")
     products = [_rank_factors(side, gate, across=False, of_A=False) for side in (of_gate, of_up)]

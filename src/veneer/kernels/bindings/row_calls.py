@@ -49,7 +49,8 @@ def rms_norm_backward(
     "gate: T{count}; up: T{count}?; grad: unused; out: T{count}; grad_gate, grad_up: unused",
 )
 def gate_forward(gate: Tensor, up: Tensor | None, out: Tensor, activation: int) -> None:
-    """Computes out = activation(gate) * up, a multiple of 16 values. Without up each is 1."""
+    """Computes out = activation(gate) * up, or without up activation(gate), of a multiple of 16
+    values."""
     _check_gate(gate, up, activation)
 
 
@@ -70,7 +71,7 @@ def gate_backward(
     """Writes the gradients of gate and up to grad_gate and grad_up."""
     _check_gate(gate, up, activation)
     if (up is None) != (grad_up is None):
-        raise CallError("a gradient of what is missing, or none of what is there")
+        raise CallError("a gradient of up without up, or up without its gradient")
 
 
 def _check_gate(gate: Tensor, up: Tensor | None, activation: int) -> None:

@@ -109,8 +109,10 @@ def step_rotate(
 def step_gate(
     gate: Tensor, up: Tensor | None, out: Tensor, activation: int = SILU, level: int = ANY_LEVEL
 ) -> None:
-    """Computes out (N, D) = activation(gate) * up; without up each is 1. activation: a number of
-    row_calls.py."""
+    """Computes out (N, D) = activation(gate) * up; without up activation(gate).
+
+    activation: a number of row_calls.py
+    """
 
 
 @declare(

@@ -8,7 +8,8 @@ so may the rotation, which may be of a part of each head, and up. In a parallel 
 another norm of x, and y is x + o(...) + down(...). A module may join q, k and v, or gate and up:
 its layers are rows of its weight and of its B, by views, and their gradients of its A are added up.
 
-In layers without norms behind o and down both may be scaled before they are added.
+The outputs of o and of down may be scaled before they are added, in layers that have no norms of
+them and are not parallel.
 
 The node makes the same calls as its parts (lora.py, attention/compiled.py, fused.py), in the same
 order and with the same bits, without a graph between them. Only gradients of joined modules, and of

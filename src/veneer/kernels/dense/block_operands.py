@@ -131,7 +131,7 @@ class BlockPart:
 
     def fits_ranks(self) -> bool:
         ranks = [len(layer.A) for layer in self.layers]
-        if max(sum(ranks[:3]), sum(ranks[5:])) > rank.MOST_RANK:
+        if max(sum(ranks[:O]), sum(ranks[GATES[0] :])) > rank.MOST_RANK:
             return False
         rows = self.rows.stop - self.rows.start
         if rows < _LEAST_ROWS or not all(map(_is_updated_by_kernels, self.layers)):
@@ -177,10 +177,11 @@ class Block:
     activation   of the gate, a number of bindings/row_calls.py
     neighbours   dimensions 2 i and 2 i + 1 of a head are rotated together; otherwise i and the one
                  half the rotated dimensions behind it
-    is_parallel  the feed-forward block reads x by its own norm, or without one what attention reads
+    is_parallel  the feed-forward block reads x by its own norm; without such a norm it reads the
+                 input of attention
 
-    residual_scale: what the outputs of o and of down are multiplied by before they are added. Only
-    without norms of these outputs.
+    residual_scale: factor of the outputs of o and of down before they are added. It must be 1 if
+    they have norms, and in a parallel layer.
     """
 
     norms: Norms
