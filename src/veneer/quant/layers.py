@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.methods.experts import by_expert, expert_bias
-from veneer.kernels.dense.frozen import JoinedLinear
+from veneer.kernels.dense.frozen import DivisibleLinear
 from veneer.linear import FrozenLinear, PackedExperts, PackedLinear, PackedModule, frozen_product
 from veneer.private.torch import buffers_of, parameters_of
 from veneer.quant.weight import PackedWeight
@@ -121,7 +121,7 @@ class Holder(PackedModule):
         return self
 
 
-class HeldLinear(Holder, PackedLinear):
+class HeldLinear(Holder, PackedLinear, DivisibleLinear):
     """nn.Linear with W (O, I) packed."""
 
     bias: nn.Parameter | None
@@ -140,7 +140,7 @@ class HeldLinear(Holder, PackedLinear):
 
     def output_rows(self, rows: slice) -> FrozenLinear | None:
         matrix = self.matrix
-        return matrix.output_rows(rows) if isinstance(matrix, JoinedLinear) else None
+        return matrix.output_rows(rows) if isinstance(matrix, DivisibleLinear) else None
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return self.matrix.product(x, bias)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from veneer.kernels.dense.frozen import DivisibleLinear
 from veneer.kernels.packed import nf4
 from veneer.kernels.packed.nf4 import NF4Blocks
 from veneer.linear import times
@@ -17,7 +18,7 @@ from veneer.quant.scratch import scratch
 
 
 @dataclass(eq=False)
-class PackedMatrix:
+class PackedMatrix(DivisibleLinear):
     """The elements of W from `start` on, as (O, I), or as (I, O) if `transposed`."""
 
     blocks: NF4Blocks

@@ -7,7 +7,7 @@ weight formats do not know each other. Shapes: M rows (batch times tokens), I in
 out_features.
 """
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,15 +41,18 @@ class FrozenLinear(Protocol):
     def own_bias(self) -> Tensor | None: ...
 
 
-@runtime_checkable
-class JoinedLinear(Protocol):
-    """A frozen linear layer whose weight has views of some of its rows."""
+class DivisibleLinear:
+    """A frozen linear layer whose weight has views of some of its rows.
+
+    It is no Protocol, which every training step would check member by member.
+    """
 
     def output_rows(self, rows: slice) -> FrozenLinear | None:
         """Returns the layer that computes these outputs alone. Returns None if it has no view."""
+        raise NotImplementedError
 
 
-class DenseLinear:
+class DenseLinear(DivisibleLinear):
     """A frozen nn.Linear, which stores W as (O, I), or these rows of its W."""
 
     def __init__(self, module: nn.Linear, rows: slice | None = None) -> None:

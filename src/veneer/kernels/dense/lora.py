@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from veneer.kernels.dense import rank
 from veneer.kernels.dense.dropout import Dropout
-from veneer.kernels.dense.frozen import FrozenLinear, JoinedLinear, bias_gradient, writable
+from veneer.kernels.dense.frozen import DivisibleLinear, FrozenLinear, bias_gradient, writable
 
 
 class _DropoutFunction(torch.autograd.Function):
@@ -94,7 +94,7 @@ def unadapted(base: FrozenLinear) -> LoRALinear:
 def output_rows(layer: LoRALinear, rows: slice) -> LoRALinear | None:
     """Returns the layer that computes these outputs alone, by views of weight, bias and B. Returns
     None for a weight without such views."""
-    base = layer.base.output_rows(rows) if isinstance(layer.base, JoinedLinear) else None
+    base = layer.base.output_rows(rows) if isinstance(layer.base, DivisibleLinear) else None
     if base is None:
         return None
     bias = None if layer.bias is None else layer.bias[rows]
