@@ -20,8 +20,14 @@ from pydantic import BaseModel, ValidationError
 from veneer.adapters.config import METHODS
 from veneer.errors import ConfigError
 from veneer.files.nesting import is_text, walk, yaml_fault
-from veneer.files.settings import description_at, explain_faults, field_at, setting_paths
-from veneer.training.config import DataConfig, ReplayConfig, RunConfig, TemplateConfig
+from veneer.files.settings import (
+    description_at,
+    explain_faults,
+    field_at,
+    part_models,
+    setting_paths,
+)
+from veneer.training.config import RunConfig
 from veneer.vocabulary import KeyPath
 
 MAX_FILE_BYTES = 1_000_000
@@ -60,11 +66,7 @@ such a value may begin with."""
 NAMES: tuple[KeyPath, ...] = (("method", "name"), ("objective", "name"))
 """Settings that choose which other settings there are."""
 
-PARTS: dict[str, type[BaseModel]] = {
-    "data": DataConfig,
-    "replay": ReplayConfig,
-    "template": TemplateConfig,
-}
+PARTS = part_models(RunConfig)
 """Settings that hold settings, beside the method."""
 
 

@@ -95,6 +95,16 @@ def nested_models(model: type[BaseModel]) -> dict[str, list[type[BaseModel]]]:
     return {name: models for name, models in models_by_field.items() if models}
 
 
+def part_models(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """Returns the fields that always hold settings of the same model, with that model."""
+    annotations = {name: field.annotation for name, field in model.model_fields.items()}
+    return {
+        name: annotation
+        for name, annotation in annotations.items()
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    }
+
+
 def _models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]

@@ -20,13 +20,14 @@ import yaml
 from veneer.adapters.config import METHODS
 from veneer.errors import CorruptFileError, SourceError
 from veneer.files.atomic import atomic_file
+from veneer.files.settings import part_models
 from veneer.files.strict_json import read_json, read_yaml
 from veneer.formats.manifest import MANIFEST_NAME, read_manifest
 from veneer.objectives.config import OBJECTIVES
 from veneer.report.html import html_page, section, table
 from veneer.report.plots import Series, bars, line_chart, smooth
 from veneer.report.preferences import loss_label, preference_section
-from veneer.training.config import DataConfig, ReplayConfig, RunConfig
+from veneer.training.config import RunConfig
 from veneer.training.output.loggers import flat
 from veneer.training.output.records import Record, read_records
 from veneer.wording import clock, interval_of_95, millions, number, percent, shares, size
@@ -327,7 +328,8 @@ def recipe_rows(
 
 
 def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns flat defaults of the run, of data and of the method; required settings are absent."""
+    """Returns flat defaults of the run, its parts, method and objective; required settings are
+    absent."""
 
     def of(model: Any) -> dict[str, Any]:
         fields = model.model_fields.items()
@@ -335,7 +337,7 @@ def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
             k: f.get_default(call_default_factory=True) for k, f in fields if not f.is_required()
         }
 
-    defaults = of(RunConfig) | {"data": of(DataConfig), "replay": of(ReplayConfig)}
+    defaults = of(RunConfig) | {name: of(part) for name, part in part_models(RunConfig).items()}
     for part, models in (("method", METHODS), ("objective", OBJECTIVES)):
         values = settings.get(part)
         chosen = models.get(values.get("name", "")) if isinstance(values, Mapping) else None
