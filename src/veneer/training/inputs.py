@@ -37,8 +37,7 @@ class ReferenceLogProbs:
 class ForwardInputs:
     """Holds what a forward over the rows of one adapter needs.
 
-    adapters: what acts on the rows. seed: of the dropout masks. teacher: what acts on the
-    teacher's rows.
+    adapters: what acts on the rows. seed: of the dropout masks.
     """
 
     model: PreTrainedModel
@@ -109,11 +108,12 @@ class TrainingInputs:
 
         Those that a teacher reads are left out.
         """
-        numbers = [i for i in numbers if self.train[i].kind != "teacher"]
-        examples = [self.train[i] for i in numbers]
+        examples = {i: self.train[i] for i in numbers}
+        numbers = [i for i in numbers if examples[i].kind != "teacher"]
+        own = [examples[i] for i in numbers]
         if self.reference is None:
-            return AnswerBatch.without_reference(examples)
-        return AnswerBatch(examples, self.reference.train[numbers])
+            return AnswerBatch.without_reference(own)
+        return AnswerBatch(own, self.reference.train[numbers])
 
     def held_out_answers(self) -> AnswerBatch:
         if self.reference is None:
