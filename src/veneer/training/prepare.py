@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ class SharedBase:
         self.num_runs = 0
         """Number of runs so far, which gives each adapter a name of its own."""
         self.first_evaluations: dict[str, Any] = {}
-        """Evaluations before step 1, by what they depend on (first_evaluation.py)."""
+        """Evaluations before step 1, by what they depend on (held_out/first_evaluation.py)."""
 
     def add(self, run: PreparedRun) -> None:
         self.runs.append(run)
@@ -157,22 +158,20 @@ def prepare_run(
         else:
             check_base(started, origin_of(config, base, day), config)
         new_tokens = bring(base.tokenizer, config.new_tokens, rows=capacity_of(base).tokens)
+        teacher_text = config.objective.teacher_text()
         rows_key = (
             *(config.data, config.length, config.new_tokens, config.template, day, started),
-            config.objective.rows,
-            teacher_text := config.objective.teacher_text(),
-            config.objective.head,
+            *(config.objective.rows, teacher_text, config.objective.head),
         )
-        known = [run.rows for run in shared.runs if run.rows_key == rows_key]
-        data = own_rows = (
-            known[0]
-            if known
-            else _load_rows(config, base, new_tokens, teacher_text, day, started, say)
-        )
-        own = data.train if teacher_text is None else _read_by_students(data.train)
-        replay = load_replay(config, base, own, day)
+        same_rows = [run.rows for run in shared.runs if run.rows_key == rows_key]
+        if same_rows:
+            rows = same_rows[0]
+        else:
+            rows = _load_rows(config, base, new_tokens, teacher_text, day, started, say)
+        student_examples = rows.train if teacher_text is None else _student_examples(rows.train)
+        data, replay = rows, load_replay(config, base, student_examples, day)
         if replay is not None:
-            data = replace(data, fingerprint=f"{data.fingerprint} {replay.fingerprint}")
+            data = replace(rows, fingerprint=f"{rows.fingerprint} {replay.fingerprint}")
         # Never longer than the model has positions.
         objective = resolved(config.objective, data.head, data.train)
         length = data.report.length
@@ -186,7 +185,7 @@ def prepare_run(
             config, adapter = begin_adapter(
                 base,
                 config,
-                own,
+                student_examples,
                 name=f"{ADAPTER_NAME} {shared.num_runs + 1}" if shared.num_runs else ADAPTER_NAME,
                 tokens=new_tokens,
                 resumes=started is not None,
@@ -203,10 +202,10 @@ def prepare_run(
         inputs.first_evaluations = shared.first_evaluations
         if config.objective.several:
             _refuse_divided_rows(inputs)
-    return PreparedRun(config, base, data, adapter, inputs, origin, idle_bytes, rows_key, own_rows)
+    return PreparedRun(config, base, data, adapter, inputs, origin, idle_bytes, rows_key, rows)
 
 
-def _read_by_students(examples: Sequence[Example]) -> list[Example]:
+def _student_examples(examples: Sequence[Example]) -> list[Example]:
     return [example for example in examples if example.kind != "teacher"]
 
 
@@ -307,7 +306,9 @@ def _refuse_divided_rows(inputs: TrainingInputs) -> None:
     paths = inputs.paths
     with inputs.routing.held(Acting.everywhere(inputs.adapters)):
         prefix = acting_prefix_length(inputs.model)
-    for examples in (*_by_row(inputs.train), *_by_row(inputs.validation)):
+    validation = inputs.validation
+    train_rows = _by_row(inputs.train, inputs.rows)
+    for examples in chain(train_rows, _by_row(validation, RowSpans.of(validation))):
         if len(paths.together(examples, prefix)) > 1:
             reason = paths.padded_reason or paths.switches.words
             raise RefusedError(
@@ -318,9 +319,8 @@ def _refuse_divided_rows(inputs: TrainingInputs) -> None:
             )
 
 
-def _by_row(examples: Sequence[Example]) -> Iterator[list[Example]]:
+def _by_row(examples: Sequence[Example], rows: RowSpans) -> Iterator[list[Example]]:
     """Yields the examples of each row."""
-    rows = RowSpans.of(examples)
     for row in range(len(rows.lengths)):
         yield [examples[number] for number in rows.examples([row])]
 
