@@ -8,8 +8,9 @@ forwards; a trainee knows nothing of the others.
                     comparison afterwards
     a step          begin_step chooses rows; gradient.py computes their gradient; end_step checks
                     the norm, and the optimizer updates
-    an evaluation   evaluations.py: loss on the held-out rows, a sample answer, then a checkpoint
-    the end         best.py: the values with the lowest held-out loss
+    an evaluation   held_out/evaluations.py: loss on the held-out rows, a sample answer; then a
+                    checkpoint
+    the end         held_out/best.py: the values with the lowest held-out loss
 
 A loss or gradient that is not finite raises before the weights change. All order and randomness
 come from (seed, epoch, step), so a resumed run continues bit for bit. Knows nothing of methods: it

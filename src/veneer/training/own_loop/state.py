@@ -53,11 +53,11 @@ class TrainerOptions:
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What a stored state holds.
+    """Holds what a trainer starts from: a new adapter, or one with values, moments and steps.
 
     method   settings of the adapter, or the folder of the stored one
-    tensors  values and moments; empty at the start
     systems  system turns of the rows so far
+    tensors  values and moments; None at the start
     """
 
     method: AdapterConfig | str | Path
@@ -67,7 +67,7 @@ class TrainerState:
     tensors: Mapping[str, Tensor] | None = None
 
     def of_parent(self, content_hash: str) -> TrainerState:
-        """Names the adapter that training starts from; a resumed one keeps the first."""
+        """Names the adapter that training starts from; a resumed state keeps the name it has."""
         parent = self.options.parent or content_hash
         return replace(self, options=replace(self.options, parent=parent))
 
@@ -100,8 +100,11 @@ def write_state(
 
 
 def read_trainer_state(named: str | Path, base: FrozenBase) -> TrainerState:
-    """Reads the folder of a state. Raises SourceError if it is none, AdapterMismatchError if it was
-    made on another base, and CorruptFileError if it is damaged."""
+    """Reads the folder of a state.
+
+    Raises SourceError if it is none, AdapterMismatchError if it was made on another base, and
+    CorruptFileError if it is damaged.
+    """
     folder = expanded(named)
     if not (folder / "state.json").is_file():
         raise SourceError(
@@ -134,8 +137,10 @@ def choose_start(
     options: TrainerOptions,
     resume: str | Path | None,
 ) -> TrainerState:
-    """Returns how a trainer starts: anew, or from a stored state. Raises ConfigError if both are
-    asked for, or neither."""
+    """Returns the state that a trainer starts from, a new or a stored one.
+
+    Raises ConfigError if both are asked for, or neither.
+    """
     if resume is None:
         if method is None:
             raise ConfigError(

@@ -34,8 +34,8 @@ class RunProgress:
     losses: dict[str, float] = field(default_factory=dict)
     """Held-out loss of every checkpoint on disk and of this one, by step."""
     nats: dict[str, list[float]] = field(default_factory=dict)
-    """Held-out losses in cells (held_out.py), by step: of the same checkpoints, and "0" for those
-    before step 1. Of answers they are nats."""
+    """Held-out losses in cells (held_out/losses.py), by step: of the same checkpoints, and "0" for
+    those before step 1. Of answers they are nats."""
     preference: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Figures of the objective on held-out rows, of preferences or labels, by step like `nats`;
     empty for answers."""
