@@ -11,14 +11,14 @@ is the Python of an environment with `trl` and `peft`.
 import argparse
 import itertools
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from train_speed import run, spread
 
 HERE = Path(__file__).parent
 
@@ -80,21 +80,6 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         "peak_rss_mib": round(summary["peak_memory_bytes"] / 2**20, 1),
         "idle_rss_mib": round(summary["idle_memory_bytes"] / 2**20, 1),
     }
-
-
-def run(command: list[str], **environment: str) -> dict[str, Any]:
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, **environment}
-    )
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
-    line: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return line
-
-
-def spread(lines: list[dict[str, Any]], key: str) -> str:
-    values = [line[key] for line in lines]
-    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
 def main() -> None:

@@ -10,10 +10,8 @@ second of one prompt, bf16 against 4 bits.
 """
 
 import argparse
-import json
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,20 +19,13 @@ from pathlib import Path
 
 import torch
 from random_llama import write_random_llama
+from train_speed import run
 
 from veneer import api
 from veneer.bases.identity.weight_table import weight_table
 from veneer.decoding.generate import generate
 
 HERE = Path(__file__).parent
-
-
-def run(command: list[str]) -> dict[str, float]:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
-    line: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return line
 
 
 def train(args: argparse.Namespace, base: str, *, peer: bool) -> None:

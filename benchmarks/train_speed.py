@@ -16,10 +16,12 @@ thing, and speed means nothing.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 SAME_LOSS = 0.012
@@ -34,15 +36,18 @@ SAME_LOSS_4BIT = 0.02
 PEERS_DTYPE = {"bfloat16": "bf16", "float32": "fp32"}
 
 
-def run(command: list[str]) -> dict[str, object]:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def run(command: list[str], **environment: str) -> dict[str, Any]:
+    """Runs a command to its end; returns the JSON in the last line that it prints."""
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
-    line: dict[str, object] = json.loads(done.stdout.strip().splitlines()[-1])
+    line: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return line
 
 
-def spread(lines: list[dict[str, float]], key: str) -> str:
+def spread(lines: list[dict[str, Any]], key: str) -> str:
     values = [line[key] for line in lines]
     return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
@@ -92,12 +97,12 @@ def main() -> None:
             pairs = [("veneer", ours), ("trl", theirs)]
             for tool, command in pairs if number % 2 == 0 else reversed(pairs):
                 line = run(command)
-                found[tool].append(line)  # type: ignore[arg-type]
+                found[tool].append(line)
                 if args.out:
                     with args.out.open("a") as file:
                         file.write(json.dumps({"rows": Path(rows).name, **line}) + "\n")
         mine, peer = found["veneer"], found["trl"]
-        exact = float(run([*ours, "--dtype", "float32", "--steps", "1"])["first_loss"])  # type: ignore[arg-type]
+        exact = float(run([*ours, "--dtype", "float32", "--steps", "1"])["first_loss"])
         check_same_training(mine[0], peer[0], exact, SAME_LOSS_4BIT if args.qlora else SAME_LOSS)
         ratio = statistics.median(l["examples_per_s"] for l in mine) / statistics.median(
             l["examples_per_s"] for l in peer
