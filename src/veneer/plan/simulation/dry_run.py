@@ -12,9 +12,8 @@ estimate.py adds what an allocator, a kernel or the process takes.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -246,31 +245,31 @@ def _run(
         batch, *teacher = make_batches(step, packed=paths.packed, device=device)
         weights = (*model.parameters(), *model.buffers(), flat.values)
         offload = PlannedOffload(weights) if step.offload else None
-        hooks = []
-        try:
-            with fused(model, fused_modules), checkpointed(model, routing, on=step.checkpointing):
-                tracker.enter("forward", label=ACTIVATIONS)
-                tracker.work = Work()
-                take_counts()
-                with without_values(type(model).__name__):
-                    taught = predict_as_teacher(model, paths, routing, teacher)
-                enter_loss = partial(tracker.enter, "loss", label=LOGITS)
-                module = decoder(model) or model
-                hooks.append(module.register_forward_hook(lambda *_: enter_loss()))
-                with routing.drawing(TokenKeys(batch.dropout_rows, 0)):
-                    with _offloading(offload), without_values(type(model).__name__):
-                        own = predictions(model, paths, routing, batch)
-                        loss = step_loss(own, taught)
-                    forward_shapes = len(tracker.work.of_libraries)
-                    tracker.enter("backward", label=BACKWARD)
-                    loss.backward()
-                counts = take_counts()
-                tracker.work.products[COMPILED] += counts.flops
-                tracker.work.replayed_layers = counts.replayed_layers
-                tracker.work.host_bytes = 0 if offload is None else offload.moved_bytes
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with (
+            ExitStack() as hooks,
+            fused(model, fused_modules),
+            checkpointed(model, routing, on=step.checkpointing),
+        ):
+            tracker.enter("forward", label=ACTIVATIONS)
+            tracker.work = Work()
+            take_counts()
+            with without_values(type(model).__name__):
+                taught = predict_as_teacher(model, paths, routing, teacher)
+            hook = (decoder(model) or model).register_forward_hook(
+                lambda *_: tracker.enter("loss", label=LOGITS)
+            )
+            hooks.callback(hook.remove)
+            with routing.drawing(TokenKeys(batch.dropout_rows, 0)):
+                with _offloading(offload), without_values(type(model).__name__):
+                    own = predictions(model, paths, routing, batch)
+                    loss = step_loss(own, taught)
+                forward_shapes = len(tracker.work.of_libraries)
+                tracker.enter("backward", label=BACKWARD)
+                loss.backward()
+            counts = take_counts()
+            tracker.work.products[COMPILED] += counts.flops
+            tracker.work.replayed_layers = counts.replayed_layers
+            tracker.work.host_bytes = 0 if offload is None else offload.moved_bytes
         tracker.enter("update", label="other")
         flat.publish()
         tracker.enter("done", label="other")
