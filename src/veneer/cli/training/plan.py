@@ -77,7 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--models", metavar="A,B", help="several bases: plans every base with every method"
     )
     parser.add_argument(
-        "--objective", metavar="O", help="answers, dpo, ipo, kto or orpo; default: answers"
+        "--objective",
+        metavar="O",
+        help="answers, dpo, ipo, kto, orpo or classify; default: answers",
     )
     parser.add_argument(
         "--method", metavar="M", help="lora, qlora, prefix, full, ...; default: lora"
