@@ -14,6 +14,7 @@ from veneer.data.load import DataSet, examine_data
 from veneer.data.template.new_tokens import bring, extended, room_with
 from veneer.errors import ConfigError, VeneerError
 from veneer.library.library import Library
+from veneer.library.names import name_of_run
 from veneer.merge.export.export_run import WeightSource as WeightSource
 from veneer.merge.export.export_run import export_adapter as export_adapter
 from veneer.merge.export.export_run import export_merged_gguf as export_merged_gguf
@@ -90,7 +91,7 @@ def train_jobs(
             out = Path(job.config.out)
             write_report(out)
             if library is not None:
-                library.add(out, name=out.absolute().name)
+                library.add(out, name=name_of_run(out))
             job.screen.end(result)
 
     return run_jobs(jobs, plan=forecast, supervisor=supervisor, finished=finish)

@@ -122,6 +122,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"There is: {listed}." if names else "There is none yet."
 
 
+def name_of_run(out: str | Path) -> str:
+    """Returns the name that a run's adapter gets in a library: that of the run's folder."""
+    return Path(out).absolute().name
+
+
 def said_of(folder: Path) -> str:
     """Returns how to call an adapter's folder in a sentence: its path, or the start of an object's
     id.

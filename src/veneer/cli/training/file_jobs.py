@@ -18,7 +18,7 @@ from veneer.data.files.places import absolute
 from veneer.data.teacher_text import absolute_path
 from veneer.errors import ConfigError, CorruptFileError
 from veneer.files.home import expanded
-from veneer.library.names import is_name
+from veneer.library.names import is_name, name_of_run
 from veneer.training.config import RunConfig
 from veneer.training.output.loggers import flat
 
@@ -86,7 +86,7 @@ def find_library(args: argparse.Namespace, configs: Sequence[RunConfig]) -> Libr
 
     library, faults = Library(args.library or None), list[str]()
     library.require_place()
-    names = [Path(config.out).absolute().name for config in configs]
+    names = [name_of_run(config.out) for config in configs]
     for config, name in zip(configs, names, strict=True):
         if config.method.trains_base:
             faults.append(f"{config.out}: method {config.method.name} makes no adapter")

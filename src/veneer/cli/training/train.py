@@ -39,6 +39,7 @@ from veneer.cli.job_settings import read_jobs
 from veneer.cli.training.file_jobs import FileJob, begun_jobs, find_library, new_jobs
 from veneer.cli.training.plan import parse_size
 from veneer.errors import ConfigError
+from veneer.library.names import name_of_run
 from veneer.private.argparse import Group
 from veneer.training.config import RunConfig
 
@@ -201,7 +202,7 @@ def _train_run(job: FileJob | None, args: argparse.Namespace, library: Library |
     finally:
         screen.close()
     if config is not None and library is not None:
-        entry = library.add(config.out, name=Path(config.out).name)
+        entry = library.add(config.out, name=name_of_run(config.out))
         screen.message(f"in the library as {entry.reference}")
     if args.json and leads:
         print_json(summary)

@@ -15,6 +15,7 @@ from veneer.cli.early import check_place, check_run
 from veneer.cli.training.file_jobs import FileJob
 from veneer.errors import ConfigError, RunInterrupted, VeneerError
 from veneer.library.folder import default_folder
+from veneer.library.names import name_of_run
 from veneer.report.jobs import (
     JobRecord,
     different_settings,
@@ -62,7 +63,7 @@ def train_jobs(jobs: Sequence[FileJob], args: argparse.Namespace, library: Libra
         if job.summary is not None:
             results[name] = job.summary
             if library is not None:
-                library.add(job.config.out, name=Path(job.config.out).absolute().name)
+                library.add(job.config.out, name=name_of_run(job.config.out))
     if left:
         results |= _train([name for name in names if name not in results], left, args, library)
     records = [read_job(job.config, results[n]) for job, n in zip(jobs, names, strict=True)]
