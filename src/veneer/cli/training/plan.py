@@ -29,7 +29,7 @@ from veneer.cli.common import add_json, add_map, make_console, pause_collection,
 from veneer.cli.config_file import read_settings, resolve_run
 from veneer.cli.early import check_plannable, check_rows, check_writable
 from veneer.cli.job_settings import read_jobs
-from veneer.cli.training.plan_flags import SETTINGS, list_bases, read_flags
+from veneer.cli.training.plan_flags import SETTINGS, list_bases, read_flags, run_probe
 from veneer.cli.training.plan_output import print_plan, write_run_file
 from veneer.errors import ConfigError
 from veneer.quant.config import FORMATS
@@ -180,8 +180,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.probe:
-        from veneer.cli.training.plan_probe import run_probe
-
         return run_probe(args)
     from veneer.training.output.working import working
 

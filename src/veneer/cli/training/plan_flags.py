@@ -1,14 +1,18 @@
-"""The run that the flags of `veneer plan` describe."""
+"""Reads the run that the flags of `veneer plan` describe, and probes it."""
 
 from __future__ import annotations
 
 import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
 
 from veneer.adapters.config import METHODS
-from veneer.cli.common import parse_columns
+from veneer.cli.common import make_console, parse_columns, pause_collection, print_json
 from veneer.cli.config_file import FLAGS, read_run_config
 from veneer.errors import ConfigError
 from veneer.training.config import RunConfig
+from veneer.wording import size
 
 SETTINGS = (
     "base",
@@ -57,3 +61,44 @@ def read_flags(args: argparse.Namespace, *sets: str, out: str = "planned") -> Ru
     if args.rank is None:
         return config
     return config.model_copy(update={"method": METHODS[config.method.name]().of_rank(args.rank)})
+
+
+def run_probe(args: argparse.Namespace) -> int:
+    """Runs one real step on the longest batch, and compares it with its plan."""
+    if not args.base or not args.data:
+        raise ConfigError("--probe needs real rows", next_step="Give --base and --data.")
+    if args.processes > 1:
+        raise ConfigError(
+            "--probe runs its step in one process", next_step="Leave --processes out."
+        )
+    with pause_collection():
+        from veneer import api
+    from veneer.training.output.screen import QuietScreen
+
+    with tempfile.TemporaryDirectory(prefix="veneer-probe-") as folder:
+        args.steps, args.epochs = 2, None
+        sets = ("data.long_rows=cut", "data.validation_share=0")
+        config = read_flags(args, *sets, out=str(Path(folder) / "run"))
+        summary = api.train_run(config, resume=False, screen=QuietScreen())
+    planned, measured = summary["planned_memory_bytes"], summary["peak_memory_bytes"]
+    figures: dict[str, Any] = {
+        "planned_memory_bytes": planned,
+        "measured_memory_bytes": measured,
+        "difference": None if not planned or not measured else (planned - measured) / measured,
+        "step_seconds": summary["seconds"],
+        "tokens_per_second": summary["tokens_per_second"],
+    }
+    if args.json:
+        print_json(figures)
+        return 0
+    console = make_console(json=False)
+    console.print(f"planned   {size(planned) if planned else '–'}")
+    console.print(f"measured  {size(measured)}, longest batch and two steps")
+    if figures["difference"] is not None:
+        console.print(
+            f"the plan is {abs(figures['difference']):.1%}"
+            f" {'above' if figures['difference'] > 0 else 'below'}"
+        )
+    if summary["tokens_per_second"]:
+        console.print(f"{summary['tokens_per_second']:,.0f} tokens/s")
+    return 0
