@@ -37,12 +37,10 @@ class Mixture:
         parts, first = [], 0
         for number, (size, draw) in enumerate(zip(self.sizes, self.draws, strict=True)):
             start, stop = round(epoch * draw), round((epoch + 1) * draw)
-            for cycle in range(start // size, -(-stop // size)) if size else ():
-                generator = np.random.Generator(
-                    np.random.Philox(key=[seed, (number + 1) << 32 | cycle])
+            if size:
+                parts.append(
+                    first + rows_in_cycles(size, start, stop, seed=seed, stream=(number + 1) << 32)
                 )
-                order = first + generator.permutation(size)
-                parts.append(order[max(start - cycle * size, 0) : stop - cycle * size])
             first += size
         return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
@@ -54,6 +52,21 @@ class Mixture:
         return Mixture(
             sizes, tuple(draw * left / before if before else 0.0 for draw, left, before in draws)
         )
+
+
+def rows_in_cycles(
+    size: int, start: int, stop: int, *, seed: int, stream: int
+) -> NDArray[np.int64]:
+    """Returns a range of an endless sequence: all rows in a random order, then in another one.
+
+    stream: tells sequences of one seed apart; a multiple of 2**32
+    """
+    parts = [np.zeros(0, dtype=np.int64)]
+    for cycle in range(start // size, -(-stop // size)):
+        generator = np.random.Generator(np.random.Philox(key=[seed, stream | cycle]))
+        order = generator.permutation(size)
+        parts.append(order[max(start - cycle * size, 0) : stop - cycle * size])
+    return np.concatenate(parts)
 
 
 def mix_sets(

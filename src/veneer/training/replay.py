@@ -16,14 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 
-import numpy as np
-
 from veneer.adapters.preamble import Preamble
 from veneer.data.batching import used_length
 from veneer.data.config import DataConfig
 from veneer.data.examples import Example
 from veneer.data.files.on_disk import lengths_of
 from veneer.data.load import load_data
+from veneer.data.mixture import rows_in_cycles
 from veneer.errors import DataError
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
@@ -69,11 +68,11 @@ class Replay:
 
     def _of_step(self, step: int) -> list[int]:
         """Returns the rows of a step: every row is taken once before one is taken again."""
-        size, numbers = len(self.examples), list[int]()
-        for place in range(step * self.count, (step + 1) * self.count):
-            cycle, at = divmod(place, size)
-            generator = np.random.Generator(np.random.Philox(key=[self.seed, _STREAM | cycle]))
-            numbers.append(int(generator.permutation(size)[at]))
+        start = step * self.count
+        rows = rows_in_cycles(
+            len(self.examples), start, start + self.count, seed=self.seed, stream=_STREAM
+        )
+        numbers: list[int] = rows.tolist()
         return numbers
 
 
