@@ -41,7 +41,10 @@ logits: 75 MB at V = 49,152."""
 
 @dataclass(frozen=True)
 class Divergence:
-    """Which divergence, and at which temperature. beta: of jensen_shannon, between 0 and 1"""
+    """Computes a divergence at a temperature.
+
+    beta: the teacher's share of the mixture of jensen_shannon, between 0 and 1
+    """
 
     kind: DivergenceKind = "forward"
     temperature: float = 1.0
@@ -49,50 +52,47 @@ class Divergence:
 
     def of_logits(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Returns the divergence of every row, (M), in plain operations; for autograd."""
-        log_q, log_p = self._log_probabilities(student), self._log_probabilities(teacher)
-        log_q, log_p = _same_columns(log_q, log_p)
-        if log_q.shape[1] != student.shape[1] or log_p.shape[1] != teacher.shape[1]:
-            log_q, log_p = log_q.log_softmax(dim=-1), log_p.log_softmax(dim=-1)
-        return self._values(log_q, log_p) * self.temperature**2
+        log_q, log_p = self._log_probabilities(student, teacher)
+        return self._values(log_q, log_p, self._log_mixture(log_q, log_p)) * self.temperature**2
 
     def with_gradient(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the divergence of every row, (M), and the gradient of the student's logits."""
-        columns = min(student.shape[1], teacher.shape[1])
-        log_q = self._log_probabilities(student[:, :columns])
-        log_p = self._log_probabilities(teacher[:, :columns])
-        values = self._values(log_q, log_p)
+        log_q, log_p = self._log_probabilities(student, teacher)
+        log_m = self._log_mixture(log_q, log_p)
+        values = self._values(log_q, log_p, log_m)
         q = log_q.exp()
         if self.kind == "forward":
             gradient = q.sub_(log_p.exp_())
         else:
-            slope = _difference(log_q, log_p, q)
+            slope = _difference(log_q, log_m, q)
             if self.kind == "jensen_shannon":
-                slope = (1 - self.beta) * _difference(log_q, self._log_mixture(log_q, log_p), q)
+                slope = (1 - self.beta) * slope
             gradient = q * (slope - (q * slope).sum(dim=-1, keepdim=True))
         gradient = gradient.mul_(self.temperature)
-        missing = student.shape[1] - columns
+        missing = student.shape[1] - log_q.shape[1]
         return values * self.temperature**2, F.pad(gradient, (0, missing)) if missing else gradient
 
-    def _log_probabilities(self, z: Tensor) -> Tensor:
-        z = z.to(wide_type(z.dtype))
-        return (z / self.temperature if self.temperature != 1.0 else z).log_softmax(dim=-1)
+    def _log_probabilities(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns log q and log p over the columns that both vocabularies have."""
+        columns = min(student.shape[1], teacher.shape[1])
+        wide = [z[:, :columns].to(wide_type(z.dtype)) for z in (student, teacher)]
+        if self.temperature != 1.0:
+            wide = [z / self.temperature for z in wide]
+        return wide[0].log_softmax(dim=-1), wide[1].log_softmax(dim=-1)
 
-    def _values(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+    def _values(self, log_q: Tensor, log_p: Tensor, log_m: Tensor) -> Tensor:
         if self.kind == "forward":
             return _kl(log_p, log_q)
         if self.kind == "reverse":
             return _kl(log_q, log_p)
-        log_m = self._log_mixture(log_q, log_p)
         return self.beta * _kl(log_p, log_m) + (1 - self.beta) * _kl(log_q, log_m)
 
     def _log_mixture(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        """Returns log m of jensen_shannon; of the other kinds log p."""
+        if self.kind != "jensen_shannon":
+            return log_p
         beta = torch.tensor(self.beta, dtype=log_q.dtype, device=log_q.device)
         return torch.logaddexp(log_p + beta.log(), log_q + torch.log1p(-beta))
-
-
-def _same_columns(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    columns = min(first.shape[1], second.shape[1])
-    return first[:, :columns], second[:, :columns]
 
 
 def _difference(log_a: Tensor, log_b: Tensor, a: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """What a teacher says of rows: hidden states (M, D) before its head, and the head."""
+    """Holds the hidden states (M, D) of a teacher's rows, and the head that they go through."""
 
     states: Tensor
     head: Head
