@@ -30,11 +30,12 @@ from veneer.objectives.labels import (
     label_scores,
     macro_f1,
     marked,
+    targets_of,
 )
 from veneer.objectives.objective import AnswerBatch
 
 MOST_INTERVALS = 200
-"""Most labels whose F1 gets an interval of its own."""
+"""Most labels of a head whose macro F1 gets an interval."""
 
 
 def evaluate_head(
@@ -75,7 +76,7 @@ def evaluate_head(
     details: dict[str, Any] = {"kind": head.kind, "names": list(head.labels)}
     result: dict[str, Any] = {"rows": len(examples), "units": {}, "intervals": {}}
     if head.kind == "regression":
-        errors = np.abs(outputs[:, 0] - [example.label[0] for example in examples])
+        errors = np.abs(outputs - targets_of(examples))[:, 0]
         counts["mean_error"] = np.stack([errors, ones], axis=1)
     else:
         counts["accuracy"] = np.stack([objective.right(outputs, examples), ones], axis=1)
@@ -103,13 +104,15 @@ def _per_label(
 ) -> list[dict[str, Any]]:
     """Enters the macro F1 into the result; returns the figures of each label."""
     gets, has = chosen(head, outputs), marked(head, examples)
-    of_rows = np.stack([gets & has, gets, has], axis=1).astype(np.float64)  # (N, 3, C)
     scores = label_scores(gets, has)
     result["macro_f1"] = macro_f1(scores)
-    flat = of_rows.reshape(len(examples), -1)
     if len(head.labels) <= MOST_INTERVALS:
+        of_rows = np.stack([gets & has, gets, has], axis=1).astype(np.float64)  # (N, 3, C)
         ends = interval(
-            flat, lambda sums: macro_f1(sums.reshape(3, -1)), share=True, prompts=prompts
+            of_rows.reshape(len(examples), -1),
+            lambda sums: macro_f1(sums.reshape(3, -1)),
+            share=True,
+            prompts=prompts,
         )
         _add_interval(result, "macro_f1", ends)
     lines = []
