@@ -187,10 +187,7 @@ class SetEncoder:
         label: tuple[float, ...],
         collector: ExampleCollector,
     ) -> None:
-        """Adds a text with its label. A text that is too long is cut before the placeholder."""
-        room = self.length - 1
-        cut = encoding.ids[:room] if self.data.long_rows == "cut" else encoding.ids
-        ids = [*cut, PLACEHOLDER]
+        """Adds a text with its label. A text that is cut ends with the placeholder, too."""
         whole = replace(
             encoding,
             ids=[*encoding.ids, PLACEHOLDER],
@@ -198,11 +195,8 @@ class SetEncoder:
             reasons=(),
         )
         for part_row, example in self._parts([row], key, [whole], ["answer"]):
-            trained = np.zeros(len(ids), dtype=np.bool_)
-            trained[-1] = True
-            example_ids = np.array(ids, dtype=np.int32)
-            labelled = replace(example, ids=example_ids, trained=trained, label=label)
-            collector.add(row, [(part_row, labelled)])
+            example.ids[-1], example.trained[-1] = PLACEHOLDER, True
+            collector.add(row, [(part_row, replace(example, label=label))])
 
     def _add_examples(
         self, row: Row, key: int, encodings: Sequence[EncodedRow], collector: ExampleCollector
