@@ -19,7 +19,7 @@ from veneer.adapters.placement.score_head import ScoreHead
 from veneer.data.batching import Batch
 from veneer.data.examples import Example
 from veneer.execution.attention import hidden_states
-from veneer.models.scores import ScoreRequest, forwards, join_requests
+from veneer.models.scores import ScoreRequest, joined_forwards
 from veneer.models.step import ComputePaths, batch_of
 
 
@@ -27,7 +27,7 @@ from veneer.models.step import ComputePaths, batch_of
 def head_outputs(
     model: PreTrainedModel, batch: Batch, shares: Sequence[tuple[ScoreHead, int]]
 ) -> list[Tensor]:
-    """Returns the outputs of each head in place of its targets, (T, C), without a gradient.
+    """Returns the outputs of each head for its targets, (T, C), without a gradient.
 
     shares: the heads of a batch in order, each with its number of targets
     """
@@ -76,12 +76,7 @@ def score_texts(
         for request, head in zip(requests, heads, strict=True)
     ]
     total, done = sum(len(request.examples) for request in requests), 0
-    for parts in forwards(model, paths, routing, requests, batch_rows):
-        chosen = [
-            ScoreRequest(requests[number].adapters, [requests[number].examples[i] for i in part])
-            for number, part in parts
-        ]
-        batch, acting = join_requests(model, paths, chosen)
+    for parts, batch, acting in joined_forwards(model, paths, routing, requests, batch_rows):
         shares = [(heads[number], len(part)) for number, part in parts]
         with routing.held(acting):
             outputs = head_outputs(model, batch, shares)

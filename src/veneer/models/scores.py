@@ -95,12 +95,7 @@ def score_examples(
     results = [[nothing] * len(request.examples) for request in requests]
     total = sum(len(request.examples) for request in requests)
     computed, done = [], 0
-    for parts in forwards(model, paths, routing, requests, batch_rows):
-        chosen = [
-            ScoreRequest(requests[number].adapters, [requests[number].examples[i] for i in part])
-            for number, part in parts
-        ]
-        batch, acting = join_requests(model, paths, chosen)
+    for parts, batch, acting in joined_forwards(model, paths, routing, requests, batch_rows):
         likeliest = torch.empty_like(batch.targets)
         with routing.held(acting):
             log_probs = target_log_probs(model, paths, routing, batch, likeliest)
@@ -119,14 +114,34 @@ def score_examples(
     return results
 
 
-def forwards(
+Parts = list[tuple[int, list[int]]]
+"""Parts of a forward: the number of a request, and numbers of its examples."""
+
+
+def joined_forwards(
     model: PreTrainedModel,
     paths: ComputePaths,
     routing: Routing,
     requests: Sequence[ScoreRequest],
     batch_rows: int,
-) -> Iterator[list[tuple[int, list[int]]]]:
-    """Yields the parts of each forward: the number of a request, and numbers of its examples."""
+) -> Iterator[tuple[Parts, Batch, Acting]]:
+    """Yields the parts of each forward, their batch, and the adapters of its rows."""
+    for parts in _divide(model, paths, routing, requests, batch_rows):
+        chosen = [
+            ScoreRequest(requests[number].adapters, [requests[number].examples[i] for i in part])
+            for number, part in parts
+        ]
+        yield parts, *join_requests(model, paths, chosen)
+
+
+def _divide(
+    model: PreTrainedModel,
+    paths: ComputePaths,
+    routing: Routing,
+    requests: Sequence[ScoreRequest],
+    batch_rows: int,
+) -> Iterator[Parts]:
+    """Divides the examples of all requests into forwards."""
     longest = max((used_length(e) for request in requests for e in request.examples), default=1)
     batch_rows = max(batch_rows, FORWARD_TOKENS // (max(longest, 1) * max(len(requests), 1)))
     parts_by_request, prefix_lengths = [], []
@@ -135,7 +150,7 @@ def forwards(
             prefix_lengths.append(acting_prefix_length(model))
             order = by_length(request.examples, batch_rows)
             parts_by_request.append([*parts_of(model, paths, request.examples, order)])
-    forward: list[tuple[int, list[int]]] = []
+    forward: Parts = []
     lengths: list[int] = []
     for parts in zip_longest(*parts_by_request):
         for number, part in enumerate(parts):
