@@ -10,7 +10,7 @@ or checkpoints.
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -133,8 +133,8 @@ class StepGradient:
     def _assign(self) -> None:
         inputs = self.inputs
         self._losses, self._figures, self._tokens = {}, [], [0, 0, 0]
-        examples = [self._examples(n) for n in range(self._num_micro_batches)]
-        self.assigned = deque(assign_micro_batches(examples, self.world, sharded=inputs.sharded))
+        parts = map(self._examples, range(self._num_micro_batches))
+        self.assigned = deque(own_micro_batches(parts, self.world, sharded=inputs.sharded))
         self.sum.begin()
 
     @property
@@ -154,6 +154,7 @@ class StepGradient:
         if number >= len(self.micro_batches):
             return self._replay_micro_batch(number, counts)
         numbers = self.micro_batches[number]
+        taught_numbers = numbers if inputs.objective.has_teacher else ()
         # If another process counts it, the loss is divided by infinity, so the gradient is 0.
         total = self.total if counts else math.inf
         return MicroBatch(
@@ -163,7 +164,7 @@ class StepGradient:
             inputs.objective,
             inputs.answers(numbers),
             total,
-            teacher_examples(inputs.train[i] for i in numbers),
+            teacher_examples(inputs.train[i] for i in taught_numbers),
             inputs.teacher_adapters,
         )
 
@@ -263,8 +264,8 @@ class MicroBatch:
     """A micro-batch of one step, for forward_backward.
 
     number: its place among the step's micro-batches. counts: False if another process counts it.
-    total: number by which its loss is divided. teacher: what a teacher reads of its examples.
-    teacher_adapters: what acts on that.
+    total: number by which its loss is divided. teacher: the examples that a teacher reads.
+    teacher_adapters: the teacher's adapters.
     """
 
     gradient: GradientCollector
@@ -336,26 +337,14 @@ def out_of_memory(gradient: StepGradient) -> DoesNotFitError:
 
 
 def own_micro_batches(
-    micro_batches: Sequence[Sequence[int]],
-    examples: Sequence[Example],
-    world: World,
-    *,
-    sharded: bool,
+    micro_batches: Iterable[Iterable[Example]], world: World, *, sharded: bool
 ) -> list[tuple[int, bool]]:
     """Lists the micro-batches that this process computes, and whether their result counts.
 
     All processes gather sharded layers together, so each computes in every round. A process without
     a micro-batch of its own computes that of another process, and its result does not count.
     """
-    parts = [[examples[i] for i in part] for part in micro_batches]
-    return assign_micro_batches(parts, world, sharded=sharded)
-
-
-def assign_micro_batches(
-    parts: Sequence[Sequence[Example]], world: World, *, sharded: bool
-) -> list[tuple[int, bool]]:
-    """Does the same for micro-batches of examples."""
-    costs = [sum(map(used_length, part)) for part in parts]
+    costs = [sum(map(used_length, part)) for part in micro_batches]
     if not sharded:
         owners = assign_by_cost(costs, world.size)
         return [(number, True) for number, owner in enumerate(owners) if owner == world.rank]

@@ -78,7 +78,8 @@ def compute_nats(
     parts = list(parts_of(inputs.model, inputs.paths, examples, order))
     values = np.zeros((len(examples), inputs.objective.num_outputs or 1))
     with _evaluating(inputs, world, doing):
-        assigned = own_micro_batches(parts, examples, world, sharded=inputs.sharded)
+        examples_of_parts = ([examples[i] for i in part] for part in parts)
+        assigned = own_micro_batches(examples_of_parts, world, sharded=inputs.sharded)
         own = [parts[number] for number, _ in assigned]
         computed = compute(inputs, examples, own)
         for part, (_, counts), part_values in zip(own, assigned, computed, strict=True):
