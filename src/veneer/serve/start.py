@@ -26,7 +26,7 @@ from veneer.plan.machine import memory_bytes
 from veneer.serve.engine.fine_tuning import FineTuning, TrainSettings
 from veneer.serve.engine.names import ModelNames
 from veneer.serve.engine.service import ServeLimits, Service
-from veneer.serve.http.app import Teaching, application
+from veneer.serve.http.app import TeachTab, application
 from veneer.serve.http.connection import Server
 from veneer.serve.http.fine_tuning import fine_tuning_routes
 from veneer.serve.http.guard import Guard, check_origins, for_browsers
@@ -168,7 +168,7 @@ def open_server(
         application(
             service,
             routes=fine_tuning_routes(service),
-            teaching=_teaching(service, base, library) if settings.studio else None,
+            teach_tab=_make_teach_tab(service, base, library) if settings.studio else None,
         ),
         settings,
         keys,
@@ -179,13 +179,13 @@ def open_server(
     return OpenServer(server, listener, service, service.residents, keys)
 
 
-def _teaching(service: Service, base: FrozenBase, library: Library) -> Teaching:
+def _make_teach_tab(service: Service, base: FrozenBase, library: Library) -> TeachTab:
     from veneer.serve.studio.routes import studio_routes
     from veneer.serve.studio.studio import Studio
 
     assert service.fine_tuning is not None, "the studio trains"
     studio = Studio(service.fine_tuning, base, library)
-    return Teaching(studio_routes(studio, lambda: service.loop.closing), studio.close)
+    return TeachTab(studio_routes(studio, lambda: service.loop.closing), studio.close)
 
 
 def guarded(

@@ -47,7 +47,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 @dataclass(frozen=True)
-class Teaching:
+class TeachTab:
     """The routes that the page's Teach tab calls. close: ends their work when the server ends."""
 
     routes: Sequence[Route]
@@ -55,7 +55,7 @@ class Teaching:
 
 
 def application(
-    service: Service, *, routes: Sequence[Route] = (), teaching: Teaching | None = None
+    service: Service, *, routes: Sequence[Route] = (), teach_tab: TeachTab | None = None
 ) -> Starlette:
     """Makes the application, without the guard in front of it (guard.py). routes: further ones"""
 
@@ -67,15 +67,15 @@ def application(
         yield
         if queue is not None:
             queue.cancel()
-        if teaching is not None:
-            teaching.close()
+        if teach_tab is not None:
+            teach_tab.close()
         await service.close()
 
     return Starlette(
         routes=[
             *routes,
-            *(() if teaching is None else teaching.routes),
-            *_routes(service, teaches=teaching is not None),
+            *(() if teach_tab is None else teach_tab.routes),
+            *_routes(service, teaches=teach_tab is not None),
         ],
         lifespan=lifespan,
         exception_handlers={HTTPException: _http_error},
