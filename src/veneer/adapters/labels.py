@@ -26,7 +26,7 @@ MOST_LABELS = 100_000
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """What a head's outputs mean.
+    """Says what the outputs of a score head mean.
 
     labels      name of each output; empty for regression and rerank, which have one output
     thresholds  label -> probability from which it is chosen, of several labels

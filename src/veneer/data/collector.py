@@ -43,7 +43,8 @@ class ExampleCollector:
     ) -> None:
         """Adds a row's examples, each with the part of the row that it covers.
 
-        teacher: what a teacher reads of the row; it stands behind the row's own and is not counted
+        teacher: examples that a teacher reads. They stand behind the row's own; the tally and the
+        tokens leave them out
         """
         self.tally.add(row, [example for _, example in parts])
         self._tokens += sum(len(example.ids) for _, example in parts)

@@ -63,7 +63,7 @@ class SetEncoder:
     positions: int | None = None
     """Positions of the base, which limit the teacher's text; None: unlimited."""
     head: HeadSettings | None = None
-    """What labels mean, for rows of labels."""
+    """Settings of the score head that learns the labels; None for rows without labels."""
     numbers: Iterator[int] = field(default_factory=count)
     """The next row's number. It tells rows apart; a hash of their content would merge equal
     neighbours."""
@@ -212,7 +212,7 @@ class SetEncoder:
         teacher: Sequence[EncodedRow],
         collector: ExampleCollector,
     ) -> None:
-        """Adds a row with what the teacher reads of it: one more example for each of its own."""
+        """Adds a row's examples, and one more for each of them, which the teacher reads."""
         if fault := teacher_fault(row, encodings, teacher, self.positions):
             self.findings.problems.append(Problem("D118", row.ref.file, fault, (row.ref.line,)))
             return

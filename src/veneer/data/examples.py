@@ -37,8 +37,8 @@ RowKind = Literal["answers", "pairs", "ratings", "labels", "any"]
 too), or texts with labels. any: answers or pairs, by the columns."""
 AnswerKind = Literal["answer", "chosen", "rejected", "mismatched", "teacher"]
 """Role of an example in an objective: an answer to learn; one that is preferred or rated good; one
-that is not preferred or rated bad; the answer to another row's prompt; or what a teacher reads of
-the row."""
+that is not preferred or rated bad; the answer to another row's prompt; or the row as a teacher
+reads it."""
 Layout = Literal["auto", Format]
 TrainOn = Literal["assistant", "last", "all"]
 LongRows = Literal["refuse", "drop", "cut"]

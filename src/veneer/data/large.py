@@ -78,7 +78,7 @@ def training_data(
     """Loads a run's data like load_data; tokens of large sets of answers are kept in files.
 
     `data.tokens` can force either. say: receives lines for the screen. kind: what the rows hold.
-    teacher: what a teacher reads besides each row. head: what their labels mean
+    teacher: text that a teacher reads besides each row. head: the score head of rows with labels
     """
     options: dict[str, Any] = {"length": length, "capacity": capacity, "preamble": preamble}
     options |= {"held_out_by": held_out_by, "sets": ResolvedSets()}

@@ -49,7 +49,7 @@ class DataSet:
     mixture       how many rows of each set an epoch uses; None: every row once
     sets, held    the sets that train and validation consist of, one after the other
     in_files      a line for the screen if the tokens are in files; then only a few rows are held
-    head          what the labels of the rows mean, if they have labels
+    head          settings of the score head that learns the rows' labels; None without labels
     """
 
     train: Sequence[Example]
@@ -93,8 +93,9 @@ def load_data(
     resumes    the run has started with these rows before
     sets       remembers the files of each set
     kind       what the rows must hold
-    teacher    what a teacher reads besides each row; None without a teacher
-    head       what labels mean, for rows of labels; without labels, those of the rows are taken
+    teacher    text that a teacher reads besides each row; None without a teacher
+    head       the score head of rows with labels; if it names no labels, those of the rows are
+               taken
     """
     data_set = examine_data(
         data,

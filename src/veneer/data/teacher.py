@@ -1,7 +1,7 @@
-"""What a teacher reads of a row: the same conversation, behind a prompt of its own.
+"""Makes the examples that a teacher reads: the same conversations, behind a prompt of its own.
 
 The answers are the same tokens for teacher and student, so the teacher's example of a row has the
-same targets in the same order, at other positions. Rows where it has not are faults.
+same targets in the same order, at other positions. A row with other targets is refused.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def _targets(encoding: EncodedRow) -> list[int]:
 
 
 def teacher_example(example: Example, encoding: EncodedRow) -> Example:
-    """Returns what the teacher reads of an example. It ends with the example's last target, which
-    may have been cut."""
+    """Returns the teacher's example for one of the student's. It ends with the same target, because
+    the student's may have been cut."""
     targets = np.flatnonzero(encoding.trained)[: example.trained_tokens]
     end = int(targets[-1]) + 1 if len(targets) else len(encoding.ids)
     return replace(

@@ -1,4 +1,4 @@
-"""What a teacher reads besides a row: a system prompt, a document, tools.
+"""Reads the text that a teacher gets besides a row: a system prompt, a document, tools.
 
 Imports no torch and no numpy, because `--help` reads this module.
 """
@@ -16,10 +16,10 @@ from veneer.files.home import expanded
 
 @dataclass(frozen=True)
 class TeacherText:
-    """What the teacher reads besides a row.
+    """Text that a teacher reads besides a row.
 
-    system  in front of the system prompt of every conversation
-    tools   of conversations that have none
+    system  stands in front of the system prompt of every conversation
+    tools   are those of conversations that have none
     """
 
     system: str | None = None
@@ -45,7 +45,7 @@ class TeacherText:
 
 
 def read_teacher_text(system: str | None, document: str | None, tools: str | None) -> TeacherText:
-    """Reads what a teacher is given. document: a text file. tools: a JSON file with a list of them.
+    """Reads a teacher's text. document: a text file. tools: a JSON file with a list of tools.
 
     Raises ConfigError if a file cannot be read.
     """

@@ -85,7 +85,7 @@ class StoredAdapter:
     file      the settings in the file's terms
     tensors   by name, without PEFT's prefix
     tokens    its new tokens, whose rows are among the tensors
-    head      what its score head's outputs mean, if it has a head
+    head      settings of its score head; None without a head
     content_hash  of the files as they were read, by the rule of veneer.json
     manifest  veneer.json; None for another program's adapter
     notes     what was repaired or ignored while reading
@@ -120,7 +120,7 @@ class StoredAdapter:
 
 @dataclass(frozen=True)
 class TensorParts:
-    """Tensors of a file by bare names: of its method, rows of new tokens, the head's weight."""
+    """Tensors of a file by bare names: its method's, rows of new tokens, the head's weight."""
 
     method: dict[str, Tensor]
     tokens: dict[str, Tensor]

@@ -88,7 +88,7 @@ class HeldOut(SetHeldOut):
 
 
 class ScoreHeadEntry(_ManifestModel):
-    """What the outputs of an adapter's score head mean."""
+    """Says what the outputs of an adapter's score head mean."""
 
     kind: HeadKind
     """One label, several labels, a number, or how well a document fits a query."""

@@ -38,7 +38,7 @@ class ObjectiveConfig(StrictSettings):
     """Name in the run file; every objective has one."""
 
     def teacher_text(self) -> TeacherText | None:
-        """Returns what a teacher reads besides each row, None without a teacher.
+        """Returns the text that a teacher reads besides each row, None without a teacher.
 
         Raises ConfigError if a file cannot be read.
         """

@@ -1,7 +1,7 @@
 """The objective of a teacher: the divergence between its next tokens and the student's.
 
-The mean over the targets of a step, in nats per target. The teacher reads the same answers, behind
-a prompt of its own (data/teacher.py), and is not trained.
+It is the mean over the targets of a step, in nats per target. The teacher reads the same answers
+behind a prompt of its own (data/teacher.py), and is not trained.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The objective of labels: the loss of a score head's outputs, one line of them for each text.
+"""The objective of labels: the loss of a score head's outputs for each text.
 
     label       -w(y) log softmax(z)[y]
     labels      mean over c of -(w_c y_c log sigmoid(z_c) + (1 - y_c) log sigmoid(-z_c))

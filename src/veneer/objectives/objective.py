@@ -3,9 +3,8 @@
 Targets are the trained tokens of the answers in a batch. A model gives their cross-entropy in one
 pass, or the nats -log p of each of them. An adapter with a score head gives the head's outputs in
 their place; a text has one target, the place after its last token. All carry a gradient. An
-objective makes one number of
-them. Step, batch, resume, processes, joint training and plan take any objective and ask for
-nothing else. Knows nothing of models, optimizers or records.
+objective makes one number of them. Step, batch, resume, processes, joint training and plan take any
+objective and ask for nothing else. Knows nothing of models, optimizers or records.
 Shapes: T targets, E examples.
 """
 
@@ -91,7 +90,7 @@ class BatchLoss(Protocol):
 
 
 class Objective(ABC):
-    """The sum of the answers' losses, divided by the sum of their counts: a run minimises it."""
+    """A run minimises this: the sum of the answers' losses, divided by the sum of their counts."""
 
     compares: bool = False
     """Whether it reads the reference."""

@@ -72,7 +72,7 @@ class PreparedRun:
     rows_key: object
     """Equal for runs that read the same rows in the same way."""
     rows: DataSet
-    """Those rows alone; the fingerprint of `data` is of replay rows too."""
+    """The rows without replay rows, whose tokens count in the fingerprint of `data`."""
 
     def detach(self) -> None:
         """Takes its adapters off the base."""

@@ -35,7 +35,7 @@ _STREAM = 1 << 62
 
 @dataclass(frozen=True)
 class Replay:
-    """The replay rows of a run.
+    """Holds the replay rows of a run.
 
     count         rows of a step
     rows_at_once  most rows of a micro-batch
@@ -81,7 +81,7 @@ def load_replay(
 ) -> Replay | None:
     """Loads the replay rows of a run, None if it has none. Raises DataError.
 
-    own: what the run learns from, without the texts of a teacher, which need less memory
+    own: the run's examples without those that a teacher reads, whose forward needs less memory
     """
     settings = config.replay
     if settings.rows is None:

@@ -28,7 +28,7 @@ from veneer.training.inputs import ForwardInputs, TrainingInputs
 
 
 def locate_teacher(config: RunConfig) -> tuple[RunConfig, StoredAdapter | None]:
-    """Returns the settings with absolute paths of what the teacher reads, and its adapter.
+    """Returns the settings with absolute paths of the teacher's files, and its stored adapter.
 
     Raises ConfigError if a run is resumed with another adapter, and the errors of reading it.
     """
@@ -43,7 +43,7 @@ def locate_teacher(config: RunConfig) -> tuple[RunConfig, StoredAdapter | None]:
 
 
 def attach_teacher(base: FrozenBase, stored: StoredAdapter | None) -> Applied:
-    """Attaches the teacher's adapter; returns what acts on the teacher's rows.
+    """Attaches the teacher's adapter; returns the adapters of the teacher's rows.
 
     Raises RefusedError for an adapter that predicts no tokens.
     """
@@ -65,7 +65,8 @@ def predict_as_teachers(
 ) -> list[Predictions | None]:
     """Returns the predictions of each run's teacher, None for a run without a teacher's examples.
 
-    All are computed in one forward. runs: each with the teacher's adapters, and what it reads
+    One forward computes all of them. runs: each with its teacher's adapters, and the examples that
+    the teacher reads
     """
     taught = [run for run in runs if run[2]]
     if not taught:

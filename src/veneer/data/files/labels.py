@@ -94,7 +94,7 @@ def label_reader(head: HeadSettings) -> Callable[[Any], tuple[float, ...]]:
 
 
 def label_name(label: Any) -> str:
-    """Returns the name of a label. Raises RowFault for what is neither a text nor whole."""
+    """Returns the name of a label. Raises RowFault if it is neither a text nor a whole number."""
     if isinstance(label, bool):
         return str(label).lower()
     if isinstance(label, int):

@@ -64,7 +64,7 @@ def without_head(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split_head(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Splits tensors by bare names into the other ones and the head's weight."""
+    """Splits the tensors of a file by bare names: all but the head's weight, and that weight."""
     rest = {name: tensor for name, tensor in tensors.items() if name != PART}
     return rest, tensors.get(PART)
 

@@ -37,10 +37,10 @@ _Texts = Annotated[list[_Text], Length(1, MOST_CLASSIFIED)]
 
 @dataclass(frozen=True)
 class TextScores:
-    """What a score head computed for texts.
+    """Holds the outputs of a score head for texts.
 
-    outputs  (N, C): of each text, before they become probabilities
-    tokens   of all texts
+    outputs  (N, C), before they become probabilities
+    tokens   number of tokens of all texts
     """
 
     head: HeadSettings
