@@ -3,27 +3,16 @@
 import json
 
 import pytest
-import torch
 import yaml
 
-from tests.support.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import save_letters
 from veneer.cli import main
 from veneer.training.output.records import read_records
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A random model that says letters, and stops one time in some twenty."""
-    folder = tmp_path_factory.mktemp("base")
-    model, tokenizer = tiny_model("phi"), tiny_tokenizer()
-    with torch.no_grad():
-        model.lm_head.weight.mul_(0.3)
-        model.lm_head.bias.fill_(-100.0)
-        model.lm_head.bias[tokenizer("abcdefghijklmnopqrstuvwxyz").input_ids] = 0.0
-        model.lm_head.bias[tokenizer.eos_token_id] = 0.3
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_letters(tmp_path_factory.mktemp("base"))
 
 
 @pytest.mark.parametrize("asked", [True, False])

@@ -14,7 +14,7 @@ import yaml
 import veneer
 from tests.support.helpers import fill
 from tests.support.models.reasoning import DROPS_EARLIER, FORGETS
-from tests.support.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import save_letters
 from veneer.cli import main
 from veneer.cli.rows import data_replay
 from veneer.data.files.sources import scan_rows
@@ -28,17 +28,7 @@ from veneer.training.config import RunConfig
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model that says letters, and stops one time in some twenty."""
-    folder = tmp_path_factory.mktemp("base")
-    model, tokenizer = tiny_model("phi"), tiny_tokenizer()
-    with torch.no_grad():
-        model.lm_head.weight.mul_(0.3)
-        model.lm_head.bias.fill_(-100.0)
-        model.lm_head.bias[tokenizer("abcdefghijklmnopqrstuvwxyz").input_ids] = 0.0
-        model.lm_head.bias[tokenizer.eos_token_id] = 0.3
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_letters(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

@@ -318,3 +318,16 @@ def save_tiny(
         tiny_model(family, dtype, seed, **overrides).save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def save_letters(folder: Path) -> Path:
+    """Writes a random model that says letters, and stops one time in some twenty."""
+    model, tokenizer = tiny_model("phi"), tiny_tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.3)
+        model.lm_head.bias.fill_(-100.0)
+        model.lm_head.bias[tokenizer("abcdefghijklmnopqrstuvwxyz").input_ids] = 0.0
+        model.lm_head.bias[tokenizer.eos_token_id] = 0.3
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
