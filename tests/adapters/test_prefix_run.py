@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from tests.support.helpers import killed_after_saving
 from tests.support.tiny import save_tiny
 from veneer import api
 from veneer.cli.main import main
@@ -12,7 +13,6 @@ from veneer.formats.adapter import read_adapter
 from veneer.training.config import RunConfig
 from veneer.training.output.records import read_records
 from veneer.training.output.screen import QuietScreen
-from veneer.training.trainee import Trainee
 
 INSTRUCTION = "Say the number that follows. "
 
@@ -47,34 +47,19 @@ def config(made, out, **method):
     )
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.mark.parametrize(
     "method",
     [{}, {"tokens": 9, "projection": 5}, {"start": "random", "projection": 5, "layers": [1]}],
     ids=str,
 )
-def test_a_resumed_run_is_the_run_that_never_stopped_to_the_byte(
-    made, method, tmp_path, monkeypatch
-):
+def test_a_resumed_run_is_the_run_that_never_stopped_to_the_byte(made, method, tmp_path):
     whole = api.train_run(
         config(made, tmp_path / "whole", **method), resume=False, screen=QuietScreen()
     )
-    own = Trainee.save
-
-    def save(self):
-        own(self)
-        if self.progress.step == 4:
-            raise Stop
-
-    monkeypatch.setattr(Trainee, "save", save)
-    with pytest.raises(Stop):
+    with killed_after_saving(4):
         api.train_run(
             config(made, tmp_path / "stopped", **method), resume=False, screen=QuietScreen()
         )
-    monkeypatch.setattr(Trainee, "save", own)
     resumed = api.train_run(
         api.resume_config(tmp_path / "stopped"), resume=True, screen=QuietScreen()
     )

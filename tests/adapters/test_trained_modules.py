@@ -6,26 +6,22 @@ import json
 import pytest
 import torch
 
+from tests.support.helpers import killed_after_saving
 from tests.support.tiny import save_tiny
 from veneer import api
 from veneer.formats.adapter import read_adapter
 from veneer.training.config import RunConfig
 from veneer.training.output.screen import QuietScreen
-from veneer.training.trainee import Trainee
 
 IDS = torch.tensor([[5, 200, 17, 99, 3, 64, 230]])
 TRAINED = ["norm", "input_layernorm", "lm_head"]
-
-
-class Stop(Exception):
-    pass
 
 
 @pytest.mark.parametrize(
     ("family", "dtype"), [("llama_untied", torch.bfloat16), ("mixtral", torch.float32)], ids=str
 )
 def test_a_run_that_trains_norms_resumes_to_the_byte_and_its_adapter_answers_as_the_run_did(
-    family, dtype, tmp_path, monkeypatch
+    family, dtype, tmp_path
 ):
     base = save_tiny(tmp_path / "base", family, dtype)
     rows = [{"prompt": f"Number {n} is followed by ", "completion": str(n + 1)} for n in range(12)]
@@ -45,17 +41,8 @@ def test_a_run_that_trains_norms_resumes_to_the_byte_and_its_adapter_answers_as_
         )
 
     whole = api.train_run(config("whole"), resume=False, screen=QuietScreen())
-    own = Trainee.save
-
-    def save(self):
-        own(self)
-        if self.progress.step == 2:
-            raise Stop
-
-    monkeypatch.setattr(Trainee, "save", save)
-    with pytest.raises(Stop):
+    with killed_after_saving(2):
         api.train_run(config("stopped"), resume=False, screen=QuietScreen())
-    monkeypatch.setattr(Trainee, "save", own)
     resumed = api.train_run(
         api.resume_config(tmp_path / "stopped"), resume=True, screen=QuietScreen()
     )

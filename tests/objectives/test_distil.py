@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.support.helpers import fill
+from tests.support.helpers import fill, killed_after_saving
 from tests.support.joint import assert_same_run, config, losses, make_world, together
 from tests.support.tiny import tiny_model
 from veneer.adapters.attach import attach
@@ -40,7 +40,6 @@ from veneer.training.processes.world import ALONE
 from veneer.training.run import run_training
 from veneer.training.state.folder import resume_config
 from veneer.training.teacher import taught_nats
-from veneer.training.trainee import Trainee
 
 ROUNDING = 2e-4
 """Largest relative difference of a divergence in float32: a small difference of large numbers."""
@@ -298,12 +297,8 @@ def taught(world, **objective):
     return {"objective": {"name": "distil", "document": str(world / "handbook.md"), **objective}}
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.mark.parametrize("name", ["document", "adapter"])
-def test_a_run_learns_and_resumes_to_the_bit(name, world, tmp_path, monkeypatch):
+def test_a_run_learns_and_resumes_to_the_bit(name, world, tmp_path):
     settings = taught(world) | {
         "method": {"name": "lora", "rank": 4, "dropout": 0.2},
         "micro_batch": 2,
@@ -318,18 +313,9 @@ def test_a_run_learns_and_resumes_to_the_bit(name, world, tmp_path, monkeypatch)
         for at in (0, -1)
     )
     assert 0 < after < before
-    own = Trainee.save
-
-    def save(self):
-        own(self)
-        if self.progress.step == 4:
-            raise Stop
-
-    monkeypatch.setattr(Trainee, "save", save)
     part = config(world, tmp_path / "part", **settings)
-    with pytest.raises(Stop):
+    with killed_after_saving(4):
         run_training(part, resume=False, screen=QuietScreen())
-    monkeypatch.setattr(Trainee, "save", own)
     run_training(resume_config(str(tmp_path / "part")), resume=True, screen=QuietScreen())
     assert_same_run(tmp_path / "part", tmp_path / "whole", tolerance=0.0)
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 
 import veneer
+from tests.support.helpers import killed_after_saving
 from tests.support.joint import FLOAT32, assert_same_run, config, together
 from tests.support.tiny import save_tiny, tiny_tokenizer
 from veneer.adapters.labels import HeadSettings
@@ -37,14 +38,9 @@ from veneer.training.output.screen import QuietScreen
 from veneer.training.run import run_training
 from veneer.training.state.folder import resume_config
 from veneer.training.teacher import attach_teacher
-from veneer.training.trainee import Trainee
 
 TEXTS = ["a card", "where is my money", "x", "the app does not open at all today"]
 LABELS = ["card", "money", "other"]
-
-
-class Stop(Exception):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -356,7 +352,7 @@ def test_every_method_stands_beneath_a_head(method, world, tmp_path, base):
     assert [sorted(row.values()) for row in before] == [sorted(row.values()) for row in after]
 
 
-def test_a_run_resumes_bit_for_bit(world, tmp_path, monkeypatch):
+def test_a_run_resumes_bit_for_bit(world, tmp_path):
     settings = settings_of(
         "label",
         method={"name": "lora", "rank": 4, "dropout": 0.2},
@@ -367,17 +363,8 @@ def test_a_run_resumes_bit_for_bit(world, tmp_path, monkeypatch):
     records = read_records(tmp_path / "whole" / "metrics.jsonl")
     figures = [r["labels"] for r in records if r["kind"] == "evaluation"]
     assert [set(f) for f in figures] == [{"accuracy", "macro_f1"}] * 4
-    own = Trainee.save
-
-    def save(self):
-        own(self)
-        if self.progress.step == 4:
-            raise Stop
-
-    monkeypatch.setattr(Trainee, "save", save)
-    with pytest.raises(Stop):
+    with killed_after_saving(4):
         train(world, tmp_path / "part", **settings)
-    monkeypatch.setattr(Trainee, "save", own)
     run_training(resume_config(str(tmp_path / "part")), resume=True, screen=QuietScreen())
     assert_same_run(tmp_path / "part", tmp_path / "whole", tolerance=0.0)
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())

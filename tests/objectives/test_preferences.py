@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.objectives.papers import Answer, kto_z, loss_of_row
-from tests.support.helpers import fill
+from tests.support.helpers import fill, killed_after_saving
 from tests.support.joint import FLOAT32, assert_same_run, config, make_world, together
 from tests.support.tiny import tiny_model
 from veneer.adapters.attach import attach
@@ -33,7 +33,6 @@ from veneer.training.output.screen import QuietScreen
 from veneer.training.processes.world import ALONE
 from veneer.training.run import run_training
 from veneer.training.state.folder import resume_config
-from veneer.training.trainee import Trainee
 
 OBJECTIVES = {
     "dpo": DPO(beta=0.3),
@@ -230,10 +229,6 @@ def test_pairs_of_the_same_prompt_are_one_observation_of_the_accuracy():
     assert shared["high"] - shared["low"] > own["high"] - own["low"] + 0.1
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.mark.parametrize("name", ["dpo", "ipo", "orpo", "kto"])
 def test_a_run_learns_shows_its_figures_and_resumes_to_the_bit(name, world, tmp_path, monkeypatch):
     settings = settings_of(name) | {
@@ -247,18 +242,9 @@ def test_a_run_learns_shows_its_figures_and_resumes_to_the_bit(name, world, tmp_
     accuracy = records[-1][2]["accuracy"]
     assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]
     assert summary["objective"] == name and "accuracy" in summary["preference"]
-    own = Trainee.save
-
-    def save(self):
-        own(self)
-        if self.progress.step == 4:
-            raise Stop
-
-    monkeypatch.setattr(Trainee, "save", save)
     part = config(world, tmp_path / "part", **settings)
-    with pytest.raises(Stop):
+    with killed_after_saving(4):
         run_training(part, resume=False, screen=QuietScreen())
-    monkeypatch.setattr(Trainee, "save", own)
     monkeypatch.setattr(
         trainee_module, "compute_reference", lambda *_: pytest.fail("computed again")
     )

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.quant.test_methods import digest
+from tests.support.helpers import killed_after_saving
 from tests.support.tiny import save_tiny
 from veneer import api
 from veneer.cli import main
@@ -15,11 +16,6 @@ from veneer.training import coordination
 from veneer.training.config import RunConfig
 from veneer.training.output.screen import QuietScreen
 from veneer.training.state.folder import resume_config
-from veneer.training.trainee import Trainee
-
-
-class Stop(Exception):
-    pass
 
 
 def rows(path, count=24):
@@ -86,17 +82,8 @@ def test_a_resumed_run_over_4_bits_is_the_run_that_never_stopped(
 
     monkeypatch.setattr(coordination, "load_base", loaded)
     whole = run(settings(tmp_path, "whole", **others))
-    own = Trainee.save
-
-    def save(self):
-        own(self)
-        if self.progress.step == 3:
-            raise Stop
-
-    monkeypatch.setattr(Trainee, "save", save)
-    with pytest.raises(Stop):
+    with killed_after_saving(3):
         run(settings(tmp_path, "stopped", **others))
-    monkeypatch.setattr(Trainee, "save", own)
     resumed = run(resume_config(tmp_path / "stopped"), resume=True)
     assert resumed["adapter_sha256"] == whole["adapter_sha256"]
     assert resumed["base_fingerprint"] == whole["base_fingerprint"]

@@ -194,6 +194,27 @@ def ended_before_step(number):
         yield
 
 
+class Killed(Exception):
+    pass
+
+
+@contextmanager
+def killed_after_saving(step):
+    """Within, a run dies right after its checkpoint at this step; it is expected to."""
+    from veneer.training.trainee import Trainee
+
+    own = Trainee.save
+
+    def save(self):
+        own(self)
+        if self.progress.step == step:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Trainee, "save", save)
+        yield
+
+
 class Limited(nn.Module):
     """A gated block of which some layers have a limit, as Step-3.7's."""
 

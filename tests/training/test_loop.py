@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 
-from tests.support.helpers import FailAt, make_examples
+from tests.support.helpers import FailAt, killed_after_saving, make_examples
 from tests.support.tiny import tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, LoRA
@@ -116,25 +116,6 @@ def run(job, *, resume=False):
     return made, made.reason
 
 
-class Stop(Exception):
-    pass
-
-
-def stop_after(monkeypatch, job, step):
-    """The process dies right after a checkpoint at `step`."""
-    own = Trainee.save
-
-    def save(self):
-        own(self)
-        if self.progress.step == step:
-            raise Stop
-
-    monkeypatch.setattr(Trainee, "save", save)
-    with pytest.raises(Stop):
-        run(job)
-    monkeypatch.setattr(Trainee, "save", own)
-
-
 CASES = [
     {"method": "lora"},
     {"method": "lora", "dropout": 0.3},
@@ -152,10 +133,11 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_resumed_run_is_the_run_that_never_stopped_to_the_bit(case, tmp_path, monkeypatch):
+def test_a_resumed_run_is_the_run_that_never_stopped_to_the_bit(case, tmp_path):
     whole, _ = run(make_job(tmp_path / "whole", save_every=1, keep=20, **case))
     step = random.Random(str(case)).randrange(1, 9)
-    stop_after(monkeypatch, make_job(tmp_path / "stopped", save_every=1, keep=20, **case), step)
+    with killed_after_saving(step):
+        run(make_job(tmp_path / "stopped", save_every=1, keep=20, **case))
     resumed, _ = run(make_job(tmp_path / "stopped", save_every=1, keep=20, **case), resume=True)
     for name, tensor in whole.optimizer.state().items():
         assert torch.equal(tensor, resumed.optimizer.state()[name]), name
@@ -353,7 +335,8 @@ def test_a_checkpoint_of_before_these_figures_goes_on_and_has_none_of_the_start(
 
     with monkeypatch.context() as before:
         before.setattr(trainee, "save_checkpoint", older)
-        stop_after(before, make_job(tmp_path), 3)
+        with killed_after_saving(3):
+            run(make_job(tmp_path))
     resumed, _ = run(make_job(tmp_path), resume=True)
     found = resumed.held_out()
     if resumed.progress.best_step == 3:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.objectives.test_distil import by_definition, inputs_of, taught_rows
+from tests.support.helpers import killed_after_saving
 from tests.support.joint import FLOAT32, assert_same_run, config, losses, make_world, together
 from veneer.data.batching import used_length
 from veneer.errors import ConfigError
@@ -25,7 +26,6 @@ from veneer.training.run import run_training
 from veneer.training.state.checkpoint import newest_valid
 from veneer.training.state.folder import resume_config
 from veneer.training.state.progress import load_state
-from veneer.training.trainee import Trainee
 
 WEIGHT = 0.7
 
@@ -35,11 +35,9 @@ def test_a_step_adds_the_weighted_mean_kl_to_the_base(tmp_path):
     inputs = inputs_of(Distil(teacher="t"), rows, tmp_path)
     gradients = []
     for count in (0, 3):
-        replayed = rows[1::2]  # other texts than the student's
         if count:
-            objective = ReplayObjective(WEIGHT)
-            examples = [example for example in replayed if example.kind == "teacher"]
-            inputs.replay = Replay(examples, objective, count, 2, 40, 0, "")
+            examples = rows[1::2]  # other texts than the student's
+            inputs.replay = Replay(examples, ReplayObjective(WEIGHT), count, 2, 40, 0, "")
         gradient = StepGradient(inputs, ALONE)
         gradient.begin(range(6), [inputs.rows.examples(range(6))], step=0, replays=True)
         while gradient.assigned:
@@ -98,12 +96,8 @@ def replays(out):
     return [r["replay"] for r in read_records(out / "metrics.jsonl") if r["kind"] == "step"]
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.mark.parametrize("objective", ["answers", "dpo"])
-def test_a_run_with_replay_resumes_to_the_bit(objective, world, tmp_path, monkeypatch):
+def test_a_run_with_replay_resumes_to_the_bit(objective, world, tmp_path):
     settings = {
         "replay": {"rows": str(world / "texts.jsonl"), "weight": 0.5},
         "rows": "pairs" if objective == "dpo" else "rows",
@@ -111,19 +105,10 @@ def test_a_run_with_replay_resumes_to_the_bit(objective, world, tmp_path, monkey
         "method": {"name": "lora", "rank": 4, "dropout": 0.2},
     }
     run_training(config(world, tmp_path / "whole", **settings), resume=False, screen=QuietScreen())
-    own = Trainee.save
-
-    def save(self):
-        own(self)
-        if self.progress.step == 4:
-            raise Stop
-
-    monkeypatch.setattr(Trainee, "save", save)
-    with pytest.raises(Stop):
+    with killed_after_saving(4):
         run_training(
             config(world, tmp_path / "part", **settings), resume=False, screen=QuietScreen()
         )
-    monkeypatch.setattr(Trainee, "save", own)
     run_training(resume_config(str(tmp_path / "part")), resume=True, screen=QuietScreen())
     assert_same_run(tmp_path / "part", tmp_path / "whole", tolerance=0.0)
     assert replays(tmp_path / "part") == replays(tmp_path / "whole")
