@@ -58,30 +58,31 @@ def train_jobs(jobs: Sequence[FileJob], args: argparse.Namespace, library: Libra
     console, names = log_console(stderr=args.json), short_names([job.config.out for job in jobs])
     for line in [] if args.quiet else _first_lines(jobs, left, halving=args.halving):
         console.print(wrapped(line, console.width), soft_wrap=True)
-    results: dict[str, Result] = {}
-    for job, name in zip(jobs, names, strict=True):
-        if job.summary is not None:
-            results[name] = job.summary
-            if library is not None:
-                library.add(job.config.out, name=name_of_run(job.config.out))
+    results: dict[str, Result] = {
+        job.config.out: job.summary for job in jobs if job.summary is not None
+    }
+    if library is not None:
+        for out in results:
+            library.add(out, name=name_of_run(out))
     if left:
-        results |= _train([name for name in names if name not in results], left, args, library)
-    records = [read_job(job.config, results[n]) for job, n in zip(jobs, names, strict=True)]
+        names_left = [name for job, name in zip(jobs, names, strict=True) if job.summary is None]
+        results |= _train(names_left, left, args, library)
+    records = [read_job(job.config, results[job.config.out]) for job in jobs]
     is_sweep = args.sweep is not None
     page = write_sweep_page(_common_folder(records), records) if is_sweep else None
     if args.json:
-        print_json([r if isinstance(r, Mapping) else str(r) for r in map(results.get, names)])
+        in_order = [results[job.config.out] for job in jobs]
+        print_json([r if isinstance(r, Mapping) else str(r) for r in in_order])
     elif not args.quiet:
         _print_results(records, None if is_sweep else names, page, library)
-    folders = {name: job.config.out for name, job in zip(names, jobs, strict=True)}
-    _raise_failures({folders[name]: result for name, result in results.items()}, args)
+    _raise_failures(results, args)
     return 0
 
 
 def _train(
     names: Sequence[str], jobs: Sequence[FileJob], args: argparse.Namespace, library: Library | None
 ) -> dict[str, Result]:
-    """Trains jobs in the same forwards; returns their results by name."""
+    """Trains jobs in the same forwards; returns their results by folder."""
     with pause_collection():
         from veneer import api
         from veneer.training.output.job_screen import make_job_screens
@@ -99,7 +100,7 @@ def _train(
         raise RunInterrupted(
             interrupted.headline, interrupted.faults, f"Continue with: {_command_again(args)}"
         ) from None
-    return dict(zip(names, results, strict=True))
+    return {job.config.out: result for job, result in zip(jobs, results, strict=True)}
 
 
 def _first_lines(
