@@ -21,7 +21,7 @@ function draw(tag, attributes = {}, ...children) {
   return made;
 }
 
-/** What to do when a tab is opened, by its name. */
+/** By the name of a tab: called when it is opened. */
 const whenOpened = {};
 /** The served models: the base's name, and a card of each adapter. */
 const served = { base: "", adapters: [] };
@@ -74,8 +74,12 @@ function saveBlob(name, blob) {
 const touches = () => matchMedia("(pointer: coarse)").matches;
 const figure = (value) => (value === null ? "–" : String(Number(Number(value).toPrecision(4))));
 const count = (value) => Number(value).toLocaleString("en");
-const bytes = (value) =>
-  value < 1e6 ? `${Math.round(value / 1e3)} kB` : value < 1e9 ? `${(value / 1e6).toFixed(1)} MB` : `${(value / 1e9).toFixed(2)} GB`;
+
+function bytes(value) {
+  if (value < 1e6) return `${Math.round(value / 1e3)} kB`;
+  if (value < 1e9) return `${(value / 1e6).toFixed(1)} MB`;
+  return `${(value / 1e9).toFixed(2)} GB`;
+}
 
 function ago(seconds) {
   const steps = [[86400 * 2, 86400, "days"], [7200, 3600, "hours"], [120, 60, "minutes"], [0, 1, "seconds"]];

@@ -67,9 +67,7 @@ function showColumnChoices() {
 function rowCard(row) {
   const parts = row.fault
     ? [make("p", { className: "bad" }, row.fault), make("p", { className: "soft" }, row.next_step)]
-    : row.messages.map(({ role, content }) =>
-        make("div", { className: `message ${role}` }, make("small", {}, role), make("div", {}, content)),
-      );
+    : row.messages.map(({ role, content }) => messageCell(role, content, role));
   return make("article", { className: "card" }, make("small", { className: "soft" }, `row ${row.line}`), ...parts);
 }
 

@@ -16,7 +16,8 @@ function countsOf(report) {
 }
 
 function findingShown(problem) {
-  const lines = problem.lines.length ? ` · ${problem.count === 1 ? "row" : `${count(problem.count)} rows:`} ${linesOf(problem)}` : "";
+  const rowCount = problem.count === 1 ? "row" : `${count(problem.count)} rows:`;
+  const lines = problem.lines.length ? ` · ${rowCount} ${linesOf(problem)}` : "";
   const title = make("summary", {}, make("b", {}, problem.code), ` ${problem.message}`, make("small", {}, lines));
   const rows = problem.rows.map((row) => make("pre", {}, `${row.line}: ${row.text}`));
   const step = problem.next_step ? make("p", { className: "soft" }, problem.next_step) : null;
@@ -63,7 +64,8 @@ function samplesShown(samples) {
   const buttons = make("div", { className: "choices", role: "group", ariaLabel: "Example" });
   labels.forEach((label, number) => buttons.append(make("button", { onclick: () => choose(number) }, label)));
   choose(0);
-  const legend = make("p", { className: "soft" }, make("span", { className: "token trained" }, "marked"), " tokens are trained; the others are read only.");
+  const mark = make("span", { className: "token trained" }, "marked");
+  const legend = make("p", { className: "soft" }, mark, " tokens are trained; the others are read only.");
   return make("section", {}, make("h3", {}, "As the model sees it"), buttons, legend, place);
 }
 
@@ -81,12 +83,15 @@ async function checkRows() {
 }
 
 function showReport(report) {
-  const counts = countsOf(report).map(([value, label]) => make("div", {}, make("b", {}, value), make("small", {}, label)));
-  const parts = [make("div", { className: "counts" }, ...counts)];
-  if (report.refused)
-    parts.push(make("p", { className: "bad", role: "alert" }, "A run would refuse these rows. Mend what is marked, and drop the file again."));
-  if (report.problems.length)
-    parts.push(make("h3", {}, `Findings: ${count(report.problems.length)}`), paged(report.problems, findingShown, FINDINGS_SHOWN));
+  const parts = [make("div", { className: "counts" }, ...figureCells(countsOf(report)))];
+  if (report.refused) {
+    const advice = "A run would refuse these rows. Mend what is marked, and drop the file again.";
+    parts.push(make("p", { className: "bad", role: "alert" }, advice));
+  }
+  if (report.problems.length) {
+    const title = `Findings: ${count(report.problems.length)}`;
+    parts.push(make("h3", {}, title), paged(report.problems, findingShown, FINDINGS_SHOWN));
+  }
   if (report.samples.length) parts.push(samplesShown(report.samples));
   byId("rows-check").replaceChildren(...parts);
 }

@@ -2,17 +2,19 @@
 
 const ASKED_AT_ONCE = 5;
 const JUDGE_SETTINGS = { temperature: 0, max_tokens: 96, seed: 1 };
-/** questions: held-out rows. asked: how many were asked. right: correct answers by model. */
-const judging = { draft: null, job: null, model: null, questions: [], asked: 0, rightBase: 0, right: 0, worse: 0, ends: null };
+/** asked: questions so far. rightBase, right: correct answers of the base and of the adapter. */
+const NO_ANSWERS = { asked: 0, rightBase: 0, right: 0, worse: 0 };
+/** questions: held-out rows. worse: of them, those that only the base answers correctly. */
+const judging = { draft: null, job: null, model: null, questions: [], ends: null, ...NO_ANSWERS };
 
 async function showJudge() {
   byId("judge-figures").replaceChildren(...figuresOfRun());
   if (judging.draft === lesson.draft.id && judging.job === lesson.draft.job) return showJudged();
   judging.ends?.abort(); // answers for other rows would be counted here
-  Object.assign(judging, { draft: lesson.draft.id, job: lesson.draft.job, ends: null, asked: 0, rightBase: 0, right: 0, worse: 0 });
+  const { id, job } = lesson.draft;
+  Object.assign(judging, { draft: id, job, ends: null, ...NO_ANSWERS });
   byId("judge-rows").replaceChildren();
   byId("judge-said").textContent = "Loading the adapter …";
-  const { id } = lesson.draft;
   await teachSafely(async () => {
     const { model } = await studio(draftPath("/try"), { body: {} });
     const { questions } = await studio(draftPath("/held_out"));
@@ -24,14 +26,17 @@ async function showJudge() {
   showJudged();
 }
 
-const valueOf = ({ value, low, high }) => (low === null ? figure(value) : `${figure(value)} (${figure(low)} to ${figure(high)})`);
+const valueOf = ({ value, low, high }) =>
+  low === null ? figure(value) : `${figure(value)} (${figure(low)} to ${figure(high)})`;
 
 /** Shows the held-out loss before and after, each with its 95% interval. */
 function figuresOfRun() {
   const held = training.job?.summary?.held_out;
   if (!held) return [make("p", { className: "soft" }, "The run has no held-out rows.")];
-  const rows = [["base", held.before], ["this adapter", held.loss], ["change", held.change]].filter(([, found]) => found);
-  const facts = rows.flatMap(([name, found]) => [make("dt", {}, name), make("dd", {}, valueOf(found))]);
+  const losses = [["base", held.before], ["this adapter", held.loss], ["change", held.change]];
+  const facts = losses
+    .filter(([, loss]) => loss)
+    .flatMap(([name, loss]) => [make("dt", {}, name), make("dd", {}, valueOf(loss))]);
   const title = `Loss on ${count(held.rows)} held-out rows, with 95% intervals`;
   return [make("h3", {}, title), make("dl", {}, ...facts)];
 }
@@ -42,21 +47,21 @@ function showJudged() {
   byId("judge-more").hidden = left <= 0 || judging.ends !== null;
   byId("judge-more").textContent = `Ask the next ${Math.min(left, ASKED_AT_ONCE)}`;
   byId("judge-stop").hidden = judging.ends === null;
-  if (!questions.length) byId("judge-said").textContent = "There are no held-out questions to ask.";
-  else
-    byId("judge-said").textContent =
-      `Of ${count(asked)} answers, equal to the expected one: ${count(rightBase)} by the base, ${count(right)} by this adapter.` +
-      (worse ? ` The base was right and the adapter is not: ${count(worse)}.` : "");
+  const counts = `${count(rightBase)} by the base, ${count(right)} by this adapter.`;
+  const lost = worse ? ` The base was right and the adapter is not: ${count(worse)}.` : "";
+  byId("judge-said").textContent = questions.length
+    ? `Of ${count(asked)} answers, equal to the expected one: ${counts}${lost}`
+    : "There are no held-out questions to ask.";
 }
 
 const sameText = (text, expected) => text.trim() === expected.trim();
 
 async function askRow(question, signal) {
-  const place = (name) => make("div", { className: "message" }, make("small", {}, name), make("div", { className: "said waits" }));
-  const [base, adapter] = [place(served.base), place("this adapter")];
+  const [base, adapter] = [messageCell(served.base, ""), messageCell("this adapter", "")];
+  for (const cell of [base, adapter]) cell.lastChild.className = "said waits";
   const line = make("small", { className: "soft" }, `row ${question.line}`);
-  const text = make("div", { className: "message" }, make("small", {}, "question"), make("div", {}, question.messages.at(-1)?.content ?? ""));
-  const expected = make("div", { className: "message" }, make("small", {}, "expected"), make("div", {}, question.expected));
+  const text = messageCell("question", question.messages.at(-1)?.content ?? "");
+  const expected = messageCell("expected", question.expected);
   const row = make("article", { className: "card judged" }, line, text, expected, base, adapter);
   byId("judge-rows").append(row);
   const answer = async (name, shown) => {

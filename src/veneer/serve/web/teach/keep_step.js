@@ -1,8 +1,10 @@
 // Step 5: the adapter gets a name in the library, where it is a model of this server at once.
 
 /** Returns a name that the library accepts, made of the file's. */
-const nameFrom = (file) =>
-  file.replace(/\.[^.]*$/, "").toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-+|-+$/g, "").slice(0, 40) || "adapter";
+function nameFrom(file) {
+  const stem = file.replace(/\.[^.]*$/, "").toLowerCase();
+  return stem.replace(/[^a-z0-9]+/g, "-").replace(/^-+|-+$/g, "").slice(0, 40) || "adapter";
+}
 
 function showKeep() {
   byId("keep-name").value = lesson.draft.model ?? nameFrom(lesson.draft.name);

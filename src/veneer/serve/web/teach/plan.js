@@ -31,8 +31,13 @@ function memoryBar(plan, memory) {
 
 function verdictOf(plan) {
   if (plan.fits === null) return null;
-  if (plan.fits) return make("p", {}, `It fits, with up to ${count(plan.largest_batch ?? plan.batch)} rows of ${count(plan.length)} tokens at once.`);
-  const change = plan.changes?.length ? `These changes make it fit: ${plan.changes.join(", ")}.` : "No change makes it fit.";
+  if (plan.fits) {
+    const rows = `${count(plan.largest_batch ?? plan.batch)} rows of ${count(plan.length)} tokens`;
+    return make("p", {}, `It fits, with up to ${rows} at once.`);
+  }
+  const change = plan.changes?.length
+    ? `These changes make it fit: ${plan.changes.join(", ")}.`
+    : "No change makes it fit.";
   return make("p", { className: "bad", role: "alert" }, `It does not fit this machine's memory. ${change}`);
 }
 
@@ -40,7 +45,8 @@ function adviceShown(advice) {
   const rank = advice.settings.rank ? `, rank ${advice.settings.rank}` : "";
   const title = `Advice: ${advice.method}${rank}, learning rate ${advice.learning_rate}`;
   const take = make("button", { onclick: () => takeAdvice(advice) }, "Take it");
-  return make("section", { className: "advice" }, make("h3", {}, title), ...advice.reasons.map((reason) => make("p", {}, reason)), take);
+  const reasons = advice.reasons.map((reason) => make("p", {}, reason));
+  return make("section", { className: "advice" }, make("h3", {}, title), ...reasons, take);
 }
 
 function planShown(answer) {
@@ -50,9 +56,11 @@ function planShown(answer) {
     [count(Math.round(plan.tokens_per_second)), "tokens a second"],
     [large(plan.trainable_parameters), `values trained of ${large(plan.total_parameters)}`],
     [bytes(plan.file_bytes), "file of the result"],
-  ].map(([value, label]) => make("div", {}, make("b", {}, value), make("small", {}, label)));
-  const notes = make("details", { className: "folded" }, make("summary", {}, "How this is known"), ...answer.notes.map((note) => make("p", { className: "soft" }, note)));
-  const parts = [make("div", { className: "counts" }, ...facts), memoryBar(plan, answer.memory_bytes), verdictOf(plan)];
+  ];
+  const texts = answer.notes.map((note) => make("p", { className: "soft" }, note));
+  const notes = make("details", { className: "folded" }, make("summary", {}, "How this is known"), ...texts);
+  const counts = make("div", { className: "counts" }, ...figureCells(facts));
+  const parts = [counts, memoryBar(plan, answer.memory_bytes), verdictOf(plan)];
   if (answer.advice) parts.push(adviceShown(answer.advice));
   return [...parts, notes].filter((part) => part !== null);
 }
@@ -62,11 +70,19 @@ function comparedShown(answer) {
   const head = ["method", "trained", "file", "memory", "time", "fits"].map((name) => make("th", {}, name));
   const rows = answer.plans.map((plan) => {
     const offered = plan.method in METHODS;
-    const choose = offered ? make("button", { className: "quiet", onclick: () => chooseMethod(plan.method) }, plan.method) : plan.method;
-    const cells = [choose, large(plan.trainable_parameters), bytes(plan.file_bytes), bytes(plan.needed_memory_bytes)];
-    cells.push(duration(plan.run_seconds), { true: "yes", false: "no", null: "–" }[plan.fits]);
+    const choose = () => chooseMethod(plan.method);
+    const button = make("button", { className: "quiet", onclick: choose }, plan.method);
+    const cells = [
+      offered ? button : plan.method,
+      large(plan.trainable_parameters),
+      bytes(plan.file_bytes),
+      bytes(plan.needed_memory_bytes),
+      duration(plan.run_seconds),
+      { true: "yes", false: "no", null: "–" }[plan.fits],
+    ];
     return make("tr", {}, ...cells.map((cell) => make("td", {}, cell)));
   });
   const faults = answer.faults.map((fault) => make("p", { className: "soft" }, fault));
-  return [make("div", { className: "scroll" }, make("table", { className: "plans" }, make("tr", {}, ...head), ...rows)), ...faults];
+  const table = make("table", { className: "plans" }, make("tr", {}, ...head), ...rows);
+  return [make("div", { className: "scroll" }, table), ...faults];
 }

@@ -7,8 +7,9 @@ function settingField(path, value) {
   const { help, default: usual, choices } = lesson.settings[path];
   const empty = usual === null ? "default" : `default: ${usual}`;
   const words = choices.length ? choices : typeof usual === "boolean" ? ["true", "false"] : null;
+  const options = (words ?? []).map((word) => make("option", { value: word }, word));
   const field = words
-    ? make("select", {}, make("option", { value: "" }, empty), ...words.map((word) => make("option", { value: word }, word)))
+    ? make("select", {}, make("option", { value: "" }, empty), ...options)
     : make("input", { type: "text", inputMode: "decimal", placeholder: empty, autocomplete: "off" });
   field.value = value === undefined ? "" : String(value);
   field.dataset.path = path;

@@ -3,7 +3,8 @@
 const OPEN_DRAFT = "veneer-draft";
 /**
  * draft: the open set of rows as the server describes it, or null. preview: its columns and first rows.
- * report: the result of its check. plan: the last plan of its run. settings: help texts of settings by their path. step: the one that is shown.
+ * report: the result of its check. plan: the last plan of its run. settings: their help texts by path.
+ * step: the one that is shown.
  */
 const lesson = { draft: null, preview: null, report: null, plan: null, settings: {}, step: "rows" };
 /** By step: called when it is shown, or left. */
@@ -20,6 +21,14 @@ const stepIsOpen = {
 
 const studio = (path, settings) => read(`/studio/api${path}`, settings);
 const draftPath = (rest = "") => `/drafts/${lesson.draft.id}${rest}`;
+
+/** Makes a cell for each figure, with its label below. */
+const figureCells = (figures) =>
+  figures.map(([value, label]) => make("div", {}, make("b", {}, value), make("small", {}, label)));
+
+/** Makes a cell with a text below the name of its part, such as a role. */
+const messageCell = (name, text, look = "") =>
+  make("div", { className: `message ${look}` }, make("small", {}, name), make("div", {}, text));
 
 const stepButtons = () => [...byId("steps").querySelectorAll("button")];
 

@@ -10,12 +10,14 @@ const STATES = {
   failed: "Training failed.",
   cancelled: "Training was cancelled.",
 };
-/** job, start: the run's first record. next: the byte to read on from. ends: stops following. */
-const training = { draft: null, job: null, start: null, next: 0, steps: [], evaluations: [], ends: null };
+/** start: the run's first record. next: the byte from which records are read. */
+const emptyRun = () => ({ job: null, start: null, next: 0, steps: [], evaluations: [] });
+/** draft: the id of the trained rows. ends: stops following the job. */
+const training = { draft: null, ends: null, ...emptyRun() };
 
 function forgetTraining() {
   training.ends?.abort();
-  Object.assign(training, { draft: lesson.draft?.id ?? null, job: null, start: null, next: 0, steps: [], evaluations: [] });
+  Object.assign(training, { draft: lesson.draft?.id ?? null, ...emptyRun() });
 }
 
 function showTrain() {
@@ -63,7 +65,7 @@ function showTraining() {
   const state = job?.state ?? (lesson.draft.job ? null : "new");
   byId("train-state").textContent = state === "new" ? summaryOfPlan() : (STATES[state] ?? "");
   byId("train-fault").textContent = job?.error ?? "";
-  byId("train-start").hidden = !(state === "new" || state === "failed" || state === "cancelled" || state === "done");
+  byId("train-start").hidden = !["new", "failed", "cancelled", "done"].includes(state);
   byId("train-start").className = state === "new" ? "main" : "";
   byId("train-start").textContent = state === "new" ? "Start training" : "Train anew";
   byId("train-stop").hidden = !job?.open || state === "stopping";
@@ -99,7 +101,7 @@ function trainingFacts() {
   facts.push([count(Math.round(tokens / seconds)), "tokens a second"]);
   if (last.memory_bytes) facts.push([bytes(last.memory_bytes), "memory"]);
   if (held.length) facts.push([figure(held.at(-1).loss), `held-out loss, ${figure(held[0].loss)} before`]);
-  return facts.map(([value, label]) => make("div", {}, make("b", {}, value), make("small", {}, label)));
+  return figureCells(facts);
 }
 
 function trainingCurve() {
@@ -123,10 +125,12 @@ function trainingCurve() {
 function trainingSample() {
   const { sample } = training.evaluations.findLast((record) => record.sample) ?? {};
   if (!sample) return [];
-  const parts = [["question", sample.prompt], ["expected", sample.expected], ["before", sample.before], ["now", sample.answer]];
-  const cells = parts.map(([name, text]) =>
-    make("div", { className: `message ${name === "now" ? "assistant" : ""}` }, make("small", {}, name), make("div", {}, text ?? "")),
-  );
+  const cells = [
+    messageCell("question", sample.prompt ?? ""),
+    messageCell("expected", sample.expected ?? ""),
+    messageCell("before", sample.before ?? ""),
+    messageCell("now", sample.answer ?? "", "assistant"),
+  ];
   return [make("h3", {}, "A held-out question"), make("article", { className: "card sample" }, ...cells)];
 }
 
