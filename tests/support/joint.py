@@ -20,7 +20,7 @@ FLOAT32 = 2e-6
 """Largest difference of losses and tensors in float32: products over more rows add in another
 order."""
 WIDE = {"hidden_size": 128, "intermediate_size": 224, "num_hidden_layers": 4, "head_dim": 32}
-"""A model whose decoder layers are one node (kernels/dense/block.py)."""
+"""A model whose decoder layers are one node (kernels/layers/block.py)."""
 BLOCKS = gguf.GGMLQuantizationType.Q8_0
 
 

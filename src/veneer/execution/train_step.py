@@ -37,12 +37,12 @@ from veneer.execution.layer_facts import (
 from veneer.execution.part_facts import find_feed_forward, find_norm
 from veneer.execution.stand_in import StandIn
 from veneer.kernels.bindings.library import has_bf16
-from veneer.kernels.dense import block_operands
-from veneer.kernels.dense.block import lora_block
-from veneer.kernels.dense.block_operands import Block, BlockPart, module_rows
 from veneer.kernels.dense.fused import activate, layer_norm, rms_norm, takes_layer_norm
 from veneer.kernels.dense.lora import LoRALinear, filled
 from veneer.kernels.dense.rank import MOST_RANK
+from veneer.kernels.layers import block_operands
+from veneer.kernels.layers.block import lora_block
+from veneer.kernels.layers.block_operands import Block, BlockPart, module_rows
 from veneer.linear import frozen_linear
 from veneer.private.torch import children_of, parameters_of
 from veneer.private.transformers import attention_of
@@ -147,7 +147,7 @@ class FusedAttention(StandIn):
 
 
 class FusedLayer(StandIn):
-    """A decoder layer as one node (kernels/dense/block.py)."""
+    """A decoder layer as one node (kernels/layers/block.py)."""
 
     def __init__(self, base: nn.Module, facts: DecoderLayer) -> None:
         super().__init__(base)

@@ -23,7 +23,7 @@ from veneer.data.batching import Batch, used_length
 from veneer.data.examples import Example
 from veneer.data.joint_batch import join_batches
 from veneer.errors import DivergedError, DoesNotFitError, fits_memory
-from veneer.kernels.dense.block import adding_gradients_in_place
+from veneer.kernels.layers.block import adding_gradients_in_place
 from veneer.models.step import BatchShare, batch_losses, parts_of
 from veneer.objectives.objective import AnswerBatch, BatchLoss, ObjectiveLoss, Predictions
 from veneer.training.inputs import ForwardInputs, TrainingInputs

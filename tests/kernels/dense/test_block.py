@@ -18,7 +18,7 @@ from veneer.data.batching import make_batch, make_groups
 from veneer.data.joint_batch import join_batches
 from veneer.execution.train_step import FusedLayer, fused, replacements
 from veneer.kernels.bindings import library as native
-from veneer.kernels.dense import block, block_operands
+from veneer.kernels.layers import block, block_operands
 from veneer.models.checkpointing import checkpointed
 from veneer.models.step import BatchShare, batch_loss, batch_losses, prepare
 from veneer.objectives.objective import ObjectiveLoss

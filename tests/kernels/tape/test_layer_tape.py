@@ -16,7 +16,7 @@ from veneer.execution.train_step import fused, replacements
 from veneer.kernels.bindings import arguments, attention_calls
 from veneer.kernels.bindings import library as native
 from veneer.kernels.bindings.arguments import CallError
-from veneer.kernels.dense import block, block_operands
+from veneer.kernels.layers import block, block_operands
 from veneer.kernels.tape import layer_tape
 from veneer.kernels.tape.tape import Tape, TapeCall
 from veneer.models.checkpointing import checkpointed

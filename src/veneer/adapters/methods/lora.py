@@ -11,7 +11,7 @@
     a linear layer, other adapters on other rows         linear_with_updates, without gradient
                                                          prepared once for a batch (AdaptedLinear)
     several linear layers of the same x                  lora_linears (apply_together)
-    a whole decoder layer                                kernels/dense/block.py
+    a whole decoder layer                                kernels/layers/block.py
     an embedding                                         LoRALayer.looked_up
     a router, experts of unknown build, merging          low_rank_matrix, added to W
 

@@ -1,4 +1,4 @@
-/* What a decoder layer with LoRA computes between its large products: see kernels/dense/block.py.
+/* What a decoder layer with LoRA computes between its large products: see kernels/layers/block.py.
    Each pass takes 48 rows through all that can follow while they stay in a near cache: the update
    of a product, a sum, a norm, a gate or a rotation, and the first product of the next update. The
    same sums in the same order as rank.c and fused.c. */
@@ -135,8 +135,8 @@ static VENEER_BF16 void sum(const uint16_t *x, const uint16_t *residual, uint16_
 
 /* Norms with the update and the sum that come first, and the first product of the next update.
    Forward: x + update, in place; total = output_norm of x, or without this norm x itself; total =
-   residual + scale * total; out = the norm of total; the product `next` of out, or without a norm of
-   total.
+   residual + scale * total; out = the norm of total; the product `next` of out, or without a norm
+   of total.
    Backward: x + update is the gradient of the norm of `normed`, or without a norm that of scale *
    normed; out is the gradient of normed, + residual; the product `next` of out. */
 struct norms {

@@ -14,8 +14,8 @@ from torch import Tensor
 from veneer.kernels.attention.compiled import packed_forward
 from veneer.kernels.bindings import block_calls
 from veneer.kernels.dense import rank
-from veneer.kernels.dense.block_operands import DOWN, QKV, Block, O
-from veneer.kernels.dense.block_parts import BackwardPass, Kept, Pass, is_adapted
+from veneer.kernels.layers.block_operands import DOWN, QKV, Block, O
+from veneer.kernels.layers.block_parts import BackwardPass, Kept, Pass, is_adapted
 
 
 def forward(

@@ -14,7 +14,7 @@ from veneer.kernels.attention.compiled import packed_backward
 from veneer.kernels.bindings import block_calls, row_calls
 from veneer.kernels.bindings.block_calls import RankFactors
 from veneer.kernels.dense import rank
-from veneer.kernels.dense.block_operands import (
+from veneer.kernels.layers.block_operands import (
     QKV,
     Block,
     BlockPart,

@@ -11,11 +11,11 @@ its layers are rows of its weight and of its B, by views, and their gradients of
 The outputs of o and of down may be scaled before they are added, in layers that have no norms of
 them and are not parallel.
 
-The node makes the same calls as its parts (lora.py, attention/compiled.py, fused.py), in the same
-order and with the same bits, without a graph between them. Only gradients of joined modules, and of
-an input that both blocks read, are added in another order. A sum and the norms beside it are one
-pass, forward and backward. A layer without an adapter has an update of rank 0. This runs in bf16
-only, on processors that multiply pairs of bf16.
+The node makes the same calls as its parts (dense/lora.py, dense/fused.py, attention/compiled.py),
+in the same order and with the same bits, without a graph between them. Only gradients of joined
+modules, and of an input that both blocks read, are added in another order. A sum and the norms
+beside it are one pass, forward and backward. A layer without an adapter has an update of rank 0.
+This runs in bf16 only, on processors that multiply pairs of bf16.
 
 Rows of several adapters are several parts. The products with the base's weights are computed once
 over all rows. Everything else is computed part by part, with the bits of a forward of that part
@@ -41,9 +41,9 @@ from torch import Tensor
 
 from veneer.kernels.bindings.arguments import is_observed
 from veneer.kernels.bindings.library import count_replayed_layer
-from veneer.kernels.dense import block_passes
-from veneer.kernels.dense.block_operands import Block
+from veneer.kernels.layers import block_passes
 from veneer.kernels.dense.fused import compiled
+from veneer.kernels.layers.block_operands import Block
 from veneer.kernels.tape.layer_tape import Input, LayerTape, addresses, record_layer
 from veneer.private.torch import has_gradient_hooks
 
