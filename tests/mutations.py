@@ -49,7 +49,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "models/test_step.py",
         "adapters/test_masks.py",
     ),
-    "kernels/dense/lora.py": ("kernels/test_references.py", "kernels/dense/test_block.py"),
+    "kernels/dense/lora.py": ("kernels/test_references.py", "kernels/layers/test_block.py"),
     "kernels/dense/dora.py": ("adapters/test_dora.py",),
     "kernels/dense/loss.py": (
         "kernels/test_references.py",
@@ -113,12 +113,12 @@ TESTS: dict[str, tuple[str, ...]] = {
         "kernels/bindings/test_native_calls.py",
     ),
     "kernels/attention/prefix.py": ("adapters/test_prefix.py", "kernels/test_references.py"),
-    "kernels/layers/block.py": ("kernels/dense/test_block.py", "kernels/tape/test_layer_tape.py"),
-    "kernels/layers/block_operands.py": ("kernels/dense/test_block.py",),
-    "kernels/layers/block_parts.py": ("kernels/dense/test_block.py",),
-    "kernels/layers/block_passes.py": ("kernels/dense/test_block.py",),
+    "kernels/layers/block.py": ("kernels/layers/test_block.py", "kernels/tape/test_layer_tape.py"),
+    "kernels/layers/block_operands.py": ("kernels/layers/test_block.py",),
+    "kernels/layers/block_parts.py": ("kernels/layers/test_block.py",),
+    "kernels/layers/block_passes.py": ("kernels/layers/test_block.py",),
     "kernels/bindings/block_calls.py": (
-        "kernels/dense/test_block.py",
+        "kernels/layers/test_block.py",
         "kernels/bindings/test_native_calls.py",
     ),
     "kernels/bindings/rank_calls.py": (
@@ -168,7 +168,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kernels/dense/frozen.py": (
         "kernels/test_references.py",
         "quant/test_methods.py",
-        "kernels/dense/test_block.py",
+        "kernels/layers/test_block.py",
     ),
     "kernels/attention/groups.py": ("adapters/test_masks.py", "kernels/dense/test_fused.py"),
     "kernels/bindings/arguments.py": (
@@ -184,7 +184,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "kernels/dense/fused.py": (
         "kernels/dense/test_fused.py",
-        "kernels/dense/test_block.py",
+        "kernels/layers/test_block.py",
         "kernels/bindings/test_roads.py",
     ),
     "execution/agreement.py": ("execution/test_agreement.py",),
@@ -195,10 +195,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     "execution/decoder_layer.py": (
         "execution/test_decoder_layer.py",
         "kernels/dense/test_fused.py",
-        "kernels/dense/test_block.py",
+        "kernels/layers/test_block.py",
     ),
     "model_record.py": ("test_caches.py",),
-    "execution/train_step.py": ("kernels/dense/test_fused.py", "kernels/dense/test_block.py"),
+    "execution/train_step.py": ("kernels/dense/test_fused.py", "kernels/layers/test_block.py"),
     "data/batching.py": (
         "data/test_load.py",
         "data/test_large.py",
@@ -652,7 +652,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kernels/native/layers/fused.h": (
         "kernels/dense/test_fused.py",
         "kernels/test_references.py",
-        "kernels/dense/test_block.py",
+        "kernels/layers/test_block.py",
     ),
     "kernels/native/layers/fused_float_body.h": (
         "kernels/dense/test_fused.py",
@@ -660,10 +660,10 @@ TESTS: dict[str, tuple[str, ...]] = {
         "kernels/bindings/test_native_calls.py",
     ),
     "kernels/native/layers/block.c": (
-        "kernels/dense/test_block.py",
+        "kernels/layers/test_block.py",
         "kernels/bindings/test_native_calls.py",
     ),
-    "kernels/native/layers/rank.h": ("kernels/dense/test_rank.py", "kernels/dense/test_block.py"),
+    "kernels/native/layers/rank.h": ("kernels/dense/test_rank.py", "kernels/layers/test_block.py"),
     "kernels/native/common/tape.c": (
         "kernels/tape/test_recorded.py",
         "kernels/tape/test_layer_tape.py",

@@ -62,7 +62,7 @@ RUN = (
     ),
     "decoding/test_direct.py::test_a_step_by_parts_gives_what_the_model_gives",
     "decoding/test_direct.py::test_what_an_adapter_does_is_done_by_parts_too",
-    "kernels/dense/test_block.py::test_one_node_gives_the_bits_of_its_parts",
+    "kernels/layers/test_block.py::test_one_node_gives_the_bits_of_its_parts",
     "kernels/test_references.py::test_the_compiled_dropout_is_its_reference_to_the_bit",
     "kernels/test_references.py::test_the_compiled_dropout_keeps_what_is_not_finite",
     *(
@@ -73,8 +73,8 @@ RUN = (
 )
 LEFT_OUT = (
     # Its calls are a part of qwen2's.
-    "kernels/dense/test_block.py::test_one_node_gives_the_bits_of_its_parts[llama",
-    "kernels/dense/test_block.py::test_one_node_gives_the_bits_of_its_parts[mistral",
+    "kernels/layers/test_block.py::test_one_node_gives_the_bits_of_its_parts[llama",
+    "kernels/layers/test_block.py::test_one_node_gives_the_bits_of_its_parts[mistral",
     # The check is in Python; the calls are the same.
     "kernels/tape/test_recorded.py::test_what_is_exchanged",
     "kernels/tape/test_recorded.py::test_calls_that_read_what_the_one_before_wrote_are_the_same_with_any_number_of_threads[torch.bfloat16]",
