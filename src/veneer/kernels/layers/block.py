@@ -41,8 +41,8 @@ from torch import Tensor
 
 from veneer.kernels.bindings.arguments import is_observed
 from veneer.kernels.bindings.library import count_replayed_layer
-from veneer.kernels.layers import block_passes
 from veneer.kernels.dense.fused import compiled
+from veneer.kernels.layers import block_passes
 from veneer.kernels.layers.block_operands import Block
 from veneer.kernels.tape.layer_tape import Input, LayerTape, addresses, record_layer
 from veneer.private.torch import has_gradient_hooks
