@@ -14,7 +14,8 @@ import yaml
 from gguf import GGMLQuantizationType
 from transformers import AutoModelForCausalLM
 
-from tests.quant.test_runs import Stop, rows, run, settings
+from tests.quant.test_runs import rows, run, settings
+from tests.support.helpers import killed_after_saving
 from tests.support.models.tiny_gguf import tiny, write_gguf
 from tests.support.tiny import save_tiny, tiny_model
 from veneer import api
@@ -35,7 +36,6 @@ from veneer.plan.choice import Choice
 from veneer.plan.planner import Planner
 from veneer.plan.simulation.step_counts import WEIGHTS
 from veneer.training.state.folder import resume_config
-from veneer.training.trainee import Trainee
 
 IDS = torch.arange(24).view(1, 24) * 7 % 256
 CPU = torch.device("cpu")
@@ -219,17 +219,8 @@ def test_a_resumed_run_keeps_its_type_on_whatever_processor(method, slow, tmp_pa
     save_tiny(tmp_path / "base", "llama", torch.bfloat16)
     chosen = {"method": method, "show_answers": False}
     whole = run(settings(tmp_path, "whole", **chosen))
-    own = Trainee.save
-
-    def save(self):
-        own(self)
-        if self.progress.step == 3:
-            raise Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainee, "save", save)
-        with pytest.raises(Stop):
-            run(settings(tmp_path, "stopped", **chosen))
+    with killed_after_saving(3):
+        run(settings(tmp_path, "stopped", **chosen))
     monkeypatch.setattr(compute, "times_float32", lambda dtype: 0.3)
     config = resume_config(tmp_path / "stopped")
     assert config.dtype == "float32"
