@@ -103,6 +103,7 @@ def load(
         compute=loaded.compute,
         identity=loaded.identity,
         as_held=loaded.as_held,
+        routing=loaded.routing,
         library=Library(library) if isinstance(library, str | Path) else library,
     )
 

@@ -46,8 +46,8 @@ from veneer.merge.combine.combine import Recipe
 from veneer.merge.combine.combine_run import combine_adapters
 from veneer.merge.fold.fold import stored_tensors, weight_changes
 from veneer.models.frozen_base import FrozenBase
-from veneer.models.initial_values import fresh_head
 from veneer.models.load import load_base
+from veneer.models.own_head import fresh_head
 
 MADE = {
     UPDATE: LoRA(rank=2, alpha=3.0, targets=["q_proj", "down_proj", "lm_head"]),

@@ -332,8 +332,8 @@ def test_what_a_head_cannot_do_is_refused_by_name(adapters, base):
     with pytest.raises(ConfigError, match="one adapter with a score head"):
         base.use("own", weights=[0.5])
     base.detach("own")
-    with pytest.raises(ConfigError, match="trains a head of its own"):
-        RunConfig(base="b", data="d", out="o", objective="classify", method="full")
+    with pytest.raises(ConfigError, match="a head beside them: leave shard out"):
+        RunConfig(base="b", data="d", out="o", objective="classify", method="full", shard=True)
     with pytest.raises(ConfigError, match="predicts none"):
         RunConfig(base="b", data="d", out="o", objective="classify", replay={"rows": "r"})
 

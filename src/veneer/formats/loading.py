@@ -24,7 +24,7 @@ from veneer.formats.peft.token_files import TokenFit, fit_tokens
 from veneer.formats.same_base import base_differences, text_differences, wrong_base_remedy
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
-from veneer.models.initial_values import fresh_head
+from veneer.models.own_head import fresh_head
 from veneer.wording import first_lines
 
 MAX_DIFFERENT = 8

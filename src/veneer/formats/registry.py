@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from veneer.adapters.config import AdapterConfig, Bottleneck, DoRA, LoRA, Prefix
+from veneer.adapters.config import Bottleneck, DoRA, LoRA, MethodConfig, Prefix
 from veneer.errors import CorruptFileError, RefusedError
 from veneer.formats.bottleneck import BOTTLENECK
 from veneer.formats.layout import AdapterFormat
 from veneer.formats.peft.low_rank import LOW_RANK
 from veneer.formats.prefix import PARTIAL_PREFIX, PREFIX
 
-_BY_METHOD: dict[type[AdapterConfig], AdapterFormat] = {
+_BY_METHOD: dict[type[MethodConfig], AdapterFormat] = {
     LoRA: LOW_RANK,
     DoRA: LOW_RANK,
     Bottleneck: BOTTLENECK,
@@ -22,7 +22,7 @@ _BY_PEFT_TYPE: dict[str, AdapterFormat] = {
 }
 
 
-def format_of_method(config: AdapterConfig) -> AdapterFormat:
+def format_of_method(config: MethodConfig) -> AdapterFormat:
     """Returns the file format of a method's settings."""
     return _BY_METHOD[type(config)]
 

@@ -8,13 +8,11 @@ from veneer.adapters.config import AdapterConfig, LoRA, Prefix
 from veneer.adapters.labels import HeadSettings
 from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.reads import refused_by_peft
-from veneer.adapters.placement.score_head import ScoreHead
 from veneer.adapters.placement.token_rows import AddedTokens
-from veneer.adapters.placement.wrapping import unwrapped
 from veneer.data.examples import Example
-from veneer.linear import frozen_linear
 from veneer.models.eva_loftq import start_lora
-from veneer.models.frozen_base import FrozenBase, hidden_size
+from veneer.models.frozen_base import FrozenBase
+from veneer.models.own_head import fresh_head, head_line
 from veneer.models.prefix_start import start_prefix
 from veneer.models.start import AdapterStart
 from veneer.models.step import refuse_untrainable
@@ -83,16 +81,8 @@ def begin(
     if tokens is not None:
         lines.append(f"{len(tokens.ids):,} new tokens: only their rows of the vocabulary train")
     if score is not None:
-        lines.append(f"a score head with {score.num_outputs:,} outputs over the last token")
+        lines.append(head_line(score))
     return FreshAdapter(attachment, None if start is None else start.prompt, lines)
-
-
-def fresh_head(base: FrozenBase, settings: HeadSettings) -> ScoreHead:
-    """Returns a head over the hidden states that the base's own head reads."""
-    own = base.model.get_output_embeddings()
-    linear = None if own is None else frozen_linear(unwrapped(own))
-    width = hidden_size(base.config) if linear is None else linear.in_features
-    return ScoreHead.fresh(settings, hidden_size=width, device=base.device)
 
 
 def _refused_by_peft(base: FrozenBase, attachment: Attachment) -> list[str]:

@@ -20,11 +20,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from veneer.adapters.config import Full
+from veneer.adapters.placement.acting import Acting
 from veneer.bases.compute import DTYPES, Compute, HeldAs, choose
 from veneer.bases.config.model_class import parts_not_read
 from veneer.bases.config.model_config import check_size, checked_config
 from veneer.bases.folder.faults import NEXT_DOWNLOAD, check_finite, check_generation
 from veneer.bases.folder.model_folder import ModelFolder, weight_files
+from veneer.bases.folder.score_head import has_score_head, read_score_head
 from veneer.bases.folder.stored_type import stored_type
 from veneer.bases.folder.tensor_files import StoredTensor, count_values_by_type, stored_tensors
 from veneer.bases.identity.byte_hashes import hashes_of
@@ -52,6 +55,7 @@ from veneer.execution.proofs.same_values import remember_by_values, snapshot_val
 from veneer.models.checkpointing import give_back
 from veneer.models.few_rows import take_few_rows
 from veneer.models.frozen_base import FrozenBase
+from veneer.models.own_head import OWN_HEAD, attach_head, head_width
 from veneer.private.transformers import mark_initialized
 from veneer.quant.config import FOUR_BITS, Quantize, weight_format
 from veneer.sharded import Sharding
@@ -161,7 +165,7 @@ def load_base(
             )
     if (generation := model.generation_config) is not None:
         generation.eos_token_id = list(stop_token_ids(tokenizer, generation)) or None
-    return FrozenBase(
+    base = FrozenBase(
         model=model,
         tokenizer=tokenizer,
         source=source,
@@ -174,6 +178,10 @@ def load_base(
         sharding=sharding,
         not_read=parts_not_read(config, tensors, model),
     )
+    if has_score_head(model_folder.folder):
+        score = read_score_head(model_folder.folder, tensors, head_width(base), base.device)
+        base.routing.switch(Acting.everywhere(attach_head(base, Full(), score, name=OWN_HEAD)))
+    return base
 
 
 def _take_layers(sharding: Sharding, dtype: torch.dtype) -> Placed:

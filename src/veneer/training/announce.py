@@ -17,6 +17,7 @@ from veneer.errors import ConfigError
 from veneer.execution.train_step import replacements, unknown_layers
 from veneer.formats.adapter import adapter_file_bytes
 from veneer.linear import num_parameters
+from veneer.models.own_head import head_line
 from veneer.quant.weight import PackedSize
 from veneer.training.config import RunConfig
 from veneer.training.coordination import shard_lines
@@ -127,6 +128,8 @@ def _base_lines(run: PreparedRun) -> list[str]:
     lines = [] if base.compute.line is None else [base.compute.line]
     lines += paths.lines
     lines += [] if run.adapter is None else run.adapter.lines
+    if run.adapter is None and (head := run.config.objective.head) is not None:
+        lines.append(head_line(head))
     if base.quantize is not None:
         lines.append(weight_line(base.model))
     if run.config.share_prompt and paths.packed:

@@ -284,10 +284,10 @@ class RunConfig(StrictSettings):
                 f"objective {self.objective.name} does not learn from every token, and train_on all"
                 " trains prompts too: leave train_on out"
             )
-        if not self.objective.answers and self.method.trains_base:
+        if self.shard and not self.objective.answers and self.method.trains_base:
             raise ValueError(
-                f"method {self.method.name} writes a model that answers, and objective"
-                f" {self.objective.name} trains a head of its own: take method lora"
+                f"with method {self.method.name} shard holds the base's weights in parts, and"
+                f" objective {self.objective.name} trains a head beside them: leave shard out"
             )
         if self.objective.has_teacher and self.method.trains_base:
             raise ValueError(

@@ -4,11 +4,13 @@ Also what jobs must have in common to train in the same forwards.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
+from torch import nn
 
 from veneer.bases.compute import HeldAs
 from veneer.data.load import DataSet
@@ -123,11 +125,17 @@ def load_on_all_processes(config: RunConfig, dtype: HeldAs, world: World) -> Fro
         return base
 
 
-def every_weight(base: FrozenBase, world: World) -> FlatValues:
-    """Returns what full fine-tuning trains, split over processes if the base is sharded."""
+def every_weight(
+    base: FrozenBase, world: World, head: Mapping[str, nn.Parameter] = MappingProxyType({})
+) -> FlatValues:
+    """Returns what full fine-tuning trains, split over processes if the base is sharded.
+
+    head: the score head, which trains with the base's weights; it is never sharded
+    """
     left_out = base.paths.left_out
     if base.sharding is None:
-        return FlatParameters(reached_weights(base.model, left_out))
+        return FlatParameters({**reached_weights(base.model, left_out), **head})
+    assert not head
     return ShardedValues(base.sharding, left_out, world)
 
 

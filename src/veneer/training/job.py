@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from veneer.adapters.placement.acting import score_head_of
 from veneer.data.batching import used_length
 from veneer.data.files.writing import Record
 from veneer.errors import VeneerError
@@ -242,5 +243,7 @@ def _write(
             sharding = base.sharding
             state = None if sharding is None else sharding.whole_state(base.compute.held)
             if world.leads:
-                summary |= write_model(out / "model", base, state)
+                summary |= write_model(
+                    out / "model", base, state, score_head_of(run.inputs.adapters)
+                )
     return summary

@@ -16,6 +16,7 @@ from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.token_rows import AddedTokens
 from veneer.adapters.preamble import Preamble
 from veneer.bases.compute import HeldAs
+from veneer.bases.folder.score_head import classifier_class
 from veneer.data.batching import RowSpans
 from veneer.data.checks.check import refuse_beyond
 from veneer.data.examples import Example
@@ -28,6 +29,7 @@ from veneer.execution.proofs.model import acting_prefix_length
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase, hidden_size
 from veneer.models.initial_values import FreshAdapter
+from veneer.models.own_head import attach_head, fresh_head
 from veneer.models.step import refuse_untrainable
 from veneer.objectives.labels import resolved
 from veneer.training.config import EPOCHS_UNSAID, RunConfig
@@ -180,8 +182,11 @@ def prepare_run(
             check_rows(started, data.fingerprint, config)
             check_borders(started, data.train, config)
         refuse_untrainable(base.model, base.paths)
-        adapter = None
-        if not config.method.trains_base:
+        adapter: FreshAdapter | None = None
+        applied: Applied = ()
+        if config.method.trains_base:
+            applied = _head_of_base(base, config)
+        else:
             config, adapter = begin_adapter(
                 base,
                 config,
@@ -190,15 +195,16 @@ def prepare_run(
                 tokens=new_tokens,
                 resumes=started is not None,
             )
+            applied = ((adapter.attachment, 1.0),)
         refuse_beyond(
             "held-out rows do not fit", data.validation, capacity_of(base), base.acting_tokenizer
         )
         origin = _origin(config, base, data, day, started)
         run_manifest(config, base, data)  # raises now if it could not be written at the end
         with fits_memory("on the trained values and their gradient", next_step=FEWER_VALUES):
-            flat = _trained_values(base, adapter, world)
+            flat = _trained_values(base, config, applied, world)
         teacher = attach_teacher(base, stored_teacher)
-        inputs = _training_inputs(config, base, data, flat, adapter, teacher, replay)
+        inputs = _training_inputs(config, base, data, flat, applied, teacher, replay)
         inputs.first_evaluations = shared.first_evaluations
         if config.objective.several:
             _refuse_divided_rows(inputs)
@@ -257,10 +263,23 @@ def _origin(
     return replace(origin_of(config, base, day), data=data.fingerprint, held_out_by=held_out_by)
 
 
-def _trained_values(base: FrozenBase, adapter: FreshAdapter | None, world: World) -> FlatValues:
-    if adapter is None:
-        return every_weight(base, world)
-    attachment = adapter.attachment
+def _head_of_base(base: FrozenBase, config: RunConfig) -> Applied:
+    """Attaches the score head of full fine-tuning; returns nothing if the base's own head
+    trains."""
+    if config.objective.head is None:
+        return ()
+    classifier_class(base.model)  # raises now if the model could not be written at the end
+    head = fresh_head(base, config.objective.head)
+    return attach_head(base, config.method, head, name=ADAPTER_NAME)
+
+
+def _trained_values(
+    base: FrozenBase, config: RunConfig, applied: Applied, world: World
+) -> FlatValues:
+    if config.method.trains_base:
+        head = {} if not applied else applied[0][0].parameters()
+        return every_weight(base, world, head)
+    attachment = applied[0][0]
     return FlatParameters(attachment.parameters(), attachment.learning_rate_factors())
 
 
@@ -269,11 +288,10 @@ def _training_inputs(
     base: FrozenBase,
     data: DataSet,
     flat: FlatValues,
-    adapter: FreshAdapter | None,
+    adapters: Applied,
     teacher: Applied,
     replay: Replay | None,
 ) -> TrainingInputs:
-    adapters: Applied = () if adapter is None else ((adapter.attachment, 1.0),)
     shows_answers = (
         config.show_answers
         and config.objective.answers

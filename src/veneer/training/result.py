@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from veneer.adapters.placement.attachment import Attachment
+from veneer.adapters.placement.score_head import ScoreHead
+from veneer.bases.folder.score_head import classifier_class, score_head_files, with_head
 from veneer.bases.quiet_transformers import quiet
 from veneer.data.load import DataSet
 from veneer.files.atomic import atomic_folder
@@ -65,15 +67,23 @@ def write_trained_adapter(
     }
 
 
-def write_model(folder: Path, base: FrozenBase, state: dict[str, Tensor] | None) -> dict[str, Any]:
+def write_model(
+    folder: Path, base: FrozenBase, state: dict[str, Tensor] | None, head: ScoreHead | None
+) -> dict[str, Any]:
     """Writes the whole model after full fine-tuning; returns its fields of summary.json.
 
-    state: the weights of a sharded base.
+    state: the weights of a sharded base. head: the score head that was trained with them
     """
+    if head is not None:
+        state = with_head(base.model.state_dict() if state is None else state, head)
     with atomic_folder(folder, replace=True) as partial:
         with quiet():
             base.model.save_pretrained(partial, state_dict=state)
         base.tokenizer.save_pretrained(partial)
+        if head is not None:
+            name = classifier_class(base.model)
+            for file, text in score_head_files(partial, head.settings, name).items():
+                (partial / file).write_text(text, "utf-8")
     return {
         "model": str(folder),
         "adapter_bytes": sum(file.stat().st_size for file in folder.iterdir()),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.combinations import HEAD, TOKENS, Content
-from veneer.adapters.config import AdapterConfig
+from veneer.adapters.config import MethodConfig
 from veneer.adapters.placement.layer import Layer
 from veneer.adapters.placement.score_head import PART as SCORE
 from veneer.adapters.placement.score_head import ScoreHead
@@ -48,7 +48,7 @@ class Attachment:
     """
 
     name: str
-    config: AdapterConfig
+    config: MethodConfig
     layers: dict[str, Layer] = field(default_factory=dict)
     values: dict[str, nn.Parameter] = field(default_factory=dict)
     trained: list[str] = field(default_factory=list)

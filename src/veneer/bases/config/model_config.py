@@ -17,6 +17,7 @@ from veneer.bases.config.announced import announced_faults, built_faults
 from veneer.bases.config.model_class import model_class
 from veneer.bases.folder.faults import NEXT_DOWNLOAD
 from veneer.bases.folder.model_folder import weight_files
+from veneer.bases.folder.score_head import has_score_head
 from veneer.bases.folder.tensor_files import stored_tensors
 from veneer.bases.packed.formats import refuse_unread, stored_settings
 from veneer.errors import CorruptFileError, SourceError, UnsafeFileError
@@ -130,6 +131,8 @@ def _check_causal(folder: Path, config: PreTrainedConfig) -> None:
     expected_class = model_class(config)
     if config.is_encoder_decoder or expected_class is None:
         fault = "an encoder-decoder" if config.is_encoder_decoder else "no causal language model"
+    elif has_score_head(folder):
+        return  # it has the weights of a causal LM, too
     elif names and not any(
         name == expected_class.__name__
         or name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))

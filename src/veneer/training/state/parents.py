@@ -133,6 +133,7 @@ def _from_parents(
         with hide_path(_PARENT, " + ".join(parent.adapter for parent in config.from_adapter)):
             old = load_adapter(base, source, name=_PARENT)
         try:
+            assert isinstance(old.config, AdapterConfig)
             settings = _merge_settings(old.config, set_by_user)
             started = begin(
                 base,

@@ -1,0 +1,37 @@
+"""Score heads over a base: a fresh one, and one that acts without layers of an adapter.
+
+Full fine-tuning trains such a head with the base's weights; a folder that it wrote has one.
+"""
+
+from veneer.adapters.config import MethodConfig
+from veneer.adapters.labels import HeadSettings
+from veneer.adapters.placement.acting import Applied
+from veneer.adapters.placement.attachment import Attachment
+from veneer.adapters.placement.score_head import ScoreHead
+from veneer.adapters.placement.wrapping import unwrapped
+from veneer.linear import frozen_linear
+from veneer.models.frozen_base import FrozenBase, hidden_size
+
+OWN_HEAD = "score_head"
+"""Name under which the head of a model folder is attached."""
+
+
+def head_width(base: FrozenBase) -> int:
+    """Returns the width of the hidden states that the base's own head reads."""
+    own = base.model.get_output_embeddings()
+    linear = None if own is None else frozen_linear(unwrapped(own))
+    return hidden_size(base.config) if linear is None else linear.in_features
+
+
+def fresh_head(base: FrozenBase, settings: HeadSettings) -> ScoreHead:
+    return ScoreHead.fresh(settings, hidden_size=head_width(base), device=base.device)
+
+
+def head_line(settings: HeadSettings) -> str:
+    return f"a score head with {settings.num_outputs:,} outputs over the last token"
+
+
+def attach_head(base: FrozenBase, method: MethodConfig, score: ScoreHead, *, name: str) -> Applied:
+    """Attaches a head without layers of an adapter, not active yet; returns it as it acts."""
+    base.routing.enter(base.model, name, Attachment(name, method, score=score))
+    return base.routing.applied(((name, 1.0),))
