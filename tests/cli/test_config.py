@@ -21,7 +21,7 @@ from veneer.cli.config_file import (
 )
 from veneer.cli.main import Parser, command_module, main
 from veneer.errors import ConfigError
-from veneer.objectives.config import OBJECTIVES
+from veneer.objectives.config import OBJECTIVES, TeacherBase
 from veneer.training.config import DataConfig, RunConfig, StartFrom
 from veneer.vocabulary import FLAGS_ELSEWHERE, KNOWN_ELSEWHERE
 
@@ -62,7 +62,7 @@ OTHER_VALUES = {
     "objective.system": "Be brief.",
     "objective.document": "handbook.md",
     "objective.tools": "tools.json",
-    "objective.teacher": "tickets",
+    "objective.teacher": TeacherBase(base="larger", quantize="nf4"),
     "objective.content": "0a",
     "objective.kind": "labels",
     "objective.labels": ["a", "b"],
@@ -113,7 +113,7 @@ OTHER_VALUES = {
     "out": "other",
 }
 
-WRITTEN = {"from_adapter": "tickets"}
+WRITTEN = {"from_adapter": "tickets", "objective.teacher": {"base": "larger", "quantize": "nf4"}}
 """What a person writes, where it is short for more."""
 
 

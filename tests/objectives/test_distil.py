@@ -33,7 +33,7 @@ from veneer.plan.simulation.remembered import rows_digest
 from veneer.plan.simulation.step_counts import Step
 from veneer.training.config import RunConfig
 from veneer.training.gradient import StepGradient, forward_backward
-from veneer.training.inputs import TrainingInputs
+from veneer.training.inputs import ForwardInputs, Teacher, TrainingInputs
 from veneer.training.optimizer.buffer import FlatParameters
 from veneer.training.output.screen import QuietScreen
 from veneer.training.processes.world import ALONE
@@ -167,9 +167,11 @@ def adapted(dtype, targets="all-linear"):
 
 def inputs_of(objective, examples, tmp_path, *, share_prompt=True, targets="all-linear"):
     model, routing, student, teacher = adapted(torch.float32, targets)
+    paths = prepare(model)
+    adapters = ((teacher, 1.0),) if objective.teacher else ()
     return TrainingInputs(
         model=model,
-        paths=prepare(model),
+        paths=paths,
         routing=routing,
         adapters=((student, 1.0),),
         flat=FlatParameters(student.parameters()),
@@ -182,7 +184,7 @@ def inputs_of(objective, examples, tmp_path, *, share_prompt=True, targets="all-
         steps=1,
         out=tmp_path,
         sample=None,
-        teacher_adapters=((teacher, 1.0),) if objective.teacher else (),
+        stored_teacher=Teacher(ForwardInputs(model, paths, routing, adapters, share_prompt, 0)),
     )
 
 
@@ -256,7 +258,7 @@ def test_the_teacher_drops_nothing_out_and_has_no_gradient(tmp_path):
     losses = []
     for dropout in (0.0, 0.5):
         inputs = inputs_of(OBJECTIVES["adapter"], examples, tmp_path)
-        ((teacher, _),) = inputs.teacher_adapters
+        ((teacher, _),) = inputs.teacher.forward.adapters
         for layer in teacher.layers.values():
             layer.dropout = dropout
         gradient = StepGradient(inputs, ALONE)

@@ -339,6 +339,8 @@ def _remove_fault(values: dict[Any, Any], path: KeyPath, *, missing: bool) -> No
         return
     node = values
     for key in path[:-1]:
+        if key not in node:  # another fault has taken it out
+            return
         node = node[key]
     models: dict[KeyPath, type[BaseModel]] = {
         (): RunConfig,

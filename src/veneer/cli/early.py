@@ -48,6 +48,9 @@ def check_place(config: RunConfig, *, resume: bool) -> None:
 def check_run(config: RunConfig) -> None:
     """Checks that the base, the rows and what a teacher reads exist."""
     check_base(config.base)
+    check_base(
+        None if config.objective.teacher_base is None else config.objective.teacher_base.base
+    )
     config.objective.teacher_text()
     check_rows(
         *(row_set.path for row_set in (*config.data.train_sets, *config.data.validation_sets)),

@@ -83,13 +83,14 @@ def draw_answers(
     base: FrozenBase,
     rows: int,
     *,
-    system: str,
+    system: str | None = None,
     questions: Sequence[str] = (),
     max_new_tokens: int = 128,
     seed: int = 0,
     progress: Progress = lambda what, done, total: None,
 ) -> Rows:
-    """Returns rows of a question and the base's answer, each behind the system message.
+    """Returns rows of a question and the base's answer, each behind the system message if there is
+    one.
 
     The arguments and errors are those of draw_replay; a base without a chat template is refused.
     """

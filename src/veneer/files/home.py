@@ -17,6 +17,12 @@ def expanded(name: str | Path) -> Path:
         return path
 
 
+def absolute_if_exists(named: str) -> str:
+    """Returns the absolute path of a file or folder that exists; any other name unchanged."""
+    path = expanded(named)
+    return str(path.absolute()) if path.exists() else named
+
+
 def home() -> Path:
     """Returns the home folder. Raises ConfigError if the user has none, as in some containers."""
     try:

@@ -1,7 +1,7 @@
 """Predictions of the targets of a batch, in the form that objectives read
 (objectives/objective.py)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from veneer.adapters.placement.score_head import ScoreHead
 from veneer.kernels.dense.divergence import (
     Divergence,
+    Teacher,
+    TeacherLogits,
     TeacherRows,
     frozen_head_divergence,
     logit_divergence,
@@ -32,13 +34,15 @@ ONLY_OUTPUTS = "an adapter with a score head predicts no tokens"
 class HeadPredictions:
     """Predictions from hidden states (T, D), by the head and a few rows at a time.
 
-    adapted: whether an adapter acts on the head
+    adapted: whether an adapter acts on the head. columns: tokens that a student compares with,
+    None: all
     """
 
     states: Tensor
     targets: Tensor
     head: Head
     adapted: bool
+    columns: int | None = None
 
     @property
     def _trains(self) -> bool:
@@ -56,10 +60,11 @@ class HeadPredictions:
         return nats(self.states, self.targets, self.head)
 
     def divergence(self, teacher: Predictions, divergence: Divergence) -> Tensor:
-        assert isinstance(teacher, HeadPredictions)  # the same model computes both
         values = trained_head_divergence if self._trains else frozen_head_divergence
-        rows = TeacherRows(teacher.states.detach(), teacher.head)
-        return values(self.states, self.head, rows, divergence)
+        return values(self.states, self.head, _teacher_rows(teacher), divergence)
+
+    def of_first_tokens(self, count: int) -> "HeadPredictions":
+        return replace(self, columns=count)
 
     def outputs(self) -> Tensor:
         raise TypeError(NO_SCORE_HEAD)
@@ -79,8 +84,11 @@ class LogitPredictions:
         return F.cross_entropy(self.logits.float(), self.targets, reduction="none")
 
     def divergence(self, teacher: Predictions, divergence: Divergence) -> Tensor:
-        assert isinstance(teacher, LogitPredictions)
-        return logit_divergence(self.logits, teacher.logits.detach(), divergence)
+        expected = _teacher_rows(teacher).logits(slice(None))
+        return logit_divergence(self.logits, expected, divergence)
+
+    def of_first_tokens(self, count: int) -> "LogitPredictions":
+        return replace(self, logits=self.logits[:, :count])
 
     def outputs(self) -> Tensor:
         raise TypeError(NO_SCORE_HEAD)
@@ -104,3 +112,14 @@ class ScorePredictions:
 
     def divergence(self, teacher: Predictions, divergence: Divergence) -> Tensor:
         raise TypeError(ONLY_OUTPUTS)
+
+    def of_first_tokens(self, count: int) -> Predictions:
+        raise TypeError(ONLY_OUTPUTS)
+
+
+def _teacher_rows(teacher: Predictions) -> Teacher:
+    """Returns a teacher's predictions in the form that a divergence reads."""
+    if isinstance(teacher, LogitPredictions):
+        return TeacherLogits(teacher.logits.detach())
+    assert isinstance(teacher, HeadPredictions)
+    return TeacherRows(teacher.states.detach(), teacher.head, teacher.columns)

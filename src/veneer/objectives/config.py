@@ -16,6 +16,23 @@ from veneer.data.examples import RowKind
 from veneer.data.teacher_text import TeacherText, absolute_path, read_teacher_text
 from veneer.errors import ConfigError
 from veneer.files.settings import StrictSettings
+from veneer.quant.config import Quantize
+
+
+class TeacherBase(StrictSettings):
+    """Another base as the teacher, whose tokenizer has the same vocabulary as the student's."""
+
+    base: str
+    """Hub id, folder, .gguf file, or a named default, as for the run's own base."""
+    adapter: str | None = None
+    """Adapter on that base: a name in the library or a folder; default: the base alone."""
+    quantize: Quantize | None = None
+    """Format of its linear layers in memory, for instance nf4; default: as they are stored."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of its weights; auto chooses as for the run's own base, and is filled in when the run
+    begins."""
+    digest: str | None = None
+    """Digest of its fingerprint, filled in when the run begins."""
 
 
 class ObjectiveConfig(StrictSettings):
@@ -46,12 +63,20 @@ class ObjectiveConfig(StrictSettings):
 
     @property
     def teacher_adapter(self) -> str | None:
-        """Name or folder of the teacher's adapter; None if the teacher is the base alone."""
+        """Name or folder of the teacher's adapter; None if the teacher is a base alone."""
         return None
 
-    def located(self, adapter: str | None, content: str | None) -> Self:
-        """Returns the settings with absolute paths, and the folder and the content hash of the
-        teacher's adapter.
+    @property
+    def teacher_base(self) -> TeacherBase | None:
+        """Settings of a teacher that is another base; None if the student's base is the
+        teacher's."""
+        return None
+
+    def located(
+        self, adapter: str | None, content: str | None, base: TeacherBase | None = None
+    ) -> Self:
+        """Returns the settings with absolute paths, the folder and the content hash of the
+        teacher's adapter, and its base as it was loaded.
 
         Raises ConfigError if the settings name another content.
         """
@@ -147,8 +172,9 @@ class Distil(ObjectiveConfig):
     """A text file that the teacher reads in its system prompt, behind `system`."""
     tools: str | None = None
     """A JSON file with a list of tools that the teacher knows, in rows that have none."""
-    teacher: str | None = None
-    """Adapter of the teacher: a name in the library or a folder; default: the base alone."""
+    teacher: str | TeacherBase | None = None
+    """Adapter of the teacher: a name in the library or a folder; or another base with the same
+    tokenizer: {base, adapter, quantize}. Default: the run's base alone."""
 
     content: str | None = None
     """Content hash of that adapter, filled in when the run begins."""
@@ -158,27 +184,41 @@ class Distil(ObjectiveConfig):
             raise ConfigError(
                 "objective distil needs a teacher",
                 next_step="Set objective.document, system or tools, which the base reads, or"
-                " objective.teacher, an adapter.",
+                " objective.teacher, an adapter or another base.",
             )
         return read_teacher_text(self.system, self.document, self.tools)
 
     @property
     def teacher_adapter(self) -> str | None:
-        return self.teacher
+        return self.teacher.adapter if isinstance(self.teacher, TeacherBase) else self.teacher
 
-    def located(self, adapter: str | None, content: str | None) -> Self:
+    @property
+    def teacher_base(self) -> TeacherBase | None:
+        return self.teacher if isinstance(self.teacher, TeacherBase) else None
+
+    def located(
+        self, adapter: str | None, content: str | None, base: TeacherBase | None = None
+    ) -> Self:
         if self.content not in (None, content):
             raise ConfigError(
                 f"{adapter} is not the teacher that the run started with",
                 [f"content then {self.content}, now {content}"],
                 "Put that adapter back, or start a new run.",
             )
+        previous = None if self.teacher_base is None else self.teacher_base.digest
+        if base is not None and previous not in (None, base.digest):
+            raise ConfigError(
+                f"{base.base} is not the teacher that the run started with",
+                [f"weights then {previous}, now {base.digest}"],
+                "Put that base back, or start a new run.",
+            )
+        teacher = adapter if base is None else base.model_copy(update={"adapter": adapter})
         files = {
             name: absolute_path(path)
             for name in ("document", "tools")
             if (path := getattr(self, name)) is not None
         }
-        return self.model_copy(update={**files, "teacher": adapter, "content": content})
+        return self.model_copy(update={**files, "teacher": teacher, "content": content})
 
 
 class Classify(ObjectiveConfig):

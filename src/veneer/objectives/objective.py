@@ -35,6 +35,10 @@ class Predictions(Protocol):
     def divergence(self, teacher: "Predictions", divergence: Divergence) -> Tensor:
         """Returns how far the predictions of every target are from the teacher's, (T)."""
 
+    def of_first_tokens(self, count: int) -> "Predictions":
+        """Returns a teacher's predictions of the first tokens alone: a student compares no
+        others."""
+
     def outputs(self) -> Tensor:
         """Returns the outputs of the adapter's score head in place of every target, (T, C)."""
 

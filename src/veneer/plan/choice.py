@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from veneer.adapters.config import MethodConfig
 from veneer.bases.compute import DtypeName
+from veneer.objectives.config import TeacherBase
 from veneer.quant.config import Quantize, weight_format
 from veneer.training.config import OptimizerName, RunConfig, rows_at_once
 from veneer.training.processes.reduce import ReduceKind
@@ -30,6 +31,7 @@ class Choice:
     shard: bool = False
     reduce: ReduceKind = "plain"
     new_tokens: int = 0
+    teacher: TeacherBase | None = None
     processes: int = 1
 
     @classmethod
@@ -48,6 +50,7 @@ class Choice:
             shard=config.shard,
             reduce=config.reduce,
             new_tokens=len(config.new_tokens),
+            teacher=config.objective.teacher_base,
             processes=processes,
         )
 

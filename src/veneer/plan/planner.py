@@ -33,6 +33,7 @@ from veneer.plan.simulation.remembered import (
     rows_digest,
 )
 from veneer.plan.simulation.step_counts import DryRun, Step
+from veneer.plan.simulation.teacher_weights import PlannedTeachers
 from veneer.plan.spread import StepTime, StepTraffic, longest_share, sent, step_time
 from veneer.plan.workload import Workload
 from veneer.quant.config import Quantize, weight_format
@@ -59,6 +60,10 @@ class Planner:
     _runs: dict[object, DryRun] = field(default_factory=dict, repr=False)
     _wholes: dict[object, AttachedFacts] = field(default_factory=dict, repr=False)
     _bares: dict[torch.dtype, BaseFacts] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def _teachers(self) -> PlannedTeachers:
+        return PlannedTeachers(self.device)
 
     def without_rows(self) -> Planner:
         """Returns the same planner for synthetic rows; it shares what is counted."""
@@ -212,6 +217,7 @@ class Planner:
             choice.checkpointing,
             choice.offload,
             choice.share_prompt,
+            choice.teacher,
             rows_digest(rows),
         )
         if key not in self._runs:
@@ -222,6 +228,8 @@ class Planner:
             run = run.over(self.blueprint.packed, self.dtype(choice))
         elif quantize is not None:
             run = run.in_four_bits()
+        if choice.teacher is not None:
+            run = run.with_teacher(self._teachers.weights(choice.teacher))
         if choice.reduce == "exact":
             run = run.with_exact_sums()
         return run.in_shards(choice.processes) if choice.in_shards else run
@@ -246,6 +254,7 @@ class Planner:
             optimizer=choice.optimizer,
             offload=choice.offload,
             new_tokens=choice.new_tokens,
+            teacher=None if choice.teacher is None else self._teachers.model(choice.teacher),
             on_cpu=self.device == "cpu",
         )
 

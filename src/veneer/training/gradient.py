@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from veneer.adapters.placement.acting import Acting, Applied, TokenKeys, in_turn
+from veneer.adapters.placement.acting import Acting, TokenKeys, in_turn
 from veneer.data.batching import Batch, used_length
 from veneer.data.examples import Example
 from veneer.data.joint_batch import join_batches
@@ -32,7 +32,7 @@ from veneer.training.processes.assignment import assign_by_cost, group_by_cost
 from veneer.training.processes.reduce import KINDS, GradientSum
 from veneer.training.processes.world import World
 from veneer.training.replay import Replay
-from veneer.training.teacher import predict_as_teachers, teacher_examples
+from veneer.training.teacher import Taught, predict_as_teachers, teacher_examples
 
 FEWER_VALUES = (
     "Train fewer values (an adapter instead of full, a smaller --rank), or --set"
@@ -164,8 +164,7 @@ class StepGradient:
             inputs.objective,
             inputs.answers(numbers),
             total,
-            teacher_examples(inputs.train[i] for i in taught_numbers),
-            inputs.teacher_adapters,
+            Taught(inputs.teacher, teacher_examples(inputs.train[i] for i in taught_numbers)),
         )
 
     def _replay_micro_batch(self, number: int, counts: bool) -> "MicroBatch":
@@ -180,7 +179,7 @@ class StepGradient:
             self.inputs.replay.objective,
             AnswerBatch.without_reference(examples),
             total if counts else math.inf,
-            examples,
+            Taught(self.inputs.base_as_teacher, examples),
         )
 
     def next_lengths(self) -> list[int]:
@@ -264,8 +263,7 @@ class MicroBatch:
     """A micro-batch of one step, for forward_backward.
 
     number: its place among the step's micro-batches. counts: False if another process counts it.
-    total: number by which its loss is divided. teacher: the examples that a teacher reads.
-    teacher_adapters: the teacher's adapters.
+    total: number by which its loss is divided. taught: a teacher, and the examples that it reads.
     """
 
     gradient: GradientCollector
@@ -274,8 +272,7 @@ class MicroBatch:
     objective: BatchLoss
     answers: AnswerBatch
     total: float
-    teacher: Sequence[Example] = ()
-    teacher_adapters: Applied = ()
+    taught: Taught | None = None
 
     @property
     def examples(self) -> Sequence[Example]:
@@ -298,9 +295,7 @@ def forward_backward(micro_batches: Sequence[MicroBatch]) -> None:
     """
     gradients = [micro_batch.gradient for micro_batch in micro_batches]
     inputs = gradients[0].forward
-    teachers = predict_as_teachers(
-        [(m.gradient.forward, m.teacher_adapters, m.teacher) for m in micro_batches]
-    )
+    teachers = predict_as_teachers([micro_batch.taught for micro_batch in micro_batches])
     parts = [micro_batch.batch() for micro_batch in micro_batches]
     batch, rows = join_batches(parts)
     shares = [

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,22 @@ class ForwardInputs:
         )
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """Holds what a teacher's forward needs.
+
+    vocabulary: number of tokens of a teacher that is another base; None: its base is the student's
+    """
+
+    forward: ForwardInputs
+    vocabulary: int | None = None
+
+    @property
+    def parts(self) -> list[dict[str, Any]]:
+        """Returns the parameters of each of its adapters."""
+        return [dict(adapter.parameters()) for adapter, _ in self.forward.adapters]
+
+
 @dataclass
 class TrainingInputs:
     """Holds what a run trains, on what, and how.
@@ -85,8 +101,8 @@ class TrainingInputs:
     find_largest."""
     reference_adapters: Applied = ()
     """Adapters of the reference, with the values that training starts from; none: the base."""
-    teacher_adapters: Applied = ()
-    """Adapters of the teacher; none: the base alone."""
+    stored_teacher: Teacher | None = None
+    """The teacher, if it is more than the base alone."""
     replay: Replay | None = None
     """Rows on which the adapter stays close to the base."""
     reference: ReferenceLogProbs | None = None
@@ -149,6 +165,16 @@ class TrainingInputs:
         return ForwardInputs(
             self.model, self.paths, self.routing, self.adapters, config.share_prompt, config.seed
         )
+
+    @property
+    def teacher(self) -> Teacher:
+        """Returns the teacher that the objective compares with: the base alone by default."""
+        return self.stored_teacher or self.base_as_teacher
+
+    @property
+    def base_as_teacher(self) -> Teacher:
+        """Returns the run's base without an adapter, as a teacher."""
+        return Teacher(replace(self.forward, adapters=()))
 
     @property
     def evaluate_every(self) -> int:

@@ -35,7 +35,7 @@ from veneer.objectives.labels import resolved
 from veneer.training.config import EPOCHS_UNSAID, RunConfig
 from veneer.training.coordination import every_weight, load_on_all_processes
 from veneer.training.gradient import FEWER_VALUES
-from veneer.training.inputs import TrainingInputs
+from veneer.training.inputs import Teacher, TrainingInputs
 from veneer.training.optimizer.buffer import FlatParameters, FlatValues
 from veneer.training.output.records import process_memory_bytes, reset_peak_memory
 from veneer.training.output.sample import sample_of
@@ -53,7 +53,8 @@ from veneer.training.state.origin import (
     origin_of,
 )
 from veneer.training.state.parents import ADAPTER_NAME, begin_adapter, with_tokens
-from veneer.training.teacher import attach_teacher, locate_teacher
+from veneer.training.teacher import locate_teacher
+from veneer.training.teacher_base import TeacherBases, load_teacher_base, make_teacher
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,23 @@ class PreparedRun:
     """Equal for runs that read the same rows in the same way."""
     rows: DataSet
     """The rows without replay rows, whose tokens count in the fingerprint of `data`."""
+    teacher_base: FrozenBase | None = None
+    """The teacher's own base; None if it is the student's."""
 
     def detach(self) -> None:
-        """Takes its adapters off the base."""
+        """Takes its adapters off their bases."""
         for name in self.adapter_names:
             self.base.detach(name)
+        if self.teacher_base is not None:
+            for attachment, _ in self.inputs.teacher.forward.adapters:
+                self.teacher_base.detach(attachment.name)
 
     @property
     def adapter_names(self) -> list[str]:
         """Names of its adapters on the base: the trained one, and the teacher's."""
-        applied = (*self.inputs.adapters, *self.inputs.teacher_adapters)
+        applied = self.inputs.adapters
+        if self.teacher_base is None:
+            applied = (*applied, *self.inputs.teacher.forward.adapters)
         return [attachment.name for attachment, _ in applied]
 
     @property
@@ -103,6 +111,7 @@ class SharedBase:
         """Number of runs so far, which gives each adapter a name of its own."""
         self.first_evaluations: dict[str, Any] = {}
         """Evaluations before step 1, by what they depend on (held_out/first_evaluation.py)."""
+        self.teacher_bases: TeacherBases = {}
 
     def add(self, run: PreparedRun) -> None:
         self.runs.append(run)
@@ -150,11 +159,14 @@ def prepare_run(
         idle_bytes = process_memory_bytes()
         base = load_on_all_processes(config, _base_dtype(config, started), world)
         reset_peak_memory(str(base.device))
+    teacher_base = load_teacher_base(config, base, world, shared.teacher_bases)
     config = config.model_copy(update={"dtype": base.compute.name})
     base.routing.active = ()
     day = _first_day(started, world)
     with world.fail_together("before its first step"):
-        config, stored_teacher = locate_teacher(config)
+        config, stored_teacher = locate_teacher(
+            config, None if teacher_base is None else teacher_base.settings
+        )
         if started is None:
             config = with_tokens(config)
         else:
@@ -203,12 +215,23 @@ def prepare_run(
         run_manifest(config, base, data)  # raises now if it could not be written at the end
         with fits_memory("on the trained values and their gradient", next_step=FEWER_VALUES):
             flat = _trained_values(base, config, applied, world)
-        teacher = attach_teacher(base, stored_teacher)
+        teacher = make_teacher(config, base, teacher_base, stored_teacher, data)
         inputs = _training_inputs(config, base, data, flat, applied, teacher, replay)
         inputs.first_evaluations = shared.first_evaluations
         if config.objective.several:
             _refuse_divided_rows(inputs)
-    return PreparedRun(config, base, data, adapter, inputs, origin, idle_bytes, rows_key, rows)
+    return PreparedRun(
+        config,
+        base,
+        data,
+        adapter,
+        inputs,
+        origin,
+        idle_bytes,
+        rows_key,
+        rows,
+        None if teacher_base is None else teacher_base.base,
+    )
 
 
 def _student_examples(examples: Sequence[Example]) -> list[Example]:
@@ -289,7 +312,7 @@ def _training_inputs(
     data: DataSet,
     flat: FlatValues,
     adapters: Applied,
-    teacher: Applied,
+    teacher: Teacher | None,
     replay: Replay | None,
 ) -> TrainingInputs:
     shows_answers = (
@@ -314,7 +337,7 @@ def _training_inputs(
         sharded=base.sharding is not None,
         validation_sets=data.held,
         reference_adapters=adapters if config.from_adapter or config.new_tokens else (),
-        teacher_adapters=teacher,
+        stored_teacher=teacher,
         replay=replay,
     )
 

@@ -257,12 +257,16 @@ class _JointRun:
         """Within the block, decoder layers are computed by their fast paths."""
         prepared = next(iter(self.running.values())).prepared
         model, on_cpu = prepared.base.model, prepared.base.device.type == "cpu"
+        teachers = [base.model for base in self._shared.teacher_bases.values()]
         planned_bytes = max(run.start["planned_memory_bytes"] or 0 for run in self.running.values())
         stand_ins = replacements(model)
         loop.one_node = one_node(stand_ins)
         with (
             steady_heap(planned_bytes) if on_cpu else nullcontext(),
+            ExitStack() as stack,
             fused(model, stand_ins),
             checkpointed(model, prepared.base.routing, on=prepared.config.checkpointing),
         ):
+            for teacher in teachers:
+                stack.enter_context(fused(teacher, replacements(teacher)))
             yield

@@ -1,14 +1,16 @@
-"""The teacher of runs: the base alone, or with a stored adapter; it reads its own prompt.
+"""The teacher of runs: a base alone, or with a stored adapter; it reads its own prompt.
 
-Its predictions are computed beside each micro-batch, in one forward without a gradient for all
-runs whose micro-batches share a forward. Rows know their adapters, so the same base serves student
-and teacher, and nothing of the teacher is kept from step to step. It drops nothing out.
+Its predictions are computed beside each micro-batch, in one forward of each base without a gradient
+for all runs whose micro-batches share a forward. Rows know their adapters, so the same base serves
+student and teacher, unless the teacher is another base (teacher_base.py). Nothing of the teacher is
+kept from step to step. It drops nothing out.
 
 Without a gradient its rows cost a third of a student's and store nothing, so they do not stand in
 the student's own forward.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count
 
 import torch
@@ -22,23 +24,35 @@ from veneer.formats.loading import load_adapter
 from veneer.library.library import Library
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.step import predictions_of_runs
+from veneer.objectives.config import TeacherBase
 from veneer.objectives.objective import Predictions
 from veneer.training.config import RunConfig
-from veneer.training.inputs import ForwardInputs, TrainingInputs
+from veneer.training.inputs import Teacher, TrainingInputs
 
 
-def locate_teacher(config: RunConfig) -> tuple[RunConfig, StoredAdapter | None]:
+@dataclass(frozen=True)
+class Taught:
+    """Holds a teacher, and the examples of a micro-batch that it reads."""
+
+    teacher: Teacher
+    examples: Sequence[Example]
+
+
+def locate_teacher(
+    config: RunConfig, base: TeacherBase | None
+) -> tuple[RunConfig, StoredAdapter | None]:
     """Returns the settings with absolute paths of the teacher's files, and its stored adapter.
 
-    Raises ConfigError if a run is resumed with another adapter, and the errors of reading it.
+    base: the teacher's own base as it was loaded. Raises ConfigError if a run is resumed with
+    another adapter or base, and the errors of reading the adapter.
     """
     objective, stored = config.objective, None
     if objective.teacher_adapter is None:
-        located = objective.located(None, None)
+        located = objective.located(None, None, base)
     else:
         folder = Library().locate(objective.teacher_adapter)
         stored = read_adapter(folder)
-        located = objective.located(str(folder.absolute()), stored.content_hash)
+        located = objective.located(str(folder.absolute()), stored.content_hash, base)
     return config.model_copy(update={"objective": located}), stored
 
 
@@ -59,32 +73,43 @@ def teacher_examples(examples: Iterable[Example]) -> list[Example]:
     return [example for example in examples if example.kind == "teacher"]
 
 
-@torch.no_grad()
-def predict_as_teachers(
-    runs: Sequence[tuple[ForwardInputs, Applied, Sequence[Example]]],
-) -> list[Predictions | None]:
-    """Returns the predictions of each run's teacher, None for a run without a teacher's examples.
+def predict_as_teachers(taught: Sequence[Taught | None]) -> list[Predictions | None]:
+    """Returns the predictions of each micro-batch's teacher; None without examples for one.
 
-    One forward computes all of them. runs: each with its teacher's adapters, and the examples that
-    the teacher reads
+    One forward of each base computes all that it has to predict.
     """
-    taught = [run for run in runs if run[2]]
-    if not taught:
-        return [None] * len(runs)
-    parts = [forward.batch(examples) for forward, _, examples in taught]
+    predictions: list[Predictions | None] = [None] * len(taught)
+    by_model: dict[int, list[int]] = {}
+    for number, part in enumerate(taught):
+        if part is not None and part.examples:
+            by_model.setdefault(id(part.teacher.forward.model), []).append(number)
+    for numbers in by_model.values():
+        readers = [part for part in map(taught.__getitem__, numbers) if part is not None]
+        for number, computed in zip(numbers, _predict_on_one_base(readers), strict=True):
+            predictions[number] = computed
+    return predictions
+
+
+@torch.no_grad()
+def _predict_on_one_base(taught: Sequence[Taught]) -> list[Predictions]:
+    forwards = [part.teacher.forward for part in taught]
+    parts = [part.teacher.forward.batch(part.examples) for part in taught]
     batch, rows = join_batches(parts)
-    first = taught[0][0]
     readers = [
-        (adapters, part.trained_tokens)
-        for (_, adapters, _), part in zip(taught, parts, strict=True)
+        (forward.adapters, part.trained_tokens)
+        for forward, part in zip(forwards, parts, strict=True)
     ]
     acting = in_turn([(n, adapters) for n, (adapters, _) in zip(rows, readers, strict=True)])
+    first = forwards[0]
     with first.routing.held(acting):
         computed = list(
             predictions_of_runs(first.model, first.paths, first.routing, batch, readers)
         )
-    predictions = iter(computed)
-    return [next(predictions) if examples else None for _, _, examples in runs]
+    sizes = [part.teacher.vocabulary for part in taught]
+    return [
+        predictions if size is None else predictions.of_first_tokens(size)
+        for predictions, size in zip(computed, sizes, strict=True)
+    ]
 
 
 def taught_nats(
@@ -97,8 +122,7 @@ def taught_nats(
 
 def _part_values(inputs: TrainingInputs, examples: Sequence[Example]) -> Iterator[float]:
     forward = inputs.forward
-    taught = forward, inputs.teacher_adapters, teacher_examples(examples)
-    (teacher,) = predict_as_teachers([taught])
+    (teacher,) = predict_as_teachers([Taught(inputs.teacher, teacher_examples(examples))])
     own = [example for example in examples if example.kind != "teacher"]
     batch = forward.batch(own)
     readers = [(forward.adapters, batch.trained_tokens)]

@@ -1,13 +1,16 @@
-"""Train an adapter that acts as the base does behind a long prompt, and needs no prompt.
+"""Train an adapter that acts as the base does behind a long prompt, or as a larger base does.
 
 For instance:
 
   veneer distil --base smollm2-135m --prompt support.txt --out runs/support
   veneer distil --base smollm2-135m --document handbook.md --questions asked.txt --out runs/handbook
+  veneer distil --base smollm2-135m --teacher HuggingFaceTB/SmolLM2-1.7B-Instruct --out runs/small
 
-The base writes questions behind the prompt and answers them there, unless --questions gives them.
-Then an adapter learns the base's distributions over these answers, without the prompt (objective
-distil). --set changes any setting of that run, for instance objective.divergence=reverse.
+The teacher writes questions behind the prompt and answers them there, unless --questions gives
+them. Then an adapter learns the teacher's distributions over these answers, without the prompt
+(objective distil). The teacher is the base itself, or --teacher, a base with the same tokenizer.
+--set changes any setting of that run, for instance objective.divergence=reverse or
+objective.teacher.quantize=nf4.
 """
 
 from __future__ import annotations
@@ -33,13 +36,18 @@ ABOUT_DOCUMENT = "Answer questions about this document."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
-        "veneer distil --base B (--prompt FILE | --document FILE) --out DIR [--questions FILE]"
-        " [--set path=value]"
+        "veneer distil --base B [--teacher B] [--prompt FILE | --document FILE] --out DIR"
+        " [--questions FILE] [--set path=value]"
     )
     parser.add_argument(
         "--base", required=True, metavar="B", help="hub id, folder, .gguf file or named default"
     )
-    source = parser.add_mutually_exclusive_group(required=True)
+    parser.add_argument(
+        "--teacher",
+        metavar="B",
+        help="another base with the same tokenizer, which teaches; default: the base itself",
+    )
+    source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--prompt", type=Path, metavar="FILE", help="a text file: the system prompt to replace"
     )
@@ -51,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--questions",
         type=Path,
         metavar="FILE",
-        help="questions, one per line; default: the base writes them",
+        help="questions, one per line; default: the teacher writes them",
     )
     parser.add_argument(
         "--rows",
@@ -83,14 +91,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_base(args.base)
+    check_base(args.teacher)
     check_files([args.prompt, args.document, args.questions])
     questions = [] if args.questions is None else read_questions(args.questions)
     config = _read_config(args)
     check_place(config, resume=False)
     teacher = config.objective.teacher_text()
-    if teacher is None or teacher.system is None:
-        raise ConfigError(f"{args.prompt or args.document} is empty", next_step="Write the prompt.")
-    rows = _draw_rows(args, questions, teacher.system)
+    system = None if teacher is None else teacher.system
+    file = args.prompt or args.document
+    if file is not None and system is None:
+        raise ConfigError(f"{file} is empty", next_step="Write the prompt.")
+    rows = _draw_rows(args, config, questions, system)
     with pause_collection():
         from veneer import api
     from veneer.training.output.screen import make_screen
@@ -109,9 +120,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _read_config(args: argparse.Namespace) -> RunConfig:
     """Returns the settings of the run over the rows that are drawn."""
-    objective: dict[str, Any] = {"name": "distil", "document": str(args.prompt or args.document)}
+    objective: dict[str, Any] = {"name": "distil"}
+    if (file := args.prompt or args.document) is not None:
+        objective["document"] = str(file)
     if args.document is not None:
         objective["system"] = ABOUT_DOCUMENT
+    if args.teacher is not None:
+        objective["teacher"] = {"base": args.teacher}
     settings = read_settings(None)
     settings.values |= {
         "base": args.base,
@@ -127,10 +142,14 @@ def _read_config(args: argparse.Namespace) -> RunConfig:
 
 
 def _draw_rows(
-    args: argparse.Namespace, questions: Sequence[str], system: str
+    args: argparse.Namespace, config: RunConfig, questions: Sequence[str], system: str | None
 ) -> list[dict[str, Any]]:
-    """Returns questions with the base's answers behind the prompt, without the prompt."""
-    base = load_bare_base(args.base, args, args.quantize)
+    """Returns questions with the teacher's answers behind the prompt, without the prompt."""
+    teacher = config.objective.teacher_base
+    if teacher is None:
+        base = load_bare_base(args.base, args, args.quantize)
+    else:
+        base = load_bare_base(teacher.base, args, teacher.quantize)
     from veneer.decoding.replay import draw_answers
     from veneer.training.output.working import working
 
@@ -144,4 +163,5 @@ def _draw_rows(
             seed=args.seed,
             progress=tell,
         )
-    return [{**row, "messages": row["messages"][1:]} for row in rows]
+    prompt_turns = 0 if system is None else 1
+    return [{**row, "messages": row["messages"][prompt_turns:]} for row in rows]

@@ -17,7 +17,7 @@ from veneer.cli.config_file import read_run_config
 from veneer.data.files.places import absolute
 from veneer.data.teacher_text import absolute_path
 from veneer.errors import ConfigError, CorruptFileError
-from veneer.files.home import expanded
+from veneer.files.home import absolute_if_exists, expanded
 from veneer.library.names import is_name, name_of_run
 from veneer.training.config import RunConfig
 from veneer.training.output.loggers import flat
@@ -164,5 +164,7 @@ _PLACES: Mapping[str, Callable[[str], str]] = {
     "objective.document": absolute_path,
     "objective.tools": absolute_path,
     "objective.teacher": _adapter_folder,
+    "objective.teacher.base": absolute_if_exists,
+    "objective.teacher.adapter": _adapter_folder,
 }
 """What makes the settings that name files or adapters absolute."""

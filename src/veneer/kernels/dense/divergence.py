@@ -108,17 +108,38 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """Holds the hidden states (M, D) of a teacher's rows, and the head that they go through."""
+    """Holds the hidden states (M, D) of a teacher's rows, and the head that they go through.
+
+    columns: number of columns that are compared; None: all
+    """
 
     states: Tensor
     head: Head
+    columns: int | None = None
 
     def logits(self, rows: slice) -> Tensor:
-        return self.head.of(rows).logits(self.states[rows])
+        return self.head.of(rows).logits(self.states[rows])[:, : self.columns]
+
+    def shares(self, head: Head) -> bool:
+        """Returns whether this head computes the same logits from the same hidden states."""
+        return self.columns is None and _is_same(head, self.head)
+
+
+@dataclass(frozen=True)
+class TeacherLogits:
+    """Holds the logits (M, V) of a teacher's rows, of a model with a head of its own kind."""
+
+    whole: Tensor
+
+    def logits(self, rows: slice) -> Tensor:
+        return self.whole[rows]
+
+
+Teacher = TeacherRows | TeacherLogits
 
 
 def frozen_head_divergence(
-    h: Tensor, head: Head, teacher: TeacherRows, divergence: Divergence
+    h: Tensor, head: Head, teacher: Teacher, divergence: Divergence
 ) -> Tensor:
     """Returns the divergence of every row, (M) float32 (float64 for float64), with a gradient of
     the student's hidden states h (M, D) alone."""
@@ -127,7 +148,7 @@ def frozen_head_divergence(
 
 
 def trained_head_divergence(
-    h: Tensor, head: Head, teacher: TeacherRows, divergence: Divergence
+    h: Tensor, head: Head, teacher: Teacher, divergence: Divergence
 ) -> Tensor:
     """Computes the same under a head that trains; backward recomputes the logits."""
     from torch.utils.checkpoint import checkpoint
@@ -154,10 +175,10 @@ def logit_divergence(student: Tensor, teacher: Tensor, divergence: Divergence) -
 
 
 def head_divergence_reference(
-    h: Tensor, head: Head, teacher: TeacherRows, divergence: Divergence
+    h: Tensor, head: Head, teacher: Teacher, divergence: Divergence
 ) -> Tensor:
     """Defines the divergence of every row, with all logits at once under torch's autograd."""
-    expected = teacher.head.logits(teacher.states).detach()
+    expected = teacher.logits(slice(None)).detach()
     return divergence.of_logits(head.logits(h), expected)
 
 
@@ -182,20 +203,21 @@ class _LogitDivergence(torch.autograd.Function):
 class _FrozenHeadDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, head: Head, teacher: TeacherRows, divergence: Divergence
+        ctx: Any, h: Tensor, head: Head, teacher: Teacher, divergence: Divergence
     ) -> Tensor:
         assert head.beside is None
         values = torch.empty(len(h), dtype=wide_type(h.dtype), device=h.device)
         grad = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        shares_head = _is_same(head, teacher.head)
+        shared = teacher if isinstance(teacher, TeacherRows) and teacher.shares(head) else None
         chunk = _chunk(h)
-        buffer = h.new_empty(round_up(min(chunk, len(h)) * (1 + shares_head)), head.width)
+        at_once = 1 if shared is None else 2
+        buffer = h.new_empty(round_up(min(chunk, len(h)) * at_once), head.width)
         for start in chunk_starts(range(0, len(h), chunk)):
             rows = slice(start, start + chunk)
             states = h[rows]
             count = len(states)
-            if shares_head:
-                both = torch.cat([states, teacher.states[rows]])
+            if shared is not None:
+                both = torch.cat([states, shared.states[rows]])
                 z = _logits_into(buffer, both, head)
                 z_student, z_teacher = z[:count], z[count : 2 * count]
             else:

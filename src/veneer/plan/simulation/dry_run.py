@@ -61,7 +61,7 @@ from veneer.plan.simulation.step_counts import (
     DryRun,
     Step,
 )
-from veneer.plan.simulation.taught import make_batches, predict_as_teacher, step_loss
+from veneer.plan.simulation.taught import SimulatedTeacher, build_teacher, step_loss, student_batch
 from veneer.plan.simulation.tracker import META, MetaMode, Parts, Tracker, Work, without_values
 from veneer.plan.simulation.weights import base_bytes
 from veneer.private.torch import storage_key
@@ -230,6 +230,9 @@ def _run(
         keep_paths(model, paths)
     with device, MetaMode(experts=experts) if device == META else nullcontext():
         _, parameters = _install(model, step, routing, paths)
+    with device, MetaMode(experts=experts) if device == META else nullcontext():
+        other = None if step.teacher is None else build_teacher(step.teacher)
+    teacher = other or SimulatedTeacher(model, paths, routing)
     fused_modules = replacements(model)  # by the paths that the adapter's wrappers leave
     with tracker:
         tracker.enter("prepare", label=VALUES)
@@ -242,19 +245,21 @@ def _run(
         moments = torch.empty(
             moment_bytes(flat.values.numel(), step.optimizer), dtype=torch.uint8, device=device
         )
-        batch, *teacher = make_batches(step, packed=paths.packed, device=device)
+        batch = student_batch(step, packed=paths.packed, device=device)
+        read = teacher.batch(step, device)
         weights = (*model.parameters(), *model.buffers(), flat.values)
         offload = PlannedOffload(weights) if step.offload else None
         with (
             ExitStack() as hooks,
             fused(model, fused_modules),
+            teacher.fused(),
             checkpointed(model, routing, on=step.checkpointing),
         ):
             tracker.enter("forward", label=ACTIVATIONS)
             tracker.work = Work()
             take_counts()
-            with without_values(type(model).__name__):
-                taught = predict_as_teacher(model, paths, routing, teacher)
+            with without_values(type(teacher.model).__name__):
+                taught = None if read is None else teacher.predict(read)
             hook = (decoder(model) or model).register_forward_hook(
                 lambda *_: tracker.enter("loss", label=LOGITS)
             )
@@ -286,7 +291,7 @@ def _run(
         file_bytes=0,
         modules_adapted=None,
         modules_total=None,
-        computed_tokens=sum(rows.computed_tokens for rows in (batch, *teacher)),
+        computed_tokens=batch.computed_tokens + (0 if read is None else read.computed_tokens),
         packed=paths.packed,
         experts=experts,
         expert_rows=round_up(tracker.expert_rows),

@@ -92,6 +92,11 @@ def remember_run(step: Step, find_facts: Callable[[], AttachedFacts]) -> DryRun:
         "share_prompt": step.share_prompt,
         "offload": step.offload,
     }
+    if step.teacher is not None:
+        teacher = config_facts(step.teacher.base).identity
+        if teacher is None:
+            return counted()
+        key |= {"teacher": teacher, "teacher_dtype": str(step.teacher.dtype)}
     return remember("step", key, DryRun, counted)
 
 

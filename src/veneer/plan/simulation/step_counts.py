@@ -28,15 +28,24 @@ WEIGHTS, VALUES, GRADIENTS, MOMENTS = "weights", "trained values", "gradients", 
 ACTIVATIONS, LOGITS, BACKWARD = "activations", "logits", "backward"
 SCRATCH, GATHERED, SUMS = "decoded weights", "gathered layer", "exact sums"
 WHOLE_GRADIENTS = "gradients of a layer and of what lies whole"
-STATIC = (WEIGHTS, VALUES, GRADIENTS, MOMENTS, SUMS)
+TEACHER = "teacher's weights"
+STATIC = (WEIGHTS, TEACHER, VALUES, GRADIENTS, MOMENTS, SUMS)
 SUM_BYTES = 16
 """Bytes per trained value under `reduce: exact` (training/processes/reduce.py)."""
 
 
 @dataclass(frozen=True)
+class TeacherModel:
+    """Describes a teacher that is another base: its blueprint, and the type of its weights."""
+
+    base: Blueprint
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class Step:
     """Holds what decides a step's cost. base: its config or its blueprint. rows: of the
-    largest micro-batch. new_tokens: their number."""
+    largest micro-batch. new_tokens: their number. teacher: None if the base is the teacher."""
 
     base: PreTrainedConfig | Blueprint
     dtype: torch.dtype
@@ -47,6 +56,7 @@ class Step:
     optimizer: OptimizerName = "adamw"
     offload: bool = False
     new_tokens: int = 0
+    teacher: TeacherModel | None = None
     on_cpu: bool = True
     """True on this machine's processor, else on a GPU; kernels of both take less than plain
     torch.
@@ -149,6 +159,12 @@ class DryRun:
             summed = round(4 / value_bytes * max(outside, largest))
             more[WHOLE_GRADIENTS] = outside + largest + summed
         return self._with_more(more)
+
+    def with_teacher(self, base: BaseBytes) -> DryRun:
+        """Returns the same step beside the weights of a teacher. base: its bytes, and those that
+        packing saves."""
+        saved, scratch = base.packing
+        return self._with_more({TEACHER: base.total - saved, SCRATCH: scratch})
 
     def with_exact_sums(self) -> DryRun:
         return self._with_more({SUMS: SUM_BYTES * self.trainable_parameters})

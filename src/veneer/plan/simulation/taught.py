@@ -1,40 +1,74 @@
-"""The rows of a simulated step: a student's, and a teacher's if it has one."""
+"""The rows of a simulated step: a student's, and a teacher's if it has one; and the teacher's
+forward."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from veneer.adapters.placement.routing import Routing
+from veneer.bases.loading.from_config import build
 from veneer.data.batching import Batch, make_batch
+from veneer.data.examples import Example
+from veneer.execution.proofs.model import structure
+from veneer.execution.train_step import fused, replacements
 from veneer.kernels.dense.divergence import Divergence
-from veneer.models.step import ComputePaths, predictions
+from veneer.models.step import ComputePaths, assume_paths, keep_paths, predictions
 from veneer.objectives.objective import Predictions
-from veneer.plan.simulation.step_counts import Step
+from veneer.plan.simulation.step_counts import Step, TeacherModel
 
 
-def make_batches(step: Step, *, packed: bool, device: torch.device) -> list[Batch]:
-    """Returns the batch of the student, and that of the teacher behind it if there is one."""
-    parts = [
-        [row for row in step.rows if (row.kind == "teacher") is reads] for reads in (False, True)
-    ]
-    return [
-        make_batch(rows, packed=packed, share_prompt=step.share_prompt, device=device)
-        for rows in parts
-        if rows
-    ]
+@dataclass(frozen=True)
+class SimulatedTeacher:
+    """A teacher's model without storage: the student's own, or another base.
+
+    is_other: whether it is another base
+    """
+
+    model: PreTrainedModel
+    paths: ComputePaths
+    routing: Routing
+    is_other: bool = False
+
+    def fused(self) -> AbstractContextManager[None]:
+        """Fuses the modules of another base within the block; the student's are fused already."""
+        return fused(self.model, replacements(self.model)) if self.is_other else nullcontext()
+
+    def batch(self, step: Step, device: torch.device) -> Batch | None:
+        """Returns the batch that it reads; None if it reads no row."""
+        rows = [row for row in step.rows if row.kind == "teacher"]
+        return _batch(step, rows, packed=self.paths.packed, device=device) if rows else None
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> Predictions:
+        """Runs the base alone on the teacher's batch, as training/teacher.py does."""
+        with self.routing.none():
+            return predictions(self.model, self.paths, self.routing, batch)
 
 
-@torch.no_grad()
-def predict_as_teacher(
-    model: PreTrainedModel, paths: ComputePaths, routing: Routing, batches: Sequence[Batch]
-) -> list[Predictions]:
-    """Runs the base alone on the teacher's batch, as training/teacher.py does."""
-    with routing.none():
-        return [predictions(model, paths, routing, batch) for batch in batches]
+def build_teacher(teacher: TeacherModel) -> SimulatedTeacher:
+    """Builds another base without storage; its weights are not counted."""
+    model = build(teacher.base.config, teacher.dtype)
+    structure(model)  # runs a small copy, which does not count
+    paths = assume_paths(model)
+    keep_paths(model, paths)
+    return SimulatedTeacher(model, paths, Routing(), is_other=True)
 
 
-def step_loss(own: Predictions, teacher: Sequence[Predictions]) -> Tensor:
+def student_batch(step: Step, *, packed: bool, device: torch.device) -> Batch:
+    rows = [row for row in step.rows if row.kind != "teacher"]
+    return _batch(step, rows, packed=packed, device=device)
+
+
+def _batch(step: Step, rows: Sequence[Example], *, packed: bool, device: torch.device) -> Batch:
+    return make_batch(rows, packed=packed, share_prompt=step.share_prompt, device=device)
+
+
+def step_loss(own: Predictions, teacher: Predictions | None) -> Tensor:
     """Returns the loss of answers, or of a teacher's predictions; all divergences take as much."""
-    return own.divergence(teacher[0], Divergence()).sum() if teacher else own.cross_entropy(1.0)
+    if teacher is None:
+        return own.cross_entropy(1.0)
+    return own.divergence(teacher, Divergence()).sum()

@@ -102,7 +102,7 @@ def _key(job: TrainingInputs, *, is_base: bool) -> dict[str, Any]:
         "settings": job.config.model_dump(mode="json", exclude=unread),
         "values": f"the base, {fits}" if is_base else digest(job.flat.parameters),
         "rows": rows_digest(job.validation),
-        "teacher": [digest(adapter.parameters()) for adapter, _ in job.teacher_adapters],
+        "teacher": [digest(parameters) for parameters in job.teacher.parts],
         "question": hashlib.sha256(repr(question).encode()).hexdigest(),
     }
 

@@ -14,7 +14,7 @@ from veneer.data.files.places import absolute
 from veneer.data.files.writing import Record, write_records
 from veneer.errors import ConfigError, CorruptFileError
 from veneer.files.atomic import write_text
-from veneer.files.home import expanded
+from veneer.files.home import absolute_if_exists
 from veneer.files.partial import PREFIX, remove
 from veneer.files.strict_json import field_faults, read_yaml
 from veneer.training.config import RunConfig
@@ -76,17 +76,12 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         "train": absolute_sets(config.data.train),
         "validation": absolute_sets(config.data.validation),
     }
-    base = config.base if config.base in NAMED else _absolute_if_exists(config.base)
+    base = config.base if config.base in NAMED else absolute_if_exists(config.base)
     replay = config.replay
     if replay.rows is not None:
         replay = replay.model_copy(update={"rows": absolute(replay.rows)})
     data = config.data.model_copy(update=rows)
     return config.model_copy(update={"base": base, "data": data, "replay": replay})
-
-
-def _absolute_if_exists(named: str) -> str:
-    path = expanded(named)
-    return str(path.absolute()) if path.exists() else named
 
 
 def write_run_file(config: RunConfig, file: Path | None = None) -> None:

@@ -1,0 +1,104 @@
+"""A teacher that is another base, usually a larger one: loads it and compares its tokenizer.
+
+The student's tokenizer makes the ids that both read. Therefore both must have the same vocabulary;
+rows that a model has beyond it are compared with nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from veneer.bases.identity.vocabulary import vocabulary_differences, vocabulary_size
+from veneer.bases.names.named import NAMED
+from veneer.data.checks.check import refuse_beyond
+from veneer.data.examples import Example
+from veneer.data.load import DataSet
+from veneer.errors import ConfigError, RefusedError
+from veneer.files.home import absolute_if_exists
+from veneer.formats.adapter import StoredAdapter
+from veneer.models.capacity import capacity_of
+from veneer.models.frozen_base import FrozenBase
+from veneer.objectives.config import TeacherBase
+from veneer.training.config import RunConfig
+from veneer.training.coordination import load_on_all_processes
+from veneer.training.inputs import ForwardInputs, Teacher
+from veneer.training.processes.world import World
+from veneer.training.teacher import attach_teacher, teacher_examples
+
+
+@dataclass(frozen=True)
+class LoadedTeacherBase:
+    """Holds the loaded base of a teacher, and its settings with what loading found."""
+
+    base: FrozenBase
+    settings: TeacherBase
+
+
+TeacherBases = dict[tuple[str, str | None, str], FrozenBase]
+"""Loaded bases of teachers by name, weight format and type; jobs share them."""
+
+
+def load_teacher_base(
+    config: RunConfig, student: FrozenBase, world: World, loaded: TeacherBases
+) -> LoadedTeacherBase | None:
+    """Loads the base of the teacher, frozen; returns None if the student's base is the teacher's.
+
+    loaded: bases that other jobs have loaded; extended. Raises the errors of loading a base, and
+    ConfigError if its tokenizer has another vocabulary than the student's.
+    """
+    settings = config.objective.teacher_base
+    if settings is None:
+        return None
+    key = settings.base, settings.quantize, settings.dtype
+    if key not in loaded:
+        of_teacher: dict[str, object] = {"base": key[0], "quantize": key[1], "keep_dense": []}
+        loaded[key] = load_on_all_processes(
+            config.model_copy(update=of_teacher), settings.dtype, world
+        )
+    base = loaded[key]
+    if faults := vocabulary_differences(student.tokenizer, base.tokenizer):
+        raise ConfigError(
+            f"{settings.base} cannot teach {config.base}: their tokenizers differ",
+            faults,
+            "Take a teacher of the same family, with the same tokenizer.",
+        )
+    fields = {
+        "base": key[0] if key[0] in NAMED else absolute_if_exists(key[0]),
+        "dtype": base.compute.name,
+        "digest": base.fingerprint().digest,
+    }
+    return LoadedTeacherBase(base, settings.model_copy(update=fields))
+
+
+def make_teacher(
+    config: RunConfig,
+    student: FrozenBase,
+    own: LoadedTeacherBase | None,
+    stored: StoredAdapter | None,
+    data: DataSet,
+) -> Teacher | None:
+    """Attaches the teacher's adapter, and returns the teacher; None if it is the run's base alone.
+
+    own: the teacher's own base. stored: its adapter. Raises DataError if a row is too long for its
+    base, and RefusedError if its base cannot compute the rows of a batch in one forward.
+    """
+    base = student if own is None else own.base
+    if own is not None:
+        _refuse_unreadable(own, teacher_examples([*data.train, *data.validation]))
+    adapters = attach_teacher(base, stored)
+    if own is None and not adapters:
+        return None
+    forward = ForwardInputs(
+        base.model, base.paths, base.routing, adapters, config.share_prompt, config.seed
+    )
+    return Teacher(forward, None if own is None else vocabulary_size(base.tokenizer))
+
+
+def _refuse_unreadable(loaded: LoadedTeacherBase, examples: Sequence[Example]) -> None:
+    base = loaded.base
+    refuse_beyond("the teacher cannot read these rows", examples, capacity_of(base), base.tokenizer)
+    if len(base.paths.together(examples, 0)) > 1:
+        raise RefusedError(
+            f"{loaded.settings.base} cannot teach: it computes the rows of a batch apart",
+            [base.paths.padded_reason or base.paths.switches.words or ""],
+            "Take another base as teacher, or a smaller length.",
+        )
