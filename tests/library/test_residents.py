@@ -670,6 +670,25 @@ def test_one_that_finds_no_room_is_overtaken_a_bounded_number_of_times(library, 
     assert waits.answer == right("b")
 
 
+def test_an_adapter_that_makes_room_for_a_waiting_request_takes_no_further_users(library, right):
+    served = Served(library, room=1, limits=LoadLimits(max_overtaken=0), rows=2)
+    first = served.add("a", new=9)
+    while not served.engine.scheduler.running:
+        served.step()
+    waiting = served.add("b")
+    tiers, identity = served.residents.tiers, served.residents.resolve("a")
+    while tiers.hold_ready(identity):
+        tiers.release(identity)
+        served.step()
+    assert first.reason is None and served.tiers() == {"a@1": "ready"}
+    with pytest.raises(BudgetFullError):
+        tiers.wait(identity, 0.05)
+    assert served.run() == [first, waiting] and waiting.answer == right("b")
+    tiers.wait(identity, 20)
+    assert tiers.hold_ready(identity)
+    tiers.release(identity)
+
+
 def test_what_has_come_for_a_request_that_waits_is_not_sent_away_for_the_next(library, reads):
     served = Served(library, room=1, rows=1)
     served.add("tiny", new=30)

@@ -106,19 +106,17 @@ class Tiers:
             self._assign_room()
 
     def wait(self, identity: Identity, seconds: float) -> None:
-        """Loads what is not in memory. Raises the load's error, or BudgetFullError without room in
-        time.
+        """Waits until an identity can be held, and loads what is not in memory. Raises the load's
+        error, or BudgetFullError without room in time.
         """
         deadline = time.monotonic() + seconds
         with self._lock:
-            while not self._in_memory(self._checked(identity)):
+            while not self._may_hold(self._checked(identity)):
                 self._queue.setdefault(identity, PendingLoad()).by_hand = True
                 self._assign_room()
                 self._loaders.look()
-                if (
-                    not self._lock.wait(min(1.0, deadline - time.monotonic()))
-                    and time.monotonic() > deadline
-                ):
+                changed = self._lock.wait(min(1.0, deadline - time.monotonic()))
+                if not changed and time.monotonic() > deadline:
                     self._queue.pop(identity, None)
                     raise self._budget_error(identity)
 
@@ -159,7 +157,7 @@ class Tiers:
                     self._queue[identity] = PendingLoad()
                     self._dirty = True
                 return None
-            if any(resident.draining for resident in residents):
+            if not self._may_hold(residents):
                 return None
             positions = prefix_length(self._applied(identity))
             self._demand.offer(residents)
@@ -189,10 +187,10 @@ class Tiers:
                 self._use(resident)
 
     def hold_ready(self, identity: Identity) -> bool:
-        """Holds an identity if it is in memory, and returns whether it is. Any thread may call
-        this. Raises why it can never be ready."""
+        """Holds an identity if it is in memory and takes new users; returns whether it does. Any
+        thread may call this. Raises why it can never be ready."""
         with self._lock:
-            if not self._in_memory(self._checked(identity)):
+            if not self._may_hold(self._checked(identity)):
                 return False
             self.hold(identity)
             return True
@@ -229,6 +227,9 @@ class Tiers:
     @staticmethod
     def _in_memory(residents: list[Resident]) -> bool:
         return all(resident.tier is Tier.READY for resident in residents)
+
+    def _may_hold(self, residents: list[Resident]) -> bool:
+        return self._in_memory(residents) and not any(r.draining for r in residents)
 
     def _use(self, resident: Resident) -> None:
         self._uses += 1
@@ -308,6 +309,7 @@ class Tiers:
             elif self._granted - pending.since >= self.limits.max_overtaken:
                 self._drain(needed - free, [resident for resident, _ in movable])
                 break
+        self._lock.notify_all()
 
     def _in_use(self) -> tuple[list[Resident], int]:
         """Returns the residents that take room, and the most bytes that another could have."""
