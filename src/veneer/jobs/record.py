@@ -89,7 +89,7 @@ class TrainingJob:
     @property
     def records_file(self) -> Path:
         """The run's metrics.jsonl, which does not exist before the run starts. Read it with
-        training.output.records.read_records or records_after."""
+        training.output.records.read_records or follow_records."""
         return self.run_folder / RECORDS
 
     @property

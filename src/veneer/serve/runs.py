@@ -14,7 +14,7 @@ from veneer.files.strict_json import legible
 from veneer.files.system_errors import explained
 from veneer.jobs.run_facts import RECORDS, run_facts
 from veneer.serve.refusals import Refusal
-from veneer.training.output.records import records_after
+from veneer.training.output.records import follow_records
 
 MOST_RUNS = 200
 PART_BYTES = 2**20
@@ -48,18 +48,15 @@ class Runs:
         return [self._card(folder) for folder in self._folders()[:MOST_RUNS]]
 
     def records(self, name: str, after: int) -> dict[str, Any]:
-        """Returns the records from a byte on. Refusal: 404."""
+        """Returns the records from a position on. Refusal: 404."""
         folder = next((run for run in self._folders() if run.name == name), None)
         if folder is None:
             raise Refusal(404, f"There is no run `{name[:80]}`.", "name", "run_not_found")
         file = folder / RECORDS
-        records, start, next_byte = records_after(
-            file, after, most_bytes=PART_BYTES, shown=f"{name}/{RECORDS}"
-        )
-        public_records = [{key: legible(r[key]) for key in SHOWN if key in r} for r in records]
-        card = self._card(folder)
-        more = card.get("bytes", 0) - start > PART_BYTES
-        return {**card, "records": public_records, "start": start, "next": next_byte, "more": more}
+        part = follow_records(file, after, most_bytes=PART_BYTES, shown=f"{name}/{RECORDS}")
+        shown = [{key: legible(r[key]) for key in SHOWN if key in r} for r in part.records]
+        place = {"start": part.start, "next": part.next, "more": part.more}
+        return {**self._card(folder), **place, "records": shown}
 
     def _folders(self) -> list[Path]:
         if self.folder is None:

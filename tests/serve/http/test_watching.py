@@ -220,6 +220,27 @@ def test_a_run_that_was_written_anew_is_told_from_its_beginning(server, places):
     assert again["start"] == 0 and len(again["records"]) == 2
 
 
+def test_a_run_that_was_resumed_is_told_from_its_beginning_however_long_its_file_is(
+    server, places
+):
+    """A reader was at step 3; the run was killed, went on from step 1 and has written step 3 again,
+    of as many bytes as before."""
+    write(places, "three", [START, step(1), step(2), step(3)])
+    found = get(server, "/v1/runs/three")
+    file = places / "runs" / "three" / "metrics.jsonl"
+    size = file.stat().st_size
+    file.unlink()
+    redone = {**step(3), "seconds": 2.0}
+    write(places, "three", [START, step(1), {**step(2), "seconds": 2.0}, redone])
+    assert file.stat().st_size == size
+    write(places, "three", [step(4)])
+    again = get(server, f"/v1/runs/three?after={found['next']}")
+    assert again["start"] == 0 and len(again["records"]) == 5
+    write(places, "three", [step(5)])
+    later = get(server, f"/v1/runs/three?after={again['next']}")
+    assert later["start"] == again["next"] and [r["step"] for r in later["records"]] == [5]
+
+
 def test_a_long_run_comes_in_parts(server, places):
     write(places, "long", [START, *(step(n) for n in range(1, 12_000))])
     assert (places / "runs" / "long" / "metrics.jsonl").stat().st_size > PART_BYTES

@@ -190,9 +190,9 @@ def _follow(args: argparse.Namespace, store: JobStore) -> int:
 def _follow_records(store: JobStore, job: TrainingJob, screen: ClosableScreen) -> TrainingJob:
     """Shows the records of a job as they come; returns the job when it has stopped."""
     from veneer.jobs.record import OPEN
-    from veneer.training.output.records import records_after
+    from veneer.training.output.records import follow_records
 
-    next_byte, is_started, shown_state = 0, False, ""
+    position, is_started, shown_state = 0, False, ""
     while True:
         job = store.get(job.id)  # read before its records, so that none is missed at the end
         if not is_started and job.state != shown_state:
@@ -200,9 +200,10 @@ def _follow_records(store: JobStore, job: TrainingJob, screen: ClosableScreen) -
             screen.message(f"{job.id} is {shown_state}")
         records: list[Record] = []
         if job.records_file.is_file():
-            records, _, next_byte = records_after(
-                job.records_file, next_byte, most_bytes=PART_BYTES, shown=f"the run of {job.id}"
+            part = follow_records(
+                job.records_file, position, most_bytes=PART_BYTES, shown=f"the run of {job.id}"
             )
+            records, position = part.records, part.next
         for record in records:
             if record["kind"] == "start":
                 screen.close()

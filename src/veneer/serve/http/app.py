@@ -183,7 +183,7 @@ def _routes(service: Service, *, teaches: bool) -> list[Route]:
         return _list(await service.read_files(service.runs.cards))
 
     async def run(request: Request) -> Response:
-        name, after = request.path_params["name"], byte_after(request)
+        name, after = request.path_params["name"], position_after(request)
         return JSONResponse(await service.read_files(lambda: service.runs.records(name, after)))
 
     async def index(request: Request) -> Response:
@@ -283,10 +283,10 @@ async def _http_error(request: Request, fault: Exception) -> Response:
     )
 
 
-def byte_after(request: Request) -> int:
-    """Returns the byte from which records are wanted. Refusal: 400."""
+def position_after(request: Request) -> int:
+    """Returns the position from which records are wanted. Refusal: 400."""
     after = request.query_params.get("after", "0")
-    if not (after.isascii() and after.isdigit() and len(after) < 16):
+    if not (after.isascii() and after.isdigit() and len(after) <= 16):
         raise Refusal(400, "after: is the `next` of the answer before, a whole number.", "after")
     return int(after)
 

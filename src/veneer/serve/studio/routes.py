@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from veneer.serve.http.app import byte_after, caller_of, catch_errors, require_train
+from veneer.serve.http.app import caller_of, catch_errors, position_after, require_train
 from veneer.serve.http.json_body import media_type, parsed, read_body, read_bytes
 from veneer.serve.http.uploads import Arrivals
 from veneer.serve.limits import BODY_BYTES
@@ -79,7 +79,7 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
 
     async def events(request: Request) -> Response:
         require_train(request)
-        draft_id, after = _id(request), byte_after(request)
+        draft_id, after = _id(request), position_after(request)
 
         async def progress(after: int) -> dict[str, Any]:
             return await studio.run(lambda: studio.progress(draft_id, after))

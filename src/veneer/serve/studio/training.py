@@ -15,7 +15,7 @@ from veneer.jobs.record import ENDED, OPEN, RESUMABLE, TrainingJob
 from veneer.jobs.store import JobStore
 from veneer.serve.refusals import Refusal, refusal_of, without_folders
 from veneer.serve.studio.drafts import Draft
-from veneer.training.output.records import records_after
+from veneer.training.output.records import follow_records
 
 PART_BYTES = 2**20
 EVERY_SECONDS = 0.7
@@ -95,19 +95,17 @@ def job_card(job: TrainingJob) -> dict[str, Any]:
 
 
 def job_progress(job: TrainingJob, after: int) -> dict[str, Any]:
-    """Returns a job's card and its records from a byte on. Records begin at `start`, which is 0 if
-    the file was written anew."""
+    """Returns a job's card and its records from a position on. `start` is 0 if they are those from
+    the beginning, because the file was rewritten."""
     update: dict[str, Any] = {"job": job_card(job), "records": [], "start": after, "next": after}
     file = job.records_file
     if not file.is_file():
         return {**update, "start": 0, "next": 0, "more": False}
     with hide_path(job.run_folder, "the run"):
-        records, start, following = records_after(
-            file, after, most_bytes=PART_BYTES, shown="the run's records"
-        )
-    shown = [{name: legible(r[name]) for name in SHOWN if name in r} for r in records]
-    more = file.stat().st_size - start > PART_BYTES
-    return {**update, "records": shown, "start": start, "next": following, "more": more}
+        part = follow_records(file, after, most_bytes=PART_BYTES, shown="the run's records")
+    shown = [{name: legible(r[name]) for name in SHOWN if name in r} for r in part.records]
+    place = {"start": part.start, "next": part.next, "more": part.more}
+    return {**update, **place, "records": shown}
 
 
 async def follow_job(
@@ -115,7 +113,7 @@ async def follow_job(
 ) -> AsyncIterator[bytes]:
     """Yields server-sent events of a job until it rests, or the server ends.
 
-    `next` of an event is the byte from which a reader goes on after the connection was lost.
+    `next` of an event is the position from which a reader goes on after the connection was lost.
     """
     last_card, silent = None, 0
     while not closing():

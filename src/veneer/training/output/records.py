@@ -13,9 +13,10 @@ import os
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from veneer.errors import CorruptFileError
 from veneer.files.atomic import write_text
@@ -26,6 +27,8 @@ from veneer.files.system_errors import explained
 Record = dict[str, Any]
 STEPPED = ("step", "evaluation")
 """Kinds of records that must name their step."""
+CHECKED_BYTES = 256
+"""Bytes before a position that its checksum is over: most of a record."""
 
 
 class Listener(Protocol):
@@ -141,10 +144,16 @@ def records_after(
     shown: name of the file in errors. Raises what read_records raises.
     """
     with explained(shown, reading=True), path.open("rb") as file:
-        file.seek(max(start - 1, 0))
-        start = start if start and file.read(1) == b"\n" else 0
-        file.seek(start)
-        text = file.read(most_bytes)
+        return _read_records(file, start, most_bytes, shown)
+
+
+def _read_records(
+    file: BinaryIO, start: int, most_bytes: int, shown: str
+) -> tuple[list[Record], int, int]:
+    file.seek(max(start - 1, 0))
+    start = start if start and file.read(1) == b"\n" else 0
+    file.seek(start)
+    text = file.read(most_bytes)
     complete = text[: text.rfind(b"\n") + 1]
     if not complete and len(text) == most_bytes:
         raise CorruptFileError(
@@ -154,6 +163,41 @@ def records_after(
         )
     records = _parse_lines(complete.decode("utf-8", "replace").split("\n")[:-1], shown)
     return records, start, start + len(complete)
+
+
+class RecordPart(NamedTuple):
+    """A part of a growing file of records. Positions are opaque numbers; 0 is the beginning.
+
+    start: where the part begins: the reader's position, or 0 if the file was rewritten since.
+    next: the position of what comes. more: whether the file already has more
+    """
+
+    records: list[Record]
+    start: int
+    next: int
+    more: bool
+
+
+def follow_records(path: Path, position: int, *, most_bytes: int, shown: str) -> RecordPart:
+    """Reads on from a position. Raises what read_records raises.
+
+    A resumed run rewrites the file up to its checkpoint and then appends, and a record may begin at
+    the same byte again. So a position is a byte with a checksum of the bytes before it.
+    """
+    byte, checksum = divmod(position, 2**16)
+    with explained(shown, reading=True), path.open("rb") as file:
+        if _checksum_before(file, byte) != checksum:
+            position = byte = 0
+        records, start, following = _read_records(file, byte, most_bytes, shown)
+        more = os.fstat(file.fileno()).st_size - start > most_bytes
+        next_position = following * 2**16 + _checksum_before(file, following)
+    return RecordPart(records, position if start else 0, next_position, more)
+
+
+def _checksum_before(file: BinaryIO, byte: int) -> int:
+    """Returns a checksum of 16 bits of the last CHECKED_BYTES before a byte; 0 at the beginning."""
+    file.seek(max(byte - CHECKED_BYTES, 0))
+    return zlib.crc32(file.read(min(byte, CHECKED_BYTES))) & 0xFFFF
 
 
 def _parse_lines(lines: Sequence[str], path: str | Path) -> list[Record]:
