@@ -580,6 +580,20 @@ def test_a_damaged_best_checkpoint_leaves_the_next_best_and_says_so(world, tmp_p
 # what is written can be read
 
 
+@pytest.mark.parametrize(("keep", "left"), [(None, [6]), (1, [2, 6]), (2, [2, 4, 6])])
+def test_a_finished_run_keeps_its_newest_checkpoint_unless_keep_says_more(
+    world, tmp_path, monkeypatch, keep, left
+):
+    losses = iter([9.0, 1.0, 2.0, 3.0])
+    monkeypatch.setattr(evaluations, "mean_loss", lambda rows, nats: next(losses))
+    train_and_die(world, tmp_path, at=4, monkeypatch=monkeypatch, keep=keep)
+    assert numbers(tmp_path / "checkpoints") == [2, 4], "an unfinished run keeps what it may need"
+    assert resume(tmp_path)["best_step"] == 2
+    assert numbers(tmp_path / "checkpoints") == left
+    with pytest.raises(ConfigError, match="is finished"):
+        resume(tmp_path)
+
+
 def test_a_best_checkpoint_that_somebody_removed_leaves_a_result_too(world, tmp_path, monkeypatch):
     losses = iter([9.0, 1.0, 2.0, 3.0])
     own = Trainee.save

@@ -186,8 +186,9 @@ class RunConfig(StrictSettings):
     CPU."""
     save_every: Annotated[int, COUNT] | None = None
     """Steps between checkpoints; default: at every evaluation."""
-    keep: Annotated[int, COUNT] = 2
-    """Checkpoints kept beside the best one; the newest valid one always stays."""
+    keep: Annotated[int, COUNT] | None = None
+    """Checkpoints kept beside the best one; the newest valid one always stays. Default: 2 while the
+    run trains, and the newest alone when it is finished."""
     patience: Annotated[int, COUNT] | None = None
     """Stop after this many evaluations without a better held-out loss; default: never."""
     seed: Annotated[int, SEED] = 0

@@ -28,6 +28,7 @@ from veneer.training.output.screen import Screen
 from veneer.training.prepare import PreparedRun, SharedBase, prepare_run
 from veneer.training.processes.world import World
 from veneer.training.result import run_manifest, run_summary, write_model, write_trained_adapter
+from veneer.training.state.checkpoint import prune
 from veneer.training.state.folder import (
     resume_point,
     sweep,
@@ -147,7 +148,17 @@ class JobRun:
         if self.world.leads:
             file = self.prepared.inputs.out / "summary.json"
             write_text(file, json_text(summary), replace=True)
+            if self.prepared.config.keep is None:
+                self._drop_checkpoints()
         self.result = summary
+
+    def _drop_checkpoints(self) -> None:
+        """Removes all checkpoints but the newest. The best values are in the result, and a finished
+        run is not resumed."""
+        try:
+            prune(self.prepared.inputs.out / "checkpoints", keep=1, best=None)
+        except OSError as fault:
+            self.job.screen.message(f"older checkpoints were not removed: {fault}")
 
     def end(self, result: Result) -> None:
         """Takes the adapter off the base, frees memory, closes the records, unlocks the folder.

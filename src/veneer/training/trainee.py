@@ -60,6 +60,9 @@ from veneer.training.state.checkpoint import (
 from veneer.training.state.origin import Origin
 from veneer.training.state.progress import RunProgress, load_state
 
+KEPT = 2
+"""Checkpoints that a run keeps while it trains, so that it can continue if one is damaged."""
+
 
 class Trainee:
     """Trains one adapter. resume_from: a checkpoint, of which only the leader reads the files."""
@@ -329,7 +332,7 @@ class Trainee:
             next_step=self.inputs.memory_advice(FEWER_VALUES),
         ):
             save_checkpoint(folder, progress.step, tensors, state)
-        prune(folder, keep=self.inputs.config.keep, best=progress.best_step)
+        prune(folder, keep=self.inputs.config.keep or KEPT, best=progress.best_step)
 
     def _resume(self, path: Path) -> None:
         """Restores progress, values and moments from a checkpoint."""

@@ -165,7 +165,7 @@ class Commands:
     def _make_interrupted(self) -> None:
         """A run that stopped after its first checkpoint."""
         folder = self.world / "interrupted"
-        assert run(train(self.world, folder)) == 0
+        assert run(train(self.world, folder) + " --set keep=2") == 0
         for name in ("summary.json", "report.html", "adapter", "checkpoints/000004"):
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()

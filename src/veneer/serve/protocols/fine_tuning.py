@@ -284,7 +284,8 @@ def event_objects(job: TrainingJob, events: list[dict[str, Any]]) -> list[dict[s
 
 def checkpoint_objects(job: TrainingJob) -> list[dict[str, Any]]:
     """Lists the checkpoints on disk, the newest first. Only the one with the lowest held-out loss,
-    or the last, is a model of the server, under the job's name."""
+    or the last, is a model of the server, under the job's name; it is listed even if only its
+    adapter is left."""
     metrics_of: dict[int, dict[str, Any]] = {}
     best: int | None = None
     for record in job_records(job):
@@ -296,6 +297,9 @@ def checkpoint_objects(job: TrainingJob) -> list[dict[str, Any]]:
                 best = record["step"]
     steps = numbers(job.run_folder / "checkpoints")
     kept = best if best is not None else max(steps, default=None)
+    times = dict(_checkpoint_times(job, steps))
+    if job.state == "done" and kept is not None:
+        times.setdefault(kept, job.record.ended or job.record.created)
     return [
         {
             "object": "fine_tuning.job.checkpoint",
@@ -308,7 +312,7 @@ def checkpoint_objects(job: TrainingJob) -> list[dict[str, Any]]:
             "metrics": metrics_of.get(step, {"step": step}),
             "step_number": step,
         }
-        for step, created in sorted(_checkpoint_times(job, steps), reverse=True)
+        for step, created in sorted(times.items(), reverse=True)
     ]
 
 
