@@ -14,8 +14,9 @@ from tests.support.running_job import running_job
 from tests.support.tiny import save_tiny
 from veneer.errors import ConfigError, QuotaError, UnknownNameError
 from veneer.jobs.limits import JobLimits
+from veneer.jobs.queue import WAITS_FOR_DISK, next_in_turn
 from veneer.jobs.record import DIED, JobRecord, TrainingJob
-from veneer.jobs.store import JobStore, next_in_turn
+from veneer.jobs.store import JobStore
 from veneer.jobs.uploads import UploadStore
 from veneer.training.state.checkpoint import numbers
 
@@ -85,6 +86,27 @@ def test_killed_trainer_and_killed_worker_are_failed_jobs_that_resume(store, bas
     assert [event["level"] for event in store.events(job.id)].count("error") == 2
     store.delete(job.id)
     assert store.jobs() == [] and not job.run_folder.exists()
+
+
+def test_a_run_that_uses_up_the_disk_space_fails_and_resumes_when_there_is_room(store, base):
+    settings = {"base": base, "steps": 100_000, "save_every": 1, "data": {"validation_share": 0}}
+    store.limits = JobLimits(disk_bytes=100_000)
+    job = store.create(settings, rows={"train": ROWS})
+    waiting = store.create(settings, rows={"train": ROWS})
+    job = wait_for(store, job.id, "failed")
+    assert "the limit is 100,000" in job.error and "Delete jobs or files" in job.error
+    assert numbers(job.run_folder / "checkpoints")
+    with pytest.raises(QuotaError, match="the limit is 100,000"):
+        store.resume(job.id)
+    wait_until(lambda: not store._is_locked(job.folder))  # the worker has looked at the queue
+    assert store.start_next() is None and store.get(waiting.id).state == "queued"
+    messages = [event["message"] for event in store.events(waiting.id)]
+    assert messages.count(WAITS_FOR_DISK) == 1 and messages[-1] == WAITS_FOR_DISK
+    store.cancel(waiting.id)
+    store.limits = JobLimits()
+    assert store.resume(job.id).record.disk_bytes == store.limits.disk_bytes
+    store.cancel(job.id)
+    wait_for(store, job.id, "cancelled")
 
 
 def test_jobs_wait_while_one_runs_and_change_their_state(busy_store, base):

@@ -13,7 +13,7 @@ class JobLimits:
 
     jobs        jobs that are kept, ended ones included
     waiting     jobs in the queue
-    disk_bytes  jobs, runs and uploaded files together
+    disk_bytes  jobs, runs and uploaded files together; a run that goes beyond is stopped
     files       uploaded files
     file_bytes  one uploaded file
     """
@@ -23,6 +23,12 @@ class JobLimits:
     disk_bytes: int = 20 * 2**30
     files: int = 1000
     file_bytes: int = 512 * 2**20
+
+    def disk_fault(self, used_bytes: int) -> str | None:
+        """Says that the disk space is used up; None if it is not."""
+        if used_bytes < self.disk_bytes:
+            return None
+        return f"jobs and files take {used_bytes:,} bytes, the limit is {self.disk_bytes:,}"
 
 
 def folder_bytes(folder: Path) -> int:

@@ -36,6 +36,9 @@ DIED = (
     "The trainer's process ended without a result: the machine went down, or it was killed."
     " Resume the job to continue from its last checkpoint."
 )
+LOCK = ".lock"
+LOCK_SECONDS = 5.0
+"""Time to wait for a job's lock, which readers hold for microseconds."""
 ID_PREFIX = "ftjob-"
 _ID = re.compile(rf"{ID_PREFIX}[0-9a-f]{{12}}")
 
@@ -61,6 +64,9 @@ class JobRecord(StrictSettings):
     """Processor threads of the trainer. A resumed run keeps them, and so its bits."""
     niceness: int
     """How much lower the trainer's priority is than the worker's."""
+    disk_bytes: int | None = None
+    """Bytes of the whole store beyond which the run is stopped; None: no limit, of earlier
+    versions."""
     publish_as: str | None = None
     """Name that the adapter gets in the library; None: it is not added."""
     library: str

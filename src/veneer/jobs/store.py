@@ -49,9 +49,12 @@ from veneer.jobs.events import add_event, read_events
 from veneer.jobs.job_settings import RowPart, RowSource, copy_rows, row_file_name, with_places
 from veneer.jobs.launch import share_of_machine, start_worker
 from veneer.jobs.limits import JobLimits, folder_bytes
+from veneer.jobs.queue import next_in_turn, note_waiting
 from veneer.jobs.record import (
     DIED,
     ID_PREFIX,
+    LOCK,
+    LOCK_SECONDS,
     RESUMABLE,
     JobRecord,
     State,
@@ -68,9 +71,6 @@ from veneer.library.folder import LibraryFolder
 from veneer.library.names import check_name
 from veneer.training.config import RunConfig
 
-LOCK = ".lock"
-LOCK_SECONDS = 5.0
-"""Time to wait for a job's lock, which readers hold for microseconds."""
 TRAIN_SHARE = 0.5
 
 
@@ -201,6 +201,7 @@ class JobStore:
             base=name_of(config.base),
             threads=threads,
             niceness=niceness,
+            disk_bytes=self.limits.disk_bytes,
             publish_as=publish_as,
             library=str(self.library_folder),
             details=dict(details),
@@ -221,7 +222,7 @@ class JobStore:
     def start_next(self) -> TrainingJob | None:
         """Starts the next job of the queue unless one runs. Returns the job that was started.
 
-        Jobs whose worker died are marked as failed.
+        Jobs whose worker died are marked as failed. While the disk space is used up, none starts.
         """
         if not self.jobs_folder.is_dir():
             return None
@@ -231,6 +232,9 @@ class JobStore:
                 if job.record.state == "running" and job.state == "failed":
                     self._mark_failed(job.folder, DIED)
             if any(job.state in ("running", "stopping") for job in jobs):
+                return None
+            if next_in_turn(jobs) is not None and self.limits.disk_fault(self.used_bytes()):
+                note_waiting(jobs)
                 return None
             while (job_id := next_in_turn(jobs)) is not None:
                 if self._start(job_id):
@@ -247,8 +251,10 @@ class JobStore:
         return self._stop(job_id, "cancel", ("queued", "paused"))
 
     def resume(self, job_id: str) -> TrainingJob:
-        """Queues a paused or failed job again; it continues from its last checkpoint."""
+        """Queues a paused or failed job again; it continues from its last checkpoint. Raises
+        QuotaError if the disk space is used up."""
         _require_posix()
+        self._check_disk()
         job = self.get(job_id)
         if job.state not in RESUMABLE:  # a worker holds the lock for as long as it trains
             raise _not_possible(job_id, job.state, "resumed", RESUMABLE)
@@ -258,7 +264,13 @@ class JobStore:
                 raise _not_possible(job_id, state, "resumed", RESUMABLE)
             self.drop_request(job_id)
             write_record(
-                job.folder, record, state="queued", queued=time.time(), ended=None, error=None
+                job.folder,
+                record,
+                state="queued",
+                queued=time.time(),
+                ended=None,
+                error=None,
+                disk_bytes=self.limits.disk_bytes,
             )
             add_event(job.folder, "The job was resumed")
         self.start_next()
@@ -275,6 +287,7 @@ class JobStore:
             remove_run(job.run_folder)
             with unfinished(self.jobs_folder) as gone:
                 job.folder.rename(gone)
+        self.start_next()  # jobs may have waited for its disk space
 
     def drop_request(self, job_id: str) -> None:
         (self.job_folder(job_id) / "request").unlink(missing_ok=True)
@@ -352,24 +365,12 @@ class JobStore:
                     [],
                     "Delete or cancel some first.",
                 )
-        if (used := self.used_bytes()) >= limits.disk_bytes:
-            raise QuotaError(
-                f"jobs and files take {used:,} bytes, the limit is {limits.disk_bytes:,}",
-                [],
-                "Delete jobs or files first.",
-            )
+        self._check_disk()
 
-
-def next_in_turn(jobs: Sequence[TrainingJob]) -> str | None:
-    """Returns the id of the queued job to start: the longest waiting one of the owner whose last
-    start is longest ago."""
-    last_start: dict[str, float] = {}
-    for job in jobs:
-        started = job.record.started or 0.0
-        last_start[job.record.owner] = max(started, last_start.get(job.record.owner, 0.0))
-    queued = [job.record for job in jobs if job.state == "queued"]
-    first = min(queued, key=lambda r: (last_start[r.owner], r.queued, r.id), default=None)
-    return None if first is None else first.id
+    def _check_disk(self) -> None:
+        """Raises QuotaError if the disk space is used up."""
+        if (fault := self.limits.disk_fault(self.used_bytes())) is not None:
+            raise QuotaError(fault, [], "Delete jobs or files first.")
 
 
 def _state_without_worker(record: JobRecord) -> State:

@@ -3,8 +3,9 @@
     python -m veneer.jobs.worker STORE ID DESCRIPTOR
 
 It owns job.json until it ends (record.py). `veneer train` runs as its child, at lower priority. A
-request to pause or cancel, or SIGTERM, asks the trainer to save a checkpoint and end. At its end
-the worker starts the next job of the queue.
+request to pause or cancel, or SIGTERM, asks the trainer to save a checkpoint and end; so does a
+store whose disk space is used up, and then the job fails. At its end the worker starts the next job
+of the queue.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -30,6 +32,8 @@ from veneer.library.library import Library
 from veneer.training.output.records import read_records
 
 POLL_SECONDS = 0.2
+DISK_SECONDS = 2.0
+"""Time between two looks at the disk space that the store takes."""
 MOST_ERROR = 4000
 """Bytes of the trainer's last messages that become the job's error."""
 
@@ -42,6 +46,9 @@ class Worker:
         self.folder, self.run_folder = store.job_folder(job_id), store.run_folder(job_id)
         self.record: JobRecord = read_record(self.folder)
         self._signalled = False
+        self._next_look = 0.0
+        self._disk_fault: str | None = None
+        """Why the trainer is stopped, if the disk space is used up."""
 
     def run(self) -> None:
         for number in (signal.SIGTERM, signal.SIGHUP):
@@ -57,6 +64,13 @@ class Worker:
 
     def _request(self) -> StopRequest | None:
         return self.store.request(self.record.id) or ("pause" if self._signalled else None)
+
+    def _disk_is_full(self) -> bool:
+        """Looks now and then whether the store takes more disk space than it may."""
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + DISK_SECONDS
+            self._disk_fault = self.store.limits.disk_fault(self.store.used_bytes())
+        return self._disk_fault is not None
 
     def _train(self) -> bool:
         """Runs the trainer. Returns True if it has finished the run; otherwise writes the job's
@@ -75,7 +89,7 @@ class Worker:
             )
         is_ending = False
         while trainer.poll() is None:
-            if not is_ending and self._request() is not None:
+            if not is_ending and (self._request() is not None or self._disk_is_full()):
                 trainer.terminate()
                 is_ending = True
             time.sleep(POLL_SECONDS)
@@ -84,6 +98,11 @@ class Worker:
             self._end("cancelled", "The job was cancelled")
         elif code == 0:
             return True
+        elif self._disk_fault is not None:
+            self._fail(
+                f"The run was stopped: {self._disk_fault}. Delete jobs or files, then resume the"
+                " job to continue from its last checkpoint."
+            )
         elif code in (RunInterrupted.exit_code, -signal.SIGTERM):
             self._end("paused", "The job was paused")
         elif code < 0:
@@ -137,6 +156,8 @@ def _last_text(log: Path, start: int) -> str:
 
 def main(folder: str, job_id: str, descriptor: str) -> None:
     store = JobStore(folder)
+    if (disk_bytes := read_record(store.job_folder(job_id)).disk_bytes) is not None:
+        store.limits = replace(store.limits, disk_bytes=disk_bytes)
     Worker(store, job_id, int(descriptor)).run()
     os.close(int(descriptor))
     store.start_next()

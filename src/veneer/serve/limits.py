@@ -160,7 +160,12 @@ LIMITS = {
         Limit("rows of a training file", MOST_TRAINING_ROWS, "", "the job fails"),
         Limit("jobs, ended ones included", JOB_LIMITS.jobs, "", "507"),
         Limit("jobs in the queue", JOB_LIMITS.waiting, "", "507"),
-        Limit("disk space of jobs, runs and files", JOB_LIMITS.disk_bytes, "bytes", "507"),
+        Limit(
+            "disk space of jobs, runs and files",
+            JOB_LIMITS.disk_bytes,
+            "bytes",
+            "507, and the run fails",
+        ),
     ),
 }
 """By the heading of the table in docs/serve.md."""
