@@ -21,6 +21,7 @@ methods may be called from many processes and threads at once.
     jobs/<id>/    job.json (record.py), run.yaml, rows, events.jsonl, trainer.log
     runs/<id>/    an ordinary run folder
     files/<id>/   uploaded files (uploads.py)
+    published.json    names of adapters that jobs have published (published.py)
     .start.lock   held while the next job is started
 
 Raises UnknownNameError for an id that is not a job's, ConfigError for a change that a job's state

@@ -24,6 +24,7 @@ from veneer.errors import RunInterrupted, VeneerError
 from veneer.files.atomic import write_text
 from veneer.jobs.events import add_event
 from veneer.jobs.launch import LOG, trainer_command, trainer_environment
+from veneer.jobs.published import note_published
 from veneer.jobs.record import JobRecord, StopRequest, read_record, write_record
 from veneer.jobs.results import RESULT, metrics_csv
 from veneer.jobs.run_facts import RECORDS
@@ -125,7 +126,9 @@ class Worker:
         if name is not None:
             try:
                 library = Library(self.record.library)
-                adapter = library.add(self.run_folder, name=name).reference
+                entry = library.add(self.run_folder, name=name)
+                note_published(self.store.folder, entry)
+                adapter = entry.reference
             except VeneerError as fault:
                 self._fail(f"The adapter was trained, but not added to the library. {fault}")
                 return

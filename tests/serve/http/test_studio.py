@@ -14,6 +14,7 @@ from tests.support.running_job import running_job
 from tests.support.tiny import save_tiny
 from veneer.api import load
 from veneer.errors import UnknownNameError
+from veneer.jobs.published import note_published
 from veneer.library.library import Library
 from veneer.serve.engine.fine_tuning import TrainSettings
 from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
@@ -288,6 +289,30 @@ def test_a_key_for_use_may_not_train(folder):
         assert guarded.http().get(f"{API}/drafts").status_code == 401
         headers = {"authorization": f"Bearer {key}"}
         assert guarded.http(headers=headers).get(f"{API}/drafts").status_code == 403
+
+
+def test_a_train_key_adds_no_version_to_an_adapter_that_no_job_has_made(folder):
+    keys = {scope: f"{scope}-" + "k" * 40 for scope in ("train", "admin")}
+    stored = ApiKeys([ApiKey(scope, hashed(key), scope) for scope, key in keys.items()])
+    library, train = Library(folder / "guarded"), TrainSettings(run={}, folder=folder / "own")
+    add_adapter(library, folder / "by_hand", "poems", 1)
+    with running(library, keys=stored, studio=True, train=train) as guarded:
+        headers = {scope: {"authorization": f"Bearer {key}"} for scope, key in keys.items()}
+        draft = upload(guarded, CSV, **headers["train"]).json()
+
+        def keep(scope, name):
+            path = f"{API}/drafts/{draft['id']}/keep"
+            answer = guarded.http(headers=headers[scope]).post(path, json={"name": name})
+            return answer.status_code, answer.json()["error"]["code"]
+
+        assert keep("train", "poems") == (403, "wrong_scope")
+        assert keep("train", "tales") == keep("admin", "poems") == (404, "job_not_found")
+        store = guarded.service.fine_tuning.store.folder
+        add_adapter(library, folder / "of_a_job", "poems", 2)
+        note_published(store, library.get("poems"))
+        assert keep("train", "poems") == (404, "job_not_found")
+        add_adapter(library, folder / "by_hand_again", "poems", 3)
+        assert keep("train", "poems") == (403, "wrong_scope")
 
 
 def test_columns_that_swap_names_are_renamed_and_others_of_the_name_are_dropped():

@@ -12,9 +12,11 @@ from typing import Any
 from veneer.data.examples import Row
 from veneer.errors import ConfigError
 from veneer.files.system_errors import explained
+from veneer.jobs.published import may_publish, note_published
 from veneer.jobs.record import TrainingJob
 from veneer.library.library import Library
 from veneer.report.card import card_for
+from veneer.serve.refusals import MOST_SHOWN, Refusal
 
 MOST_HELD_OUT = 200
 """Held-out rows that the page may ask about."""
@@ -26,11 +28,25 @@ def trial_name(draft_id: str) -> str:
     return f"{TRIAL}{draft_id}"
 
 
-def publish(library: Library, job: TrainingJob, name: str) -> str:
+def publish(store_folder: Path, library: Library, job: TrainingJob, name: str) -> str:
     """Adds a job's adapter to the library; returns its reference, such as tickets@2."""
     if job.state != "done":
         raise ConfigError(f"the job is {job.state}: only a finished run has an adapter to keep")
-    return str(library.add(job.run_folder, name=name).reference)
+    entry = library.add(job.run_folder, name=name)
+    note_published(store_folder, entry)
+    return str(entry.reference)
+
+
+def check_may_keep(store_folder: Path, library: Library, name: str) -> None:
+    """Refusal: 403, the library has an adapter of this name that no job has published."""
+    if not may_publish(store_folder, library, name):
+        raise Refusal(
+            403,
+            f"The library has an adapter {name[:MOST_SHOWN]!r} that was not trained on this page."
+            " Choose another name, or use an admin key to add a version to it.",
+            "name",
+            "wrong_scope",
+        )
 
 
 def unpublish(library: Library, name: str) -> None:

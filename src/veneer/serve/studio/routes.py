@@ -96,7 +96,10 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
         return await studio.run(lambda: studio.try_out(_id(request)))
 
     async def keep(request: Request, body: KeepBody) -> Any:
-        return await studio.run(lambda: studio.keep(_id(request), body.name))
+        may_replace = caller_of(request).scope == "admin"
+        return await studio.run(
+            lambda: studio.keep(_id(request), body.name, may_replace=may_replace)
+        )
 
     async def take(request: Request) -> Response:
         require_train(request)

@@ -21,6 +21,7 @@ from veneer.serve.refusals import Refusal
 from veneer.serve.studio.bodies import MethodChoices, PlanBody, RowChoices
 from veneer.serve.studio.drafts import Draft, Drafts
 from veneer.serve.studio.keeping import (
+    check_may_keep,
     held_out_questions,
     publish,
     result_file,
@@ -201,12 +202,18 @@ class Studio:
         if draft.model is not None:
             return {"model": draft.model}
         name = trial_name(draft.id)
-        publish(self.library, self._job(draft_id), name)
+        publish(self.jobs.folder, self.library, self._job(draft_id), name)
         return {"model": name}
 
-    def keep(self, draft_id: str, name: str) -> dict[str, Any]:
-        """Adds the adapter to the library under a name, where it is a model at once."""
-        reference = publish(self.library, self._job(draft_id), name)
+    def keep(self, draft_id: str, name: str, *, may_replace: bool) -> dict[str, Any]:
+        """Adds the adapter to the library under a name, where it is a model at once.
+
+        may_replace: whether it may become a version of an adapter that no job has made. Refusal:
+        403.
+        """
+        if not may_replace:
+            check_may_keep(self.jobs.folder, self.library, name)
+        reference = publish(self.jobs.folder, self.library, self._job(draft_id), name)
         unpublish(self.library, trial_name(draft_id))
         draft = self.drafts.change(draft_id, model=name)
         return {**self.card(draft), "reference": reference}
