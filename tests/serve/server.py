@@ -141,6 +141,7 @@ def running(
     library: Library,
     *,
     base: Base | None = None,
+    name: str = BASE,
     keys: ApiKeys | None = None,
     tokens: int = 4096,
     limits: Limits | None = None,
@@ -154,7 +155,7 @@ def running(
     base = base or made_base()
     settings = ServeSettings(
         port=0,
-        name=BASE,
+        name=name,
         limits=limits or Limits(),
         cache_bytes=tokens * bytes_per_token(base),
         runs=runs,

@@ -3,9 +3,11 @@
 import csv
 import io
 import json
+import re
 import socket
 import time
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import openai
 import pytest
@@ -48,14 +50,15 @@ def base(tmp_path_factory):
 
 
 @contextmanager
-def training_server(folder, base):
+def training_server(folder, base, **changed):
     settings = TrainSettings(
         run={"base": base.source},
         folder=folder / "jobs",
         share=1.0,
         limits=JobLimits(file_bytes=MOST_BYTES),
     )
-    with running(Library(folder / "library"), base=base, keys=KEYS, train=settings) as server:
+    given = {"base": base, "keys": KEYS, "train": settings, **changed}
+    with running(Library(folder / "library"), **given) as server:
         yield server
 
 
@@ -141,6 +144,22 @@ def test_a_script_of_openais_runs_and_its_model_answers_after_a_restart_of_the_s
         assert str(tmp_path) not in json.dumps(
             [job.model_dump() for job in listed] + [event.model_dump() for event in events]
         )
+
+
+def test_the_script_of_the_guide_runs_unchanged(tmp_path, base, monkeypatch, capsys):
+    """From the upload to an answer, with rows as the guide shows them."""
+    text = (Path(__file__).parents[2] / "docs" / "guides" / "openai_fine_tune.md").read_text()
+    (script,) = re.findall(r'```python title="tune.py"\n(.*?)```', text, re.DOTALL)
+    (row,) = re.findall(r"```jsonl\n(.*?)```", text, re.DOTALL)
+    (model,) = re.findall(r'model="(.*?)"', script)
+    assert f"--name {model} --train" in text
+    (tmp_path / "tickets.jsonl").write_text(row * 4)
+    monkeypatch.chdir(tmp_path)
+    with training_server(tmp_path, base, name=model, keys=ApiKeys([])) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}/v1")
+        monkeypatch.setenv("OPENAI_API_KEY", "any text")
+        exec(compile(script, "tune.py", "exec"), {})
+        assert re.match(r"succeeded ft-tickets-[0-9a-f]{6} None\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

@@ -220,9 +220,7 @@ def test_a_run_that_was_written_anew_is_told_from_its_beginning(server, places):
     assert again["start"] == 0 and len(again["records"]) == 2
 
 
-def test_a_run_that_was_resumed_is_told_from_its_beginning_however_long_its_file_is(
-    server, places
-):
+def test_a_run_that_was_resumed_is_told_from_its_beginning_however_long_its_file_is(server, places):
     """A reader was at step 3; the run was killed, went on from step 1 and has written step 3 again,
     of as many bytes as before."""
     write(places, "three", [START, step(1), step(2), step(3)])
