@@ -23,8 +23,7 @@ from veneer.comparison.jobs import JobExecutor
 from veneer.comparison.local import LocalExecutor
 from veneer.comparison.plan import DEFAULT_STEPS, Candidate, Comparison, prepare_rows
 from veneer.data.checks.check import refuse_beyond
-from veneer.data.examples import Example, Row, RowRef
-from veneer.data.files.labels import text_keys
+from veneer.data.examples import Example, Row, RowRef, prompt_key
 from veneer.data.files.writing import Record
 from veneer.data.load import DataSet, examine_closely
 from veneer.data.template.user_prompt import UserPrompt, prompt_list, prompt_messages
@@ -228,7 +227,7 @@ def evaluate(
             purpose="evaluated",
         )
         if head is not None:
-            prompts = text_keys(rows)
+            prompts = [prompt_key(row) for row in rows]
             return Evaluation(
                 evaluate_head(base, examples, head, prompts, batch=batch, progress=progress)
             )

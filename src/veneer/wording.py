@@ -160,6 +160,16 @@ def interval_of_95(low: float | None, high: float | None) -> str:
     return between(low, high) if low is None else f"95% interval {between(low, high)}"
 
 
+SHARES = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "mrr": "MRR",
+    "ndcg_at_10": "NDCG@10",
+    "best_first": "best document first",
+}
+"""Figures between 0 and 1, by their names in the records of a run."""
+
+
 def percent(part: float, whole: float) -> str:
     """Formats a share: 3.5%, 0.012%, 100%; two digits, three above 10%; 0% of nothing."""
     share = 100 * part / whole if whole else 0.0

@@ -17,7 +17,7 @@ from tests.support.joint import FLOAT32, assert_same_run, config, together
 from tests.support.tiny import save_tiny, tiny_tokenizer
 from veneer.adapters.labels import HeadSettings
 from veneer.data.examples import Example, Row, RowRef
-from veneer.data.files.labels import make_row, text_keys, with_labels
+from veneer.data.files.labels import with_labels
 from veneer.errors import (
     AdapterMismatchError,
     ConfigError,
@@ -494,13 +494,6 @@ def test_an_evaluation_of_a_head_has_intervals_and_every_label(world, adapters, 
     assert result["macro_f1"] == pytest.approx(np.mean(f1))
     assert sum(cell["rows"] for cell in result["labels"]["confusion"]) == len(rows)
     base.detach("own")
-
-
-def test_documents_of_a_query_are_one_observation():
-    pairs = [("a", "x"), ("a", "y"), ("b", "x"), ("b", "z\nDocument: z")]
-    records = [{"query": query, "document": text, "label": 1} for query, text in pairs]
-    keys = text_keys([make_row(record, RowRef("f", 1), "relevance") for record in records])
-    assert keys[0] == keys[1] != keys[2] == keys[3]
 
 
 @pytest.mark.parametrize("kind", ["labels", "regression", "rerank"])

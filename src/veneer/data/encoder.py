@@ -194,9 +194,10 @@ class SetEncoder:
             trained=[False] * len(encoding.ids) + [True],
             reasons=(),
         )
+        query = None if row.query is None else prompt_key(row)
         for part_row, example in self._parts([row], key, [whole], ["answer"]):
             example.ids[-1], example.trained[-1] = PLACEHOLDER, True
-            collector.add(row, [(part_row, replace(example, label=label))])
+            collector.add(row, [(part_row, replace(example, label=label, query=query))])
 
     def _add_examples(
         self, row: Row, key: int, encodings: Sequence[EncodedRow], collector: ExampleCollector

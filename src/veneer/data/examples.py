@@ -86,6 +86,7 @@ class Row:
     liked      the rating of the answer, true or false; None if it is not rated
     label      the label of its text, as the file has it: a name, a number or a list; None if it has
                none
+    query      the query that its text pairs with a document; None for other rows
     """
 
     ref: RowRef
@@ -98,6 +99,7 @@ class Row:
     others: tuple[list[dict[str, Any]], ...] = ()
     liked: bool | None = None
     label: Any = None
+    query: str | None = None
 
 
 class RoleRun(NamedTuple):
@@ -121,6 +123,8 @@ class Example:
     kind      its role in the run's objective
     label     targets of a score head's outputs (data/files/labels.py); empty for answers. The head
               reads the token before the only trained one, which is a placeholder behind the text
+    query     prompt_key of a document for a query, equal for all documents of the query; None for
+              other rows
     """
 
     ids: NDArray[np.int32]
@@ -131,6 +135,7 @@ class Example:
     row: int | None = None
     kind: AnswerKind = "answer"
     label: tuple[float, ...] = ()
+    query: int | None = None
 
     @property
     def trained_tokens(self) -> int:
@@ -252,10 +257,11 @@ def prompt_key(row: Row) -> int:
     """Hashes what comes before the last answer, so rows that answer the same prompt are equal.
 
     A plain text has no prompt: its whole text is hashed. The prompt of answers in order of
-    preference is what they all begin with; answers may have several turns.
+    preference is what they all begin with; answers may have several turns. The prompt of a document
+    is its query, so the documents of a query are equal.
     """
     prompt = row.messages[:-1]
     for messages in row.others:
         pairs = zip(prompt, messages, strict=False)
         prompt = [turn for turn, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
-    return _hash63([prompt, row.tools, row.text])
+    return _hash63([prompt, row.tools, row.text if row.query is None else row.query])

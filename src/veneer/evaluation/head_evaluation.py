@@ -8,7 +8,7 @@ Shapes: N rows, C outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from veneer.objectives.labels import (
     label_scores,
     macro_f1,
     marked,
+    ranking_of,
     targets_of,
 )
 from veneer.objectives.objective import AnswerBatch
@@ -49,10 +50,11 @@ def evaluate_head(
 ) -> dict[str, Any]:
     """Returns what `veneer evaluate` reports of the acting adapter's head, ready for JSON.
 
-    prompts: a number for each row, equal for rows that depend on each other (text_keys)
+    prompts: a number for each row, equal for rows that depend on each other (prompt_key)
 
     rows, loss   rows evaluated; their mean loss, without class weights
-    accuracy, macro_f1, or mean_error (regression)
+    accuracy     of labels also macro_f1, of rerank queries, mrr, ndcg_at_10 and best_first
+                 (objectives/ranking.py); of regression mean_error in its place
     labels       kind and names; per_label: rows, precision, recall and f1 of each; of one label
                  also confusion, uncalibrated and calibrated (label_figures.py)
     intervals, units   as of an evaluation of answers
@@ -86,6 +88,8 @@ def evaluate_head(
         _add_interval(
             result, name, interval(of_rows, ratio, share=name == "accuracy", prompts=prompts)
         )
+    if head.kind == "rerank":
+        _add_ranking(result, ranking_of(outputs, examples))
     if head.names_outputs:
         details["per_label"] = _per_label(result, head, outputs, examples, prompts)
     if head.kind == "label":
@@ -93,6 +97,15 @@ def evaluate_head(
         figures, _ = label_figures(outputs, head.labels, right, [e.key for e in examples])
         details |= figures
     return {**result, "labels": details}
+
+
+def _add_ranking(result: dict[str, Any], of_queries: Mapping[str, Counts]) -> None:
+    """Enters the ranking figures and their intervals over queries into the result."""
+    result["queries"] = int(of_queries["ndcg_at_10"][:, 1].sum())
+    for name, counts in of_queries.items():
+        if counts[:, 1].any():
+            result[name], result["units"][name] = ratio(counts.sum(axis=0)), "share"
+            _add_interval(result, name, interval(counts, ratio, share=True))
 
 
 def _per_label(

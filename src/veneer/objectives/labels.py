@@ -32,6 +32,7 @@ from veneer.objectives.objective import (
     Predictions,
     Values,
 )
+from veneer.objectives.ranking import ranking_counts
 
 
 class ClassifyObjective(Objective):
@@ -98,14 +99,22 @@ class ClassifyObjective(Objective):
             errors = outputs - targets_of(examples)
             return HeldOutFigures({"mean_error": float(np.abs(errors).mean())})
         right, wanted = self.right(outputs, examples), marked(self.head, examples)
+        accuracy, ones = {"accuracy": float(right.mean())}, np.ones(len(right))
+        if self.head.kind == "rerank":
+            return HeldOutFigures(accuracy, right, ones, ranking_of(outputs, examples))
         scores = label_scores(chosen(self.head, outputs), wanted)
-        figures = {"accuracy": float(right.mean()), "macro_f1": macro_f1(scores)}
-        return HeldOutFigures(figures, right, np.ones(len(right)))
+        return HeldOutFigures({**accuracy, "macro_f1": macro_f1(scores)}, right, ones)
 
 
 def targets_of(examples: Sequence[Example]) -> Values:
     """Returns the labels of examples as numbers: (E, 1), of kind labels (E, C)."""
     return np.array([example.label for example in examples], dtype=np.float64)
+
+
+def ranking_of(outputs: Values, examples: Sequence[Example]) -> dict[str, Values]:
+    """Returns the ranking figures of each query (ranking.py) from the outputs of its documents."""
+    queries = [example.query or 0 for example in examples]
+    return ranking_counts(outputs[:, 0], targets_of(examples)[:, 0], queries)
 
 
 def marked(head: HeadSettings, examples: Sequence[Example]) -> np.ndarray[Any, Any]:

@@ -9,8 +9,8 @@ Shapes: T targets, E examples.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, Self
 
 import numpy as np
@@ -79,11 +79,13 @@ class HeldOutFigures:
 
     right, counted: of each row (R), the sum of its comparisons that are right, and of all; the
     figure `accuracy` is their share. None if nothing is right or wrong
+    of_groups: figure -> (G, 2), what each group of rows adds to its sum and its count
     """
 
     figures: dict[str, float]
     right: Values | None = None
     counted: Values | None = None
+    of_groups: Mapping[str, Values] = field(default_factory=dict)
 
 
 class BatchLoss(Protocol):

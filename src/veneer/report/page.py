@@ -25,6 +25,7 @@ from veneer.files.strict_json import read_json, read_yaml
 from veneer.formats.manifest import MANIFEST_NAME, read_manifest
 from veneer.objectives.config import OBJECTIVES
 from veneer.report.html import html_page, section, table
+from veneer.report.labels import label_section
 from veneer.report.plots import Series, bars, line_chart, smooth
 from veneer.report.preferences import loss_label, preference_section
 from veneer.training.config import RunConfig
@@ -89,6 +90,7 @@ def make_page(
         _figures(start, summary, steps, evaluations),
         section("Loss", _loss_chart(start, steps, evaluations)),
         section("Preferences", preference_section(steps, evaluations)),
+        section("Labels", label_section(evaluations)),
         section("Answers on held-out rows", _samples(evaluations, summary.get("best_step"))),
         section("Memory", _memory(summary)),
         section("Time", _time(steps, evaluations)),

@@ -18,12 +18,11 @@ from dataclasses import replace
 from typing import Any
 
 from veneer.adapters.labels import MOST_LABELS, HeadSettings
-from veneer.data.examples import Format, Problem, Row, RowFault, RowRef, prompt_key
+from veneer.data.examples import Format, Problem, Row, RowFault, RowRef
 from veneer.data.files import preferences
 from veneer.data.files.formats import require_columns, to_row
 
-_BEFORE_DOCUMENT = "\nDocument: "
-PAIR_TEXT = "Query: {query}" + _BEFORE_DOCUMENT + "{document}"
+PAIR_TEXT = "Query: {query}\nDocument: {document}"
 _BOOLEANS = {"true": 1.0, "false": 0.0}
 _SHOWN = 40
 
@@ -33,31 +32,19 @@ def make_row(record: dict[str, Any], ref: RowRef, format: Format) -> Row:
     if format not in ("labels", "relevance"):
         return preferences.make_row(record, ref, format)
     require_columns(record, format)
-    text = record["text"] if format == "labels" else None
+    text, query = (record["text"], None) if format == "labels" else (None, record["query"])
     if format == "relevance":
         for name in ("query", "document"):
             if not isinstance(record[name], str):
                 raise RowFault("D109", f"'{name}' is not a string")
         text = pair_text(record["query"], record["document"])
     row = to_row({**record, "text": text}, ref, "text")
-    return replace(row, format=format, label=record["label"], unfinished=False)
+    return replace(row, format=format, label=record["label"], query=query, unfinished=False)
 
 
 def pair_text(query: str, document: str) -> str:
     """Returns the text that a head reads for a query and one of its documents."""
     return PAIR_TEXT.format(query=query, document=document)
-
-
-def text_keys(rows: Iterable[Row]) -> list[int]:
-    """Returns a number for each row, equal for rows with the same text, and for documents of the
-    same query: they depend on each other."""
-    return [prompt_key(_without_document(row)) for row in rows]
-
-
-def _without_document(row: Row) -> Row:
-    if row.format != "relevance" or row.text is None:
-        return row
-    return replace(row, text=row.text.partition(_BEFORE_DOCUMENT)[0])
 
 
 def label_reader(head: HeadSettings) -> Callable[[Any], tuple[float, ...]]:

@@ -12,7 +12,7 @@ import numpy as np
 from veneer.data.batching import by_length
 from veneer.data.examples import Example
 from veneer.errors import fits_memory
-from veneer.evaluation.intervals import interval
+from veneer.evaluation.intervals import Counts, interval
 from veneer.evaluation.metrics.metric import ratio
 from veneer.models.score_heads import part_outputs
 from veneer.models.step import part_nats, parts_of
@@ -136,18 +136,27 @@ def evaluation_record(
 
 
 def figures_of(held_out: HeldOutFigures | None, prompts: Sequence[int]) -> dict[str, Any]:
-    """Returns the objective's figures as a record holds them, the accuracy with its interval.
+    """Returns the objective's figures as a record holds them, shares with their intervals.
 
     prompts: a number for each row, equal for rows with the same prompt.
     """
     if held_out is None:
         return {}
+    of_groups = {
+        name: _with_interval(counts, None)
+        for name, counts in held_out.of_groups.items()
+        if counts[:, 1].any()
+    }
     if held_out.right is None or held_out.counted is None:
-        return dict(held_out.figures)
+        return {**held_out.figures, **of_groups}
     counts = np.stack([held_out.right, held_out.counted], axis=1)
+    return {**held_out.figures, "accuracy": _with_interval(counts, prompts), **of_groups}
+
+
+def _with_interval(counts: Counts, prompts: Sequence[int] | None) -> dict[str, float | None]:
+    """Returns a share, the sum of counts[:, 0] over that of counts[:, 1], with its interval."""
     low, high = interval(counts, ratio, share=True, prompts=prompts) or (None, None)
-    accuracy = {"value": held_out.figures["accuracy"], "low": low, "high": high}
-    return {**held_out.figures, "accuracy": accuracy}
+    return {"value": ratio(counts.sum(axis=0)), "low": low, "high": high}
 
 
 def _enter_loss(

@@ -148,10 +148,11 @@ class LossCells:
 
 
 def _prompt_numbers(examples: Sequence[Example]) -> list[int]:
-    """Numbers the prompts of rows from 0, in order. examples: one of each row."""
-    numbers: dict[bytes | int, int] = {}
+    """Numbers the prompts of rows from 0, in order; the prompt of a document is its query.
+    examples: one of each row."""
+    numbers: dict[bytes | tuple[str, int], int] = {}
     return [
-        numbers.setdefault(_prompt(example) or row, len(numbers))
+        numbers.setdefault(_prompt(example) or ("row", row), len(numbers))
         for row, example in enumerate(examples)
     ]
 
@@ -165,8 +166,10 @@ def _last(examples: Sequence[Example], start: int, end: int) -> Example:
     )
 
 
-def _prompt(example: Example) -> bytes | None:
-    """Returns the tokens before the last answer; None for a text without a prompt."""
+def _prompt(example: Example) -> bytes | tuple[str, int] | None:
+    """Returns the query or the tokens before the last answer; None for a text without a prompt."""
+    if example.query is not None:
+        return "query", example.query
     last = int(np.flatnonzero(example.trained)[-1]) if example.trained.any() else 0
     untrained = np.flatnonzero(~example.trained[:last])
     length = int(untrained[-1]) + 1 if len(untrained) else 0

@@ -21,6 +21,7 @@ from rich.text import Text
 from veneer.training.config import MOMENT_BYTES
 from veneer.training.output.console import log_console
 from veneer.wording import (
+    SHARES,
     clock,
     cut,
     folded,
@@ -314,21 +315,23 @@ def figure_words(record: Facts) -> str:
     figures = record.get("preference") or record.get("labels")
     if not figures:
         return ""
-    accuracy, words = figures.get("accuracy"), ""
-    if isinstance(accuracy, Mapping):
-        low, high = accuracy["low"], accuracy["high"]
-        ends = "" if low is None else f" ({percent(low, 1)} to {percent(high, 1)})"
-        words = f" · accuracy {percent(accuracy['value'], 1)}{ends}"
-    elif accuracy is not None:
-        words = f" · accuracy {percent(accuracy, 1)}"
+    words = "".join(
+        f" · {name} {_share_words(figures[key])}" for key, name in SHARES.items() if key in figures
+    )
     scores = [f"{k} {number(figures[k])}" for k in ("chosen", "rejected") if k in figures]
-    if "macro_f1" in figures:
-        words += f" · macro F1 {percent(figures['macro_f1'], 1)}"
     if "mean_error" in figures:
         words += f" · mean error {number(figures['mean_error'])}"
     if "margin" in figures:
         return f"{words} · margin {number(figures['margin'])} ({', '.join(scores)})"
     return f"{words} · {', '.join(scores)}" if scores else words
+
+
+def _share_words(figure: float | Facts) -> str:
+    if not isinstance(figure, Mapping):
+        return percent(figure, 1)
+    low, high = figure["low"], figure["high"]
+    ends = "" if low is None else f" ({percent(low, 1)} to {percent(high, 1)})"
+    return f"{percent(figure['value'], 1)}{ends}"
 
 
 def sample_parts(sample: Facts) -> list[tuple[str, str]]:
