@@ -29,7 +29,7 @@ from veneer.formats.adapter import read_adapter
 from veneer.merge.export.export_run import export_adapter
 from veneer.models.predictions import ScorePredictions
 from veneer.objectives.config import Classify
-from veneer.objectives.labels import resolved
+from veneer.objectives.labels import balanced, resolved
 from veneer.objectives.objective import AnswerBatch
 from veneer.objectives.registry import make_objective
 from veneer.training.config import RunConfig
@@ -145,13 +145,15 @@ def test_the_loss_is_that_of_pytorch_however_a_step_is_divided(kind):
 def test_balanced_weights_make_labels_count_the_same():
     settings = Classify(balanced=True)
     examples = [example((float(n),)) for n in (0, 0, 0, 1)]
-    chosen = resolved(settings, Classify(labels=["a", "b"]).head, examples)
-    assert chosen.labels == ["a", "b"]
-    assert chosen.class_weights == pytest.approx({"a": 4 / 6, "b": 2.0})
+    chosen = resolved(settings, Classify(labels=["a", "b"]).head)
+    assert chosen.labels == ["a", "b"] and chosen.class_weights == {}
+    assert balanced(chosen, examples).class_weights == pytest.approx({"a": 4 / 6, "b": 2.0})
+    own = chosen.model_copy(update={"class_weights": {"b": 5.0}})
+    assert balanced(own, examples).class_weights == pytest.approx({"a": 4 / 6, "b": 5.0})
     with pytest.raises(ConfigError, match="weights and thresholds of labels"):
-        resolved(Classify(class_weights={"c": 1}), chosen.head, examples)
+        resolved(Classify(class_weights={"c": 1}), chosen.head)
     with pytest.raises(ConfigError, match="kind label has no thresholds"):
-        resolved(Classify(thresholds={"a": 0.2}), chosen.head, examples)
+        resolved(Classify(thresholds={"a": 0.2}), chosen.head)
 
 
 def of_transformers(world, folder, texts, side):
@@ -369,6 +371,12 @@ def test_a_run_resumes_bit_for_bit(world, tmp_path):
     assert_same_run(tmp_path / "part", tmp_path / "whole", tolerance=0.0)
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert summary["objective"] == "classify" and "macro_f1" in summary["labels"]
+    for folder in ("whole", "part"):
+        asked = resume_config(str(tmp_path / folder)).objective
+        assert asked.balanced and asked.class_weights == {}
+        summary = json.loads((tmp_path / folder / "summary.json").read_text())
+        assert set(summary["class_weights"]) == set(LABELS)
+    assert records[0]["class_weights"] == summary["class_weights"]
     assert whole.is_dir()
 
 

@@ -46,6 +46,8 @@ class ClassifyObjective(Objective):
         self.num_outputs = self.head.num_outputs
         weights = [config.class_weights.get(name, 1.0) for name in self.head.output_names]
         self.weights = np.array(weights)
+        if config.balanced:
+            self.row_facts = {"class_weights": config.class_weights}
 
     def counts(self, examples: Sequence[Example]) -> Values:
         if self.head.kind != "label":
@@ -157,18 +159,15 @@ def macro_f1(scores: Values) -> float:
     return float(np.nanmean(f1)) if not np.isnan(f1).all() else 0.0
 
 
-def resolved(
-    config: AnyObjective, head: HeadSettings | None, train: Sequence[Example]
-) -> AnyObjective:
-    """Returns the objective with the labels and weights that the rows decide.
+def resolved(config: AnyObjective, head: HeadSettings | None) -> AnyObjective:
+    """Returns the objective with the labels of the rows.
 
-    head: settings with the labels of the rows. Raises ConfigError for weights and thresholds of
-    unknown labels.
+    head: settings with these labels. Raises ConfigError for weights and thresholds of unknown
+    labels.
     """
     if not isinstance(config, Classify) or head is None:
         return config
-    weights = config.class_weights
-    if unknown := sorted({*config.thresholds, *weights} - set(head.labels)):
+    if unknown := sorted({*config.thresholds, *config.class_weights} - set(head.labels)):
         raise ConfigError(
             "weights and thresholds of labels that the rows do not have",
             unknown,
@@ -179,9 +178,18 @@ def resolved(
             f"kind {head.kind} has no thresholds",
             next_step="Leave objective.thresholds out, or take kind labels.",
         )
-    if config.balanced:
-        weights = _balanced(head, train) | weights
-    return config.model_copy(update={"labels": list(head.labels), "class_weights": weights})
+    return config.model_copy(update={"labels": list(head.labels)})
+
+
+def balanced(config: AnyObjective, train: Sequence[Example]) -> AnyObjective:
+    """Returns the objective with the weights of its labels in these rows, if it asks for them.
+
+    Weights that are set stay. A run computes them from its rows whenever it starts or resumes.
+    """
+    if not isinstance(config, Classify) or not config.balanced:
+        return config
+    weights = _balanced(config.head, train) | config.class_weights
+    return config.model_copy(update={"class_weights": weights})
 
 
 def _balanced(head: HeadSettings, train: Sequence[Example]) -> dict[str, float]:

@@ -11,7 +11,8 @@ Shapes: T targets, E examples.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from types import MappingProxyType
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,6 +107,8 @@ class Objective(ABC):
     """Number of sums in the figures of a batch."""
     figures_name: str = "preference"
     """Name of the figures in a run's records."""
+    row_facts: Mapping[str, Any] = MappingProxyType({})
+    """Settings that the training rows decided, by name, for the records of a run."""
     num_outputs: int | None = None
     """Outputs of the score head that it reads; None: it reads nats."""
 

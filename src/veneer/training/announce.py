@@ -120,6 +120,7 @@ def start_record(
             *_process_lines(run, forecast, world),
         ],
         "planned_memory_bytes": planned,
+        **run.inputs.objective.row_facts,
     }
 
 

@@ -16,6 +16,7 @@ from veneer.data.examples import Example
 from veneer.data.longest import largest_micro_batches, plans_of_run
 from veneer.data.mixture import Mixture
 from veneer.models.step import ComputePaths, batch_of, parts_of
+from veneer.objectives.labels import balanced
 from veneer.objectives.objective import AnswerBatch, Objective, Values
 from veneer.objectives.registry import make_objective
 from veneer.training.config import RunConfig
@@ -113,11 +114,11 @@ class TrainingInputs:
     rows: RowSpans = field(init=False)
     """The examples of each row of `train`."""
     objective: Objective = field(init=False)
-    """The objective that `config` asks for."""
+    """The objective that `config` asks for, with what its rows decide."""
 
     def __post_init__(self) -> None:
         self.rows = RowSpans.of(self.train)
-        self.objective = make_objective(self.config.objective)
+        self.objective = make_objective(balanced(self.config.objective, self.train))
 
     def answers(self, numbers: Sequence[int]) -> AnswerBatch:
         """Returns these training examples with their reference; zeros before it is computed.

@@ -187,7 +187,7 @@ def prepare_run(
         if replay is not None:
             data = replace(rows, fingerprint=f"{rows.fingerprint} {replay.fingerprint}")
         # Never longer than the model has positions.
-        objective = resolved(config.objective, data.head, data.train)
+        objective = resolved(config.objective, data.head)
         length = data.report.length
         config = config.model_copy(update={"length": length, "objective": objective})
         if started is not None:

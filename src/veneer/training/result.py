@@ -121,6 +121,7 @@ def run_summary(
         "validation_loss": progress.best_loss,
         "held_out": None if held_out is None else held_out.model_dump(mode="json"),
         **_figures(config, progress),
+        **({"class_weights": start["class_weights"]} if "class_weights" in start else {}),
         "best_step": progress.best_step,
         "damaged_best": damaged_best,
         "base_fingerprint": base.fingerprint().digest,
