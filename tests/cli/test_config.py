@@ -63,6 +63,8 @@ OTHER_VALUES = {
     "objective.document": "handbook.md",
     "objective.tools": "tools.json",
     "objective.teacher": TeacherBase(base="larger", quantize="nf4"),
+    "objective.own_answers": 0.5,
+    "objective.answer_tokens": 64,
     "objective.content": "0a",
     "objective.kind": "labels",
     "objective.labels": ["a", "b"],

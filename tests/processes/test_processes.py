@@ -50,7 +50,7 @@ UNSET = {
 TAUGHT = {
     "teacher": {
         "method": {"name": "lora", "rank": 2, "dropout": 0.2},
-        "objective": {"name": "distil", "system": "Say x."},
+        "objective": {"name": "distil", "system": "Say x.", "own_answers": 0.5, "answer_tokens": 6},
     }
 }
 HERE = {name: RUNS[name] for name in [*RUNS][: len(rounds("processes", ci=3))]} | UNSET | TAUGHT

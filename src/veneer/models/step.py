@@ -12,7 +12,7 @@ Otherwise transformers' own path is taken: padded rows, or one row at a time if 
 logits. That is slower but never wrong, and `ComputePaths.lines` says why.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -352,7 +352,7 @@ def whole_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 def parts_of(
     model: PreTrainedModel,
     paths: ComputePaths,
-    examples: Sequence[Example],
+    examples: Sequence[Example] | Mapping[int, Example],
     rows: Iterable[list[int]],
 ) -> Iterator[list[int]]:
     """Divides each list of rows into the forwards that the paths require."""

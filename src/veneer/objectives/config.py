@@ -6,12 +6,13 @@ Ethayarajh et al. 2024, arXiv:2402.01306; ORPO, Hong et al. 2024, arXiv:2403.076
 et al. 2023, arXiv:2306.13649; classify, transformers' ...ForSequenceClassification.
 """
 
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from veneer.adapters.labels import HeadKind, HeadSettings
-from veneer.bounds import BETA, ENERGY, FACTOR, PROBABILITY, SMOOTHING
+from veneer.bounds import BETA, ENERGY, FACTOR, NEW_TOKENS, PROBABILITY, SMOOTHING
 from veneer.data.examples import RowKind
 from veneer.data.teacher_text import TeacherText, absolute_path, read_teacher_text
 from veneer.errors import ConfigError
@@ -33,6 +34,17 @@ class TeacherBase(StrictSettings):
     begins."""
     digest: str | None = None
     """Digest of its fingerprint, filled in when the run begins."""
+
+
+@dataclass(frozen=True)
+class OwnAnswersConfig:
+    """Says how many rows the student answers itself before a step.
+
+    share: of a step's rows. tokens: most of an answer
+    """
+
+    share: float
+    tokens: int
 
 
 class ObjectiveConfig(StrictSettings):
@@ -70,6 +82,12 @@ class ObjectiveConfig(StrictSettings):
     def teacher_base(self) -> TeacherBase | None:
         """Settings of a teacher that is another base; None if the student's base is the
         teacher's."""
+        return None
+
+    @property
+    def own_answers_config(self) -> OwnAnswersConfig | None:
+        """Returns how many rows the student answers itself; None if it learns from given answers
+        alone."""
         return None
 
     def located(
@@ -175,9 +193,19 @@ class Distil(ObjectiveConfig):
     teacher: str | TeacherBase | None = None
     """Adapter of the teacher: a name in the library or a folder; or another base with the same
     tokenizer: {base, adapter, quantize}. Default: the run's base alone."""
-
+    own_answers: Annotated[float, PROBABILITY] = 0.0
+    """Share of a step's rows that the student answers itself before the step; the teacher says what
+    it would have expected at each token of these answers. The other rows keep their own."""
+    answer_tokens: Annotated[int, NEW_TOKENS] = 128
+    """Longest such answer, tokens."""
     content: str | None = None
     """Content hash of that adapter, filled in when the run begins."""
+
+    @property
+    def own_answers_config(self) -> OwnAnswersConfig | None:
+        if self.own_answers == 0:
+            return None
+        return OwnAnswersConfig(self.own_answers, self.answer_tokens)
 
     def teacher_text(self) -> TeacherText:
         if all(part is None for part in (self.system, self.document, self.tools, self.teacher)):

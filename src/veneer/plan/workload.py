@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
@@ -21,6 +22,7 @@ from veneer.data.examples import Example, RowRef
 from veneer.data.files.on_disk import representative_examples
 from veneer.data.longest import largest_micro_batches, plans_of_run
 from veneer.data.mixture import Mixture
+from veneer.data.own_answers import with_longest_answers
 from veneer.plan.choice import Choice
 from veneer.plan.spread import Costs
 from veneer.training.config import EPOCHS_UNSAID, RunConfig
@@ -85,9 +87,18 @@ class Workload:
         )
         if data is None:
             return workload
+        rows = representative_examples(data.train)
+        if (own := config.objective.own_answers_config) is not None:
+            rows = with_longest_answers(
+                rows,
+                RowSpans.of(rows),
+                own.tokens,
+                length=config.length,
+                teacher_length=sys.maxsize,
+            )
         return replace(
             workload,
-            rows=representative_examples(data.train),
+            rows=rows,
             held_out=representative_examples(data.validation),
             mixture=data.mixture if data.in_files is None else None,
         )

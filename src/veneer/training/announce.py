@@ -76,7 +76,7 @@ def forecast_run(
             run.base.model.config,
             run.base.dtype,
             run.data,
-            largest=[[run.data.train[i] for i in part] for part in run.inputs.largest],
+            largest=[[run.inputs.longest_train[i] for i in part] for part in run.inputs.largest],
             idle_bytes=run.idle_bytes,
             device=str(run.base.device),
             processes=world.size,
@@ -116,6 +116,7 @@ def start_record(
         "paths": [
             *_base_lines(run),
             *_data_lines(data),
+            *_objective_lines(run.config),
             *_adapter_lines(run),
             *_process_lines(run, forecast, world),
         ],
@@ -160,6 +161,16 @@ def _data_lines(data: DataSet) -> list[str]:
     if data.in_files is not None:
         lines.append(data.in_files)
     return lines
+
+
+def _objective_lines(config: RunConfig) -> list[str]:
+    own = config.objective.own_answers_config
+    if own is None:
+        return []
+    return [
+        f"{percent(own.share, 1)} of a step's rows are learned on answers that the adapter writes"
+        f" itself, {own.tokens} tokens at most"
+    ]
 
 
 def _adapter_lines(run: PreparedRun) -> list[str]:

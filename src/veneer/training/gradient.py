@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -91,6 +92,7 @@ class StepGradient:
         self.rows: Sequence[int] = ()
         self.micro_batches: Sequence[Sequence[int]] = ()
         self.replayed: Sequence[Sequence[Example]] = ()
+        self.overrides: Mapping[int, Example] = {}
         self.step, self.seconds, self.total = 0, 0.0, 0.0
         self.assigned: deque[tuple[int, bool]] = deque()
         self._losses: dict[int, Tensor] = {}
@@ -104,14 +106,17 @@ class StepGradient:
         *,
         step: int,
         replays: bool = False,
+        overrides: Mapping[int, Example] = MappingProxyType({}),
     ) -> None:
         """Begins the gradient of the objective over the examples of these micro-batches.
 
-        step: number of steps before this one. replays: whether replay rows are added
+        step: number of steps before this one. replays: whether replay rows are added. overrides:
+        examples in place of those of the rows, by number
         """
         inputs = self.inputs
         self.rows, self.micro_batches, self.step = rows, micro_batches, step
-        examples = [inputs.train[i] for part in micro_batches for i in part]
+        self.overrides = overrides
+        examples = [self._example(i) for part in micro_batches for i in part]
         self.total = float(inputs.objective.counts(examples).sum())
         replay = inputs.replay if replays else None
         self.replayed = [] if replay is None else self._divided(replay, step)
@@ -145,7 +150,11 @@ class StepGradient:
         """Returns the examples of a micro-batch; those of replay rows come last."""
         if number >= len(self.micro_batches):
             return self.replayed[number - len(self.micro_batches)]
-        return [self.inputs.train[i] for i in self.micro_batches[number]]
+        return [self._example(i) for i in self.micro_batches[number]]
+
+    def _example(self, number: int) -> Example:
+        """Returns a training example, with the student's own answer if it has drawn one."""
+        return self.overrides.get(number) or self.inputs.train[number]
 
     def take(self) -> "MicroBatch":
         """Takes the next micro-batch that this process computes."""
@@ -162,9 +171,9 @@ class StepGradient:
             number,
             counts,
             inputs.objective,
-            inputs.answers(numbers),
+            inputs.answers({i: self._example(i) for i in numbers}),
             total,
-            Taught(inputs.teacher, teacher_examples(inputs.train[i] for i in taught_numbers)),
+            Taught(inputs.teacher, teacher_examples(map(self._example, taught_numbers))),
         )
 
     def _replay_micro_batch(self, number: int, counts: bool) -> "MicroBatch":

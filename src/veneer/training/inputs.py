@@ -1,7 +1,7 @@
 """The inputs of the training loop: model, trained values, rows and settings."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from veneer.objectives.registry import make_objective
 from veneer.training.config import RunConfig
 from veneer.training.optimizer.buffer import FlatValues
 from veneer.training.output.sample import Sample
+from veneer.training.own_answers import OwnAnswers
 from veneer.training.replay import Replay
 from veneer.training.state.checkpoint import numbers
 
@@ -106,6 +107,8 @@ class TrainingInputs:
     """The teacher, if it is more than the base alone."""
     replay: Replay | None = None
     """Rows on which the adapter stays close to the base."""
+    own_answers: OwnAnswers | None = None
+    """Draws the student's own answers; None if it learns from given answers alone."""
     reference: ReferenceLogProbs | None = None
     """Log-probabilities of the reference, which the objective reads; None until computed."""
     first_evaluations: dict[str, Any] = field(default_factory=dict)
@@ -120,13 +123,12 @@ class TrainingInputs:
         self.rows = RowSpans.of(self.train)
         self.objective = make_objective(balanced(self.config.objective, self.train))
 
-    def answers(self, numbers: Sequence[int]) -> AnswerBatch:
-        """Returns these training examples with their reference; zeros before it is computed.
+    def answers(self, examples: Mapping[int, Example]) -> AnswerBatch:
+        """Returns training examples with their reference; zeros before it is computed.
 
-        Those that a teacher reads are left out.
+        Those that a teacher reads are left out. examples: by number
         """
-        examples = {i: self.train[i] for i in numbers}
-        numbers = [i for i in numbers if examples[i].kind != "teacher"]
+        numbers = [i for i, example in examples.items() if example.kind != "teacher"]
         own = [examples[i] for i in numbers]
         if self.reference is None:
             return AnswerBatch.without_reference(own)
@@ -149,14 +151,15 @@ class TrainingInputs:
             steps=self.steps,
         )
         with self.routing.held(Acting.everywhere(self.adapters)):
+            examples = self.longest_train
             return largest_micro_batches(
-                self.train,
-                self.rows,
+                examples,
+                self.rows if examples is self.train else RowSpans.of(examples),
                 plans,
                 micro_batch=config.rows_at_once,
                 packed=self.paths.packed,
                 share_prompt=config.share_prompt,
-                divide=lambda part: parts_of(self.model, self.paths, self.train, [part]),
+                divide=lambda part: parts_of(self.model, self.paths, examples, [part]),
             )
 
     @property
@@ -166,6 +169,12 @@ class TrainingInputs:
         return ForwardInputs(
             self.model, self.paths, self.routing, self.adapters, config.share_prompt, config.seed
         )
+
+    @property
+    def longest_train(self) -> Sequence[Example]:
+        """Returns the training examples, each as long as an answer of the student's own may make
+        it."""
+        return self.train if self.own_answers is None else self.own_answers.longest
 
     @property
     def teacher(self) -> Teacher:

@@ -107,7 +107,7 @@ class JobRun:
         inputs, forecast = self.prepared.inputs, self._forecast
         if forecast is None:
             return None
-        tokens = sum(used_length(inputs.train[i]) for i in inputs.largest[0])
+        tokens = sum(used_length(inputs.longest_train[i]) for i in inputs.largest[0])
         return JobMemory(forecast.peak, forecast.step, tokens, forecast.values, forecast.optimizer)
 
     def announce(self, planned: int | None) -> None:

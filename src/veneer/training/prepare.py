@@ -39,6 +39,7 @@ from veneer.training.inputs import Teacher, TrainingInputs
 from veneer.training.optimizer.buffer import FlatParameters, FlatValues
 from veneer.training.output.records import process_memory_bytes, reset_peak_memory
 from veneer.training.output.sample import sample_of
+from veneer.training.own_answers import own_answers_of
 from veneer.training.processes.world import World
 from veneer.training.replay import Replay, load_replay
 from veneer.training.result import run_manifest
@@ -217,6 +218,8 @@ def prepare_run(
             flat = _trained_values(base, config, applied, world)
         teacher = make_teacher(config, base, teacher_base, stored_teacher, data)
         inputs = _training_inputs(config, base, data, flat, applied, teacher, replay)
+        teacher_model = base if teacher_base is None else teacher_base.base
+        inputs.own_answers = own_answers_of(config, base, data, teacher_model)
         inputs.first_evaluations = shared.first_evaluations
         if config.objective.several:
             _refuse_divided_rows(inputs)

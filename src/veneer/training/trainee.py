@@ -28,6 +28,7 @@ from torch import Tensor
 
 from veneer.adapters.placement.acting import Acting
 from veneer.data.batching import EpochPlan, plan_epoch, used_length
+from veneer.data.examples import Example
 from veneer.errors import fits_memory
 from veneer.execution.proofs.model import acting_prefix_length
 from veneer.formats.manifest import HeldOut
@@ -138,8 +139,9 @@ class Trainee:
         start = time.perf_counter()
         self.world.spent.clear()
         rows = self._next_rows()
-        parts = self._micro_batches(rows)
-        self.gradient.begin(rows, parts, step=self.progress.step, replays=True)
+        overrides = self._draw_own_answers(rows)
+        parts = self._micro_batches(rows, overrides)
+        self.gradient.begin(rows, parts, step=self.progress.step, replays=True, overrides=overrides)
         self.gradient.seconds = time.perf_counter() - start
 
     def end_step(self) -> None:
@@ -229,14 +231,25 @@ class Trainee:
         progress.index += 1
         return rows
 
-    def _micro_batches(self, rows: list[int]) -> list[list[int]]:
+    def _draw_own_answers(self, rows: Sequence[int]) -> Mapping[int, Example]:
+        """Lets the student answer some rows of a step; returns their examples by number."""
+        own_answers, progress = self.inputs.own_answers, self.progress
+        if own_answers is None:
+            return {}
+        with self.acting():
+            return own_answers.draw(
+                rows, epoch=progress.epoch, index=progress.index, world=self.world
+            )
+
+    def _micro_batches(self, rows: list[int], overrides: Mapping[int, Example]) -> list[list[int]]:
         """Divides rows into micro-batches of examples, the same for every process."""
         inputs, size = self.inputs, self.inputs.config.rows_at_once
         parts = (
             inputs.rows.examples(rows[start : start + size]) for start in range(0, len(rows), size)
         )
         with self.acting():
-            return list(parts_of(inputs.model, inputs.paths, inputs.train, parts))
+            examples = {i: inputs.train[i] for i in inputs.rows.examples(rows)}
+            return list(parts_of(inputs.model, inputs.paths, {**examples, **overrides}, parts))
 
     def next_lengths(self) -> list[int]:
         """Counts the tokens of each example of the next micro-batch, with those of a prefix."""
@@ -249,7 +262,13 @@ class Trainee:
         any of them may have to in a later step."""
         largest = (self.inputs.largest or self.inputs.find_largest())[0]
         rows = self.inputs.rows.of_examples(largest)
-        self.gradient.begin(rows, [largest] * self.world.size, step=self.progress.step)
+        examples = self.inputs.longest_train
+        self.gradient.begin(
+            rows,
+            [largest] * self.world.size,
+            step=self.progress.step,
+            overrides={number: examples[number] for number in largest},
+        )
 
     def end_trial(self) -> None:
         """Drops the gradient of a trial and says that the largest batch fits.
@@ -259,7 +278,7 @@ class Trainee:
         inputs, gradient = self.inputs, self.gradient
         inputs.flat.gradient.zero_()
         gigabytes = peak_memory_bytes(str(inputs.flat.values.device)) / 1e9
-        longest = max(used_length(inputs.train[i]) for i in gradient.micro_batches[0])
+        longest = max(used_length(inputs.longest_train[i]) for i in gradient.micro_batches[0])
         self.screen.message(
             f"largest batch fits: {len(gradient.rows)} rows, up to {longest} tokens,"
             f" {gigabytes:.2f} GB"

@@ -1,0 +1,104 @@
+"""Rows with an answer of the student's own in place of the given one.
+
+The last answer of a row is replaced, for the student and for the teacher alike: both read the same
+new tokens, each behind its own prompt. An answer that was cut has no end token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from veneer.data.batching import RowSpans
+from veneer.data.examples import Example
+
+
+@dataclass(frozen=True)
+class TaughtPair:
+    """Holds one conversation of a row as the student and as the teacher read it.
+
+    length, teacher_length: most tokens of each
+    """
+
+    own: Example
+    teacher: Example
+    length: int
+    teacher_length: int
+
+    @property
+    def prompt(self) -> list[int]:
+        """Returns the ids in front of the last answer."""
+        ids: list[int] = self.own.ids[: _answer_start(self.own)].tolist()
+        return ids
+
+    @property
+    def room(self) -> int:
+        """Counts the tokens that fit behind both prompts."""
+        return min(
+            self.length - _answer_start(self.own), self.teacher_length - _answer_start(self.teacher)
+        )
+
+    def with_answer(self, answer: Sequence[int]) -> tuple[Example, Example]:
+        """Returns both examples with another last answer, cut to the room behind the prompts.
+
+        answer: its ids, with the token that ends it unless it was cut
+        """
+        ids = [*answer][: self.room]
+        return _with_ending(self.own, ids), _with_ending(self.teacher, ids)
+
+    def with_longest(self, tokens: int) -> tuple[Example, Example]:
+        """Returns both examples with an answer of this many tokens, if that is longer than the
+        given one; its ids mean nothing."""
+        size = min(tokens, self.room)
+        if size <= len(self.own.ids) - _answer_start(self.own):
+            return self.own, self.teacher
+        ids = [int(self.own.ids[0])] * size
+        return _with_ending(self.own, ids), _with_ending(self.teacher, ids)
+
+
+def pairs_of(
+    examples: Sequence[Example], numbers: Sequence[int], *, length: int, teacher_length: int
+) -> list[tuple[int, int, TaughtPair]]:
+    """Pairs a row's examples with those that its teacher reads, which follow in the same order.
+
+    numbers: of one row. Returns the numbers of both and the pair; pairs without room for an answer
+    are left out
+    """
+    half = len(numbers) // 2
+    pairs = [
+        (own, teacher, TaughtPair(examples[own], examples[teacher], length, teacher_length))
+        for own, teacher in zip(numbers[:half], numbers[half:], strict=True)
+    ]
+    return [(own, teacher, pair) for own, teacher, pair in pairs if pair.room > 0]
+
+
+def with_longest_answers(
+    examples: Sequence[Example], rows: RowSpans, tokens: int, *, length: int, teacher_length: int
+) -> list[Example]:
+    """Returns the examples with answers as long as own answers of at most `tokens` may become."""
+    longest = list(examples)
+    for row in range(len(rows.lengths)):
+        numbers = rows.examples([row])
+        for own, teacher, pair in pairs_of(
+            examples, numbers, length=length, teacher_length=teacher_length
+        ):
+            longest[own], longest[teacher] = pair.with_longest(tokens)
+    return longest
+
+
+def _answer_start(example: Example) -> int:
+    """Returns the index of the first token of the last answer."""
+    last = int(np.flatnonzero(example.trained)[-1])
+    return int(np.flatnonzero(~example.trained[:last])[-1]) + 1
+
+
+def _with_ending(example: Example, answer: Sequence[int]) -> Example:
+    start = _answer_start(example)
+    return replace(
+        example,
+        ids=np.concatenate([example.ids[:start], np.array(answer, dtype=np.int32)]),
+        trained=np.concatenate([example.trained[:start], np.ones(len(answer), dtype=np.bool_)]),
+        roles=(),
+    )
