@@ -43,6 +43,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "veneer_use_openmp": (None, [_POINTER] * 4),
     "veneer_limit": (None, [_INT]),
     "veneer_level": (_INT, []),
+    "veneer_has_vectors": (_INT, []),
     "veneer_has_bf16": (_INT, []),
     "veneer_has_amx": (_INT, []),
     "veneer_replay": (_INT, [_POINTER]),
@@ -233,8 +234,14 @@ def level() -> int:
     return -1 if kernels is None else int(kernels.veneer_level())
 
 
+def has_vectors() -> bool:
+    """Whether compiled functions multiply and add vectors in one instruction (AVX2, NEON)."""
+    kernels = library()
+    return kernels is not None and bool(kernels.veneer_has_vectors())
+
+
 def has_bf16() -> bool:
-    """Whether compiled functions multiply bf16 pairs."""
+    """Whether compiled functions of a training step multiply bf16 pairs."""
     kernels = library()
     return kernels is not None and kernels.multiplies_bf16
 

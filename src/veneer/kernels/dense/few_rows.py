@@ -63,9 +63,9 @@ def takes(rows: int, most: int) -> bool:
 
 
 @cache
-def _level() -> int:
-    """Returns the compiled level, or -1 without compiled functions for this processor."""
-    return native.level() if native.level() >= 2 else -1
+def _is_compiled() -> bool:
+    """Whether the compiled functions have vectors of this processor."""
+    return native.has_vectors()
 
 
 def usable(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -79,7 +79,7 @@ def usable(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         return False
     tensors = (weight,) if bias is None else (weight, bias)
     fits = all(t.dtype is dtype and t.is_cpu and t.is_contiguous() for t in tensors)
-    return fits and x.shape[-1] == weight.shape[1] and x.is_contiguous() and _level() >= 0
+    return fits and x.shape[-1] == weight.shape[1] and x.is_contiguous() and _is_compiled()
 
 
 def product(x_MI: Tensor, weight: Tensor, bias: Tensor | None, *, level: int = ANY_LEVEL) -> Tensor:
@@ -113,7 +113,7 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 def takes_updates(count: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the compiled function takes so many updates."""
     fits = device.type == "cpu" and dtype in dense_calls.TYPE_NUMBERS and 0 < count <= MOST_UPDATES
-    return fits and _level() >= 0
+    return fits and _is_compiled()
 
 
 UpdatedWeight = tuple[Tensor, Tensor | None, Updates | None]

@@ -18,8 +18,12 @@ static float *attention_room(int64_t count) {
 #define NAME(x) x##_plain
 #define TARGET
 #define W 4
+#if defined(__aarch64__)
+#define WIDE 4
+#else
 #define WIDE 2
-#define FUSED(a, b, sum) ((sum) + (a) * (b))
+#endif
+#define FUSED(a, b, sum) ((fv_plain)FUSED_128(a, b, sum))
 #include "float_vectors.h"
 #include "attention_float_body.h"
 

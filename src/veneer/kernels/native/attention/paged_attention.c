@@ -179,10 +179,15 @@ static int take_scratch(struct run *run, struct scratch *s) {
 #include "float_vectors.h"
 #include "paged_attention_rows.h"
 #endif
-#define OF_MORE_ROWS(call)
 #define LEVEL 0
 #define W 4
+#if defined(__aarch64__) /* 32 registers */
+#define OF_MORE_ROWS(call) CASE(4, call(4)) CASE(5, call(5))
+#define ROWS 5
+#else
+#define OF_MORE_ROWS(call)
 #define ROWS 3
+#endif
 #define BLOCKS 1
 #define COLUMNS 4
 #define NAME(x) x##_plain

@@ -12,7 +12,7 @@ INLINE NAME(fv) NAME(times_plus)(NAME(fv) x, NAME(fv) y, NAME(fv) sum) {
 #elif LEVEL == 2
     return (NAME(fv))_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)sum);
 #else
-    return sum + x * y;
+    return (NAME(fv))FUSED_128(x, y, sum);
 #endif
 }
 

@@ -7,6 +7,12 @@
 #include <unistd.h>
 #endif
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 #if !defined(VENEER_SOURCES)
 #define VENEER_SOURCES ""
 #endif
@@ -33,7 +39,30 @@ int veneer_level(void) {
     return 0;
 }
 
-/* 1 where the processor multiplies bf16 pairs itself. */
+/* 1 where four floats or more are multiplied and added in one instruction: AVX2 with FMA, NEON. */
+int veneer_has_vectors(void) {
+#if defined(__aarch64__)
+    return most >= 2;
+#else
+    return veneer_level() >= 2;
+#endif
+}
+
+/* 1 on ARM where the processor multiplies bf16 pairs itself (BFDOT). */
+int veneer_has_bfdot(void) {
+#if defined(__aarch64__) && defined(__linux__)
+    enum { BF16_PAIRS = 1 << 14 }; /* HWCAP2_BF16 */
+    return most >= 4 && (getauxval(AT_HWCAP2) & BF16_PAIRS) != 0;
+#elif defined(__aarch64__) && defined(__APPLE__)
+    int found = 0;
+    size_t size = sizeof found;
+    return most >= 4 && !sysctlbyname("hw.optional.arm.FEAT_BF16", &found, &size, NULL, 0) && found;
+#else
+    return 0;
+#endif
+}
+
+/* 1 on x86 where the processor multiplies bf16 pairs itself. */
 int veneer_has_bf16(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();

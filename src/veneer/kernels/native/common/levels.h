@@ -10,12 +10,23 @@
 #define FOR_AVX2 FOR_SET(AVX2_SET)
 #define FOR_AVX512 FOR_SET(AVX512_SET)
 #define FOR_AVX512_BF16 FOR_SET(AVX512_SET ",avx512bf16")
+#define FOR_BFDOT FOR_SET("arch=armv8.2-a+bf16")
 
 /* One case of a switch, for ladders over numbers of rows that are known when compiled. */
 #define CASE(value, ...)                                                                           \
     case value: __VA_ARGS__; break;
 
 int veneer_level(void); /* 3 AVX-512, 2 AVX2, 0 plain C */
+
+/* sum + a * b of four floats: rounded once on 64-bit ARM, where NEON computes it in one
+   instruction, else twice. So what is compiled for no set of instructions (its names end in _plain)
+   is what runs on ARM, with the registers of NEON. */
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#define FUSED_128(a, b, sum) vfmaq_f32((float32x4_t)(sum), (float32x4_t)(a), (float32x4_t)(b))
+#else
+#define FUSED_128(a, b, sum) ((sum) + (a) * (b))
+#endif
 
 /* LOOPS compiles `loop(..., a, from, to)` for each set, as the body of a parallel loop; LOOP_OF is
    the one for a level. */

@@ -239,19 +239,45 @@ INLINE f4v total_128(f4v a, f4v b, f4v c, f4v d) {
     return all;
 }
 
+#if defined(__aarch64__)
+#define MOST_PLAIN 6 /* 32 registers */
+
+/* bf16 pairs, multiplied as they lie */
+typedef bfloat16x8_t value_pairs;
+typedef float32x4_t sum_pairs;
+
+INLINE value_pairs some_halves(const char *from, int64_t count) {
+    uint16_t halves[8] = {0};
+    memcpy(halves, from, (size_t)(2 * count));
+    return vreinterpretq_bf16_u16(vld1q_u16(halves));
+}
+
+#define NAME(x) x##_pairs
+#define TARGET FOR_BFDOT
+#define VALUES 8
+#define MOST MOST_PLAIN
+#define LOAD(p, type) vreinterpretq_bf16_u16(vld1q_u16((const uint16_t *)(p)))
+#define LOAD_SOME(p, count, type) some_halves(p, count)
+#define MULTIPLY(sum, x, w) vbfdotq_f32(sum, x, w)
+#define TOTAL(a, b, c, d) total_128((f4v)(a), (f4v)(b), (f4v)(c), (f4v)(d))
+#include "few_rows_body.h"
+#else
+#define MOST_PLAIN 2
+#endif
+
 #define NAME(x) x##_plain
 #define TARGET
 #define VALUES 4
-#define MOST 2
+#define MOST MOST_PLAIN
 typedef f4v value_plain, sum_plain;
 #define LOAD(p, type) some_floats(p, 4, type)
 #define LOAD_SOME some_floats
-#define MULTIPLY(sum, x, w) ((sum) + (x) * (w))
+#define MULTIPLY(sum, x, w) ((f4v)FUSED_128(x, w, sum))
 #define TOTAL total_128
 #include "few_rows_body.h"
 
-int veneer_level(void);
 int veneer_has_bf16(void);
+int veneer_has_bfdot(void);
 int veneer_has_amx(void);
 
 int veneer_few_level(int type, int most) {
@@ -281,6 +307,8 @@ int veneer_pieces(const struct piece *of, int64_t count, int type, int most,
     if (level == 4) body = few_rows_pairs;
     else if (level == 3) body = few_rows_avx512;
     else if (level == 2) body = few_rows_avx2;
+#elif defined(__aarch64__)
+    if (type == FEW_BF16 && most >= 4 && veneer_has_bfdot()) body = few_rows_pairs;
 #else
     (void)level;
 #endif

@@ -76,9 +76,22 @@ INLINE void add_sums(const struct update *u, const int type, int64_t row, int64_
 }
 
 /* Products of a word with words, by multiplying and adding. */
-#define HALVES(sums, a, b, part) ((sums) + (f16v)((b)part) * float_of_bits((a)part))
+INLINE f16v times_plus(f16v sums, f16v b, float a) {
+#if defined(__aarch64__)
+    f4v own[4], of_b[4];
+    memcpy(own, &sums, 64);
+    memcpy(of_b, &b, 64);
+    UNROLLED(4, i, 4) own[i] = (f4v)FUSED_128(of_b[i], vdupq_n_f32(a), own[i]);
+    memcpy(&sums, own, 64);
+    return sums;
+#else
+    return sums + b * a;
+#endif
+}
+
+#define HALVES(sums, a, b, part) times_plus(sums, (f16v)((b)part), float_of_bits((a)part))
 #define MULTIPLIED(sums, a, b, type)                                                               \
-    ((type) == FEW_FP32 ? (sums) + (f16v)(b) * float_of_bits(a)                                    \
+    ((type) == FEW_FP32 ? times_plus(sums, (f16v)(b), float_of_bits(a))                            \
                         : HALVES(HALVES(sums, a, b, << 16), a, b, &0xffff0000u))
 
 #if defined(__x86_64__)
