@@ -4,7 +4,7 @@
     python benchmarks/family_speed.py --answers 1 16     decoding with 1 row, and with 16
 
 Random bases in bf16 of SmolLM2-135M's shape (--layers of them), each in the form of its family:
-norms, gates, rotation. --nf4 packs their linear layers (QLoRA). LoRA of rank 16 on all linear
+norms, gates, rotation; mixtures have as many active parameters as Llama. --nf4 packs their linear layers (QLoRA). LoRA of rank 16 on all linear
 layers, 8 rows that share a prompt; decoding steps are of the adapter, after prompts of 64 tokens.
 The families take steps in turn in one process, so that what else the machine does falls on all
 alike; the fastest step of each counts. On a machine that others use, --clock cpu with one thread
@@ -39,7 +39,7 @@ from veneer.data.examples import Example, RowRef
 from veneer.decoding.engine import Engine
 from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.sequence import Request
-from veneer.execution.train_step import fused, replacements
+from veneer.execution.train_step import FusedLayer, fused, replacements
 from veneer.models.step import batch_loss
 
 SHAPE: dict[str, Any] = {
@@ -70,6 +70,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm": {},
     "starcoder2": {"sliding_window": None},
     "phi": {},
+    "gpt_neox": {},
+    "mixtral": {"intermediate_size": 768, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "head_dim": 64,
+        "moe_intermediate_size": 384,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+    },
 }
 """What the form of a family asks of its config beside the shape."""
 
@@ -104,7 +112,8 @@ class Trained:
     decoding."""
 
     def __init__(self, family: str, layers: int, rows: list[Example], *, nf4: bool) -> None:
-        config = AutoConfig.for_model(family, **SHAPE, **FAMILIES[family], num_hidden_layers=layers)
+        fields = SHAPE | FAMILIES[family] | {"num_hidden_layers": layers}
+        config = AutoConfig.for_model(family, **fields)
         torch.manual_seed(0)
         made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         with TemporaryDirectory() as folder:
@@ -182,7 +191,12 @@ class Trained:
                 nodes.add(node)
                 waiting += [above for above, _ in node.next_functions]
         layers = sum(node.name() == "_BlockBackward" for node in nodes)
-        return f"{layers} nodes" if layers else "parts"
+        halves = any(
+            isinstance(own, FusedLayer) and own.facts.feed_forward is None
+            for own in self.stand_ins.values()
+        )
+        kind = "nodes of attention" if halves else "nodes"
+        return f"{layers} {kind}" if layers else "parts"
 
 
 def main() -> None:

@@ -114,10 +114,15 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "kernels/attention/prefix.py": ("adapters/test_prefix.py", "kernels/test_references.py"),
     "kernels/layers/block.py": ("kernels/layers/test_block.py", "kernels/tape/test_layer_tape.py"),
+    "kernels/layers/block_heads.py": ("kernels/layers/test_block.py",),
     "kernels/layers/block_operands.py": ("kernels/layers/test_block.py",),
     "kernels/layers/block_parts.py": ("kernels/layers/test_block.py",),
     "kernels/layers/block_passes.py": ("kernels/layers/test_block.py",),
     "kernels/bindings/block_calls.py": (
+        "kernels/layers/test_block.py",
+        "kernels/bindings/test_native_calls.py",
+    ),
+    "kernels/bindings/head_calls.py": (
         "kernels/layers/test_block.py",
         "kernels/bindings/test_native_calls.py",
     ),

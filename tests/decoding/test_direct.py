@@ -251,9 +251,17 @@ def test_the_calls_between_products_are_their_references(dtype, width):
             copies = [x.contiguous() for x in joined.clone().split((3 * size, size), dim=1)]
             pair = angles.cos().to(angle_type), angles.sin().to(angle_type)
             rotated = joined.split((3 * size, size), dim=1)
-            decoder_step.rotate(*rotated, *pair, size, neighbours=neighbours)
-            decoder_step.rotate_reference(*copies, *pair, size, neighbours=neighbours)
+            by_head, own = (
+                [x.unflatten(1, (-1, size)) for x in heads] for heads in (rotated, copies)
+            )
+            decoder_step.rotate(*by_head, *pair, neighbours=neighbours)
+            decoder_step.rotate_reference(*own, *pair, neighbours=neighbours)
             assert all(map(torch.equal, rotated, copies))
+            one_after_the_other = joined.view(5, 2, 2, size).unbind(2)  # q and k of each head
+            expected = [x.clone() for x in one_after_the_other]
+            decoder_step.rotate(*one_after_the_other, *pair, neighbours=neighbours)
+            decoder_step.rotate_reference(*expected, *pair, neighbours=neighbours)
+            assert all(map(torch.equal, one_after_the_other, expected))
     for most in (200.0, 4.0, 0.3):
         gate = torch.linspace(-most, most / 2, 5 * width).view(5, width).to(dtype)
         for activation in (SILU, GELU_TANH, GELU_ERF):
@@ -280,12 +288,12 @@ def test_values_of_several_types_take_the_plain_way():
     double = torch.randn(3, 8, dtype=torch.float64)
     expected = decoder_step.cap_reference(double, 2.0, 3.0)
     assert torch.equal(decoder_step.cap(double, 2.0, 3.0), expected)
-    q, k = torch.randn(3, 16), torch.randn(3, 8)
+    q, k = torch.randn(3, 2, 8), torch.randn(3, 1, 8)
     angles = torch.randn(3, 8)
     turned, expected = [q.clone(), k.clone()], [q.clone(), k.clone()]
     with observe_calls(lambda name, given: pytest.fail(f"{name} is called")):
-        decoder_step.rotate(*turned, angles.cos().bfloat16(), angles.sin().bfloat16(), 8)
-    decoder_step.rotate_reference(*expected, angles.cos().bfloat16(), angles.sin().bfloat16(), 8)
+        decoder_step.rotate(*turned, angles.cos().bfloat16(), angles.sin().bfloat16())
+    decoder_step.rotate_reference(*expected, angles.cos().bfloat16(), angles.sin().bfloat16())
     for before, rotated, reference in zip((q, k), turned, expected, strict=True):
         assert torch.equal(rotated, reference) and not torch.equal(rotated, before)
 

@@ -31,8 +31,13 @@ FAMILIES = [
     "stablelm",
     "starcoder2",
     "phi",
+    "gpt_neox",
 ]
-OUTPUTS = {"starcoder2": ["o_proj", "c_proj"], "phi": ["dense", "fc2"]}
+OUTPUTS = {
+    "starcoder2": ["o_proj", "c_proj"],
+    "phi": ["dense", "fc2"],
+    "gpt_neox": ["dense", "dense_4h_to_h"],
+}
 """Modules at the ends of the blocks, where they have other names."""
 NEW = 24
 IDENTITIES = [(), (("a", 1.0),), (("b", 1.0),), (("a", 0.5), ("b", -1.0))]

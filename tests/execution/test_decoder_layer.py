@@ -121,9 +121,14 @@ def test_a_gate_of_gelu_is_told_from_one_of_silu(activation, gate):
     assert gates == [gate, gate]
 
 
-@pytest.mark.parametrize(
-    ("family", "reason"), [("gpt_neox", "attention"), ("deepseek_v3", "kv_a_proj")]
-)
+def test_heads_one_after_the_other_are_found():
+    layer = prepared("gpt_neox", dtype=torch.bfloat16).gpt_neox.layers[1]
+    attention = find_attention(layer.attention)
+    assert attention.is_by_head and not attention.is_joined
+    assert attention.widths == (32, 32, 32) and attention.output == "dense"
+
+
+@pytest.mark.parametrize(("family", "reason"), [("opt", "fc1"), ("deepseek_v3", "kv_a_proj")])
 def test_what_is_not_understood_says_why(family, reason):
     model = prepared(family)
     assert all(reason in layer.unknown for layer in find_layers(model))

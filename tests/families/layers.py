@@ -33,12 +33,8 @@ from veneer.execution.train_step import (
 )
 
 PAGE = Path(__file__).parents[2] / "docs" / "layers.md"
-KINDS = {
-    FusedLayer: "whole layers",
-    FusedAttention: "attention",
-    FusedGate: "gates",
-    FusedNorm: "norms",
-}
+WHOLE, HALF = "whole layers", "attention with norms in one node"
+KINDS = {FusedAttention: "attention", FusedGate: "gates", FusedNorm: "norms"}
 """What kernels compute as one node of the graph, in the page's words."""
 OWN = "the model's own code"
 HEAD = f"""# Layers
@@ -48,11 +44,25 @@ each family (see [families](families.md)): small random models in bfloat16 with 
 every linear layer, on a processor with bf16 instructions.
 
 - **training**: what the kernels compute as one node of the graph. The rest is {OWN}, with the
-  adapters' products. *Whole layers* is the fastest path: one node computes a decoder layer.
+  adapters' products. *Whole layers* is the fastest path: one node computes a decoder layer. *Attention
+  with norms in one node*: the node ends with the input of the feed-forward block, which the model's
+  own module computes: experts, or an activation that is not known.
 - **decoding**: *layer by layer* means that Veneer calls the parts of each layer itself, over blocks
   of keys and values. Else the model's own forward runs, and the table says why.
 """
 LAYERS = "layer by layer"
+END = """
+Families that more facts alone do not make faster:
+
+- **Falcon, BLOOM, MPT**: their code computes attention itself and does not offer transformers'
+  attention interface. So rows are padded, and Veneer cannot give a layer its layout.
+- **GPT-2, GPT-BigCode, OPT**: positions are learned, so a layer gets no angles, and the module
+  between embedding and layers differs. GPT-2 also stores its weights transposed (`Conv1D`), which
+  the products of the node do not read.
+- **Hybrids** (Qwen3-Next, LFM2, Granite 4, Falcon-H1): layers without attention carry a state from
+  token to token. A row of several documents would mix their states, so rows are padded, and a node
+  computes packed rows alone.
+"""
 
 
 def layer_paths(name: str) -> tuple[str, str]:
@@ -63,10 +73,14 @@ def layer_paths(name: str) -> tuple[str, str]:
         by_layers = forward_by_layers(base.model)
         decoding = by_layers if isinstance(by_layers, str) else LAYERS
         base.attach(LoRA(rank=2), name="a")
-        counts = Counter(type(stand_in) for stand_in in replacements(base.model).values())
+        stand_ins = list(replacements(base.model).values())
+    counts = Counter(type(stand_in) for stand_in in stand_ins)
+    layers = [stand_in.facts for stand_in in stand_ins if isinstance(stand_in, FusedLayer)]
     kinds = [word for kind, word in KINDS.items() if counts[kind]]
-    if counts[FusedLayer]:
-        kinds = [KINDS[FusedLayer]]
+    if any(layer.feed_forward is None for layer in layers):
+        kinds = [HALF, *([KINDS[FusedGate]] if counts[FusedGate] else [])]
+    elif layers:
+        kinds = [WHOLE]
     return ", ".join(kinds) or OWN, decoding
 
 
@@ -91,7 +105,7 @@ def page(paths: dict[str, tuple[str, str]]) -> str:
     groups: dict[str, list[str]] = {}
     for name, (training, decoding) in sorted(paths.items()):
         groups.setdefault(row_start(training, decoding), []).append(name)
-    order = [*KINDS.values(), OWN]
+    order = [WHOLE, HALF, *KINDS.values(), OWN]
     lines = ["| training | decoding | families |", "|---|---|---|"]
     for start, names in sorted(
         groups.items(),
@@ -102,7 +116,7 @@ def page(paths: dict[str, tuple[str, str]]) -> str:
         ),
     ):
         lines.append(f"{start}{'; '.join(names)} |")
-    return HEAD.format(date=f"{date.today():%d %B %Y}") + "\n" + "\n".join(lines) + "\n"
+    return HEAD.format(date=f"{date.today():%d %B %Y}") + "\n" + "\n".join(lines) + "\n" + END
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from veneer.execution.attention import NAME, attention_forward
 from veneer.execution.layer_facts import (
     HEAD_NORMS,
     JOINED_QKV,
+    QKV_BY_HEAD,
     Attention,
     Rotation,
     names_in_attention,
@@ -54,7 +55,8 @@ _ROTATIONS = (
 @torch.no_grad()
 def find_attention(block: Any) -> Attention | None:
     """Returns the facts of an attention block; None for any other module."""
-    names, size = {name for name, _ in block.named_children()}, getattr(block, "head_dim", None)
+    names = {name for name, _ in block.named_children()}
+    size = getattr(block, "head_dim", getattr(block, "head_size", None))
     inputs, output = names_in_attention(names)
     own, norm_names = {*inputs, output}, {*HEAD_NORMS} & names
     if names - norm_names != own or len(norm_names) == 1:
@@ -76,6 +78,10 @@ def find_attention(block: Any) -> Attention | None:
     if inputs == JOINED_QKV:
         both = sum(outputs) - attended
         outputs = [attended, both // 2, both - both // 2]
+    if inputs == QKV_BY_HEAD:
+        if sum(outputs) != 3 * attended or norms:
+            return None
+        outputs = [attended] * 3
     q, k, v = outputs
     facts = Attention(
         block, size, AttentionRules(1.0), (q, k, v), tuple(norms), inputs=inputs, output=output
@@ -159,7 +165,11 @@ def attend(
     modules."""
     (B, T), S = hidden_states.shape[:2], facts.head_dim
     outputs = apply_together([getattr(block, name) for name in facts.inputs], hidden_states)
-    q, k, v = outputs[0].split(facts.widths, dim=-1) if facts.is_joined else outputs
+    if facts.is_by_head:
+        by_head = outputs[0].unflatten(-1, (-1, 3, S))
+        q, k, v = (part.flatten(-2) for part in by_head.unbind(-2))
+    else:
+        q, k, v = outputs[0].split(facts.widths, dim=-1) if facts.is_joined else outputs
     if facts.norms:
         q_norm, k_norm = facts.norms
         q = block.q_norm(q.reshape(B, T, -1, q_norm.weight.numel()))

@@ -21,7 +21,7 @@ from veneer.adapters.placement.wrapping import AdaptedModule, plain_modules, unw
 from veneer.execution.attention import decoder
 from veneer.execution.attention_facts import find_attention
 from veneer.execution.layer_facts import (
-    ATTENTION,
+    ATTENTIONS,
     FEED_FORWARD,
     HEAD_NORMS,
     DecoderLayer,
@@ -79,14 +79,15 @@ def _own_module(place: nn.Module) -> nn.Module:
 
 def _find_layer(layer: nn.Module) -> DecoderLayer:
     parts = {name: unwrapped(child) for name, child in layer.named_children()}
-    attention, feed = parts.pop(ATTENTION, layer), parts.pop(FEED_FORWARD, layer)
+    attention_name = next((name for name in ATTENTIONS if name in parts), ATTENTIONS[0])
+    attention, feed = parts.pop(attention_name, layer), parts.pop(FEED_FORWARD, layer)
     parts = {name: part for name, part in parts.items() if not _passes_values_on(part)}
     children = {name for name, _ in attention.named_children()}
     inputs, output = names_in_attention(children)
     usual = {*inputs, output}
     beside = {name for name in parts if not name.endswith("norm")}
     if layer in (attention, feed):
-        beside |= {ATTENTION, FEED_FORWARD} - {name for name, _ in layer.named_children()}
+        beside |= {attention_name, FEED_FORWARD} - {name for name, _ in layer.named_children()}
     if beside or children not in (usual, usual | set(HEAD_NORMS)):
         unusual = sorted(beside | (children ^ usual))
         return DecoderLayer(layer, unknown=f"it has other parts than Llama: {', '.join(unusual)}")
@@ -94,17 +95,15 @@ def _find_layer(layer: nn.Module) -> DecoderLayer:
     if len(norms) != len(parts):
         return DecoderLayer(layer, unknown="its norms are of no known kind")
     heads, feed_forward = find_attention(attention), find_feed_forward(feed)
-    found = find_places(layer, norms)
+    found = find_places(layer, norms, attention_name)
     unknown = None
     if heads is None:
         unknown = "its attention block computes something else"
     elif found is None:
         unknown = "it adds up its parts in another way"
     found = found or Sums()
-    residual = found.residual_scale
-    return DecoderLayer(
-        layer, found.norms, heads, feed_forward, found.is_parallel, residual, unknown
-    )
+    sums = found.is_parallel, found.residual_scale
+    return DecoderLayer(layer, found.norms, heads, feed_forward, *sums, unknown, attention_name)
 
 
 def _passes_values_on(module: nn.Module) -> bool:

@@ -19,16 +19,15 @@ from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, SILU
 from veneer.kernels.dense.fused import gelu_erf_gate, gelu_gate, silu_gate
 from veneer.kernels.rules import AttentionRules
 
-ATTENTION, FEED_FORWARD = "self_attn", "mlp"
-"""The parts of a layer beside its norms."""
+ATTENTIONS, FEED_FORWARD = ("self_attn", "attention"), "mlp"
+"""Names of the parts of a layer beside its norms."""
 QKV, OUTPUTS = ("q_proj", "k_proj", "v_proj"), ("o_proj", "dense")
 HEAD_NORMS = ("q_norm", "k_norm")
 GATE_UP, DOWN = ("gate_proj", "up_proj"), "down_proj"
 JOINED_QKV, JOINED_GATE_UP = ("qkv_proj",), ("gate_up_proj",)
 """Modules whose outputs are those of several layers, side by side."""
-LAYERS_OF_INPUTS = {**dict.fromkeys((*QKV, *GATE_UP), 1), JOINED_QKV[0]: 3, JOINED_GATE_UP[0]: 2}
-"""{name of a module that reads the input of a block: how many layers it computes}. The one of a
-plain feed-forward block, which has no other beside it, is not listed."""
+QKV_BY_HEAD = ("query_key_value",)
+"""A module whose outputs are q, k and v of the first head, then those of the next one."""
 
 Gate = Callable[[Tensor, Tensor], Tensor]
 """(gate_proj(x), up_proj(x)) -> activation(gate_proj(x)) * up_proj(x)."""
@@ -38,7 +37,8 @@ ACTIVATIONS: dict[Gate, int] = {silu_gate: SILU, gelu_gate: GELU_TANH, gelu_erf_
 
 def names_in_attention(children: Container[str]) -> tuple[tuple[str, ...], str]:
     """Returns the names of the modules that compute q, k and v, and of the one that computes o."""
-    inputs = JOINED_QKV if JOINED_QKV[0] in children else QKV
+    joined = (names for names in (JOINED_QKV, QKV_BY_HEAD) if names[0] in children)
+    inputs = next(joined, QKV)
     return inputs, next((name for name in OUTPUTS if name in children), OUTPUTS[0])
 
 
@@ -162,7 +162,12 @@ class Attention:
 
     @property
     def is_joined(self) -> bool:
-        return len(self.inputs) == 1
+        return self.inputs == JOINED_QKV
+
+    @property
+    def is_by_head(self) -> bool:
+        """True if one module computes q, k and v of the first head, then those of the next one."""
+        return self.inputs == QKV_BY_HEAD
 
 
 NO_NORMS = LayerNorms()
@@ -172,6 +177,7 @@ NO_NORMS = LayerNorms()
 class DecoderLayer:
     """Describes what a decoder layer computes.
 
+    attention_name  name of its attention block
     feed_forward    None: its own module computes it
     is_parallel     y = x + attention(n) + feed_forward(m), n = norm(x); m = norm(x) by the norm
                     before the feed-forward block, or n without such a norm
@@ -186,6 +192,7 @@ class DecoderLayer:
     is_parallel: bool = False
     residual_scale: float = 1.0
     unknown: str | None = None
+    attention_name: str = ATTENTIONS[0]
 
     @property
     def parts(self) -> list[Norm | FeedForward | Attention]:
@@ -196,11 +203,15 @@ class DecoderLayer:
 
     @property
     def module_widths(self) -> list[tuple[int, ...]]:
-        """Returns the outputs of q, k, v; o; down; gate, up, those of one module together. A
-        plain block has no up. The layer must have both blocks."""
-        heads, gated = self.attention, self.feed_forward
-        assert heads is not None and gated is not None
+        """Returns the outputs of q, k, v; o; down; gate, up, those of one module together. One that
+        computes q, k and v by head is one layer. A plain block has no up; without a known
+        feed-forward block there are neither down nor gate. The layer must have attention."""
+        heads, gated, whole = self.attention, self.feed_forward, (0,)
+        assert heads is not None
         of_heads = [heads.widths] if heads.is_joined else [(width,) for width in heads.widths]
+        if heads.is_by_head:
+            of_heads = [whole]
+        if gated is None:
+            return [*of_heads, whole]
         of_gates = [(gated.width,) * 2] if gated.is_joined else [(gated.width,)] * len(gated.inputs)
-        whole = (0,)
         return [*of_heads, whole, whole, *of_gates]

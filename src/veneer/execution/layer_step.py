@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from veneer.adapters.methods.adapted_linear import AdaptedLinear
 from veneer.adapters.placement.wrapping import AdaptedModule
 from veneer.execution.attention import mask_of
-from veneer.execution.layer_facts import ATTENTION, FEED_FORWARD, Attention, DecoderLayer, Norm
+from veneer.execution.layer_facts import FEED_FORWARD, Attention, DecoderLayer, Norm
 from veneer.execution.paged import PagedStep
 from veneer.kernels.decoding import decoder_step
 from veneer.kernels.decoding.decoder_step import StepNorm
@@ -67,7 +67,7 @@ def compute_layer(
         return whole(h[None], **_arguments_of(angles, paged_step))[0], None
     parts = children_of(layer.module)
     before, after, before_feed_forward, after_feed_forward = layer.norms
-    attention, feed = parts[ATTENTION], parts[FEED_FORWARD]
+    attention, feed = parts[layer.attention_name], parts[FEED_FORWARD]
     assert attention is not None and feed is not None
     h, x = add_norm(h, branch, _place(parts, before), before)
     if bare(attention) is layer.attention.module:
@@ -115,17 +115,37 @@ def _attention(
 ) -> Tensor:
     places, size = children_of(facts.module), facts.head_dim
     outputs = _products(x, [places[name] for name in facts.inputs])
+    by_head = facts.is_by_head
+    q, k, v = _thirds(outputs[0], size) if by_head else _heads(facts, outputs, places)
+    if facts.rotation is not None:
+        decoder_step.rotate(q, k, *angles, neighbours=facts.rotation.neighbours)
+    out = paged_step.attend(q, k, v, (), facts.rules)
+    return product(out.flatten(1), places[facts.output])
+
+
+def _heads(
+    facts: Attention, outputs: Sequence[Tensor], places: dict[str, nn.Module | None]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns q, k and v (N, H, E) from the outputs of their layers, after their norms."""
     q, k, v = outputs[0].split(facts.widths, dim=-1) if facts.is_joined else outputs
+    size = facts.head_dim
     if facts.norms:
         q, k = (
             _normed(values, places[norm.name], norm)
             for values, norm in zip((q, k), facts.norms, strict=True)
         )
-    if facts.rotation is not None:
-        decoder_step.rotate(q, k, *angles, size, neighbours=facts.rotation.neighbours)
     key_heads = facts.widths[1] // size
-    heads = _by_head(q, size), _by_head(k, size), _by_head(v, facts.widths[2] // key_heads)
-    return product(paged_step.attend(*heads, (), facts.rules).flatten(1), places[facts.output])
+    return _by_head(q, size), _by_head(k, size), _by_head(v, facts.widths[2] // key_heads)
+
+
+def _thirds(joined: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns q, k and v (N, H, E) as views of joined (N, 3 H E): q, k and v of the first head,
+    then those of the next one."""
+    shape, strides = (len(joined), joined.shape[1] // (3 * size), size), joined.stride()
+    strides = strides[0], 3 * size, 1
+    start = joined.storage_offset()
+    q, k, v = (joined.as_strided(shape, strides, start + n * size) for n in range(3))
+    return q, k, v
 
 
 def _by_head(x: Tensor, size: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from veneer.execution.agreement import EXACT, agrees
 from veneer.execution.attention import unused_mask
-from veneer.execution.layer_facts import ATTENTION, FEED_FORWARD, LayerNorms, Norm
+from veneer.execution.layer_facts import FEED_FORWARD, LayerNorms, Norm
 from veneer.execution.small_modules import WIDTH, random_rows, with_children
 from veneer.private.torch import buffers_of, parameters_of
 
@@ -22,19 +22,20 @@ class _KnownPart(nn.Module):
     """Replaces a part by a function of its own: it rolls each row by `number` and scales it.
 
     called: names of the parts, in the order of their calls. keywords: the keyword arguments of the
-    last call of this part.
+    last call of this part. returns_pair: it gives its output in a pair, as attention blocks do.
     """
 
-    def __init__(self, number: int, name: str, called: list[str]) -> None:
+    def __init__(self, number: int, name: str, called: list[str], *, returns_pair: bool) -> None:
         super().__init__()
         self.number, self.name, self.called = number, name, called
+        self.returns_pair = returns_pair
         self.keywords: dict[str, Any] = {}
 
     def forward(self, hidden_states: Tensor, **keywords: Any) -> Any:
         self.keywords = keywords
         self.called.append(self.name)
         out = hidden_states.roll(self.number, -1) * (1 + 2**-self.number)
-        return (out, None) if self.name == ATTENTION else out
+        return (out, None) if self.returns_pair else out
 
 
 class Sums(NamedTuple):
@@ -45,16 +46,19 @@ class Sums(NamedTuple):
     residual_scale: float = 1.0
 
 
-def find_places(layer: nn.Module, norms: Sequence[Norm]) -> Sums | None:
+def find_places(layer: nn.Module, norms: Sequence[Norm], attention: str) -> Sums | None:
     """Returns the places of a layer's norms, and how it adds up its parts, by running it with known
     parts. Returns None if it does not add up its parts as in layer_facts.py, or does not pass on
-    the arguments they need."""
+    the arguments they need. attention: the name of its attention block."""
     own: Mapping[str, Any] = {**parameters_of(layer), **buffers_of(layer)}
     if any(value is not None for value in own.values()) or len(norms) > len(LayerNorms._fields):
         return None
     called: list[str] = []
-    names = [ATTENTION, FEED_FORWARD, *(norm.name for norm in norms)]
-    parts = {name: _KnownPart(number, name, called) for number, name in enumerate(names, 1)}
+    names = [attention, FEED_FORWARD, *(norm.name for norm in norms)]
+    parts = {
+        name: _KnownPart(number, name, called, returns_pair=name == attention)
+        for number, name in enumerate(names, 1)
+    }
     small = with_children(layer, parts)
     x = random_rows(WIDTH, torch.bfloat16)[None]
     angles, mask = (x, x), unused_mask(x.device)  # the mask leads to the layout too
@@ -62,7 +66,7 @@ def find_places(layer: nn.Module, norms: Sequence[Norm]) -> Sums | None:
     def own_code(x: Tensor) -> tuple[Any, ...]:
         arguments = {"position_embeddings": angles, "attention_mask": mask}
         y = small.forward(x, **arguments, veneer_layout=object())  # without the layer's hooks
-        keywords = parts[ATTENTION].keywords
+        keywords = parts[attention].keywords
         return y, all(keywords.get(name) is value for name, value in arguments.items())
 
     try:
@@ -70,13 +74,13 @@ def find_places(layer: nn.Module, norms: Sequence[Norm]) -> Sums | None:
     except Exception:  # modelling code may raise any, as in agreement.disagreement
         return None
     by_name, own_calls = {norm.name: norm for norm in norms}, tuple(called)
-    if (own_norms := _parallel_norms(own_calls, by_name)) is not None:
+    if (own_norms := _parallel_norms(own_calls, by_name, attention)) is not None:
         of_attention, of_feed_forward = own_norms
 
         def parallel(x: Tensor, order: Sequence[int]) -> tuple[Any, ...]:
             n = parts[of_attention.name](x)
             m = n if of_feed_forward is None else parts[of_feed_forward.name](x)
-            terms = x, parts[ATTENTION](n)[0], parts[FEED_FORWARD](m)
+            terms = x, parts[attention](n)[0], parts[FEED_FORWARD](m)
             first, second, third = (terms[number] for number in order)
             return first + second + third, True
 
@@ -87,7 +91,7 @@ def find_places(layer: nn.Module, norms: Sequence[Norm]) -> Sums | None:
                 )
                 return Sums(places, is_parallel=True)
     scales = [1.0, *(own for own in vars(layer).values() if type(own) is float and own != 1.0)]
-    for names_of_places, scale in product(_orders(own_calls), scales):
+    for names_of_places, scale in product(_orders(own_calls, attention), scales):
         places = LayerNorms(*(by_name.get(name) for name in names_of_places))
 
         def computed(
@@ -96,7 +100,7 @@ def find_places(layer: nn.Module, norms: Sequence[Norm]) -> Sums | None:
             first, second, third, fourth = (
                 nn.Identity() if norm is None else parts[norm.name] for norm in places
             )
-            h = x + second(parts[ATTENTION](first(x))[0]) * scale
+            h = x + second(parts[attention](first(x))[0]) * scale
             return h + fourth(parts[FEED_FORWARD](third(h))) * scale, True
 
         if agrees(own_code, computed, (x,), EXACT):
@@ -105,13 +109,13 @@ def find_places(layer: nn.Module, norms: Sequence[Norm]) -> Sums | None:
 
 
 def _parallel_norms(
-    called: Sequence[str], norms: Mapping[str, Norm]
+    called: Sequence[str], norms: Mapping[str, Norm], attention: str
 ) -> tuple[Norm, Norm | None] | None:
     """Returns the norms before attention and before the feed-forward block, the second only if it
     is another one. Returns None if this order of calls is not that of a parallel layer."""
     blocks = [name for name in called if name not in norms]
     own_norms = [norms[name] for name in called if name in norms]
-    if blocks != [ATTENTION, FEED_FORWARD] or called[0] not in norms:
+    if blocks != [attention, FEED_FORWARD] or called[0] not in norms:
         return None
     if len(own_norms) != len(norms):
         return None
@@ -121,13 +125,13 @@ def _parallel_norms(
     return (own_norms[0], own_norms[1]) if is_pair else None
 
 
-def _orders(called: Sequence[str]) -> list[tuple[str, str, str, str]]:
+def _orders(called: Sequence[str], attention: str) -> list[tuple[str, str, str, str]]:
     """Returns the possible (names of norms by their places), given the order of calls. "" is a
     place without a norm. A single norm between attention and the feed-forward block may be after
     the one or before the other."""
-    if sorted(called) != sorted(set(called)) or not {ATTENTION, FEED_FORWARD} <= set(called):
+    if sorted(called) != sorted(set(called)) or not {attention, FEED_FORWARD} <= set(called):
         return []
-    first, second = called.index(ATTENTION), called.index(FEED_FORWARD)
+    first, second = called.index(attention), called.index(FEED_FORWARD)
     before, between, after = called[:first], called[first + 1 : second], called[second + 1 :]
     if first > second or len(before) > 1 or len(between) > 2 or len(after) > 1:
         return []

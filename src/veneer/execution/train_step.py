@@ -8,7 +8,6 @@ several adapters, another attention), it calls its module.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -25,27 +24,23 @@ from veneer.adapters.placement.wrapping import AdaptedModule, SwappedModule, unw
 from veneer.execution.attention import NAME, LayoutAttention
 from veneer.execution.attention_facts import attend, find_attention
 from veneer.execution.decoder_layer import find_layers
-from veneer.execution.layer_facts import (
-    ATTENTION,
-    FEED_FORWARD,
-    LAYERS_OF_INPUTS,
-    Attention,
-    DecoderLayer,
-    FeedForward,
-    Norm,
-)
+from veneer.execution.layer_facts import FEED_FORWARD, Attention, DecoderLayer, FeedForward, Norm
 from veneer.execution.part_facts import find_feed_forward, find_norm
 from veneer.execution.stand_in import StandIn
 from veneer.kernels.bindings.library import has_bf16
+from veneer.kernels.bindings.row_calls import SILU
 from veneer.kernels.dense.fused import activate, layer_norm, rms_norm, takes_layer_norm
 from veneer.kernels.dense.lora import LoRALinear, filled
 from veneer.kernels.dense.rank import MOST_RANK
 from veneer.kernels.layers import block_operands
-from veneer.kernels.layers.block import lora_block
+from veneer.kernels.layers.block import lora_attention, lora_block
 from veneer.kernels.layers.block_operands import Block, BlockPart, module_rows
 from veneer.linear import frozen_linear
 from veneer.private.torch import children_of, parameters_of
 from veneer.private.transformers import attention_of
+
+CACHES = ("cache", "past_key_values", "layer_past")
+"""Names of arguments that hold keys and values of earlier tokens."""
 
 
 class FusedNorm(StandIn):
@@ -124,7 +119,7 @@ class FusedAttention(StandIn):
         attention_mask: Tensor | None = None,
         **others: Any,
     ) -> Any:
-        cached = any(others.get(name) is not None for name in ("cache", "past_key_values"))
+        cached = any(others.get(name) is not None for name in CACHES)
         if cached or not self.takes(hidden_states, position_embeddings):
             return self.base(hidden_states, position_embeddings, attention_mask, **others)
         assert position_embeddings is not None
@@ -147,7 +142,8 @@ class FusedAttention(StandIn):
 
 
 class FusedLayer(StandIn):
-    """A decoder layer as one node (kernels/layers/block.py)."""
+    """A decoder layer as one node (kernels/layers/block.py). If its feed-forward block is not
+    known, the node ends with the input of this block, which its module computes."""
 
     def __init__(self, base: nn.Module, facts: DecoderLayer) -> None:
         super().__init__(base)
@@ -168,7 +164,11 @@ class FusedLayer(StandIn):
         block = None if args else self._block(hidden_states, **kwargs)
         if block is None:
             return own_code(hidden_states, *args, **kwargs)
-        return lora_block(hidden_states, block)
+        if block.has_feed_forward:
+            return lora_block(hidden_states, block)
+        h, m = lora_attention(hidden_states, block)
+        feed: Any = children_of(self.base)[FEED_FORWARD]
+        return h + feed(m)
 
     def _block(
         self,
@@ -178,8 +178,8 @@ class FusedLayer(StandIn):
         veneer_layout: Any = None,
         **others: Any,
     ) -> Block | None:
-        attention = self._stand_in_of(ATTENTION)
-        beside = ("cache", "past_key_values", "veneer_prefix", "veneer_keys")
+        attention = self._stand_in_of(self.facts.attention_name)
+        beside = (*CACHES, "veneer_prefix", "veneer_keys")
         if not isinstance(veneer_layout, LayoutAttention) or any(
             others.get(name) is not None for name in beside
         ):
@@ -197,9 +197,9 @@ class FusedLayer(StandIn):
         modules, norms = self._linears(attention, x_MI, spans), self._norms(attention)
         if modules is None or norms is None:
             return None
-        heads, feed_forward = self.facts.attention, self.facts.feed_forward
-        assert heads is not None and feed_forward is not None
-        parts, rotation = [], heads.rotation
+        heads, gated = self.facts.attention, self.facts.feed_forward
+        assert heads is not None
+        parts, rotation = list[BlockPart](), heads.rotation
         if rotation is not None:
             cos, sin = (
                 rotation.in_halves(angles[0]).contiguous() for angles in position_embeddings
@@ -212,12 +212,9 @@ class FusedLayer(StandIn):
             angles = None if rotation is None else (cos[span], sin[span])
             parts.append(BlockPart(span, of_part, layers, self.places, angles, layout.groups[0]))
         neighbours = bool(rotation and rotation.neighbours)
-        kind = (
-            feed_forward.activation,
-            neighbours,
-            self.facts.is_parallel,
-            self.facts.residual_scale,
-        )
+        activation = SILU if gated is None else gated.activation
+        sums = self.facts.is_parallel, self.facts.residual_scale
+        kind = activation, neighbours, *sums, heads.is_by_head
         block = Block(norms, parts, heads.head_dim, heads.rules, *kind)
         if not block.usable(x_MI):
             return None
@@ -229,16 +226,16 @@ class FusedLayer(StandIn):
     ) -> list[tuple[LoRALinear, ...]] | None:
         """Returns the linear modules with the updates of each part of the rows. Returns None if one
         has an adapter that a block does not compute, or if none has an adapter."""
-        gated = self._stand_in_of(FEED_FORWARD)
         heads, feed_forward = self.facts.attention, self.facts.feed_forward
-        if gated is None:
-            return None
-        assert heads is not None and feed_forward is not None
+        assert heads is not None
         rows_of_parts, modules = [x_MI[span] for span in spans], list[list[LoRALinear]]()
         # Of the blocks themselves: a stand-in finds their attributes last.
         places = [getattr(attention.base, name) for name in (*heads.inputs, heads.output)]
-        names = feed_forward.output, *feed_forward.inputs
-        places += [getattr(gated.base, name) for name in names]
+        if feed_forward is not None:
+            if (gated := self._stand_in_of(FEED_FORWARD)) is None:
+                return None
+            names = feed_forward.output, *feed_forward.inputs
+            places += [getattr(gated.base, name) for name in names]
         for place in places:
             loras = part_loras(place, x_MI, spans)
             if loras is None:
@@ -304,25 +301,35 @@ def replacements(model: PreTrainedModel) -> dict[str, StandIn]:
 
 
 def _is_one_node(path: str, layer: DecoderLayer, stand_ins: Mapping[str, StandIn]) -> bool:
-    """Whether the kernels compute a layer: it is understood, in bf16, and has an adapted linear."""
-    if layer.unknown is not None or layer.attention is None or layer.feed_forward is None:
+    """Whether the kernels compute a layer, or all of it but its feed-forward block: it is
+    understood, in bf16, and has an adapted linear."""
+    heads, gated, name = layer.attention, layer.feed_forward, layer.attention_name
+    if layer.unknown is not None or heads is None or not has_bf16():
         return False
-    if not has_bf16():
-        return False
-    first = frozen_linear(
-        unwrapped(layer.attention.module.get_submodule(layer.attention.inputs[0]))
-    )
+    first = frozen_linear(unwrapped(heads.module.get_submodule(heads.inputs[0])))
     if first is None or first.dtype is not torch.bfloat16:
         return False
-    attention_path = _path_within(f"{path}.{ATTENTION}", layer.module, ATTENTION, stand_ins)
-    feed_forward_path = _path_within(
-        f"{path}.{FEED_FORWARD}", layer.module, FEED_FORWARD, stand_ins
-    )
-    kinds: dict[str, type[StandIn]] = {attention_path: FusedAttention, feed_forward_path: FusedGate}
+    attention_path = _path_within(f"{path}.{name}", layer.module, name, stand_ins)
+    kinds: dict[str, type[StandIn]] = {attention_path: FusedAttention}
+    if gated is not None:
+        kinds[_path_within(f"{path}.{FEED_FORWARD}", layer.module, FEED_FORWARD, stand_ins)] = (
+            FusedGate
+        )
+    elif not _ends_with_a_norm(layer):
+        return False
     kinds |= {f"{path}.{norm.name}": FusedNorm for norm in layer.norms if norm is not None}
-    kinds |= {f"{attention_path}.{norm.name}": FusedNorm for norm in layer.attention.norms}
+    kinds |= {f"{attention_path}.{norm.name}": FusedNorm for norm in heads.norms}
     in_place = all(type(stand_ins.get(place)) is kind for place, kind in kinds.items())
-    return in_place and any(isinstance(each, AdaptedLinear) for each in layer.module.modules())
+    own = layer.module if gated is not None else children_of(layer.module)[name]
+    assert own is not None
+    return in_place and any(isinstance(module, AdaptedLinear) for module in own.modules())
+
+
+def _ends_with_a_norm(layer: DecoderLayer) -> bool:
+    """Whether y = h + feed_forward(norm(h)), so that a node may compute h and norm(h)."""
+    norms = layer.norms
+    adds_both = not layer.is_parallel and layer.residual_scale == 1.0
+    return adds_both and norms.before_feed_forward is not None and norms.after_feed_forward is None
 
 
 def _path_within(path: str, layer: nn.Module, name: str, stand_ins: Mapping[str, StandIn]) -> str:
@@ -340,18 +347,17 @@ def fits_one_node(adapter: Attachment) -> bool:
     """
     if not adapter.config.two_factors or adapter.replaced:
         return False
-    ranks: Counter[str] = Counter()  # of the layers that read the same input
-    for path, layer in adapter.layers.items():
-        block, _, name = path.rpartition(".")
-        layers = LAYERS_OF_INPUTS.get(name)
-        if layers is not None and (A := layer.parts().get("A")) is not None:
-            ranks[block] += layers * -(-len(A) // 16) * 16  # as `filled` pads it
-    return max(ranks.values(), default=0) <= MOST_RANK
+    factors = (layer.parts().get("A") for layer in adapter.layers.values())
+    return all(A is None or len(A) <= MOST_RANK for A in factors)
 
 
 def one_node(stand_ins: Mapping[str, StandIn]) -> bool:
-    """Whether some decoder layers are computed as one node, which the kernels of a CPU do."""
-    layers = [stand_in for stand_in in stand_ins.values() if isinstance(stand_in, FusedLayer)]
+    """Whether some decoder layers are computed whole as one node, which the kernels of a CPU do."""
+    layers = [
+        stand_in
+        for stand_in in stand_ins.values()
+        if isinstance(stand_in, FusedLayer) and stand_in.facts.feed_forward is not None
+    ]
     return bool(layers) and next(layers[0].parameters()).is_cpu
 
 

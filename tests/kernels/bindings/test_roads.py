@@ -52,7 +52,7 @@ def blocks() -> torch.Tensor:
         ),
         (
             "veneer_step_rotate",
-            lambda: decoder_step.rotate(one(2, 8), one(2, 8), one(2, 8), one(2, 8), 8),
+            lambda: decoder_step.rotate(one(2, 1, 8), one(2, 1, 8), one(2, 8), one(2, 8)),
         ),
         ("veneer_step_gate", lambda: decoder_step.gate(one(2, 8), one(2, 8))),
         ("veneer_step_cap", lambda: decoder_step.cap(one(2, 8), 1.0, 30.0)),

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
 from transformers.models.phi.modeling_phi import PhiDecoderLayer
 
 from tests.kernels.test_tiles import vectors
@@ -35,19 +36,31 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+PARTLY_ROTATED = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
 FAMILIES = [
     *("llama", "qwen2", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "olmo2", "exaone4"),
     *("phi3", "glm4", "cohere", "stablelm", "starcoder2", "phi", "granite"),
+    "gpt_neox",
 ]
 """Norms of heads, of all heads, before and behind the parts, in float32; gates of GELU; layers
 without rotation, or with angles in float32."""
 
 
+MIXTURES = ["mixtral", "qwen3_moe"]
+"""Families whose attention is one node, and whose experts are another."""
+OWN_SIZES = {"gpt_neox": {"rope_parameters": PARTLY_ROTATED}}
+"""Fields of a family's config beside SIZES."""
 OWN_NAMES = {
     "starcoder2": {"gate_proj": "c_fc", "up_proj": "c_fc", "down_proj": "c_proj"},
     "phi": {"gate_proj": "fc1", "up_proj": "fc1", "down_proj": "fc2", "o_proj": "dense"},
     "phi3": {**dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")},
     "glm4": {},
+    "gpt_neox": {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "query_key_value"),
+        **dict.fromkeys(("gate_proj", "up_proj"), "dense_h_to_4h"),
+        "o_proj": "dense",
+        "down_proj": "dense_4h_to_h",
+    },
 }
 for names in (OWN_NAMES["phi3"], OWN_NAMES["glm4"]):
     names |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
@@ -71,7 +84,7 @@ def named(family, settings):
 
 def pack(model):
     """Packs the linear layers of a model, without its head, in NF4."""
-    for module in list(model.model.modules()):
+    for module in list(model.base_model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is torch.nn.Linear:
                 weight = quantize(child.weight.data)
@@ -84,10 +97,8 @@ class Trained:
     def __init__(
         self, family="llama", method=LoRA, rank=16, prompt=5, layers=2, in_nf4=False, **settings
     ):
-        self.model, self.routing = (
-            tiny_model(family, torch.bfloat16, **SIZES, head_dim=32, num_hidden_layers=layers),
-            Routing(),
-        )
+        sizes = {**SIZES, "head_dim": 32, "num_hidden_layers": layers, **OWN_SIZES.get(family, {})}
+        self.model, self.routing = tiny_model(family, torch.bfloat16, **sizes), Routing()
         if in_nf4:
             pack(self.model)
         self.paths = prepare(self.model)
@@ -138,6 +149,18 @@ def _x_first(layer, hidden_states, **given):
     return hidden_states + layer.self_attn(hidden_states=n, **given)[0] + layer.mlp(n)
 
 
+def _neox_x_first(layer, hidden_states, **given):
+    attended = layer.attention(layer.input_layernorm(hidden_states), **given)[0]
+    return hidden_states + attended + layer.mlp(layer.post_attention_layernorm(hidden_states))
+
+
+ADD_X_LAST = {
+    "phi": (PhiDecoderLayer, "forward", _x_first),
+    "gpt_neox": (GPTNeoXLayer, "forward", _neox_x_first),
+}
+"""Families that add x last, which rounds otherwise, and how they add it first."""
+
+
 def both(trained, monkeypatch):
     """What is measured, then the same with its layers computed part by part."""
     found = replacements(trained.model)
@@ -166,8 +189,8 @@ def both(trained, monkeypatch):
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_node_gives_the_bits_of_its_parts(family, settings, taken, monkeypatch):
-    if family == "phi":  # it adds x last, which rounds otherwise
-        monkeypatch.setattr(PhiDecoderLayer, "forward", _x_first)
+    if family in ADD_X_LAST:
+        monkeypatch.setattr(*ADD_X_LAST[family])
     trained = Trained(family, **settings)
     ours, plain = both(trained, monkeypatch)
     assert taken == [True, True]
@@ -180,11 +203,26 @@ def test_one_node_gives_the_bits_of_its_parts(family, settings, taken, monkeypat
     assert all(gradient.abs().max() > 0 for gradient in ours[1:])
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "glm4", "phi"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox"])
+def test_large_ranks_of_one_input_are_computed_layer_by_layer(family, taken, monkeypatch):
+    """Together q, k and v have more ranks than one product takes."""
+    if family in ADD_X_LAST:
+        monkeypatch.setattr(*ADD_X_LAST[family])
+    ours, plain = both(Trained(family, rank=256), monkeypatch)
+    assert taken == [True, True]
+    assert torch.equal(ours[0], plain[0])
+    for a, b in zip(ours[1:], plain[1:], strict=True):
+        if family in IN_ANOTHER_ORDER:
+            assert (a - b).abs().max() <= 2**-5 * b.abs().max()
+        else:
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "glm4", "phi", "gpt_neox"])
 def test_bases_in_nf4_are_one_node_too(family, taken, monkeypatch):
     """A module that joins layers is multiplied by rows of its packed weight, elsewhere whole."""
-    if family == "phi":
-        monkeypatch.setattr(PhiDecoderLayer, "forward", _x_first)
+    if family in ADD_X_LAST:
+        monkeypatch.setattr(*ADD_X_LAST[family])
     ours, plain = both(Trained(family, in_nf4=True), monkeypatch)
     assert taken == [True, True]
     assert abs(ours[0] - plain[0]) <= 2**-10 * plain[0]
@@ -230,7 +268,7 @@ def test_what_many_rows_do_not_keep_is_computed_again_to_the_same_bits(family, t
     assert found[0][1] - found[1][1] == 2 * 2 * rows * again
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 def test_one_node_is_as_near_to_float64_as_the_models_own_code(family, taken):
     """Gradients of all factors as one vector: rounding to bf16 turns it by a little."""
     trained = Trained(family)
@@ -251,6 +289,22 @@ def test_one_node_is_as_near_to_float64_as_the_models_own_code(family, taken):
         errors.append(float((gradients - expected).norm() / expected.norm()))
         assert abs(measured[0].item() - exact[0].item()) <= 2**-6 * exact[0].item()
     assert errors[0] <= max(1.25 * errors[1], 2**-8)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"rank": 8, "dropout": 0.3, "targets": ["k_proj", "o_proj"]}], ids=str
+)
+@pytest.mark.parametrize("family", MIXTURES)
+def test_attention_before_a_mixture_is_one_node(family, settings, taken, monkeypatch):
+    ours, plain = both(Trained(family, **settings), monkeypatch)
+    assert taken == [True, True]
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    assert all(gradient.abs().max() > 0 for gradient in ours[1:])
+
+
+def test_a_mixture_whose_experts_alone_are_adapted_stays(taken):
+    trained = Trained("mixtral", targets=["gate_up_proj", "down_proj"])
+    assert not trained.layers()
 
 
 def test_so_it_does_without_tiles_and_checkpointed(taken, monkeypatch):
@@ -425,9 +479,8 @@ def test_a_layer_that_holds_more_than_its_parts_stays(add):
     assert len(trained.layers()) == 1
 
 
-@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
-def test_layers_of_other_parts_stay(family):
-    model = tiny_model(family, torch.bfloat16)
+def test_layers_of_other_parts_stay():
+    model = tiny_model("gpt2", torch.bfloat16)
     prepare(model)
     attach(
         model,

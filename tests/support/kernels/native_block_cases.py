@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.kernels.bindings import attention_calls, block_calls, dense_calls
+from veneer.kernels.bindings import attention_calls, block_calls, dense_calls, head_calls
 from veneer.kernels.bindings import library as native
 
 BF16 = torch.bfloat16
@@ -139,7 +139,7 @@ def block_cases(
             },
         ),
         (
-            block_calls.heads,
+            head_calls.heads,
             {
                 "x": tuple(wide(own * size) for own in heads),
                 "size": size,
@@ -149,6 +149,19 @@ def block_cases(
                 "neighbours": bool(rng.randint(0, 1)),
                 "back": back,
                 "sides": tuple(side(of_A=False, columns=own * size) for own in heads),
+            },
+        ),
+        (
+            head_calls.heads_joined,
+            {
+                "x": wide(3 * heads[0] * size),
+                "size": size,
+                "angles": rng.choice([None, (wide(turned), wide(turned)), float_angles]),
+                "side": side(of_A=False, columns=3 * heads[0] * size),
+                "grads": tuple(filled(BF16, rows, heads[0], size) for _ in range(3))
+                if back
+                else None,
+                "neighbours": bool(rng.randint(0, 1)),
             },
         ),
     ]

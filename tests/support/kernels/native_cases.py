@@ -455,7 +455,7 @@ def _step(rng: random.Random) -> list[Call]:
     )
     x, delta, sum_, out = (filled(dtype, rows, width) for _ in range(4))
     added = rng.choice([{"delta": delta, "sum_": sum_}, {"delta": None, "sum_": None}])
-    q, k = (filled(dtype, rows, rng.randint(1, 4) * size) for _ in range(2))
+    q, k = (filled(dtype, rows, rng.randint(1, 4), size) for _ in range(2))
     angle_type = rng.choice([dtype, torch.float32])
     level, rotated = rng.choice([0, 2, 3]), 2 * rng.randint(1, size // 2)
     has_norm = added["delta"] is None or rng.random() < 0.7
@@ -490,7 +490,6 @@ def _step(rng: random.Random) -> list[Call]:
                 "k": k,
                 "cos": filled(angle_type, rows, rotated),
                 "sin": filled(angle_type, rows, rotated),
-                "size": size,
                 "neighbours": rng.random() < 0.5,
                 "level": level,
             },

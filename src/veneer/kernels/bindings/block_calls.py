@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from veneer.kernels.bindings.arguments import BF16, FP32, CallError, at, number
+from veneer.kernels.bindings.arguments import BF16, FP32, CallError, at
 from veneer.kernels.bindings.checks import Values
 from veneer.kernels.bindings.declarations import declare, declare_structure, structure
 from veneer.kernels.bindings.rank_calls import (
     MOST_LAYERS,
-    MOST_STRIDE,
+    MOST_RANK,
     PAIR_BYTES,
     DropoutMask,
     Mask,
     mask_fields,
 )
 
-_RANK_FACTORS = """
+_RANK_FACTORS = f"""
     factors: pointer*3
     ranks: int*3
     count
@@ -35,13 +35,13 @@ _RANK_FACTORS = """
     pairs: unused
     parts = 0
     sizes, starts: unused*3
-    check rank: 16..256
+    check rank: 16..{MOST_LAYERS * MOST_RANK}
     body factors, ranks, count, half, masks, scale
 """
-_RankFactors = structure("RankFactors", _RANK_FACTORS, Mask=DropoutMask)
+RankStruct = structure("RankFactors", _RANK_FACTORS, Mask=DropoutMask)
 
 
-_Norm = structure(
+NormStruct = structure(
     "NormOperands", "weight, bias, scale: pointer; is_wide, is_centred; epsilon, offset: float"
 )
 
@@ -63,15 +63,15 @@ class NormOperands(NamedTuple):
     bias: Tensor | None = None
 
 
-def _norm(norm: NormOperands | None, rows: int, width: int) -> Any:
+def norm_struct(norm: NormOperands | None, rows: int, width: int) -> Any:
     """Checks a norm of this number of rows. None: no norm."""
     if norm is None:
-        return _Norm()
+        return NormStruct()
     weight, scale, epsilon, offset, is_wide, is_centred, bias = norm
     if is_centred and offset:
         raise CallError("a centred norm has no offset")
     places = at(weight, BF16, width), 0 if bias is None else at(bias, BF16, width)
-    return _Norm(*places, at(scale, FP32, rows), is_wide, is_centred, epsilon, offset)
+    return NormStruct(*places, at(scale, FP32, rows), is_wide, is_centred, epsilon, offset)
 
 
 class RankFactors(NamedTuple):
@@ -88,7 +88,7 @@ class RankFactors(NamedTuple):
     masks: Sequence[Mask] = ()
 
 
-def _rank_factors(side: RankFactors | None, wide: Tensor, *, across: bool, of_A: bool) -> Any:
+def rank_struct(side: RankFactors | None, wide: Tensor, *, across: bool, of_A: bool) -> Any:
     """Checks the rank factors of the rows of `wide` (M, D). of_A: factors are A (R, D), else B
     (D, R). Without factors nothing is computed."""
     rows, width = wide.shape
@@ -96,8 +96,12 @@ def _rank_factors(side: RankFactors | None, wide: Tensor, *, across: bool, of_A:
         return ()
     factors, narrow, scale, masks = side
     ranks = tuple(factor.shape[0 if of_A else 1] for factor in factors)
-    if not 0 < len(ranks) <= MOST_LAYERS or any(rank % 16 or rank < 16 for rank in ranks):
-        raise CallError(f"ranks {ranks} where C takes up to {MOST_LAYERS} multiples of 16")
+    fit = all(rank % 16 == 0 and 16 <= rank <= MOST_RANK for rank in ranks)
+    if not (0 < len(ranks) <= MOST_LAYERS and fit):
+        raise CallError(
+            f"ranks {ranks} where C takes up to {MOST_LAYERS} multiples of 16, each at most"
+            f" {MOST_RANK}"
+        )
     if (dtype := factors[0].dtype) not in (FP32, BF16):
         raise CallError(f"a factor of {dtype} where C takes float32 or bf16")
     if masks and (len(masks) != len(ranks) or len({share for *_, share in masks}) > 1):
@@ -120,9 +124,9 @@ def _rank_factors(side: RankFactors | None, wide: Tensor, *, across: bool, of_A:
     return _filled_factors(narrow, rows, sum(ranks), across, values)
 
 
-@declare_structure(_RankFactors, _RANK_FACTORS)
+@declare_structure(RankStruct, _RANK_FACTORS)
 def _filled_factors(narrow: Tensor, rows: int, rank: int, across: bool, values: Values) -> Values:
-    """values: the fields that _rank_factors has checked."""
+    """values: the fields that rank_struct has checked."""
     return values
 
 
@@ -143,8 +147,8 @@ _SIZES = "rows: 0..2**27; width: 16..2**27 % 16"
     scale: float
     body total, output_norm, norm, update, next_factors
     """,
-    RankFactors=_RankFactors,
-    NormOperands=_Norm,
+    RankFactors=RankStruct,
+    NormOperands=NormStruct,
 )
 def norm_forward(
     x: Tensor,
@@ -161,7 +165,7 @@ def norm_forward(
     """Computes, in this order, each step only if its operands are given:
 
     x (M, D) += update              by B of one layer; in place
-    total (M, D) = output_norm(x)   without this norm total is x itself
+    total (M, D) = outputnorm_struct(x)   without this norm total is x itself
     total = residual (M, D) + scale * total
     out (M, D) = norm(total)
     narrow of `next_factors`        the products of out (without a norm: of total) with A of each
@@ -173,10 +177,10 @@ def norm_forward(
         raise CallError("a scale without a residual")
     return {
         "total": x if total is None else total,
-        "output_norm": _norm(output_norm, *x.shape),
-        "norm": _norm(norm, *x.shape),
-        "update": _rank_factors(update, x, across=True, of_A=False),
-        "next_factors": _rank_factors(next_factors, x, across=True, of_A=True),
+        "output_norm": norm_struct(output_norm, *x.shape),
+        "norm": norm_struct(norm, *x.shape),
+        "update": rank_struct(update, x, across=True, of_A=False),
+        "next_factors": rank_struct(next_factors, x, across=True, of_A=True),
     }
 
 
@@ -193,8 +197,8 @@ def norm_forward(
     scale: float
     body out, output_norm, norm, update, next_factors
     """,
-    RankFactors=_RankFactors,
-    NormOperands=_Norm,
+    RankFactors=RankStruct,
+    NormOperands=NormStruct,
 )
 def norm_backward(
     x: Tensor,
@@ -221,10 +225,10 @@ def norm_backward(
         raise CallError("a part of a norm, or a norm with a scale")
     return {
         "out": x if out is None else out,
-        "output_norm": _norm(None, *x.shape),
-        "norm": _norm(norm, *x.shape),
-        "update": _rank_factors(update, x, across=False, of_A=True),
-        "next_factors": _rank_factors(next_factors, x, across=False, of_A=False),
+        "output_norm": norm_struct(None, *x.shape),
+        "norm": norm_struct(norm, *x.shape),
+        "update": rank_struct(update, x, across=False, of_A=True),
+        "next_factors": rank_struct(next_factors, x, across=False, of_A=False),
     }
 
 
@@ -240,7 +244,7 @@ def norm_backward(
     activation: 0..2
     body sides
     """,
-    RankFactors=_RankFactors,
+    RankFactors=RankStruct,
 )
 def gate_forward(
     gate: Tensor,
@@ -257,8 +261,8 @@ def gate_forward(
     layer (`next_factors`). activation: a number of row_calls.py."""
     if (up is None) != (of_up is None):
         raise CallError("a part of a gate")
-    updates = [_rank_factors(side, gate, across=True, of_A=False) for side in (of_gate, of_up)]
-    return {"sides": (*updates, _rank_factors(next_factors, gate, across=True, of_A=True))}
+    updates = [rank_struct(side, gate, across=True, of_A=False) for side in (of_gate, of_up)]
+    return {"sides": (*updates, rank_struct(next_factors, gate, across=True, of_A=True))}
 
 
 @declare(
@@ -273,7 +277,7 @@ def gate_forward(
     activation: 0..2
     body out, sides
     """,
-    RankFactors=_RankFactors,
+    RankFactors=RankStruct,
 )
 def gate_backward(
     grad: Tensor,
@@ -292,95 +296,5 @@ def gate_backward(
     gate."""
     if len({up is None, grad_up is None, of_up is None}) > 1:
         raise CallError("a part of a gate")
-    products = [_rank_factors(side, gate, across=False, of_A=False) for side in (of_gate, of_up)]
-    return {"out": grad, "sides": (*products, _rank_factors(update, gate, across=False, of_A=True))}
-
-
-@declare(
-    "veneer_block_heads(*)",
-    """
-    x: pointer*3
-    out, normed: pointer*2
-    norms: NormOperands*2
-    spans: int*2
-    heads: int*3
-    sides: RankFactors*3
-    cos, sin: F[rows, turned]?
-    turned
-    neighbours: flag
-    is_wide: flag
-    rows: 0..2**27
-    size: 16..2**27 % 16
-    back: flag
-    body x, out, normed, norms, spans, heads, sides, cos, sin, turned, is_wide, rows
-    """,
-    RankFactors=_RankFactors,
-    NormOperands=_Norm,
-)
-def heads(
-    x: Sequence[Tensor],
-    size: int,
-    angles: tuple[Tensor, Tensor] | None,
-    sides: Sequence[RankFactors],
-    *,
-    norms: Sequence[NormOperands | None] = (None, None),
-    norm_rows: Sequence[Tensor | None] = (None, None),
-    neighbours: bool,
-    back: bool,
-) -> Values:
-    """Forward: adds its update (B of one layer) to each of q, k and v (M, H E), in place. Then q
-    and k go through their norms into `norm_rows` (M, H E) and are rotated; without norms they are
-    rotated in place. E = size, a multiple of 16. angles: cosines and sines (M, R), bf16 or float32,
-    of the first R dimensions of each head: i with R / 2 + i, or 2 i with 2 i + 1 (neighbours). A
-    norm is over one head or over all heads of a row.
-
-    back: x are gradients. Those of q and k are rotated back and taken through the norms of
-    `norm_rows`; then the product of each of the three with B of its layer is computed.
-    """
-    lengths = len(x), len(sides), len(norms), len(norm_rows)
-    if lengths != (MOST_LAYERS, MOST_LAYERS, 2, 2) or type(back) is not bool:
-        raise CallError(f"{len(x)} of {len(sides)} sides where C takes q, k and v")
-    rows, size = len(x[0]), number(size, 1)
-    widths = [number(tensor.shape[1], size, MOST_STRIDE) for tensor in x]
-    if any(width % size for width in widths):
-        raise CallError(f"{widths} columns where C takes whole heads of {size}")
-    spans, places = [0, 0], [0, 0]
-    for place, (norm, tensor) in enumerate(zip(norms, norm_rows, strict=True)):
-        if (norm is None) != (tensor is None):
-            raise CallError("a part of a norm")
-        if norm is not None and tensor is not None:
-            weight, *_ = norm
-            spans[place] = number(weight.numel(), size, widths[place])
-            if widths[place] % spans[place]:
-                raise CallError(f"a norm of {spans[place]} of {widths[place]} values")
-            places[place] = at(tensor, BF16, rows, widths[place], words=PAIR_BYTES)
-    updates = zip(sides, x, strict=True)
-    addresses = [
-        at(tensor, BF16, rows, width, words=PAIR_BYTES)
-        for tensor, width in zip(x, widths, strict=True)
-    ]
-    counts = [
-        rows * width // span if span else 0 for width, span in zip(widths, spans, strict=False)
-    ]
-    cos, sin = (None, None) if angles is None else angles
-    if (cos is None) != (sin is None):
-        raise CallError("cosines without sines")
-    turned = 0 if cos is None else number(cos.shape[-1], 2, size)
-    if turned % 2:
-        raise CallError(f"{turned} dimensions of a head are no pairs")
-    return {
-        "x": tuple(addresses),
-        "out": (0, 0) if back else tuple(places),
-        "normed": tuple(places) if back else (0, 0),
-        "norms": tuple(map(_norm, norms, counts, spans)),
-        "spans": tuple(spans),
-        "heads": tuple(width // size for width in widths),
-        "sides": tuple(
-            _rank_factors(side, wide, across=not back, of_A=False) for side, wide in updates
-        ),
-        "cos": cos,
-        "sin": sin,
-        "turned": turned,
-        "rows": rows,
-        "is_wide": cos is not None and cos.dtype is FP32,
-    }
+    products = [rank_struct(side, gate, across=False, of_A=False) for side in (of_gate, of_up)]
+    return {"out": grad, "sides": (*products, rank_struct(update, gate, across=False, of_A=True))}

@@ -66,14 +66,12 @@ def step_norm(
 @declare(
     "veneer_step_rotate(*, T, level: int32 0..3)",
     """
-    q: T[rows@q_row, q_width]
-    k: T[rows@k_row, k_width]
+    q: T[rows@q_row, q_heads@q_head, size]
+    k: T[rows@k_row, k_heads@k_head, size]
     cos, sin: F[rows, rotated]
     rows
-    q_row, k_row: 0..2**40
-    q_heads = q_width / size
-    k_heads = k_width / size
-    size: 1..
+    q_row, k_row, q_head, k_head: 0..2**40
+    q_heads, k_heads
     rotated: 2..size % 2
     is_wide = T * (1 - F)
     neighbours: flag
@@ -81,16 +79,10 @@ def step_norm(
     """,
 )
 def step_rotate(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    size: int,
-    neighbours: bool = False,
-    level: int = ANY_LEVEL,
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, neighbours: bool = False, level: int = ANY_LEVEL
 ) -> None:
-    """Rotates the first R of the E = `size` values of each head of q (N, H E) and k (N, K E), in
-    place. cos and sin (N, R) are of their type, or float32. neighbours: a pair is 2 i and 2 i + 1;
+    """Rotates the first R of the E values of each head of q (N, H, E) and k (N, K, E), in place.
+    cos and sin (N, R) are of their type, or float32. neighbours: a pair is 2 i and 2 i + 1;
     otherwise i and R / 2 + i."""
 
 

@@ -106,43 +106,29 @@ def _have_rows(x: Tensor, other: Tensor | None) -> bool:
 
 
 def rotate(
-    q_NX: Tensor,
-    k_NX: Tensor,
-    cos_NR: Tensor,
-    sin_NR: Tensor,
-    size: int,
-    *,
-    neighbours: bool = False,
+    q_NHE: Tensor, k_NHE: Tensor, cos_NR: Tensor, sin_NR: Tensor, *, neighbours: bool = False
 ) -> None:
-    """Rotates the first R of the E = `size` values of each head of q (N, H E) and k (N, K E), in
-    place.
+    """Rotates the first R of the E values of each head of q and k, in place.
 
     cos_NR, sin_NR  of the firsts of the pairs, then of their seconds; by float32 angles values are
                     rounded once, not after each product
     neighbours      a pair is 2 i and 2 i + 1; otherwise i and R / 2 + i
     Source: Su et al. 2021, arXiv:2104.09864.
     """
-    types = (q_NX.dtype, torch.float32)
-    if _have_rows(q_NX, k_NX) and usable(cos_NR, sin_NR) and cos_NR.dtype in types:
-        step_calls.step_rotate(q_NX, k_NX, cos_NR, sin_NR, size, neighbours)
+    types = (q_NHE.dtype, torch.float32)
+    if _have_rows(q_NHE, k_NHE) and usable(cos_NR, sin_NR) and cos_NR.dtype in types:
+        step_calls.step_rotate(q_NHE, k_NHE, cos_NR, sin_NR, neighbours)
     else:
-        rotate_reference(q_NX, k_NX, cos_NR, sin_NR, size, neighbours=neighbours)
+        rotate_reference(q_NHE, k_NHE, cos_NR, sin_NR, neighbours=neighbours)
 
 
 def rotate_reference(
-    q_NX: Tensor,
-    k_NX: Tensor,
-    cos_NR: Tensor,
-    sin_NR: Tensor,
-    size: int,
-    *,
-    neighbours: bool = False,
+    q_NHE: Tensor, k_NHE: Tensor, cos_NR: Tensor, sin_NR: Tensor, *, neighbours: bool = False
 ) -> None:
     """Defines rotate, in plain torch."""
-    heads = [x.unflatten(1, (-1, size)) for x in (q_NX, k_NX)]
-    rotated = rotary_reference(heads[0], heads[1], cos_NR, sin_NR, neighbours=neighbours)
-    for x, by_heads in zip((q_NX, k_NX), rotated, strict=True):
-        x.copy_(by_heads.flatten(1))
+    rotated = rotary_reference(q_NHE, k_NHE, cos_NR, sin_NR, neighbours=neighbours)
+    for x, values in zip((q_NHE, k_NHE), rotated, strict=True):
+        x.copy_(values)
 
 
 def gate(gate_ND: Tensor, up_ND: Tensor | None, activation: int = SILU) -> Tensor:

@@ -11,6 +11,9 @@ its layers are rows of its weight and of its B, by views, and their gradients of
 The outputs of o and of down may be scaled before they are added, in layers that have no norms of
 them and are not parallel.
 
+A node may end with h and m: then another module computes the feed-forward block, for instance a
+mixture of experts. A module may compute q, k and v by head (block_heads.py).
+
 The node makes the same calls as its parts (dense/lora.py, dense/fused.py, attention/compiled.py),
 in the same order and with the same bits, without a graph between them. Only gradients of joined
 modules, and of an input that both blocks read, are added in another order. A sum and the norms
@@ -111,7 +114,7 @@ class _Block(torch.autograd.Function):
     """factors: A of each module, then B of each, part by part."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block: Block, *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, block: Block, *factors: Tensor) -> tuple[Tensor, ...]:
         x = x.squeeze(0)
         replay_key = block.replay_key(x, factors)
         if replay_key is not None and x.is_meta:  # planned, without calls
@@ -123,19 +126,22 @@ class _Block(torch.autograd.Function):
         def compute() -> Groups:
             return block_passes.forward(block, x, factors)
 
-        (y,), saved = _run(block, key, compute, inputs, _SavedTensors())
-        ctx.save_for_backward(x, *factors, *saved.buffers)
+        outputs, saved = _run(block, key, compute, inputs, _SavedTensors())
+        outputs = [output[None] for output in outputs]
+        h = None if block.has_feed_forward else outputs[0]
+        ctx.save_for_backward(x, h, *factors, *saved.buffers)
         ctx.block, ctx.replay_key, ctx.tape = block, replay_key, saved.tape
-        return y[None]
+        return tuple(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *rest = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, *rest = ctx.saved_tensors
         block: Block = ctx.block
         count = sum(2 * len(part.modules) for part in block.parts)
         factors, saved = rest[:count], _SavedTensors(rest[count:], ctx.tape)
-        grad, needs_x = grad.squeeze(0).contiguous(), ctx.needs_input_grad[0]
+        own_grads = [grad.squeeze(0).contiguous() for grad in grads]
+        needs_x, h = ctx.needs_input_grad[0], h if h is None else h[0]
         existing = _existing_gradients(block.factors()) if _adding.get() else None
 
         def compute() -> Groups:
@@ -144,9 +150,10 @@ class _Block(torch.autograd.Function):
             grad_x = block_passes.backward(
                 block,
                 x,
+                h,
                 factors,
                 saved.tensors(),
-                grad,
+                own_grads,
                 targets,
                 needs_x=needs_x,
                 add=existing is not None,
@@ -154,9 +161,9 @@ class _Block(torch.autograd.Function):
             return grad_x, fresh
 
         key = None
-        if ctx.replay_key and needs_x and compiled(grad):
+        if ctx.replay_key and needs_x and compiled(*own_grads):
             key = ("backward", existing is None, *ctx.replay_key)
-        inputs = [*block.inputs, x, *factors, grad, *(existing or [])]
+        inputs = [*block.inputs, x, h, *factors, *own_grads, *(existing or [])]
         grad_x, fresh = _run(block, key, compute, inputs, saved)
         grad_factors: Sequence[Tensor | None] = [None] * len(factors)
         if existing is None:
@@ -185,6 +192,16 @@ def _existing_gradients(factors: Sequence[Any]) -> list[Tensor] | None:
 
 def lora_block(x: Tensor, block: Block) -> Tensor:
     """Computes y (1, M, D) of x (1, M, D). The block must be usable for x[0]."""
+    assert block.has_feed_forward
     apply: Any = _Block.apply
-    y: Tensor = apply(x, block, *block.factors())
+    (y,) = apply(x, block, *block.factors())
     return y
+
+
+def lora_attention(x: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """Computes h and m (1, M, D) of x (1, M, D), for a block without a feed-forward block. The
+    block must be usable for x[0]."""
+    assert not block.has_feed_forward
+    apply: Any = _Block.apply
+    h, m = apply(x, block, *block.factors())
+    return h, m

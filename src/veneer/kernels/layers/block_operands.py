@@ -26,10 +26,6 @@ from veneer.kernels.layout import Group
 from veneer.kernels.rules import AttentionRules
 from veneer.kernels.tape.layer_tape import Input
 
-QKV, O, DOWN, GATES = (0, 1, 2), 3, 4, (5, 6)
-"""Numbers of the linear layers: q, k, v; o; down; gate, up. A plain feed-forward block has no
-up."""
-
 
 class ModuleRows(NamedTuple):
     """A layer as a part of a module, which may join several layers.
@@ -116,7 +112,9 @@ class BlockPart:
 
     rows     which of the M rows
     modules  the linear modules with their updates
-    layers   q, k, v, o, down, gate and up; all have the same share of dropout, or none has dropout
+    layers   q, k and v, or one that computes them by head; o, down, gate and up. Without down the
+             feed-forward block is none of the node's. All have the same share of dropout, or none
+             has dropout
     places   of each layer in the modules
     angles   cosines and sines (rows, rotated dimensions of a head), bf16 or float32, those of the
              firsts of the pairs, then of the seconds; None: nothing is rotated
@@ -130,9 +128,6 @@ class BlockPart:
     layout: Group
 
     def fits_ranks(self) -> bool:
-        ranks = [len(layer.A) for layer in self.layers]
-        if max(sum(ranks[:O]), sum(ranks[GATES[0] :])) > rank.MOST_RANK:
-            return False
         rows = self.rows.stop - self.rows.start
         if rows < _LEAST_ROWS or not all(map(_is_updated_by_kernels, self.layers)):
             return False
@@ -179,6 +174,7 @@ class Block:
                  half the rotated dimensions behind it
     is_parallel  the feed-forward block reads x by its own norm; without such a norm it reads the
                  input of attention
+    is_by_head   one layer computes q, k and v of the first head, then those of the next one
 
     residual_scale: factor of the outputs of o and of down before they are added. It must be 1 if
     they have norms, and in a parallel layer.
@@ -192,6 +188,22 @@ class Block:
     neighbours: bool = False
     is_parallel: bool = False
     residual_scale: float = 1.0
+    is_by_head: bool = False
+
+    @property
+    def heads(self) -> Sequence[int]:
+        """Numbers of the layers that read the input of attention."""
+        return range(1 if self.is_by_head else 3)
+
+    @property
+    def o(self) -> int:
+        """Number of the layer that computes the output of attention."""
+        return len(self.heads)
+
+    @property
+    def down(self) -> int:
+        """Number of the layer that computes the output of the feed-forward block."""
+        return self.o + 1
 
     @property
     def layers(self) -> Sequence[LoRALinear]:
@@ -199,9 +211,14 @@ class Block:
         return self.parts[0].layers
 
     @property
+    def has_feed_forward(self) -> bool:
+        """False if only attention is computed: h, and its norm m."""
+        return bool(self.gates)
+
+    @property
     def gates(self) -> Sequence[int]:
         """Numbers of the layers that read the input of the feed-forward block."""
-        return GATES[: len(self.layers) - GATES[0]]
+        return range(self.down + 1, len(self.layers))
 
     @property
     def shares_norm(self) -> bool:
@@ -220,22 +237,27 @@ class Block:
         )
 
     def _fits_heads(self) -> bool:
-        q, k, v, _, _, gate, *up = (layer.base.out_features for layer in self.layers)
+        widths = [layer.base.out_features for layer in self.layers]
+        q, k, v = [widths[0] // 3] * 3 if self.is_by_head else widths[: self.o]
+        gates = [widths[number] for number in self.gates]
         if self.size % 16 or any(width % self.size for width in (q, k, v)) or k != v:
             return False
         q_norm, k_norm = self.norms.q, self.norms.k
         for norm, width in ((q_norm, q), (k_norm, k)):
             if norm is not None and norm.weight.numel() not in (self.size, width):
                 return False
-        if (q_norm is None) != (k_norm is None):
+        if (q_norm is None) != (k_norm is None) or (self.is_by_head and q_norm is not None):
             return False
-        return not q // self.size % max(1, k // self.size) and {*up} <= {gate} and not gate % 16
+        fits_gates = len({*gates}) <= 1 and not any(width % 16 for width in gates)
+        return fits_gates and not q // self.size % max(1, k // self.size)
 
     def _fits_rules(self) -> bool:
         rules = self.rules
         limits = (rules.window, rules.softcap)
         norms = self.norms.after_attention, self.norms.after_feed_forward
         if self.residual_scale != 1.0 and (self.is_parallel or any(norms)):
+            return False
+        if not self.has_feed_forward and (self.is_parallel or not self.norms.before_feed_forward):
             return False
         return rules.sinks is None and all(limit is None or limit > 0 for limit in limits)
 
@@ -290,7 +312,7 @@ class Block:
         ]
         places = [(place.module, place.rows and place.rows.stop) for place in self.parts[0].places]
         norms = [norm and norm.facts() for norm in self.norms]
-        sums = self.is_parallel, self.residual_scale
+        sums = self.is_parallel, self.residual_scale, self.is_by_head
         kind = self.size, self.activation, self.neighbours, *sums, self.rules
         own = (*kind, equal_keys, *norms, *angles)
         return len(x), self.recomputes(len(x)), *own, *places, *rows, *shapes, *numbers, *drops

@@ -4,25 +4,16 @@ Names are those of block.py. o and d are the outputs of the layers o and down if
 them. Shapes: M rows, D hidden, S head size, R ranks side by side.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from veneer.kernels.attention.compiled import packed_backward
 from veneer.kernels.bindings import block_calls, row_calls
 from veneer.kernels.bindings.block_calls import RankFactors
 from veneer.kernels.dense import rank
-from veneer.kernels.layers.block_operands import (
-    QKV,
-    Block,
-    BlockPart,
-    Norm,
-    O,
-    split_ranks,
-    with_scale,
-)
+from veneer.kernels.layers.block_operands import Block, BlockPart, Norm, split_ranks, with_scale
 
 
 class Kept(NamedTuple):
@@ -202,37 +193,6 @@ class Pass:
             block_calls.norm_forward(x[part.rows], next_factors=part.input_factors(numbers, down))
         return narrow
 
-    def rotate_heads(
-        self,
-        heads: Sequence[Tensor],
-        narrow: Sequence[Tensor] | None,
-        scales: Sequence[Tensor],
-        norm_rows: Sequence[Tensor],
-        *,
-        back: bool = False,
-    ) -> None:
-        """Calls block_calls.heads for each part. narrow: x A^T of the updates; None: they are added
-        already. scales, norm_rows: those of q and k, read only if these have norms."""
-        norms = self.block.norms.q, self.block.norms.k
-        for number, part in enumerate(self.parts):
-            own = [wide[part.rows] for wide in heads]
-            sides = (
-                [RankFactors([], wide.new_empty(len(wide), 0)) for wide in own]
-                if narrow is None
-                else part.all_output_factors(QKV, narrow[number])
-            )
-            pairs = [*zip(norms, scales, norm_rows, strict=True)]
-            block_calls.heads(
-                own,
-                self.block.size,
-                part.part.angles,
-                sides,
-                norms=[self.norm_of(norm, scale, part) for norm, scale, _ in pairs],
-                norm_rows=[None if norm is None else wide[part.rows] for norm, _, wide in pairs],
-                neighbours=self.block.neighbours,
-                back=back,
-            )
-
 
 class BackwardPass(Pass):
     """Holds the operands of a backward pass."""
@@ -305,9 +265,11 @@ class BackwardPass(Pass):
         scale: Tensor,
         residual: Tensor,
         next_factors: Sequence[RankFactors | None] | None = None,
+        out: Tensor | None = None,
     ) -> None:
         """Adds the updates of the layers `numbers` to grad, the gradient of their input. Then
-        replaces it by the gradient of `normed`: through the norm, plus `residual`."""
+        writes the gradient of `normed` to `out`, or over grad: through the norm, plus
+        `residual`."""
         next_factors = [None for _ in self.parts] if next_factors is None else next_factors
         for part, own_grad_narrow, side in zip(self.parts, grad_narrow, next_factors, strict=True):
             block_calls.norm_backward(
@@ -316,49 +278,32 @@ class BackwardPass(Pass):
                 norm=self.norm_of(norm, scale, part),
                 normed=None if norm is None else normed[part.rows],
                 residual=residual[part.rows],
+                out=None if out is None else out[part.rows],
                 next_factors=side,
             )
 
     def through_norms(
-        self, grad_h: Tensor, grad_m_narrow: Sequence[Tensor], grad: Tensor, kept: Kept
+        self,
+        grad_m: Tensor,
+        grad_m_narrow: Sequence[Tensor],
+        grad: Tensor,
+        kept: Kept,
+        grad_h: Tensor,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Replaces grad_h, the gradient of m without updates, by that of h: through the norm, plus
-        `grad`. Returns the gradient of the output of the layer o, and its product with B of each
-        part."""
+        """Writes the gradient of h to grad_h: through the norm, plus `grad`. grad_m: the gradient
+        of m without updates; grad_h may be the same tensor. Returns the gradient of the output of
+        the layer o, and its product with B of each part."""
         norm, output_norm = self.block.norms.before_feed_forward, self.block.norms.after_attention
-        grad_narrow = self.narrow([O])
+        grad_narrow = self.narrow([self.block.o])
         is_added = output_norm is None and self.block.residual_scale == 1.0
-        next_factors = self.output_factors(O, grad_narrow) if is_added else None
+        next_factors = self.output_factors(self.block.o, grad_narrow) if is_added else None
+        of_norm = norm, kept.h, kept.m_scale
         self.through_norm(
-            grad_h, self.block.gates, grad_m_narrow, norm, kept.h, kept.m_scale, grad, next_factors
+            grad_m, self.block.gates, grad_m_narrow, *of_norm, grad, next_factors, out=grad_h
         )
         if is_added:
             return grad_h, grad_narrow
-        return self.through_last_norm(O, grad_h, output_norm, kept.o, kept.o_scale)
-
-    def attention_gradients(
-        self, grad: Tensor, grad_narrow: Sequence[Tensor], kept: Kept, entropies: Iterator[Tensor]
-    ) -> list[Tensor]:
-        """Returns the gradients of q, k and v. grad: that of the input of the layer o, without its
-        updates."""
-        q, k = self.recompute_heads(kept)
-        grad_heads = [torch.empty_like(values) for values in (q, k, kept.v)]
-        for part, own_grad_narrow in zip(self.parts, grad_narrow, strict=True):
-            wide, layout = grad[part.rows], part.part.layout
-            rank.add_up(wide, own_grad_narrow, part.A[O].T, dropout=part.part.layers[O].dropout)
-            own_q, own_k, own_v, out = (values[part.rows] for values in (q, k, kept.v, kept.out))
-            packed_backward(
-                own_q,
-                own_k,
-                own_v,
-                out,
-                [next(entropies) for _ in range(2 if layout.prompt else 1)],
-                wide.view(own_q.shape),
-                layout,
-                self.block.rules,
-                into=[values[part.rows] for values in grad_heads],
-            )
-        return grad_heads
+        return self.through_last_norm(self.block.o, grad_h, output_norm, kept.o, kept.o_scale)
 
     def recompute_norm(
         self, norm: Norm | None, x: Tensor, kept: Tensor, narrow: Sequence[Tensor]
@@ -380,18 +325,6 @@ class BackwardPass(Pass):
         gated, up = torch.empty_like(kept.gate), kept.up if kept.up.numel() else None
         row_calls.gate_forward(kept.gate, up, gated, self.block.activation)
         return gated
-
-    def recompute_heads(self, kept: Kept) -> tuple[Tensor, Tensor]:
-        """Returns q and k after their norms and their rotation."""
-        norms = self.block.norms.q, self.block.norms.k
-        if self.keeps_all or norms[0] is None:
-            return kept.q, kept.k
-        raw = kept.q_raw, kept.k_raw
-        turned = torch.empty_like(raw[0]), torch.empty_like(raw[1])
-        scales = self.scales(norms[0], raw[0]), self.scales(norms[1], raw[1])
-        self.rotate_heads([*raw, kept.v.view(self.rows, -1)], None, scales, turned)
-        q, k = (wide.view(self.rows, -1, self.block.size) for wide in turned)
-        return q, k
 
 
 def is_adapted(narrow: Sequence[Tensor]) -> bool:

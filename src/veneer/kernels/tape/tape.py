@@ -50,6 +50,7 @@ LAYER_FUNCTIONS = (
     "veneer_block_gate_forward",
     "veneer_block_gate_backward",
     "veneer_block_heads",
+    "veneer_block_heads_joined",
     "veneer_attention_forward",
     "veneer_attention_backward",
     "veneer_attention_summed",

@@ -40,6 +40,7 @@ void veneer_step_angles(const void *), veneer_step_cap(const void *, int, int);
     X(BLOCK_GATE_FORWARD, (veneer_block_gate_forward(P(0)), 0))                                    \
     X(BLOCK_GATE_BACKWARD, (veneer_block_gate_backward(P(0)), 0))                                  \
     X(BLOCK_HEADS, (veneer_block_heads(P(0)), 0))                                                  \
+    X(BLOCK_HEADS_JOINED, (veneer_block_heads_joined(P(0)), 0))                                    \
     X(ATTENTION_FORWARD, (veneer_attention_forward(P(0)), 0))                                      \
     X(ATTENTION_BACKWARD, (veneer_attention_backward(P(0)), 0))                                    \
     X(ATTENTION_SUMMED, (veneer_attention_summed(P(0)), 0))                                        \
@@ -51,7 +52,7 @@ int veneer_product(void *);
 void veneer_rank_down(void *), veneer_rank_up(void *), veneer_rank_gradient(void *);
 void veneer_block_norm_forward(void *), veneer_block_norm_backward(void *);
 void veneer_block_gate_forward(void *), veneer_block_gate_backward(void *);
-void veneer_block_heads(void *), veneer_zeros(void *);
+void veneer_block_heads(void *), veneer_block_heads_joined(void *), veneer_zeros(void *);
 void veneer_attention_forward(void *), veneer_attention_backward(void *);
 void veneer_attention_summed(void *), veneer_attention_shared(void *);
 void veneer_gate_forward(void *, int64_t, int);

@@ -15,7 +15,7 @@
 /* The updates of up to three layers, side by side; count 0: there is none. Forward a factor lies
    across: A (R, width) and B (width, R) as the transposes of what is multiplied with. Factors with
    masks, all or none, are parts of their own: each sees the wide side through its mask. Those
-   without are one part. */
+   without are one part, unless they have more than MOST_RANK ranks together. */
 struct rank_factors {
     const void *factors[MOST_LAYERS];
     int64_t ranks[MOST_LAYERS], count, across, half;
@@ -34,9 +34,10 @@ static int64_t rank_of(const struct rank_factors *s) {
 }
 
 static void split(struct rank_factors *s, int64_t rows, int64_t width) {
+    const int64_t apart = rank_of(s) > MOST_RANK;
     s->parts = 0;
     for (int64_t f = 0, at = 0; f < s->count; at += s->ranks[f++]) {
-        if (f == 0 || s->masks[f].keys) s->starts[s->parts] = at, s->sizes[s->parts++] = 0;
+        if (f == 0 || apart || s->masks[f].keys) s->starts[s->parts] = at, s->sizes[s->parts++] = 0;
         s->sizes[s->parts - 1] += s->ranks[f];
         mask_begin(s->masks + f, rows, width);
     }
@@ -327,6 +328,46 @@ void veneer_block_heads(struct heads *a) {
         (a->back ? pack_down : pack_up)(a->sides + i, a->rows, a->heads[i] * a->size);
     veneer_parallel_dealt(heads_body, a, rank_blocks(a->rows), 1, 4);
     for (int i = 0; i < MOST_LAYERS; i++) release(a->sides + i);
+}
+
+/* x, rows of `heads` times q, k and v of one head, one layer's output. Forward: x + its update, q
+   and k turned, in place. Backward, where there are gradients `grads` of q, k and v (rows, heads,
+   size): they are put together in x, those of q and k turned back, then the first product of x. */
+struct heads_joined {
+    uint16_t *x;
+    const uint16_t *grads[MOST_LAYERS];
+    struct rank_factors side;
+    struct rotation rotation;
+    int64_t rows, heads, size;
+};
+
+static VENEER_BF16 void heads_joined_body(void *arguments, int64_t from, int64_t to) {
+    const struct heads_joined *a = arguments;
+    const int64_t step = MOST_LAYERS * a->size, width = a->heads * step;
+    const int64_t bytes = a->size * 2, back = a->grads[0] != NULL;
+    for (int64_t block = from; block < to; block++) {
+        const int64_t row = block * BLOCK, n = rank_rows(block, a->rows);
+        uint16_t *x = a->x + row * width;
+        if (!back) up(&a->side, x, row, n, width);
+        for (int64_t r = 0; r < n; r++) {
+            uint16_t *own = x + r * width;
+            for (int64_t h = 0; back && h < a->heads; h++)
+                for (int64_t i = 0; i < MOST_LAYERS; i++)
+                    memcpy(own + h * step + i * a->size,
+                           a->grads[i] + ((row + r) * a->heads + h) * a->size, (size_t)bytes);
+            for (int64_t i = 0; a->rotation.cos && i < 2; i++)
+                rotate_row(own + i * a->size, &a->rotation, row + r, own + i * a->size, a->heads,
+                           step, back);
+        }
+        if (back) down(&a->side, x, row, n, width);
+    }
+}
+
+void veneer_block_heads_joined(struct heads_joined *a) {
+    const int64_t width = MOST_LAYERS * a->heads * a->size;
+    (a->grads[0] ? pack_down : pack_up)(&a->side, a->rows, width);
+    veneer_parallel_dealt(heads_joined_body, a, rank_blocks(a->rows), 1, 4);
+    release(&a->side);
 }
 
 #endif

@@ -30,9 +30,10 @@ struct step_norm {
 };
 
 struct step_rotate {
-    void *q, *k;           /* (rows, heads, size), changed in place */
+    void *q, *k;           /* (rows, heads, a head), changed in place */
     const void *cos, *sin; /* (rows, rotated): of the firsts of the pairs, then of their seconds */
-    int64_t rows, q_row, k_row, q_heads, k_heads, size, rotated;
+    int64_t rows, q_row, k_row, q_head, k_head; /* values from one to the next */
+    int64_t q_heads, k_heads, rotated;
     int64_t is_wide;    /* cos and sin are float32 beside bf16 heads, which are rounded once */
     int64_t neighbours; /* a pair is 2 i and 2 i + 1; otherwise i and i + rotated / 2 */
 };
@@ -181,12 +182,13 @@ INLINE void rotate_head(const int bf16, const int wide, const int neighbours, vo
     }
 }
 
-/* Rotates the heads of a row, `size` values apart. */
+/* Rotates the heads of a row, `apart` values from each other. */
 INLINE void rotate_heads(const int bf16, const int wide, const int neighbours,
-                         const struct step_rotate *a, char *x, int64_t heads, int64_t row) {
+                         const struct step_rotate *a, char *x, int64_t heads, int64_t apart,
+                         int64_t row) {
     const int narrow = bf16 && !wide;
     for (int64_t h = 0; h < heads; h++)
-        rotate_head(bf16, wide, neighbours, x + h * a->size * (bf16 ? 2 : 4),
+        rotate_head(bf16, wide, neighbours, x + h * apart * (bf16 ? 2 : 4),
                     row_of(narrow, a->cos, row, a->rotated),
                     row_of(narrow, a->sin, row, a->rotated), a->rotated / 2);
 }
@@ -195,9 +197,9 @@ INLINE void rotate_rows_of(const int bf16, const int wide, const int neighbours,
                            const struct step_rotate *a, int64_t from, int64_t to) {
     for (int64_t row = from; row < to; row++) {
         rotate_heads(bf16, wide, neighbours, a, (char *)row_of(bf16, a->q, row, a->q_row),
-                     a->q_heads, row);
+                     a->q_heads, a->q_head, row);
         rotate_heads(bf16, wide, neighbours, a, (char *)row_of(bf16, a->k, row, a->k_row),
-                     a->k_heads, row);
+                     a->k_heads, a->k_head, row);
     }
 }
 
@@ -322,7 +324,7 @@ OF_BOTH_TYPES(embed_rows)
 /* most: caps the instructions (3, 2, 0), for tests. */
 void veneer_step_norm(struct step_norm *a, int bf16, int most) { RUN(norm_rows, a->width); }
 void veneer_step_rotate(struct step_rotate *a, int bf16, int most) {
-    RUN(rotate_rows, (a->q_heads + a->k_heads) * a->size);
+    RUN(rotate_rows, (a->q_heads + a->k_heads) * a->rotated);
 }
 void veneer_step_gate(struct step_gate *a, int bf16, int most) {
     RUN(gate_rows, 4 * a->width); /* each takes a division */
