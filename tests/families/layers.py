@@ -44,9 +44,9 @@ each family (see [families](families.md)): small random models in bfloat16 with 
 every linear layer, on a processor with bf16 instructions.
 
 - **training**: what the kernels compute as one node of the graph. The rest is {OWN}, with the
-  adapters' products. *Whole layers* is the fastest path: one node computes a decoder layer. *Attention
-  with norms in one node*: the node ends with the input of the feed-forward block, which the model's
-  own module computes: experts, or an activation that is not known.
+  adapters' products. *Whole layers* is the fastest path: one node computes a decoder layer.
+  *Attention with norms in one node*: the node ends with the input of the feed-forward block, which
+  the model's own module computes: experts, or an activation that is not known.
 - **decoding**: *layer by layer* means that Veneer calls the parts of each layer itself, over blocks
   of keys and values. Else the model's own forward runs, and the table says why.
 """
