@@ -155,6 +155,7 @@ LAYER = Number(int, 0, 10**5)
 WIDTH = Number(int, 1, 2**20)
 """Width of a small network, or its reduction factor."""
 PLACES = Number(int, 1, 4096)
+FROZEN_PLACES = Number(int, 0, 4096)
 """Tokens of a prefix."""
 SET_WEIGHT = Number(float, 0, 1000, above=True)
 """How often an epoch uses each row of a set."""

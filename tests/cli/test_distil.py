@@ -21,7 +21,7 @@ def test_questions_and_answers_behind_the_prompt_train_an_adapter_without_it(
 ):
     (tmp_path / "prompt.txt").write_text("Always answer in letters, and be brief.\n")
     (tmp_path / "asked.txt").write_text("abc\ndef\n")
-    questions = ["--questions", str(tmp_path / "asked.txt")] if asked else []
+    questions = ["--questions", str(tmp_path / "asked.txt"), "--method", "prefix"] if asked else []
     command = ["distil", "--base", str(base), "--prompt", str(tmp_path / "prompt.txt")]
     command += ["--out", str(tmp_path / "run"), "--rows", "6", "--max-new-tokens", "24"]
     settings = ["steps=2", "data.validation_share=0.3", "show_answers=false"]
@@ -39,7 +39,8 @@ def test_questions_and_answers_behind_the_prompt_train_an_adapter_without_it(
     assert run_file["objective"]["document"] == str(tmp_path / "prompt.txt")
     records = read_records(tmp_path / "run" / "metrics.jsonl")
     assert all(record["loss"] > 0 for record in records if record["kind"] == "step")
-    assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
+    stored = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert stored["peft_type"] == ("CARTRIDGE" if asked else "LORA")
 
 
 @pytest.mark.parametrize(

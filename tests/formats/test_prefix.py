@@ -43,7 +43,9 @@ def written(tmp_path, base, attachment):
     )
 
 
-@pytest.mark.parametrize("settings", [{}, {"layers": [1]}, {"projection": 7}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"layers": [1]}, {"projection": 7}, {"frozen_tokens": 2}], ids=str
+)
 def test_what_is_written_is_read_back_to_the_bit(tmp_path, settings):
     base, attachment = prefixed(**settings)
     before = logits(base)
@@ -59,7 +61,8 @@ def test_what_is_written_is_read_back_to_the_bit(tmp_path, settings):
     base.routing.active = (("b", 1.0),)
     assert torch.equal(logits(base), before)
     stored = read_adapter(made.path)
-    assert stored.config == Prefix(tokens=5, layers=settings.get("layers", []))
+    kept = {name: value for name, value in settings.items() if name != "projection"}
+    assert stored.config == Prefix(tokens=5, **kept)
     again = write_adapter(
         tmp_path / "again", base.attachments["b"], stored.manifest, model=base.model
     )
@@ -85,6 +88,13 @@ def test_the_file_has_the_size_that_arithmetic_says():
         ({"num_virtual_tokens": "5"}, CorruptFileError, "num_virtual_tokens"),
         ({"num_attention_heads": 5}, CorruptFileError, "not a multiple"),
         ({"layers": [0, 1]}, CorruptFileError, "PREFIX_TUNING"),
+        ({"num_frozen_tokens": 1}, CorruptFileError, "PREFIX_TUNING, and num_frozen_tokens 1"),
+        ({"peft_type": "CARTRIDGE"}, CorruptFileError, "CARTRIDGE, and num_frozen_tokens None"),
+        (
+            {"peft_type": "CARTRIDGE", "num_frozen_tokens": 6},
+            CorruptFileError,
+            "num_frozen_tokens 6 of 5",
+        ),
         ({"num_attention_heads": 4}, AdapterMismatchError, "key/value heads   adapter 4   model 2"),
         ({"num_layers": 4, "token_dim": 12}, AdapterMismatchError, "layers   adapter 4   model 2"),
         (

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from tests.support.helpers import fill, killed_after_saving
@@ -332,6 +333,38 @@ def test_jobs_with_teachers_beside_an_ordinary_one_are_what_they_are_alone(world
     for n, settings in jobs.items():
         run_training(config(world, tmp_path / n, **settings), resume=False, screen=QuietScreen())
         assert_same_run(tmp_path / "joint" / n, tmp_path / n, tolerance=ROUNDING)
+
+
+def test_a_prefix_starts_as_what_the_teacher_reads_and_keeps_its_first_token(world, tmp_path):
+    """With the whole text as prefix the student expects nearly what the teacher does."""
+    settings = taught(world)
+    method = {"name": "prefix", "start": "teacher", "frozen_tokens": 1}
+    for name, steps in (("begin", 1), ("whole", 6)):
+        run = config(world, tmp_path / name, **settings, method=method, steps=steps)
+        run_training(run, resume=False, screen=QuietScreen())
+    first, last = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")["prompt_embeddings"]
+        for name in ("begin", "whole")
+    )
+    assert torch.equal(first[0], last[0]) and not torch.equal(first[1:], last[1:])
+    stored = json.loads((tmp_path / "whole" / "adapter" / "adapter_config.json").read_text())
+    assert (stored["peft_type"], stored["num_frozen_tokens"]) == ("CARTRIDGE", 1)
+    assert stored["num_virtual_tokens"] == len(first) > 40
+    run = config(world, tmp_path / "lora", **settings, steps=1)
+    run_training(run, resume=False, screen=QuietScreen())
+    assert losses(tmp_path / "whole")[0][2] < 0.7 * losses(tmp_path / "lora")[0][2]
+    short = {**method, "tokens": 2000}
+    with pytest.raises(ConfigError, match="in front of every row"):
+        run_training(
+            config(world, tmp_path / "a", **settings, method=short),
+            resume=False,
+            screen=QuietScreen(),
+        )
+    own = {"base": "b", "data": "d", "out": "o", "method": method}
+    with pytest.raises(ConfigError, match="has none: take objective distil"):
+        RunConfig(**own)
+    with pytest.raises(ConfigError, match="weight_decay changes frozen tokens"):
+        RunConfig(**own, **settings, weight_decay=0.1)
 
 
 def test_padded_rows_have_the_loss_of_rows_computed_one_by_one(world, tmp_path):

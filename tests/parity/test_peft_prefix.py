@@ -3,16 +3,20 @@ writes."""
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
 from tests.formats.test_prefix import CONFIG, IDS, WEIGHTS, logits, prefixed, written
-from tests.support.tiny import tiny_base, tiny_model
+from tests.support.tiny import tiny_base, tiny_model, tiny_tokenizer
 
 peft = pytest.importorskip("peft")
 
+from veneer.adapters.config import Prefix  # noqa: E402
+from veneer.data.examples import Example, RowRef  # noqa: E402
 from veneer.decoding.generate import generate  # noqa: E402
 from veneer.formats.loading import load_adapter  # noqa: E402
+from veneer.models.initial_values import begin  # noqa: E402
 from veneer.models.step import prepare  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -54,8 +58,47 @@ def test_we_answer_the_same_with_their_files(tmp_path, family, projection):
     assert_same(logits(base), expected)
 
 
-def test_the_same_prefix_is_the_same_file_to_the_byte(tmp_path):
-    base, attachment = prefixed("llama")
+@pytest.mark.parametrize("frozen", [0, 1, 5])
+def test_a_cartridge_of_theirs_answers_the_same(tmp_path, frozen):
+    config = peft.CartridgeConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=5, num_frozen_tokens=frozen
+    )
+    theirs = peft.get_peft_model(tiny_model("qwen3"), config).eval()
+    text = tiny_tokenizer().decode(range(97, 117))
+    peft.initialize_kv_prefix_from_text(theirs, tiny_tokenizer(), text=text)
+    theirs.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = theirs(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+    base = tiny_base("qwen3")
+    prepare(base.model)
+    attachment = load_adapter(base, tmp_path, name="a")
+    assert attachment.config.frozen_tokens == frozen
+    base.routing.active = (("a", 1.0),)
+    assert_same(logits(base), expected)
+
+
+def test_a_prefix_that_starts_from_a_text_is_the_cartridge_of_that_text(tmp_path):
+    """The first tokens of the text that PEFT prefills, its template's markers included."""
+    config = peft.CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=9)
+    theirs = peft.get_peft_model(tiny_model("llama"), config)
+    tokenizer = tiny_tokenizer()
+    table = peft.initialize_kv_prefix_from_text(theirs, tokenizer, text="Answer in letters.")
+    turn = [{"role": "system", "content": "Answer in letters."}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False)
+    ids = np.array(tokenizer(text)["input_ids"], dtype=np.int32)
+    rows = [
+        Example(np.append(ids, [n, n, n]), np.arange(len(ids) + 3) > len(ids), RowRef("r", n), n)
+        for n in (1, 2)
+    ]
+    settings = Prefix(tokens=9, start="teacher", frozen_tokens=1)
+    attachment = begin(tiny_base("llama"), settings, name="a", examples=rows).attachment
+    (values,) = attachment.parameters().values()
+    torch.testing.assert_close(values.detach(), table, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [None, 1])
+def test_the_same_prefix_is_the_same_file_to_the_byte(tmp_path, frozen):
+    base, attachment = prefixed("llama", frozen_tokens=frozen)
     ours = written(tmp_path, base, attachment).path
     base.model.config._name_or_path = base.name_or_path
     with warnings.catch_warnings():

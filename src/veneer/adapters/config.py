@@ -7,13 +7,25 @@ Liang 2021, arXiv:2101.00190.
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from veneer.adapters import combinations
 from veneer.adapters.combinations import Content
-from veneer.bounds import ALPHA, LAYER, PLACES, POWER_ITERATIONS, RANK, RATIO, SCALING, SHARE, WIDTH
+from veneer.bounds import (
+    ALPHA,
+    FROZEN_PLACES,
+    LAYER,
+    PLACES,
+    POWER_ITERATIONS,
+    RANK,
+    RATIO,
+    SCALING,
+    SHARE,
+    WIDTH,
+)
 from veneer.files.settings import StrictSettings
 from veneer.patterns import pattern
 
@@ -30,9 +42,11 @@ class MethodConfig(StrictSettings):
                  from sweeps of LoRA over 35 models (tinker-cookbook, hyperparam_utils.py). Full
                  fine-tuning takes a tenth of LoRA's rate (Schulman et al. 2025, "LoRA Without
                  Regret"). docs/benchmarks.md compares both with searches at hidden size 576
+    of_document  settings with which it starts from a document that a teacher reads
     """
 
     trains_base: ClassVar[bool] = False
+    of_document: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     usual_rate: ClassVar[float]
     rate_falls: ClassVar[float] = 0.781
 
@@ -69,6 +83,16 @@ class MethodConfig(StrictSettings):
     @property
     def drops_out(self) -> bool:
         """Whether training draws dropout masks."""
+        return False
+
+    @property
+    def starts_from_teacher(self) -> bool:
+        """Whether its first values come from the text that a teacher reads."""
+        return False
+
+    @property
+    def keeps_values(self) -> bool:
+        """Whether some of its values stay as they start."""
         return False
 
     @property
@@ -286,14 +310,17 @@ class Prefix(AdapterConfig):
     through_attention = True
     usual_rate = 1.5e-2  # keys and values are as large in wide models as in narrow ones
     rate_falls = 0.0
+    of_document = MappingProxyType({"start": "teacher", "frozen_tokens": 1})
 
     name: Literal["prefix"] = "prefix"
     tokens: Annotated[int, PLACES] | None = None
     """Length M of the prefix; trains tokens * 2 * K * D parameters a layer (K key/value heads of
-    size D). Default: the length of the prompt, at most 64; with start random: 30."""
-    start: Literal["prompt", "random"] = "prompt"
-    """Initial values: prompt (the keys and values that the base computes for `prompt`) or random
-    (normal values of the same spread)."""
+    size D). Default: the length of the prompt, at most 64, or 512 with start teacher; with start
+    random: 30."""
+    start: Literal["prompt", "teacher", "random"] = "prompt"
+    """Initial values: prompt (the keys and values that the base computes for `prompt`), teacher
+    (those of the first tokens that the teacher reads in front of every row) or random (normal
+    values of the same spread)."""
     prompt: str | None = None
     """Text for start: prompt; default: the common beginning of all training rows, or a plain
     instruction if that is short."""
@@ -301,10 +328,21 @@ class Prefix(AdapterConfig):
     """Train the prefix through an MLP of this width; only its output is stored. Default: no MLP."""
     layers: list[Annotated[int, LAYER]] = Field(default_factory=list)
     """Numbers of the layers to adapt, from 0; empty: all. PEFT needs a prefix of all layers."""
+    frozen_tokens: Annotated[int, FROZEN_PLACES] | None = None
+    """First tokens of the prefix that do not train; the adapter is then PEFT's CARTRIDGE, which
+    keeps one, because every text looks at its first token. Default: all tokens train."""
 
     @property
     def contents(self) -> tuple[Content, ...]:
         return (combinations.PREFIX,)
+
+    @property
+    def starts_from_teacher(self) -> bool:
+        return self.start == "teacher"
+
+    @property
+    def keeps_values(self) -> bool:
+        return bool(self.frozen_tokens)
 
     @property
     def share_of_rate(self) -> float:
@@ -313,9 +351,22 @@ class Prefix(AdapterConfig):
         return 1.0 if self.projection is None else 1 / 30
 
     @model_validator(mode="after")
-    def _prompt_is_used(self) -> "Prefix":
-        if self.prompt is not None and self.start == "random":
-            raise ValueError("prompt is given, and start: random does not read it: leave one out")
+    def _check_combinations(self) -> "Prefix":
+        if self.prompt is not None and self.start != "prompt":
+            raise ValueError(
+                f"prompt is given, and start: {self.start} does not read it: leave one out"
+            )
+        if self.frozen_tokens is None:
+            return self
+        if self.tokens is not None and self.frozen_tokens > self.tokens:
+            raise ValueError(
+                f"frozen_tokens {self.frozen_tokens} are more than the {self.tokens} tokens"
+            )
+        if self.projection is not None or self.layers:
+            raise ValueError(
+                "frozen_tokens belong to PEFT's CARTRIDGE, which has all layers and no projection:"
+                " leave layers and projection out"
+            )
         return self
 
 

@@ -1,10 +1,11 @@
 """Reads and writes prefix adapters in PEFT's two files: one tensor, prompt_embeddings (M, 2 L t).
 
-A prefix of only some layers, which PEFT cannot load, is VENEER_PREFIX with the same tensor and one
-more setting, `layers`. Values that an MLP computed in training are written and read as plain
-values: prefix_projection says how they were trained, and changes nothing. Shapes: M tokens, L
-layers with a prefix, t = key/value heads * head size. Facts: PEFT 0.21.2,
-peft/tuners/prefix_tuning.
+A prefix whose first tokens do not train is PEFT's CARTRIDGE: the same tensor, and the number of
+those tokens. A prefix of only some layers, which PEFT cannot load, is VENEER_PREFIX with the same
+tensor and one more setting, `layers`. Values that an MLP computed in training are written and read
+as plain values: prefix_projection says how they were trained, and changes nothing. Shapes: M
+tokens, L layers with a prefix, t = key/value heads * head size. Facts: PEFT 0.21.2,
+peft/tuners/prefix_tuning and peft/tuners/cartridge.
 """
 
 from collections.abc import Collection, Mapping
@@ -19,14 +20,14 @@ from veneer.adapters.config import Prefix
 from veneer.adapters.methods.prefix import decoder_of, key_shape
 from veneer.adapters.methods.prefix_layer import PART, PrefixLayer
 from veneer.adapters.placement.attachment import Attachment
-from veneer.bounds import LAYER, PLACES, WIDTH
+from veneer.bounds import FROZEN_PLACES, LAYER, PLACES, WIDTH
 from veneer.errors import CorruptFileError, RefusedError
 from veneer.files.strict_json import field_faults
 from veneer.formats.layout import AdapterFormat, Fit
 from veneer.formats.manifest import BaseIdentity
 from veneer.formats.peft.config import PEFT_LAYOUT
 
-PEFT_TYPE, PARTIAL_TYPE = "PREFIX_TUNING", "VENEER_PREFIX"
+PEFT_TYPE, CARTRIDGE_TYPE, PARTIAL_TYPE = "PREFIX_TUNING", "CARTRIDGE", "VENEER_PREFIX"
 _INERT = {
     "auto_mapping",
     "encoder_hidden_size",
@@ -54,6 +55,8 @@ class PeftPrefix(BaseModel):
     num_transformer_submodules: Literal[1] = 1
     layers: list[Annotated[int, LAYER]] | None = None
     """Numbers of the layers with a prefix; None: all."""
+    num_frozen_tokens: Annotated[int, FROZEN_PLACES] | None = None
+    """First tokens that did not train; only a CARTRIDGE has them."""
     task_type: Literal["CAUSAL_LM"] | None = "CAUSAL_LM"
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -89,7 +92,11 @@ class PrefixFile:
                 [f"{PART} is {shape}, {self.path.name} makes it {self.peft.shape}"],
                 "Copy the folder again.",
             )
-        return Prefix(tokens=self.peft.num_virtual_tokens, layers=self.peft.layers or [])
+        return Prefix(
+            tokens=self.peft.num_virtual_tokens,
+            layers=self.peft.layers or [],
+            frozen_tokens=self.peft.num_frozen_tokens,
+        )
 
     def fit(
         self,
@@ -136,22 +143,35 @@ def _config(attachment: Attachment, model: nn.Module, base: BaseIdentity) -> dic
     fields = {
         "auto_mapping": None,
         "base_model_name_or_path": base.name,
-        "encoder_hidden_size": layer.token_size,
         "inference_mode": True,
-        "init_weights": None,
         "modules_to_save": None,
         "num_attention_heads": layer.kv_heads,
         "num_layers": len(layer.layers),
         "num_transformer_submodules": 1,
         "num_virtual_tokens": layer.tokens,
-        "peft_type": PARTIAL_TYPE if partial else PEFT_TYPE,
         "peft_version": PEFT_LAYOUT,
-        "prefix_projection": False,
         "revision": base.revision,
         "task_type": "CAUSAL_LM",
         "token_dim": layer.token_size,
     }
-    return fields | ({"layers": list(layer.layers)} if partial else {})
+    frozen = _frozen_tokens(attachment)
+    if frozen is not None:
+        of_type = {"peft_type": CARTRIDGE_TYPE, "num_frozen_tokens": frozen}
+    else:
+        of_type = {
+            "peft_type": PARTIAL_TYPE if partial else PEFT_TYPE,
+            "encoder_hidden_size": layer.token_size,
+            "init_weights": None,
+            "prefix_projection": False,
+            **({"layers": list(layer.layers)} if partial else {}),
+        }
+    return dict(sorted((fields | of_type).items()))
+
+
+def _frozen_tokens(attachment: Attachment) -> int | None:
+    config = attachment.config
+    assert isinstance(config, Prefix)
+    return config.frozen_tokens
 
 
 def _read(path: Path, stored: Mapping[str, Any]) -> tuple[PrefixFile, list[str]]:
@@ -187,12 +207,18 @@ def _read(path: Path, stored: Mapping[str, Any]) -> tuple[PrefixFile, list[str]]
         faults.append(f"layers {config.layers} are not rising")
     if config.layers is not None and len(config.layers) != config.num_layers:
         faults.append(f"num_layers {config.num_layers}, and {len(config.layers)} layers are listed")
-    if (config.layers is None) != (stored["peft_type"] == PEFT_TYPE):
-        faults.append(f"peft_type {stored['peft_type']}, and layers {config.layers}")
+    kind, frozen = stored["peft_type"], config.num_frozen_tokens
+    if (config.layers is not None) != (kind == PARTIAL_TYPE):
+        faults.append(f"peft_type {kind}, and layers {config.layers}")
+    if (frozen is not None) != (kind == CARTRIDGE_TYPE):
+        faults.append(f"peft_type {kind}, and num_frozen_tokens {frozen}")
+    if frozen is not None and frozen > config.num_virtual_tokens:
+        faults.append(f"num_frozen_tokens {frozen} of {config.num_virtual_tokens} tokens")
     if faults:
         raise CorruptFileError(f"{path} is inconsistent", faults, "Restore it.")
     return PrefixFile(path, config), [name for name in unknown if not stored[name]]
 
 
 PREFIX = AdapterFormat(PEFT_TYPE, _tensors, _config, _read)
+CARTRIDGE = replace(PREFIX, peft_type=CARTRIDGE_TYPE)
 PARTIAL_PREFIX = replace(PREFIX, peft_type=PARTIAL_TYPE)

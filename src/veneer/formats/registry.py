@@ -9,7 +9,7 @@ from veneer.errors import CorruptFileError, RefusedError
 from veneer.formats.bottleneck import BOTTLENECK
 from veneer.formats.layout import AdapterFormat
 from veneer.formats.peft.low_rank import LOW_RANK
-from veneer.formats.prefix import PARTIAL_PREFIX, PREFIX
+from veneer.formats.prefix import CARTRIDGE, PARTIAL_PREFIX, PREFIX
 
 _BY_METHOD: dict[type[MethodConfig], AdapterFormat] = {
     LoRA: LOW_RANK,
@@ -18,7 +18,7 @@ _BY_METHOD: dict[type[MethodConfig], AdapterFormat] = {
     Prefix: PREFIX,
 }
 _BY_PEFT_TYPE: dict[str, AdapterFormat] = {
-    format.peft_type: format for format in (LOW_RANK, BOTTLENECK, PREFIX, PARTIAL_PREFIX)
+    format.peft_type: format for format in (LOW_RANK, BOTTLENECK, PREFIX, CARTRIDGE, PARTIAL_PREFIX)
 }
 
 

@@ -2,7 +2,8 @@
 in the same steps than from random values.
 
 The prompt is the one of the settings, else the common beginning of all training rows, else a plain
-instruction.
+instruction. With start teacher it is the beginning of what a teacher reads in front of every row,
+as in cartridges: Eyuboglu et al. 2025, arXiv:2506.06266.
 """
 
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ markers."""
 MAX_START_TOKENS = 64
 """Most tokens of a prefix without a set length: the end of a longer prompt, which says more about
 the task."""
+MAX_TEACHER_TOKENS = 512
+"""Most tokens of a prefix without a set length that starts from a teacher's text."""
 SHOWN = 60
 """Characters of the prompt's end to show; the start record has all of it."""
 
@@ -38,9 +41,15 @@ SHOWN = 60
 def start_prefix(
     config: Prefix, base: FrozenBase, examples: Sequence[Example], *, seed: int
 ) -> AdapterStart:
-    """Returns the start of a prefix. ConfigError if prefix and rows exceed the model's length."""
+    """Returns the start of a prefix. ConfigError if prefix and rows exceed the model's length.
+
+    examples: the training rows as the student reads them, or as the teacher does with start teacher
+    """
     values = choose_values(config, base, examples)
-    _check_room(base, values.tokens, examples)
+    longest = max((len(e.ids) for e in examples), default=0)
+    if config.starts_from_teacher:
+        longest -= shared_prompt(examples)
+    _check_room(base, values.tokens, longest)
 
     def put(attachment: Attachment) -> str:
         if values.ids:
@@ -75,6 +84,8 @@ def choose_values(config: Prefix, base: FrozenBase, examples: Sequence[Example])
         tokens = config.tokens or DEFAULT_TOKENS
         return PrefixValues([], None, tokens, "random keys and values")
     shared = shared_prompt(examples) if len(examples) > 1 else 0
+    if config.starts_from_teacher:
+        return _of_teacher(config, base, examples, shared)
     if config.prompt is not None:
         ids, origin = list(base.tokenizer(config.prompt)["input_ids"]), "the given prompt"
     elif shared >= MIN_SHARED_TOKENS:
@@ -91,10 +102,31 @@ def choose_values(config: Prefix, base: FrozenBase, examples: Sequence[Example])
     )
 
 
-def _check_room(base: FrozenBase, tokens: int, examples: Sequence[Example]) -> None:
-    """Raises ConfigError if the prefix and the longest row exceed the model's positions."""
+def _of_teacher(
+    config: Prefix, base: FrozenBase, examples: Sequence[Example], shared: int
+) -> PrefixValues:
+    """Returns the values of the first tokens that the teacher reads in front of every row."""
+    tokens = config.tokens or min(shared, MAX_TEACHER_TOKENS)
+    if not 0 < tokens <= shared:
+        raise ConfigError(
+            f"the teacher reads {shared:,} tokens in front of every row, and a prefix of"
+            f" {tokens:,} should start from them",
+            next_step=(
+                "Give a longer system prompt or document (objective.document), or a smaller"
+                " method.tokens."
+            ),
+        )
+    ids = examples[0].ids[:tokens].tolist()
+    text = str(base.tokenizer.decode(ids, skip_special_tokens=False))
+    return PrefixValues(ids, text, tokens, "the beginning of what the teacher reads")
+
+
+def _check_room(base: FrozenBase, tokens: int, longest: int) -> None:
+    """Raises ConfigError if the prefix and the longest row exceed the model's positions.
+
+    longest: tokens of that row
+    """
     limit = configured_capacity(base.config).positions
-    longest = max((len(e.ids) for e in examples), default=0)
     if limit is not None and longest + tokens > limit:
         raise ConfigError(
             f"the longest row has {longest} tokens: with {tokens} of the prefix that exceeds the"

@@ -295,6 +295,13 @@ class RunConfig(StrictSettings):
                 f"method {self.method.name} trains every weight of the base, and objective"
                 f" {self.objective.name} learns from the base: take method lora"
             )
+        if self.method.starts_from_teacher and not self.objective.has_teacher:
+            raise ValueError(
+                "start: teacher reads the text of a teacher, and objective"
+                f" {self.objective.name} has none: take objective distil"
+            )
+        if self.method.keeps_values and self.weight_decay:
+            raise ValueError("weight_decay changes frozen tokens, too: leave it 0")
         if self.objective.has_teacher and self.new_tokens:
             raise ValueError(
                 f"objective {self.objective.name} learns from a base that does not know"

@@ -54,7 +54,7 @@ from veneer.training.state.origin import (
     origin_of,
 )
 from veneer.training.state.parents import ADAPTER_NAME, begin_adapter, with_tokens
-from veneer.training.teacher import locate_teacher
+from veneer.training.teacher import locate_teacher, teacher_examples
 from veneer.training.teacher_base import TeacherBases, load_teacher_base, make_teacher
 
 
@@ -203,7 +203,9 @@ def prepare_run(
             config, adapter = begin_adapter(
                 base,
                 config,
-                student_examples,
+                teacher_examples(rows.train)
+                if config.method.starts_from_teacher
+                else student_examples,
                 name=f"{ADAPTER_NAME} {shared.num_runs + 1}" if shared.num_runs else ADAPTER_NAME,
                 tokens=new_tokens,
                 resumes=started is not None,

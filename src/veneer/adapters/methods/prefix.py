@@ -240,6 +240,13 @@ def build_prefix(site: Site, config: Prefix) -> None:
     site.put(
         path,
         PrefixedDecoder,
-        PrefixLayer(start, layers, shape.heads, dtype=dtype, projection=projection),
+        PrefixLayer(
+            start,
+            layers,
+            shape.heads,
+            dtype=dtype,
+            projection=projection,
+            frozen_tokens=config.frozen_tokens or 0,
+        ),
     )
     site.attachment.adaptable, site.attachment.places = len(shape.layers), len(layers)

@@ -105,7 +105,12 @@ class Projection:
 
 class PrefixLayer:
     """A prefix: `start` (M, 2 L t), float32, trained directly, or frozen and added to a trained
-    projection. dtype: the type of the base's keys."""
+    projection.
+
+    dtype          the type of the base's keys
+    frozen_tokens  number of first tokens that do not train: their gradient is zero, so an optimizer
+                   without weight decay does not change them
+    """
 
     scaling = 1.0
 
@@ -117,7 +122,9 @@ class PrefixLayer:
         *,
         dtype: torch.dtype,
         projection: Projection | None = None,
+        frozen_tokens: int = 0,
     ) -> None:
+        self.frozen_tokens = frozen_tokens
         self.start = nn.Parameter(start, requires_grad=projection is None)
         self.layers = tuple(layers)
         self.kv_heads = kv_heads
@@ -136,6 +143,8 @@ class PrefixLayer:
 
     def values(self) -> Tensor:
         """Returns the prefix (M, 2 L t), float32, as it is stored."""
+        if count := self.frozen_tokens:
+            return torch.cat([self.start[:count].detach(), self.start[count:]])
         return self.start if self.projection is None else self.start + self.projection()
 
     def keys(self) -> dict[int, tuple[Tensor, Tensor]]:

@@ -4,6 +4,7 @@ For instance:
 
   veneer distil --base smollm2-135m --prompt support.txt --out runs/support
   veneer distil --base smollm2-135m --document handbook.md --questions asked.txt --out runs/handbook
+  veneer distil --base smollm2-135m --document handbook.md --method prefix --out runs/cartridge
   veneer distil --base smollm2-135m --teacher HuggingFaceTB/SmolLM2-1.7B-Instruct --out runs/small
 
 The teacher writes questions behind the prompt and answers them there, unless --questions gives
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from veneer.adapters.config import METHODS
 from veneer.bounds import COUNT, NEW_TOKENS, SEED
 from veneer.cli.bases import add_base_format, load_bare_base
 from veneer.cli.common import add_json, pause_collection, print_json
@@ -37,7 +39,7 @@ ABOUT_DOCUMENT = "Answer questions about this document."
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
         "veneer distil --base B [--teacher B] [--prompt FILE | --document FILE] --out DIR"
-        " [--questions FILE] [--set path=value]"
+        " [--method prefix] [--questions FILE] [--set path=value]"
     )
     parser.add_argument(
         "--base", required=True, metavar="B", help="hub id, folder, .gguf file or named default"
@@ -53,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     source.add_argument(
         "--document", type=Path, metavar="FILE", help="a text file that questions are about"
+    )
+    parser.add_argument(
+        "--method",
+        choices=[name for name, method in METHODS.items() if not method.trains_base],
+        help="lora, or prefix: it starts as the keys and values of the text; default: lora",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="new folder of the run")
     parser.add_argument(
@@ -127,8 +134,12 @@ def _read_config(args: argparse.Namespace) -> RunConfig:
         objective["system"] = ABOUT_DOCUMENT
     if args.teacher is not None:
         objective["teacher"] = {"base": args.teacher}
+    method = {"name": args.method or "lora"}
+    if file is not None:
+        method |= METHODS[method["name"]].of_document
     settings = read_settings(None)
     settings.values |= {
+        "method": method,
         "base": args.base,
         "data": {"train": str(Path(args.out) / ROWS_FILE)},
         "objective": objective,
