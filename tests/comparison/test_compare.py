@@ -387,6 +387,7 @@ def test_a_run_without_a_held_out_loss_is_told(tmp_path: Path) -> None:
             [("lora", RunConfig(**config)), ("full", RunConfig(**config, method="full"))],  # type: ignore[arg-type]
             validation=str(long),
             test=str(rows),
+            rates=(1.0,),
             steps=1,
             seeds=1,
             out=tmp_path / "out",
@@ -399,6 +400,8 @@ def test_a_run_without_a_held_out_loss_is_told(tmp_path: Path) -> None:
 
 class Losses:
     """Stands in for the worker: a loss for each learning rate, and no process."""
+
+    shares_forwards = False
 
     def __init__(self, losses: dict[float, float | None], *, extend: int) -> None:
         self.losses, self.dropped, self.asked, self.pace = losses, [], [], Pace(3)

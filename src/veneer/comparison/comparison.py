@@ -61,10 +61,16 @@ def run_comparison(comparison: Comparison, executor: JobExecutor, say: Say) -> d
             )
         )
         runner = JobRunner(
-            comparison, width, environment.circumstances, say, ran=[], pace=Pace(runs)
+            comparison,
+            width,
+            environment.circumstances,
+            say,
+            ran=[],
+            pace=Pace(runs),
+            shares_forwards=executor.shares_forwards,
         )
         candidates = run_together(
-            _candidate(runner, candidate) for candidate in comparison.candidates
+            train_candidate(runner, candidate) for candidate in comparison.candidates
         )
         generator: JobGenerator[list[Any]] = run_together(
             [runner.evaluate("the base", None), candidates]
@@ -109,7 +115,8 @@ def with_dtype(candidate: Candidate, dtype: DtypeName) -> Candidate:
     return replace(candidate, config=candidate.config.model_copy(update={"dtype": dtype}))
 
 
-def _candidate(runner: JobRunner, candidate: Candidate) -> JobGenerator[CandidateResult]:
+def train_candidate(runner: JobRunner, candidate: Candidate) -> JobGenerator[CandidateResult]:
+    """Searches the learning rate of a candidate, trains every seed with it, and evaluates."""
     comparison = runner.comparison
     if comparison.steps is not None:
         steps = comparison.steps
@@ -119,11 +126,15 @@ def _candidate(runner: JobRunner, candidate: Candidate) -> JobGenerator[Candidat
     trials, best = yield from search(runner, candidate, steps)
     if best is None:
         return CandidateResult(candidate, trials, None, [], [])
-    rate, seeds = trials[best][0], range(comparison.seeds)
-    runs = yield from run_together(
+    rate, chosen = trials[best]
+    # Time and memory are those of a run that had the process to itself.
+    is_kept = not chosen.alone and chosen.has_result and not chosen.was_halved
+    kept = [chosen] if is_kept and comparison.seeds > 1 else []
+    more = yield from run_together(
         runner.train(candidate, rate=rate, seed=seed, steps=steps, with_result=True)
-        for seed in seeds
+        for seed in range(len(kept), comparison.seeds)
     )
+    runs = [*kept, *more]
     successful = [run for run in runs if run.failure is None]
     evaluations = yield from run_together(
         runner.evaluate(f"{candidate.name}, seed {seed}", run)

@@ -32,6 +32,7 @@ from veneer.training.config import RunConfig
 from veneer.training.output.records import read_records
 from veneer.training.state.folder import write_run_file
 from veneer.training.state.place import locked_folder
+from veneer.training.supervisor import HALVED
 
 FAILURE = "failure.json"
 DIVERGED, DOES_NOT_FIT = 5, 3
@@ -41,17 +42,30 @@ DIVERGED, DOES_NOT_FIT = 5, 3
 class FinishedRun:
     """Holds a finished run: its summary, or why it has none (failure: `diverged`, `does not
     fit`).
+
+    alone: whether it had the process to itself, so that memory and time are its own
     """
 
     folder: Path
     config: RunConfig
     summary: dict[str, Any]
     failure: str | None = None
+    alone: bool = True
 
     @property
     def loss(self) -> float | None:
         """Returns the best held-out loss, nats per trained token."""
         return self.summary.get("validation_loss")
+
+    @property
+    def was_halved(self) -> bool:
+        """Returns whether it stopped early because other learning rates were better."""
+        return self.summary.get("reason") == HALVED
+
+    @property
+    def has_result(self) -> bool:
+        """Returns whether its adapter or model is there."""
+        return any((self.folder / name).is_dir() for name in ("adapter", "model"))
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,7 @@ class JobRunner:
 
     hidden_size: of the base, for default learning rates. circumstances: see environment.py. say:
     shows progress. ran: folders of what was not finished before. pace: counts finished runs.
+    shares_forwards: whether the learning rates of a search train in the same forwards.
     """
 
     comparison: Comparison
@@ -68,13 +83,10 @@ class JobRunner:
     say: Say
     ran: list[Path]
     pace: Pace = field(default_factory=lambda: Pace(1))
+    shares_forwards: bool = False
 
-    def train(
-        self, candidate: Candidate, *, rate: float, seed: int, steps: int, with_result: bool
-    ) -> JobGenerator[FinishedRun]:
-        """Trains a candidate. with_result: its adapter or model must exist, not only its
-        figures.
-        """
+    def settings(self, candidate: Candidate, *, rate: float, seed: int, steps: int) -> RunConfig:
+        """Returns the settings of a run that trains alone, in the folder named by them."""
         config = candidate.config.model_copy(
             update={
                 "learning_rate": rate,
@@ -86,14 +98,23 @@ class JobRunner:
             }
         )
         folder = self.comparison.out / "runs" / f"{candidate.name}-{self._key(config)}"
-        config = config.model_copy(update={"out": str(folder), "show_answers": False})
+        return config.model_copy(update={"out": str(folder), "show_answers": False})
+
+    def train(
+        self, candidate: Candidate, *, rate: float, seed: int, steps: int, with_result: bool
+    ) -> JobGenerator[FinishedRun]:
+        """Trains a candidate. with_result: its adapter or model must exist, not only its
+        figures.
+        """
+        config = self.settings(candidate, rate=rate, seed=seed, steps=steps)
+        folder = Path(config.out)
         label = f"{candidate.name}, lr {rate:g}, seed {seed}"
         earlier = self._finished(folder, config, with_result)
         if earlier is not None:
             # They remain if the page of the run could not be written.
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             self.pace.finished(made=False)
-            return _require_loss(label, earlier)
+            return require_loss(label, earlier)
         self.ran.append(folder)
         if folder.exists():
             # BusyError if a process of a killed comparison still works there.
@@ -102,26 +123,26 @@ class JobRunner:
         job = CommandJob(
             label,
             folder,
-            begin=("train", self._run_file(config), *self._places(folder), "--json", "--quiet"),
+            begin=("train", self.run_file(config), *self.places(folder), "--json", "--quiet"),
             resume=("train", "--resume", folder, "--json", "--quiet"),
             config=config,
-            step=lambda: f"{_step(folder):,}/{steps:,}{RUNNING}",
+            step=lambda: f"{steps_of(folder):,}/{steps:,}{RUNNING}",
         )
         _, outcome = yield [job]
         code, messages = outcome.code, outcome.talk
         if code == 0:
             # A comparison continues from finished runs; their checkpoints would fill the disk.
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        elif code == DIVERGED or (code == DOES_NOT_FIT and not is_about_disk(messages)):
+        elif is_result(outcome):
             folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            _write_json(folder / FAILURE, {"exit_code": code, "message": messages.strip()})
+            write_json(folder / FAILURE, {"exit_code": code, "message": messages.strip()})
         else:
-            raise _failed(label, outcome)
+            raise failed_job(label, outcome)
         run = self._finished(folder, config, with_result)
         assert run is not None
         self.say(
-            self.pace.line(f"{label}: {run.failure or _summary_text(_require_loss(label, run))}")
+            self.pace.line(f"{label}: {run.failure or summary_text(require_loss(label, run))}")
         )
         self.pace.finished(made=True)
         return run
@@ -199,11 +220,11 @@ class JobRunner:
             self.say(self.pace.line(f"{name}: diverged, by its values on the test rows"))
             result = {"failure": "diverged", "message": outcome.talk.strip()}
         elif outcome.code:
-            raise _failed(f"the evaluation of {name}", outcome)
+            raise failed_job(f"the evaluation of {name}", outcome)
         else:
             result = json.loads(outcome.out)
         evaluation = {**result, "key": key, "predictions": _hash_of(predictions)}
-        _write_json(evaluation_file, evaluation)
+        write_json(evaluation_file, evaluation)
         return evaluation
 
     def drop_result(self, run: FinishedRun) -> None:
@@ -224,7 +245,7 @@ class JobRunner:
         parents = [folder_hash(Library().locate(parent.adapter)) for parent in config.from_adapter]
         return _hash([settings, rows, parents, dict(self.circumstances)])
 
-    def _places(self, folder: Path) -> tuple[str | Path, ...]:
+    def places(self, folder: Path) -> tuple[str | Path, ...]:
         """Returns the arguments that name places, which differ on other machines."""
         comparison = self.comparison
         return ("--data", comparison.train, "--validation", comparison.validation, "--out", folder)
@@ -239,17 +260,24 @@ class JobRunner:
             return None  # memory may be free by now
         if not (folder / "summary.json").is_file():
             return None
-        if with_result and not any((folder / name).is_dir() for name in ("adapter", "model")):
-            return None
-        return FinishedRun(folder, config, read_json(folder / "summary.json"))
+        run = FinishedRun(folder, config, read_json(folder / "summary.json"))
+        return run if run.has_result or not with_result else None
 
-    def _run_file(self, config: RunConfig) -> Path:
+    def run_file(self, config: RunConfig) -> Path:
+        """Writes a run's settings beside its folder; returns the file."""
         file = self.comparison.out / "runs" / f"{Path(config.out).name}.yaml"
         write_run_file(config, file)
         return file
 
 
-def _require_loss(label: str, run: FinishedRun) -> FinishedRun:
+def is_result(outcome: Outcome) -> bool:
+    """Returns whether a run ended by diverging or not fitting, which are results of a candidate."""
+    return outcome.code == DIVERGED or (
+        outcome.code == DOES_NOT_FIT and not is_about_disk(outcome.talk)
+    )
+
+
+def require_loss(label: str, run: FinishedRun) -> FinishedRun:
     """Returns the run. Raises DataError if it has no held-out loss to choose its learning
     rate by.
     """
@@ -263,21 +291,24 @@ def _require_loss(label: str, run: FinishedRun) -> FinishedRun:
     return run
 
 
-def _summary_text(run: FinishedRun) -> str:
+def summary_text(run: FinishedRun) -> str:
+    """Returns loss, time and memory of a run in words; time and memory only if it ran alone."""
     summary = run.summary
-    return (
-        f"held-out loss {summary['validation_loss']:.4f}, {summary['total_seconds']:.0f} s,"
-        f" {summary['peak_memory_bytes'] / 1e9:.2f} GB"
-    )
+    loss = f"held-out loss {summary['validation_loss']:.4f}"
+    if not run.alone:
+        return loss
+    seconds, gigabytes = summary["total_seconds"], summary["peak_memory_bytes"] / 1e9
+    return f"{loss}, {seconds:.0f} s, {gigabytes:.2f} GB"
 
 
-def _step(folder: Path) -> int:
+def steps_of(folder: Path) -> int:
+    """Counts the steps of a run in progress."""
     file = folder / "metrics.jsonl"
     steps = [r["step"] for r in read_records(file) if r["kind"] == "step"] if file.is_file() else []
     return int(steps[-1]) if steps else 0
 
 
-def _failed(label: str, outcome: Outcome) -> VeneerError:
+def failed_job(label: str, outcome: Outcome) -> VeneerError:
     code, messages = outcome.code, outcome.talk.strip().splitlines()[-12:]
     error = VeneerError(
         f"{label} failed (exit code {code})", messages, f"Alone: {' '.join(outcome.command)}"
@@ -296,5 +327,5 @@ def _hash_of(file: Path) -> str | None:
     return file_hash(file) if file.is_file() else None
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", replace=True)

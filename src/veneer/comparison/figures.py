@@ -1,7 +1,7 @@
 """Figures of a comparison, from its runs and evaluations: the content of `comparison.json`.
 
 Quality has an interval over rows and seeds (evaluation/intervals.py), and so has each difference to
-the best, between the same rows and seeds. Costs are those of the run with seed 0.
+the best, between the same rows and seeds. Costs are those of the first run that trained alone.
 """
 
 from __future__ import annotations
@@ -52,6 +52,11 @@ class CandidateResult:
     best: int | None
     runs: Sequence[FinishedRun]
     evaluations: Sequence[Mapping[str, Any]]
+
+    @property
+    def costs(self) -> Mapping[str, Any]:
+        """Returns the summary of the first run that had the process to itself."""
+        return next(run for run in self.runs if run.alone).summary
 
 
 def make_figures(
@@ -166,7 +171,12 @@ def _method(
         "folds": config.method.folds,
         "instead_of_folding": config.method.instead_of_folding,
         "search": [
-            {"learning_rate": rate, "loss": run.loss, "failure": run.failure}
+            {
+                "learning_rate": rate,
+                "loss": run.loss,
+                "failure": run.failure,
+                "steps": run.summary.get("steps"),
+            }
             for rate, run in result.search
         ],
         "failure": None,
@@ -175,7 +185,7 @@ def _method(
     if result.best is None or counts is None:
         failures = sorted({run.failure for _, run in result.search if run.failure})
         return {**method, "failure": ", ".join(failures) or "no loss"}
-    summary = result.runs[0].summary
+    summary = result.costs
     return {
         **method,
         "learning_rate": result.search[result.best][0],

@@ -60,7 +60,13 @@ JobGenerator = Generator[Sequence[CommandJob], FinishedJob, T]
 
 
 class JobExecutor(Protocol):
-    """Runs jobs."""
+    """Runs jobs.
+
+    shares_forwards: whether the learning rates of a search train in one process, in the same
+    forwards; else each is a job
+    """
+
+    shares_forwards: bool
 
     def inspect(self, base: str, configs: Sequence[RunConfig]) -> NodeEnvironment:
         """Returns what is available for these settings of runs. Called first."""

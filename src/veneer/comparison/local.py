@@ -31,6 +31,8 @@ INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM)
 
 
 class LocalExecutor:
+    shares_forwards = True
+
     def __init__(self) -> None:
         self._waiting = deque[CommandJob]()
         self._server: ForkServer | None = None
@@ -70,13 +72,13 @@ class LocalExecutor:
 
 
 def job_command(job: CommandJob) -> list[str]:
-    """Returns the command that continues the job's folder; a run without a checkpoint starts
-    over.
+    """Returns the command that continues the job's folder, which holds one run, or a folder for
+    each of several. Without a checkpoint they start over.
     """
     if not job.resume:
         return [str(word) for word in job.begin]
-    path, _ = newest_valid(job.folder / "checkpoints")
-    if path is not None and not (job.folder / "summary.json").exists():
+    checkpoints = [newest_valid(folder)[0] for folder in job.folder.glob("**/checkpoints")]
+    if any(checkpoints) and not (job.folder / "summary.json").exists():
         return [str(word) for word in job.resume]
     shutil.rmtree(job.folder, ignore_errors=True)
     return [str(word) for word in job.begin]

@@ -239,10 +239,11 @@ def _search(methods: Sequence[Method]) -> str:
         for trial in m["search"]:
             loss = "–" if trial["loss"] is None else f"{trial['loss']:.4f}"
             chosen = "chosen" if trial["learning_rate"] == m.get("learning_rate") else ""
-            rows.append(
-                [m["name"], f"{trial['learning_rate']:g}", trial["failure"] or loss, chosen]
-            )
-    return table(("method", "learning rate", "held-out loss", ""), rows, "wide-table")
+            steps = "–" if trial.get("steps") is None else f"{trial['steps']:,}"
+            rate = f"{trial['learning_rate']:g}"
+            rows.append([m["name"], rate, steps, trial["failure"] or loss, chosen])
+    titles = ("method", "learning rate", "steps", "held-out loss", "")
+    return table(titles, rows, "wide-table")
 
 
 def _method_text(figures: dict[str, Any]) -> str:
@@ -256,7 +257,8 @@ def _method_text(figures: dict[str, Any]) -> str:
         (
             "All candidates saw the same rows for the same budget. Each one's learning rate was"
             " searched with seed 0 on held-out rows that are neither trained on nor tested on;"
-            " every seed then ran with the best rate."
+            " every seed then ran with the best rate. Rates with fewer steps below were stopped by"
+            " halving, because others were better there."
         ),
         (
             "Intervals are 95%, over test rows and seeds. With one seed, a share of rows that are"
@@ -266,9 +268,9 @@ def _method_text(figures: dict[str, Any]) -> str:
             " same rows and seeds."
         ),
         (
-            "Every run had a process of its own, so peak memory is that of the whole process on a"
-            " CPU, and of the allocator on a GPU. Time is that of the optimizer steps, the first"
-            " one left out."
+            "Memory and time are those of a run in a process of its own. Peak memory is that of the"
+            " whole process on a CPU, and of the allocator on a GPU. Time is that of the optimizer"
+            " steps, the first one left out."
         ),
         "; ".join(shares) + "." if shares else "",
     ]

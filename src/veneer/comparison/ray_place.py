@@ -54,6 +54,8 @@ class RayExecutor:
     cpus: of each job; None: as many threads as this process has, for the same figures as here.
     """
 
+    shares_forwards = False  # the nodes of a cluster train the rates of a search at the same time
+
     def __init__(self, address: str | None, store: str, cpus: int | None = None) -> None:
         self._store = RunStore(store)
         self._ray = connect(address)

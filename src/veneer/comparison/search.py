@@ -1,9 +1,7 @@
-"""Searches each candidate's learning rate with the same effort, so that methods are compared rather
-than defaults.
+"""Searches each candidate's learning rate, so that methods are compared rather than defaults.
 
-Every rate trains once with seed 0 for the whole budget; the lowest held-out loss wins, and its run
-is also the final run of seed 0. If the best rate is at an end, the search continues in that
-direction.
+Every rate trains once with seed 0 (sweep.py), and the lowest held-out loss wins. If the best rate
+is at an end, the search continues in that direction, one rate at a time.
 """
 
 from __future__ import annotations
@@ -11,8 +9,9 @@ from __future__ import annotations
 import math
 
 from veneer.comparison.execute import FinishedRun, JobRunner
-from veneer.comparison.jobs import JobGenerator, run_together
+from veneer.comparison.jobs import JobGenerator
 from veneer.comparison.plan import Candidate
+from veneer.comparison.sweep import train_rates
 
 PROBE_STEPS = 6
 
@@ -47,11 +46,7 @@ def search(
     extensions_left = comparison.extend if len(factors) > 1 else 0
     while True:
         new = [rate for rate in dict.fromkeys(map(rate_of, factors)) if rate not in runs]
-        finished = yield from run_together(
-            runner.train(candidate, rate=rate, seed=0, steps=steps, with_result=False)
-            for rate in new
-        )
-        runs.update(zip(new, finished, strict=True))
+        runs |= yield from train_rates(runner, candidate, new, steps)
         losses = [_loss(runs[rate_of(factor)]) for factor in factors]
         best = losses.index(min(losses))
         if not math.isfinite(losses[best]):

@@ -42,15 +42,7 @@ def require_common_settings(configs: Sequence[RunConfig], world: World) -> None:
             f" {first.out}"
             for name in different
         ]
-        if config.method.trains_base:
-            faults.append(f"{config.out}: method {config.method.name} trains the base itself")
-        faults += [
-            f"{config.out}: {name} is not possible for several jobs"
-            for name in ("offload", "shard")
-            if getattr(config, name)
-        ]
-        if services := [name for name in config.log if name != "tensorboard"]:
-            faults.append(f"{config.out}: {', '.join(services)} takes one run a process")
+        faults += [f"{config.out}: {fault}" for fault in reasons_to_train_alone(config)]
     paths = [str(Path(config.out).absolute()) for config in configs]
     faults += [
         f"{config.out}: another job has the same folder"
@@ -65,6 +57,21 @@ def require_common_settings(configs: Sequence[RunConfig], world: World) -> None:
             faults,
             "Change these settings, or train the jobs one after the other: a run file each.",
         )
+
+
+def reasons_to_train_alone(config: RunConfig) -> list[str]:
+    """Returns why a job cannot share forwards with others, whatever they are; empty if it can."""
+    reasons = []
+    if config.method.trains_base:
+        reasons.append(f"method {config.method.name} trains the base itself")
+    reasons += [
+        f"{name} is not possible for several jobs"
+        for name in ("offload", "shard")
+        if getattr(config, name)
+    ]
+    if services := [name for name in config.log if name != "tensorboard"]:
+        reasons.append(f"{', '.join(services)} takes one run a process")
+    return reasons
 
 
 def divide_batch(config: RunConfig, world: World, screen: Screen) -> RunConfig:

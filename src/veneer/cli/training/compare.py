@@ -7,9 +7,10 @@ For instance:
   veneer compare a.yaml b.yaml --test held_out.jsonl --metrics field_f1 --seeds 3 --out compare/ab
 
 Every candidate gets the same rows and budget, a search for its learning rate, and --seeds runs.
-Each run has a process of its own. After Ctrl-C the same command continues and reuses finished runs.
-Run files keep their settings, except for rows, budget, learning rate, seed and folder. --on ray
-uses a cluster: docs/guides/ray.md.
+The rates of a search train together, and halving stops the worse half; full fine-tuning and
+clusters train them one by one. Every other run has a process of its own. After Ctrl-C the same
+command continues and reuses finished runs. Run files keep their settings, except for rows, budget,
+learning rate, seed and folder. --on ray uses a cluster: docs/guides/ray.md.
 """
 
 from __future__ import annotations
