@@ -469,8 +469,16 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "training/supervisor.py": ("training/joint/test_halving.py",),
     **dict.fromkeys(
-        ("training/own_loop/forward_queue.py", "training/own_loop/trainer.py"),
-        ("training/test_own_loop.py",),
+        (
+            "training/own_loop/forward_queue.py",
+            "training/own_loop/losses.py",
+            "training/own_loop/trainer.py",
+        ),
+        ("training/test_own_loop.py", "training/test_own_loop_objectives.py"),
+    ),
+    **dict.fromkeys(
+        ("training/own_loop/objectives.py", "training/own_loop/reference.py"),
+        ("training/test_own_loop_objectives.py",),
     ),
     "objectives/preferences.py": ("objectives/test_preferences.py", "objectives/test_reference.py"),
     "training/reference.py": ("objectives/test_reference.py", "objectives/test_preferences.py"),

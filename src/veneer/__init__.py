@@ -13,10 +13,15 @@ _HOMES = {
     "AdamW": "veneer.training.own_loop.adamw",
     "Base": "veneer.base",
     "Bottleneck": "veneer.adapters.config",
+    "DPO": "veneer.objectives.config",
+    "Distil": "veneer.objectives.config",
     "DoRA": "veneer.adapters.config",
     "Full": "veneer.adapters.config",
+    "IPO": "veneer.objectives.config",
+    "KTO": "veneer.objectives.config",
     "Library": "veneer.library.library",
     "LoRA": "veneer.adapters.config",
+    "ORPO": "veneer.objectives.config",
     "Prefix": "veneer.adapters.config",
     "RunConfig": "veneer.training.config",
     "VeneerError": "veneer.errors",
@@ -31,9 +36,14 @@ _HOMES = {
 }
 
 __all__ = [
+    "DPO",
+    "IPO",
+    "KTO",
+    "ORPO",
     "AdamW",
     "Base",
     "Bottleneck",
+    "Distil",
     "DoRA",
     "Full",
     "Library",
@@ -66,6 +76,11 @@ if TYPE_CHECKING:  # the same names as _HOMES, for type checkers and editors
     from veneer.evaluation.classify import classify as classify
     from veneer.evaluation.classify import rerank as rerank
     from veneer.library.library import Library as Library
+    from veneer.objectives.config import DPO as DPO
+    from veneer.objectives.config import IPO as IPO
+    from veneer.objectives.config import KTO as KTO
+    from veneer.objectives.config import ORPO as ORPO
+    from veneer.objectives.config import Distil as Distil
     from veneer.trained import train as train
     from veneer.training.config import RunConfig as RunConfig
     from veneer.training.own_loop.adamw import AdamW as AdamW

@@ -13,9 +13,10 @@ from veneer.adapters.labels import HeadSettings
 from veneer.adapters.placement.acting import score_head_of
 from veneer.adapters.preamble import Preamble
 from veneer.data.config import DataConfig
-from veneer.data.examples import Example, Row, RowRef
+from veneer.data.examples import Example, Row, RowKind, RowRef
 from veneer.data.files.writing import ROWS_NAME, Record, as_set, is_rows
 from veneer.data.load import DataSet, load_data
+from veneer.data.teacher_text import TeacherText
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
 
@@ -50,11 +51,14 @@ def load_row_set(
     *,
     preamble: Preamble,
     purpose: str,
+    kind: RowKind = "answers",
+    teacher: TeacherText | None = None,
 ) -> DataSet:
     """Loads a set of rows, of which none is held out, by the tokenizer of the acting adapters.
 
     data     the name of a set of rows, or the rows themselves, each a dict
     purpose  what the rows are used for, as errors name it
+    kind     what the rows hold. teacher: text that a teacher reads besides each row
     With a score head the rows are texts with labels of that head.
     Raises DataError with every row that cannot be computed.
     """
@@ -76,7 +80,8 @@ def load_row_set(
             tokenizer=base.acting_tokenizer,
             preamble=preamble,
             purpose=purpose,
-            kind="answers" if head is None else "labels",
+            kind=kind if head is None else "labels",
+            teacher=teacher,
             head=head,
         )
     if not is_rows(data):

@@ -130,6 +130,9 @@ class _ReferenceConfig(PreferenceConfig):
 
 
 class DPO(_ReferenceConfig):
+    """Learns from pairs: raises the preferred answer's log p above the other's, relative to a
+    reference."""
+
     name: Literal["dpo"] = "dpo"
     beta: Annotated[float, BETA] = 0.1
     """Strength of the pull towards the reference; a smaller value lets the model move further."""
@@ -141,6 +144,8 @@ class DPO(_ReferenceConfig):
 
 
 class IPO(_ReferenceConfig):
+    """Learns from pairs: the margin between two answers shall reach a target."""
+
     name: Literal["ipo"] = "ipo"
     beta: Annotated[float, BETA] = 0.1
     """The margin that training aims at is 1 / (2 beta)."""
@@ -149,6 +154,8 @@ class IPO(_ReferenceConfig):
 
 
 class KTO(PreferenceConfig):
+    """Learns from answers that are rated good or bad."""
+
     rows: ClassVar[RowKind] = "ratings"
 
     name: Literal["kto"] = "kto"
@@ -161,6 +168,8 @@ class KTO(PreferenceConfig):
 
 
 class ORPO(PreferenceConfig):
+    """Learns from pairs without a reference: cross-entropy and an odds ratio."""
+
     rows: ClassVar[RowKind] = "pairs"
 
     name: Literal["orpo"] = "orpo"
@@ -169,6 +178,8 @@ class ORPO(PreferenceConfig):
 
 
 class Distil(ObjectiveConfig):
+    """Learns the next tokens that a teacher predicts."""
+
     rows: ClassVar[RowKind] = "answers"
     has_teacher: ClassVar[bool] = True
     several: ClassVar[bool] = True

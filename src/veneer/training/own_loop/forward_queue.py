@@ -7,138 +7,30 @@ of their trainers are computed again.
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
 
 from veneer.adapters.placement.acting import Acting
 from veneer.adapters.placement.attachment import Attachment
 from veneer.data.batching import Batch, used_length
-from veneer.data.examples import Example
 from veneer.errors import ConfigError, DivergedError, DoesNotFitError, VeneerError, is_out_of_memory
 from veneer.execution.proofs.model import acting_prefix_length
 from veneer.execution.stand_in import StandIn
 from veneer.execution.train_step import fused, one_node, replacements
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.step import parts_of
-from veneer.objectives.answers import AnswersObjective
-from veneer.objectives.objective import AnswerBatch, BatchLoss, ObjectiveLoss, Predictions
+from veneer.objectives.objective import ObjectiveLoss
 from veneer.training.forward_room import ForwardRoom
 from veneer.training.gradient import MicroBatch, forward_backward
 from veneer.training.inputs import ForwardInputs
 from veneer.training.optimizer.buffer import FlatParameters
 from veneer.training.optimizer.heap import steady_heap
 from veneer.training.optimizer.offload import Offload
-
-_SUM = AnswersObjective()
-"""Divided by 1 it is the sum of -log p over the trained tokens."""
-
-
-class SummedLoss:
-    """The loss of one `forward_backward` call; it is computed when `loss_sum` is first read.
-
-    rows    number of rows of the call
-    tokens  number of trained tokens of the call
-    """
-
-    def __init__(self, examples: Sequence[Example], compute: Callable[[], None]) -> None:
-        self.examples, self._compute = examples, compute
-        self.rows = len(examples)
-        self.tokens = sum(example.trained_tokens for example in examples)
-        self._losses: dict[int, Tensor] = {}
-        self._sum: float | None = None
-        self._fault: VeneerError | None = None
-
-    @property
-    def loss_sum(self) -> float:
-        """Returns the sum of -log p (nats) over the trained tokens of the call.
-
-        Raises the error that ended the computation of this step.
-        """
-        if self._sum is None and self._fault is None:
-            self._compute()
-        if self._fault is not None:
-            raise self._fault
-        if self._sum is None:
-            self._sum = float(torch.stack(list(self._losses.values())).sum())
-        return self._sum
-
-    def objective(self, part: Sequence[int]) -> BatchLoss:
-        """Returns what computes the loss of a micro-batch. part: numbers of its examples"""
-        return _SUM
-
-    def add(self, part: int, loss: Tensor) -> None:
-        """Adds the loss of one of the call's micro-batches; a later one of this number replaces
-        it."""
-        self._losses[part] = loss.detach()
-
-    def fail(self, fault: VeneerError) -> None:
-        """Keeps the error, unless the loss was read already."""
-        if self._sum is None:
-            self._fault = fault
-
-    def __repr__(self) -> str:
-        loss = "not computed yet" if self._sum is None else f"{self._sum:.6g}"
-        return f"SummedLoss(loss_sum={loss}, tokens={self.tokens}, rows={self.rows})"
-
-
-LossFunction = Callable[
-    [Sequence[Example], list[Tensor]], Tensor | tuple[Tensor, Mapping[str, float]]
-]
-"""Takes the examples of a call, and for each the log p of its trained tokens, with a gradient.
-Returns a loss, or a loss and figures by name."""
-
-
-class CustomLoss(SummedLoss):
-    """The loss of one `forward_backward_custom` call. `loss_sum` is what the function returned."""
-
-    def __init__(
-        self, examples: Sequence[Example], compute: Callable[[], None], function: LossFunction
-    ) -> None:
-        super().__init__(examples, compute)
-        self._function = function
-        self._metrics: dict[str, float] = {}
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Returns the figures that the function returned."""
-        _ = self.loss_sum
-        return self._metrics
-
-    def objective(self, part: Sequence[int]) -> BatchLoss:
-        return FunctionLoss(self, part)
-
-    def call(self, log_probs: list[Tensor]) -> Tensor:
-        """Calls the function, and keeps its figures. log_probs: of each example of the call"""
-        try:
-            result = self._function(self.examples, log_probs)
-        except Exception as fault:
-            raise ConfigError(f"loss_fn raised {type(fault).__name__}: {fault}") from fault
-        loss, metrics = result if isinstance(result, tuple) else (result, {})
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise ConfigError(
-                "loss_fn returned no loss that depends on the log-probabilities",
-                next_step="Return one number as a tensor, or that and a dict of figures.",
-            )
-        self._metrics = {name: float(value) for name, value in metrics.items()}
-        return loss.reshape(())
-
-
-@dataclass(frozen=True)
-class FunctionLoss:
-    """The loss of the only micro-batch of a custom call. part: numbers of its examples"""
-
-    custom: CustomLoss
-    part: Sequence[int]
-
-    def loss(self, predictions: Predictions, answers: AnswerBatch, total: float) -> ObjectiveLoss:
-        counts = [example.trained_tokens for example in answers.examples]
-        log_probs = dict(zip(self.part, (-predictions.nats()).split(counts), strict=True))
-        return ObjectiveLoss(self.custom.call([log_probs[i] for i in range(len(counts))]))
+from veneer.training.own_loop.losses import SummedLoss
+from veneer.training.teacher import teacher_examples
 
 
 class TrainerGradient:
@@ -167,18 +59,27 @@ class TrainerGradient:
         with forward.routing.held(Acting.everywhere(forward.adapters)):
             rows = [list(range(len(examples)))]
             parts = list(parts_of(forward.model, forward.paths, examples, rows))
-        if len(parts) > 1 and isinstance(call, CustomLoss):
+        if len(parts) > 1 and call.takes_all_rows:
             raise ConfigError(
-                f"loss_fn takes all rows of a call, and this base computes them in {len(parts)}"
-                " forwards",
+                f"{call.name} takes all rows of a call, and this base computes them in"
+                f" {len(parts)} forwards",
                 next_step="Give fewer rows in a call: several calls add up.",
             )
         for number, part in enumerate(parts):
             place = len(self._of_micro_batch)
             self._of_micro_batch.append((call, number))
-            answers = AnswerBatch.without_reference([examples[i] for i in part])
-            objective = call.objective(part)
-            self.waiting.append(MicroBatch(self, place, True, objective, answers, total=1.0))
+            self.waiting.append(
+                MicroBatch(
+                    self,
+                    place,
+                    True,
+                    call.batch_loss(part),
+                    call.answers(part),
+                    total=1.0,
+                    teacher=teacher_examples(examples[i] for i in part),
+                    teacher_adapters=call.teacher_adapters,
+                )
+            )
 
     def next_lengths(self) -> list[int]:
         """Counts the tokens of each example of the next micro-batch, with those of a prefix."""
@@ -189,7 +90,7 @@ class TrainerGradient:
     def add(self, micro_batch: MicroBatch, result: ObjectiveLoss, batch: Batch) -> None:
         """Adds the loss of a micro-batch, whose gradient is in the buffer."""
         call, part = self._of_micro_batch[micro_batch.number]
-        call.add(part, result.loss)
+        call.add(part, result)
 
     def begin_again(self) -> None:
         """Drops what was computed of the step; all of its calls wait again."""

@@ -10,7 +10,7 @@ A new adapter is attached again by its settings and seed. One that existed befor
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -55,9 +55,10 @@ class TrainerOptions:
 class TrainerState:
     """Holds what a trainer starts from: a new adapter, or one with values, moments and steps.
 
-    method   settings of the adapter, or the folder of the stored one
-    systems  system turns of the rows so far
-    tensors  values and moments; None at the start
+    method     settings of the adapter, or the folder of the stored one
+    systems    system turns of the rows so far
+    tensors    values and moments, and the first values if a reference needs them; None at the start
+    reference  log p of answers by the reference, by their hash
     """
 
     method: AdapterConfig | str | Path
@@ -65,6 +66,12 @@ class TrainerState:
     step: int = 0
     systems: tuple[str | None, ...] = ()
     tensors: Mapping[str, Tensor] | None = None
+    reference: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def has_own_reference(self) -> bool:
+        """Returns whether the reference is the adapter at its start, and not the base alone."""
+        return self.options.parent is not None or bool(self.options.new_tokens)
 
     def of_parent(self, content_hash: str) -> TrainerState:
         """Names the adapter that training starts from; a resumed state keeps the name it has."""
@@ -89,6 +96,7 @@ def write_state(
         "options": asdict(state.options),
         "step": state.step,
         "systems": list(state.systems),
+        "reference": dict(state.reference),
     }
     folder = expanded(out)
     with atomic_folder(folder, replace=replace) as partial:
@@ -128,6 +136,7 @@ def read_trainer_state(named: str | Path, base: FrozenBase) -> TrainerState:
         content["step"],
         tuple(content["systems"]),
         tensors,
+        content.get("reference", {}),
     )
 
 

@@ -8,9 +8,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self, TypeGuard, cast, get_args
+from typing import Self, TypeGuard, cast
 
-from veneer.adapters.placement.acting import Acting, check_answers
+from torch import Tensor
+
+from veneer.adapters.placement.acting import Acting, Applied, check_answers
 from veneer.adapters.placement.attachment import Attachment
 from veneer.data.checks.check import refuse_beyond
 from veneer.data.examples import Example
@@ -20,24 +22,23 @@ from veneer.decoding.answers import Answer, answer_prompts
 from veneer.errors import ConfigError, VeneerError, fits_memory
 from veneer.evaluation.rows import RowOptions, load_row_set
 from veneer.files.home import expanded
-from veneer.formats.adapter import manifest_for, write_adapter
+from veneer.formats.adapter import manifest_for, read_adapter, write_adapter
 from veneer.formats.manifest import make_readable
+from veneer.library.library import Library
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
+from veneer.objectives.config import ObjectiveConfig
+from veneer.objectives.registry import make_objective
 from veneer.training.inputs import ForwardInputs
 from veneer.training.optimizer.buffer import FlatAdamW, FlatParameters
 from veneer.training.own_loop.adamw import AdamW
-from veneer.training.own_loop.forward_queue import (
-    CustomLoss,
-    ForwardQueue,
-    LossFunction,
-    SummedLoss,
-    TrainerGradient,
-)
+from veneer.training.own_loop.forward_queue import ForwardQueue, TrainerGradient
+from veneer.training.own_loop.losses import CustomLoss, LossFunction, SummedLoss
+from veneer.training.own_loop.objectives import CROSS_ENTROPY, Loss, check_examples, find_objective
+from veneer.training.own_loop.reference import StartReference
 from veneer.training.own_loop.state import TrainerState, write_state
+from veneer.training.teacher import attach_teacher
 from veneer.wording import kind_of
-
-Loss = Literal["cross_entropy"]
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class OptimizerStep:
 
     step           number of steps up to here
     gradient_norm  norm of the gradient after `divide_by`, before it is scaled down to max_norm
-    loss_sum       sum of -log p (nats) over the trained tokens of all calls of the step
-    tokens         number of these tokens
+    loss_sum       sum of the losses of all calls of the step
+    tokens         number of trained tokens of these calls
     """
 
     step: int
@@ -89,21 +90,29 @@ class Trainer:
         )
         self._gradient = TrainerGradient(forward, flat)
         self._gradient.step = start.step
+        first_values = flat.values.data.clone() if start.has_own_reference else None
         if start.tensors is not None:
             self._optimizer.load(start.tensors)
+            first_values = start.tensors.get("start")
+        self._has_reference = first_values is not None or not start.has_own_reference
+        self._reference = StartReference(forward, flat, start=first_values, known=start.reference)
+        self._teachers: dict[str | None, Applied] = {None: ()}
         queue.enter(self._gradient)
 
     @property
     def step(self) -> int:
         return self._gradient.step
 
-    def encode(self, rows: str | Path | Iterable[Record]) -> list[Example]:
+    def encode(
+        self, rows: str | Path | Iterable[Record], *, loss: Loss = CROSS_ENTROPY
+    ) -> list[Example]:
         """Encodes rows, or a file of rows, as `veneer.train` does: token ids and which of them are
-        trained. A row may become several examples.
+        trained. A row may become several examples, for instance one for each answer of a pair.
 
+        loss  the objective that they are for; it decides what the rows hold
         Raises DataError, with every fault, for rows that cannot be trained on.
         """
-        base, preamble = self._base, self.attachment.preamble
+        objective, base, preamble = find_objective(loss), self._base, self.attachment.preamble
         self._require_open()
         row_source = [rows] if isinstance(rows, Mapping) else rows
         with base.routing.held(self._acting):
@@ -114,6 +123,8 @@ class Trainer:
                 RowOptions(length=self._options.length, train_on=self._options.train_on),
                 preamble=replace(preamble, system=None),
                 purpose="trained on",
+                kind=objective.rows,
+                teacher=objective.teacher_text(),
             )
             examples = list(data.train)
             refuse_beyond("these rows do not fit", examples, capacity, tokenizer)
@@ -128,27 +139,55 @@ class Trainer:
             self.attachment.preamble = replace(self.attachment.preamble, system=system)
 
     def forward_backward(
-        self,
-        rows: str | Path | Iterable[Record] | Sequence[Example],
-        *,
-        loss: Loss = "cross_entropy",
+        self, rows: str | Path | Iterable[Record] | Sequence[Example], *, loss: Loss = CROSS_ENTROPY
     ) -> SummedLoss:
         """Adds the gradient of these rows to that of the next step.
 
-        Loss and gradient are sums over the trained tokens, not means: several calls before a step
-        add up as if their rows came in one. `optim_step(..., divide_by=tokens)` makes a mean.
+        Loss and gradient are sums over the trained tokens, or over the pairs or ratings of an
+        objective, not means: several calls before a step add up as if their rows came in one.
+        `optim_step(..., divide_by=loss.count)` makes a mean.
 
         Rows are encoded at once. Their forward runs when `loss_sum` is read, or at the next step of
         any trainer of this base; the rows that all of them wait for are computed together.
 
-        rows  rows, each a dict, a file of rows, or examples that `encode` made
+        rows  rows, each a dict, a file of rows, or examples that `encode` made for this loss
+        loss  an objective: its name, or its settings such as veneer.DPO(beta=0.1). What dpo, ipo
+              and kto compare with is what the trainer started from; its values are computed here,
+              once for each answer
         """
         self._require_open()
-        if loss not in get_args(Loss):
-            raise ConfigError(f"loss is {loss!r}, not one of {', '.join(get_args(Loss))}")
-        call = SummedLoss(self._examples(rows), self._queue.compute)
+        settings = find_objective(loss)
+        examples = self._examples(rows, settings)
+        check_examples(settings, examples)
+        objective = make_objective(settings)
+        call = SummedLoss(
+            examples,
+            self._queue.compute,
+            objective,
+            name=settings.name,
+            takes_all_rows=settings.several,
+            reference=self._require_reference().of(examples) if objective.compares else None,
+            teacher_adapters=self._teacher_of(settings),
+        )
         self._gradient.add_call(call)
         return call
+
+    def _require_reference(self) -> StartReference:
+        if not self._has_reference:
+            raise ConfigError(
+                "this state holds no first values of its adapter, and the objective compares with"
+                " them",
+                next_step="Start from the adapter itself instead of resume=.",
+            )
+        return self._reference
+
+    def _teacher_of(self, objective: ObjectiveConfig) -> Applied:
+        """Returns the adapters of an objective's teacher, which is attached on first use."""
+        named = objective.teacher_adapter
+        if named not in self._teachers:
+            stored = read_adapter(Library().locate(named or ""))
+            self._teachers[named] = attach_teacher(self._base, stored)
+        return self._teachers[named]
 
     def forward_backward_custom(
         self, rows: str | Path | Iterable[Record] | Sequence[Example], loss_fn: LossFunction
@@ -161,14 +200,17 @@ class Trainer:
                  rows at once, in the same forward that the gradient flows back through
         """
         self._require_open()
-        call = CustomLoss(self._examples(rows), self._queue.compute, loss_fn)
+        examples = self._examples(rows, find_objective(CROSS_ENTROPY))
+        call = CustomLoss(examples, self._queue.compute, loss_fn)
         self._gradient.add_call(call)
         return call
 
     def _examples(
-        self, rows: str | Path | Iterable[Record] | Sequence[Example]
+        self, rows: str | Path | Iterable[Record] | Sequence[Example], objective: ObjectiveConfig
     ) -> Sequence[Example]:
-        return rows if _are_encoded(rows) else self.encode(cast(Iterable[Record], rows))
+        if _are_encoded(rows):
+            return rows
+        return self.encode(cast(Iterable[Record], rows), loss=objective)
 
     def optim_step(self, adamw: AdamW, *, divide_by: float = 1.0) -> OptimizerStep:
         """Changes the adapter by the gradient of all calls since the last step.
@@ -260,8 +302,16 @@ class Trainer:
                 "a step has begun, and its gradient is no part of a state",
                 next_step="Call optim_step first.",
             )
+        tensors: dict[str, Tensor] = optimizer.state()
+        if self._reference.start is not None:
+            tensors["start"] = self._reference.start
         state = TrainerState(
-            self._method, self._options, self.step, tuple(self._systems), optimizer.state()
+            self._method,
+            self._options,
+            self.step,
+            tuple(self._systems),
+            tensors,
+            self._reference.known,
         )
         return write_state(out, self._base, state, self.save, replace=replace)
 
@@ -274,8 +324,12 @@ class Trainer:
             VeneerError(f"trainer {self.name!r} was closed before this was computed")
         )
         self._optimizer = None
-        if self._base.attachments.get(self.name) is self.attachment:
-            self._base.detach(self.name)
+        teachers = [
+            attachment for adapters in self._teachers.values() for attachment, _ in adapters
+        ]
+        for attachment in (self.attachment, *teachers):
+            if self._base.attachments.get(attachment.name) is attachment:
+                self._base.detach(attachment.name)
 
     def __enter__(self) -> Self:
         return self
