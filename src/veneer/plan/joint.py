@@ -1,19 +1,26 @@
 """The plan of jobs that train together: memory of each and of all, and time. Units: bytes, seconds.
 
-Jobs share the base. A forward takes the rows of as many jobs as fit into memory, so there are two
-answers: what all rows at once need, and what is needed if forwards are smaller.
+Jobs share the base. A forward takes the rows of as many jobs as fit into memory. So the plan says
+what all rows at once need, what the smallest forwards need, and what a simulation of the training
+loop finds for this memory (schedule.py).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import torch
 
 from veneer.plan.ask import PlanAnswer, PlanQuestion, answer_question
 from veneer.plan.estimate import LIBRARIES_BYTES, PROCESS, Estimate
+from veneer.plan.machine import Machine, this_machine
+from veneer.plan.schedule import JobLoad, JointSchedule, simulate
 from veneer.plan.simulation.remembered import remember_idle_bytes
 from veneer.plan.simulation.step_counts import GRADIENTS, MOMENTS, STATIC, SUMS, VALUES
+from veneer.plan.simulation.tracker import Shape, Work
 from veneer.plan.table import PlanRow
 from veneer.training.budget import JobMemory, plan_jobs
 
@@ -42,8 +49,8 @@ class JointPlan:
     at_once      memory that must be free if a forward takes the rows of all jobs
     least        the same if forwards are as small as the largest job's own
     memory       of the machine; 0: unknown
-    run_seconds  time of the jobs one after another; together they take at most as long. None: the
-                 number of steps of a job is unknown
+    run_seconds  time of the jobs one after another. None: the number of steps of a job is unknown
+    schedule     how they train together; None like run_seconds, and if they do not fit
     """
 
     answer: PlanAnswer
@@ -52,6 +59,7 @@ class JointPlan:
     least: int
     memory: int
     run_seconds: float | None
+    schedule: JointSchedule | None
 
     @property
     def fits(self) -> bool | None:
@@ -69,6 +77,7 @@ class JointPlan:
                 "least_needed_memory_bytes": self.least,
                 "run_seconds_one_after_another": self.run_seconds,
                 "fits": self.fits,
+                "schedule": None if self.schedule is None else asdict(self.schedule),
             },
             "notes": self.answer.notes,
         }
@@ -83,11 +92,64 @@ def plan_together(questions: Sequence[PlanQuestion]) -> JointPlan:
     outside = max(row.estimate.needed_bytes - row.estimate.peak_bytes for row in rows)
     seconds = [row.run_seconds for row in rows]
     known = [value for value in seconds if value is not None]
+    least, memory = plan_jobs(jobs, 0).peak + outside, answers[0].memory
+    is_known = len(known) == len(seconds) and (not memory or least <= memory)
+    base = jobs[0].peak - jobs[0].step - jobs[0].optimizer + outside
+    free = memory - base if memory else None
     return JointPlan(
         answers[0],
         rows,
         at_once=plan_jobs(jobs, None).peak + outside,
-        least=plan_jobs(jobs, 0).peak + outside,
-        memory=answers[0].memory,
+        least=least,
+        memory=memory,
         run_seconds=sum(known) if len(known) == len(seconds) else None,
+        schedule=_schedule(answers[0].machine, rows, jobs, free) if is_known else None,
     )
+
+
+def _schedule(
+    machine: Machine, rows: Sequence[PlanRow], jobs: Sequence[JobMemory], free: int | None
+) -> JointSchedule:
+    """Simulates the jobs twice: to count those of a forward, then with rates of its products."""
+    loads = [_load(machine, row, memory) for row, memory in zip(rows, jobs, strict=True)]
+    shared = simulate(loads, free).shared
+    if machine.measured is not None and shared > 1:
+        work = _joint_work([row.run.work for row in rows[:shared]])
+        device, dtype = rows[0].estimate.device, getattr(torch, rows[0].dtype)
+        measured = this_machine(work, dtype, device)
+        shapes: dict[tuple[int, int], Shape] = {shape[1:]: shape for shape in work.products}
+        joint = replace(measured, rate=lambda shape: measured.rate(shapes.get(shape[1:], shape)))
+        loads = [
+            replace(load, joint_seconds=joint.seconds(row.run.work))
+            for load, row in zip(loads, rows, strict=True)
+        ]
+    return simulate(loads, free)
+
+
+def _load(machine: Machine, row: PlanRow, memory: JobMemory) -> JobLoad:
+    choice, work = row.choice, row.run.work
+    micro_batches = -(-choice.batch // choice.rows_at_once)
+    seconds = row.step_seconds / micro_batches
+    starts = machine.seconds(Work(operations=work.operations, replayed_layers=work.replayed_layers))
+    return JobLoad(
+        memory,
+        row.run.computed_tokens,
+        micro_batches,
+        row.steps or 0,
+        seconds,
+        seconds,
+        min(starts, seconds),
+        path=bool(work.replayed_layers),
+    )
+
+
+def _joint_work(works: Sequence[Work]) -> Work:
+    """Returns the products of a forward of several jobs: each with the rows of all of them."""
+    rows: Counter[tuple[int, int]] = Counter()
+    flops: Counter[tuple[int, int]] = Counter()
+    for work in works:
+        for (count, *sizes), cost in work.products.items():
+            if count and all(sizes):
+                rows[sizes[0], sizes[1]] += count
+                flops[sizes[0], sizes[1]] += cost
+    return Work(Counter({(rows[sizes], *sizes): cost for sizes, cost in flops.items()}))

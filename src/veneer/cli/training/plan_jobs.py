@@ -82,12 +82,29 @@ def _print_table(plan: JointPlan, names: Sequence[str]) -> None:
 
 
 def joint_lines(plan: JointPlan) -> list[str]:
-    """Says what the jobs need together."""
-    lines = [f"together: {size(plan.at_once)} with the rows of all jobs in one forward"]
+    """Says what the jobs need together: how many share a forward, memory, and time."""
+    count, schedule = len(plan.rows), plan.schedule
     if plan.fits is False:
-        lines.append(f"does not fit: {size(plan.least)} even in forwards of one job at a time")
-    elif plan.memory and plan.at_once > plan.memory:
-        lines.append(f"fits in smaller forwards, from {size(plan.least)} on")
+        return [
+            f"together: {size(plan.at_once)} with the rows of all jobs in one forward",
+            f"does not fit: {size(plan.least)} even in forwards of one job at a time",
+        ]
+    if schedule is None:
+        return [f"together: {size(plan.at_once)} with the rows of all jobs in one forward"]
+    waiting = count - schedule.training
+    lines = [
+        f"together: {_jobs(schedule.training)} train at the same time, up to {schedule.shared}"
+        f" share a forward{f'; {waiting} wait for memory' if waiting else ''}",
+        f"memory: at most {size(schedule.peak)}; all rows in one forward {size(plan.at_once)}, one"
+        f" job at a time {size(plan.least)}",
+    ]
     if plan.run_seconds is not None:
-        lines.append(f"one after another: {clock(plan.run_seconds)}; together at most as long")
+        lines.append(
+            f"last adapter after {clock(schedule.seconds)} in {schedule.forwards:,} forwards; one"
+            f" after another {clock(plan.run_seconds)}. Start-up and evaluations come on top"
+        )
     return lines
+
+
+def _jobs(count: int) -> str:
+    return "1 job" if count == 1 else f"{count} jobs"
