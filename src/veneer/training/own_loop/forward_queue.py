@@ -30,7 +30,6 @@ from veneer.training.optimizer.buffer import FlatParameters
 from veneer.training.optimizer.heap import steady_heap
 from veneer.training.optimizer.offload import Offload
 from veneer.training.own_loop.losses import SummedLoss
-from veneer.training.teacher import teacher_examples
 
 
 class TrainerGradient:
@@ -76,8 +75,7 @@ class TrainerGradient:
                     call.batch_loss(part),
                     call.answers(part),
                     total=1.0,
-                    teacher=teacher_examples(examples[i] for i in part),
-                    teacher_adapters=call.teacher_adapters,
+                    taught=call.taught(part),
                 )
             )
 

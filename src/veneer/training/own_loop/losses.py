@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.adapters.placement.acting import Applied
 from veneer.data.batching import RowSpans
 from veneer.data.examples import Example
 from veneer.errors import ConfigError, VeneerError
@@ -23,6 +22,8 @@ from veneer.objectives.objective import (
     Predictions,
     Values,
 )
+from veneer.training.inputs import Teacher
+from veneer.training.teacher import Taught, teacher_examples
 
 
 class SummedLoss:
@@ -42,11 +43,11 @@ class SummedLoss:
         name: str = "cross_entropy",
         takes_all_rows: bool = False,
         reference: Values | None = None,
-        teacher_adapters: Applied = (),
+        teacher: Teacher | None = None,
     ) -> None:
         self.examples, self._compute = examples, compute
         self.name, self.takes_all_rows = name, takes_all_rows
-        self.teacher_adapters, self._reference = teacher_adapters, reference
+        self._teacher, self._reference = teacher, reference
         self._objective = objective or AnswersObjective()
         self.rows = len(RowSpans.of(examples).lengths)
         own = [example for example in examples if example.kind != "teacher"]
@@ -91,6 +92,12 @@ class SummedLoss:
         if self._reference is None:
             return AnswerBatch.without_reference(examples)
         return AnswerBatch(examples, self._reference[own])
+
+    def taught(self, part: Sequence[int]) -> Taught | None:
+        """Returns the teacher of a micro-batch with the examples that it reads; None without."""
+        if self._teacher is None:
+            return None
+        return Taught(self._teacher, teacher_examples(self.examples[number] for number in part))
 
     def add(self, part: int, result: ObjectiveLoss) -> None:
         """Adds the result of one of the call's micro-batches; a later one of this number replaces

@@ -25,12 +25,18 @@ def find_objective(loss: Loss) -> AnyObjective:
         loss = classes[loss]()
     if not isinstance(loss, ObjectiveConfig):
         raise ConfigError(
-            f"loss takes a name or settings such as veneer.DPO(), and this is {kind_of(loss)}"
+            f"loss takes a name, such as cross_entropy, or settings, such as veneer.DPO(); this is"
+            f" {kind_of(loss)}"
         )
     if loss.head is not None:
         raise ConfigError(
             f"objective {loss.name} trains a score head, and a trainer's adapter has none",
             next_step="Take veneer.train(..., objective=...), or a loss of your own.",
+        )
+    if loss.teacher_base is not None:
+        raise ConfigError(
+            "a trainer's teacher is its own base, alone or with an adapter, and no other base",
+            next_step="Take veneer.train(..., objective=...) for this teacher.",
         )
     return cast(AnyObjective, loss)
 

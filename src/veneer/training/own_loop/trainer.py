@@ -29,7 +29,7 @@ from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
 from veneer.objectives.config import ObjectiveConfig
 from veneer.objectives.registry import make_objective
-from veneer.training.inputs import ForwardInputs
+from veneer.training.inputs import ForwardInputs, Teacher
 from veneer.training.optimizer.buffer import FlatAdamW, FlatParameters
 from veneer.training.own_loop.adamw import AdamW
 from veneer.training.own_loop.forward_queue import ForwardQueue, TrainerGradient
@@ -167,7 +167,7 @@ class Trainer:
             name=settings.name,
             takes_all_rows=settings.several,
             reference=self._require_reference().of(examples) if objective.compares else None,
-            teacher_adapters=self._teacher_of(settings),
+            teacher=self._teacher_of(settings) if objective.has_teacher else None,
         )
         self._gradient.add_call(call)
         return call
@@ -181,13 +181,13 @@ class Trainer:
             )
         return self._reference
 
-    def _teacher_of(self, objective: ObjectiveConfig) -> Applied:
-        """Returns the adapters of an objective's teacher, which is attached on first use."""
+    def _teacher_of(self, objective: ObjectiveConfig) -> Teacher:
+        """Returns the teacher of an objective; its adapter is attached on first use."""
         named = objective.teacher_adapter
         if named not in self._teachers:
             stored = read_adapter(Library().locate(named or ""))
             self._teachers[named] = attach_teacher(self._base, stored)
-        return self._teachers[named]
+        return Teacher(replace(self._gradient.forward, adapters=self._teachers[named]))
 
     def forward_backward_custom(
         self, rows: str | Path | Iterable[Record] | Sequence[Example], loss_fn: LossFunction
