@@ -22,6 +22,7 @@ from veneer.comparison.comparison import run_comparison
 from veneer.comparison.jobs import JobExecutor
 from veneer.comparison.local import LocalExecutor
 from veneer.comparison.plan import DEFAULT_STEPS, Candidate, Comparison, prepare_rows
+from veneer.data.activation import checked_for
 from veneer.data.checks.check import refuse_beyond
 from veneer.data.examples import Example, Row, RowRef, prompt_key
 from veneer.data.files.writing import Record
@@ -132,9 +133,10 @@ def check_data(
     validation: str | None = None,
     variables: Mapping[str, Any] | None = None,
     columns: Mapping[str, str | None] | None = None,
+    activation: str = "",
 ) -> tuple[DataSet, Any]:
     """Reads and encodes the rows to train on and to hold out; returns them with their report, and
-    the tokenizer. Loads no weights."""
+    the tokenizer. Loads no weights. activation: of the adapter (method.activation)"""
     tokenizer, config = load_tokenizer(base)
     fields = DataConfig.of(
         {
@@ -153,7 +155,7 @@ def check_data(
         tokenizer=tokenizer,
         preamble=Preamble(variables=variables or {}),
     )
-    return data_set, tokenizer
+    return checked_for(data_set, activation, tokenizer), tokenizer
 
 
 def evaluate(
@@ -323,7 +325,7 @@ def _nats(base: FrozenBase, batch: int) -> Nats:
 
     def nats(examples: Sequence[Example]) -> Counts:
         refuse_beyond("this cannot be computed", examples, capacity, tokenizer)
-        return example_nats(base.model, paths, examples, batch=batch)
+        return example_nats(base.model, paths, examples, batch=batch, routing=base.routing)
 
     return nats
 

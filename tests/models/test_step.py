@@ -60,7 +60,11 @@ def loss_and_gradients(model, paths, routing, attachment, examples, *, share=Tru
     size = len(examples) // parts
     for start in range(0, len(examples), size):
         batch = make_batch(
-            examples[start : start + size], packed=paths.packed, share_prompt=share, device=CPU
+            examples[start : start + size],
+            packed=paths.packed,
+            share_prompt=share,
+            device=CPU,
+            invocation=attachment.invocation,
         )
         part = batch_loss(model, paths, routing, batch, total=total)
         part.backward()

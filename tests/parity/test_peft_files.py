@@ -49,6 +49,10 @@ ROWS = {
     "rslora": Row(
         ours={"rslora": True}, theirs={"use_rslora": True, "target_modules": "all-linear"}
     ),
+    "activation": Row(  # the second row of IDS lacks it
+        ours={"activation": [17, 99]},
+        theirs={"alora_invocation_tokens": [17, 99], "target_modules": "all-linear"},
+    ),
     "list": Row(
         ours={"targets": ["q_proj", "down_proj"]},
         theirs={"target_modules": ["q_proj", "down_proj"]},

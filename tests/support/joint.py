@@ -68,6 +68,11 @@ JOBS = {
     "dora": {"method": {"name": "dora", "rank": 2, "dropout": 0.2}, "schedule": "linear"},
     "bottleneck": {"method": {"name": "bottleneck", "size": 4}, "order": "shuffled", "steps": 3},
     "prefix": {"method": {"name": "prefix", "tokens": 3}, "rows": "others", "batch": 2},
+    "activation": {
+        "method": {"name": "lora", "rank": 3, "alpha": 5, "activation": "rows "},
+        "batch": 4,
+        "steps": 5,
+    },
     "exact": {"reduce": "exact", "batch": 4, "learning_rate": 0.003},
 }
 

@@ -4,12 +4,13 @@ Wrapping a module changes no output bit. After the last adapter is detached, the
 original modules again.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from veneer.adapters.combinations import refuse_beside_activation
 from veneer.adapters.config import AdapterConfig, Bottleneck, DoRA, LoRA, Prefix
 from veneer.adapters.methods.bottleneck import build_bottleneck
 from veneer.adapters.methods.low_rank import build_dora, build_lora
@@ -42,6 +43,7 @@ def attach(
     head: nn.Module | None,
     tokens: AddedTokens | None = None,
     score: ScoreHead | None = None,
+    invocation: Sequence[int] = (),
     seed: int = 0,
     values_follow: bool = False,
     read_past: Collection[str] | None = None,
@@ -52,6 +54,7 @@ def attach(
     head           the output head; all-linear leaves it out
     tokens         new tokens of the adapter
     score          its own head, if it classifies
+    invocation     token ids of its activation, if its settings have a text; (): their ids, or none
     values_follow  the caller sets every trained value before the first forward, so none is drawn
     read_past      weights that the model reads without calling their module (placement/reads.py);
                    None: found by a forward where it matters
@@ -67,7 +70,8 @@ def attach(
                 f"an adapter named {name!r} is attached already",
                 next_step="Detach it or take another name.",
             )
-        attachment = Attachment(name, config, score=score)
+        stated = () if isinstance(config.acts_from, str) else config.acts_from
+        attachment = Attachment(name, config, score=score, invocation=tuple(invocation or stated))
         site = Site(
             model=model,
             modules=plain_modules(model),
@@ -83,6 +87,7 @@ def attach(
             _BUILDERS[type(config)](site, config)
             if tokens is not None:
                 put_tokens(site, tokens, model.get_input_embeddings())  # type: ignore[operator]
+            refuse_beside_activation(name, attachment.contents)
         except BaseException:
             unwrap(model)
             raise

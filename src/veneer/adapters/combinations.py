@@ -22,6 +22,7 @@ class Content:
     combines  can become part of an adapter made of several (veneer adapters combine, or training
               from a sum)
     answers   a base with it generates text and scores answers
+    alone     no other adapter acts beside it
     instead   next step in the error of a content that the operation does not take
     """
 
@@ -30,6 +31,7 @@ class Content:
     merges: bool = True
     combines: bool = False
     answers: bool = True
+    alone: bool = False
     instead: str = (
         "Merge it into its base (veneer merge); veneer extract then makes a plain LoRA of the"
         " difference."
@@ -73,7 +75,28 @@ HEAD = Content(
         " v1/classify of veneer serve; PEFT and transformers read its folder as it is."
     ),
 )
-CONTENTS = (UPDATE, MODULES, BIASES, OFFSETS, MAGNITUDES, BOTTLENECKS, PREFIX, TOKENS, HEAD)
+ACTIVATION = Content(
+    "an activation",
+    adds_up=False,
+    merges=False,
+    alone=True,
+    instead=(
+        "It acts from its activation on, and a merged weight acts on all tokens: use it beside its"
+        " base (--adapter), or train lora without activation."
+    ),
+)
+CONTENTS = (
+    UPDATE,
+    MODULES,
+    BIASES,
+    OFFSETS,
+    MAGNITUDES,
+    BOTTLENECKS,
+    PREFIX,
+    TOKENS,
+    HEAD,
+    ACTIVATION,
+)
 """The rows of the table in docs/format.md."""
 
 Holding = tuple[str, Collection[Content]]
@@ -84,12 +107,36 @@ def refuse_sum(acting: Sequence[tuple[str, Collection[Content], float]]) -> None
     """Raises ConfigError if these adapters (name, contents, weight) cannot act together."""
     for content in CONTENTS:
         holders = [(name, weight) for name, contents, weight in acting if content in contents]
-        if content.adds_up or not holders or (len(holders) == 1 and holders[0][1] == 1.0):
+        if content.adds_up or not holders:
+            continue
+        if content.alone and len(acting) > 1:
+            raise ConfigError(
+                f"an adapter with {content.name} acts alone",
+                [f"{name}: weight {weight:g}" for name, _, weight in acting],
+                f"Name {holders[0][0]} alone, with weight 1.",
+            )
+        if len(holders) == 1 and holders[0][1] == 1.0:
             continue
         raise ConfigError(
             f"one adapter with {content.name} may act, and with weight 1",
             [f"{name}: weight {weight:g}" for name, weight in holders],
             "Name one of them, with weight 1; adapters with other contents may act beside it.",
+        )
+
+
+def beside_activation(contents: Collection[Content]) -> list[str]:
+    """Names the contents that act on all tokens, which an adapter with an activation cannot
+    have."""
+    return [content.name for content in contents if content not in (UPDATE, OFFSETS, ACTIVATION)]
+
+
+def refuse_beside_activation(name: str, contents: Collection[Content]) -> None:
+    """Raises ConfigError for an adapter with an activation and contents that act on all tokens."""
+    if ACTIVATION in contents and (others := beside_activation(contents)):
+        raise ConfigError(
+            f"{name} acts from its activation on, and some of its contents would act on all tokens",
+            others,
+            "Leave activation out, or train the others as an adapter of their own.",
         )
 
 

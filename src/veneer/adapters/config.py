@@ -6,7 +6,7 @@ Liu et al. 2024, arXiv:2402.09353; LoRA+, Hayou et al. 2024, arXiv:2402.12354; p
 Liang 2021, arXiv:2101.00190.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -24,6 +24,7 @@ from veneer.bounds import (
     RATIO,
     SCALING,
     SHARE,
+    TOKEN,
     WIDTH,
 )
 from veneer.files.settings import StrictSettings
@@ -94,6 +95,12 @@ class MethodConfig(StrictSettings):
     def keeps_values(self) -> bool:
         """Whether some of its values stay as they start."""
         return False
+
+    @property
+    def acts_from(self) -> str | Sequence[int]:
+        """Returns the text, or its token ids, from which on an adapter acts; empty: it acts on all
+        tokens."""
+        return ""
 
     @property
     def two_factors(self) -> bool:
@@ -220,10 +227,30 @@ class LoRA(LowRank):
     svd_iterations: Annotated[int, POWER_ITERATIONS] | None = None
     """With init pissa: power iterations of a fast randomised SVD, for instance 16; default: the
     exact SVD."""
+    activation: str | list[Annotated[int, TOKEN]] = ""
+    """Text (or its token ids) from which on the adapter acts: aLoRA, as PEFT's
+    alora_invocation_tokens. Tokens before its last occurrence in the prompt are the base's, so
+    adapters share their keys and values. Empty: the adapter acts on all tokens. Linear layers
+    only."""
+
+    @model_validator(mode="after")
+    def _acts_after_activation(self) -> "LoRA":
+        if self.activation:
+            faults = combinations.beside_activation(self.contents)
+            if self.init == "loftq":
+                faults.append("init: loftq corrects the base, which acts alone before the text")
+            if faults:
+                raise ValueError(f"activation does not go with {', '.join(faults)}")
+        return self
+
+    @property
+    def acts_from(self) -> str | Sequence[int]:
+        return self.activation
 
     @property
     def contents(self) -> tuple[Content, ...]:
-        return *super().contents, *((combinations.OFFSETS,) if self.lora_bias else ())
+        offsets = (combinations.OFFSETS,) if self.lora_bias else ()
+        return *super().contents, *offsets, *((combinations.ACTIVATION,) if self.activation else ())
 
     @property
     def share_of_rate(self) -> float:

@@ -15,9 +15,11 @@ import re
 import tomllib
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from veneer.cli.common import add_json, print_json
 from veneer.errors import ConfigError
+from veneer.vocabulary import KeyPath
 
 FIELDS = {"title": "", "cause": "why", "way": "how to fix", "example": "for instance"}
 """Fields of every code, and their labels on the screen."""
@@ -94,17 +96,24 @@ def load_settings() -> dict[str, dict[str, str]]:
     from veneer.objectives.config import OBJECTIVES
 
     entries: dict[str, dict[str, str]] = {}
+    kinds: dict[KeyPath, Any] = {}
     for method in METHODS:
         for path in list_setting_paths(method):
             entry = entries.setdefault(".".join(path), {"meaning": "", "methods": ""})
             if path[0] == "method" and path[1] != "name":
-                entry["meaning"] = entry["meaning"] or description_at(METHODS[method], path[1:])
+                meaning = description_at(METHODS[method], path[1:])
+                kind = METHODS[method].model_fields[path[1]].annotation
+                if kinds.setdefault(path, kind) != kind:  # another setting of the same name
+                    entry["meaning"] += f" Of {method}: {meaning}"
+                entry["meaning"] = entry["meaning"] or meaning
                 entry["methods"] = f"{entry['methods']}, {method}".removeprefix(", ")
             else:
                 entry["meaning"] = describe_setting(path)
             if path[0] == "objective" and path[1] != "name":
-                kinds = OBJECTIVES.items()
-                entry["methods"] = ", ".join(n for n, kind in kinds if path[1] in kind.model_fields)
+                objectives = OBJECTIVES.items()
+                entry["methods"] = ", ".join(
+                    n for n, kind in objectives if path[1] in kind.model_fields
+                )
     order = {path: number for number, path in enumerate(map(".".join, list_setting_paths()))}
     return dict(sorted(entries.items(), key=lambda item: order.get(item[0], order["method.init"])))
 

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from veneer.data.activation import example_start
 from veneer.data.examples import Example
 from veneer.data.files.on_disk import StoredExamples, keys_of, lengths_of, row_numbers_of
 from veneer.data.mixture import Mixture
@@ -38,6 +39,8 @@ class Batch:
     targets          (T) the tokens they predict
     dropout_rows     (N or B*L) int64 keys (prefix_keys)
     group_rows       rows of each group, of the N or B*L; the rest is filler
+    active           rows of the N or B*L on which an adapter with an activation acts
+                     (data/activation.py), in order; None: adapters act on all rows
     """
 
     ids: Tensor
@@ -51,6 +54,7 @@ class Batch:
     tokens: int
     """Real tokens of the rows; a shared prompt counts for every row."""
     examples: list[Example]
+    active: tuple[slice, ...] | None = None
 
     @property
     def trained_tokens(self) -> int:
@@ -87,16 +91,19 @@ def _splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
-def shared_prompt(examples: Sequence[Example]) -> int:
+def shared_prompt(examples: Sequence[Example], starts: Sequence[int] = ()) -> int:
     """Counts the tokens that all examples begin with.
 
-    Every trained token must still be predicted from a row of its own.
+    Every trained token must still be predicted from a row of its own. starts: first token of each
+    example on which its adapter acts; the adapter acts on the same shared tokens of all.
     """
     limit = min(int(np.flatnonzero(e.trained)[0]) - 1 for e in examples)
     first = examples[0].ids
     for example in examples[1:]:
         different = np.flatnonzero(first[:limit] != example.ids[:limit])
         limit = int(different[0]) if len(different) else limit
+    if len(set(starts)) > 1:
+        limit = min(limit, *starts)
     return max(limit, 0) if len(examples) > 1 else 0
 
 
@@ -187,15 +194,30 @@ def equal_neighbours(examples: Sequence[Example]) -> list[int]:
 
 
 def make_batch(
-    examples: Sequence[Example], *, packed: bool, share_prompt: bool, device: torch.device
+    examples: Sequence[Example],
+    *,
+    packed: bool,
+    share_prompt: bool,
+    device: torch.device,
+    invocation: Sequence[int] = (),
 ) -> Batch:
-    """Builds a batch. Every example must hold at least one trained token, as load_data ensures."""
+    """Builds a batch. Every example must hold at least one trained token, as load_data ensures.
+
+    invocation: tokens from which on the batch's adapter acts; empty: on all
+    """
     groups = best_groups(examples) if packed and share_prompt else [examples]
-    return make_groups(groups, packed=packed, share_prompt=share_prompt, device=device)
+    return make_groups(
+        groups, packed=packed, share_prompt=share_prompt, device=device, invocation=invocation
+    )
 
 
 def make_groups(
-    groups: Sequence[Sequence[Example]], *, packed: bool, share_prompt: bool, device: torch.device
+    groups: Sequence[Sequence[Example]],
+    *,
+    packed: bool,
+    share_prompt: bool,
+    device: torch.device,
+    invocation: Sequence[int] = (),
 ) -> Batch:
     """Builds a batch of groups, none empty. Prompts are only shared within a group."""
     examples = [example for group in groups for example in group]
@@ -205,11 +227,14 @@ def make_groups(
     layout_groups: list[Group] = []
     for group in groups:
         before = builder.count
-        prompt = shared_prompt(group) if packed and share_prompt else 0
+        starts = [example_start(example, invocation) for example in group]
+        prompt = shared_prompt(group, starts) if packed and share_prompt else 0
         if prompt:
+            builder.add_active(starts[0], prompt)
             builder.add(group[0].ids[:prompt], 0, prefix_keys(group[0].ids[:prompt]))
         lengths = [used_length(example) for example in group]
-        for example, length in zip(group, lengths, strict=True):
+        for example, length, start in zip(group, lengths, starts, strict=True):
+            builder.add_active(max(start - prompt, 0), length - prompt)
             row, keys = np.zeros((2, (length if packed else longest) - prompt), dtype=np.int64)
             row[: length - prompt] = example.ids[prompt:length]
             keys[: length - prompt] = prefix_keys(example.ids[:length])[prompt:]
@@ -242,6 +267,7 @@ def make_groups(
         group_rows=tuple(sizes),
         tokens=sum(len(e.ids) for e in examples),
         examples=examples,
+        active=tuple(builder.active) if invocation else None,
     )
 
 
@@ -254,7 +280,13 @@ class _BatchBuilder:
     keys: list[Any] = field(default_factory=list)
     loss_rows: list[Any] = field(default_factory=list)
     targets: list[Any] = field(default_factory=list)
+    active: list[slice] = field(default_factory=list)
     count: int = 0
+
+    def add_active(self, start: int, stop: int) -> None:
+        """Marks the tokens of the document that `add` appends next on which its adapter acts."""
+        if start < stop:
+            self.active.append(slice(self.count + start, self.count + stop))
 
     def add(self, ids: Any, start: int | None, keys: Any) -> None:
         """Appends the tokens of one document from position `start` on. None: filler, all at 0."""

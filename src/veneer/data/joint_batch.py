@@ -48,10 +48,15 @@ def _joined(
     layout: BatchLayout | None,
     mask: Tensor | None,
 ) -> Batch:
-    loss_rows, start = [], 0
+    loss_rows: list[Tensor] = []
+    active: list[slice] = []
+    start = 0
     for batch in batches:
         loss_rows.append(batch.loss_rows + start)
-        start += batch.ids.numel()
+        rows = batch.ids.numel()
+        runs = (slice(0, rows),) if batch.active is None else batch.active
+        active += [slice(start + run.start, start + run.stop) for run in runs]
+        start += rows
     return Batch(
         ids=ids,
         positions=positions,
@@ -63,6 +68,7 @@ def _joined(
         group_rows=tuple(rows for batch in batches for rows in batch.group_rows),
         tokens=sum(batch.tokens for batch in batches),
         examples=[example for batch in batches for example in batch.examples],
+        active=tuple(active) if any(batch.active is not None for batch in batches) else None,
     )
 
 
@@ -72,6 +78,10 @@ def _widened(batch: Batch, longest: int) -> Batch:
     missing = (0, longest - length)
     assert batch.mask is not None
     row, column = batch.loss_rows // length, batch.loss_rows % length
+    active = [
+        slice(start := run.start // length * longest + run.start % length, start + _size(run))
+        for run in batch.active or ()
+    ]
     return replace(
         batch,
         ids=F.pad(batch.ids, missing),
@@ -80,7 +90,12 @@ def _widened(batch: Batch, longest: int) -> Batch:
         loss_rows=row * longest + column,
         dropout_rows=F.pad(batch.dropout_rows.view(count, length), missing).flatten(),
         group_rows=(count * longest,),
+        active=None if batch.active is None else tuple(active),
     )
+
+
+def _size(run: slice) -> int:
+    return int(run.stop - run.start)
 
 
 def _with_rows(batch: Batch, count: int) -> Batch:

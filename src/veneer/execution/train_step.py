@@ -343,9 +343,9 @@ def _path_within(path: str, layer: nn.Module, name: str, stand_ins: Mapping[str,
 def fits_one_node(adapter: Attachment) -> bool:
     """Whether a decoder layer in which this adapter acts is computed as one node, where others are.
 
-    It must be updates of two factors alone, of ranks that the kernels take.
+    It must be updates of two factors alone, on all rows, of ranks that the kernels take.
     """
-    if not adapter.config.two_factors or adapter.replaced:
+    if not adapter.config.two_factors or adapter.replaced or adapter.config.acts_from:
         return False
     factors = (layer.parts().get("A") for layer in adapter.layers.values())
     return all(A is None or len(A) <= MOST_RANK for A in factors)

@@ -20,7 +20,7 @@ from pydantic import JsonValue
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from veneer.adapters.combinations import HEAD, PREFIX, TOKENS, Content
+from veneer.adapters.combinations import ACTIVATION, HEAD, PREFIX, TOKENS, Content
 from veneer.adapters.config import AdapterConfig
 from veneer.adapters.labels import HeadSettings
 from veneer.adapters.placement.attachment import Attachment
@@ -308,10 +308,12 @@ class AdapterSummary:
 
     places    number of positions of its prefix, in front of every text
     contents  kinds of contents that only one active adapter may have
+    invocation  token ids from which on it acts; empty: it acts on all tokens
     """
 
     places: int = 0
     contents: tuple[Content, ...] = ()
+    invocation: tuple[int, ...] = ()
 
 
 def read_summary(folder: Path) -> AdapterSummary:
@@ -319,7 +321,8 @@ def read_summary(folder: Path) -> AdapterSummary:
     stored, _, file, tokens, _ = read_settings(folder)
     contents = ((PREFIX,) if file.prefix_length else ()) + ((TOKENS,) if tokens is not None else ())
     contents += (HEAD,) if has_head(stored) else ()
-    return AdapterSummary(file.prefix_length, contents)
+    contents += (ACTIVATION,) if file.invocation else ()
+    return AdapterSummary(file.prefix_length, contents, file.invocation)
 
 
 def read_settings(

@@ -73,6 +73,10 @@ class BottleneckFile:
     def prefix_length(self) -> int:
         return 0
 
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        return ()
+
     def settings(self, tensors: Mapping[str, Tensor]) -> Bottleneck:
         if not any(name.endswith(_ENDINGS["down"]) for name in tensors):
             raise CorruptFileError(

@@ -47,6 +47,10 @@ class FileSettings(Protocol):
     def prefix_length(self) -> int:
         """Returns the number of positions of its prefix, in front of every text."""
 
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """Returns the token ids from which on it acts; empty: it acts on all tokens."""
+
     def settings(self, tensors: Mapping[str, Tensor]) -> AdapterConfig:
         """Returns the settings in Veneer's terms, without a model. tensors: of the file, by bare
         names

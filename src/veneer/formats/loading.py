@@ -100,6 +100,7 @@ def load_adapter(
         head=head,
         tokens=added_tokens,
         score=score,
+        invocation=stored.file.invocation,
         values_follow=True,
         read_past=base.read_past,
     )

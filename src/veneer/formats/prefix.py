@@ -81,6 +81,10 @@ class PrefixFile:
     def prefix_length(self) -> int:
         return self.peft.num_virtual_tokens
 
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        return ()
+
     def settings(self, tensors: Mapping[str, Tensor]) -> Prefix:
         if PART not in tensors:
             raise CorruptFileError(

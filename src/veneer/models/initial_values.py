@@ -9,6 +9,7 @@ from veneer.adapters.labels import HeadSettings
 from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.reads import refused_by_peft
 from veneer.adapters.placement.token_rows import AddedTokens
+from veneer.data.activation import invocation_tokens
 from veneer.data.examples import Example
 from veneer.models.eva_loftq import start_lora
 from veneer.models.frozen_base import FrozenBase
@@ -68,6 +69,7 @@ def begin(
         head=head,
         tokens=tokens,
         score=None if score is None else fresh_head(base, score),
+        invocation=invocation_tokens(config, base.tokenizer),
         seed=seed,
         read_past=base.read_past,
         idle=paths.idle,
@@ -78,6 +80,9 @@ def begin(
         base.detach(name)
         raise
     lines = [*([] if line is None else [line]), *_refused_by_peft(base, attachment)]
+    if attachment.invocation:
+        count = len(attachment.invocation)
+        lines.append(f"acts from its activation on ({count:,} tokens): before it the base computes")
     if tokens is not None:
         lines.append(f"{len(tokens.ids):,} new tokens: only their rows of the vocabulary train")
     if score is not None:

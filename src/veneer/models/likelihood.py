@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from veneer.adapters.placement.acting import invocation_of
+from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import Batch, by_length, make_batch
 from veneer.data.examples import Example
 from veneer.execution.attention import hidden_states
@@ -20,7 +22,8 @@ from veneer.execution.proofs.model import acting_prefix_length
 from veneer.kernels.dense.loss import CHUNK
 from veneer.kernels.layout import round_up
 from veneer.kernels.wide import wide
-from veneer.models.step import ComputePaths, loss_head, whole_logits
+from veneer.models.loss_head import loss_head
+from veneer.models.step import ComputePaths, whole_logits, within_batch
 
 SHORT_TOKENS = 8192
 """Most tokens of short examples in one batch, whatever `batch` says."""
@@ -28,14 +31,22 @@ SHORT_TOKENS = 8192
 
 @torch.no_grad()
 def example_nats(
-    model: PreTrainedModel, paths: ComputePaths, examples: Sequence[Example], *, batch: int
+    model: PreTrainedModel,
+    paths: ComputePaths,
+    examples: Sequence[Example],
+    *,
+    batch: int,
+    routing: Routing | None = None,
 ) -> NDArray[np.float64]:
     """Returns the summed nats of each example's trained tokens, and their number, (N, 2).
 
+    routing: of the adapters that act; None: none acts
     batch   examples per forward, of similar length; more if they are short. Results do not depend
             on it.
     """
     results = np.zeros((len(examples), 2))
+    routing = Routing() if routing is None else routing
+    invocation = invocation_of(routing.acting.whole or ())
     longest = max((len(e.ids) for e in examples), default=1)
     batch = max(batch, SHORT_TOKENS // longest)
     for rows in by_length(examples, batch):
@@ -46,25 +57,29 @@ def example_nats(
                 packed=paths.packed,
                 share_prompt=True,
                 device=model.device,
+                invocation=invocation,
             )
             counts = [examples[i].trained_tokens for i in numbers]
             sums = [
                 float(part.sum())
-                for part in token_nats(model, paths, packed_batch).cpu().split(counts)
+                for part in token_nats(model, paths, routing, packed_batch).cpu().split(counts)
             ]
             results[numbers] = np.stack([sums, counts], axis=1)
     return results
 
 
-def token_nats(model: PreTrainedModel, paths: ComputePaths, batch: Batch) -> Tensor:
+def token_nats(
+    model: PreTrainedModel, paths: ComputePaths, routing: Routing, batch: Batch
+) -> Tensor:
     """Returns -log p of every target of the batch, (T) float64.
 
     The values are on the CPU if the device has no float64.
     """
-    if paths.head_reason is not None:
-        return _nats(whole_logits(model, batch), batch.targets)
-    rows = hidden_states(model, batch).index_select(0, batch.loss_rows)
-    head = loss_head(model, paths)
+    with within_batch(routing, batch):
+        if paths.head_reason is not None:
+            return _nats(whole_logits(model, batch), batch.targets)
+        rows = hidden_states(model, batch).index_select(0, batch.loss_rows)
+    head = loss_head(model, paths.scale, paths.softcap)
     parts = []
     for start in range(0, len(rows), CHUNK):
         chunk, targets = rows[start : start + CHUNK], batch.targets[start : start + CHUNK]

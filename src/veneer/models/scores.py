@@ -68,7 +68,14 @@ def join_requests(
     The caller ensures that the paths allow these lengths in one forward (paths.together).
     """
     batches = [
-        batch_of(model, paths, request.examples, range(len(request.examples)), share_prompt=True)
+        batch_of(
+            model,
+            paths,
+            request.examples,
+            range(len(request.examples)),
+            share_prompt=True,
+            adapters=request.adapters,
+        )
         for request in requests
     ]
     batch, rows = join_batches(batches)

@@ -13,7 +13,7 @@ logits. That is slower but never wrong, and `ComputePaths.lines` says why.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,10 +21,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from veneer.adapters.methods.new_tokens import ExtendedHead
-from veneer.adapters.placement.acting import Acting, Applied, in_turn, score_head_of
+from veneer.adapters.placement.acting import Acting, Applied, in_turn, invocation_of, score_head_of
 from veneer.adapters.placement.routing import Routing
-from veneer.adapters.placement.wrapping import AdaptedModule, unwrapped
 from veneer.data.batching import Batch, make_batch, used_length
 from veneer.data.examples import Example
 from veneer.errors import RefusedError
@@ -37,8 +35,9 @@ from veneer.execution.proofs.model import (
     takes_packing,
 )
 from veneer.execution.switches import RopeSwitches, forget_lengths, sides, switches
-from veneer.kernels.dense.loss import Head, TrainedHeadRows, head_nats
+from veneer.kernels.dense.loss import Head, head_nats
 from veneer.models.left_out import left_out
+from veneer.models.loss_head import AdaptedHead, loss_head
 from veneer.models.predictions import HeadPredictions, LogitPredictions, ScorePredictions
 from veneer.objectives.objective import ObjectiveLoss, Predictions
 
@@ -175,8 +174,10 @@ def predictions(
 ) -> Predictions:
     """Runs the model on a batch; returns its predictions of the batch's targets."""
     if paths.head_reason is not None:
-        return LogitPredictions(whole_logits(model, batch), batch.targets)
-    rows, linear = _predicting(model, paths, routing, hidden_states(model, batch), batch.loss_rows)
+        return LogitPredictions(_logits(model, routing, batch), batch.targets)
+    rows, linear = _predicting(
+        model, paths, routing, _states(model, routing, batch), batch.loss_rows
+    )
     return _head_predictions(rows, batch.targets, linear)
 
 
@@ -221,8 +222,9 @@ def predictions_of_runs(
     rows_of_runs, targets = batch.loss_rows.split(counts), batch.targets.split(counts)
     scores = [score_head_of(adapters) for adapters, _ in runs]
     by_logits = [paths.head_reason is not None and score is None for score in scores]
-    logits = whole_logits(model, batch).split(counts) if any(by_logits) else ()
-    states, keys = None if all(by_logits) else hidden_states(model, batch), routing.acting.keys
+    logits = _logits(model, routing, batch).split(counts) if any(by_logits) else ()
+    states = None if all(by_logits) else _states(model, routing, batch)
+    keys = routing.acting.keys
     for number, (adapters, _) in enumerate(runs):
         loss_rows, chosen, score = rows_of_runs[number], targets[number], scores[number]
         if states is None or by_logits[number]:
@@ -236,7 +238,7 @@ def predictions_of_runs(
 
 
 def _head_predictions(rows: Tensor, targets: Tensor, linear: Head) -> HeadPredictions:
-    return HeadPredictions(rows, targets, linear, adapted=isinstance(linear, _AdaptedHead))
+    return HeadPredictions(rows, targets, linear, adapted=isinstance(linear, AdaptedHead))
 
 
 @torch.no_grad()
@@ -252,11 +254,13 @@ def token_losses(
     likeliest: (T) int64, filled with the likeliest token in each target's place
     """
     if paths.head_reason is not None:
-        logits = whole_logits(model, batch)
+        logits = _logits(model, routing, batch)
         if likeliest is not None:
             likeliest.copy_(logits.argmax(dim=-1))
         return LogitPredictions(logits, batch.targets).nats()
-    rows, linear = _predicting(model, paths, routing, hidden_states(model, batch), batch.loss_rows)
+    rows, linear = _predicting(
+        model, paths, routing, _states(model, routing, batch), batch.loss_rows
+    )
     return head_nats(rows, batch.targets, linear, likeliest)
 
 
@@ -267,10 +271,31 @@ def _predicting(
 
     states: (N, D) of all rows
     """
-    rows, linear = states.index_select(0, loss_rows), loss_head(model, paths)
-    if isinstance(linear, _AdaptedHead):
+    rows, linear = states.index_select(0, loss_rows), loss_head(model, paths.scale, paths.softcap)
+    if isinstance(linear, AdaptedHead):
         linear = replace(linear, rows=routing.acting.select(loss_rows))
     return rows, linear
+
+
+def _states(model: PreTrainedModel, routing: Routing, batch: Batch) -> Tensor:
+    """(rows of the batch, D) last hidden states, with the adapters of each row."""
+    with within_batch(routing, batch):
+        return hidden_states(model, batch)
+
+
+def _logits(model: PreTrainedModel, routing: Routing, batch: Batch) -> Tensor:
+    """`whole_logits` with the adapters of each row."""
+    with within_batch(routing, batch):
+        return whole_logits(model, batch)
+
+
+def within_batch(routing: Routing, batch: Batch) -> AbstractContextManager[None]:
+    """Within the block, adapters with an activation act on the batch's active rows alone."""
+    acting = routing.acting
+    if batch.active is not None:
+        return routing.held(acting.within(batch.active, batch.ids.numel()))
+    assert not any(adapter.invocation for adapter in acting.adapters), "made without an activation"
+    return nullcontext()
 
 
 def acting_on(batch: Batch, adapters: Sequence[Applied]) -> Acting:
@@ -278,65 +303,6 @@ def acting_on(batch: Batch, adapters: Sequence[Applied]) -> Acting:
     the last."""
     filler = batch.ids.numel() - sum(batch.group_rows)
     return in_turn(list(zip(batch.group_rows, adapters, strict=True))).padded(filler)
-
-
-def loss_head(model: PreTrainedModel, paths: ComputePaths) -> Head:
-    """Returns the output head for the loss: its weights, or its wrapper if an adapter acts on
-    it."""
-    head: Any = model.get_output_embeddings()
-    plain: Any = unwrapped(head)
-    plain_head = Head(plain.weight, plain.bias, paths.scale, paths.softcap)
-    if not isinstance(head, AdaptedModule):
-        return plain_head
-    acting = head.routing.acting
-    wrappers = [
-        wrapper
-        for wrapper in _wrappers(head)
-        if any(wrapper.concerned(part.adapters) for part in acting.parts)
-    ]
-    if not wrappers:
-        return plain_head
-    if acting.whole is not None and [type(wrapper) for wrapper in wrappers] == [ExtendedHead]:
-        tokens = wrappers[0].token_rows_of(acting.whole)
-        bias = None if plain.bias is None else tokens.of_bias(plain.bias)
-        return replace(
-            plain_head, beside=TrainedHeadRows(tokens.rows, tokens.at, bias), columns=tokens.end
-        )
-    weight: Any = head.weight
-    return _AdaptedHead(weight, None, paths.scale, paths.softcap, module=head, rows=acting)
-
-
-def _wrappers(head: AdaptedModule) -> Iterator[Any]:
-    """Yields the wrappers of a head, the outermost first."""
-    module: Any = head
-    while isinstance(module, AdaptedModule):
-        yield module
-        module = module.base
-
-
-@dataclass(frozen=True)
-class _AdaptedHead(Head):
-    """A head with adapters: its wrapper computes the logits. rows: what acts on its input rows."""
-
-    module: AdaptedModule = field(kw_only=True)
-    rows: Acting = field(kw_only=True)
-
-    def of(self, rows: slice) -> "Head":
-        return replace(self, rows=self.rows.between(rows))
-
-    def logits_into(self, out: Tensor, h: Tensor) -> Tensor:
-        return self.logits(h)
-
-    def logits(self, h: Tensor) -> Tensor:
-        # Rows behind those of the adapters fill up the chunk; their logits are not read.
-        filler = 0 if self.rows.rows is None else len(h) - self.rows.rows
-        with self.module.routing.held(self.rows.padded(filler)):
-            z = self.module(h)
-        z = z if self.scale == 1.0 else z * self.scale
-        if self.softcap is None:
-            return z
-        unknown = z == float("-inf")  # new tokens of other adapters
-        return (torch.tanh(z / self.softcap) * self.softcap).masked_fill(unknown, float("-inf"))
 
 
 def whole_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -368,11 +334,15 @@ def batch_of(
     part: Sequence[int],
     *,
     share_prompt: bool,
+    adapters: Applied = (),
 ) -> Batch:
-    """Returns the batch of a part, on the model's device."""
-    device = next(model.parameters()).device
+    """Returns the batch of a part, on the model's device. adapters: that act on it"""
     return make_batch(
-        [examples[i] for i in part], packed=paths.packed, share_prompt=share_prompt, device=device
+        [examples[i] for i in part],
+        packed=paths.packed,
+        share_prompt=share_prompt,
+        device=next(model.parameters()).device,
+        invocation=invocation_of(adapters),
     )
 
 
@@ -384,7 +354,11 @@ def part_nats(
     parts: Sequence[Sequence[int]],
 ) -> list[list[float]]:
     """Returns the summed nats (float64) of the trained tokens of each example, part by part."""
-    batches = (batch_of(model, paths, examples, part, share_prompt=True) for part in parts)
+    adapters = routing.acting.whole or ()
+    batches = (
+        batch_of(model, paths, examples, part, share_prompt=True, adapters=adapters)
+        for part in parts
+    )
     nats = [token_losses(model, paths, routing, batch) for batch in batches]
     if not nats:
         return []

@@ -312,6 +312,11 @@ class RunConfig(StrictSettings):
                 "replay compares tokens with the base, and objective"
                 f" {self.objective.name} predicts none: leave replay out"
             )
+        if self.replay.rows is not None and self.method.acts_from:
+            raise ValueError(
+                "replay rows do not hold the activation, before which an adapter is the base: leave"
+                " replay out"
+            )
         if self.replay.rows is not None and (self.method.trains_base or self.new_tokens):
             raise ValueError(
                 "replay compares an adapter with the base, which method full and new_tokens change:"

@@ -52,7 +52,12 @@ class ForwardInputs:
     def batch(self, examples: Sequence[Example]) -> Batch:
         """Builds the batch of a forward over these examples alone."""
         return batch_of(
-            self.model, self.paths, examples, range(len(examples)), share_prompt=self.share_prompt
+            self.model,
+            self.paths,
+            examples,
+            range(len(examples)),
+            share_prompt=self.share_prompt,
+            adapters=self.adapters,
         )
 
 

@@ -17,6 +17,7 @@ from veneer.adapters.placement.token_rows import AddedTokens
 from veneer.adapters.preamble import Preamble
 from veneer.bases.compute import HeldAs
 from veneer.bases.folder.score_head import classifier_class
+from veneer.data.activation import refuse_without_activation
 from veneer.data.batching import RowSpans
 from veneer.data.checks.check import refuse_beyond
 from veneer.data.examples import Example
@@ -211,6 +212,8 @@ def prepare_run(
                 resumes=started is not None,
             )
             applied = ((adapter.attachment, 1.0),)
+            own = (e for e in chain(data.train, data.validation) if e.kind != "teacher")
+            refuse_without_activation(own, adapter.attachment.invocation)
         refuse_beyond(
             "held-out rows do not fit", data.validation, capacity_of(base), base.acting_tokenizer
         )

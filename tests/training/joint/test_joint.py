@@ -41,7 +41,7 @@ def test_every_job_is_the_run_that_it_would_be_alone(world, tmp_path):
 @pytest.mark.parametrize("base", ["bloom", "falcon"])
 def test_padded_rows_of_jobs_get_the_same_length(base, world, tmp_path):
     """A family that cannot be packed: a job's rows are widened to those of its neighbours."""
-    names = ("lora", "dropout", "batch", "targets")
+    names = ("lora", "dropout", "batch", "targets", "activation")
     jobs = {name: {**JOBS[name], "base": base} for name in names}
     jobs["targets"]["method"] = {"name": "lora", "rank": 3, "dropout": 0.2}
     jobs["lora"]["batch"] = 1
@@ -89,7 +89,7 @@ def test_lora_in_bf16_is_the_run_alone_to_the_bit(base, world, tmp_path):
 @pytest.mark.skipif(not has_bf16(), reason="this processor multiplies no bf16 pairs")
 def test_lora_beside_other_methods_is_the_run_alone_to_the_bit(world, tmp_path):
     """Methods that no layer computes as one node have forwards of their own."""
-    others = {name: JOBS[name] for name in ("dora", "bottleneck", "prefix")} | {
+    others = {name: JOBS[name] for name in ("dora", "bottleneck", "prefix", "activation")} | {
         "norms": {"method": {"name": "lora", "rank": 2, "train_modules": ["input_layernorm"]}},
         "wide_rank": {"method": {"name": "lora", "rank": 96}},
     }

@@ -45,6 +45,13 @@ def build_lora(site: Site, config: LoRA) -> None:
             not_linear,
             "List the linear layers in `targets`, or leave lora_bias out.",
         )
+    if config.activation and (unsplit := [*not_linear, *_heads(site, targets)]):
+        raise ConfigError(
+            "activation takes linear layers inside the model; these targets are embeddings, fused"
+            " experts, routers or the output head",
+            unsplit,
+            "Exclude them (method.exclude), or leave activation out.",
+        )
     added_to_weight = [
         path
         for path in targets.experts
@@ -84,6 +91,11 @@ def build_lora(site: Site, config: LoRA) -> None:
         layer = _layer(site, config, "linear", path, A, B, device=weight.device)
         site.put(path, AdaptedMatrix, layer)
     _train_in_full(site, targets)
+
+
+def _heads(site: Site, targets: Targets) -> list[str]:
+    """Returns the output head's path if it is a target."""
+    return [path for path in targets.linears if site.modules[path] is site.head]
 
 
 def _pissa(weight: Tensor, layer: LoRALayer, config: LoRA, generator: torch.Generator) -> Factors:

@@ -9,14 +9,16 @@ knows nothing of what a layer computes.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from veneer.adapters.activation import starts_of_rows
 from veneer.adapters.combinations import refuse_answers, refuse_sum
 from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.score_head import ScoreHead
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, RefusedError
 from veneer.kernels.dense.dropout import Dropout
 from veneer.kernels.dense.segments import UpdateCache
 
@@ -27,6 +29,11 @@ Applied = tuple[tuple[Attachment, float], ...]
 def score_head_of(adapters: Applied) -> ScoreHead | None:
     """Returns the score head of the adapters; at most one of them has a head."""
     return next((adapter.score for adapter, _ in adapters if adapter.score is not None), None)
+
+
+def invocation_of(adapters: Applied) -> tuple[int, ...]:
+    """Returns the invocation tokens of the adapters; one that has them acts alone."""
+    return next((adapter.invocation for adapter, _ in adapters if adapter.invocation), ())
 
 
 def check_together(adapters: Applied) -> None:
@@ -214,6 +221,22 @@ class Acting:
         chosen = torch.arange(rows.start, rows.stop)
         return replace(replace(self, keys=None).select(chosen), keys=keys)
 
+    def within(self, active: Sequence[slice], rows: int) -> "Acting":
+        """Returns the same adapters on these rows of a forward of `rows` rows, in order; the base
+        alone computes all other rows."""
+        entries: list[tuple[int, Applied]] = []
+        start = 0
+        for part in self.parts:
+            stop = start + (rows if part.rows is None else part.rows)
+            for run in active:
+                first, last = max(run.start, start), min(run.stop, stop)
+                if first < last:
+                    entries += [(first - start, ()), (last - first, part.adapters)]
+                    start = last
+            entries.append((stop - start, ()))
+            start = stop
+        return Acting(_joined([entry for entry in entries if entry[0]]), self.keys)
+
     def padded(self, filler: int) -> "Acting":
         """Returns the same value with filler rows at the end, which belong to the last part."""
         *before, last = self.parts
@@ -244,6 +267,26 @@ def in_step(rows: Sequence[tuple[int, Applied]], before: UpdateCache | None = No
     its updates are cached like those of several. before: the cache of earlier steps, reused for the
     same adapters."""
     return Acting(_joined(rows), plan=UpdateCache() if before is None else before.following())
+
+
+def within_texts(acting: Acting, args: Sequence[Any], kwargs: dict[str, Any]) -> Acting | None:
+    """Returns what acts on the rows of a model's forward over whole texts, ids (B, T), if a single
+    adapter with invocation tokens acts. Returns None if the rows of all adapters are known.
+
+    Raises RefusedError if the forward does not get whole texts.
+    """
+    invocation = () if acting.rows is not None else invocation_of(acting.parts[0].adapters)
+    if not invocation:
+        return None
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    cache = kwargs.get("past_key_values")
+    if not isinstance(ids, Tensor) or (cache is not None and cache.get_seq_length()):
+        raise RefusedError(
+            f"{acting.adapters[0].name} acts from its activation on, and this forward does not get"
+            " the ids of whole texts",
+            next_step="Answer by base.generate, or call the model with whole texts.",
+        )
+    return acting.within(starts_of_rows(list(ids.cpu().numpy()), invocation), ids.numel())
 
 
 def _joined(rows: Sequence[tuple[int, Applied]]) -> tuple[BatchPart, ...]:

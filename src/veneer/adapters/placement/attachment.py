@@ -59,6 +59,9 @@ class Attachment:
     """Number of adapted places if one layer serves several; None: one per layer."""
     tokens: NewTokens | None = None
     """New tokens of the adapter."""
+    invocation: tuple[int, ...] = ()
+    """Token ids from whose last occurrence in the prompt on it acts (activation.py); empty: it acts
+    on all tokens."""
     score: ScoreHead | None = None
     """Head of an adapter that classifies; None: the adapter answers with the base's head."""
     preamble: Preamble = field(default_factory=Preamble)

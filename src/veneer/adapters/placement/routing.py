@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.adapters.placement.acting import Acting, Applied, TokenKeys
+from veneer.adapters.placement.acting import Acting, Applied, TokenKeys, within_texts
 from veneer.adapters.placement.attachment import Attachment
 
 Active = tuple[tuple[str, float], ...]
@@ -159,16 +159,21 @@ class Routing:
         """Adds hooks so that a forward of `model` sees one value from its first wrapper to its
         last. Returns a function that removes them."""
 
-        def begin(module: nn.Module, args: Any) -> None:
-            if not torch.compiler.is_compiling():
-                if self._of_thread.acting is None:
-                    with self.lock:
-                        if self._undo_hooks is None:
-                            return  # the second hook is gone already
-                        self._hold(self._default)
-                    self._of_thread.forwards = 1
-                elif self._of_thread.forwards:
-                    self._of_thread.forwards += 1
+        def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            if torch.compiler.is_compiling():
+                return
+            if self._of_thread.forwards:
+                self._of_thread.forwards += 1
+                return
+            with self.lock:
+                acting = self.acting
+                of_texts = within_texts(acting, args, kwargs)
+                if self._of_thread.acting is not None and of_texts is None:
+                    return
+                if self._undo_hooks is None:
+                    return  # the second hook is gone already
+                self._hold(acting if of_texts is None else of_texts)
+            self._of_thread.forwards = 1
 
         def end(module: nn.Module, args: Any, output: Any) -> None:
             if not torch.compiler.is_compiling() and self._of_thread.forwards:
@@ -178,7 +183,7 @@ class Routing:
                         self._release()
 
         handles = [
-            model.register_forward_pre_hook(begin),
+            model.register_forward_pre_hook(begin, with_kwargs=True),
             model.register_forward_hook(end, always_call=True),
         ]
 

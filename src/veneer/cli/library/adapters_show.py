@@ -164,6 +164,9 @@ def _head(
     if num_other_tensors:
         parts.append(f"{num_other_tensors} other tensor{'s' if num_other_tensors > 1 else ''}")
     lines.append(f"  changes   {' · '.join(parts)}")
+    if stored.file.invocation:
+        ids = ", ".join(map(str, stored.file.invocation))
+        lines.append(f"  acts      from the last {ids} of the prompt on (token ids)")
     return lines
 
 

@@ -70,6 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_variables(parser)
     add_map(parser)
     parser.add_argument(
+        "--activation",
+        default="",
+        metavar="TEXT",
+        help="method.activation of the run: every prompt must hold it",
+    )
+    parser.add_argument(
         "--row", type=LINE, metavar="LINE", help="line of the row to show; default: the first row"
     )
     add_json(parser)
@@ -98,6 +104,7 @@ def _check(args: argparse.Namespace) -> int:
             validation=args.validation,
             variables=parse_variables(args),
             columns=parse_columns(args),
+            activation=args.activation,
         )
     if args.json:
         print_json(data.report.to_dict())

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from veneer.adapters.config import DoRA, LoRA, LowRank
-from veneer.bounds import ALPHA, RANK, SHARE
+from veneer.bounds import ALPHA, RANK, SHARE, TOKEN
 from veneer.errors import CorruptFileError, RefusedError, UnsafeFileError
 from veneer.files.strict_json import field_faults
 from veneer.patterns import PatternError, is_name, pattern
@@ -31,7 +31,6 @@ MAX_ENTRIES = 10_000
 
 _CHANGES_THE_MATHS = {
     "use_qalora": "QALoRA pools the inputs of A: not supported",
-    "alora_invocation_tokens": "activated LoRA (aLoRA) is not supported",
     "layer_replication": "the stack of layers is rebuilt first: not supported",
     "kasa_config": "KaSA truncates the base's weights: not supported",
     "arrow_config": "Arrow routes between adapters: not supported",
@@ -41,6 +40,8 @@ _CHANGES_THE_MATHS = {
     "ensure_weight_tying": "an adapter shared by the embedding and the head is not supported",
 }
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_ON_ALL_TOKENS = ("modules_to_save", "use_dora")
+"""Fields that PEFT does not limit to the tokens after an activation, or ignores beside it."""
 _START_ONLY = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _INERT = {
     "peft_type",
@@ -80,6 +81,7 @@ class PeftLoRA(BaseModel):
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: list[str] | None = None
     fan_in_fan_out: bool = False
+    alora_invocation_tokens: list[Annotated[int, TOKEN]] | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
 
@@ -119,8 +121,11 @@ class PeftLoRA(BaseModel):
         return self.with_lora_fields(settings)
 
     def with_lora_fields(self, settings: LowRank) -> LowRank:
-        """Adds the fields that LoRA has and its variants lack."""
-        return settings.model_copy(update={"lora_bias": True}) if self.lora_bias else settings
+        """Adds the fields that LoRA has and its variants lack. Raises ConfigError if they do not
+        go with the others."""
+        fields = {"lora_bias": self.lora_bias, "activation": self.alora_invocation_tokens}
+        own = {name: value for name, value in fields.items() if value}
+        return type(settings).of({**settings.model_dump(), **own}) if own else settings
 
     @property
     def method(self) -> type[LowRank]:
@@ -178,6 +183,8 @@ def _value_faults(config: PeftLoRA) -> list[str]:
         faults.append("target_modules and target_parameters are empty: nothing is adapted")
     if config.lora_bias and config.use_dora:
         faults.append("lora_bias and use_dora exclude each other")
+    if config.alora_invocation_tokens == []:
+        faults.append("alora_invocation_tokens is empty: the adapter would act on no token")
     for name in PeftLoRA.model_fields:
         entries = getattr(config, name)
         if isinstance(entries, (list, dict)):
@@ -197,6 +204,12 @@ def _refused_fields(stored: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         )
     elif start not in _START_ONLY:
         refused.append(f"init_lora_weights {start!r} is unknown")
+    if stored.get("alora_invocation_tokens"):
+        bias = ["bias"] if stored.get("bias", "none") != "none" else []
+        refused += [
+            f"{name} beside alora_invocation_tokens: it would act on all tokens"
+            for name in (*bias, *(name for name in _ON_ALL_TOKENS if stored.get(name)))
+        ]
     if (task := stored.get("task_type")) not in (None, "CAUSAL_LM"):
         refused.append(f"task_type {task!r}: Veneer runs causal language models")
     known = {*PeftLoRA.model_fields, *_CHANGES_THE_MATHS, *_INERT, "init_lora_weights", "task_type"}
@@ -243,6 +256,8 @@ def config_json(config: PeftLoRA) -> dict[str, Any]:
     Fields of newer variants are left out: absent means off, and older readers do not know them.
     """
     fields = config.model_dump()
+    if config.alora_invocation_tokens is None:
+        del fields["alora_invocation_tokens"]
     fields["lora_alpha"] = _number(config.lora_alpha)
     fields["alpha_pattern"] = {
         key: _number(alpha) for key, alpha in (config.alpha_pattern or {}).items()

@@ -33,6 +33,10 @@ class LowRankFile:
     def prefix_length(self) -> int:
         return 0
 
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        return tuple(self.peft.alora_invocation_tokens or ())
+
     def settings(self, tensors: Mapping[str, Tensor]) -> LowRank:
         if not (adapted := adapted_modules(tensors)):
             raise CorruptFileError(

@@ -68,6 +68,7 @@ def peft_config(
         lora_dropout=0.0 if by_parameter else config.dropout,
         bias=config.bias,
         modules_to_save=sorted(attachment.trained) or None,
+        alora_invocation_tokens=list(attachment.invocation) or None,
         fan_in_fan_out=any(is_transposed_linear(modules[path]) for path in by_module),
         base_model_name_or_path=name_or_path,
         revision=revision,

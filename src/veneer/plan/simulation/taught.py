@@ -3,7 +3,7 @@ forward."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,7 +60,11 @@ def build_teacher(teacher: TeacherModel) -> SimulatedTeacher:
 
 def student_batch(step: Step, *, packed: bool, device: torch.device) -> Batch:
     rows = [row for row in step.rows if row.kind != "teacher"]
-    return _batch(step, rows, packed=packed, device=device)
+    batch = _batch(step, rows, packed=packed, device=device)
+    if not step.method.acts_from:
+        return batch
+    # Where it begins to act changes no memory: all rows but the first, in one run.
+    return replace(batch, active=(slice(1, batch.ids.numel()),))
 
 
 def _batch(step: Step, rows: Sequence[Example], *, packed: bool, device: torch.device) -> Batch:

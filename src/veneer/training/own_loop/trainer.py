@@ -14,6 +14,7 @@ from torch import Tensor
 
 from veneer.adapters.placement.acting import Acting, Applied, check_answers
 from veneer.adapters.placement.attachment import Attachment
+from veneer.data.activation import refuse_without_activation
 from veneer.data.checks.check import refuse_beyond
 from veneer.data.examples import Example
 from veneer.data.files.writing import Record
@@ -128,6 +129,7 @@ class Trainer:
             )
             examples = list(data.train)
             refuse_beyond("these rows do not fit", examples, capacity, tokenizer)
+            refuse_without_activation(examples, self.attachment.invocation)
         self._systems.add(data.preamble.system)
         self._keep_common_system()
         return examples

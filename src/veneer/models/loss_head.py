@@ -1,0 +1,73 @@
+"""The output head of a model for the loss: its weights, or its wrapper if adapters act on it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from veneer.adapters.methods.new_tokens import ExtendedHead
+from veneer.adapters.placement.acting import Acting
+from veneer.adapters.placement.wrapping import AdaptedModule, unwrapped
+from veneer.kernels.dense.loss import Head, TrainedHeadRows
+
+
+def loss_head(model: PreTrainedModel, scale: float, softcap: float | None) -> Head:
+    """Returns the output head for the loss: its weights, or its wrapper if an adapter acts on
+    it."""
+    head: Any = model.get_output_embeddings()
+    plain: Any = unwrapped(head)
+    plain_head = Head(plain.weight, plain.bias, scale, softcap)
+    if not isinstance(head, AdaptedModule):
+        return plain_head
+    acting = head.routing.acting
+    wrappers = [
+        wrapper
+        for wrapper in _wrappers(head)
+        if any(wrapper.concerned(part.adapters) for part in acting.parts)
+    ]
+    if not wrappers:
+        return plain_head
+    if acting.whole is not None and [type(wrapper) for wrapper in wrappers] == [ExtendedHead]:
+        tokens = wrappers[0].token_rows_of(acting.whole)
+        bias = None if plain.bias is None else tokens.of_bias(plain.bias)
+        return replace(
+            plain_head, beside=TrainedHeadRows(tokens.rows, tokens.at, bias), columns=tokens.end
+        )
+    weight: Any = head.weight
+    return AdaptedHead(weight, None, scale, softcap, module=head, rows=acting)
+
+
+def _wrappers(head: AdaptedModule) -> Iterator[Any]:
+    """Yields the wrappers of a head, the outermost first."""
+    module: Any = head
+    while isinstance(module, AdaptedModule):
+        yield module
+        module = module.base
+
+
+@dataclass(frozen=True)
+class AdaptedHead(Head):
+    """A head with adapters: its wrapper computes the logits. rows: what acts on its input rows."""
+
+    module: AdaptedModule = field(kw_only=True)
+    rows: Acting = field(kw_only=True)
+
+    def of(self, rows: slice) -> "Head":
+        return replace(self, rows=self.rows.between(rows))
+
+    def logits_into(self, out: Tensor, h: Tensor) -> Tensor:
+        return self.logits(h)
+
+    def logits(self, h: Tensor) -> Tensor:
+        # Rows behind those of the adapters fill up the chunk; their logits are not read.
+        filler = 0 if self.rows.rows is None else len(h) - self.rows.rows
+        with self.module.routing.held(self.rows.padded(filler)):
+            z = self.module(h)
+        z = z if self.scale == 1.0 else z * self.scale
+        if self.softcap is None:
+            return z
+        unknown = z == float("-inf")  # new tokens of other adapters
+        return (torch.tanh(z / self.softcap) * self.softcap).masked_fill(unknown, float("-inf"))
