@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.support.decoding.pretended_memory import PretendedMemory, contents
-from veneer.decoding.schedule.blocks import BlockCopy, BlockManager, BlockTable, Identity
+from veneer.decoding.schedule.block_names import Identity
+from veneer.decoding.schedule.blocks import BlockCopy, BlockManager, BlockTable
 from veneer.errors import ConfigError, DoesNotFitError
 
 SIZE = 4

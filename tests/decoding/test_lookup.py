@@ -15,7 +15,7 @@ from veneer.decoding.sampling.grammar import Grammars
 from veneer.decoding.sampling.sampling import Sampling
 from veneer.decoding.schedule import lookup
 from veneer.decoding.schedule.adapters import FixedAdapters
-from veneer.decoding.schedule.blocks import BlockNames
+from veneer.decoding.schedule.block_names import BlockNames
 from veneer.decoding.schedule.limits import Limits
 from veneer.decoding.schedule.lookup import AnswerHistory, AnswerLookup, Lookup, TokenIndex
 from veneer.decoding.schedule.sequence import FinishReason, Request, Sequence

@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from veneer.adapters.placement.acting import check_answers
+from veneer.adapters.activation import activation_start
+from veneer.adapters.placement.acting import check_answers, invocation_of
 from veneer.bases.stop_tokens import stop_token_ids
 from veneer.bounds import NEW_TOKENS, SEED, TEMPERATURE, TOP_P, check_numbers
 from veneer.data.examples import Capacity
@@ -28,7 +29,7 @@ from veneer.decoding.proof import decodes_packed, loops
 from veneer.decoding.rereading import answer_by_rereading
 from veneer.decoding.sampling.sampling import Sampling, seed_of
 from veneer.decoding.schedule.adapters import FixedAdapters, prefix_length
-from veneer.decoding.schedule.blocks import Identity
+from veneer.decoding.schedule.block_names import Identity
 from veneer.decoding.schedule.limits import Limits
 from veneer.decoding.schedule.lookup import LookupMode, check_lookup
 from veneer.decoding.schedule.sequence import Request
@@ -116,15 +117,20 @@ def limits_of(base: FrozenBase, prompts: Sequence[list[int]], max_new_tokens: in
 def _answer(run: _GenerationRun) -> None:
     base = run.base
     if not (packed := decodes_packed(base)) and loops(base.model).cached is not None:
-        _by_rereading(run)
+        _by_rereading(run, range(len(run.prompts)))
         return
     plain, crossing = _by_switch(run)
     if packed and plain:
         _by_engine(run, plain)
+    elif run.invocation:  # transformers' loop does not tell the adapter which tokens it gets
+        _by_rereading(run, plain)
     elif plain:
         pads_alike = loops(base.model).beside is None
         _by_transformers(run, _batches(run, plain, PADDED_ROWS if pads_alike else 1))
-    _by_transformers(run, ([number] for number in crossing))
+    if run.invocation:
+        _by_rereading(run, crossing)
+    else:
+        _by_transformers(run, ([number] for number in crossing))
 
 
 @dataclass
@@ -146,11 +152,17 @@ class _GenerationRun:
     def __post_init__(self) -> None:
         self.answers = [[] for _ in self.prompts]
 
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """Returns the token ids from which on the acting adapter acts; empty: on all tokens."""
+        return invocation_of(self.base.routing.acting.whole or ())
+
     def request(self, number: int, adapter: Identity = ()) -> Request:
         return Request(
             prompt=tuple(self.prompts[number]),
             max_new_tokens=self.limits[number],
             adapter=adapter,
+            activation=activation_start(self.prompts[number], self.invocation),
             stops=frozenset(self.stops),
             sampling=self.sampling,
             seed=seed_of(self.seed, number),
@@ -214,10 +226,13 @@ def _by_engine(run: _GenerationRun, numbers: Sequence[int]) -> None:
             run.finished(1)
 
 
-def _by_rereading(run: _GenerationRun) -> None:
-    for number in range(len(run.prompts)):
+def _by_rereading(run: _GenerationRun, numbers: Iterable[int]) -> None:
+    routing = run.base.routing
+    for number in numbers:
         request = run.request(number)
-        run.answers[number] = answer_by_rereading(run.base.model, request, on_token=run.on_token)
+        run.answers[number] = answer_by_rereading(
+            run.base.model, routing, request, on_token=run.on_token
+        )
         run.finished(1)
 
 

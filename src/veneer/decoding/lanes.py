@@ -26,7 +26,8 @@ from veneer.decoding.schedule.adapters import (
     mix_of,
     prefixes,
 )
-from veneer.decoding.schedule.blocks import BlockManager, Identity
+from veneer.decoding.schedule.block_names import Identity
+from veneer.decoding.schedule.blocks import BlockManager
 from veneer.decoding.schedule.step_plan import StepPlan
 from veneer.execution.decode_step import DecodeStep
 from veneer.kernels.dense import few_rows
@@ -116,11 +117,7 @@ class Lanes:
             (prefix,) = prefixes(self._adapters.applied(prefix_write.adapter))
             self.exact.forward.write(prefix_write, prefix)
         other_identities = {identity for identity, _ in plan.parts if not self._is_exact(identity)}
-        other_numbers = [
-            n
-            for n, span in enumerate(plan.spans)
-            if span.sequence.request.adapter in other_identities
-        ]
+        other_numbers = [n for n, span in enumerate(plan.spans) if span.adapter in other_identities]
         if not other_numbers:
             return [(range(len(plan.spans)), self.exact.logits(plan))]
         computed: list[Computed] = []

@@ -3,7 +3,8 @@ it)."""
 
 from collections.abc import Iterable, Sequence
 
-from veneer.decoding.schedule.blocks import BlockCopy, BlockTable, Identity, PrefixWrite
+from veneer.decoding.schedule.block_names import Identity
+from veneer.decoding.schedule.blocks import BlockCopy, BlockTable, PrefixWrite
 
 
 def contents(salt: str, adapter: Identity, tokens: Sequence[int]) -> tuple:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from hashlib import blake2b
 
 from tests.support.decoding.pretended_memory import PretendedMemory, contents
-from veneer.decoding.schedule.blocks import BlockManager, Identity
+from veneer.decoding.schedule.block_names import Identity
+from veneer.decoding.schedule.blocks import BlockManager
 from veneer.decoding.schedule.limits import Limits
 from veneer.decoding.schedule.lookup import Lookup
 from veneer.decoding.schedule.scheduler import Scheduler

@@ -17,7 +17,7 @@ from veneer.adapters.methods.prefix_layer import PrefixLayer
 from veneer.adapters.placement.acting import Applied, BatchPart, check_together
 from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.wrapping import key_of
-from veneer.decoding.schedule.blocks import Identity
+from veneer.decoding.schedule.block_names import Identity
 from veneer.errors import ConfigError
 from veneer.kernels.dense import few_rows
 from veneer.kernels.dense.mixes import AdapterMix, FactorTable, MixEntry

@@ -1,7 +1,7 @@
 """Allocates keys and values in blocks of equal size, under a byte budget, and shares equal blocks.
 
-    chain       every full block of a text has a name, a hash of (base, salt, adapters' contents and
-                weights, all tokens up to its end): equal names mean equal keys and values
+    chain       every full block of a text has a name (block_names.py): equal names mean equal keys
+                and values
     table       the blocks of one sequence in the order of its tokens, after its adapter's trained
                 prefix
     references  number of tables that use a block. An unused named block stays in the cache until
@@ -15,17 +15,13 @@ this module knows nothing of tensors, layers and sequences. One thread calls it:
 
 from __future__ import annotations
 
-import struct
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 
 from veneer.bounds import BLOCK, BYTES, check_numbers
+from veneer.decoding.schedule.block_names import BlockNames, Identity
 from veneer.errors import DoesNotFitError
-
-Identity = tuple[tuple[str, float], ...]
-"""(content hash, weight) of the adapters that act on a sequence, in order. Empty: the base."""
 
 
 @dataclass(frozen=True)
@@ -44,47 +40,6 @@ class PrefixWrite:
     adapter: Identity
     blocks: tuple[int, ...]
     places: int
-
-
-class BlockNames:
-    """The names of the full blocks of one text, extended as the text grows."""
-
-    def __init__(self, base: str, adapter: Identity, salt: str, tokens_per_block: int) -> None:
-        self.adapter, self.tokens_per_block = adapter, tokens_per_block
-        acting = [
-            part
-            for content, weight in adapter
-            for part in (content.encode(), struct.pack("<d", weight))
-        ]
-        self.prefix_name = _name(base.encode(), *acting)
-        """Name of the adapter's trained prefix."""
-        self.root = _name(self.prefix_name, salt.encode())
-        self.names: list[bytes] = []
-
-    def reach(self, places: int, between: Callable[[int, int], Sequence[int]]) -> None:
-        """Names the full blocks of the first `places` tokens. between(start, stop) returns tokens
-        of the text."""
-        size = self.tokens_per_block
-        while (len(self.names) + 1) * size <= places:
-            start = len(self.names) * size
-            tokens = struct.pack(f"<{size}I", *between(start, start + size))
-            self.names.append(_name(self.names[-1] if self.names else self.root, tokens))
-
-    def first(self, blocks: int) -> BlockNames:
-        """Returns a chain with the names of the first `blocks`, for a text that continues
-        differently."""
-        chain = object.__new__(BlockNames)
-        chain.adapter, chain.tokens_per_block = self.adapter, self.tokens_per_block
-        chain.prefix_name, chain.root = self.prefix_name, self.root
-        chain.names = self.names[:blocks]
-        return chain
-
-
-def _name(*parts: bytes) -> bytes:
-    digest = blake2b(digest_size=32)
-    for part in parts:  # with lengths, so that no two lists of parts hash alike
-        digest.update(struct.pack("<Q", len(part)) + part)
-    return digest.digest()
 
 
 @dataclass(eq=False)
@@ -185,10 +140,10 @@ class BlockManager:
         """Returns the number of blocks that so many tokens take."""
         return -(-places // self.tokens_per_block)
 
-    def chain(self, adapter: Identity, salt: str = "") -> BlockNames:
+    def chain(self, adapter: Identity, salt: str = "", activation: int = 0) -> BlockNames:
         """Returns the block names of a new text. Texts with different salts share only trained
-        prefixes."""
-        return BlockNames(self.base, adapter, salt, self.tokens_per_block)
+        prefixes. activation: the first token on which the adapter acts"""
+        return BlockNames(self.base, adapter, salt, self.tokens_per_block, activation)
 
     def open(
         self, chain: BlockNames, places: int, *, prefix_length: int = 0, spare: int = 0
@@ -249,7 +204,7 @@ class BlockManager:
             name, block = table.chain.names[place], table.blocks[place]
             if name not in self._blocks_by_name:
                 self._blocks_by_name[name] = block
-                self._names[block] = (name, table.chain.adapter)
+                self._names[block] = (name, table.chain.adapter_of(place))
         table.full = full
 
     def fork(self, table: BlockTable, computed: int) -> BlockTable | None:

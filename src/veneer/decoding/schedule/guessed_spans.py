@@ -28,5 +28,5 @@ def guessed_spans(
         return None
     return tuple(
         Span(s, s.computed, s.length, (s,), tuple(guesses.get(s, ())))
-        for s in sorted(running, key=lambda s: (s.request.adapter, s in guesses))
+        for s in sorted(running, key=lambda s: (s.acting, s in guesses))
     )

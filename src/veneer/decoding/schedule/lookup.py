@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, get_args
 
-from veneer.decoding.schedule.blocks import Identity
+from veneer.decoding.schedule.block_names import Identity
 from veneer.decoding.schedule.sequence import Request
 from veneer.decoding.schedule.sequence import Sequence as Answer
 from veneer.errors import ConfigError

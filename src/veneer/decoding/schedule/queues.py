@@ -5,7 +5,8 @@ from __future__ import annotations
 from bisect import insort
 from typing import TYPE_CHECKING
 
-from veneer.decoding.schedule.blocks import BlockManager, BlockTable, Identity
+from veneer.decoding.schedule.block_names import Identity
+from veneer.decoding.schedule.blocks import BlockManager, BlockTable
 from veneer.decoding.schedule.sequence import FinishReason, Sequence, SequenceState
 from veneer.errors import VeneerError
 

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING
 
 from veneer.bounds import COUNT, TIME, check_numbers
 from veneer.decoding.schedule.adapter_places import AdapterPlaces
-from veneer.decoding.schedule.blocks import BlockCopy, BlockManager, Identity, PrefixWrite
+from veneer.decoding.schedule.block_names import Identity
+from veneer.decoding.schedule.blocks import BlockCopy, BlockManager, PrefixWrite
 from veneer.decoding.schedule.guessed_spans import guessed_spans
 from veneer.decoding.schedule.limits import Limits, check_fits, most_tokens
 from veneer.decoding.schedule.lookup import Lookup
@@ -116,7 +117,7 @@ class Scheduler:
             raise QueueFullError(waiting, self.limits.max_waiting)
         sequences = []
         for choice in range(request.choices):
-            chain = self.blocks.chain(request.adapter, request.salt)
+            chain = self.blocks.chain(request.adapter, request.salt, request.acts_from)
             sequences.append(Sequence(self._count, request, choice, chain))
             self._count += 1
         self._queues.wait(sequences[0], sequences[1:])
@@ -158,7 +159,7 @@ class Scheduler:
             self._start_waiting(tokens, takes, places)
         self._forget_removed_adapters()
         order = [s for s in self._queues.running if s in takes]
-        order.sort(key=lambda s: (s.request.adapter, takes[s] > 1))
+        order.sort(key=lambda s: (s.acting, takes[s] > 1))
         spans = tuple(self._span(s, takes[s]) for s in order)
         return self._new_plan(spans, self.blocks.prefix_writes, self.blocks.copies)
 
@@ -169,7 +170,7 @@ class Scheduler:
         if not self._queues.make_room(sequence):
             return self._new_plan((), (), ())
         assert sequence.table is not None
-        take = min(sequence.length - sequence.computed, self.limits.chunk_tokens)
+        take = min(sequence.unread, self.limits.chunk_tokens)
         prefix_writes, copies = self.blocks.pending(sequence.table)
         return self._new_plan((self._span(sequence, take),), prefix_writes, copies)
 
@@ -235,8 +236,7 @@ class Scheduler:
         return self._plan
 
     def _plan_next_tokens(self, last: StepPlan) -> StepPlan | None:
-        """Plans the next token of the same sequences. Returns None if anything else is to be done,
-        or blocks run out."""
+        """Plans the next token of the same sequences; None if more is to be done or blocks lack."""
         if self._queues.choices or len(last.spans) != len(self._queues.running):
             return None
         if self.blocks.has_writes:
@@ -274,7 +274,7 @@ class Scheduler:
             if missing == 1:
                 take = min(1, decoding)
             else:
-                take = min(missing, self.limits.chunk_tokens, reading)
+                take = min(s.unread, self.limits.chunk_tokens, reading)
             if take and not self._queues.make_room(s):
                 break  # this sequence was the youngest, so it was preempted itself
             if missing == 1:
@@ -314,7 +314,7 @@ class Scheduler:
             if not self._start(s, places[adapter]):
                 break  # shorter sequences behind it would keep it out for ever
             adapters.started(s)
-            takes[s] = min(s.length - s.computed, self.limits.chunk_tokens, tokens)
+            takes[s] = min(s.unread, self.limits.chunk_tokens, tokens)
             tokens -= takes[s]
             reading.update(self._queues.unread_blocks(s))
 

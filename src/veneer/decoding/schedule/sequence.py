@@ -27,7 +27,8 @@ from veneer.bounds import (
     number_faults,
 )
 from veneer.decoding.sampling.sampling import GREEDY, Constraint, Sampling, TokenChance
-from veneer.decoding.schedule.blocks import BlockNames, BlockTable, Identity
+from veneer.decoding.schedule.block_names import BlockNames, Identity
+from veneer.decoding.schedule.blocks import BlockTable
 from veneer.errors import ConfigError
 
 
@@ -52,6 +53,8 @@ class Request:
 
     prompt          ids, at least one
     adapter         (content hash, weight) of each adapter that acts; empty: the base
+    activation      first token of the prompt on which the adapter acts; the base alone computes
+                    those before (adapters/activation.py). At its end: the base computes all
     max_new_tokens  limit of the answer's length
     min_new_tokens  number of tokens before which no stop token is drawn
     stops           ids that end the answer
@@ -73,6 +76,7 @@ class Request:
     prompt: tuple[int, ...]
     max_new_tokens: int
     adapter: Identity = ()
+    activation: int = 0
     min_new_tokens: int = 0
     stops: frozenset[int] = frozenset()
     choices: int = 1
@@ -91,6 +95,7 @@ class Request:
         faults = number_faults(
             max_new_tokens=(NEW_TOKENS, self.max_new_tokens),
             min_new_tokens=(WAITS, self.min_new_tokens),
+            activation=(WAITS, self.activation),
             choices=(CHOICES, self.choices),
             seed=(SEED, self.seed),
             arrival=(TIME, self.arrival),
@@ -126,6 +131,17 @@ class Request:
     def max_positions(self) -> int:
         """Most tokens whose keys and values are stored: the last new one is never read."""
         return len(self.prompt) + self.max_new_tokens - 1
+
+    @property
+    def acts_from(self) -> int:
+        """First token on which the adapter acts; none of prompt and answer if the prompt has no
+        activation."""
+        end = len(self.prompt) + self.max_new_tokens
+        return self.activation if self.activation < len(self.prompt) else end
+
+    def adapter_at(self, place: int) -> Identity:
+        """Returns the adapters that act on the token at this place."""
+        return self.adapter if place >= self.acts_from else ()
 
     @property
     def needed_positions(self) -> int:
@@ -173,6 +189,18 @@ class Sequence:
     def length(self) -> int:
         """Number of tokens, prompt and answer."""
         return len(self.request.prompt) + len(self.new)
+
+    @property
+    def unread(self) -> int:
+        """Number of its tokens that a step may compute, on all of which the same adapters act."""
+        activation = self.request.acts_from
+        stop = activation if self.computed < activation < self.length else self.length
+        return stop - self.computed
+
+    @property
+    def acting(self) -> Identity:
+        """Adapters that act on the next token that is computed."""
+        return self.request.adapter_at(self.computed)
 
     @property
     def scores_prompt(self) -> bool:

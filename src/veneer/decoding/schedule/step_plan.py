@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from veneer.decoding.sampling.sampling import TokenChance
-from veneer.decoding.schedule.blocks import BlockCopy, Identity, PrefixWrite
+from veneer.decoding.schedule.block_names import Identity
+from veneer.decoding.schedule.blocks import BlockCopy, PrefixWrite
 from veneer.decoding.schedule.sequence import Sequence
 from veneer.errors import VeneerError
 
@@ -25,6 +26,11 @@ class Span(NamedTuple):
     stop: int
     draws: tuple[Sequence, ...]
     guesses: tuple[int, ...] = ()
+
+    @property
+    def adapter(self) -> Identity:
+        """Adapters that act on its tokens."""
+        return self.sequence.request.adapter_at(self.start)
 
     @property
     def tokens(self) -> list[int]:
@@ -70,8 +76,7 @@ class StepPlan:
         """Number of tokens of each adapter, in the order of the spans."""
         counts: dict[Identity, int] = {}
         for span in self.spans:
-            adapter = span.sequence.request.adapter
-            counts[adapter] = counts.get(adapter, 0) + span.rows
+            counts[span.adapter] = counts.get(span.adapter, 0) + span.rows
         return tuple(counts.items())
 
 

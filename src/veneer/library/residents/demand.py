@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from veneer.decoding.schedule.blocks import Identity
+from veneer.decoding.schedule.block_names import Identity
 from veneer.library.residents.resident import Resident, Tier
 
 

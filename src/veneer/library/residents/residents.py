@@ -17,7 +17,7 @@ from veneer.adapters.combinations import Holding, refuse_answers, refuse_sum, re
 from veneer.adapters.placement.wrapping import plain_copy
 from veneer.adapters.preamble import NONE, Preamble, shared
 from veneer.bounds import SECONDS, WEIGHT, check_numbers
-from veneer.decoding.schedule.blocks import Identity
+from veneer.decoding.schedule.block_names import Identity
 from veneer.errors import (
     AdapterMismatchError,
     ConfigError,
@@ -120,6 +120,20 @@ class Residents:
         if they write no answers.
         """
         return self._places(identity, refuse_answers)
+
+    def invocation(self, identity: Identity) -> tuple[int, ...]:
+        """Returns the token ids from which on the adapters act; empty: they act on all tokens.
+
+        Raises what reading an adapter raises: no request may act on other tokens than those.
+        """
+        for content, _ in identity:
+            files = self.tiers.files(content)
+            if (summary := self._summaries.get(files.folder)) is None:
+                with hide_path(files.folder, files.reference):
+                    summary = read_summary(files.folder)
+            if summary.invocation:
+                return summary.invocation
+        return ()
 
     def head_prefix_length(self, identity: Identity) -> int:
         """Returns the positions of the trained prefix of adapters that classify. Raises

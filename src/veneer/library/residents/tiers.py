@@ -22,7 +22,7 @@ from functools import partial
 from veneer.adapters.placement.acting import Applied
 from veneer.bounds import BYTES, check_numbers
 from veneer.decoding.schedule.adapters import prefix_length
-from veneer.decoding.schedule.blocks import Identity
+from veneer.decoding.schedule.block_names import Identity
 from veneer.errors import BudgetFullError, ConfigError, SourceError, VeneerError
 from veneer.library.residents.demand import Demand, PendingLoad
 from veneer.library.residents.limits import LoadLimits

@@ -9,9 +9,10 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from veneer.adapters.activation import activation_start
 from veneer.decoding.sampling.grammar import Grammar
 from veneer.decoding.sampling.sampling import TokenChance, seed_of
-from veneer.decoding.schedule.blocks import Identity
+from veneer.decoding.schedule.block_names import Identity
 from veneer.decoding.schedule.sequence import FinishReason, Request
 from veneer.decoding.text import TextStream, stop_check, text_of
 from veneer.decoding.tool_calls.calls import CallReader, CallStyle
@@ -29,6 +30,7 @@ def engine_requests(
     lengths: Sequence[int],
     *,
     adapter: Identity,
+    invocation: Sequence[int],
     stops: Sequence[int],
     tokenizer: Any,
     constraints: Grammar | None,
@@ -38,7 +40,8 @@ def engine_requests(
 ) -> list[Request]:
     """Makes an engine's request for each prompt. VeneerError.
 
-    lengths: most new tokens for each prompt. stops: the base's own stop tokens.
+    lengths: most new tokens for each prompt. invocation: token ids from which on the adapter acts.
+    stops: the base's own stop tokens.
     """
     if request.repeats_prompt:
         _refuse_many_logprobs(request, prompts)
@@ -47,6 +50,7 @@ def engine_requests(
         Request(
             prompt=tuple(ids),
             adapter=adapter,
+            activation=activation_start(ids, invocation),
             max_new_tokens=length,
             min_new_tokens=request.min_new_tokens,
             stops=frozenset((*request.stop_tokens, *(() if request.ignore_eos else stops))),

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from veneer.decoding.engine import Engine
-from veneer.decoding.schedule.blocks import Identity
+from veneer.decoding.schedule.block_names import Identity
 from veneer.serve.protocols.answers import EndReason, Usage
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
-from veneer.decoding.schedule.blocks import Identity
+from veneer.decoding.schedule.block_names import Identity
 from veneer.errors import ConfigError, UnknownNameError, VeneerError, hide_path
 from veneer.library.entry import Entry
 from veneer.library.library import Library

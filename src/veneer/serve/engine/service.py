@@ -181,9 +181,10 @@ class Service:
     ) -> tuple[ServedModel, Generation]:
         """Prepares the generation, which is queued once its block is entered. Refusal."""
         if request.model == self.names.base_name and not request.adapters:
-            model, preamble, prefix = self._read_model(request)  # reads no file
+            model, preamble, prefix, invocation = self._read_model(request)  # reads no file
         else:
-            model, preamble, prefix = await self.read_files(lambda: self._read_model(request))
+            found = await self.read_files(lambda: self._read_model(request))
+            model, preamble, prefix, invocation = found
         self._label(model)
         prompts = await self.prompts.encoded(request.prompts, self._asked_as(preamble))
         texts = self.texts
@@ -200,6 +201,7 @@ class Service:
                 prompts,
                 lengths,
                 adapter=model.identity,
+                invocation=invocation,
                 stops=self._stops,
                 tokenizer=texts.tokenizer,
                 constraints=grammar,
@@ -218,8 +220,11 @@ class Service:
         generation.style = self.prompts.style if request.tools else None
         return model, generation
 
-    def _read_model(self, request: GenerationRequest) -> tuple[ServedModel, Preamble, int]:
-        """Reads the model, its preamble and the length of its prefix from files.
+    def _read_model(
+        self, request: GenerationRequest
+    ) -> tuple[ServedModel, Preamble, int, tuple[int, ...]]:
+        """Reads the model, its preamble, the length of its prefix and the token ids from which on
+        its adapter acts from files.
 
         Refusal: 404, or why its adapter cannot be used.
         """
@@ -228,7 +233,8 @@ class Service:
             preamble = self.residents.preamble(model.identity)
         with refusing("adapters"), self._hide_folders():
             try:
-                return model, preamble, self.residents.prefix_length(model.identity)
+                prefix = self.residents.prefix_length(model.identity)
+                return model, preamble, prefix, self.residents.invocation(model.identity)
             except RefusedError as fault:  # the adapter is sound: the request is for another one
                 raise replace(refusal_of(fault, param="model"), status=400) from None
 
