@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from veneer.adapters.combinations import refuse_answers, refuse_combining
+from veneer.adapters.combinations import ACTIVATION, refuse_answers, refuse_combining
 from veneer.adapters.config import LowRank
 from veneer.adapters.methods.lora import Kind, LoRALayer
 from veneer.adapters.placement.attachment import Attachment
@@ -83,7 +83,7 @@ def refuse_no_sum(stored: StoredAdapter) -> None:
 
 
 def _refuse_no_update(stored: StoredAdapter) -> None:
-    if not stored.config.folds:
+    if not all(content.merges for content in stored.config.contents if content != ACTIVATION):
         raise RefusedError(
             f"{stored.folder} is of method {stored.config.name}: it is no change of weights",
             next_step=stored.config.instead_of_folding,

@@ -44,6 +44,8 @@ def _vllm_faults(placed: PlacedAdapter) -> list[str]:
         f"{name}: a value trained in full; vLLM reads low-rank factors alone"
         for name in placed.values
     ]
+    if placed.settings.acts_from:
+        faults.append("an activation: vLLM has none and rejects the adapter")
     largest = max(update.A.shape[-2] for update in placed.updates.values())
     if largest > VLLM_RANKS[-1]:
         faults.append(

@@ -23,6 +23,8 @@ from veneer.merge.gguf.adapter import gguf_adapter_faults
 from veneer.merge.gguf.names import names_of
 from veneer.merge.programs import WHOLE_MODEL, Program
 
+BESIDE_ITS_BASE = "veneer generate --adapter computes it beside its base"
+
 
 @dataclass(frozen=True)
 class LintFinding:
@@ -41,7 +43,7 @@ def lint(stored: StoredAdapter, model: PreTrainedModel, consumer: Program) -> li
         return _merged(stored, model)
     if not stored.layout.peft_reads:
         text = f"method {stored.config.name}: no layout that anyone else reads"
-        return [LintFinding(False, text, "veneer generate --adapter computes it beside its base")]
+        return [LintFinding(False, text, BESIDE_ITS_BASE)]
     try:
         adapted = fit_adapter(stored, model).scaling
         if consumer in INJECTED_BY_PEFT and (refusal := peft_refusal(adapted, model)) is not None:
@@ -84,7 +86,7 @@ def _beside_tokens(stored: StoredAdapter) -> list[LintFinding]:
         text = (
             f"rows of {len(stored.tokens.ids):,} tokens: not read beside {stored.layout.peft_type}"
         )
-        return [LintFinding(True, text, "veneer generate --adapter computes it beside its base")]
+        return [LintFinding(True, text, BESIDE_ITS_BASE)]
     if stored.manifest is None or not stored.manifest.new_tokens:
         return []
     instruction = (
@@ -119,6 +121,10 @@ def _vllm(placed: PlacedAdapter, model: PreTrainedModel) -> list[LintFinding]:
         )
         for name in placed.values
     ]
+    if placed.settings.acts_from:
+        findings.append(
+            LintFinding(False, "an activation: vLLM rejects the adapter", BESIDE_ITS_BASE)
+        )
     if (rank := max(update.A.shape[-2] for update in placed.updates.values())) > VLLM_DEFAULT_RANK:
         allowed_rank = next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
         fix = (
@@ -154,14 +160,17 @@ def _llamacpp(placed: PlacedAdapter, model: PreTrainedModel) -> list[LintFinding
     return findings
 
 
-def _nothing(placed: PlacedAdapter, model: PreTrainedModel) -> list[LintFinding]:
-    return []
+def _transformers(placed: PlacedAdapter, model: PreTrainedModel) -> list[LintFinding]:
+    if not placed.settings.acts_from:
+        return []
+    text = "an activation: load_adapter does not look for it, and the base answers alone"
+    return [LintFinding(True, text, f"load it with PEFT, or {BESIDE_ITS_BASE}")]
 
 
 _LORA: Mapping[Program, Callable[[PlacedAdapter, PreTrainedModel], list[LintFinding]]] = {
     "vllm": _vllm,
     "llamacpp": _llamacpp,
-    "transformers": _nothing,
+    "transformers": _transformers,
 }
 INJECTED_BY_PEFT: tuple[Program, ...] = ("peft", "transformers")
 READS_EVERY_LAYOUT: tuple[Program, ...] = ("peft",)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from gguf import GGUFWriter
+from gguf import GGUFValueType, GGUFWriter
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,6 +25,8 @@ from veneer.merge.gguf.bytes import as_writable
 from veneer.merge.gguf.names import GGUFNames, names_of
 
 AdapterType = Literal["f32", "f16"]
+INVOCATION = "adapter.alora.invocation_tokens"
+"""Token ids from whose last occurrence in a prompt on llama-server applies the adapter."""
 
 
 def gguf_adapter_faults(placed: PlacedAdapter, model: PreTrainedModel) -> list[str]:
@@ -84,6 +86,9 @@ def write_gguf_adapter(
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
+    if placed.stored.file.invocation:
+        ids, array = list(placed.stored.file.invocation), GGUFValueType.ARRAY
+        writer.add_key_value(INVOCATION, ids, array, GGUFValueType.UINT32)
     for name, tensor in adapter_tensors(placed.updates, names, alpha).items():
         writer.add_tensor(
             name, as_writable(tensor.numpy().astype(np.float16 if dtype == "f16" else np.float32))
