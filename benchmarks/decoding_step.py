@@ -41,7 +41,7 @@ from veneer.adapters.config import LoRA
 from veneer.base import Base
 from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.schedule.adapters import FixedAdapters, lay_out
-from veneer.decoding.schedule.blocks import Identity
+from veneer.decoding.schedule.block_names import Identity
 from veneer.decoding.schedule.sequence import Request
 from veneer.library.residents.memory import hold_as
 

@@ -23,7 +23,7 @@ from veneer.base import Base
 from veneer.data.template.template import ChatTemplate
 from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.schedule.adapters import FixedAdapters
-from veneer.decoding.schedule.blocks import Identity
+from veneer.decoding.schedule.block_names import Identity
 from veneer.decoding.schedule.lookup import LookupMode
 from veneer.decoding.schedule.sequence import Request
 

@@ -15,8 +15,10 @@ import veneer
 from tests.adapters.test_methods import move
 from tests.support.helpers import ROOT, merge_in_memory
 from tests.support.tiny import save_tiny, tiny_base
+from veneer.adapters.activation import activation_start
 from veneer.adapters.attach import attach
 from veneer.adapters.combinations import (
+    ACTIVATION,
     BIASES,
     BOTTLENECKS,
     CONTENTS,
@@ -31,7 +33,7 @@ from veneer.adapters.combinations import (
 )
 from veneer.adapters.config import Bottleneck, DoRA, LoRA, Prefix
 from veneer.adapters.labels import HeadSettings
-from veneer.adapters.placement.acting import Acting, BatchPart
+from veneer.adapters.placement.acting import Acting, BatchPart, invocation_of
 from veneer.adapters.placement.wrapping import plain_modules
 from veneer.decoding.engine import Engine
 from veneer.decoding.sampling.sampling import Sampling
@@ -61,6 +63,7 @@ MADE = {
     PREFIX: Prefix(tokens=3, start="random"),
     TOKENS: LoRA(rank=2, targets=["up_proj"]),
     HEAD: LoRA(rank=2, targets=["gate_proj"]),
+    ACTIVATION: LoRA(rank=2, targets=["k_proj", "up_proj"], activation=[17, 99]),
 }
 IDS = torch.tensor([[5, 200, 17, 99, 3, 64, 230, 9]])
 CLOSE = 1e-4
@@ -236,6 +239,9 @@ def test_a_cell_of_the_table_is_the_dense_sum_on_every_way_or_refused_on_every_w
     allowed = all(contents.count(c) == 1 for c in alone) and all(
         w == 1 for c, _, w in cell if not c.adds_up
     )
+    if ACTIVATION in contents and len(cell) > 1:
+        assert refused == ["an adapter with an activation acts alone"] * 4
+        return
     if not allowed:
         assert refused == [f"one adapter with {alone[0].name} may act, and with weight 1"] * 4
         if alone[0].merges:
@@ -252,7 +258,7 @@ def test_a_cell_of_the_table_is_the_dense_sum_on_every_way_or_refused_on_every_w
     with base.using(names, weights):
         acting = base.routing.acting.whole
         assert close(logits(base), reference)
-    if PREFIX not in contents:  # a row of the batch is a text of its own
+    if not {PREFIX, ACTIVATION} & {*contents}:  # a row of the batch is a text of its own
         with torch.no_grad(), base.routing.held(Acting((BatchPart(8, ()), BatchPart(8, acting)))):
             both = base.model(torch.cat([IDS, IDS]), use_cache=False).logits
         assert close(both[1:], reference) and close(both[:1, :, :272], logits(base))
@@ -262,6 +268,7 @@ def test_a_cell_of_the_table_is_the_dense_sum_on_every_way_or_refused_on_every_w
             prompt=tuple(IDS[0].tolist()),
             max_new_tokens=1,
             adapter=identity,
+            activation=activation_start(IDS[0].tolist(), invocation_of(acting)),
             sampling=Sampling(logprobs=5),
         )
     )

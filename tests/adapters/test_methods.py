@@ -25,16 +25,17 @@ from veneer.adapters.placement.acting import TokenKeys
 from veneer.adapters.placement.routing import Routing
 from veneer.adapters.placement.wrapping import plain_modules
 from veneer.data.batching import make_batch
-from veneer.errors import ConfigError
+from veneer.errors import RefusedError
 from veneer.formats.adapter import adapter_file_bytes, manifest_for, read_adapter, write_adapter
 from veneer.formats.loading import load_adapter
 from veneer.linear import frozen_linear
+from veneer.merge.fold.fold import weight_changes
 from veneer.models.checkpointing import checkpointed
 from veneer.models.load import load_base
 from veneer.models.step import batch_loss, prepare
 
 CPU = torch.device("cpu")
-IDS = torch.tensor([[5, 9, 30, 7, 5, 61, 2, 8, 44, 10, 11, 12]])
+IDS = torch.tensor([[5, 9, 139, 73, 5, 61, 2, 8, 44, 10, 11, 12]])
 FOLDERS: list[TemporaryDirectory[str]] = []
 FOLDED = 2e-5
 """Relative, float32: the update added to the weight first, or to the product."""
@@ -61,6 +62,8 @@ METHODS = {
     ),
     "olora": Row(config=LoRA(rank=3, alpha=5.0, init="olora", rank_pattern={"o_proj|c_proj": 2})),
     "lora, embedding": Row(config=LoRA(rank=3, alpha=5.0, targets=WITH_EMBEDDING)),
+    # tokens of IDS and of the prompt of make_examples
+    "activation": Row(config=LoRA(rank=3, alpha=5.0, activation=[139, 73]), folds=False),
     "dora": Row(config=DoRA(rank=3, alpha=5.0)),
     "dora, embedding": Row(config=DoRA(rank=3, alpha=5.0, targets=WITH_EMBEDDING)),
     "houlsby": Row(
@@ -223,7 +226,13 @@ def test_checkpointing_changes_no_bit(row, dropout, family, dtype):
     parameters = list(attachment.parameters().values())
 
     def run(on):
-        batch = make_batch(make_examples(4), packed=paths.packed, share_prompt=True, device=CPU)
+        batch = make_batch(
+            make_examples(4),
+            packed=paths.packed,
+            share_prompt=True,
+            device=CPU,
+            invocation=attachment.invocation,
+        )
         with checkpointed(model, routing, on=on), routing.drawing(TokenKeys(batch.dropout_rows, 3)):
             for parameter in parameters:
                 parameter.requires_grad_(True).grad = None
@@ -270,8 +279,8 @@ def test_folded_into_the_weights_it_answers_as_beside_them_or_refuses(row, famil
     modules = plain_modules(model)
     if not row.folds:
         assert row.config.instead_of_folding
-        with pytest.raises(ConfigError, match=r"cannot be (merged|folded)"):
-            next(iter(attachment.layers.values())).folded(torch.zeros(3, 3))
+        with pytest.raises(RefusedError, match="cannot be merged into the base's weights"):
+            weight_changes(model, [(attachment, 1.0)])
         return
     untie(model)
     for path, layer in attachment.layers.items():

@@ -44,7 +44,6 @@ def test_missing_fields_take_peft_s_defaults(read):
     ("field", "value"),
     [
         ("use_qalora", True),
-        ("alora_invocation_tokens", [1, 2]),
         ("layer_replication", [[0, 4], [2, 5]]),
         ("kasa_config", {"beta": 0.1}),
         ("arrow_config", {"top_k": 2}),
@@ -67,6 +66,14 @@ def test_what_changes_the_arithmetic_is_refused_by_name(read, field, value):
     with pytest.raises(RefusedError) as caught:
         read({**MINIMAL, field: value})
     assert any(fault.startswith(field) for fault in caught.value.faults)
+
+
+def test_an_activation_needs_tokens(read):
+    config, _ = read({**MINIMAL, "alora_invocation_tokens": [1, 2]})
+    assert config.alora_invocation_tokens == [1, 2]
+    for wrong in ([], [-1], ["a"], [2**31]):
+        with pytest.raises(CorruptFileError):
+            read({**MINIMAL, "alora_invocation_tokens": wrong})
 
 
 def test_all_refusals_are_told_at_once(read):

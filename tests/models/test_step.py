@@ -270,6 +270,8 @@ def test_full_training_gives_every_weight_the_gradient_of_the_models_own_forward
     model.requires_grad_(True)
 
     class Whole:
+        invocation = ()
+
         def parameters(self):
             return dict(model.named_parameters())
 
