@@ -22,11 +22,10 @@ from veneer.comparison.comparison import run_comparison
 from veneer.comparison.jobs import JobExecutor
 from veneer.comparison.local import LocalExecutor
 from veneer.comparison.plan import DEFAULT_STEPS, Candidate, Comparison, prepare_rows
-from veneer.data.activation import checked_for
 from veneer.data.checks.check import refuse_beyond
 from veneer.data.examples import Example, Row, RowRef, prompt_key
 from veneer.data.files.writing import Record
-from veneer.data.load import DataSet, examine_closely
+from veneer.data.load import DataSet, checked_for, examine_closely
 from veneer.data.template.user_prompt import UserPrompt, prompt_list, prompt_messages
 from veneer.decoding.schedule.lookup import LookupMode, check_lookup
 from veneer.errors import ConfigError

@@ -5,22 +5,15 @@ row's last answer. So training reads a row as decoding reads its prompt. PEFT se
 row, which is the same place unless the answer holds the ids too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from veneer.adapters.activation import activation_start
 from veneer.adapters.config import MethodConfig
-from veneer.data.examples import Example, Problem, grouped, refusal
+from veneer.data.examples import Example, Problem, refusal
 from veneer.errors import ConfigError
-
-if TYPE_CHECKING:
-    from veneer.data.load import DataSet
 
 
 def invocation_tokens(method: MethodConfig, tokenizer: Any) -> tuple[int, ...]:
@@ -68,14 +61,6 @@ def activation_problems(examples: Iterable[Example], invocation: Sequence[int]) 
         elif first <= start:
             problems.append(_problem(example, "D231", _BEFORE, _BEFORE_STEP))
     return problems
-
-
-def checked_for(data: DataSet, activation: str, tokenizer: Any) -> DataSet:
-    """Returns the rows with the problems of `activation_problems` in their report."""
-    examples = chain(data.train, data.validation)
-    problems = activation_problems(examples, text_ids(activation, tokenizer))
-    report = replace(data.report, problems=grouped([*data.report.problems, *problems]))
-    return replace(data, report=report)
 
 
 def refuse_without_activation(examples: Iterable[Example], invocation: Sequence[int]) -> None:

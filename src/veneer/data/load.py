@@ -20,6 +20,7 @@ import numpy as np
 from veneer.adapters.labels import HeadSettings
 from veneer.adapters.preamble import NONE, Preamble
 from veneer.bounds import SET_WEIGHT
+from veneer.data.activation import activation_problems, text_ids
 from veneer.data.checks.check import CheckReport, Findings, check, refuse, unknown_tokens
 from veneer.data.checks.closer import look_closer
 from veneer.data.checks.tally import Tally
@@ -323,3 +324,11 @@ def _fingerprint(*parts: Sequence[Example], mixture: Mixture | None) -> str:
             if example.label:
                 digest.update(np.array(example.label, dtype="<f8").tobytes())
     return digest.hexdigest()
+
+
+def checked_for(data: DataSet, activation: str, tokenizer: Any) -> DataSet:
+    """Returns the rows with the problems of an activation in their report."""
+    examples = chain(data.train, data.validation)
+    problems = activation_problems(examples, text_ids(activation, tokenizer))
+    report = replace(data.report, problems=grouped([*data.report.problems, *problems]))
+    return replace(data, report=report)
