@@ -4,15 +4,18 @@ import gzip
 import os
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 
 from tests.support.running_job import running_job
 from tests.support.tiny import save_tiny
 from veneer.errors import ConfigError, QuotaError, UnknownNameError
+from veneer.jobs.launch import lower_priority
 from veneer.jobs.limits import JobLimits
 from veneer.jobs.queue import WAITS_FOR_DISK, next_in_turn
 from veneer.jobs.record import DIED, JobRecord, TrainingJob
@@ -20,6 +23,7 @@ from veneer.jobs.store import JobStore
 from veneer.jobs.uploads import UploadStore
 from veneer.training.state.checkpoint import numbers
 
+AUTOGROUP = Path("/proc/self/autogroup")
 ROWS = [
     {"messages": [{"role": "user", "content": f"hi {n}"}, {"role": "assistant", "content": "yes"}]}
     for n in range(12)
@@ -169,6 +173,21 @@ def test_limits_ids_and_settings_are_checked_before_anything_is_written(busy_sto
         with pytest.raises(QuotaError, match=message):
             store.create(settings, rows=rows)
     assert len(store.jobs()) == 1
+
+
+@pytest.mark.skipif(not AUTOGROUP.exists(), reason="the system does not group by session")
+def test_a_trainer_has_a_lower_priority_than_other_sessions_too():
+    program = f"import os; print(os.nice(0)); print(open({str(AUTOGROUP)!r}).read())"
+    output = subprocess.run(
+        [sys.executable, "-c", program],
+        start_new_session=True,
+        preexec_fn=lambda: lower_priority(3),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+    own, session = output.splitlines()[:2]
+    assert int(own) == os.nice(0) + 3 and session.endswith(" nice 3")
 
 
 def test_owners_take_turns(tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from veneer.child import environment_for, module_command
@@ -30,6 +31,17 @@ def share_of_machine(share: float) -> tuple[int, int]:
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, round(share * (usable or 1))), NICENESS if share < 1 else 0
+
+
+def lower_priority(niceness: int) -> None:
+    """Lowers the priority of this process, and of its session.
+
+    Linux may divide the processor between sessions first (autogroup), whatever the niceness of
+    their processes. Without a niceness of the session, a trainer takes as much time as the server.
+    """
+    os.nice(niceness)
+    with suppress(OSError):  # only Linux has the file, and not in every configuration
+        Path("/proc/self/autogroup").write_text(str(niceness))
 
 
 def start_worker(store_folder: Path, job_id: str, folder: Path, descriptor: int) -> None:

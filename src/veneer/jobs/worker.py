@@ -23,7 +23,7 @@ from veneer.child import end_with_parent
 from veneer.errors import RunInterrupted, VeneerError
 from veneer.files.atomic import write_text
 from veneer.jobs.events import add_event
-from veneer.jobs.launch import LOG, trainer_command, trainer_environment
+from veneer.jobs.launch import LOG, lower_priority, trainer_command, trainer_environment
 from veneer.jobs.published import note_published
 from veneer.jobs.record import JobRecord, StopRequest, read_record, write_record
 from veneer.jobs.results import RESULT, metrics_csv
@@ -118,7 +118,7 @@ class Worker:
     def _begin_trainer(self) -> None:
         """Lowers the trainer's priority, and ends it with its worker. Runs in the new process."""
         end_with_parent()
-        os.nice(self.record.niceness)
+        lower_priority(self.record.niceness)
 
     def _publish(self) -> None:
         """Adds the adapter to the library; the job is done."""
