@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,6 +104,12 @@ def add_server_flags(parser: argparse.ArgumentParser, *, trains: bool = False) -
         )
     training.add_argument(
         "--jobs", metavar="DIR", help="folder of jobs and uploaded files; default: your own"
+    )
+    training.add_argument(
+        "--jobs-mib",
+        type=MIB,
+        metavar="N",
+        help="MiB for jobs, runs and uploaded files together; default: 20480",
     )
     training.add_argument(
         "--train-share",
@@ -270,7 +276,7 @@ def _read_settings(args: argparse.Namespace) -> ServeSettings:
 
 def _read_train_settings(args: argparse.Namespace) -> TrainSettings | None:
     """Returns the settings of --train. Raises ConfigError for its flags without it."""
-    names = [name for name in ("jobs", "train_share") if getattr(args, name)]
+    names = [name for name in ("jobs", "jobs_mib", "train_share") if getattr(args, name)]
     if not args.train:
         if names:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
@@ -278,13 +284,18 @@ def _read_train_settings(args: argparse.Namespace) -> TrainSettings | None:
         return None
     from veneer.jobs.store import TRAIN_SHARE
     from veneer.serve.engine.fine_tuning import TrainSettings
+    from veneer.serve.limits import JOB_LIMITS
 
+    limits = JOB_LIMITS
+    if args.jobs_mib is not None:
+        limits = replace(limits, disk_bytes=args.jobs_mib * 2**20)
     run = {"base": args.base, "dtype": args.dtype, "device": args.device}
     quantize = {} if args.quantize is None else {"quantize": args.quantize}
     return TrainSettings(
         run={**run, **quantize},
         folder=None if args.jobs is None else Path(args.jobs),
         share=args.train_share or TRAIN_SHARE,
+        limits=limits,
     )
 
 

@@ -19,6 +19,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any
@@ -224,7 +225,10 @@ def _stop(args: argparse.Namespace, store: JobStore) -> int:
 
 
 def _resume(args: argparse.Namespace, store: JobStore) -> int:
-    return _print_state(args, store.resume(store.find(args.job).id))
+    job = store.find(args.job)
+    if job.record.disk_bytes is not None:  # the server's limit, which this command does not know
+        store.limits = replace(store.limits, disk_bytes=job.record.disk_bytes)
+    return _print_state(args, store.resume(job.id))
 
 
 def _rm(args: argparse.Namespace, store: JobStore) -> int:
