@@ -57,6 +57,12 @@ def test_jobs_are_listed_shown_and_deleted(job, capsys):
     assert runs(job, "show", job.id) == 2
 
 
+def test_resume_keeps_the_disk_space_that_the_server_allowed(job, capsys):
+    write_record(job.folder, read_record(job.folder), disk_bytes=7)
+    assert runs(job, "resume", job.id) == 4
+    assert "the limit is 7" in capsys.readouterr().err
+
+
 def test_what_a_state_does_not_allow_is_refused(job, capsys):
     assert runs(job, "stop", job.id) == 2
     assert "is failed and cannot be paused" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import time
+from argparse import ArgumentParser
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.serve.server import BASE, running
 from tests.support.tiny import save_tiny
 from veneer import api
 from veneer.adapters.config import Prefix
+from veneer.cli.answers.server import _read_train_settings, add_server_flags
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.jobs.limits import JobLimits
 from veneer.jobs.record import write_record
@@ -395,6 +397,14 @@ def test_files_that_arrive_at_once_are_bounded(server):
 def http_status(server, form):
     with server.http(headers=AUTHORIZED) as http:
         return http.post("/v1/files", **form).status_code
+
+
+def test_the_disk_space_of_jobs_is_a_flag_of_the_server():
+    parser = ArgumentParser()
+    add_server_flags(parser)
+    args = parser.parse_args(["--train", "--jobs-mib", "5"])
+    args.base = "tiny"
+    assert _read_train_settings(args).limits == JobLimits(disk_bytes=5 * 2**20)
 
 
 def test_a_number_of_many_digits_is_a_wrong_limit(server):
