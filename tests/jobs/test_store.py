@@ -8,14 +8,13 @@ import sys
 import time
 from dataclasses import replace
 from io import BytesIO
-from pathlib import Path
 
 import pytest
 
 from tests.support.running_job import running_job
 from tests.support.tiny import save_tiny
 from veneer.errors import ConfigError, QuotaError, UnknownNameError
-from veneer.jobs.launch import lower_priority
+from veneer.jobs.launch import AUTOGROUP, lower_priority
 from veneer.jobs.limits import JobLimits
 from veneer.jobs.queue import WAITS_FOR_DISK, next_in_turn
 from veneer.jobs.record import DIED, JobRecord, TrainingJob
@@ -23,7 +22,6 @@ from veneer.jobs.store import JobStore
 from veneer.jobs.uploads import UploadStore
 from veneer.training.state.checkpoint import numbers
 
-AUTOGROUP = Path("/proc/self/autogroup")
 ROWS = [
     {"messages": [{"role": "user", "content": f"hi {n}"}, {"role": "assistant", "content": "yes"}]}
     for n in range(12)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from veneer.child import environment_for, module_command
@@ -19,6 +19,9 @@ from veneer.files.system_errors import explained
 NICENESS = 10
 """How much lower a trainer's priority is than the server's: when both want the processor, the
 system gives the trainer about a tenth of what it gives the server."""
+AUTOGROUP = Path("/proc/self/autogroup")
+AUTOGROUP_TRIES, AUTOGROUP_SECONDS = 5, 0.1
+"""Linux accepts one write in a tenth of a second, of all processes without privileges."""
 SECRETS = ("VENEER_API_KEY", "VENEER_TRAIN_KEY", "VENEER_ADMIN_KEY")
 LOG = "trainer.log"
 
@@ -40,8 +43,14 @@ def lower_priority(niceness: int) -> None:
     their processes. Without a niceness of the session, a trainer takes as much time as the server.
     """
     os.nice(niceness)
-    with suppress(OSError):  # only Linux has the file, and not in every configuration
-        Path("/proc/self/autogroup").write_text(str(niceness))
+    for _ in range(AUTOGROUP_TRIES):
+        try:
+            AUTOGROUP.write_text(str(niceness))
+            return
+        except BlockingIOError:  # another process wrote such a file just now
+            time.sleep(AUTOGROUP_SECONDS)
+        except OSError:  # not Linux, or Linux without groups
+            return
 
 
 def start_worker(store_folder: Path, job_id: str, folder: Path, descriptor: int) -> None:
