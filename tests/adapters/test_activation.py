@@ -272,3 +272,31 @@ def test_other_programs_get_the_activation_or_the_adapter_is_refused(world, tmp_
         (finding,) = lint_adapter(folder, program, base=source)
         assert finding.silent == (program == "transformers") and "an activation" in finding.what
     assert lint_adapter(folder, "peft", base=source) == []
+
+
+def test_it_is_never_merged_or_combined(world, tmp_path):
+    from veneer.merge.combine.combine import Recipe
+    from veneer.merge.combine.combine_run import combine_adapters
+    from veneer.merge.export.export_run import export_merged_gguf
+
+    base, adapter = adapted(world)
+    folder, source = tmp_path / "a", str(world / "llama_untied")
+    write_adapter(folder, adapter, manifest_for(base, method="lora"), model=base.model)
+    base.use(None)
+    for merge in (
+        lambda: base.merge("a"),
+        lambda: export_merged_gguf([(folder, 1.0)], base=source, out=tmp_path / "m.gguf"),
+    ):
+        with pytest.raises(RefusedError, match="cannot be merged") as fault:
+            merge()
+        assert "an activation" in str(fault.value)
+    with pytest.raises(RefusedError, match="cannot be combined"):
+        combine_adapters([(folder, 0.5)], Recipe("linear"), base=source, out=tmp_path / "half")
+
+
+def test_a_trainer_refuses_rows_without_it(world):
+    base = veneer.load(str(world / "llama_untied"))
+    with base.trainer(LoRA(rank=2, activation="number "), name="b") as trainer:
+        assert len(trainer.encode(world / "rows.jsonl")) == 12
+        with pytest.raises(DataError, match="does not act on all trained tokens"):
+            trainer.encode(world / "mixed.jsonl")

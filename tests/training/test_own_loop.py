@@ -28,6 +28,7 @@ GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "own_loop.md"
 METHODS = {
     "lora": veneer.LoRA(rank=3, alpha=5, dropout=0.2),
     "targets": veneer.LoRA(rank=5, targets=["q_proj", "down_proj"], lr_ratio=4.0),
+    "activation": veneer.LoRA(rank=3, alpha=5, activation="rows "),
     "dora": veneer.DoRA(rank=2),
     "bottleneck": veneer.Bottleneck(size=4),
     "prefix": veneer.Prefix(tokens=3),
