@@ -1,12 +1,13 @@
 """Scores the same rows with several adapters: in one call, one adapter after the other, and with
 transformers and PEFT one adapter after the other.
 
-    python benchmarks/adapter_scores.py rows.jsonl          smollm2-135m, 16 adapters, 32 rows
-    python benchmarks/adapter_scores.py rows.jsonl --adapters 4 --turns 5
+    python benchmarks/adapter_scores.py rows.jsonl          smollm2-135m, 16 adapters, 8 rows
+    python benchmarks/adapter_scores.py rows.jsonl --adapters 4 --count 32 --turns 5
 
-Prints JSON: seconds (median and spread of --turns alternating turns), and the largest difference of
-a score to PEFT's. transformers computes the rows in batches of 16, padded, and the log-probability
-of every position, as its `loss` does.
+Prints JSON: seconds and processor seconds (median and spread of --turns alternating turns), and the
+largest difference of a score to PEFT's. Processor seconds of one thread (OMP_NUM_THREADS=1) compare
+on a busy machine, too. transformers computes the rows in batches of 16, padded, and the
+log-probability of every position, as its `loss` does.
 """
 
 import argparse
@@ -37,14 +38,14 @@ def save_adapters(model: Any, count: int, folder: Path) -> list[Path]:
     config = LoraConfig(
         r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0
     )
+    adapted = get_peft_model(model, config)
+    factors = [values for name, values in adapted.named_parameters() if "lora_B" in name]
     for number, target in enumerate(folders):
         torch.manual_seed(number)
-        adapted = get_peft_model(model, config)
-        for name, values in adapted.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(values, std=0.01)
+        for values in factors:
+            torch.nn.init.normal_(values, std=0.01)
         adapted.save_pretrained(target)
-        model = adapted.unload()
+    adapted.unload()
     return folders
 
 
@@ -88,6 +89,16 @@ def ways(
     }
 
 
+def summarised(values_of: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    return {
+        way: {
+            "median": round(statistics.median(values), 2),
+            "spread": [round(min(values), 2), round(max(values), 2)],
+        }
+        for way, values in values_of.items()
+    }
+
+
 def main() -> None:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -95,9 +106,9 @@ def main() -> None:
     p.add_argument("rows", type=Path, help="JSONL of messages")
     p.add_argument("--base", default="smollm2-135m")
     p.add_argument("--adapters", type=int, default=16)
-    p.add_argument("--count", type=int, default=32, help="rows to score")
+    p.add_argument("--count", type=int, default=8, help="rows to score")
     p.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
-    p.add_argument("--turns", type=int, default=3)
+    p.add_argument("--turns", type=int, default=1)
     args = p.parse_args()
     base = veneer.load(args.base, dtype=args.dtype)
     tokenizer = base.tokenizer
@@ -120,12 +131,16 @@ def main() -> None:
             peft.load_adapter(folder, adapter_name=name)
         peft.eval()
         seconds: dict[str, list[float]] = {}
+        processor: dict[str, list[float]] = {}
         scores: dict[str, dict[str, Any]] = {}
         chosen = ways(base, peft, names, pairs)
-        for _ in range(args.turns + 1):  # the first is a warm-up
+        for call in ways(base, peft, names[:1], pairs[:2]).values():  # a warm-up
+            call()
+        for _ in range(args.turns):
             for way, call in chosen.items():
-                start = time.perf_counter()
+                start, used = time.perf_counter(), time.process_time()
                 scores[way] = call()
+                processor.setdefault(way, []).append(time.process_time() - used)
                 seconds.setdefault(way, []).append(time.perf_counter() - start)
     differences = [
         abs(score.sum - float(theirs))
@@ -142,13 +157,8 @@ def main() -> None:
                 "tokens": sum(len(prompt) + len(answer) for prompt, answer in pairs),
                 "dtype": str(base.dtype),
                 "largest_difference": max(differences),
-                "seconds": {
-                    way: {
-                        "median": round(statistics.median(values[1:]), 2),
-                        "spread": [round(min(values[1:]), 2), round(max(values[1:]), 2)],
-                    }
-                    for way, values in seconds.items()
-                },
+                "seconds": summarised(seconds),
+                "processor_seconds": summarised(processor),
             },
             indent=1,
         )

@@ -3,8 +3,9 @@
     python benchmarks/label_scores.py rows.jsonl labels.txt          smollm2-135m, 16 rows
     python benchmarks/label_scores.py rows.jsonl labels.txt --counts 4,77 --turns 5
 
-Prints JSON, rows per second (median and spread of --turns alternating turns) for the first labels
-of the file, as many as --counts says:
+Prints JSON for the first labels of the file, as many as --counts says: rows per second (median and
+spread of --turns alternating turns), and rows per processor second, which on one thread
+(OMP_NUM_THREADS=1) compare on a busy machine, too:
 
     tree      all labels of a row behind one prompt (veneer.choose)
     alone     every label as a row of its own, with its own copy of the prompt
@@ -79,16 +80,21 @@ def main() -> None:
     for count in map(int, args.counts.split(",")):
         chosen = ways(base, prompts, [label for label in labels if label][:count])
         seconds: dict[str, list[float]] = {name: [] for name in chosen}
+        processor: dict[str, list[float]] = {name: [] for name in chosen}
         for turn in range(args.turns + 1):
             for name, run in chosen.items():
-                start = time.perf_counter()
+                start, used = time.perf_counter(), time.process_time()
                 run()
                 if turn:  # the first turn warms up
                     seconds[name].append(time.perf_counter() - start)
+                    processor[name].append(time.process_time() - used)
         results[f"{count} labels"] = {
             name: {
                 "rows per second": round(len(prompts) / statistics.median(taken), 3),
                 "spread": round(max(taken) / min(taken), 3),
+                "rows per processor second": round(
+                    len(prompts) / statistics.median(processor[name]), 3
+                ),
             }
             for name, taken in seconds.items()
         }

@@ -19,8 +19,7 @@ from veneer.data.batching import Batch, by_length, make_batch
 from veneer.data.examples import Example
 from veneer.execution.attention import hidden_states
 from veneer.execution.proofs.model import acting_prefix_length
-from veneer.kernels.dense.loss import CHUNK
-from veneer.kernels.layout import round_up
+from veneer.kernels.dense.loss import head_nats
 from veneer.kernels.wide import wide
 from veneer.models.loss_head import loss_head
 from veneer.models.step import ComputePaths, whole_logits, within_batch
@@ -79,13 +78,7 @@ def token_nats(
         if paths.head_reason is not None:
             return _nats(whole_logits(model, batch), batch.targets)
         rows = hidden_states(model, batch).index_select(0, batch.loss_rows)
-    head = loss_head(model, paths.scale, paths.softcap)
-    parts = []
-    for start in range(0, len(rows), CHUNK):
-        chunk, targets = rows[start : start + CHUNK], batch.targets[start : start + CHUNK]
-        filler = round_up(len(chunk)) - len(chunk)  # few shapes (kernels/layout.py)
-        parts.append(_nats(head.logits(F.pad(chunk, (0, 0, 0, filler)))[: len(chunk)], targets))
-    return torch.cat(parts)
+    return wide(head_nats(rows, batch.targets, loss_head(model, paths.scale, paths.softcap)))
 
 
 def _nats(logits: Tensor, targets: Tensor) -> Tensor:
