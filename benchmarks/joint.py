@@ -7,7 +7,8 @@ DATA holds the data sets of results.py. A cell prints one line of JSON: examples
 steps, seconds until the last adapter with and without start-up, and peak memory. Every figure comes
 from processes of their own, started one at a time. Jobs one after another differ by their seed
 alone, so --singles of them are measured and their mean counts for all. With --sweep twelve learning
-rates and ranks train for equal steps, and once more with halving. Wants a quiet machine.
+rates and ranks train for equal steps, and once more with halving. The first round of a cell fills
+caches of plans and proofs, so take the second of --rounds 2. Wants a quiet machine.
 """
 
 import argparse

@@ -33,6 +33,9 @@ LOOPS = {
     "kills_of_others": Loop(
         f"{KILLS}::test_a_command_that_is_killed_and_given_again_leaves_what_it_should", 7, 100
     ),
+    "kills_of_fleets": Loop(
+        f"{KILLS}::test_a_fleet_that_is_killed_goes_on_as_the_fleet_that_never_was", 5, 100
+    ),
     "resumes": Loop("soak/failures/test_resumes.py", 10, 200),
     "writes": Loop("soak/failures/test_failing_writes.py", 36, 300),
     "slow_writes": Loop("soak/failures/test_failing_writes.py", 6, 60),

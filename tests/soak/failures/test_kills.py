@@ -5,6 +5,7 @@ SIGKILL takes the process as it is; SIGTERM, SIGINT and SIGHUP let `train` save 
 be killed several times before it ends. Afterwards nothing unfinished lies about.
 """
 
+import json
 import os
 import random
 import shutil
@@ -126,6 +127,61 @@ def test_a_run_that_is_killed_and_resumed_is_the_run_that_never_was(seed, world,
     # left
     assert run("report {o}/result", world, out)[0] == 0
     assert [p for p in unfinished(out) if p.name != ".lock"] == []
+
+
+FLEET = {"first": {"steps": 3}, "second": {"steps": 5, "seed": 4}, "third": {"method": "dora"}}
+
+
+@pytest.fixture(scope="module")
+def fleet(world, tmp_path_factory):
+    """(folder of the jobs that were never killed, seconds that they took)."""
+    out = tmp_path_factory.mktemp("fleet")
+    start = time.monotonic()
+    assert run(write_fleet(world, out), world, out)[0] == 0
+    return out, time.monotonic() - start
+
+
+def write_fleet(world, out):
+    """Writes the run file of three jobs; returns the command that trains them."""
+    rows = str(world / "rows.jsonl")
+    settings = {
+        "base": str(world / "base"),
+        "data": {"train": rows, "validation": rows},
+        "steps": 4,
+        "batch": 3,
+        "save_every": 1,
+        "evaluate_every": 2,
+        "length": 256,
+        "dtype": "float32",
+        "show_answers": False,
+        "jobs": [{"out": str(out / name), **job} for name, job in FLEET.items()],
+    }
+    (out / "fleet.yaml").write_text(json.dumps(settings))
+    return "train {o}/fleet.yaml --quiet --library {o}/library"
+
+
+@pytest.mark.parametrize("seed", rounds("kills_of_fleets", ci=1))
+def test_a_fleet_that_is_killed_goes_on_as_the_fleet_that_never_was(seed, world, fleet, tmp_path):
+    reference, seconds = fleet
+    chance, killed = random.Random(seed), []
+    line = write_fleet(world, tmp_path)
+    for again in range(chance.randrange(1, 4)):
+        after = chance.uniform(0.1, 1.0) * seconds
+        code, said = run(line + " --resume" * bool(again), world, tmp_path, kill_after=after)
+        assert code in (0, -signal.SIGKILL), (killed, said)
+        killed.append((after, code))
+    code, said = run(f"{line} --resume", world, tmp_path)
+    assert code == 0, (killed, said)
+    library = Library(tmp_path / "library")
+    for name in FLEET:
+        ours, theirs = (contents(folder / name / "adapter") for folder in (tmp_path, reference))
+        assert ours["adapter_model.safetensors"] == theirs["adapter_model.safetensors"], killed
+        assert library.locate(name)
+        trained = [
+            [(r["kind"], r.get("step"), r.get("loss")) for r in read_records(file)]
+            for file in (folder / name / "metrics.jsonl" for folder in (tmp_path, reference))
+        ]
+        assert trained[0] == trained[1], (name, killed)
 
 
 @pytest.fixture(scope="module")
