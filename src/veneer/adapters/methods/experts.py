@@ -7,7 +7,7 @@ layers, without forming W + B A or a gradient of W. In a module of unknown struc
 added to the parameter, which is exact and takes the parameter's memory again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,10 +31,12 @@ from veneer.private.transformers import gate_of
 
 @dataclass(frozen=True)
 class _ExpertLoRA:
-    """The factors of one expert, as those of a linear layer."""
+    """The factors A and B of one expert, as those of a linear layer. stack: of all experts."""
 
     stack: LoRALayer
     number: int
+    A: Tensor
+    B: Tensor
 
     @property
     def scaling(self) -> float:
@@ -45,11 +47,32 @@ class _ExpertLoRA:
         return None
 
     def factors(self) -> Factors:
-        A, B = self.stack.factors()
-        return A[self.number], B[self.number]
+        return self.A, self.B
 
     def active_dropout(self, x: Tensor, keys: TokenKeys | None) -> Dropout | None:
         return self.stack.active_dropout(x, keys, expert=self.number)
+
+
+_Factors = Sequence[Tensor] | Tensor
+"""The same factor of all experts."""
+
+
+class _ExpertFactors:
+    """Gives each expert its factors during one forward. Where they train, one node gives those of
+    all experts, so that backward fills the gradient of a stack once, not once for each expert."""
+
+    def __init__(self) -> None:
+        self._views: dict[LoRALayer, tuple[_Factors, _Factors]] = {}
+
+    def of(self, stack: LoRALayer, number: int) -> _ExpertLoRA:
+        if stack not in self._views:
+            A, B = stack.factors()
+            if torch.is_grad_enabled() and (A.requires_grad or B.requires_grad):
+                self._views[stack] = A.unbind(), B.unbind()
+            else:
+                self._views[stack] = A, B
+        A_of_experts, B_of_experts = self._views[stack]
+        return _ExpertLoRA(stack, number, A_of_experts[number], B_of_experts[number])
 
 
 class AdaptedExperts(AdaptedModule):
@@ -76,12 +99,13 @@ class AdaptedExperts(AdaptedModule):
         return put(plain, slices, y.split([segment.count for segment in concerned]), len(hidden))
 
     def _by_expert(self, hidden: Tensor, index: Tensor, weights: Tensor, acting: Acting) -> Tensor:
+        factors = _ExpertFactors()
         return by_expert(
             self.base,
             hidden,
             index,
             weights,
-            lambda x, name, expert, rows: self._product(x, name, expert, rows, acting),
+            lambda x, name, expert, rows: self._product(x, name, expert, rows, acting, factors),
         )
 
     def adapted(self, adapters: Applied, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -94,13 +118,14 @@ class AdaptedExperts(AdaptedModule):
             vectors = self.summed(
                 {name: values for name, values in trained.items() if name not in stacks}
             )
+            factors = _ExpertFactors()
             return by_expert(
                 self.base,
                 hidden,
                 index,
                 weights,
                 lambda x, name, expert, _: self._output_sum(
-                    x, name, expert, adapters, vectors.get(f"{name}_bias")
+                    x, name, expert, adapters, vectors.get(f"{name}_bias"), factors
                 ),
             )
         parameters = self.summed(trained)
@@ -113,7 +138,13 @@ class AdaptedExperts(AdaptedModule):
         return torch.func.functional_call(self.base, parameters, args, kwargs)
 
     def _output_sum(
-        self, x: Tensor, name: str, expert: int, adapters: Applied, biases: Tensor | None
+        self,
+        x: Tensor,
+        name: str,
+        expert: int,
+        adapters: Applied,
+        biases: Tensor | None,
+        factors: _ExpertFactors,
     ) -> Tensor:
         """x (M, I) -> (M, O): the product with one expert's matrix plus its weighted changes.
         biases (E, O): trained biases; None: the base's."""
@@ -126,14 +157,22 @@ class AdaptedExperts(AdaptedModule):
         ]
         y = frozen_product(x, bias, frozen)
         y = summed_change(y, outputs) if outputs else y
-        layers = self._layers(adapters, name, expert, None)
+        layers = self._layers(adapters, name, expert, None, factors)
         return (
             y + (low_rank_product(x, None, frozen, layers) - frozen_product(x, None, frozen))
             if layers
             else y
         )
 
-    def _product(self, x: Tensor, name: str, expert: int, rows: Tensor, acting: Acting) -> Tensor:
+    def _product(
+        self,
+        x: Tensor,
+        name: str,
+        expert: int,
+        rows: Tensor,
+        acting: Acting,
+        factors: _ExpertFactors,
+    ) -> Tensor:
         """x (M, I) -> (M, O): the product of a linear layer with LoRA, for one expert's matrix.
         rows: numbers of x's rows in the forward."""
         frozen, bias = expert_linear(self.base, name, expert), expert_bias(self.base, name, expert)
@@ -141,7 +180,7 @@ class AdaptedExperts(AdaptedModule):
         if keys is not None:  # the rows of zeros below the expert's rows need a key too
             keys = replace(keys, rows=F.pad(keys.rows[rows], (0, len(x) - len(rows))))
         if (whole := acting.whole) is not None:
-            layers = self._layers(whole, name, expert, keys)
+            layers = self._layers(whole, name, expert, keys, factors)
             return (
                 low_rank_product(x, bias, frozen, layers)
                 if layers
@@ -151,20 +190,50 @@ class AdaptedExperts(AdaptedModule):
         for segment in acting.select(rows).segments(len(rows)):
             of_segment = None if keys is None else keys.of(segment.rows)
             for layer, weight, layer_keys in self._layers(
-                segment.adapters, name, expert, of_segment
+                segment.adapters, name, expert, of_segment, factors
             ):
                 dropout = layer.active_dropout(x[segment.rows], layer_keys)
                 updates.append(RowUpdate(segment.rows, layer, layer.scaling * weight, dropout))
         return linear_with_updates(x, bias, frozen, updates, UpdateCache())
 
     def _layers(
-        self, adapters: Applied, name: str, expert: int, keys: TokenKeys | None
+        self,
+        adapters: Applied,
+        name: str,
+        expert: int,
+        keys: TokenKeys | None,
+        factors: _ExpertFactors,
     ) -> list[tuple[_ExpertLoRA, float, TokenKeys | None]]:
         return [
-            (_ExpertLoRA(layers[name], expert), weight, layer_keys)
+            (factors.of(layers[name], expert), weight, layer_keys)
             for layers, weight, layer_keys in self.drawing(adapters, keys)
             if name in layers
         ]
+
+
+class _RowsOfExperts(torch.autograd.Function):
+    """Gathers the rows of each expert, each followed by rows of zeros up to its size.
+
+    Backward adds up the gradients of a row from the last expert to the first, a pass for each
+    expert: its rows are different ones, so the order of sums is the same on every device.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, rows: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        ctx.rows, ctx.sizes, ctx.count = rows, sizes, len(hidden)
+        x = hidden.new_zeros(sum(sizes), hidden.shape[1])
+        for row, part in zip(rows, x.split(list(sizes)), strict=True):
+            torch.index_select(hidden, 0, row, out=part[: len(row)])
+        return x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        grad_hidden = grad.new_zeros(ctx.count, grad.shape[1])
+        parts = grad.split(list(ctx.sizes))
+        for row, part in reversed([*zip(ctx.rows, parts, strict=True)]):
+            grad_hidden.index_add_(0, row, part[: len(row)])
+        return grad_hidden, None, None
 
 
 def by_expert(
@@ -174,7 +243,8 @@ def by_expert(
     top_k_weights: Tensor,
     product: Callable[[Tensor, str, int, Tensor], Tensor],
 ) -> Tensor:
-    """hidden (M, D), top_k_index and top_k_weights (M, top_k) -> (M, D), one expert after another.
+    """hidden (M, D), top_k_index and top_k_weights (M, top_k) -> (M, D), the products one expert
+    after another, everything else once over the rows of all experts.
 
     product(x, name, expert, rows) multiplies x with the expert's matrix of the stack `name`. x has
     the rows hidden[rows], then rows of zeros.
@@ -183,13 +253,23 @@ def by_expert(
     assert gate is not None
     num_experts = next(iter(expert_parameters(experts).values()))[0]
     out = torch.zeros_like(hidden)
-    for expert in top_k_index.unique().tolist():
-        if expert >= num_experts:
-            continue  # transformers marks a dropped token with a number past the last expert
-        row, choice = (top_k_index == expert).nonzero(as_tuple=True)
-        x = gate(product(_pad_rows(hidden[row]), "gate_up_proj", expert, row))
-        x = product(x, "down_proj", expert, row)[: len(row)]
-        out = out.index_add(0, row, (x * top_k_weights[row, choice, None]).to(out.dtype))
+    # transformers marks a dropped token with a number past the last expert
+    numbers = [number for number in top_k_index.unique().tolist() if number < num_experts]
+    if not numbers:
+        return out
+    places = [(top_k_index == number).nonzero(as_tuple=True) for number in numbers]
+    rows = [row for row, _ in places]
+    sizes = [_padded(len(row)) for row in rows]
+
+    def multiplied(x: Tensor, name: str) -> Tensor:
+        parts = zip(x.split(sizes), numbers, rows, strict=True)
+        return torch.cat([product(part, name, number, row) for part, number, row in parts])
+
+    apply: Any = _RowsOfExperts.apply
+    y = multiplied(gate(multiplied(apply(hidden, rows, sizes), "gate_up_proj")), "down_proj")
+    for (row, choice), part in zip(places, y.split(sizes), strict=True):
+        own = part[: len(row)] * top_k_weights[row, choice, None]
+        out = out.index_add_(0, row, own.to(out.dtype))
     return out
 
 
@@ -197,11 +277,10 @@ DECODED = 8
 """Up to so many rows, as in decoding, packed experts multiply without unpacking."""
 
 
-def _pad_rows(x: Tensor) -> Tensor:
-    """Pads x with rows of zeros to one of few shapes (kernels/layout.py). Experts get different
+def _padded(rows: int) -> int:
+    """Returns one of few sizes for this many rows (kernels/layout.py). Experts get different
     numbers of rows at every step, and each new number would compile another kernel."""
-    missing = round_up(len(x)) - len(x)
-    return F.pad(x, (0, 0, 0, missing)) if missing and len(x) > DECODED else x
+    return rows if rows <= DECODED else round_up(rows)
 
 
 def expert_linear(experts: nn.Module, name: str, expert: int) -> FrozenLinear:
