@@ -104,7 +104,7 @@ def answer_question(
             next_step="Give a smaller --micro-batch, --batch or --length.",
         )
     blueprints = [named_size(base) or _blueprint_of(base) for base in question.bases]
-    idle_bytes = remember_idle_bytes() if idle_bytes is None else idle_bytes
+    idle_bytes = idle_bytes_of(question) if idle_bytes is None else idle_bytes
     planners = [_planner(blueprint, question, idle_bytes) for blueprint in blueprints]
     choices = (
         all_methods(question.choice) if question.compare or len(planners) > 1 else [question.choice]
@@ -153,8 +153,18 @@ def _blueprint_of(base: str) -> Blueprint:
     return blueprint(base)
 
 
+def idle_bytes_of(question: PlanQuestion) -> int:
+    """Returns the memory of a process before the base is loaded; 0 on a GPU, where it does not
+    count, so that training is not imported to measure it."""
+    return remember_idle_bytes() if _device(question) == "cpu" else 0
+
+
+def _device(question: PlanQuestion) -> Device:
+    return "cpu" if question.gpu is None and not torch.cuda.is_available() else "cuda"
+
+
 def _planner(blueprint: Blueprint, question: PlanQuestion, idle_bytes: int) -> Planner:
-    device: Device = "cpu" if question.gpu is None and not torch.cuda.is_available() else "cuda"
+    device = _device(question)
     return Planner(blueprint, question.workload, device=device, idle_bytes=idle_bytes)
 
 

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from veneer.plan.ask import PlanAnswer, PlanQuestion, answer_question
+from veneer.plan.ask import PlanAnswer, PlanQuestion, answer_question, idle_bytes_of
 from veneer.plan.estimate import LIBRARIES_BYTES, PROCESS, Estimate
 from veneer.plan.machine import Machine, this_machine
 from veneer.plan.schedule import JobLoad, JointSchedule, simulate
-from veneer.plan.simulation.remembered import remember_idle_bytes
 from veneer.plan.simulation.step_counts import GRADIENTS, MOMENTS, STATIC, SUMS, VALUES
 from veneer.plan.simulation.tracker import Shape, Work
 from veneer.plan.table import PlanRow
@@ -85,7 +84,7 @@ class JointPlan:
 
 def plan_together(questions: Sequence[PlanQuestion]) -> JointPlan:
     """Plans jobs that share a base: a question for each. Raises what answer_question raises."""
-    idle_bytes = remember_idle_bytes()  # of the process that trains all of them
+    idle_bytes = idle_bytes_of(questions[0])  # of the process that trains all of them
     answers = [answer_question(question, idle_bytes=idle_bytes) for question in questions]
     rows = [answer.rows[0] for answer in answers]
     jobs = [job_memory(row.estimate, row.estimate.run.computed_tokens) for row in rows]

@@ -194,9 +194,10 @@ def run(args: argparse.Namespace) -> int:
         question = read_question(args, config)
         from veneer.plan.ask import answer_question
 
-        answer = answer_question(
-            question, lambda done, total: show_progress("planning", done, total)
-        )
+        with pause_collection():  # a plan that is not remembered imports transformers
+            answer = answer_question(
+                question, lambda done, total: show_progress("planning", done, total)
+            )
     if args.json:
         print_json(answer.to_dict())
     console = make_console(json=args.json)
