@@ -6,21 +6,15 @@ accuracy for a few short labels. Differences are over the same rows, with 95% in
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from veneer import api
-from veneer.base import Base
 from veneer.data.examples import Row
-from veneer.errors import VeneerError
 from veneer.evaluation.general import BUILT_IN
-from veneer.evaluation.labels import labels_of
+from veneer.evaluation.metrics.choice import longest_answer, metrics_for
 from veneer.quant.config import Quantize
-
-MORE_TOKENS = 1.25
-"""Longest answer that is generated, times the longest right answer."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -41,7 +35,7 @@ def judge(
     """
     loaded = api.load(base, quantize=quantize)
     out.mkdir(exist_ok=True)
-    metrics, tokens = metrics_for(rows), _longest_answer(loaded, rows)
+    metrics, tokens = metrics_for(rows), longest_answer(loaded.tokenizer, rows)
 
     def measured(name: str, general: str | None, against: Path | None) -> dict[str, Any]:
         return api.evaluate(
@@ -59,33 +53,3 @@ def judge(
     loaded.use(loaded.load_adapter(adapter, name="tuned"))
     tuned = measured("adapter", BUILT_IN, out / "base.jsonl")
     return {"metrics": list(metrics), "base": untuned, "adapter": tuned}
-
-
-def metrics_for(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Chooses the metric of these rows' answers; none if only the loss says something."""
-    answers = [_answer(row) for row in rows]
-    if all(_is_json_object(answer) for answer in answers):
-        return ("field_f1",)
-    try:
-        labels = labels_of([[answer or ""] for answer in answers])
-    except VeneerError:
-        return ()
-    return ("accuracy",) if all(answers) and len(labels) > 1 else ()
-
-
-def _answer(row: Row) -> str | None:
-    """Returns the last answer of a row; None if it has none, or a tool call."""
-    last = row.messages[-1] if row.messages else {}
-    return None if last.get("tool_calls") else last.get("content")
-
-
-def _is_json_object(answer: str | None) -> bool:
-    try:
-        return isinstance(json.loads(answer or ""), dict)
-    except ValueError:
-        return False
-
-
-def _longest_answer(base: Base, rows: Sequence[Row]) -> int:
-    lengths = [len(base.tokenizer(_answer(row) or "")["input_ids"]) for row in rows]
-    return round(MORE_TOKENS * max(lengths, default=0)) + 8
