@@ -1,0 +1,34 @@
+"""The list of bases that are on this machine."""
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from tests.support.tiny import save_tiny
+from veneer.bases.local import local_bases
+
+
+def test_models_of_the_hub_cache_and_of_allowed_folders_are_listed_without_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert local_bases() == []
+
+    repo, commit = tmp_path / "hub" / "models--org--tiny", "0" * 40
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    save_tiny(repo / "snapshots" / commit)
+    models = tmp_path / "models"
+    weights = (save_tiny(models / "own") / "model.safetensors").stat().st_size
+    (models / "notes").mkdir()
+    (models / "broken").mkdir()
+    (models / "broken" / "config.json").write_text("{}")
+    (models / "small.gguf").write_bytes(b"GGUF")
+
+    bases = {base.name: base for base in local_bases([models, tmp_path / "missing"])}
+    assert sorted(bases) == ["models/own", "models/small.gguf", "org/tiny"]
+    assert bases["models/own"].bytes == bases["org/tiny"].bytes == weights
+    assert bases["models/own"].source == str(models / "own")
+    assert bases["org/tiny"].source == "org/tiny"
