@@ -151,6 +151,7 @@ def running(
     drain_seconds: float = 30.0,
     lookup: LookupMode = "auto",
     train: TrainSettings | None = None,
+    bases: list[Path] | None = None,
 ) -> Iterator[Running]:
     base = base or made_base()
     settings = ServeSettings(
@@ -163,6 +164,7 @@ def running(
         drain_seconds=drain_seconds,
         lookup=lookup,
         train=train,
+        bases=bases or [],
         **({} if seconds is None else {"seconds": seconds}),
     )
     opened = open_server(base, library, settings, keys or ApiKeys([]))

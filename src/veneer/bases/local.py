@@ -18,6 +18,7 @@ from veneer.bases.folder.model_folder import weight_files
 from veneer.bases.kept import cache_folder, converted_folder
 from veneer.bases.names.hub import from_cache
 from veneer.bases.names.named import HUB_ID, NAMED
+from veneer.bases.names.packages import extracted_file
 from veneer.bases.quiet_transformers import quiet
 from veneer.errors import VeneerError
 
@@ -47,7 +48,7 @@ def local_bases(folders: Sequence[Path] = ()) -> list[LocalBase]:
 def _named() -> Iterator[LocalBase]:
     for name, base in NAMED.items():
         folders = [converted_folder(base.sha256), from_cache(base.hub_id, None)]
-        wheel_file = cache_folder() / "files" / base.sha256 / base.member
+        wheel_file = extracted_file(base.member, base.sha256, cache_folder())
         size = next((s for folder in folders if (s := _model_bytes(folder)) is not None), None)
         if size is None and wheel_file.is_file():
             size = wheel_file.stat().st_size

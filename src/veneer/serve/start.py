@@ -54,6 +54,7 @@ class ServeSettings:
                        adapters were trained with; "" and None: the adapters' own
     runs               folder of the runs that the page shows
     studio             whether the page has the tab Teach; needs `train`
+    bases              folders of models that the tab Teach offers as bases
     lookup             as in Base.generate
     train              None: the server does not train
     """
@@ -74,6 +75,7 @@ class ServeSettings:
     variables: Mapping[str, Any] = field(default_factory=dict)
     runs: Path | None = None
     studio: bool = False
+    bases: Sequence[Path] = ()
     lookup: LookupMode = "auto"
     train: TrainSettings | None = None
 
@@ -168,7 +170,9 @@ def open_server(
         application(
             service,
             routes=fine_tuning_routes(service),
-            teach_tab=_make_teach_tab(service, base, library) if settings.studio else None,
+            teach_tab=_make_teach_tab(service, base, library, settings.bases)
+            if settings.studio
+            else None,
         ),
         settings,
         keys,
@@ -179,12 +183,17 @@ def open_server(
     return OpenServer(server, listener, service, service.residents, keys)
 
 
-def _make_teach_tab(service: Service, base: FrozenBase, library: Library) -> TeachTab:
+def _make_teach_tab(
+    service: Service, base: FrozenBase, library: Library, folders: Sequence[Path]
+) -> TeachTab:
+    from veneer.serve.studio.bases import StudioBases
     from veneer.serve.studio.routes import studio_routes
     from veneer.serve.studio.studio import Studio
 
     assert service.fine_tuning is not None, "the studio trains"
-    studio = Studio(service.fine_tuning, base, library)
+    fine_tuning = service.fine_tuning
+    bases = StudioBases(base, service.names.base_name, fine_tuning.run, folders)
+    studio = Studio(fine_tuning, bases, library)
     return TeachTab(studio_routes(studio, lambda: service.loop.closing), studio.close)
 
 

@@ -124,12 +124,16 @@ def test_dropped_rows_are_mapped_checked_and_shown_token_by_token(tab):
 
 
 @needs_browser
-def test_a_dropped_file_becomes_a_model_that_answers(server, tab):
+def test_a_dropped_file_becomes_a_model_that_answers(server, tab, folder):
     drop_tickets(tab)
     tab.click("#go-method")
     tab.until("document.querySelector('[data-path=steps]') !== null")
     for setting, value in {"steps": 300, "batch": 2, "evaluate_every": 100}.items():
         choose(tab, f"[data-path={setting}]", str(value))
+    tab.until("document.querySelector('#method-plan .advice') !== null", WAIT)
+    draft = server.http().get(f"{API}/drafts").json()["data"][0]
+    plan = server.post(f"{API}/drafts/{draft['id']}/plan", draft["method"])  # it is remembered
+    assert plan.json()["plans"][0]["base"] == "tiny" and str(folder) not in plan.text
     tab.click("#method-next")
     tab.click("#train-start")
     points = "(document.querySelector('#train-curve .line.a')?.getAttribute('points') ?? '').length"
@@ -145,8 +149,16 @@ def test_a_dropped_file_becomes_a_model_that_answers(server, tab):
     assert tab.text("#train-facts").startswith("300 of 300")
     assert tab.run(points) > stopped
     tab.click("#train-next")
-    tab.until("document.querySelectorAll('.judged .right, .judged .wrong').length === 4")
+    answers = "document.querySelectorAll('.judged .right, .judged .wrong').length === %d"
+    tab.until(answers % 4)
+    columns = "document.querySelectorAll('.measured th').length === %d"
+    tab.until(columns % 3, WAIT)
     assert "2 held-out rows" in tab.text("#judge-figures")
+    assert "against the base" in tab.text(".measured tr:last-child"), "how much it forgets"
+    tab.until("document.querySelector('#judge-worse').childNodes.length")
+    choose(tab, "#judge-other", "poems")
+    tab.until(answers % 6)
+    tab.until(columns % 4, WAIT)
     tab.click("#judge-next")
     tab.type("#keep-name", "queues\n")
     tab.until("document.querySelector('#keep-python').textContent.includes('queues')")
@@ -159,6 +171,12 @@ def test_a_dropped_file_becomes_a_model_that_answers(server, tab):
     assert "adapter/adapter_model.safetensors" in ZipFile(BytesIO(archive.content)).namelist()
     report = server.http().get(f"{API}/drafts/{draft['id']}/files/report")
     assert report.headers["content-disposition"].startswith("attachment")
+    choose(tab, "#export-to", "llamacpp_adapter")
+    tab.click("#export-start")
+    tab.until("document.querySelector('#exported button') !== null", WAIT)
+    assert "--lora queues.gguf" in tab.text("#exported pre")
+    exported = server.http().get(f"{API}/drafts/{draft['id']}/export/file")
+    assert exported.content.startswith(b"GGUF")
     tab.click("#keep-ask")
     tab.until("[...document.querySelectorAll('.column input')].some((e) => e.value === 'queues')")
 

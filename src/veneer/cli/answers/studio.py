@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 from veneer.bases.names.named import NAMED
 from veneer.cli.answers.server import ListeningServer, add_server_flags, run_server, start_here
+from veneer.errors import ConfigError
+from veneer.files.home import expanded
 
 if TYPE_CHECKING:
     from veneer.library.library import Library
@@ -27,7 +29,7 @@ DEFAULT_BASE = next(iter(NAMED))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "veneer studio [--base B] [--library DIR] [--jobs DIR] [--port N] ..."
+    parser.usage = "veneer studio [--base B] [--library DIR] [--bases DIR] [--jobs DIR] ..."
     parser.add_argument(
         "--base",
         default=DEFAULT_BASE,
@@ -35,6 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"hub id, folder, .gguf file or named default; default: {DEFAULT_BASE}",
     )
     add_server_flags(parser, trains=True)
+    parser.add_argument(
+        "--bases",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help=(
+            "folder of models and .gguf files that the page offers as bases, beside those in the"
+            " hub's cache; may be repeated"
+        ),
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,4 +56,7 @@ def run(args: argparse.Namespace) -> int:
 def _start_studio(
     args: argparse.Namespace, settings: ServeSettings, keys: ApiKeys, library: Library
 ) -> ListeningServer:
-    return start_here(args, replace(settings, studio=True), keys, library)
+    folders = [expanded(folder) for folder in args.bases]
+    if missing := [str(folder) for folder in folders if not folder.is_dir()]:
+        raise ConfigError("--bases names no folder", missing)
+    return start_here(args, replace(settings, studio=True, bases=folders), keys, library)

@@ -51,7 +51,7 @@ class TeachTab:
     """The routes that the page's Teach tab calls. close: ends their work when the server ends."""
 
     routes: Sequence[Route]
-    close: Callable[[], None]
+    close: Callable[[], Awaitable[None]]
 
 
 def application(
@@ -68,7 +68,7 @@ def application(
         if queue is not None:
             queue.cancel()
         if teach_tab is not None:
-            teach_tab.close()
+            await teach_tab.close()
         await service.close()
 
     return Starlette(

@@ -35,9 +35,13 @@ TEACHING = (
     "row_step",
     "settings",
     "plan",
+    "bases",
     "method_step",
     "train_step",
+    "work",
+    "measures",
     "judge_step",
+    "exports",
     "keep_step",
 )
 """Scripts of the tab Teach, in web/teach/. They come before the last of SCRIPTS."""

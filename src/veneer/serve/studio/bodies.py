@@ -41,6 +41,7 @@ OFFERED = (
     "quantize",
     "dtype",
     "objective.name",
+    "objective.system",
 )
 """Settings that the page offers, in its order."""
 Column = Annotated[str, Length(1, MOST_COLUMN)]
@@ -75,6 +76,8 @@ Value = str | int | float | bool
 class MethodChoices(Body):
     """What is trained and with which settings."""
 
+    base: Annotated[str, Length(0, MOST_NAME)] = ""
+    """name of a base on this machine; empty: the server's"""
     kind: TaskKind = "task"
     """what the rows teach; the advice depends on it"""
     method: Literal["lora", "qlora", "dora", "prefix", "bottleneck"] = "lora"
@@ -96,6 +99,34 @@ class PlanBody(MethodChoices):
 
     compare: bool = False
     """plans every method"""
+    keep: bool = True
+    """keeps the choices with the rows"""
+
+
+ExportKind = Literal["llamacpp_adapter", "llamacpp", "ollama"]
+
+
+class ExportBody(Body):
+    """The body of a request for a file that another program reads."""
+
+    to: ExportKind
+    """llamacpp_adapter: the adapter alone; llamacpp and ollama: base and adapter as one model"""
+    type: Literal["q8_0", "f16"] = "q8_0"
+    """type of a whole model's weights"""
+
+
+class JudgeBody(Body):
+    """The body of a request to evaluate the base and the adapter on the held-out rows."""
+
+    other: Annotated[str, Length(0, MOST_NAME)] = ""
+    """another adapter of the library, which is evaluated too; empty: none"""
+
+
+class WorkBody(Body):
+    """The body of a request to stop an evaluation or an export."""
+
+    kind: Literal["judge", "export"]
+    """what is stopped"""
 
 
 class KeepBody(Body):

@@ -101,10 +101,14 @@ class Drafts:
             (folder / _FILE).write_text(_text(draft), encoding="utf-8")
         return draft
 
+    def changed(self, draft_id: str, **changes: Any) -> Draft:
+        """Returns a draft with other fields, and stores nothing."""
+        return self.get(draft_id).model_copy(update=changes)
+
     def change(self, draft_id: str, **changes: Any) -> Draft:
         """Replaces fields of a draft."""
         with self._changes:  # a plan and a start may change a draft at once
-            draft = self.get(draft_id).model_copy(update=changes)
+            draft = self.changed(draft_id, **changes)
             write_text(self._place(draft_id) / _FILE, _text(draft), replace=True)
         return draft
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +16,7 @@ from veneer.jobs.record import TrainingJob
 from veneer.library.library import Library
 from veneer.report.card import card_for
 from veneer.serve.refusals import MOST_SHOWN, Refusal
+from veneer.serve.studio.exports import write_zip
 
 MOST_HELD_OUT = 200
 """Held-out rows that the page may ask about."""
@@ -68,19 +68,11 @@ def held_out_questions(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return questions[:MOST_HELD_OUT]
 
 
-def zipped(folder: Path) -> bytes:
-    """Returns the files of a folder as a zip archive. They are not compressed: tensors are random
-    bytes."""
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
-        for path in sorted(folder.rglob("*")):
-            if path.is_file() and not path.is_symlink():
-                archive.write(path, f"{folder.name}/{path.relative_to(folder).as_posix()}")
-    return content.getvalue()
-
-
 def result_file(job: TrainingJob, kind: str, *, name: str, base: str) -> tuple[bytes, str]:
-    """Returns the adapter as a zip archive, the report or the model card, and the file's name."""
+    """Returns the adapter as a zip archive, the report or the model card, and the file's name.
+
+    base: on which the adapter was trained
+    """
     adapter = job.run_folder / "adapter"
     if not adapter.is_dir():
         raise ConfigError("the run has no adapter yet")
@@ -91,4 +83,6 @@ def result_file(job: TrainingJob, kind: str, *, name: str, base: str) -> tuple[b
         commands = [f"veneer serve --base {base}"]
         card = card_for(adapter, name=name, commands=commands, base=base) or ""
         return card.encode(), f"{name}.md"
-    return zipped(adapter), f"{name}.zip"
+    content = io.BytesIO()
+    write_zip(adapter, content)
+    return content.getvalue(), f"{name}.zip"

@@ -1,30 +1,20 @@
-"""Plans a run on uploaded rows: `veneer plan` in a process of its own.
-
-The server's process computes answers, and a plan would change how it computes meanwhile. The plan's
-errors are those of the command line.
-"""
+"""Plans a run on uploaded rows, by `veneer plan`."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import signal
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from veneer.child import environment_for, module_command
-from veneer.errors import InputError
 from veneer.files.atomic import write_text
 from veneer.serve.studio.bodies import MethodChoices, TaskKind
+from veneer.serve.studio.commands import CommandLine
 from veneer.training.config import RunConfig
 
 PLAN_SECONDS = 300.0
-DOES_NOT_FIT = 3
 MOST_PLANS = 64
 """Plans that are kept in memory."""
 PLANNED = "planned"
@@ -49,20 +39,29 @@ def run_settings(
     return settings
 
 
+def with_names(value: Any, names: Mapping[str, str]) -> Any:
+    """Replaces paths by names in all texts of JSON data."""
+    if isinstance(value, str):
+        for path, name in names.items():
+            value = value.replace(path, name)
+        return value
+    if isinstance(value, dict):
+        return {key: with_names(item, names) for key, item in value.items()}
+    return [with_names(item, names) for item in value] if isinstance(value, list) else value
+
+
 class Plans:
     """Plans runs, one at a time, and remembers the answers of this process. A new request ends the
     plan that is being made."""
 
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
-        self._process: asyncio.subprocess.Process | None = None
+        self._commands = CommandLine(PLAN_SECONDS)
         self._answers: dict[tuple[str, ...], dict[str, Any]] = {}
 
     def stop(self) -> None:
         """Ends the plan that is being made."""
-        if self._process is not None:
-            with suppress(ProcessLookupError):  # it has just ended
-                self._process.kill()
+        self._commands.stop()
 
     async def plan(
         self, folder: Path, settings: Mapping[str, Any], *, kind: TaskKind, compare: bool
@@ -80,35 +79,8 @@ class Plans:
             if key not in self._answers:
                 file = folder / "plan.yaml"
                 await asyncio.to_thread(lambda: write_text(file, text, replace=True))
-                answer = await self._run([str(file), *flags])
+                answer = await self._commands.run(["plan", str(file), *flags])
                 while len(self._answers) >= MOST_PLANS:
                     del self._answers[next(iter(self._answers))]
                 self._answers[key] = answer
         return self._answers[key]
-
-    async def _run(self, arguments: list[str]) -> dict[str, Any]:
-        process = await asyncio.create_subprocess_exec(
-            *module_command("veneer"),
-            "plan",
-            *arguments,
-            env=environment_for(os.environ),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        self._process = process
-        try:
-            async with asyncio.timeout(PLAN_SECONDS):
-                answer, messages = await process.communicate()
-        except TimeoutError:
-            raise InputError(f"the plan takes more than {PLAN_SECONDS:g} s") from None
-        finally:
-            self._process = None
-            if process.returncode is None:
-                process.kill()
-        if process.returncode == -signal.SIGKILL:
-            raise InputError("the plan was stopped")
-        if process.returncode not in (0, DOES_NOT_FIT) or not answer:
-            raise InputError(messages.decode("utf-8", "replace").strip() or "the plan failed")
-        plan: dict[str, Any] = json.loads(answer)
-        return plan

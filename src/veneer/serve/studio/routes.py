@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from veneer.serve.http.app import caller_of, catch_errors, position_after, require_train
@@ -22,12 +22,22 @@ from veneer.serve.http.uploads import Arrivals
 from veneer.serve.limits import BODY_BYTES
 from veneer.serve.protocols.body import Body
 from veneer.serve.refusals import Refusal
-from veneer.serve.studio.bodies import KeepBody, MethodChoices, NoBody, PlanBody, RowChoices
+from veneer.serve.studio.bodies import (
+    ExportBody,
+    JudgeBody,
+    KeepBody,
+    MethodChoices,
+    NoBody,
+    PlanBody,
+    RowChoices,
+    WorkBody,
+)
 from veneer.serve.studio.settings import describe_settings
 from veneer.serve.studio.studio import Studio
 from veneer.serve.studio.training import follow_job
 
 PREFIX = "/studio/api"
+BYTES_TYPE = "application/octet-stream"
 UPLOAD_BYTES = 256 * 2**20
 MOST_IN_MEMORY = 2
 """Files of the page that arrive at once: they are held in memory."""
@@ -44,6 +54,9 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
 
     async def settings(request: Request, body: None) -> Any:
         return {"settings": describe_settings()}
+
+    async def bases(request: Request, body: None) -> Any:
+        return {"data": await studio.run(studio.bases.listed)}
 
     async def upload(request: Request) -> Response:
         require_train(request)
@@ -69,6 +82,7 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
     async def train(request: Request, body: MethodChoices) -> Any:
         owner = caller_of(request).name
         studio.plans.stop()  # it would compete with the trainer
+        await studio.results.work.stop(_id(request))  # of the run before
         return await studio.run(lambda: studio.start(_id(request), body, owner))
 
     async def stop(request: Request, body: NoBody) -> Any:
@@ -90,10 +104,32 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
         return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
 
     async def held_out(request: Request, body: None) -> Any:
-        return await studio.held_out(_id(request))
+        return await studio.run_check(lambda: studio.results.held_out(_id(request)))
 
     async def try_out(request: Request, body: NoBody) -> Any:
-        return await studio.run(lambda: studio.try_out(_id(request)))
+        return await studio.run(lambda: studio.results.try_out(_id(request)))
+
+    async def evaluate(request: Request, body: JudgeBody) -> Any:
+        return await studio.results.evaluate(_id(request), body.other)
+
+    async def evaluation(request: Request, body: None) -> Any:
+        other = request.query_params.get("other", "")
+        return await studio.results.evaluation(_id(request), other)
+
+    async def stop_work(request: Request, body: WorkBody) -> Any:
+        await studio.results.work.stop(_id(request), body.kind)
+        return {}
+
+    async def export(request: Request, body: ExportBody) -> Any:
+        return await studio.results.export(_id(request), body)
+
+    async def exported(request: Request, body: None) -> Any:
+        return await studio.results.exported(_id(request))
+
+    async def exported_file(request: Request) -> Response:
+        require_train(request)
+        path = await studio.run(lambda: studio.results.exported_file(_id(request)))
+        return FileResponse(path, media_type=BYTES_TYPE, headers=_download_headers(path.name))
 
     async def keep(request: Request, body: KeepBody) -> Any:
         may_replace = caller_of(request).scope == "admin"
@@ -104,21 +140,17 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
     async def take(request: Request) -> Response:
         require_train(request)
         kind = str(request.path_params["kind"])
-        content, name = await studio.run(lambda: studio.take(_id(request), kind))
-        # The report is a page: it is downloaded, and never shown as one of this site's.
-        headers = {
-            "content-disposition": f"attachment; filename*=UTF-8''{quote(name)}",
-            "content-security-policy": "sandbox",
-            "x-content-type-options": "nosniff",
-        }
-        return Response(content, media_type="application/octet-stream", headers=headers)
+        content, name = await studio.run(lambda: studio.results.take(_id(request), kind))
+        return Response(content, media_type=BYTES_TYPE, headers=_download_headers(name))
 
     async def remove(request: Request, body: NoBody) -> Any:
+        await studio.results.work.stop(_id(request))
         await studio.run(lambda: studio.remove(_id(request)))
         return {}
 
     return [
         _get("/settings", settings),
+        _get("/bases", bases),
         _get("/drafts", drafts),
         Route(f"{PREFIX}/drafts", catch_errors(upload), methods=["POST"]),
         _get("/drafts/{id}", show),
@@ -131,6 +163,12 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
         Route(f"{PREFIX}/drafts/{{id}}/events", catch_errors(events), methods=["GET"]),
         _get("/drafts/{id}/held_out", held_out),
         _post("/drafts/{id}/try", NoBody, try_out),
+        _get("/drafts/{id}/evaluation", evaluation),
+        _post("/drafts/{id}/evaluation", JudgeBody, evaluate),
+        _post("/drafts/{id}/stop_work", WorkBody, stop_work),
+        _get("/drafts/{id}/export", exported),
+        _post("/drafts/{id}/export", ExportBody, export),
+        Route(f"{PREFIX}/drafts/{{id}}/export/file", catch_errors(exported_file), methods=["GET"]),
         _post("/drafts/{id}/keep", KeepBody, keep),
         Route(f"{PREFIX}/drafts/{{id}}/files/{{kind}}", catch_errors(take), methods=["GET"]),
         _post("/drafts/{id}/remove", NoBody, remove),
@@ -153,6 +191,15 @@ def _post(path: str, body: type[Body], answer: Answer) -> Route:
         return JSONResponse(await answer(request, fields))
 
     return Route(PREFIX + path, catch_errors(endpoint), methods=["POST"])
+
+
+def _download_headers(name: str) -> dict[str, str]:
+    """Returns headers of a file that is downloaded, and never shown as a page of this site."""
+    return {
+        "content-disposition": f"attachment; filename*=UTF-8''{quote(name)}",
+        "content-security-policy": "sandbox",
+        "x-content-type-options": "nosniff",
+    }
 
 
 def _id(request: Request) -> str:

@@ -73,8 +73,13 @@ def start_job(
         {**settings, "data": data},
         rows={"train": rows},
         owner=owner,
-        details={"draft": draft.id, "rows": draft.name},
+        details={"draft": draft.id, "rows": draft.name, "base": draft.method.get("base", "")},
     )
+
+
+def base_name_of(job: TrainingJob) -> str:
+    """Returns the name of the base that a job trains on, for people."""
+    return str(job.record.details.get("base") or job.record.base)
 
 
 def job_card(job: TrainingJob) -> dict[str, Any]:

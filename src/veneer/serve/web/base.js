@@ -71,6 +71,24 @@ function saveBlob(name, blob) {
   setTimeout(() => URL.revokeObjectURL(address), 10_000);
 }
 
+/** Appends items to a list in pages: a button adds the next ones. wrap: makes the place of the button. */
+function showPaged(list, items, shown, most, wrap = (button) => button) {
+  const rest = [...items];
+  const add = () => {
+    place.before(...rest.splice(0, most).map(shown));
+    more.textContent = `${count(rest.length)} more`;
+    if (!rest.length) place.remove();
+  };
+  const more = make("button", { className: "quiet", onclick: add });
+  const place = wrap(more);
+  list.append(place);
+  add();
+  return list;
+}
+
+const LISTED = 50;
+const showList = (list, items, shown) => showPaged(list, items, shown, LISTED, (button) => make("li", {}, button));
+
 const touches = () => matchMedia("(pointer: coarse)").matches;
 const figure = (value) => (value === null ? "–" : String(Number(Number(value).toPrecision(4))));
 const count = (value) => Number(value).toLocaleString("en");

@@ -42,17 +42,19 @@ async function openLibrary() {
 function showAdapters(tiers) {
   const wanted = byId("filter").value.trim().toLowerCase();
   const found = served.adapters.filter((card) => `${card.id} ${card.method}`.toLowerCase().includes(wanted));
-  const items = found.map((card) => {
+  const item = (card) => {
     const held = tiers[card.version];
     const where = held ? `${TIERS[held.tier]}${held.pinned ? ", pinned" : ""}` : "on disk";
     const current = card.id === adapterShown;
     const open = make("button", { ariaCurrent: String(current), onclick: () => openAdapter(card.id) }, card.id);
     open.append(make("small", {}, `${card.root} · ${card.method} · ${bytes(card.bytes)} · ${where}`));
     return make("li", {}, open);
-  });
+  };
   const none = served.adapters.length ? "No adapter has this name." : "The library is empty. veneer train --name NAME adds an adapter.";
-  if (!items.length) items.push(make("li", { className: "soft" }, none));
-  byId("adapters-list").replaceChildren(...items);
+  const list = byId("adapters-list");
+  list.replaceChildren();
+  if (found.length) showList(list, found, item);
+  else list.append(make("li", { className: "soft" }, none));
   byId("filter").oninput = () => showAdapters(tiers);
 }
 

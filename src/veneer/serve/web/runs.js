@@ -10,14 +10,15 @@ async function openRuns() {
   const list = byId("runs-list");
   await told(list, async () => {
     const { data } = await read("/v1/runs");
-    const items = data.map((run) => {
+    const item = (run) => {
       const current = String(run.name === watched.name);
       const open = make("button", { ariaCurrent: current, onclick: () => watch(run.name) }, run.name);
       open.append(make("small", {}, `${run.error ?? stateOf(run)}`));
       return make("li", {}, open);
-    });
-    if (!items.length) items.push(make("li", { className: "soft" }, NONE));
-    list.replaceChildren(...items);
+    };
+    list.replaceChildren();
+    if (data.length) showList(list, data, item);
+    else list.append(make("li", { className: "soft" }, NONE));
     if (watched.name === null && data.length) watch(data[0].name);
     else if (watched.name !== null) look(watched.name);
   });

@@ -28,20 +28,8 @@ const LINES_SHOWN = 12;
 const linesOf = (problem) =>
   problem.lines.slice(0, LINES_SHOWN).join(", ") + (problem.count > LINES_SHOWN ? ", …" : "");
 
-/** Shows a list in pages: a button adds the next ones. */
-function paged(items, shown, most) {
-  const list = make("div", { className: "findings" }, ...items.slice(0, most).map(shown));
-  let next = most;
-  const more = make("button", { className: "quiet" }, `${count(items.length - most)} more`);
-  more.addEventListener("click", () => {
-    more.before(...items.slice(next, next + most).map(shown));
-    next += most;
-    more.hidden = next >= items.length;
-    more.textContent = `${count(items.length - next)} more`;
-  });
-  if (items.length > most) list.append(more);
-  return list;
-}
+/** Shows a list in pages. */
+const paged = (items, shown, most) => showPaged(make("div", { className: "findings" }), items, shown, most);
 
 /** Shows an example's tokens, each on its own ground; trained ones are marked. */
 function tokensShown(sample) {

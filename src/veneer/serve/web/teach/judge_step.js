@@ -1,19 +1,28 @@
-// Step 4: held-out rows, answered by the base and by the adapter side by side.
+// Step 4: held-out rows, answered by the base, by the adapter and by another one, side by side.
 
 const ASKED_AT_ONCE = 5;
 const JUDGE_SETTINGS = { temperature: 0, max_tokens: 96, seed: 1 };
-/** asked: questions so far. rightBase, right: correct answers of the base and of the adapter. */
-const NO_ANSWERS = { asked: 0, rightBase: 0, right: 0, worse: 0 };
+/** asked: questions so far. right: for each model, in the order of the columns, its correct answers. */
+const noAnswers = () => ({ asked: 0, right: [], worse: 0 });
 /** questions: held-out rows. worse: of them, those that only the base answers correctly. */
-const judging = { draft: null, job: null, model: null, questions: [], ends: null, ...NO_ANSWERS };
+const judging = { draft: null, job: null, model: null, questions: [], ends: null, ...noAnswers() };
 
 async function showJudge() {
+  const base = training.job?.base;
+  const elsewhere = base && !base.served;
+  byId("judge-elsewhere").hidden = !elsewhere;
+  byId("judge-answers").hidden = elsewhere;
+  if (elsewhere)
+    byId("judge-elsewhere").textContent =
+      `This adapter was trained on ${base.name}, and this server answers with ${served.base}, so it cannot be asked here. ` +
+      `The figures are measured all the same. To ask it, start ${base.command}`;
   byId("judge-figures").replaceChildren(...figuresOfRun());
-  if (judging.draft === lesson.draft.id && judging.job === lesson.draft.job) return showJudged();
-  judging.ends?.abort(); // answers for other rows would be counted here
-  const { id, job } = lesson.draft;
-  Object.assign(judging, { draft: id, job, ends: null, ...NO_ANSWERS });
-  byId("judge-rows").replaceChildren();
+  const isOpen = judging.draft === lesson.draft.id && judging.job === lesson.draft.job;
+  if (!isOpen) forgetAnswers();
+  showOthers();
+  measure(["idle"]);
+  if (elsewhere || isOpen) return showJudged();
+  const { id } = lesson.draft;
   byId("judge-said").textContent = "Loading the adapter …";
   await teachSafely(async () => {
     const { model } = await studio(draftPath("/try"), { body: {} });
@@ -21,9 +30,31 @@ async function showJudge() {
     if (judging.draft !== id) return; // other rows were opened meanwhile
     Object.assign(judging, { model, questions });
     await loadModels();
+    showOthers();
     await askNext();
   });
   showJudged();
+}
+
+/** Forgets the answers: other rows were opened, or another model stands beside. */
+function forgetAnswers() {
+  judging.ends?.abort(); // answers for other rows would be counted here
+  const { id, job } = lesson.draft;
+  if (judging.draft !== id || judging.job !== job) Object.assign(judging, { model: null, questions: [] });
+  Object.assign(judging, { draft: id, job, ends: null, ...noAnswers() });
+  byId("judge-rows").replaceChildren();
+}
+
+/** The models that answer: [name of the model, name of the column]. */
+function judgedModels() {
+  const other = otherJudged();
+  return [[served.base, served.base], [judging.model, "this adapter"], ...(other ? [[other, other]] : [])];
+}
+
+async function chooseOther() {
+  forgetAnswers();
+  measure(["idle"]);
+  if (judging.model) await askNext();
 }
 
 const valueOf = ({ value, low, high }) =>
@@ -42,29 +73,31 @@ function figuresOfRun() {
 }
 
 function showJudged() {
-  const { asked, questions, right, rightBase, worse } = judging;
+  const { asked, questions, right, worse } = judging;
   const left = questions.length - asked;
   byId("judge-more").hidden = left <= 0 || judging.ends !== null;
   byId("judge-more").textContent = `Ask the next ${Math.min(left, ASKED_AT_ONCE)}`;
   byId("judge-stop").hidden = judging.ends === null;
-  const counts = `${count(rightBase)} by the base, ${count(right)} by this adapter.`;
+  const counts = judgedModels().map(([, name], column) => `${count(right[column] ?? 0)} by ${name}`);
   const lost = worse ? ` The base was right and the adapter is not: ${count(worse)}.` : "";
   byId("judge-said").textContent = questions.length
-    ? `Of ${count(asked)} answers, equal to the expected one: ${counts}${lost}`
+    ? `Of ${count(asked)} answers, equal to the expected one: ${counts.join(", ")}.${lost}`
     : "There are no held-out questions to ask.";
 }
 
 const sameText = (text, expected) => text.trim() === expected.trim();
 
+/** Asks every model a question, and shows the answers as they come. */
 async function askRow(question, signal) {
-  const [base, adapter] = [messageCell(served.base, ""), messageCell("this adapter", "")];
-  for (const cell of [base, adapter]) cell.lastChild.className = "said waits";
-  const line = make("small", { className: "soft" }, `row ${question.line}`);
-  const text = messageCell("question", question.messages.at(-1)?.content ?? "");
+  const models = judgedModels();
+  const cells = models.map(([, name]) => messageCell(name, ""));
+  for (const cell of cells) cell.lastChild.className = "said waits";
+  const text = messageCell(`question, row ${question.line}`, question.messages.at(-1)?.content ?? "");
   const expected = messageCell("expected", question.expected);
-  const row = make("article", { className: "card judged" }, line, text, expected, base, adapter);
+  const row = make("article", { className: "card judged" }, text, expected, ...cells);
   byId("judge-rows").append(row);
-  const answer = async (name, shown) => {
+  const answer = async ([name], column) => {
+    const shown = cells[column];
     const body = bodyOf({ name, weight: 1 }, question.messages, JUDGE_SETTINGS);
     const result = await answered(body, (now) => (shown.lastChild.textContent = now.text), signal);
     shown.lastChild.classList.remove("waits");
@@ -72,11 +105,11 @@ async function askRow(question, signal) {
     shown.classList.add(right ? "right" : "wrong");
     return right;
   };
-  const [rightBase, right] = await Promise.all([answer(served.base, base), answer(judging.model, adapter)]);
+  const right = await Promise.all(models.map(answer));
+  if (signal.aborted) return; // other models are asked now
   judging.asked++;
-  judging.rightBase += Number(rightBase);
-  judging.right += Number(right);
-  if (rightBase && !right) {
+  judging.right = right.map((isRight, column) => (judging.right[column] ?? 0) + Number(isRight));
+  if (right[0] && !right[1]) {
     judging.worse++;
     row.classList.add("worse");
   }
@@ -96,6 +129,7 @@ async function askNext() {
 function beginJudge() {
   byId("judge-more").addEventListener("click", askNext);
   byId("judge-stop").addEventListener("click", () => judging.ends?.abort());
+  byId("judge-other").addEventListener("change", chooseOther);
   byId("judge-next").addEventListener("click", () => openStep("keep"));
   whenStepShown.judge = showJudge;
 }

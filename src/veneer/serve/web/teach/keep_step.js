@@ -9,14 +9,34 @@ function nameFrom(file) {
 function showKeep() {
   byId("keep-name").value = lesson.draft.model ?? nameFrom(lesson.draft.name);
   showKept();
+  followExport();
+  findQuestion();
+}
+
+/** Finds a held-out question for the commands that use the adapter. */
+async function findQuestion() {
+  const { id } = lesson.draft;
+  await teachSafely(async () => {
+    const { questions } = await studio(draftPath("/held_out"));
+    if (lesson.draft?.id !== id) return; // other rows were opened meanwhile
+    lesson.question = questions[0]?.messages ?? null;
+    showKept();
+  });
 }
 
 function showKept() {
   const { model } = lesson.draft;
   byId("kept").hidden = !model;
   if (!model) return byId("keep-said").replaceChildren();
-  byId("keep-said").textContent = `${lesson.draft.reference ?? model} is in the library, and a model of this server.`;
-  const question = judging.questions[0]?.messages ?? [{ role: "user", content: "…" }];
+  const base = training.job?.base;
+  const answers = !base || base.served;
+  byId("keep-ask").hidden = byId("keep-code").hidden = !answers;
+  byId("keep-said").textContent = `${lesson.draft.reference ?? model} is in the library${answers ? ", and a model of this server." : "."}`;
+  if (!answers) {
+    const reason = ` It was trained on ${base.name}, so it is no model of this server, which answers with ${served.base}. Serve it: `;
+    byId("keep-said").append(reason, make("code", {}, base.command));
+  }
+  const question = lesson.question ?? [{ role: "user", content: "…" }];
   const body = bodyOf({ name: model, weight: 1 }, question, { max_tokens: 96 });
   byId("keep-curl").textContent = curlOf(body);
   byId("keep-python").textContent = pythonOf(body);
@@ -34,9 +54,10 @@ async function keep(event) {
   showKept();
 }
 
-async function download(what) {
+/** Downloads a file of the draft's result. rest: of its address */
+async function download(rest) {
   await teachSafely(async () => {
-    const response = await request(`/studio/api${draftPath(`/files/${what}`)}`);
+    const response = await request(`/studio/api${draftPath(rest)}`);
     const named = response.headers.get("content-disposition").split("''")[1];
     saveBlob(decodeURIComponent(named), await response.blob());
   });
@@ -54,7 +75,7 @@ function beginKeep() {
   byId("keep-form").addEventListener("submit", keep);
   byId("keep-ask").addEventListener("click", askKept);
   for (const button of document.querySelectorAll("#kept [data-file]"))
-    button.addEventListener("click", () => download(button.dataset.file));
+    button.addEventListener("click", () => download(`/files/${button.dataset.file}`));
   whenStepShown.keep = showKeep;
 }
 beginKeep();

@@ -18,14 +18,15 @@ const METHODS = {
 const planning = { ends: null };
 
 const chosenMethod = () => ({
+  base: byId("method-base").value,
   kind: byId("method-kind").value,
   method: byId("method-name").value,
   settings: chosenSettings(),
 });
 
 async function showMethod() {
-  const { kind = "task", method = "lora", settings = {} } = lesson.draft.method;
-  byId("method-base").textContent = served.base;
+  const { base = "", kind = "task", method = "lora", settings = {} } = lesson.draft.method;
+  showBases(base);
   byId("method-kind").value = kind;
   byId("method-name").value = method;
   showMethodSettings(method, settings);
@@ -73,13 +74,18 @@ function takeAdvice(advice) {
   planChosen();
 }
 
+function changeSettings() {
+  showTeacher();
+  planChosen();
+}
+
 function beginMethod() {
   byId("method-kind").append(...optionsOf(KINDS));
   byId("method-name").append(...optionsOf(METHODS));
   byId("method-kind").addEventListener("change", planChosen);
   byId("method-name").addEventListener("change", (event) => chooseMethod(event.target.value));
   byId("method-next").addEventListener("click", () => openStep("train"));
-  for (const id of ["main-settings", "more-settings"]) byId(id).addEventListener("change", planChosen);
+  for (const id of ["main-settings", "more-settings"]) byId(id).addEventListener("change", changeSettings);
   byId("method-compare").addEventListener("click", () => askForPlan(byId("method-compared"), true, comparedShown));
   whenStepShown.method = showMethod;
 }

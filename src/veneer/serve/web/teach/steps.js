@@ -4,9 +4,9 @@ const OPEN_DRAFT = "veneer-draft";
 /**
  * draft: the open set of rows as the server describes it, or null. preview: its columns and first rows.
  * report: the result of its check. plan: the last plan of its run. settings: their help texts by path.
- * step: the one that is shown.
+ * bases: the other bases on this machine. question: a held-out one. step: the one that is shown.
  */
-const lesson = { draft: null, preview: null, report: null, plan: null, settings: {}, step: "rows" };
+const lesson = { draft: null, preview: null, report: null, plan: null, settings: {}, bases: [], question: null, step: "rows" };
 /** By step: called when it is shown, or left. */
 const whenStepShown = {};
 const whenStepLeft = {};
@@ -47,6 +47,7 @@ function openStep(step) {
   lesson.step = stepIsOpen[step]?.() ? step : "rows";
   if (lesson.draft) localStorage.setItem(`${OPEN_DRAFT}-step`, lesson.step);
   showSteps();
+  if (document.activeElement.closest(".step[hidden]")) byId(`go-${lesson.step}`).focus(); // the button that was pressed is gone
   whenStepShown[lesson.step]?.();
 }
 
@@ -69,7 +70,7 @@ async function teachSafely(work) {
 async function openDraft(id, step = "rows") {
   await teachSafely(async () => {
     const { preview, ...draft } = await studio(`/drafts/${encodeURIComponent(id)}`);
-    Object.assign(lesson, { draft, preview, report: null, plan: null });
+    Object.assign(lesson, { draft, preview, report: null, plan: null, question: null });
     if (!draft.training) draft.job = null; // it was deleted
     forgetTraining();
     training.job = draft.training;
@@ -121,8 +122,8 @@ async function removeDraft() {
 async function openTeach() {
   if (lesson.draft) return openStep(lesson.step);
   await teachSafely(async () => {
-    const { settings } = await studio("/settings");
-    lesson.settings = settings;
+    const [{ settings }, bases] = await Promise.all([studio("/settings"), studio("/bases")]);
+    Object.assign(lesson, { settings, bases: bases.data });
     const drafts = await listDrafts();
     const wanted = localStorage.getItem(OPEN_DRAFT);
     if (drafts.some((draft) => draft.id === wanted))

@@ -63,7 +63,7 @@ function takeUpdate(update) {
 function showTraining() {
   const { job } = training;
   const state = job?.state ?? (lesson.draft.job ? null : "new");
-  byId("train-state").textContent = state === "new" ? summaryOfPlan() : (STATES[state] ?? "");
+  byId("train-state").textContent = state === "new" ? summaryOfPlan() : stateSaid(state);
   byId("train-fault").textContent = job?.error ?? "";
   byId("train-start").hidden = !["new", "failed", "cancelled", "done"].includes(state);
   byId("train-start").className = state === "new" ? "main" : "";
@@ -77,11 +77,17 @@ function showTraining() {
   byId("train-sample").replaceChildren(...trainingSample());
 }
 
+function stateSaid(state) {
+  const { ahead = 0 } = training.job ?? {};
+  if (state === "queued" && ahead > 1) return `Waiting: ${count(ahead)} jobs are before it.`;
+  return STATES[state] ?? "";
+}
+
 function summaryOfPlan() {
-  const { method = "lora" } = lesson.draft.method;
+  const { base, method = "lora" } = lesson.draft.method;
   const rows = lesson.report ? ` on ${count(lesson.report.rows)} rows` : "";
   const time = lesson.plan ? `, about ${duration(lesson.plan.plans[0].run_seconds)}` : "";
-  return `${METHODS[method] ?? method}${rows}${time}.`;
+  return `${METHODS[method] ?? method} over ${base || served.base}${rows}${time}.`;
 }
 
 const RECENT = 20;

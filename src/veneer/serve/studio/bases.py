@@ -1,0 +1,87 @@
+"""Bases that a run may train on: the server's, and others on this machine, by name.
+
+Only the server's base answers here. For another, the tokenizer and the config are read, and the
+trainer's process loads its weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from veneer.bases.local import LocalBase, local_bases
+from veneer.bases.tokenizer import load_tokenizer
+from veneer.data.examples import Capacity
+from veneer.models.capacity import capacity_of, configured_capacity
+from veneer.models.frozen_base import FrozenBase
+from veneer.serve.refusals import Refusal
+
+OWN = ""
+"""Name of the server's base here."""
+
+
+class StudioBases:
+    """Finds bases by name. run: settings of a run on the server's base. folders: of more bases.
+    name: of the server's base in its answers"""
+
+    def __init__(
+        self, base: FrozenBase, name: str, run: Mapping[str, Any], folders: Sequence[Path]
+    ) -> None:
+        self.name, self._run, self._folders = name, run, folders
+        self._source = str(run.get("base", base.source))
+        self._own_names = {name, base.source, base.name_or_path, self._source}
+        # Tokenizers change while they encode, so this one is a copy that nothing else uses.
+        self._own = (copy.deepcopy(base.tokenizer), capacity_of(base))
+        self._last: tuple[str, tuple[Any, Capacity]] | None = None
+
+    def listed(self) -> list[dict[str, Any]]:
+        """Lists the other bases: their names and the bytes of their weights."""
+        return [{"name": base.name, "bytes": base.bytes} for base in self._others()]
+
+    def _others(self) -> list[LocalBase]:
+        return [
+            base
+            for base in local_bases(self._folders)
+            if base.name not in self._own_names and base.source not in self._own_names
+        ]
+
+    def source(self, name: str) -> str:
+        """Returns what --base takes. Refusal: 404, it is not on this machine."""
+        if name == OWN:
+            return self._source
+        for base in self._others():
+            if base.name == name:
+                return base.source
+        raise Refusal(404, f"The base `{name[:80]}` is not on this machine.", "base")
+
+    def run_settings(self, name: str) -> dict[str, Any]:
+        """Returns the settings of every run on a base. Only the server's base has the server's
+        format of weights."""
+        if name == OWN:
+            return dict(self._run)
+        others = {key: value for key, value in self._run.items() if key != "quantize"}
+        return {**others, "base": self.source(name)}
+
+    def reader(self, source: str) -> tuple[Any, Capacity]:
+        """Returns the tokenizer and the capacity of a base. Call it in one thread only."""
+        if self.serves(source):
+            return self._own
+        if self._last is None or self._last[0] != source:
+            tokenizer, config = load_tokenizer(source)
+            self._last = (source, (tokenizer, configured_capacity(config)))
+        return self._last[1]
+
+    def serves(self, source: str) -> bool:
+        """Whether this is the server's base, so that adapters of it answer here."""
+        return source in self._own_names
+
+    def describe(self, source: str, name: str) -> dict[str, Any]:
+        """Describes the base of a job. name: of the base, for people
+
+        `command` serves it. A path is not shown: its name stands for it.
+        """
+        served = self.serves(source)
+        shown = self.name if served else name
+        return {"name": shown, "served": served, "command": f"veneer studio --base {shown}"}

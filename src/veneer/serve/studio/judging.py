@@ -1,0 +1,172 @@
+"""Evaluates the base and adapters on a job's held-out rows, and compares them row by row.
+
+    rows.jsonl            the rows
+    <model>.json, .jsonl  what `veneer evaluate` prints, and its predictions
+
+Models are the base, the job's adapter, and another adapter of the library by its content.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from veneer.data.examples import Row
+from veneer.data.files.writing import record_of
+from veneer.errors import ConfigError
+from veneer.evaluation.metrics.choice import longest_answer, metrics_for
+from veneer.evaluation.predictions import Line, read_predictions
+from veneer.files.atomic import write_text
+from veneer.files.strict_json import json_text, legible, read_json
+from veneer.wording import cut
+
+MOST_ROWS = 300
+"""Held-out rows that are evaluated."""
+MOST_WORSE = 200
+"""Rows that became worse, of which the page is told."""
+MOST_TEXT = 2000
+"""Characters of a question or an answer that are sent."""
+BASE, ADAPTER = "base", "adapter"
+PLAN = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class JudgedModel:
+    """A model of an evaluation. key: name of its files. adapter: its folder, None for the base"""
+
+    key: str
+    shown: str
+    adapter: Path | None = None
+
+
+def write_rows(folder: Path, rows: Sequence[Row], settings: dict[str, Any], tokenizer: Any) -> None:
+    """Writes the rows, and how they are evaluated. ConfigError: there are none.
+
+    settings: of the run
+    """
+    if not rows:
+        raise ConfigError("the run has no held-out rows, so there is nothing to judge it by")
+    rows = rows[:MOST_ROWS]
+    text = "".join(json.dumps(record_of(row), ensure_ascii=False) + "\n" for row in rows)
+    write_text(folder / "rows.jsonl", text, replace=True)
+    metrics = metrics_for(rows)
+    flags = ["--length", str(settings["length"])]
+    if "train_on" in settings["data"]:
+        flags += ["--train-on", settings["data"]["train_on"]]
+    if metrics:
+        flags += ["--metrics", ",".join(metrics)]
+        flags += ["--max-new-tokens", str(longest_answer(tokenizer, rows))]
+    for name in ("dtype", "device", "quantize"):
+        if settings.get(name) is not None:
+            flags += [f"--{name}", settings[name]]
+    plan = {
+        "base": settings["base"],
+        "metrics": list(metrics),
+        "flags": flags,
+        "rows": [_shown_row(row) for row in rows],
+    }
+    write_text(folder / PLAN, json_text(legible(plan)), replace=True)
+
+
+def _shown_row(row: Row) -> dict[str, Any]:
+    *before, last = row.messages or [{"content": row.text}]
+    question = next((m["content"] for m in reversed(before) if m.get("role") == "user"), "")
+    texts = (str(question or ""), str(last.get("content") or ""))
+    return {
+        "line": row.ref.line,
+        "question": cut(texts[0], MOST_TEXT),
+        "expected": cut(texts[1], MOST_TEXT),
+    }
+
+
+def arguments_for(folder: Path, model: JudgedModel) -> list[str]:
+    """Returns the arguments of the command that evaluates a model on the rows."""
+    plan = read_json(folder / PLAN)
+    arguments = ["evaluate", "--base", plan["base"], "--data", str(folder / "rows.jsonl")]
+    arguments += ["--json", "--general", "--predictions", str(folder / f"{model.key}.jsonl")]
+    arguments += plan["flags"]
+    if model.adapter is not None:
+        arguments += ["--adapter", str(model.adapter)]
+        arguments += ["--against", str(folder / f"{BASE}.jsonl")]
+    return arguments
+
+
+def save_result(folder: Path, model: JudgedModel, result: dict[str, Any]) -> None:
+    """Keeps what a model's evaluation printed. Its file is written last, so it marks the end."""
+    write_text(folder / f"{model.key}.json", json_text(legible(result)), replace=True)
+
+
+def is_judged(folder: Path, model: JudgedModel) -> bool:
+    return (folder / f"{model.key}.json").is_file()
+
+
+def comparison(folder: Path, models: Sequence[JudgedModel]) -> dict[str, Any]:
+    """Returns the figures of the models that are evaluated, and the rows where the second is worse
+    than the first, the worst row first."""
+    plan = read_json(folder / PLAN)
+    judged = [model for model in models if is_judged(folder, model)]
+    result: dict[str, Any] = {
+        "rows": len(plan["rows"]),
+        "models": [
+            _figures(model.shown, read_json(folder / f"{model.key}.json"), plan["metrics"])
+            for model in judged
+        ],
+        "worse": None,
+    }
+    keys = [model.key for model in judged]
+    if keys[:2] == [BASE, ADAPTER]:
+        before, after = (read_predictions(folder / f"{key}.jsonl") for key in keys[:2])
+        result["worse"] = worse_rows(plan["rows"], before, after, plan["metrics"])
+    return result
+
+
+def _figures(shown: str, result: dict[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
+    against, general = result.get("against", {}), result.get("general", {})
+    intervals, units = result.get("intervals", {}), result.get("units", {})
+    figures = {
+        name: {
+            "value": result[name],
+            "interval": intervals.get(name),
+            "unit": units.get(name, "nats"),
+            "change": against.get(name, {}).get("difference"),
+            "change_interval": against.get(name, {}).get("interval"),
+        }
+        for name in ("loss", *metrics)
+    }
+    figures["general"] = {
+        "value": general.get("loss"),
+        "interval": general.get("interval"),
+        "unit": "nats",
+        "change": general.get("forgetting"),
+        "change_interval": general.get("forgetting_interval"),
+    }
+    return {"name": shown, "figures": figures, "documents": general.get("documents")}
+
+
+def worse_rows(
+    rows: Sequence[dict[str, Any]],
+    before: Sequence[Line],
+    after: Sequence[Line],
+    metrics: Sequence[str],
+) -> dict[str, Any]:
+    """Returns how many rows have a higher loss per token than before, and the first of them by the
+    difference."""
+    worse = []
+    for row, line_before, line_after in zip(rows, before, after, strict=True):
+        losses = [line["nats"] / max(line["tokens"], 1) for line in (line_before, line_after)]
+        if losses[1] > losses[0]:
+            sides = [_side(line, metrics) for line in (line_before, line_after)]
+            worse.append({**row, "losses": losses, "before": sides[0], "after": sides[1]})
+    worse.sort(key=lambda row: row["losses"][0] - row["losses"][1])
+    return {"count": len(worse), "rows": worse[:MOST_WORSE]}
+
+
+def _side(line: Line, metrics: Sequence[str]) -> dict[str, Any]:
+    answer = line.get("answer", line.get("label"))
+    return {
+        "answer": None if answer is None else cut(str(answer), MOST_TEXT),
+        "metrics": {name: line.get(name) for name in metrics},
+    }

@@ -1,0 +1,277 @@
+"""The result of a draft's job: judging it, keeping it, and files to take.
+
+Work that takes long is done by commands in processes of their own (commands.py). Methods that are
+not coroutines read files: call them beside the event loop.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import ConfigError, QuotaError
+from veneer.files.partial import remove
+from veneer.files.strict_json import read_yaml
+from veneer.jobs.launch import share_of_machine
+from veneer.jobs.record import TrainingJob
+from veneer.jobs.store import JobStore
+from veneer.library.library import Library
+from veneer.serve.refusals import Refusal
+from veneer.serve.studio.bases import StudioBases
+from veneer.serve.studio.bodies import ExportBody
+from veneer.serve.studio.commands import CommandLine, WorkQueue
+from veneer.serve.studio.drafts import Draft, Drafts
+from veneer.serve.studio.exports import export_arguments, export_report, finish_export
+from veneer.serve.studio.judging import (
+    ADAPTER,
+    BASE,
+    JudgedModel,
+    arguments_for,
+    comparison,
+    is_judged,
+    save_result,
+    write_rows,
+)
+from veneer.serve.studio.keeping import (
+    check_may_keep,
+    held_out_questions,
+    publish,
+    result_file,
+    trial_name,
+    unpublish,
+)
+from veneer.serve.studio.rows import examine_job
+from veneer.serve.studio.training import base_name_of
+from veneer.training.config import RunConfig
+
+Run = Callable[[Callable[[], Any]], Awaitable[Any]]
+"""Runs a function that reads files beside the event loop."""
+COMMAND_SECONDS = 3600.0
+"""Limit of an evaluation or an export."""
+JUDGE, EXPORT = "judge", "export"
+"""Folders of a draft, and kinds of its work."""
+
+
+class Results:
+    """Judges, keeps and exports the adapters of drafts.
+
+    store: of their jobs. read, check: run functions; check those that use a tokenizer
+    """
+
+    def __init__(
+        self,
+        store: JobStore,
+        library: Library,
+        bases: StudioBases,
+        drafts: Drafts,
+        *,
+        read: Run,
+        check: Run,
+    ) -> None:
+        self._store, self._library, self._bases, self._drafts = store, library, bases, drafts
+        self._read, self._check = read, check
+        self.work = WorkQueue(COMMAND_SECONDS, share_of_machine(store.train_share))
+
+    def job(self, draft_id: str) -> TrainingJob:
+        """Finds the job of a draft. Refusal: 404."""
+        draft = self._drafts.get(draft_id)
+        if draft.job is None:
+            raise Refusal(404, "These rows are not trained on yet.", "id", "job_not_found")
+        return self._store.get(draft.job)
+
+    def _finished_job(self, draft_id: str) -> TrainingJob:
+        job = self.job(draft_id)
+        if job.state != "done":
+            raise ConfigError(f"the job is {job.state}: only a finished run has a result")
+        return job
+
+    def base(self, job: TrainingJob) -> dict[str, Any]:
+        """Describes the base that a job trains on."""
+        return self._bases.describe(_source(job), base_name_of(job))
+
+    # judging
+
+    def held_out(self, draft_id: str) -> dict[str, Any]:
+        """Returns the rows that the job held out, as questions and expected answers. Choices that
+        were changed since would hold out others, which the job has trained on."""
+        rows = self._held_out_rows(self.job(draft_id))
+        return {"rows": len(rows), "questions": held_out_questions(rows)}
+
+    def _held_out_rows(self, job: TrainingJob) -> Sequence[Any]:
+        tokenizer, capacity = self._bases.reader(_source(job))
+        return examine_job(job.run_file, tokenizer=tokenizer, capacity=capacity).validation_rows
+
+    def try_out(self, draft_id: str) -> dict[str, Any]:
+        """Returns the model that answers with a finished job's adapter.
+
+        It has a name of its own in the library until it is kept under another.
+        """
+        draft, job = self._drafts.get(draft_id), self.job(draft_id)
+        base = self.base(job)
+        if not base["served"]:
+            raise Refusal(
+                409,
+                f"The adapter was trained on {base['name']}, and this server answers with"
+                f" {self._bases.name}. To ask it: {base['command']}",
+            )
+        if draft.model is not None:
+            return {"model": draft.model}
+        name = trial_name(draft.id)
+        publish(self._store.folder, self._library, job, name)
+        return {"model": name}
+
+    def judged_models(self, draft_id: str, other: str) -> list[JudgedModel]:
+        """Returns the base, the job's adapter and, if it is named, another one. ConfigError: the
+        job has not ended, or the library has no such adapter."""
+        job = self._finished_job(draft_id)
+        models = [
+            JudgedModel(BASE, self.base(job)["name"]),
+            JudgedModel(ADAPTER, "this adapter", job.run_folder / "adapter"),
+        ]
+        if other:
+            entry = self._library.get(other)
+            folder = self._library.path(entry.reference)
+            models.append(JudgedModel(f"other-{entry.version.object}", entry.reference, folder))
+        return models
+
+    def _prepare_evaluation(self, draft_id: str, folder: Path) -> None:
+        """Writes the held-out rows for the commands that evaluate."""
+        job = self.job(draft_id)
+        folder.mkdir(exist_ok=True)
+        settings = read_yaml(job.run_file)
+        tokenizer, _ = self._bases.reader(_source(job))
+        settings["quantize"] = RunConfig.of(settings).quantize
+        write_rows(folder, self._held_out_rows(job), settings, tokenizer)
+
+    async def evaluate(self, draft_id: str, other: str) -> dict[str, Any]:
+        """Queues the evaluation of the models that were not evaluated yet."""
+        models = await self._read(lambda: self.judged_models(draft_id, other))
+        folder = await self._read(lambda: self._folder(draft_id, JUDGE))
+
+        async def work(commands: CommandLine) -> None:
+            if not is_judged(folder, models[0]):
+                await self._check(lambda: self._prepare_evaluation(draft_id, folder))
+            for model in models:
+                if not is_judged(folder, model):
+                    result = await commands.run(arguments_for(folder, model))
+                    await self._read(partial(save_result, folder, model, result))
+
+        key = (draft_id, JUDGE, other)
+        self.work.start(key, work)
+        return self.work.state(key)
+
+    async def evaluation(self, draft_id: str, other: str) -> dict[str, Any]:
+        """Returns the state of the evaluation, and the figures that are there."""
+
+        def figures() -> dict[str, Any]:
+            models, folder = self.judged_models(draft_id, other), self._folder(draft_id, JUDGE)
+            some = is_judged(folder, models[0])
+            return {
+                "comparison": comparison(folder, models) if some else None,
+                "whole": all(is_judged(folder, model) for model in models),
+            }
+
+        state = self.work.state((draft_id, JUDGE, other))
+        return {**state, **await self._read(figures)}
+
+    # keeping
+
+    def keep(self, draft_id: str, name: str, *, may_replace: bool) -> tuple[Draft, str]:
+        """Adds the adapter to the library under a name; returns its reference. It is a model of
+        this server at once, if it was trained on this server's base.
+
+        may_replace: whether it may become a version of an adapter that no job has made. Refusal:
+        403.
+        """
+        if not may_replace:
+            check_may_keep(self._store.folder, self._library, name)
+        reference = publish(self._store.folder, self._library, self.job(draft_id), name)
+        unpublish(self._library, trial_name(draft_id))
+        return self._drafts.change(draft_id, model=name), reference
+
+    def take(self, draft_id: str, kind: str) -> tuple[bytes, str]:
+        """Returns a file of the result and its name: the adapter, the report or the card."""
+        job = self.job(draft_id)
+        name = _file_name(self._drafts.get(draft_id))
+        return result_file(job, kind, name=name, base=_source(job))
+
+    # exporting
+
+    def _prepare_export(self, draft_id: str, body: ExportBody) -> list[str]:
+        """Removes the last export, and returns the arguments of the next. QuotaError: there is no
+        room."""
+        job = self._finished_job(draft_id)
+        folder = self._folder(draft_id, EXPORT)
+        if folder.is_dir():
+            remove(folder)
+        self._check_room()
+        folder.mkdir()
+        name = _file_name(self._drafts.get(draft_id))
+        return export_arguments(
+            folder, job.run_folder / "adapter", body, base=_source(job), name=name
+        )
+
+    def _check_room(self) -> None:
+        used, most = self._store.used_bytes(), self._store.limits.disk_bytes
+        if used >= most:
+            raise QuotaError(
+                f"jobs and files take {used:,} bytes, the limit is {most:,}",
+                [],
+                "Remove rows or exports first.",
+            )
+
+    def _finish_export(self, draft_id: str, body: ExportBody, result: dict[str, Any]) -> None:
+        """Keeps the export, unless it takes more room than there is."""
+        folder = self._folder(draft_id, EXPORT)
+        try:
+            finish_export(folder, body, result)
+            self._check_room()
+        except BaseException:
+            remove(folder)
+            raise
+
+    async def export(self, draft_id: str, body: ExportBody) -> dict[str, Any]:
+        """Queues an export."""
+
+        async def work(commands: CommandLine) -> None:
+            arguments = await self._read(lambda: self._prepare_export(draft_id, body))
+            result = await commands.run(arguments)
+            await self._read(lambda: self._finish_export(draft_id, body, result))
+
+        await self._read(lambda: self._finished_job(draft_id))
+        self.work.start((draft_id, EXPORT), work)
+        return await self.exported(draft_id)
+
+    async def exported(self, draft_id: str) -> dict[str, Any]:
+        """Returns the state of the export, and describes the finished one."""
+        report = await self._read(lambda: export_report(self._folder(draft_id, EXPORT)))
+        return {**self.work.state((draft_id, EXPORT)), "export": report}
+
+    def exported_file(self, draft_id: str) -> Path:
+        """Returns the path of the finished export. Refusal: 404."""
+        report = export_report(self._folder(draft_id, EXPORT))
+        if report is None:
+            raise Refusal(404, "Nothing is exported yet.", "id", "export_not_found")
+        return self._folder(draft_id, EXPORT) / str(report["file"])
+
+    def forget(self, draft_id: str) -> None:
+        """Removes what was made of an earlier run of a draft."""
+        unpublish(self._library, trial_name(draft_id))
+        for kind in (JUDGE, EXPORT):
+            remove(self._folder(draft_id, kind))
+
+    def _folder(self, draft_id: str, kind: str) -> Path:
+        return self._drafts.place(self._drafts.get(draft_id)) / kind
+
+
+def _source(job: TrainingJob) -> str:
+    return str(read_yaml(job.run_file)["base"])
+
+
+def _file_name(draft: Draft) -> str:
+    """Returns a name for files of a draft's result."""
+    name = draft.model or draft.name.rpartition(".")[0]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "adapter"
