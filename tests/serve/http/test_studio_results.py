@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from zipfile import ZipFile
 
 import pytest
 
@@ -15,7 +16,9 @@ from veneer.jobs.limits import JobLimits
 from veneer.jobs.record import write_record
 from veneer.library.library import Library
 from veneer.serve.engine.fine_tuning import TrainSettings
+from veneer.serve.studio.bodies import ExportBody
 from veneer.serve.studio.commands import WorkQueue
+from veneer.serve.studio.exports import export_report, finish_export
 from veneer.serve.studio.judging import worse_rows
 
 API = "/studio/api"
@@ -152,3 +155,17 @@ def test_rows_that_became_worse_are_listed_worst_first():
     assert worse["count"] == 2 and [row["line"] for row in worse["rows"]] == [4, 2]
     assert worse["rows"][0]["losses"] == [1, 3]
     assert worse["rows"][0]["before"] == {"answer": "a", "metrics": {"accuracy": 1.0}}
+
+
+def test_an_export_that_is_a_folder_is_packed_into_one_file(tmp_path):
+    out = tmp_path / "tickets"
+    out.mkdir()
+    (out / "Modelfile").write_text("FROM ./model.gguf")
+    command = f"ollama create tickets -f {out}/Modelfile"
+    printed = {"out": str(out), "notes": [f"see {tmp_path}/other"], "serve": [command]}
+    finish_export(tmp_path, ExportBody(to="ollama"), printed)
+    report = export_report(tmp_path)
+    assert report["file"] == "tickets.zip" and report["notes"] == ["see other"]
+    assert report["commands"] == ["ollama create tickets -f tickets/Modelfile"]
+    assert ZipFile(tmp_path / report["file"]).namelist() == ["tickets/Modelfile"]
+    assert not out.exists()
