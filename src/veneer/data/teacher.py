@@ -52,3 +52,10 @@ def teacher_example(example: Example, encoding: EncodedRow) -> Example:
         roles=(),
         kind="teacher",
     )
+
+
+def without_beginning(example: Example, count: int) -> Example:
+    """Returns the example without its first tokens, which are known to the model already."""
+    if not count:
+        return example
+    return replace(example, ids=example.ids[count:], trained=example.trained[count:])

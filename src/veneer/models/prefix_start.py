@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
+from veneer.adapters.attach import attach
 from veneer.adapters.config import Prefix
 from veneer.adapters.methods.prefix import decoder_of, record_keys
 from veneer.adapters.methods.prefix_layer import DEFAULT_TOKENS, PrefixLayer, put_start
+from veneer.adapters.placement.acting import Acting, Applied
 from veneer.adapters.placement.attachment import Attachment
 from veneer.data.batching import shared_prompt
 from veneer.data.examples import Example
@@ -137,9 +139,39 @@ def _check_room(base: FrozenBase, tokens: int, longest: int) -> None:
         )
 
 
-def _start_from(base: FrozenBase, attachment: Attachment, ids: Sequence[int]) -> None:
+def attach_text(
+    base: FrozenBase, ids: Sequence[int], *, name: str, adapters: Applied = ()
+) -> Attachment:
+    """Attaches the keys and values of a text as an inactive prefix that does not train.
+
+    adapters: those that act on the text. Raises ConfigError, with nothing attached, if the model
+    takes no prefix.
+    """
+    attachment = attach(
+        base.model,
+        Prefix(tokens=len(ids), start="random"),
+        name=name,
+        routing=base.routing,
+        head=base.model.get_output_embeddings(),
+        values_follow=True,
+        read_past=base.read_past,
+        idle=base.paths.idle,
+    )
+    try:
+        _start_from(base, attachment, ids, adapters)
+    except BaseException:
+        base.detach(name)
+        raise
+    for parameter in attachment.parameters().values():
+        parameter.requires_grad_(False)
+    return attachment
+
+
+def _start_from(
+    base: FrozenBase, attachment: Attachment, ids: Sequence[int], adapters: Applied = ()
+) -> None:
     _, decoder = decoder_of(base.model)
-    with base.routing.none():
+    with base.routing.held(Acting.everywhere(adapters)):
         pairs = record_keys(decoder, torch.tensor(list(ids), device=base.device))
     for layer in attachment.layers.values():
         assert isinstance(layer, PrefixLayer)

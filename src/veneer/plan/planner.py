@@ -33,7 +33,7 @@ from veneer.plan.simulation.remembered import (
     rows_digest,
 )
 from veneer.plan.simulation.step_counts import DryRun, Step
-from veneer.plan.simulation.teacher_weights import PlannedTeachers
+from veneer.plan.simulation.teacher_weights import PlannedTeachers, prompt_bytes
 from veneer.plan.spread import StepTime, StepTraffic, longest_share, sent, step_time
 from veneer.plan.workload import Workload
 from veneer.quant.config import Quantize, weight_format
@@ -230,6 +230,9 @@ class Planner:
             run = run.in_four_bits()
         if choice.teacher is not None:
             run = run.with_teacher(self._teachers.weights(choice.teacher))
+        if tokens := self.workload.teacher_prompt:
+            base = self.blueprint if choice.teacher is None else self._teachers.base(choice.teacher)
+            run = run.with_prompt(prompt_bytes(base, tokens))
         if choice.reduce == "exact":
             run = run.with_exact_sums()
         return run.in_shards(choice.processes) if choice.in_shards else run

@@ -16,6 +16,7 @@ from veneer.data.batching import (
     by_length,
     packed_rows,
     plan_epoch,
+    shared_prompt,
     used_length,
 )
 from veneer.data.examples import Example, RowRef
@@ -64,6 +65,8 @@ class Workload:
     steps: int | None = None
     epochs: float = EPOCHS_UNSAID
     known_largest: Sequence[Sequence[Example]] = ()
+    teacher_prompt: int = 0
+    """Tokens that all examples of a teacher begin with; their keys and values stay in memory."""
     _epochs: dict[object, Epoch] = field(init=False, default_factory=dict, repr=False)
     _largest: dict[object, Sequence[Sequence[Example]]] = field(
         init=False, default_factory=dict, repr=False
@@ -96,9 +99,11 @@ class Workload:
                 length=config.length,
                 teacher_length=sys.maxsize,
             )
+        taught = [row for row in rows if row.kind == "teacher"]
         return replace(
             workload,
             rows=rows,
+            teacher_prompt=shared_prompt(taught) if taught else 0,
             held_out=representative_examples(data.validation),
             mixture=data.mixture if data.in_files is None else None,
         )

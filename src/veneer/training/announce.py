@@ -116,7 +116,7 @@ def start_record(
         "paths": [
             *_base_lines(run),
             *_data_lines(data),
-            *_objective_lines(run.config),
+            *_objective_lines(run),
             *_adapter_lines(run),
             *_process_lines(run, forecast, world),
         ],
@@ -163,13 +163,16 @@ def _data_lines(data: DataSet) -> list[str]:
     return lines
 
 
-def _objective_lines(config: RunConfig) -> list[str]:
-    own = config.objective.own_answers_config
+def _objective_lines(run: PreparedRun) -> list[str]:
+    line = run.inputs.teacher.line
+    lines = [] if line is None else [line]
+    own = run.config.objective.own_answers_config
     if own is None:
-        return []
+        return lines
     return [
+        *lines,
         f"{percent(own.share, 1)} of a step's rows are learned on answers that the adapter writes"
-        f" itself, {own.tokens} tokens at most"
+        f" itself, {own.tokens} tokens at most",
     ]
 
 

@@ -15,6 +15,7 @@ from veneer.data.collector import SetSize
 from veneer.data.examples import Example
 from veneer.data.longest import largest_micro_batches, plans_of_run
 from veneer.data.mixture import Mixture
+from veneer.data.teacher import without_beginning
 from veneer.models.step import ComputePaths, batch_of, parts_of
 from veneer.objectives.labels import balanced
 from veneer.objectives.objective import AnswerBatch, Objective, Values
@@ -66,10 +67,19 @@ class Teacher:
     """Holds what a teacher's forward needs.
 
     vocabulary: number of tokens of a teacher that is another base; None: its base is the student's
+    prompt: number of tokens in front of every example whose keys and values are an adapter of its
+    forward
+    line: how its prompt is computed, for the screen
     """
 
     forward: ForwardInputs
     vocabulary: int | None = None
+    prompt: int = 0
+    line: str | None = None
+
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        """Builds the batch of a forward over these examples, without the prompt that is known."""
+        return self.forward.batch([without_beginning(e, self.prompt) for e in examples])
 
     @property
     def parts(self) -> list[dict[str, Any]]:

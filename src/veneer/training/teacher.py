@@ -2,8 +2,9 @@
 
 Its predictions are computed beside each micro-batch, in one forward of each base without a gradient
 for all runs whose micro-batches share a forward. Rows know their adapters, so the same base serves
-student and teacher, unless the teacher is another base (teacher_base.py). Nothing of the teacher is
-kept from step to step. It drops nothing out.
+student and teacher, unless the teacher is another base (teacher_base.py). The keys and values of
+the prompt in front of all its examples are kept from step to step, because a teacher does not
+change. It drops nothing out.
 
 Without a gradient its rows cost a third of a student's and store nothing, so they do not stand in
 the student's own forward.
@@ -15,19 +16,28 @@ from itertools import count
 
 import torch
 
-from veneer.adapters.combinations import refuse_answers
+from veneer.adapters.combinations import PREFIX, refuse_answers
 from veneer.adapters.placement.acting import Acting, Applied, in_turn
+from veneer.bounds import PLACES
+from veneer.data.batching import shared_prompt
 from veneer.data.examples import Example
 from veneer.data.joint_batch import join_batches
+from veneer.errors import ConfigError
 from veneer.formats.adapter import StoredAdapter, read_adapter
 from veneer.formats.loading import load_adapter
 from veneer.library.library import Library
 from veneer.models.frozen_base import FrozenBase
+from veneer.models.prefix_start import attach_text
 from veneer.models.step import predictions_of_runs
 from veneer.objectives.config import TeacherBase
 from veneer.objectives.objective import Predictions
 from veneer.training.config import RunConfig
 from veneer.training.inputs import Teacher, TrainingInputs
+
+LEAST_PROMPT_TOKENS = 16
+"""Shorter prompts are computed again: a template's markers cost less than a prefix."""
+MOST_PROMPT_TOKENS = int(PLACES.most)
+"""Longest prefix; what follows is computed in every micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +74,53 @@ def attach_teacher(base: FrozenBase, stored: StoredAdapter | None) -> Applied:
     if stored is None:
         return ()
     refuse_answers([(str(stored.folder), stored.contents)])
+    return ((load_adapter(base, stored, name=_free_name(base)), 1.0),)
+
+
+@dataclass(frozen=True)
+class KnownPrompt:
+    """The prompt in front of all examples of a teacher, as a prefix of their keys and values.
+
+    tokens: its length; 0 if it is computed in every micro-batch. line: the same in words
+    """
+
+    adapters: Applied = ()
+    tokens: int = 0
+    line: str | None = None
+
+
+def attach_prompt(base: FrozenBase, adapters: Applied, examples: Sequence[Example]) -> KnownPrompt:
+    """Computes the prompt that all examples begin with once, and attaches its keys and values.
+
+    Where the base takes no prefix, the prompt is computed in every micro-batch. adapters: the
+    teacher's. examples: all that it reads
+    """
+    tokens = min(shared_prompt(examples) if len(examples) > 1 else 0, MOST_PROMPT_TOKENS)
+    if tokens < LEAST_PROMPT_TOKENS:
+        return KnownPrompt()
+    reason = _refusal(base, adapters)
+    if reason is None:
+        ids = examples[0].ids[:tokens].tolist()
+        try:
+            prompt = attach_text(base, ids, name=_free_name(base), adapters=adapters)
+        except ConfigError as fault:
+            reason = fault.headline
+        else:
+            line = f"the teacher's prompt of {tokens:,} tokens is computed once"
+            return KnownPrompt(((prompt, 1.0),), tokens, line)
+    return KnownPrompt(line=f"the teacher's prompt is computed in every micro-batch: {reason}")
+
+
+def _refusal(base: FrozenBase, adapters: Applied) -> str | None:
+    """Returns why a prompt cannot be a prefix of this base, None if it may be one."""
+    if any(PREFIX in adapter.contents for adapter, _ in adapters):
+        return "the teacher's adapter is a prefix itself"
+    return base.paths.packed_reason or base.paths.switches.words
+
+
+def _free_name(base: FrozenBase) -> str:
     names = (f"teacher {number}" for number in count(1))
-    name = next(name for name in names if name not in base.attachments)
-    return ((load_adapter(base, stored, name=name), 1.0),)
+    return next(name for name in names if name not in base.attachments)
 
 
 def teacher_examples(examples: Iterable[Example]) -> list[Example]:
@@ -93,7 +147,7 @@ def predict_as_teachers(taught: Sequence[Taught | None]) -> list[Predictions | N
 @torch.no_grad()
 def _predict_on_one_base(taught: Sequence[Taught]) -> list[Predictions]:
     forwards = [part.teacher.forward for part in taught]
-    parts = [part.teacher.forward.batch(part.examples) for part in taught]
+    parts = [part.teacher.batch(part.examples) for part in taught]
     batch, rows = join_batches(parts)
     readers = [
         (forward.adapters, part.trained_tokens)

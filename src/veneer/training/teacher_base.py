@@ -22,7 +22,7 @@ from veneer.training.config import RunConfig
 from veneer.training.coordination import load_on_all_processes
 from veneer.training.inputs import ForwardInputs, Teacher
 from veneer.training.processes.world import World
-from veneer.training.teacher import attach_teacher, teacher_examples
+from veneer.training.teacher import attach_prompt, attach_teacher, teacher_examples
 
 
 @dataclass(frozen=True)
@@ -76,21 +76,29 @@ def make_teacher(
     stored: StoredAdapter | None,
     data: DataSet,
 ) -> Teacher | None:
-    """Attaches the teacher's adapter, and returns the teacher; None if it is the run's base alone.
+    """Attaches the teacher's adapter and its prompt, and returns the teacher; None without one.
 
     own: the teacher's own base. stored: its adapter. Raises DataError if a row is too long for its
     base, and RefusedError if its base cannot compute the rows of a batch in one forward.
     """
-    base = student if own is None else own.base
-    if own is not None:
-        _refuse_unreadable(own, teacher_examples([*data.train, *data.validation]))
-    adapters = attach_teacher(base, stored)
-    if own is None and not adapters:
+    if not config.objective.has_teacher:
         return None
+    base = student if own is None else own.base
+    examples = teacher_examples([*data.train, *data.validation])
+    if own is not None:
+        _refuse_unreadable(own, examples)
+    adapters = attach_teacher(base, stored)
+    prompt = attach_prompt(base, adapters, examples)
     forward = ForwardInputs(
-        base.model, base.paths, base.routing, adapters, config.share_prompt, config.seed
+        base.model,
+        base.paths,
+        base.routing,
+        (*adapters, *prompt.adapters),
+        config.share_prompt,
+        config.seed,
     )
-    return Teacher(forward, None if own is None else vocabulary_size(base.tokenizer))
+    vocabulary = None if own is None else vocabulary_size(base.tokenizer)
+    return Teacher(forward, vocabulary, prompt.tokens, prompt.line)
 
 
 def _refuse_unreadable(loaded: LoadedTeacherBase, examples: Sequence[Example]) -> None:

@@ -166,6 +166,10 @@ class DryRun:
         saved, scratch = base.packing
         return self._with_more({TEACHER: base.total - saved, SCRATCH: scratch})
 
+    def with_prompt(self, size: int) -> DryRun:
+        """Returns the same step beside the keys and values of a teacher's prompt, in bytes."""
+        return self._with_more({TEACHER: size})
+
     def with_exact_sums(self) -> DryRun:
         return self._with_more({SUMS: SUM_BYTES * self.trainable_parameters})
 

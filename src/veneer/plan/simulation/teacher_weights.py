@@ -1,9 +1,10 @@
-"""What a plan reads of a teacher that is another base: its model, and the bytes of its weights."""
+"""What a plan reads of a teacher: the model and the bytes of another base, and those of a
+prompt."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -43,9 +44,23 @@ class PlannedTeachers:
         is_packed = teacher.quantize is not None or model.base.quantize is not None
         return dense if is_packed else BaseBytes(total=dense.total)
 
+    def base(self, teacher: TeacherBase) -> Blueprint:
+        return self._blueprint(teacher.base)
+
     def _blueprint(self, source: str) -> Blueprint:
         if source not in self._blueprints:
             from veneer.bases.loading.from_config import blueprint
 
             self._blueprints[source] = blueprint(source)
         return self._blueprints[source]
+
+
+def prompt_bytes(base: Blueprint, tokens: int) -> int:
+    """Counts the float32 keys and values of a prompt on a base; 0 if it has no attention heads."""
+    text: Any = base.config.get_text_config()
+    queries = getattr(text, "num_attention_heads", None)
+    if not queries:
+        return 0
+    heads = getattr(text, "num_key_value_heads", None) or queries
+    size = getattr(text, "head_dim", None) or text.hidden_size // queries
+    return int(4 * tokens * 2 * text.num_hidden_layers * heads * size)
