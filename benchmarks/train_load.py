@@ -20,6 +20,7 @@ until the end). The program prints counts and latencies, and exits with 1 if
 import argparse
 import asyncio
 import json
+import signal
 import socket
 import struct
 import sys
@@ -217,6 +218,7 @@ def main() -> int:
     parser.add_argument("--broken", type=int, default=3, help="uploads that are cut off")
     parser.add_argument("--epochs", type=int, default=6)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and the server and its jobs end too
     with tempfile.TemporaryDirectory() as name:
         counted, faults = run(args, Path(name))
     print(json.dumps({**counted, "faults": faults}, indent=1))

@@ -31,6 +31,7 @@ from typing import Any
 
 import httpx
 
+from veneer.jobs.record import OPEN
 from veneer.jobs.store import JobStore
 
 PROMPT, NEW = 64, 8
@@ -58,7 +59,7 @@ ROWS = [
 @contextmanager
 def training_server(base: str, folder: Path, *flags: str) -> Iterator[httpx.Client]:
     """Runs `veneer serve --train` in a process of its own; yields a client of it. Its log is
-    folder/server.log."""
+    folder/server.log. Jobs that have not ended are cancelled at the end of the block."""
     command = [sys.executable, "-m", "veneer", "serve", "--base", base, "--name", "base", "--train"]
     places = ["--library", str(folder / "library"), "--jobs", str(folder / "jobs"), "--port", "0"]
     log = folder / "server.log"
@@ -75,6 +76,17 @@ def training_server(base: str, folder: Path, *flags: str) -> Iterator[httpx.Clie
     finally:
         process.terminate()
         process.wait()
+        cancel_jobs(JobStore(folder / "jobs"))
+
+
+def cancel_jobs(store: JobStore) -> None:
+    """Cancels all jobs, which go on without a server, and waits until they have ended."""
+    for job in store.jobs():
+        if job.state in OPEN:
+            store.cancel(job.id)
+    deadline = time.monotonic() + START_SECONDS
+    while any(job.state in OPEN for job in store.jobs()) and time.monotonic() < deadline:
+        time.sleep(0.2)
 
 
 def upload(client: httpx.Client, rows: list[dict[str, Any]]) -> str:
@@ -181,9 +193,6 @@ def measure(base: str, share: float, turns: int) -> dict[str, Any]:
                 }
             finally:
                 trainer.go_on()
-                client.post(f"/v1/fine_tuning/jobs/{job_id}/cancel")
-                while JobStore(folder / "jobs").get(job_id).state in ("running", "stopping"):
-                    time.sleep(0.2)
     alone, beside = percentiles(seconds["alone"]), percentiles(seconds["beside"])
     return {
         "alone": alone,
@@ -199,6 +208,7 @@ def main() -> None:
     parser.add_argument("--shares", default="0.25,0.5,1")
     parser.add_argument("--turns", type=int, default=20)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and the server and its jobs end too
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
