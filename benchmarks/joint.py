@@ -62,8 +62,9 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
     summaries = [result for result in results if isinstance(result, dict)]
     if len(summaries) < len(results):
         raise SystemExit(next(str(result) for result in results if not isinstance(result, dict)))
-    seconds = sum(summary["seconds"] for summary in summaries)
-    examples = sum(summary["examples_per_second"] * summary["seconds"] for summary in summaries)
+    timed = [s for s in summaries if s["seconds"]]  # a job that stops at step 1 has no timed step
+    seconds = sum(summary["seconds"] for summary in timed)
+    examples = sum(summary["examples_per_second"] * summary["seconds"] for summary in timed)
     return {
         "examples_per_second": examples / seconds,
         "step_seconds": sum(summary["total_seconds"] for summary in summaries),
