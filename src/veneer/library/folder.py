@@ -3,6 +3,7 @@
     library.json              the layout's version
     names/<name>.json         versions of a name, with tags, notes and facts (library/records.py)
     objects/<id>/             the adapters' files, named by their content (library/objects.py)
+    prompts/<id>.json         a sample of training prompts of an object (library/prompts.py)
     index.json                built from names/; may be deleted at any time (library/index.py)
 
 A name changes under one lock, by one rename. An object is written before a name points to it.
@@ -23,6 +24,7 @@ from veneer.files.strict_json import read_json
 from veneer.files.system_errors import explained
 from veneer.library.index import INDEX
 from veneer.library.names import check_name, nearest
+from veneer.library.prompts import FOLDER as PROMPTS
 from veneer.library.records import Record, read_record
 
 MARKER = "library.json"
@@ -67,7 +69,7 @@ class LibraryFolder:
             yield
 
     def _sweep(self) -> None:
-        for place in (self.folder, self.names, self.objects):
+        for place in (self.folder, self.names, self.objects, self.folder / PROMPTS):
             sweep(place)
 
     def _require(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from veneer.files.partial import PREFIX, is_alive
 from veneer.library.objects import folder_bytes, stored_ids
+from veneer.library.prompts import FOLDER as PROMPTS
 from veneer.library.records import Record
 
 REMAINS = (PREFIX, ".broken-", ".replaced-")
@@ -54,12 +55,13 @@ def find_leftovers(
     unneeded = [object_id for object_id in stored_ids(objects) if object_id not in needed]
     remains = [
         path
-        for folder in (library, objects, library / "names")
+        for folder in (library, objects, library / "names", library / PROMPTS)
         for path in folder.glob(".*")
         if path.name.startswith(REMAINS) and (alone or not is_alive(path.name))
     ]
     remains += list((library / "incoming").glob("*"))
-    doomed = [objects / object_id for object_id in unneeded] + remains
+    prompts = [path for path in (library / PROMPTS).glob("*.json") if path.stem not in needed]
+    doomed = [*(objects / object_id for object_id in unneeded), *prompts, *remains]
     freed = sum(folder_bytes(path) if path.is_dir() else path.lstat().st_size for path in doomed)
     return Collection(
         Leftovers(old, unneeded, [path.name for path in remains], freed), changed, doomed

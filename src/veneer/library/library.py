@@ -33,6 +33,8 @@ from veneer.library.names import (
     parse_reference,
 )
 from veneer.library.objects import object_faults, put
+from veneer.library.prompts import FOLDER as PROMPTS
+from veneer.library.prompts import prompts_beside, read_prompts, write_prompts
 from veneer.library.records import (
     ObjectFacts,
     Record,
@@ -129,6 +131,13 @@ class Library(LibraryFolder):
             )
         return folder
 
+    def prompts(self, entry: Entry) -> list[str]:
+        """Returns the training prompts that this library keeps of a version. CorruptFileError."""
+        return read_prompts(self._prompts_file(entry.version.object))
+
+    def _prompts_file(self, object_hash: str) -> Path:
+        return self.folder / PROMPTS / f"{object_hash}.json"
+
     def locate(self, named: str | Path) -> Path:
         """Returns the folder that a path or a reference means, as a command's --adapter takes it.
 
@@ -173,6 +182,7 @@ class Library(LibraryFolder):
         """Copies an adapter's folder, or a run's result, into the library as the next version of
         `name`.
 
+        A sample of training prompts that the run wrote is kept too (library/prompts.py).
         base: for an adapter of another program: it must fit this base, and loads on no other later.
         Without `base` such an adapter is marked as unverified. No version is made if the bytes
         equal those of the newest version. Raises SourceError, UnsafeFileError, CorruptFileError,
@@ -184,7 +194,12 @@ class Library(LibraryFolder):
         tags, note = [check_tag(tag) for tag in tags], _checked_note(note)
         with self.receiving():
             files, facts = examined(Path(source), base)
-            return self.point(name, put(self.objects, files), facts, tags=tags, note=note)
+            prompts = prompts_beside(adapter_folder(Path(source)))
+            object_hash = put(self.objects, files)
+            if prompts:
+                self._prompts_file(object_hash).parent.mkdir(exist_ok=True)
+                write_prompts(self._prompts_file(object_hash), prompts)
+            return self.point(name, object_hash, facts, tags=tags, note=note)
 
     def point(
         self,

@@ -1,7 +1,7 @@
 """A job: one run, trained alone or beside others, from its folder to its result.
 
-run.yaml  metrics.jsonl  checkpoints/  adapter/ (full fine-tuning: model/)  summary.json
-          report.html
+run.yaml  metrics.jsonl  checkpoints/  adapter/ (full fine-tuning: model/)  prompts.json
+          summary.json  report.html
 
 The folder of a job is what it would be if the job ran alone.
 """
@@ -27,7 +27,13 @@ from veneer.training.output.records import NoRecords, Records
 from veneer.training.output.screen import Screen
 from veneer.training.prepare import PreparedRun, SharedBase, prepare_run
 from veneer.training.processes.world import World
-from veneer.training.result import run_manifest, run_summary, write_model, write_trained_adapter
+from veneer.training.result import (
+    run_manifest,
+    run_summary,
+    write_model,
+    write_prompt_sample,
+    write_trained_adapter,
+)
 from veneer.training.state.checkpoint import prune
 from veneer.training.state.folder import (
     resume_point,
@@ -250,6 +256,7 @@ def _write(
                 config, base, run.data, best_loss=trainee.progress.best_loss, held_out=held_out
             )
             summary |= write_trained_adapter(out / "adapter", run.attachment, manifest, base)
+            write_prompt_sample(out, run.rows)
         elif run.attachment is None:
             sharding = base.sharding
             state = None if sharding is None else sharding.whole_state(base.compute.held)

@@ -16,6 +16,8 @@ from veneer.data.load import DataSet
 from veneer.files.atomic import atomic_folder
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.formats.manifest import HeldOut, Manifest, make_readable
+from veneer.library.prompts import NAME as PROMPTS
+from veneer.library.prompts import question_of, sample_prompts, write_prompts
 from veneer.models.frozen_base import FrozenBase
 from veneer.objectives.registry import make_objective
 from veneer.training.config import RunConfig
@@ -65,6 +67,15 @@ def write_trained_adapter(
         "adapter_bytes": written.bytes,
         "adapter_sha256": written.sha256,
     }
+
+
+def write_prompt_sample(folder: Path, data: DataSet) -> None:
+    """Writes a sample of the questions of its rows beside the adapter (library/prompts.py). Writes
+    nothing for rows without questions, or with labels, which no answer follows."""
+    rows = data.train_rows or data.validation_rows  # of tokens in files, only some held-out rows
+    sample = sample_prompts(question_of(row.messages) for row in rows if row.label is None)
+    if sample:
+        write_prompts(folder / PROMPTS, sample)
 
 
 def write_model(

@@ -3,6 +3,7 @@
 OUT/data/      rows to train on, to search with, to judge with (parts.py)
 OUT/runs/      an ordinary run folder for each candidate
 OUT/adapter/   the result; `--adapter OUT` loads it
+OUT/prompts.json  a sample of its training prompts (library/prompts.py)
 OUT/judging/   predictions of base and adapter
 OUT/tune.json, OUT/tune.html
 
@@ -32,6 +33,8 @@ from veneer.files.home import expanded
 from veneer.files.strict_json import json_text
 from veneer.library.library import Library
 from veneer.library.names import check_name
+from veneer.library.prompts import NAME as PROMPTS
+from veneer.library.prompts import prompts_beside, write_prompts
 from veneer.report.jobs import JobRecord, ranked, read_job
 from veneer.training.config import RunConfig
 from veneer.training.output.records import read_records
@@ -354,6 +357,8 @@ class _TuneRuns:
         """Copies the best run's adapter to OUT/adapter, and removes all checkpoints."""
         with atomic_folder(self.out / "adapter") as partial:
             shutil.copytree(run / "adapter", partial, dirs_exist_ok=True)
+        if prompts := prompts_beside(run / "adapter"):
+            write_prompts(self.out / PROMPTS, prompts)
         for folder in (self.out / "runs").iterdir():
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 

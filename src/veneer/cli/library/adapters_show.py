@@ -65,6 +65,7 @@ def _show(args: argparse.Namespace, library: Library) -> int:
     }
     facts = facts_of(stored)
     manifest = stored.manifest
+    prompts = [] if entry is None else library.prompts(entry)
     if args.json:
         print_json(
             {
@@ -80,6 +81,7 @@ def _show(args: argparse.Namespace, library: Library) -> int:
                 "recipe": None if manifest is None else manifest.recipe,
                 "lineage": lineage(library, facts.parent),
                 "notes": stored.notes,
+                "prompts": prompts,
             }
         )
         return 0
@@ -96,6 +98,8 @@ def _show(args: argparse.Namespace, library: Library) -> int:
         lines.append("  held out  " + _held_out(manifest.held_out))
     if manifest is not None and manifest.recipe:
         lines.append("  recipe    " + " · ".join(_settings_texts(manifest.recipe)))
+    if prompts:
+        lines.append(f"  prompts   {len(prompts)} of training, kept in this library alone")
     lines += [f"  from      {ancestor}" for ancestor in lineage(library, facts.parent)]
     lines += [f"  note      {note}" for note in stored.notes]
     for line in lines:

@@ -1,0 +1,83 @@
+"""The sample of training prompts that a library keeps beside an adapter, for `model: auto` of a
+server.
+
+    runs/tickets/prompts.json             what a run writes beside its adapter
+    adapters/prompts/<object id>.json     what a library keeps of it
+
+Both are {"format_version": 1, "prompts": [...]}. The texts are no part of the adapter: they stay in
+this library, and neither push nor export copies them. Knows nothing of how they are compared.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from veneer.errors import CorruptFileError
+from veneer.files.atomic import write_text
+from veneer.files.strict_json import field_faults, json_text, read_json
+
+NAME = "prompts.json"
+FOLDER = "prompts"
+MOST_PROMPTS = 16
+MOST_CHARACTERS = 1000
+"""Characters of a question that are kept and compared."""
+MAX_BYTES = 1_000_000
+
+
+class PromptSample(BaseModel):
+    """The content of a file of prompts."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+    format_version: int = Field(default=1, ge=1, le=1)
+    prompts: list[str] = Field(max_length=MOST_PROMPTS)
+    """Beginnings of users' questions, each of at most MOST_CHARACTERS."""
+
+
+def question_of(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the beginning of the last user message of a conversation; empty without one."""
+    for message in reversed(messages):
+        if message.get("role") == "user" and isinstance(message.get("content"), str):
+            return beginning(message["content"])
+    return ""
+
+
+def beginning(text: str) -> str:
+    """Returns the part of a question that is kept and compared."""
+    return text.strip()[:MOST_CHARACTERS].strip()
+
+
+def sample_prompts(questions: Iterable[str]) -> list[str]:
+    """Returns up to MOST_PROMPTS different questions, at equal distances in their order."""
+    different = [question for question in dict.fromkeys(questions) if question]
+    count = min(MOST_PROMPTS, len(different))
+    return [different[n * len(different) // count] for n in range(count)]
+
+
+def write_prompts(file: Path, prompts: Sequence[str]) -> None:
+    """Writes a file of prompts, in place of one that is there."""
+    write_text(file, json_text(PromptSample(prompts=[*prompts]).model_dump()), replace=True)
+
+
+def read_prompts(file: Path) -> list[str]:
+    """Returns the prompts of a file; empty if there is none. CorruptFileError: it is no such
+    file."""
+    if not file.is_file():
+        return []
+    try:
+        return PromptSample.model_validate(read_json(file, max_bytes=MAX_BYTES)).prompts
+    except ValidationError as fault:
+        raise CorruptFileError(
+            f"{file} is not a file of prompts that Veneer wrote",
+            field_faults(fault),
+            "Remove it: the adapter works without.",
+        ) from fault
+
+
+def prompts_beside(adapter: Path) -> list[str]:
+    """Returns the prompts that a run wrote beside its adapter's folder."""
+    return read_prompts(adapter.parent / NAME) if adapter.name == "adapter" else []
