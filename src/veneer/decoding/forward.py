@@ -7,7 +7,7 @@ rows of the step: the tokens of all spans in order, then filler; V ids.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -93,7 +93,7 @@ class PagedForward:
     def rows(self, plan: StepPlan) -> StepRows:
         if self._last is not None and plan.follows == self._last[0]:
             return FOLLOWING
-        if self.graphs is None:
+        if self.graphs is None or _state_reader(plan) is not None:
             return self._rows(plan)
         inputs = _single_tokens(plan, self.keys.num_blocks - 1, self._device)
         if inputs is not None:
@@ -141,11 +141,16 @@ class PagedForward:
             self.keys.copy(copy.source, copy.target)
         if self.graphs is not None and step.single:
             return self.graphs.logits(step.rows, acting)[: len(plan.spans)]
+        take_states = _state_reader(plan)
         paged_step = PagedStep(
-            self.keys, [_rows(span) for span in plan.spans], acting.plan.mix, spare=SPARE
+            self.keys,
+            [_rows(span) for span in plan.spans],
+            acting.plan.mix,
+            spare=SPARE,
+            take_states=take_states,
         )
         logits = None
-        if step.kept is None and replay is not None:
+        if step.kept is None and replay is not None and take_states is None:
             logits = replay(step.rows[0].tolist(), paged_step)
         if logits is None:
             with few_rows.any_rows():  # answers do not depend on other rows of their step
@@ -165,6 +170,27 @@ class PagedForward:
         """Drops references to all other adapters."""
         if self.graphs is not None:
             self.graphs.let_go(held)
+
+
+def _state_reader(plan: StepPlan) -> Callable[[Tensor], None] | None:
+    """Returns a function that passes the states (N, D) of a step's rows on to the requests that
+    read their prompt's states; None if no request of this step does."""
+    parts: list[tuple[Callable[[int, Tensor], None], int, int, int]] = []
+    row = 0
+    for span in plan.spans:
+        request = span.sequence.request
+        count = min(span.stop, len(request.prompt)) - span.start
+        if request.prompt_states is not None and count > 0:
+            parts.append((request.prompt_states, span.start, row, count))
+        row += span.rows
+    if not parts:
+        return None
+
+    def pass_on(states: Tensor) -> None:
+        for read, start, row, count in parts:
+            read(start, states[row : row + count])
+
+    return pass_on
 
 
 def _rows(span: Span) -> SpanRows:

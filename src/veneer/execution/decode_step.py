@@ -113,6 +113,8 @@ class LayersForward:
                 )
             else:
                 states = self._layers(inputs, paged_step)
+            if paged_step.take_states is not None:
+                paged_step.take_states(states)
             logits = product(states if kept is None else states[kept], head)
             return decoder_step.cap(logits, *self._logit_rules)
 
@@ -261,11 +263,15 @@ def own_forward(model: PreTrainedModel) -> Run:
 
     def run(rows: Tensor, paged_step: Any, kept: Tensor | None) -> Tensor:
         call: Any = model
+        take_states = paged_step.take_states
         out = call(
             input_ids=rows[:1],
             logits_to_keep=0 if kept is None else kept,
             **packed_arguments(rows[1:], paged_step),
+            **({} if take_states is None else {"output_hidden_states": True}),
         )
+        if take_states is not None:
+            take_states(out.hidden_states[-1][0])
         logits: Tensor = out.logits[0]
         return logits
 

@@ -6,7 +6,7 @@ numbered in the order in which they call. Shapes: N rows of the step, K key/valu
 size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -63,7 +63,8 @@ class PagedStep:
     """The spans of a step as a BatchAttention (execution/attention.py). `calls`: layers done.
 
     mix: what the adapters add to which rows, where these are listed: such steps are recorded
-    (execution/recorded.py).
+    (execution/recorded.py). take_states: called with the last hidden states of all rows, (N, D),
+    which are valid during the call.
     """
 
     def __init__(
@@ -73,9 +74,10 @@ class PagedStep:
         mix: AdapterMix | None = None,
         *,
         spare: int = 0,
+        take_states: Callable[[Tensor], None] | None = None,
     ) -> None:
         self.keys, self.spans, self.calls = keys, Spans(spans, keys.tokens_per_block, spare), 0
-        self.mix = mix
+        self.mix, self.take_states = mix, take_states
         self._fewer: dict[tuple[int, ...], Spans] = {}
 
     def go_on(self, mix: AdapterMix | None) -> bool:
@@ -121,6 +123,8 @@ class PagedStep:
 class RowsStep:
     """Single tokens on their way through the layers, what is seen of them read on the device
     (execution/attention.py: BatchAttention). No trained prefix is in front of them."""
+
+    take_states: None = None
 
     def __init__(self, keys: PagedKeys, tables: BlockTables) -> None:
         self.keys, self.tables, self.calls = keys, tables, 0

@@ -301,8 +301,8 @@ class Scheduler:
             adapter = s.request.adapter
             if (
                 adapter not in places
-                # No cached block is looked up for a prompt whose tokens are scored.
-                or (not s.scores_prompt and self._queues.will_be_cached(s, reading))
+                # No cached block is looked up for a prompt whose tokens are all needed.
+                or (not s.needs_whole_prompt and self._queues.will_be_cached(s, reading))
                 or not adapters.allow(s)
             ):
                 continue

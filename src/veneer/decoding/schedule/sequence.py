@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from veneer.bounds import (
     CHOICES,
@@ -71,6 +72,9 @@ class Request:
     prompt_logprobs report the probabilities of the prompt's tokens too, with as many alternatives
                     as those of new tokens; the whole prompt is then computed
     prompt_only     the caller discards the new tokens, so the last one takes no position
+    prompt_states   called with the number of a prompt token and the last hidden states (rows, D) of
+                    the tokens from there on, which are valid during the call; the whole prompt is
+                    then computed. Tokens that are computed twice come twice
     """
 
     prompt: tuple[int, ...]
@@ -90,6 +94,7 @@ class Request:
     salt: str = ""
     prompt_logprobs: bool = False
     prompt_only: bool = False
+    prompt_states: Callable[[int, Any], None] | None = None
 
     def __post_init__(self) -> None:
         faults = number_faults(
@@ -207,6 +212,11 @@ class Sequence:
         """Whether probabilities of the prompt's tokens are still to be computed."""
         request = self.request
         return request.prompt_logprobs and len(self.prompt_logprobs) < len(request.prompt) - 1
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether every token of the prompt is computed, so that no cached block is used."""
+        return self.scores_prompt or self.request.prompt_states is not None
 
     @property
     def most_left(self) -> int:
