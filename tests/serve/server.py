@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPResponse
@@ -26,9 +26,10 @@ from veneer.base import Base
 from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.schedule.limits import Limits
 from veneer.decoding.schedule.lookup import LookupMode
-from veneer.decoding.schedule.sequence import Sequence
+from veneer.decoding.schedule.sequence import Sequence as Answer
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.library.library import Library
+from veneer.library.prompts import NAME, write_prompts
 from veneer.serve.engine.fine_tuning import TrainSettings
 from veneer.serve.engine.service import Service
 from veneer.serve.http.connection import Server
@@ -56,16 +57,27 @@ def made_base(family: str = "llama_untied", **overrides: Any) -> Base:
 
 
 def add_adapter(
-    library: Library, folder: Path, name: str, seed: int, base: Base | None = None
+    library: Library,
+    folder: Path,
+    name: str,
+    seed: int,
+    base: Base | None = None,
+    *,
+    prompts: Sequence[str] = (),
+    note: str = "",
 ) -> None:
-    """One that changes every answer, as the next version of a name."""
+    """One that changes every answer, as the next version of a name. prompts: as a run writes
+    them."""
     base = base or made_base()
     made = base.attach(
         LoRA(rank=3, alpha=5.0, targets=["q_proj", "v_proj", "down_proj"]), name="a", seed=seed
     )
     fill(made.parameters().values(), seed=seed)
-    write_adapter(folder, made, manifest_for(base, method="lora"), model=base.model)
-    library.add(folder, name=name)
+    adapter = folder / "adapter" if prompts else folder
+    write_adapter(adapter, made, manifest_for(base, method="lora"), model=base.model)
+    if prompts:
+        write_prompts(folder / NAME, prompts)
+    library.add(adapter, name=name, note=note)
 
 
 @contextmanager
@@ -112,7 +124,7 @@ class Running:
         def slow(engine: Engine) -> None:
             step = engine.step
 
-            def slower(now: float) -> list[Sequence]:
+            def slower(now: float) -> list[Answer]:
                 time.sleep(0.01)
                 return step(now)
 
@@ -152,6 +164,7 @@ def running(
     lookup: LookupMode = "auto",
     train: TrainSettings | None = None,
     bases: list[Path] | None = None,
+    auto: bool = False,
 ) -> Iterator[Running]:
     base = base or made_base()
     settings = ServeSettings(
@@ -165,6 +178,7 @@ def running(
         lookup=lookup,
         train=train,
         bases=bases or [],
+        auto=auto,
         **({} if seconds is None else {"seconds": seconds}),
     )
     opened = open_server(base, library, settings, keys or ApiKeys([]))

@@ -133,9 +133,10 @@ class Library(LibraryFolder):
 
     def prompts(self, entry: Entry) -> list[str]:
         """Returns the training prompts that this library keeps of a version. CorruptFileError."""
-        return read_prompts(self._prompts_file(entry.version.object))
+        return read_prompts(self.prompts_file(entry.version.object))
 
-    def _prompts_file(self, object_hash: str) -> Path:
+    def prompts_file(self, object_hash: str) -> Path:
+        """Returns where the prompts of an object are, if it has any."""
         return self.folder / PROMPTS / f"{object_hash}.json"
 
     def locate(self, named: str | Path) -> Path:
@@ -197,8 +198,8 @@ class Library(LibraryFolder):
             prompts = prompts_beside(adapter_folder(Path(source)))
             object_hash = put(self.objects, files)
             if prompts:
-                self._prompts_file(object_hash).parent.mkdir(exist_ok=True)
-                write_prompts(self._prompts_file(object_hash), prompts)
+                self.prompts_file(object_hash).parent.mkdir(exist_ok=True)
+                write_prompts(self.prompts_file(object_hash), prompts)
             return self.point(name, object_hash, facts, tags=tags, note=note)
 
     def point(

@@ -17,6 +17,7 @@ from veneer.decoding.sampling.grammar import MOST_CHARACTERS, MOST_PATTERN, MOST
 from veneer.decoding.sampling.json_check import MOST_STEPS
 from veneer.files.nesting import MAX_JSON_DEPTH
 from veneer.jobs.limits import JobLimits
+from veneer.library.prompts import MOST_CHARACTERS as MOST_CHARACTERS_READ
 
 MOST_HEADER_BYTES = 64 * 2**10
 HEADER_SECONDS = 30.0
@@ -74,6 +75,10 @@ MOST_CLASSIFIED_TOKENS = 2**18
 """Tokens of these texts; of documents, with the query in front of each."""
 MOST_PROMPTS_WAITING = 256
 """Requests whose prompts wait to be tokenised."""
+MOST_CANDIDATES = 256
+"""Adapters that model auto compares with a question, the newest ones."""
+MOST_QUESTION_TOKENS = 512
+"""Tokens that are read to choose an adapter for a question."""
 MAX_ALIASES = 1000
 """Names that were added for adapters."""
 UPLOAD_SECONDS = 3600.0
@@ -151,6 +156,9 @@ LIMITS = {
         Limit("name of a model or an adapter", MOST_NAME, "characters", "400"),
         Limit("adapters that act together", MOST_ADAPTERS, "", "400"),
         Limit("names added for adapters", MAX_ALIASES, "", "409"),
+        Limit("adapters that auto chooses from", MOST_CANDIDATES, "", "the newest are taken"),
+        Limit("characters of a question that auto reads", MOST_CHARACTERS_READ, "", "not read"),
+        Limit("tokens that auto reads", MOST_QUESTION_TOKENS, "", "not read"),
     ),
     "Files and jobs": (
         Limit("uploaded file, packed or not", JOB_LIMITS.file_bytes, "bytes", "413 or 507"),

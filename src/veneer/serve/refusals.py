@@ -178,6 +178,15 @@ def refusing(param: str | None = None) -> Iterator[None]:
         raise refusal_of(fault, param=param) from None
 
 
+@contextmanager
+def out_of_time() -> Iterator[None]:
+    """Turns a TimeoutError of the block into a Refusal: 408."""
+    try:
+        yield
+    except TimeoutError:
+        raise Refusal(408, "The time for this request is over.") from None
+
+
 def shutting_down() -> Refusal:
     return Refusal(503, "The server is shutting down.")
 

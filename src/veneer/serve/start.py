@@ -57,6 +57,7 @@ class ServeSettings:
     bases              folders of models that the tab Teach offers as bases
     lookup             as in Base.generate
     train              None: the server does not train
+    auto               whether requests for `model: auto` are answered (engine/chooser.py)
     """
 
     host: str = "127.0.0.1"
@@ -78,6 +79,7 @@ class ServeSettings:
     bases: Sequence[Path] = ()
     lookup: LookupMode = "auto"
     train: TrainSettings | None = None
+    auto: bool = False
 
     def __post_init__(self) -> None:
         check_numbers(
@@ -144,6 +146,7 @@ def service_of(base: FrozenBase, library: Library, settings: ServeSettings) -> S
         asked_as=asked,
         runs=Runs(_runs_folder(settings, fine_tuning)),
         fine_tuning=fine_tuning,
+        auto=settings.auto,
     )
     residents.tiers.changed = service.loop.wake
     for adapter in settings.pinned:

@@ -90,6 +90,11 @@ def add_server_flags(parser: argparse.ArgumentParser, *, trains: bool = False) -
     parser.add_argument(
         "--pin", action="append", default=[], metavar="A", help="always keep this adapter in memory"
     )
+    parser.add_argument(
+        "--auto",
+        action="store_true",
+        help="answer model auto with the adapter whose training prompts are nearest",
+    )
     parser.add_argument("--runs", metavar="DIR", help="folder of runs to show on the page")
     add_base_format(parser, "as it is stored")
     add_lookup(parser)
@@ -270,6 +275,7 @@ def _read_settings(args: argparse.Namespace) -> ServeSettings:
         variables=parse_variables(args),
         runs=None if args.runs is None else Path(args.runs),
         lookup=args.lookup,
+        auto=args.auto,
         train=_read_train_settings(args),
     )
 

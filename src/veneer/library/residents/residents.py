@@ -13,7 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from veneer.adapters.combinations import Holding, refuse_answers, refuse_sum, refuse_without_head
+from veneer.adapters.combinations import (
+    HEAD,
+    Holding,
+    refuse_answers,
+    refuse_sum,
+    refuse_without_head,
+)
 from veneer.adapters.placement.wrapping import plain_copy
 from veneer.adapters.preamble import NONE, Preamble, shared
 from veneer.bounds import SECONDS, WEIGHT, check_numbers
@@ -134,6 +140,12 @@ class Residents:
             if summary.invocation:
                 return summary.invocation
         return ()
+
+    def writes_answers(self, entry: Entry) -> bool:
+        """Returns whether an adapter answers, and does not classify. Raises a VeneerError if its
+        files cannot be read."""
+        with hide_path(self.library.objects / entry.version.object, entry.reference):
+            return HEAD not in read_summary(self.library.objects / entry.version.object).contents
 
     def head_prefix_length(self, identity: Identity) -> int:
         """Returns the positions of the trained prefix of adapters that classify. Raises

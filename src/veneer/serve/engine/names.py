@@ -28,6 +28,12 @@ from veneer.library.names import is_name, is_reference, nearest
 from veneer.serve.limits import MAX_ALIASES
 from veneer.serve.refusals import Refusal, unknown_adapter, unknown_model
 
+AUTO = "auto"
+"""The model name that leaves the choice of an adapter to the server (chooser.py)."""
+NOT_AUTO = (
+    "{0}: auto is no model by itself: the server chooses an adapter for each answer. Name a model"
+    " here; an adapter called auto is {1}:auto."
+)
 MAX_COMPARED = 1000
 """Names that an unknown one is compared with, for a hint."""
 NO_PATH = (
@@ -94,7 +100,16 @@ class ModelNames:
         self._created, self._positions = created, positions
         self._aliases: dict[str, str] = {}
         self._hidden: set[str] = set()
+        self._has_auto = False
         self._lock = threading.Lock()
+
+    def reserve_auto(self) -> None:
+        """Makes AUTO the name of no model. ConfigError: the base has this name."""
+        if self.base_name == AUTO:
+            raise ConfigError(
+                f"--auto: the base is called {AUTO!r} too", [], "Give it another name with --name."
+            )
+        self._has_auto = True
 
     def model(self, name: str, weighted: tuple[tuple[str, float], ...] = ()) -> ServedModel:
         """Finds the model of a request. Refusal: 404. VeneerError: an adapter cannot be used."""
@@ -124,6 +139,7 @@ class ModelNames:
     def reference(self, name: str) -> str:
         """Returns the reference in the library. Refusal: 404, for missing and for unloaded names
         alike."""
+        self._refuse_auto(name, "model")
         adapter = self._without_base(name)
         with self._lock:
             reference = self._aliases.get(adapter, adapter)
@@ -131,6 +147,11 @@ class ModelNames:
         if hidden or not is_reference(reference):
             raise self._unknown(name)
         return reference
+
+    def _refuse_auto(self, name: str, param: str) -> None:
+        """Refusal: 400, the name is AUTO, which is chosen for answers alone."""
+        if self._has_auto and name == AUTO:
+            raise Refusal(400, NOT_AUTO.format(param, self.base_name), param)
 
     def _unknown(self, name: str) -> Refusal:
         """Makes a 404 that suggests a close name. Reads no file of an adapter."""
@@ -157,13 +178,14 @@ class ModelNames:
 
     def cards(self) -> list[dict[str, Any]]:
         """Lists the base, then the adapters that fit it. A request for another gets the reason."""
-        return [self._base_card(), *(self._card(name, entry) for name, entry in self._entries())]
+        return [self._base_card(), *(self._card(name, entry) for name, entry in self.entries())]
 
     def card(self, name: str) -> dict[str, Any]:
         """Refusal: 404."""
         return self._base_card() if name == self.base_name else self._card(name, self.entry(name))
 
-    def _entries(self) -> Iterator[tuple[str, Entry]]:
+    def entries(self) -> Iterator[tuple[str, Entry]]:
+        """Yields the name and the entry of every adapter that is served and fits the base."""
         with self._lock:
             hidden, aliases = set(self._hidden), dict(self._aliases)
         for entry in self._library.entries():
@@ -230,6 +252,7 @@ class ModelNames:
     def _adapter_name(self, name: str) -> str:
         """Removes the base's name in front. Refusal: it names the base or a version, or is not a
         valid name."""
+        self._refuse_auto(name, "lora_name")
         adapter = self._without_base(name)
         if name == self.base_name:
             raise Refusal(400, BASE_STAYS.format(name), "lora_name")

@@ -25,22 +25,26 @@ from veneer.library.residents.resident import Tier
 from veneer.library.residents.residents import Residents
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
+from veneer.serve.engine.chooser import Chooser
 from veneer.serve.engine.classifier import Classifier
 from veneer.serve.engine.fine_tuning import FineTuning
 from veneer.serve.engine.generation import Generation, engine_requests
 from veneer.serve.engine.grammars import ShapeGrammars
 from veneer.serve.engine.loop import EngineLoop
 from veneer.serve.engine.metrics import Metrics, engine_state, joined
-from veneer.serve.engine.names import ModelNames, ServedModel
+from veneer.serve.engine.names import AUTO, ModelNames, ServedModel
 from veneer.serve.engine.prompts import Prompts
 from veneer.serve.engine.token_text import TokenTexts
 from veneer.serve.limits import BODY_BYTES
+from veneer.serve.protocols.answers import AdapterChoice
 from veneer.serve.protocols.classification import TextScores
 from veneer.serve.protocols.request import GenerationRequest, Prompt
-from veneer.serve.refusals import Refusal, refusal_of, refusing, unknown_adapter
+from veneer.serve.refusals import Refusal, out_of_time, refusal_of, refusing, unknown_adapter
 from veneer.serve.runs import Runs
 
 T = TypeVar("T")
+TEXTS_AT_ONCE = 8
+"""Texts of an adapter that are read at the same time, for model auto."""
 MOST_LABELS = 1024
 """Most adapters whose names the metrics remember."""
 
@@ -74,9 +78,11 @@ class Service:
         asked_as: Callable[[Preamble], Preamble] = lambda trained: trained,
         runs: Runs | None = None,
         fine_tuning: FineTuning | None = None,
+        auto: bool = False,
     ) -> None:
         """asked_as: changes the preamble that an adapter was trained with into the one to use.
-        fine_tuning: None if this server does not train."""
+        fine_tuning: None if this server does not train. auto: requests may leave the choice of an
+        adapter to the server."""
         capacity = capacity_of(base)
         self.runs, self.fine_tuning = runs or Runs(None), fine_tuning
         self.names, self.residents, self.limits = names, residents, limits or ServeLimits()
@@ -117,6 +123,19 @@ class Service:
         self._loads = ThreadPoolExecutor(4, thread_name_prefix="veneer-loads")  # may wait for room
         self._reports = ThreadPoolExecutor(1, thread_name_prefix="veneer-reports")
         self._jobs = ThreadPoolExecutor(4, thread_name_prefix="veneer-jobs")
+        self.chooser = None
+        if auto:
+            names.reserve_auto()
+            self.chooser = Chooser(
+                base,
+                names,
+                residents,
+                self.prompts,
+                self.loop,
+                preamble=asked_as(NONE),
+                at_once=min(TEXTS_AT_ONCE, bounds.max_waiting),
+                read_files=self.read_files,
+            )
 
     def fingerprint(self, model: ServedModel) -> str:
         return f"vn-{self._base_digest}-{model.content}"
@@ -176,6 +195,19 @@ class Service:
             preamble = await self.read_files(lambda: self.residents.preamble(model.identity))
         return await self.prompts.encoded(prompts, self._asked_as(preamble))
 
+    async def choose(
+        self, request: GenerationRequest, caller: str
+    ) -> tuple[GenerationRequest, AdapterChoice | None]:
+        """Replaces `model: auto` in a request by the model that is chosen for it; returns None with
+        any other request. Refusal."""
+        if self.chooser is None or request.model != AUTO:
+            return request, None
+        salt, seconds = _salt(caller, request), self.limits.seconds
+        with out_of_time():
+            async with asyncio.timeout(seconds):
+                choice = await self.chooser.choose(request, salt=salt, seconds=seconds)
+        return replace(request, model=choice.adapter or self.names.base_name), choice
+
     async def begin(
         self, request: GenerationRequest, caller: str
     ) -> tuple[ServedModel, Generation]:
@@ -205,7 +237,7 @@ class Service:
                 stops=self._stops,
                 tokenizer=texts.tokenizer,
                 constraints=grammar,
-                salt=f"{caller}|{request.salt}",
+                salt=_salt(caller, request),
                 now=self.loop.clock(),
                 seconds=self.limits.seconds,
             )
@@ -246,11 +278,9 @@ class Service:
         param: the field of the texts. kind: of the head that is needed; None: any. Refusal: 400 for
         an adapter without such a head and for texts that are too long, 408 out of time.
         """
-        try:
+        with out_of_time():
             async with asyncio.timeout(self.limits.seconds):
                 return await self._score_texts(name, texts, param, kind)
-        except TimeoutError:
-            raise Refusal(408, "The time for this request is over.") from None
 
     async def _score_texts(
         self, name: str, texts: Sequence[str], param: str, kind: HeadKind | None
@@ -351,3 +381,8 @@ class Service:
         self.prompts.close()
         for threads in (self._files, self._loads, self._reports, self._jobs):
             threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _salt(caller: str, request: GenerationRequest) -> str:
+    """Returns the salt of cached prompts: callers share none."""
+    return f"{caller}|{request.salt}"

@@ -63,10 +63,12 @@ def application(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         service.loop.start()
         fine_tuning = service.fine_tuning
-        queue = None if fine_tuning is None else asyncio.create_task(fine_tuning.start_jobs())
+        work = [] if fine_tuning is None else [asyncio.create_task(fine_tuning.start_jobs())]
+        if service.chooser is not None:
+            work.append(asyncio.create_task(service.chooser.prepare()))
         yield
-        if queue is not None:
-            queue.cancel()
+        for task in work:
+            task.cancel()
         if teach_tab is not None:
             await teach_tab.close()
         await service.close()

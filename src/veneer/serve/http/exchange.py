@@ -79,12 +79,14 @@ class Exchange(Response):
     async def _answer(self, send: Send, chunks: ChunkWriter | None) -> Response | None:
         """Returns the whole answer; None if it was streamed. chunks: a faster way to write the
         stream."""
+        self._request, choice = await self._service.choose(self._request, self._caller)
         with self._service.loop.expecting_request():
             for _ in range(TURNS):
                 await asyncio.sleep(0)
             model, generation = await self._service.begin(self._request, self._caller)
         fingerprint = self._service.fingerprint(model)
-        head = ResponseHead(self._request.model, fingerprint, self._protocol.id_prefix)
+        name, prefix = self._request.model, self._protocol.id_prefix
+        head = ResponseHead(name, fingerprint, prefix, choice=choice)
         metrics, reason = self._service.metrics, None
         writer = self._protocol.writer(head, self._request)
         try:

@@ -89,19 +89,41 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class AdapterChoice:
+    """The adapter that was chosen for a request for `model: auto`.
+
+    adapter: None if the base answers. margin: below 0 the base answers; None if there is no adapter
+    to choose.
+    """
+
+    adapter: str | None
+    margin: float | None
+
+
+@dataclass(frozen=True)
 class ResponseHead:
     """Identifies a response in each of its chunks. fingerprint: hashes of the base and the
-    adapter."""
+    adapter. choice: for `model: auto` alone."""
 
     model: str
     fingerprint: str
     prefix: str
     id: str = ""
     created: int = 0
+    choice: AdapterChoice | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "id", self.id or f"{self.prefix}{uuid.uuid4().hex}")
         object.__setattr__(self, "created", self.created or int(time.time()))
+
+    @property
+    def own_fields(self) -> dict[str, Any]:
+        """Returns fields that no other server's responses have."""
+        if self.choice is None:
+            return {}
+        margin = self.choice.margin
+        rounded = None if margin is None else round(margin, 4)
+        return {"veneer": {"adapter": self.choice.adapter, "margin": rounded}}
 
 
 class AnswerWriter(ABC):

@@ -98,6 +98,7 @@ class ChoiceWriter(AnswerWriter):
             "created": self.head.created,
             "model": self.head.model,
             "system_fingerprint": self.head.fingerprint,
+            **self.head.own_fields,
         }
 
 

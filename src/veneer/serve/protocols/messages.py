@@ -189,6 +189,8 @@ class _Metadata(Body):
 class MessageBody(CountBody, SamplingBody):
     """The body of /v1/messages."""
 
+    model: ModelName
+    """the base, or an adapter: NAME, NAME@2, NAME@TAG, BASE:NAME; with --auto, auto"""
     max_tokens: NewTokens
     """longest answer"""
     stop_sequences: Stops = Field(default_factory=list)
@@ -297,7 +299,8 @@ class MessageWriter(AnswerWriter):
 
     def _about(self) -> dict[str, Any]:
         head = self.head
-        return {"id": head.id, "type": "message", "role": "assistant", "model": head.model}
+        about = {"id": head.id, "type": "message", "role": "assistant", "model": head.model}
+        return {**about, **head.own_fields}
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

@@ -132,6 +132,7 @@ class ResponseWriter(AnswerWriter):
             "truncation": "disabled",
             "usage": None if usage is None else _usage(usage),
             **self.request.echo,
+            **self.head.own_fields,
         }
 
 

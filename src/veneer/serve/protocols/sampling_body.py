@@ -63,7 +63,7 @@ class SamplingBody(Body):
     """The fields of all protocols that generate: OpenAI's, vLLM's, and our own `adapters`."""
 
     model: ModelName
-    """the base, or an adapter: NAME, NAME@2, NAME@TAG, BASE:NAME"""
+    """the base, or an adapter: NAME, NAME@2, NAME@TAG, BASE:NAME; with --auto, auto"""
     temperature: Annotated[float, Num(TEMPERATURE)] = 1.0
     """0 takes the likeliest token; default 1"""
     top_p: Annotated[float, Num(TOP_P)] = 1.0
