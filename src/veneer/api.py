@@ -32,13 +32,14 @@ from veneer.errors import ConfigError
 from veneer.evaluation.evaluation import EvaluationOptions, Progress
 from veneer.evaluation.evaluation import evaluate as evaluate_rows
 from veneer.evaluation.general import BUILT_IN
-from veneer.evaluation.head_evaluation import evaluate_head, refuse_with_head
+from veneer.evaluation.head_evaluation import HEAD_ONLY, evaluate_head, refuse_options
 from veneer.evaluation.intervals import Counts
 from veneer.evaluation.label_figures import probabilities
 from veneer.evaluation.label_scores import Nats, label_scores
 from veneer.evaluation.labels import AUTO, checked_labels, with_accuracy
 from veneer.evaluation.metrics.registry import find_metrics
 from veneer.evaluation.metrics.user_function import UserFunction
+from veneer.evaluation.preferences import PREFERENCES_ONLY, are_preferences, evaluate_preferences
 from veneer.evaluation.rows import RowOptions, acting_head, load_rows
 from veneer.formats.packed_base import WrittenBase, write_packed
 from veneer.library.library import Library
@@ -199,14 +200,10 @@ def evaluate(
         )
     with base.routing.held():  # a switch in another thread concerns later calls
         preamble = base.preamble.overridden(system, variables)
+        of_answers: dict[str, object] = {"metrics": metrics, "labels": labels, "general": general}
+        of_answers |= {"against": against, "predictions": predictions}
         if (head := acting_head(base)) is not None:
-            refuse_with_head(
-                metrics=metrics,
-                labels=labels,
-                general=general,
-                against=against,
-                predictions=predictions,
-            )
+            refuse_options(HEAD_ONLY, of_answers)
         choices = EvaluationOptions(
             metrics=find_metrics(
                 with_accuracy([metrics] if isinstance(metrics, str) else metrics, labels)
@@ -226,6 +223,7 @@ def evaluate(
             RowOptions(length, format, train_on, columns or {}),
             preamble=preamble,
             purpose="evaluated",
+            kind="any",
         )
         if head is not None:
             prompts = [prompt_key(row) for row in rows]
@@ -233,6 +231,9 @@ def evaluate(
                 evaluate_head(base, examples, head, prompts, batch=batch, progress=progress)
             )
         nats = _nats(base, batch)
+        if are_preferences(examples):
+            refuse_options(PREFERENCES_ONLY, of_answers)
+            return Evaluation(evaluate_preferences(base, rows, examples, nats=nats))
         return Evaluation(
             evaluate_rows(base, rows, examples, choices, nats=nats, progress=progress)
         )

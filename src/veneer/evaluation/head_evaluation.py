@@ -35,6 +35,7 @@ from veneer.objectives.labels import (
 )
 from veneer.objectives.objective import AnswerBatch
 
+HEAD_ONLY = "an adapter with a score head writes no answers: it is evaluated by its labels"
 MOST_INTERVALS = 200
 """Most labels of a head whose macro F1 gets an interval."""
 
@@ -148,11 +149,8 @@ def _add_interval(result: dict[str, Any], name: str, ends: list[float] | None) -
         result["intervals"][name] = ends
 
 
-def refuse_with_head(**given: object) -> None:
-    """Raises RefusedError for options of an evaluation that need answers. given: by name"""
-    if names := [name for name, value in given.items() if value]:
-        raise RefusedError(
-            "an adapter with a score head writes no answers: it is evaluated by its labels",
-            [f"{name}: needs answers" for name in names],
-            "Leave these options out.",
-        )
+def refuse_options(why: str, options: Mapping[str, object]) -> None:
+    """Raises RefusedError for options of an evaluation that need answers. options: by name"""
+    if names := [name for name, value in options.items() if value]:
+        faults = [f"{name}: needs rows with one answer" for name in names]
+        raise RefusedError(why, faults, "Leave these options out.")

@@ -38,9 +38,10 @@ def load_rows(
     *,
     preamble: Preamble,
     purpose: str,
+    kind: RowKind = "answers",
 ) -> tuple[list[Row], list[Example]]:
     """Loads rows and their examples, in the same order. The arguments are those of load_row_set."""
-    loaded = load_row_set(base, data, options, preamble=preamble, purpose=purpose)
+    loaded = load_row_set(base, data, options, preamble=preamble, purpose=purpose, kind=kind)
     return loaded.train_rows, list(loaded.train)
 
 

@@ -1,0 +1,74 @@
+"""Evaluation of pairs and ranked lists, against log-probabilities of the model's own forward."""
+
+import json
+
+import numpy as np
+import pytest
+
+import veneer
+from tests.support.tiny import save_tiny
+from veneer.cli.main import main
+from veneer.errors import DataError, RefusedError
+
+PAIRS = [
+    {"prompt": f"q {n}", "chosen": f"good {n}", "rejected": "bad " * (n % 3 + 1)} for n in range(9)
+]
+RANKED = [{"prompt": f"q {n}", "ranked": ["a", f"b {n}", "c c"]} for n in range(5)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    save_tiny(folder)
+    base = veneer.load(str(folder))
+    adapter = base.attach(veneer.LoRA(rank=3, alpha=5), name="own")
+    for number, parameter in enumerate(adapter.parameters().values()):
+        parameter.data += 0.2 * np.sin(number + 1)
+    return base
+
+
+def sums(base, answers, adapter):
+    rows = [{"prompt": prompt, "completion": answer} for prompt, answer in answers]
+    return np.array([score.sum for score in base.score(rows, adapter=[adapter])[adapter]])
+
+
+def test_accuracy_and_margin_of_pairs_are_relative_to_the_base(base):
+    good = [(row["prompt"], row["chosen"]) for row in PAIRS]
+    bad = [(row["prompt"], row["rejected"]) for row in PAIRS]
+    plain = {name: sums(base, own, None) for name, own in (("good", good), ("bad", bad))}
+    adapted = {name: sums(base, own, "own") for name, own in (("good", good), ("bad", bad))}
+    alone = veneer.evaluate(base, PAIRS)
+    with base.using("own"):
+        result = veneer.evaluate(base, PAIRS)
+    margins = plain["good"] - plain["bad"]
+    assert not alone["against_base"] and result["against_base"]
+    assert alone["margin"] == pytest.approx(margins.mean(), abs=1e-4)
+    assert alone["accuracy"] == pytest.approx((margins > 0).mean())
+    moved = (adapted["good"] - plain["good"]) - (adapted["bad"] - plain["bad"])
+    assert result["margin"] == pytest.approx(moved.mean(), abs=1e-4)
+    assert result["accuracy"] == pytest.approx((moved > 0).mean())
+    for name in ("accuracy", "margin"):
+        low, high = alone["intervals"][name]
+        assert low <= alone[name] <= high
+    assert alone["rows"] == len(PAIRS)
+    assert alone["chosen"] == pytest.approx(plain["good"].mean(), abs=1e-4)
+
+
+def test_a_list_counts_all_its_pairs(base):
+    scores = [
+        sums(base, [(row["prompt"], answer) for answer in row["ranked"]], None) for row in RANKED
+    ]
+    expected = np.mean([np.mean([a > b, a > c, b > c]) for a, b, c in scores])
+    assert veneer.evaluate(base, RANKED)["accuracy"] == pytest.approx(expected)
+
+
+def test_what_needs_one_answer_is_refused_and_the_command_shows_the_rest(base, tmp_path, capsys):
+    with pytest.raises(RefusedError, match="likelihood of their answers"):
+        veneer.evaluate(base, PAIRS, metrics=["exact_match"])
+    mixed = [*PAIRS, {"prompt": "q", "completion": "a"}]
+    with pytest.raises(DataError, match="1 rows are prompt_completion"):
+        veneer.evaluate(base, mixed)
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)) + "\n")
+    assert main(["evaluate", "--base", base.source, "--data", str(tmp_path / "pairs.jsonl")]) == 0
+    shown = capsys.readouterr().out
+    assert "accuracy" in shown and "margin" in shown and "95% interval" in shown
