@@ -9,17 +9,20 @@ const judging = { draft: null, job: null, model: null, questions: [], ends: null
 
 async function showJudge() {
   const base = training.job?.base;
-  const elsewhere = base && !base.served;
+  const elsewhere = base ? !base.served : false;
   byId("judge-elsewhere").hidden = !elsewhere;
-  byId("judge-answers").hidden = elsewhere;
-  if (elsewhere)
-    byId("judge-elsewhere").textContent =
+  byId("judge-answers").hidden = byId("judge-fields").hidden = elsewhere;
+  if (elsewhere) {
+    const reason =
       `This adapter was trained on ${base.name}, and this server answers with ${served.base}, so it cannot be asked here. ` +
-      `The figures are measured all the same. To ask it, start ${base.command}`;
+      "The figures are measured all the same. To ask it, start ";
+    byId("judge-elsewhere").replaceChildren(reason, make("code", {}, base.command));
+  }
   byId("judge-figures").replaceChildren(...figuresOfRun());
   const isOpen = judging.draft === lesson.draft.id && judging.job === lesson.draft.job;
   if (!isOpen) forgetAnswers();
   showOthers();
+  if (elsewhere) byId("judge-other").value = ""; // adapters of the server's base do not fit
   measure(["idle"]);
   if (elsewhere || isOpen) return showJudged();
   const { id } = lesson.draft;

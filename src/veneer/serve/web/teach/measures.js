@@ -79,10 +79,13 @@ function showWorse(worse) {
   for (const row of place.querySelectorAll("details")) row.open = was.includes(row.dataset.line);
 }
 
+const MOST_TITLE = 80;
+const beginning = (text) => (text.length > MOST_TITLE ? `${text.slice(0, MOST_TITLE)}…` : text);
+
 function worseShown(row) {
   const [before, after] = row.losses.map(figure);
   const figures = make("small", {}, ` · loss ${before} with the base, ${after} with this adapter`);
-  const title = make("summary", {}, `row ${row.line}: ${row.question.slice(0, 80)}`, figures);
+  const title = make("summary", {}, `row ${row.line}: ${beginning(row.question)}`, figures);
   const answers = [["base", row.before], ["this adapter", row.after]]
     .filter(([, side]) => side.answer !== null)
     .map(([name, side]) => messageCell(name, side.answer));
