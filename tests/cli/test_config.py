@@ -43,6 +43,7 @@ OTHER_VALUES = {
     "replay.weight": 0.5,
     "replay.batch": 3,
     "template.variables": {"enable_thinking": False},
+    "method.activation": "<answer>",
     "method.lr_ratio": 4.0,
     "method.init": "olora",
     "method.lora_bias": True,
