@@ -171,7 +171,7 @@ class StepGradient:
             number,
             counts,
             inputs.objective,
-            inputs.answers({i: self._example(i) for i in numbers}),
+            inputs.answers(numbers, self._examples(number)),
             total,
             Taught(inputs.teacher, teacher_examples(map(self._example, taught_numbers))),
         )

@@ -1,7 +1,7 @@
 """The inputs of the training loop: model, trained values, rows and settings."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -138,16 +138,17 @@ class TrainingInputs:
         self.rows = RowSpans.of(self.train)
         self.objective = make_objective(balanced(self.config.objective, self.train))
 
-    def answers(self, examples: Mapping[int, Example]) -> AnswerBatch:
+    def answers(self, numbers: Sequence[int], examples: Sequence[Example]) -> AnswerBatch:
         """Returns training examples with their reference; zeros before it is computed.
 
-        Those that a teacher reads are left out. examples: by number
+        Those that a teacher reads are left out. numbers: of the examples; a number may occur
+        several times, since a mixture of sets repeats rows
         """
-        numbers = [i for i, example in examples.items() if example.kind != "teacher"]
-        own = [examples[i] for i in numbers]
+        own = [pair for pair in zip(numbers, examples, strict=True) if pair[1].kind != "teacher"]
+        own_examples = [example for _, example in own]
         if self.reference is None:
-            return AnswerBatch.without_reference(own)
-        return AnswerBatch(own, self.reference.train[numbers])
+            return AnswerBatch.without_reference(own_examples)
+        return AnswerBatch(own_examples, self.reference.train[[number for number, _ in own]])
 
     def held_out_answers(self) -> AnswerBatch:
         if self.reference is None:
