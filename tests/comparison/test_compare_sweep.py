@@ -145,3 +145,21 @@ def test_an_interrupted_search_goes_on_only_from_checkpoints(tmp_path: Path) -> 
     settings.parent.mkdir(parents=True)
     settings.touch()
     assert job_command(job) == ["begin"] and not settings.exists()
+
+
+@pytest.mark.parametrize(
+    ("best", "settings", "is_as_alone"),
+    [
+        (5, {}, False),
+        (4, {}, True),
+        (10, {}, True),
+        (9, {"evaluate_every": 3}, True),
+        (10, {"patience": 2}, False),
+    ],
+)
+def test_the_best_of_an_evaluation_that_only_halving_makes_is_no_run_of_a_seed(
+    best: int, settings: dict[str, int], is_as_alone: bool
+) -> None:
+    config = RunConfig.of({"base": "b", "data": "d", "out": "o"} | settings)
+    run = FinishedRun(Path("o"), config, {"steps": 10, "best_step": best}, alone=False)
+    assert run.is_as_alone == is_as_alone

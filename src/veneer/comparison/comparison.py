@@ -128,8 +128,10 @@ def train_candidate(runner: JobRunner, candidate: Candidate) -> JobGenerator[Can
         return CandidateResult(candidate, trials, None, [], [])
     rate, chosen = trials[best]
     # Time and memory are those of a run that had the process to itself.
-    is_kept = not chosen.alone and chosen.has_result and not chosen.was_halved
+    is_kept = not chosen.alone and chosen.has_result and chosen.is_as_alone
     kept = [chosen] if is_kept and comparison.seeds > 1 else []
+    if not (chosen.alone or kept):
+        runner.pace.one_more()
     more = yield from run_together(
         runner.train(candidate, rate=rate, seed=seed, steps=steps, with_result=True)
         for seed in range(len(kept), comparison.seeds)

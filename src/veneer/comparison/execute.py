@@ -63,6 +63,18 @@ class FinishedRun:
         return self.summary.get("reason") == HALVED
 
     @property
+    def is_as_alone(self) -> bool:
+        """Returns whether a run by itself keeps the same values.
+
+        Halving evaluates at steps of its own. Their values may be the best, and they count for
+        patience.
+        """
+        steps, best = self.summary.get("steps"), self.summary.get("best_step")
+        if self.was_halved or self.config.patience is not None or steps is None or best is None:
+            return False
+        return best == steps or best % self.config.evaluation_interval(steps) == 0
+
+    @property
     def has_result(self) -> bool:
         """Returns whether its adapter or model is there."""
         return any((self.folder / name).is_dir() for name in ("adapter", "model"))

@@ -2,6 +2,7 @@
 this.
 """
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -202,6 +203,10 @@ class RunConfig(StrictSettings):
     def rows_at_once(self) -> int:
         """Rows of a micro-batch, in training and evaluations."""
         return rows_at_once(self.batch, self.micro_batch, self.reduce)
+
+    def evaluation_interval(self, steps: int) -> int:
+        """Returns after how many steps a run of so many is evaluated."""
+        return self.evaluate_every or max(1, math.ceil(steps / 5))
 
     def peak_learning_rate(self, hidden_size: int) -> float:
         """Returns the peak rate that is set, else the method's for this hidden size, or the

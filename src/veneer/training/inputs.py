@@ -1,6 +1,5 @@
 """The inputs of the training loop: model, trained values, rows and settings."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -204,7 +203,7 @@ class TrainingInputs:
 
     @property
     def evaluate_every(self) -> int:
-        return self.config.evaluate_every or max(1, math.ceil(self.steps / 5))
+        return self.config.evaluation_interval(self.steps)
 
     def memory_advice(self, otherwise: str) -> str:
         """Advises to resume if the run has a checkpoint; else returns `otherwise`."""
