@@ -49,6 +49,62 @@ def base(world):
     return veneer.load(world / "base")
 
 
+def test_examples_of_other_rows_are_no_pair_and_no_teacher(base, world):
+    distil = OBJECTIVES["distil"]
+    with base.trainer(veneer.LoRA(rank=2)) as trainer:
+        pairs = trainer.encode(world / "pairs.jsonl", loss="dpo")
+        with pytest.raises(ConfigError, match="some are missing"):
+            trainer.forward_backward([pairs[0], pairs[3]], loss="dpo")
+        rows = [{"prompt": name, "completion": name} for name in "ab"]
+        own, taught, other, others_taught = trainer.encode(rows, loss=distil)
+        with pytest.raises(ConfigError, match="some are missing"):
+            trainer.forward_backward([own, others_taught, other, taught], loss=distil)
+        rows = [{"prompt": name, "chosen": "a", "rejected": "b"} for name in "ab"]
+        both = [example for row in rows for example in trainer.encode([row], loss="dpo")]
+        assert trainer.forward_backward(both, loss="dpo").rows == 2
+
+
+def test_a_loop_refuses_what_it_would_not_do(base):
+    row = [{"prompt": "a", "completion": "b"}]
+    with base.trainer(veneer.LoRA(rank=2), new_tokens=["<z>"]) as trainer:
+        with pytest.raises(ConfigError, match="own_answers"):
+            trainer.encode(row, loss=veneer.Distil(system="x", own_answers=0.5))
+        with pytest.raises(ConfigError, match="new tokens"):
+            trainer.forward_backward(row, loss=veneer.Distil(system="x"))
+    prefix = veneer.Prefix(tokens=4, start="random", frozen_tokens=2)
+    with base.trainer(prefix) as trainer:
+        trainer.forward_backward(row)
+        with pytest.raises(ConfigError, match="weight_decay"):
+            trainer.optim_step(veneer.AdamW(learning_rate=0.1, weight_decay=0.5))
+        (values,) = trainer.attachment.parameters().values()
+        before = values.detach().clone()
+        trainer.optim_step(veneer.AdamW(learning_rate=0.1))
+        assert (values[:2] == before[:2]).all() and (values[2:] != before[2:]).any()
+    with pytest.raises(ConfigError, match="frozen_tokens 3 are more than the"):
+        base.trainer(veneer.Prefix(prompt="a", frozen_tokens=3))
+
+
+@pytest.mark.parametrize(
+    ("method", "tokens", "settings", "fault"),
+    [
+        (veneer.LoRA(rank=2), ["<z>"], {"objective": OBJECTIVES["distil"].model_dump()}, "tokens"),
+        (
+            veneer.Prefix(tokens=4, start="random", frozen_tokens=2),
+            [],
+            {"weight_decay": 0.1, "method": {"name": "prefix"}},
+            "weight_decay",
+        ),
+    ],
+)
+def test_a_run_refuses_settings_that_its_parent_rules_out(
+    method, tokens, settings, fault, base, world, tmp_path
+):
+    with base.trainer(method, new_tokens=tokens) as trainer:
+        parent = trainer.save(tmp_path / "parent")
+    with pytest.raises(ConfigError, match=fault):
+        alone(world, tmp_path / "o", from_adapter=[{"adapter": str(parent)}], **settings)
+
+
 def batches(examples, size=BATCH):
     """Divides examples into batches of whole rows."""
     starts = [n for n, e in enumerate(examples) if n == 0 or e.row != examples[n - 1].row]

@@ -48,6 +48,12 @@ def start_prefix(
     examples: the training rows as the student reads them, or as the teacher does with start teacher
     """
     values = choose_values(config, base, examples)
+    if (config.frozen_tokens or 0) > values.tokens:
+        raise ConfigError(
+            f"frozen_tokens {config.frozen_tokens} are more than the {values.tokens} tokens of the"
+            f" prefix, which starts from {values.origin}",
+            next_step="Set method.tokens, or fewer frozen_tokens.",
+        )
     longest = max((len(e.ids) for e in examples), default=0)
     if config.starts_from_teacher:
         longest -= shared_prompt(examples)

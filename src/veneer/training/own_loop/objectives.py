@@ -1,6 +1,7 @@
 """What a trainer's calls minimise: an objective by name or by its settings, and the rows for it."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import cast
 
 from veneer.data.examples import AnswerKind, Example
@@ -38,6 +39,11 @@ def find_objective(loss: Loss) -> AnyObjective:
             "a trainer's teacher is its own base, alone or with an adapter, and no other base",
             next_step="Take veneer.train(..., objective=...) for this teacher.",
         )
+    if loss.own_answers_config is not None:
+        raise ConfigError(
+            "own_answers draws answers before the steps of a run, and a loop draws its own",
+            next_step="Leave own_answers out, and give rows with the answers of trainer.sample.",
+        )
     return cast(AnyObjective, loss)
 
 
@@ -69,14 +75,23 @@ EXAMPLES: dict[str, tuple[set[AnswerKind], set[AnswerKind]]] = {
 
 
 def _are_whole_rows(objective: ObjectiveConfig, examples: Sequence[Example]) -> bool:
-    """Returns whether each best answer of pairs has another one behind it, and each example of a
-    teacher the same number of targets as the student's."""
-    kinds = [example.kind for example in examples]
+    """Returns whether each best answer of pairs has another one to the same prompt behind it, and
+    each example of a teacher the same targets as the student's."""
     if objective.rows == "pairs":
-        neighbours = zip(kinds, [*kinds[1:], "chosen"], strict=True)
-        return kinds[0] == "chosen" and ("chosen", "chosen") not in neighbours
+        return _are_whole_pairs(examples)
     own, taught = (
-        [e.trained_tokens for e in examples if (e.kind == "teacher") is is_taught]
+        [e.ids[e.trained].tolist() for e in examples if (e.kind == "teacher") is is_taught]
         for is_taught in (False, True)
     )
     return own == taught or not objective.has_teacher
+
+
+def _are_whole_pairs(examples: Sequence[Example]) -> bool:
+    kinds = [example.kind for example in examples]
+    if kinds[0] != "chosen" or ("chosen", "chosen") in pairwise([*kinds, "chosen"]):
+        return False
+    prompts = [example.ids[: example.trained.argmax()].tolist() for example in examples]
+    return all(
+        kind == "chosen" or prompt == previous
+        for kind, prompt, previous in zip(kinds[1:], prompts[1:], prompts[:-1], strict=True)
+    )

@@ -98,6 +98,7 @@ class Trainer:
         self._has_reference = first_values is not None or not start.has_own_reference
         self._reference = StartReference(forward, flat, start=first_values, known=start.reference)
         self._teachers: dict[str | None, Applied] = {None: ()}
+        self._num_rows = 0
         queue.enter(self._gradient)
 
     @property
@@ -127,12 +128,19 @@ class Trainer:
                 kind=objective.rows,
                 teacher=objective.teacher_text(),
             )
-            examples = list(data.train)
+            examples = self._numbered(data.train)
             refuse_beyond("these rows do not fit", examples, capacity, tokenizer)
             refuse_without_activation(examples, self.attachment.invocation)
         self._systems.add(data.preamble.system)
         self._keep_common_system()
         return examples
+
+    def _numbered(self, examples: Sequence[Example]) -> list[Example]:
+        """Returns the examples with row numbers that no earlier call has used."""
+        start = self._num_rows
+        numbered = [e if e.row is None else replace(e, row=e.row + start) for e in examples]
+        self._num_rows = 1 + max((e.row for e in numbered if e.row is not None), default=start - 1)
+        return numbered
 
     def _keep_common_system(self) -> None:
         """Makes the system turn that all rows have the adapter's own."""
@@ -161,6 +169,12 @@ class Trainer:
         settings = find_objective(loss)
         examples = self._examples(rows, settings)
         check_examples(settings, examples)
+        if settings.has_teacher and self.attachment.tokens is not None:
+            raise ConfigError(
+                f"objective {settings.name} learns from a base that does not know the adapter's new"
+                " tokens",
+                next_step="Take an adapter without new tokens.",
+            )
         objective = make_objective(settings)
         call = SummedLoss(
             examples,
@@ -229,6 +243,11 @@ class Trainer:
             )
         if not (math.isfinite(divide_by) and divide_by > 0):
             raise ConfigError(f"divide_by is {divide_by}, and takes a number above 0")
+        if adamw.weight_decay and self.attachment.config.keeps_values:
+            raise ConfigError(
+                "weight_decay changes the adapter's frozen tokens, too",
+                next_step="Leave weight_decay 0.",
+            )
         if not self._gradient.calls:
             raise ConfigError(
                 "there is no gradient for a step", next_step="Call forward_backward first."

@@ -73,11 +73,21 @@ def begin_adapter(
 
 
 def with_tokens(config: RunConfig) -> RunConfig:
-    """Returns the run with its parent's new tokens before its own."""
+    """Returns the run with its parent's new tokens before its own.
+
+    Raises ConfigError if the run learns from the base, which does not know them.
+    """
     if len(config.from_adapter) != 1:
         return config
     manifest = read_adapter(Library().locate(config.from_adapter[0].adapter)).manifest
     parent_tokens = [] if manifest is None else manifest.new_tokens
+    if parent_tokens and (config.objective.has_teacher or config.replay.rows is not None):
+        learner = "replay" if config.replay.rows is not None else config.objective.name
+        raise ConfigError(
+            f"{learner} learns from a base that does not know the new tokens of"
+            f" {config.from_adapter[0].adapter}",
+            next_step="Start from another adapter, or from none.",
+        )
     return config.model_copy(
         update={
             "new_tokens": [
@@ -135,6 +145,11 @@ def _from_parents(
         try:
             assert isinstance(old.config, AdapterConfig)
             settings = _merge_settings(old.config, set_by_user)
+            if settings.keeps_values and config.weight_decay:
+                raise ConfigError(
+                    "weight_decay changes the adapter's frozen tokens, too",
+                    next_step="Leave weight_decay 0.",
+                )
             started = begin(
                 base,
                 settings,
