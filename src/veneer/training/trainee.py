@@ -236,7 +236,13 @@ class Trainee:
         own_answers, progress = self.inputs.own_answers, self.progress
         if own_answers is None:
             return {}
-        with self.acting():
+        with (
+            self.acting(),
+            fits_memory(
+                f"on the student's own answers of step {progress.step + 1}",
+                next_step=self.inputs.memory_advice("Take a smaller objective.answer_tokens."),
+            ),
+        ):
             return own_answers.draw(
                 rows, epoch=progress.epoch, index=progress.index, world=self.world
             )
