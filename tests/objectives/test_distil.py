@@ -404,6 +404,15 @@ def test_the_prompt_of_a_teacher_is_computed_once_and_changes_no_loss(
         assert found["handbook.md", 16][0] != pytest.approx(found["other.md", 16][0], rel=1e-3)
 
 
+def test_a_teacher_with_an_activation_reads_its_prompt_in_every_micro_batch(world, tmp_path):
+    """An adapter with an activation acts alone, so the prompt is no prefix beside it."""
+    method = {"name": "lora", "rank": 2, "activation": "rows"}
+    teacher = config(world, tmp_path / "teacher", method=method, steps=2)
+    run_training(teacher, resume=False, screen=QuietScreen())
+    run = config(world, tmp_path / "run", **taught(world, teacher=str(tmp_path / "teacher")))
+    assert run_training(run, resume=False, screen=QuietScreen())["objective"] == "distil"
+
+
 def test_padded_rows_have_the_loss_of_rows_computed_one_by_one(world, tmp_path):
     by_size = []
     for size in (1, 3):

@@ -16,7 +16,7 @@ from itertools import count
 
 import torch
 
-from veneer.adapters.combinations import PREFIX, refuse_answers
+from veneer.adapters.combinations import ACTIVATION, PREFIX, refuse_answers
 from veneer.adapters.placement.acting import Acting, Applied, in_turn
 from veneer.bounds import PLACES
 from veneer.data.batching import shared_prompt
@@ -115,6 +115,8 @@ def _refusal(base: FrozenBase, adapters: Applied) -> str | None:
     """Returns why a prompt cannot be a prefix of this base, None if it may be one."""
     if any(PREFIX in adapter.contents for adapter, _ in adapters):
         return "the teacher's adapter is a prefix itself"
+    if any(ACTIVATION in adapter.contents for adapter, _ in adapters):
+        return "the teacher's adapter has an activation, and acts alone"
     return base.paths.packed_reason or base.paths.switches.words
 
 
