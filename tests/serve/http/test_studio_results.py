@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import subprocess
 from zipfile import ZipFile
 
 import pytest
@@ -16,10 +17,13 @@ from veneer.jobs.limits import JobLimits
 from veneer.jobs.record import write_record
 from veneer.library.library import Library
 from veneer.serve.engine.fine_tuning import TrainSettings
+from veneer.serve.studio.bases import StudioBases
 from veneer.serve.studio.bodies import ExportBody
-from veneer.serve.studio.commands import WorkQueue
+from veneer.serve.studio.commands import CommandLine, WorkQueue
+from veneer.serve.studio.drafts import Drafts
 from veneer.serve.studio.exports import export_report, finish_export
-from veneer.serve.studio.judging import worse_rows
+from veneer.serve.studio.judging import JudgedModel, save_result, worse_rows
+from veneer.serve.studio.results import Results
 
 API = "/studio/api"
 ROWS = "prompt,completion\n" + "".join(f"question {n},answer {n}\n" for n in range(10))
@@ -113,6 +117,47 @@ def test_an_export_without_room_and_one_that_fails_say_why(server, draft, folder
     state = failed()
     assert state["state"] == "failed" and "adapter" in state["error"]
     assert str(folder) not in json.dumps(state)
+    assert not list((folder / "jobs" / "drafts").glob("*/export")), "a failed export leaves files"
+
+
+def test_an_export_writes_no_larger_file_than_there_is_room_for(tmp_path):
+    settings = CommandLine(5, (1, 0))._process_settings(10)
+    with (tmp_path / "file").open("wb") as file:
+        subprocess.run(["head", "-c", "100", "/dev/zero"], stdout=file, **settings)
+    assert (tmp_path / "file").stat().st_size == 10
+
+
+def test_figures_of_an_earlier_run_are_not_those_of_the_next(server, draft, folder):
+    store, draft_id = server.service.fine_tuning.store, draft.rpartition("/")[2]
+    bases = StudioBases(server.base, "tiny", {"base": str(folder / "base")}, [])
+    drafts = Drafts(store.folder / "drafts", server.service.fine_tuning.uploads)
+
+    async def read(function):
+        return function()
+
+    results = Results(store, Library(folder / "adapters"), bases, drafts, read=read, check=read)
+
+    def trained():
+        job = server.post(f"{draft}/train", {"settings": {"steps": 2}}).json()
+        finish(server, job["id"])
+        return store.get(job["id"])
+
+    first = trained()
+    second = trained()
+    late = results.judged_folder(draft_id, first)  # work that was queued before the second run
+    late.mkdir(parents=True)
+    (late / "evaluation.json").write_text('{"rows": [], "metrics": []}')
+    for model in (JudgedModel("base", ""), JudgedModel("adapter", "")):
+        save_result(late, model, {"loss": 1.0})
+    assert second.id != first.id
+    assert not asyncio.run(results.evaluation(draft_id, ""))["whole"]
+
+
+def test_names_of_judged_adapters_are_not_kept(server, draft):
+    job = server.post(f"{draft}/train", {"settings": {"steps": 2}}).json()
+    finish(server, job["id"])
+    refusal = server.post(f"{draft}/keep", {"name": "trial-0123456789abcdef"})
+    assert refusal.status_code == 400 and "Choose another name" in refusal.text
 
 
 def test_work_is_done_one_piece_at_a_time_and_can_be_stopped():

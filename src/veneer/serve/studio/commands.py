@@ -45,15 +45,20 @@ class CommandLine:
             with suppress(ProcessLookupError):  # it has just ended
                 self._process.kill()
 
-    async def run(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """Returns what a command with --json prints. InputError: what it refuses."""
+    async def run(
+        self, arguments: Sequence[str], *, most_bytes: int | None = None
+    ) -> dict[str, Any]:
+        """Returns what a command with --json prints. InputError: what it refuses.
+
+        most_bytes: of a file that the command writes, None without a limit
+        """
         process = await asyncio.create_subprocess_exec(
             *module_command("veneer"),
             *arguments,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            **self._process_settings(),
+            **self._process_settings(most_bytes),
         )
         self._process = process
         name = arguments[0]
@@ -71,18 +76,24 @@ class CommandLine:
             raise InputError(f"veneer {name} was stopped")
         if process.returncode not in (0, DOES_NOT_FIT) or not answer:
             message = messages.decode("utf-8", "replace").strip()
+            if process.returncode == DOES_NOT_FIT and most_bytes is not None:
+                message += f"\nJobs and files have room for a file of {most_bytes:,} bytes."
             raise InputError(message or f"veneer {name} failed")
         result: dict[str, Any] = json.loads(answer)
         return result
 
-    def _process_settings(self) -> dict[str, Any]:
+    def _process_settings(self, most_bytes: int | None) -> dict[str, Any]:
         if self._share is None:
             return {"env": environment_for(os.environ)}
+        import resource  # Windows has none, and no jobs
+
         threads, niceness = self._share
 
         def begin() -> None:  # runs in the new process
             end_with_parent()
             os.nice(niceness)
+            if most_bytes is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
 
         return {"env": trainer_environment(os.environ, threads), "preexec_fn": begin}
 

@@ -22,17 +22,19 @@ REPORT = "export.json"
 
 @dataclass(frozen=True)
 class Export:
-    """A kind of export. suffix: of its file. flags: of the command. whole: base and adapter"""
+    """A kind of export. suffix: of its file. flags: of the command. whole: base and adapter.
+    copies: as many times its size is on the disk before it is packed"""
 
     suffix: str
     flags: tuple[str, ...]
     whole: bool = True
+    copies: int = 1
 
 
 EXPORTS: dict[ExportKind, Export] = {
     "llamacpp_adapter": Export(".gguf", ("--to", "llamacpp"), whole=False),
     "llamacpp": Export(".gguf", ("--to", "llamacpp", "--merged")),
-    "ollama": Export("", ("--to", "ollama")),
+    "ollama": Export("", ("--to", "ollama"), copies=2),
 }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError, QuotaError
-from veneer.files.partial import remove
+from veneer.files.partial import remove, sweep
 from veneer.files.strict_json import read_yaml
 from veneer.jobs.launch import share_of_machine
 from veneer.jobs.record import TrainingJob
@@ -24,7 +24,7 @@ from veneer.serve.studio.bases import StudioBases
 from veneer.serve.studio.bodies import ExportBody
 from veneer.serve.studio.commands import CommandLine, WorkQueue
 from veneer.serve.studio.drafts import Draft, Drafts
-from veneer.serve.studio.exports import export_arguments, export_report, finish_export
+from veneer.serve.studio.exports import EXPORTS, export_arguments, export_report, finish_export
 from veneer.serve.studio.judging import (
     ADAPTER,
     BASE,
@@ -36,6 +36,7 @@ from veneer.serve.studio.judging import (
     write_rows,
 )
 from veneer.serve.studio.keeping import (
+    TRIAL,
     check_may_keep,
     held_out_questions,
     publish,
@@ -74,6 +75,8 @@ class Results:
         self._store, self._library, self._bases, self._drafts = store, library, bases, drafts
         self._read, self._check = read, check
         self.work = WorkQueue(COMMAND_SECONDS, share_of_machine(store.train_share))
+        for folder in drafts.folder.glob(f"*/{EXPORT}"):
+            sweep(folder)  # of exports that ended with their server
 
     def job(self, draft_id: str) -> TrainingJob:
         """Finds the job of a draft. Refusal: 404."""
@@ -123,10 +126,9 @@ class Results:
         publish(self._store.folder, self._library, job, name)
         return {"model": name}
 
-    def judged_models(self, draft_id: str, other: str) -> list[JudgedModel]:
+    def _judged_models(self, job: TrainingJob, other: str) -> list[JudgedModel]:
         """Returns the base, the job's adapter and, if it is named, another one. ConfigError: the
-        job has not ended, or the library has no such adapter."""
-        job = self._finished_job(draft_id)
+        library has no such adapter."""
         models = [
             JudgedModel(BASE, self.base(job)["name"]),
             JudgedModel(ADAPTER, "this adapter", job.run_folder / "adapter"),
@@ -137,10 +139,14 @@ class Results:
             models.append(JudgedModel(f"other-{entry.version.object}", entry.reference, folder))
         return models
 
-    def _prepare_evaluation(self, draft_id: str, folder: Path) -> None:
+    def judged_folder(self, draft_id: str, job: TrainingJob) -> Path:
+        """Returns the folder of a job's evaluation: the rows of a draft may be trained on again."""
+        return self._folder(draft_id, JUDGE) / job.id
+
+    def _prepare_evaluation(self, job: TrainingJob, folder: Path) -> None:
         """Writes the held-out rows for the commands that evaluate."""
-        job = self.job(draft_id)
-        folder.mkdir(exist_ok=True)
+        for path in (folder.parent, folder):  # not the draft's: it may be gone
+            path.mkdir(exist_ok=True)
         settings = read_yaml(job.run_file)
         tokenizer, _ = self._bases.reader(_source(job))
         settings["quantize"] = RunConfig.of(settings).quantize
@@ -148,12 +154,13 @@ class Results:
 
     async def evaluate(self, draft_id: str, other: str) -> dict[str, Any]:
         """Queues the evaluation of the models that were not evaluated yet."""
-        models = await self._read(lambda: self.judged_models(draft_id, other))
-        folder = await self._read(lambda: self._folder(draft_id, JUDGE))
+        job = await self._read(lambda: self._finished_job(draft_id))
+        models = await self._read(lambda: self._judged_models(job, other))
+        folder = await self._read(lambda: self.judged_folder(draft_id, job))
 
         async def work(commands: CommandLine) -> None:
             if not is_judged(folder, models[0]):
-                await self._check(lambda: self._prepare_evaluation(draft_id, folder))
+                await self._check(lambda: self._prepare_evaluation(job, folder))
             for model in models:
                 if not is_judged(folder, model):
                     result = await commands.run(arguments_for(folder, model))
@@ -167,7 +174,8 @@ class Results:
         """Returns the state of the evaluation, and the figures that are there."""
 
         def figures() -> dict[str, Any]:
-            models, folder = self.judged_models(draft_id, other), self._folder(draft_id, JUDGE)
+            job = self._finished_job(draft_id)
+            models, folder = self._judged_models(job, other), self.judged_folder(draft_id, job)
             some = is_judged(folder, models[0])
             return {
                 "comparison": comparison(folder, models) if some else None,
@@ -184,8 +192,11 @@ class Results:
         this server at once, if it was trained on this server's base.
 
         may_replace: whether it may become a version of an adapter that no job has made. Refusal:
-        403.
+        403, or 400 for a name of adapters that are judged.
         """
+        if name.startswith(TRIAL):
+            message = f"Names of adapters that are judged begin with {TRIAL}. Choose another name."
+            raise Refusal(400, message, "name")
         if not may_replace:
             check_may_keep(self._store.folder, self._library, name)
         reference = publish(self._store.folder, self._library, self.job(draft_id), name)
@@ -200,21 +211,21 @@ class Results:
 
     # exporting
 
-    def _prepare_export(self, draft_id: str, body: ExportBody) -> list[str]:
-        """Removes the last export, and returns the arguments of the next. QuotaError: there is no
-        room."""
+    def _prepare_export(self, draft_id: str, body: ExportBody) -> tuple[list[str], int]:
+        """Removes the last export, and returns the arguments of the next, and the bytes that its
+        file may have. QuotaError: there is no room."""
         job = self._finished_job(draft_id)
         folder = self._folder(draft_id, EXPORT)
         if folder.is_dir():
             remove(folder)
-        self._check_room()
+        room = self._room() // EXPORTS[body.to].copies
         folder.mkdir()
         name = _file_name(self._drafts.get(draft_id))
-        return export_arguments(
-            folder, job.run_folder / "adapter", body, base=_source(job), name=name
-        )
+        adapter = job.run_folder / "adapter"
+        return export_arguments(folder, adapter, body, base=_source(job), name=name), room
 
-    def _check_room(self) -> None:
+    def _room(self) -> int:
+        """Returns the bytes that jobs and files may still take. QuotaError: none."""
         used, most = self._store.used_bytes(), self._store.limits.disk_bytes
         if used >= most:
             raise QuotaError(
@@ -222,24 +233,21 @@ class Results:
                 [],
                 "Remove rows or exports first.",
             )
-
-    def _finish_export(self, draft_id: str, body: ExportBody, result: dict[str, Any]) -> None:
-        """Keeps the export, unless it takes more room than there is."""
-        folder = self._folder(draft_id, EXPORT)
-        try:
-            finish_export(folder, body, result)
-            self._check_room()
-        except BaseException:
-            remove(folder)
-            raise
+        return most - used
 
     async def export(self, draft_id: str, body: ExportBody) -> dict[str, Any]:
-        """Queues an export."""
+        """Queues an export. One that fails or is stopped leaves no file."""
 
         async def work(commands: CommandLine) -> None:
-            arguments = await self._read(lambda: self._prepare_export(draft_id, body))
-            result = await commands.run(arguments)
-            await self._read(lambda: self._finish_export(draft_id, body, result))
+            folder = await self._read(lambda: self._folder(draft_id, EXPORT))
+            try:
+                arguments, room = await self._read(lambda: self._prepare_export(draft_id, body))
+                result = await commands.run(arguments, most_bytes=room)
+                await self._read(lambda: finish_export(folder, body, result))
+                await self._read(self._room)
+            except BaseException:
+                await self._read(lambda: remove(folder))
+                raise
 
         await self._read(lambda: self._finished_job(draft_id))
         self.work.start((draft_id, EXPORT), work)
