@@ -145,6 +145,16 @@ def test_a_compressed_file_is_bounded_by_what_it_holds(tmp_path):
     assert uploads.add(BytesIO(gzip.compress(b"{}")), name="rows.jsonl.gz").bytes > 0
 
 
+def test_rows_that_jobs_share_with_an_uploaded_file_count_once(busy_store, base):
+    content = b'{"prompt": "a", "completion": "b"}\n' * 5000
+    file = UploadStore(busy_store.folder, busy_store.limits).add(BytesIO(content), name="r.jsonl")
+    path = UploadStore(busy_store.folder, busy_store.limits).content_path(file.id)
+    used = busy_store.used_bytes()
+    for _ in range(2):
+        busy_store.create({"base": base, "steps": 2}, rows={"train": path})
+    assert busy_store.used_bytes() - used < len(content)
+
+
 def test_limits_ids_and_settings_are_checked_before_anything_is_written(busy_store, base):
     store = busy_store
     rows, settings = {"train": ROWS}, {"base": base, "steps": 2}

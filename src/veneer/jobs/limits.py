@@ -32,12 +32,18 @@ class JobLimits:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Returns the bytes of all files below a folder. Other processes may change it meanwhile."""
-    size = 0
+    """Returns the bytes of all files below a folder; a file with several links counts once. Other
+    processes may change the folder meanwhile."""
+    size, linked = 0, set[tuple[int, int]]()
     for place, _, names in os.walk(folder):
         for name in names:
             try:
-                size += (Path(place) / name).lstat().st_size
+                facts = (Path(place) / name).lstat()
             except OSError:  # removed meanwhile
                 continue
+            if facts.st_nlink > 1:
+                if (key := (facts.st_dev, facts.st_ino)) in linked:
+                    continue
+                linked.add(key)
+            size += facts.st_size
     return size
