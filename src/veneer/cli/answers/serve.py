@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cpus",
         type=COUNT,
         metavar="N",
-        help="CPUs per replica; default: the cluster's CPUs, shared equally",
+        help="CPUs per replica; default: an equal share",
     )
 
 

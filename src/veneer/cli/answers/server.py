@@ -66,7 +66,7 @@ def add_server_flags(parser: argparse.ArgumentParser, *, trains: bool = False) -
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to listen on; default: 127.0.0.1 (this machine only)",
+        help="address to listen on; default: 127.0.0.1 (local)",
     )
     parser.add_argument(
         "--port",
@@ -134,7 +134,7 @@ def add_server_flags(parser: argparse.ArgumentParser, *, trains: bool = False) -
         type=COUNT,
         default=256,
         metavar="N",
-        help="waiting requests allowed; beyond that, 429; default: 256",
+        help="waiting requests before 429; default: 256",
     )
     limits.add_argument(
         "--max-adapters",
@@ -168,7 +168,7 @@ def add_server_flags(parser: argparse.ArgumentParser, *, trains: bool = False) -
         type=SECONDS,
         default=30.0,
         metavar="S",
-        help="seconds to finish open requests after SIGTERM; default: 30",
+        help="seconds for open requests after SIGTERM; default: 30",
     )
     access = parser.add_argument_group("access")
     access.add_argument(
