@@ -63,10 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="maximum number of replicas; more start while requests wait; default: --replicas",
     )
     where.add_argument(
-        "--cpus",
-        type=COUNT,
-        metavar="N",
-        help="CPUs per replica; default: an equal share",
+        "--cpus", type=COUNT, metavar="N", help="CPUs per replica; default: an equal share"
     )
 
 

@@ -64,9 +64,7 @@ def add_server_flags(parser: argparse.ArgumentParser, *, trains: bool = False) -
     """
     add_library(parser)
     parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen on; default: 127.0.0.1 (local)",
+        "--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1 (local)"
     )
     parser.add_argument(
         "--port",
