@@ -157,3 +157,18 @@ def test_a_plan_takes_answers_at_their_longest(world):
     planned = Workload.of(settings, data).rows
     assert max(len(row.ids) for row in planned) >= max(len(row.ids) for row in data.train)
     assert sum(len(row.ids) for row in planned) > sum(len(row.ids) for row in data.train)
+
+
+def test_a_plan_reads_the_rows_of_a_teacher_beyond_the_length_of_the_student(world, tmp_path):
+    document = tmp_path / "document.txt"
+    document.write_text("one two three " * 60)
+    objective = {"name": "distil", "document": str(document)}
+    settings = config(world, "o", length=60, objective=objective)
+    workload = Workload.of(settings, run_rows(settings))
+    for length in (60, 30):
+        rows, _ = workload._cut_rows(length)
+        own, taught = rows[::2], rows[1::2]
+        assert len(own) == len(taught) > 0 and max(len(row.ids) for row in own) <= length
+        for student, teacher in zip(own, taught, strict=True):
+            assert teacher.kind == "teacher" and len(teacher.ids) > 500
+            assert teacher.trained_tokens == student.trained_tokens > 0

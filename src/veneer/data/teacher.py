@@ -6,12 +6,13 @@ same targets in the same order, at other positions. A row with other targets is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import compress
 
 import numpy as np
 
+from veneer.data.batching import RowSpans
 from veneer.data.examples import Example, Row, part_key
 from veneer.data.template.encoded_row import EncodedRow
 
@@ -59,3 +60,17 @@ def without_beginning(example: Example, count: int) -> Example:
     if not count:
         return example
     return replace(example, ids=example.ids[count:], trained=example.trained[count:])
+
+
+def with_targets(example: Example, count: int) -> Example:
+    """Returns the example up to its target of this number; without any for 0."""
+    end = int(np.flatnonzero(example.trained)[count - 1]) + 1 if count else 0
+    return replace(example, ids=example.ids[:end], trained=example.trained[:end])
+
+
+def taught_pairs(rows: RowSpans) -> Iterator[tuple[int, int]]:
+    """Yields the number of each example of a student, and of what its teacher reads instead."""
+    for row in range(len(rows.lengths)):
+        numbers = rows.examples([row])
+        half = len(numbers) // 2
+        yield from zip(numbers[:half], numbers[half:], strict=True)

@@ -24,6 +24,7 @@ from veneer.data.files.on_disk import representative_examples
 from veneer.data.longest import largest_micro_batches, plans_of_run
 from veneer.data.mixture import Mixture
 from veneer.data.own_answers import with_longest_answers
+from veneer.data.teacher import taught_pairs, with_targets
 from veneer.plan.choice import Choice
 from veneer.plan.spread import Costs
 from veneer.training.config import EPOCHS_UNSAID, RunConfig
@@ -205,8 +206,14 @@ class Workload:
         )
 
     def _cut_rows(self, length: int) -> tuple[list[Example], Mixture | None]:
-        """Cuts rows to a length; returns those that still train a token, and their mixture."""
-        rows = [_cut(row, length) for row in self.rows]
+        """Cuts rows to a length; returns those that still train a token, and their mixture.
+
+        What a teacher reads ends with the same target as the student's row.
+        """
+        rows = [row if row.kind == "teacher" else _cut(row, length) for row in self.rows]
+        if rows and rows[-1].kind == "teacher":
+            for own, taught in taught_pairs(RowSpans.of(rows)):
+                rows[taught] = with_targets(rows[taught], rows[own].trained_tokens)
         trained_rows = [number for number, row in enumerate(rows) if row.trained.any()]
         mixture = self.mixture
         if mixture is not None and len(trained_rows) < len(rows):
