@@ -161,6 +161,15 @@ def test_an_adapter_that_classifies_is_not_chosen(server):
     assert chosen(server, "<<<< >>>> <<<<")["adapter"] != "labels"
 
 
+def test_an_adapter_that_is_judged_is_not_chosen(server, library):
+    text = "zzzz yyyy zzzz yyyy"
+    library.add(library.path("silent"), name="trial-0", note=text)
+    try:
+        assert chosen(server, text)["adapter"] != "trial-0"
+    finally:
+        library.remove("trial-0")
+
+
 def test_an_adapter_that_is_unloaded_is_not_chosen(server):
     text = question("marks")
     assert chosen(server, text)["adapter"] == "marks"

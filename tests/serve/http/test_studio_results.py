@@ -11,7 +11,7 @@ from tests.serve.server import running
 from tests.support.running_job import running_job
 from tests.support.tiny import save_tiny
 from veneer.api import load
-from veneer.errors import InputError
+from veneer.errors import ConfigError, InputError
 from veneer.files.strict_json import read_yaml
 from veneer.jobs.limits import JobLimits
 from veneer.jobs.record import write_record
@@ -127,15 +127,36 @@ def test_an_export_writes_no_larger_file_than_there_is_room_for(tmp_path):
     assert (tmp_path / "file").stat().st_size == 10
 
 
-def test_figures_of_an_earlier_run_are_not_those_of_the_next(server, draft, folder):
-    store, draft_id = server.service.fine_tuning.store, draft.rpartition("/")[2]
+def results_of(server, folder):
+    """The results of the server's drafts, whose coroutines run in this thread."""
+    tuning = server.service.fine_tuning
     bases = StudioBases(server.base, "tiny", {"base": str(folder / "base")}, [])
-    drafts = Drafts(store.folder / "drafts", server.service.fine_tuning.uploads)
+    drafts = Drafts(tuning.store.folder / "drafts", tuning.uploads)
 
     async def read(function):
         return function()
 
-    results = Results(store, Library(folder / "adapters"), bases, drafts, read=read, check=read)
+    library = Library(folder / "adapters")
+    return Results(tuning.store, library, bases, drafts, read=read, check=read)
+
+
+@pytest.mark.parametrize("length", [32, 2048])
+def test_rows_that_the_run_cuts_are_not_evaluated(server, draft, folder, tmp_path, length):
+    choices = {"length": length, "long_rows": "cut", "validation_share": 0.2}
+    assert server.post(f"{draft}/rows", choices).status_code == 200
+    job_id = server.post(f"{draft}/train", {"settings": {"steps": 2}}).json()["id"]
+    job, results = server.service.fine_tuning.store.get(job_id), results_of(server, folder)
+    if length == 32:
+        with pytest.raises(ConfigError, match="all held-out rows are cut at 32 tokens"):
+            results._prepare_evaluation(job, tmp_path / "judge" / job_id)
+        return
+    results._prepare_evaluation(job, tmp_path / "judge" / job_id)
+    assert len((tmp_path / "judge" / job_id / "rows.jsonl").read_text().splitlines()) == 2
+
+
+def test_figures_of_an_earlier_run_are_not_those_of_the_next(server, draft, folder):
+    store, draft_id = server.service.fine_tuning.store, draft.rpartition("/")[2]
+    results = results_of(server, folder)
 
     def trained():
         job = server.post(f"{draft}/train", {"settings": {"steps": 2}}).json()

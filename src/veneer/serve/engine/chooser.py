@@ -30,7 +30,7 @@ from veneer.library.prompts import beginning, question_of
 from veneer.library.residents.residents import Residents
 from veneer.models.frozen_base import FrozenBase
 from veneer.serve.engine.loop import EngineLoop, Inbox
-from veneer.serve.engine.names import ModelNames
+from veneer.serve.engine.names import TRIAL, ModelNames
 from veneer.serve.engine.nearness import GENERAL_QUESTIONS, NearnessSpace, States
 from veneer.serve.engine.prompts import Prompts
 from veneer.serve.limits import MOST_CANDIDATES, MOST_QUESTION_TOKENS
@@ -163,7 +163,11 @@ class Chooser:
 
     def _read_described(self) -> Candidates:
         """Returns names and texts of the newest MOST_CANDIDATES adapters that have any."""
-        entries = {entry.version.object: (name, entry) for name, entry in self._names.entries()}
+        entries = {
+            entry.version.object: (name, entry)
+            for name, entry in self._names.entries()
+            if not name.startswith(TRIAL)
+        }
         newest = sorted(entries.values(), key=lambda pair: pair[1].version.added, reverse=True)
         described = [
             (name, self._texts_of(name, entry)) for name, entry in newest[:MOST_CANDIDATES]

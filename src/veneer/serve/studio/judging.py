@@ -16,6 +16,7 @@ from typing import Any
 
 from veneer.data.examples import Row
 from veneer.data.files.writing import record_of
+from veneer.data.load import DataSet
 from veneer.errors import ConfigError
 from veneer.evaluation.metrics.choice import longest_answer, metrics_for
 from veneer.evaluation.predictions import Line, read_predictions
@@ -40,6 +41,21 @@ class JudgedModel:
     key: str
     shown: str
     adapter: Path | None = None
+
+
+def whole_rows(data: DataSet, settings: dict[str, Any]) -> Sequence[Row]:
+    """Returns the held-out rows that the run did not cut: `veneer evaluate` refuses longer ones.
+
+    settings: of the run
+    """
+    rows, length = data.validation_rows, settings["length"]
+    if settings["data"].get("long_rows") != "cut":
+        return rows
+    cut_lines = {example.ref.line for example in data.validation if len(example.ids) >= length}
+    kept = [row for row in rows if row.ref.line not in cut_lines]
+    if rows and not kept:
+        raise ConfigError(f"all held-out rows are cut at {length:,} tokens: none can be evaluated")
+    return kept
 
 
 def write_rows(folder: Path, rows: Sequence[Row], settings: dict[str, Any], tokenizer: Any) -> None:

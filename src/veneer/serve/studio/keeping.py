@@ -15,12 +15,12 @@ from veneer.jobs.published import may_publish, note_published
 from veneer.jobs.record import TrainingJob
 from veneer.library.library import Library
 from veneer.report.card import card_for
+from veneer.serve.engine.names import TRIAL
 from veneer.serve.refusals import MOST_SHOWN, Refusal
 from veneer.serve.studio.exports import write_zip
 
 MOST_HELD_OUT = 200
 """Held-out rows that the page may ask about."""
-TRIAL = "trial-"
 
 
 def trial_name(draft_id: str) -> str:

@@ -7,11 +7,12 @@ not coroutines read files: call them beside the event loop.
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from veneer.data.load import DataSet
 from veneer.errors import ConfigError, QuotaError
 from veneer.files.partial import remove, sweep
 from veneer.files.strict_json import read_yaml
@@ -19,6 +20,7 @@ from veneer.jobs.launch import share_of_machine
 from veneer.jobs.record import TrainingJob
 from veneer.jobs.store import JobStore
 from veneer.library.library import Library
+from veneer.serve.engine.names import TRIAL
 from veneer.serve.refusals import Refusal
 from veneer.serve.studio.bases import StudioBases
 from veneer.serve.studio.bodies import ExportBody
@@ -33,10 +35,10 @@ from veneer.serve.studio.judging import (
     comparison,
     is_judged,
     save_result,
+    whole_rows,
     write_rows,
 )
 from veneer.serve.studio.keeping import (
-    TRIAL,
     check_may_keep,
     held_out_questions,
     publish,
@@ -100,12 +102,12 @@ class Results:
     def held_out(self, draft_id: str) -> dict[str, Any]:
         """Returns the rows that the job held out, as questions and expected answers. Choices that
         were changed since would hold out others, which the job has trained on."""
-        rows = self._held_out_rows(self.job(draft_id))
+        rows = self._examined(self.job(draft_id)).validation_rows
         return {"rows": len(rows), "questions": held_out_questions(rows)}
 
-    def _held_out_rows(self, job: TrainingJob) -> Sequence[Any]:
+    def _examined(self, job: TrainingJob) -> DataSet:
         tokenizer, capacity = self._bases.reader(_source(job))
-        return examine_job(job.run_file, tokenizer=tokenizer, capacity=capacity).validation_rows
+        return examine_job(job.run_file, tokenizer=tokenizer, capacity=capacity)
 
     def try_out(self, draft_id: str) -> dict[str, Any]:
         """Returns the model that answers with a finished job's adapter.
@@ -150,7 +152,7 @@ class Results:
         settings = read_yaml(job.run_file)
         tokenizer, _ = self._bases.reader(_source(job))
         settings["quantize"] = RunConfig.of(settings).quantize
-        write_rows(folder, self._held_out_rows(job), settings, tokenizer)
+        write_rows(folder, whole_rows(self._examined(job), settings), settings, tokenizer)
 
     async def evaluate(self, draft_id: str, other: str) -> dict[str, Any]:
         """Queues the evaluation of the models that were not evaluated yet."""
