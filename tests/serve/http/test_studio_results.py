@@ -202,8 +202,10 @@ def test_work_is_done_one_piece_at_a_time_and_can_be_stopped():
         await asyncio.sleep(0)
         states = [queue.state(key)["state"] for key in (("a", "judge"), ("b", "export"))]
         assert states == ["running", "waiting"] and order == ["first"]
-        await queue.stop("a")
-        assert queue.state(("a", "judge"))["state"] == "idle"
+        queue.start(("a", "export"), first)
+        await queue.stop("a")  # the second piece has not begun
+        for kind in ("judge", "export"):
+            assert queue.state(("a", kind))["state"] == "idle"
         for _ in range(9):
             await asyncio.sleep(0)
         assert queue.state(("b", "export")) == {"state": "failed", "seconds": 0, "error": "no"}

@@ -130,8 +130,14 @@ class WorkQueue:
         if len(self._open) > MOST_WAITING:
             raise QuotaError(f"{MOST_WAITING} exports and evaluations wait", [], "Try again later.")
         self._failures.pop(key, None)
-        self._open[key] = Work()
-        self._open[key].task = asyncio.create_task(self._do(key, work))
+        opened = self._open[key] = Work()
+        opened.task = asyncio.create_task(self._do(key, work))
+
+        def forget(task: asyncio.Task[None]) -> None:
+            if self._open.get(key) is opened:  # it was ended before its first step
+                del self._open[key]
+
+        opened.task.add_done_callback(forget)
 
     async def _do(self, key: Key, work: Callable[[CommandLine], Awaitable[None]]) -> None:
         try:
