@@ -45,14 +45,14 @@ every linear layer, on a processor with bf16 instructions.
 
 - **training**: what the kernels compute as one node of the graph. The rest is {OWN}, with the
   adapters' products. *Whole layers* is the fastest path: one node computes a decoder layer.
-  *Attention with norms in one node*: the node ends with the input of the feed-forward block, which
-  the model's own module computes: experts, or an activation that is not known.
+  *Attention with norms in one node*: the node ends before the feed-forward block. The model's own
+  module computes that block: experts, or an unknown activation.
 - **decoding**: *layer by layer* means that Veneer calls the parts of each layer itself, over blocks
   of keys and values. Else the model's own forward runs, and the table says why.
 """
 LAYERS = "layer by layer"
 END = """
-Families that more facts alone do not make faster:
+Families that would need more than a description of their layers to become faster:
 
 - **Falcon, BLOOM, MPT**: their code computes attention itself and does not offer transformers'
   attention interface. So rows are padded, and Veneer cannot give a layer its layout.

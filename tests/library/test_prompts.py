@@ -53,7 +53,7 @@ def test_a_library_keeps_the_prompts_of_a_run(library, run, part, capsys):
     entry = library.add(run / part, name="x")
     assert library.prompts(entry) == ["Where is my parcel?", "It leaks."]
     assert main(["adapters", "show", "x", "--library", str(library.folder)]) == 0
-    assert "2 of training, kept in this library alone" in capsys.readouterr().out
+    assert "2 training prompts, kept in this library only" in capsys.readouterr().out
 
 
 def test_prompts_are_no_part_of_the_adapter_and_are_not_sent(library, run, sources, tmp_path):

@@ -27,8 +27,10 @@ def activation_start(ids: Ids, invocation: Sequence[int]) -> int:
 
 
 def starts_of_rows(rows: Sequence[Ids], invocation: Sequence[int]) -> list[slice]:
-    """Returns the tokens of each row on which the adapter acts; rows of one length lie one behind
-    the other."""
+    """Returns the tokens on which the adapter acts, as a slice for each row that has any.
+
+    All rows have the same length; the slices count tokens over all rows, one row after another.
+    """
     length = len(rows[0]) if len(rows) else 0
     starts = [activation_start(row, invocation) for row in rows]
     return [

@@ -125,18 +125,17 @@ def refuse_sum(acting: Sequence[tuple[str, Collection[Content], float]]) -> None
 
 
 def beside_activation(contents: Collection[Content]) -> list[str]:
-    """Names the contents that act on all tokens, which an adapter with an activation cannot
-    have."""
+    """Names the contents that act on all tokens: an adapter with an activation cannot have them."""
     return [content.name for content in contents if content not in (UPDATE, OFFSETS, ACTIVATION)]
 
 
 def refuse_beside_activation(name: str, contents: Collection[Content]) -> None:
     """Raises ConfigError for an adapter with an activation and contents that act on all tokens."""
-    if ACTIVATION in contents and (others := beside_activation(contents)):
+    if ACTIVATION in contents and (unfit_contents := beside_activation(contents)):
         raise ConfigError(
             f"{name} acts from its activation on, and some of its contents would act on all tokens",
-            others,
-            "Leave activation out, or train the others as an adapter of their own.",
+            unfit_contents,
+            "Leave activation out, or train these contents as an adapter of their own.",
         )
 
 

@@ -1,4 +1,7 @@
-"""What the settings of every method say of it besides their values (config.py has the methods)."""
+"""Defines the base classes of methods: facts that follow from a method and its settings.
+
+The methods are in config.py.
+"""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -20,7 +23,7 @@ class MethodConfig(StrictSettings):
                  from sweeps of LoRA over 35 models (tinker-cookbook, hyperparam_utils.py). Full
                  fine-tuning takes a tenth of LoRA's rate (Schulman et al. 2025, "LoRA Without
                  Regret"). docs/benchmarks.md compares both with searches at hidden size 576
-    of_document  settings with which it starts from a document that a teacher reads
+    of_document  settings that start it from a document that a teacher reads
     """
 
     trains_base: ClassVar[bool] = False
@@ -39,7 +42,7 @@ class MethodConfig(StrictSettings):
 
     @property
     def share_of_rate(self) -> float:
-        """Factor of the usual rate with these settings."""
+        """Returns the factor of the usual rate with these settings."""
         return 1.0
 
     @property
@@ -55,7 +58,7 @@ class MethodConfig(StrictSettings):
 
     @property
     def instead_of_folding(self) -> str:
-        """Next step in the error of an adapter that cannot be merged."""
+        """Returns the next step in the error of an adapter that cannot be merged."""
         return next((content.instead for content in self.contents if not content.merges), "")
 
     @property
@@ -87,7 +90,7 @@ class MethodConfig(StrictSettings):
 
     @property
     def update_rank(self) -> int | None:
-        """Rank of its updates; None if they have none."""
+        """Returns the rank of its updates; None if they have none."""
         return None
 
     def of_rank(self, rank: int) -> Self:
@@ -96,7 +99,7 @@ class MethodConfig(StrictSettings):
         return self
 
     def rate_of(self, part: str) -> float:
-        """Factor of the learning rate of the tensor `part` of a layer."""
+        """Returns the factor of the learning rate of the tensor `part` of a layer."""
         return 1.0
 
 

@@ -64,10 +64,9 @@ class FinishedRun:
 
     @property
     def is_as_alone(self) -> bool:
-        """Returns whether a run by itself keeps the same values.
+        """Returns whether a run that trains alone would keep the same values.
 
-        Halving evaluates at steps of its own. Their values may be the best, and they count for
-        patience.
+        Halving adds evaluations. One of them may be the best, and they count for patience.
         """
         steps, best = self.summary.get("steps"), self.summary.get("best_step")
         if self.was_halved or self.config.patience is not None or steps is None or best is None:

@@ -284,7 +284,7 @@ class _BatchBuilder:
     count: int = 0
 
     def add_active(self, start: int, stop: int) -> None:
-        """Marks the tokens of the document that `add` appends next on which its adapter acts."""
+        """Marks active tokens, start to stop - 1, of the document that `add` appends next."""
         if start < stop:
             self.active.append(slice(self.count + start, self.count + stop))
 

@@ -1,4 +1,4 @@
-"""Rows with an answer of the student's own in place of the given one.
+"""Replaces the given answer of a row by one that the student wrote itself.
 
 The last answer of a row is replaced, for the student and for the teacher alike: both read the same
 new tokens, each behind its own prompt. An answer that was cut has no end token.
@@ -22,7 +22,7 @@ class TaughtPair:
     length, teacher_length: most tokens of each
     """
 
-    own: Example
+    student: Example
     teacher: Example
     length: int
     teacher_length: int
@@ -30,14 +30,15 @@ class TaughtPair:
     @property
     def prompt(self) -> list[int]:
         """Returns the ids in front of the last answer."""
-        ids: list[int] = self.own.ids[: _answer_start(self.own)].tolist()
+        ids: list[int] = self.student.ids[: _answer_start(self.student)].tolist()
         return ids
 
     @property
     def room(self) -> int:
         """Counts the tokens that fit behind both prompts."""
         return min(
-            self.length - _answer_start(self.own), self.teacher_length - _answer_start(self.teacher)
+            self.length - _answer_start(self.student),
+            self.teacher_length - _answer_start(self.teacher),
         )
 
     def with_answer(self, answer: Sequence[int]) -> tuple[Example, Example]:
@@ -46,16 +47,16 @@ class TaughtPair:
         answer: its ids, with the token that ends it unless it was cut
         """
         ids = [*answer][: self.room]
-        return _with_ending(self.own, ids), _with_ending(self.teacher, ids)
+        return _with_ending(self.student, ids), _with_ending(self.teacher, ids)
 
     def with_longest(self, tokens: int) -> tuple[Example, Example]:
         """Returns both examples with an answer of this many tokens, if that is longer than the
         given one; its ids mean nothing."""
         size = min(tokens, self.room)
-        if size <= len(self.own.ids) - _answer_start(self.own):
-            return self.own, self.teacher
-        ids = [int(self.own.ids[0])] * size
-        return _with_ending(self.own, ids), _with_ending(self.teacher, ids)
+        if size <= len(self.student.ids) - _answer_start(self.student):
+            return self.student, self.teacher
+        ids = [int(self.student.ids[0])] * size
+        return _with_ending(self.student, ids), _with_ending(self.teacher, ids)
 
 
 def pairs_of(
@@ -63,15 +64,15 @@ def pairs_of(
 ) -> list[tuple[int, int, TaughtPair]]:
     """Pairs a row's examples with those that its teacher reads, which follow in the same order.
 
-    numbers: of one row. Returns the numbers of both and the pair; pairs without room for an answer
-    are left out
+    numbers: of the examples of one row. Returns the number of the student's example, that of the
+    teacher's, and the pair. Leaves out pairs without room for an answer
     """
     half = len(numbers) // 2
     pairs = [
-        (own, teacher, TaughtPair(examples[own], examples[teacher], length, teacher_length))
-        for own, teacher in zip(numbers[:half], numbers[half:], strict=True)
+        (student, teacher, TaughtPair(examples[student], examples[teacher], length, teacher_length))
+        for student, teacher in zip(numbers[:half], numbers[half:], strict=True)
     ]
-    return [(own, teacher, pair) for own, teacher, pair in pairs if pair.room > 0]
+    return [(student, teacher, pair) for student, teacher, pair in pairs if pair.room > 0]
 
 
 def with_longest_answers(
@@ -81,10 +82,10 @@ def with_longest_answers(
     longest = list(examples)
     for row in range(len(rows.lengths)):
         numbers = rows.examples([row])
-        for own, teacher, pair in pairs_of(
+        for student, teacher, pair in pairs_of(
             examples, numbers, length=length, teacher_length=teacher_length
         ):
-            longest[own], longest[teacher] = pair.with_longest(tokens)
+            longest[student], longest[teacher] = pair.with_longest(tokens)
     return longest
 
 

@@ -1,5 +1,4 @@
-"""The mean of the last hidden states of a prompt's tokens, gathered while an engine reads the
-prompt.
+"""Averages the last hidden states of a prompt's tokens, while an engine reads the prompt.
 
 A request gets `mean.take` as its prompt_states. The engine's thread calls it; another thread reads
 `value` once the answer has ended. Shapes: D hidden.

@@ -46,8 +46,8 @@ def evaluate_preferences(
     against_base              whether the scores are relative to the base alone
     intervals, units          as of an evaluation of answers
     """
-    own = finite(nats(examples), examples)
-    scores = -own[:, 0]
+    answer_nats = finite(nats(examples), examples)
+    scores = -answer_nats[:, 0]
     if adapted := bool(base.routing.acting.adapters):
         with base.routing.none():
             scores = scores + finite(nats(examples), examples)[:, 0]
@@ -55,14 +55,17 @@ def evaluate_preferences(
     prompts = [prompt_key(parts[start]) for start in starts[:-1]]
     rows = [scores[start:end] for start, end in pairwise(starts)]
     ones = np.ones(len(rows))
-    best, others = (np.array([row[0] for row in rows]), np.array([row[1:].mean() for row in rows]))
-    tokens = [own[start:end, 1] for start, end in pairwise(starts)]
+    best, rejected = (
+        np.array([row[0] for row in rows]),
+        np.array([row[1:].mean() for row in rows]),
+    )
+    tokens = [answer_nats[start:end, 1] for start, end in pairwise(starts)]
     result: dict[str, Any] = {"rows": len(rows), "intervals": {}, "units": {"accuracy": "share"}}
     for name, values in (
         ("accuracy", np.array([_in_order(row) for row in rows])),
-        ("margin", best - others),
+        ("margin", best - rejected),
         ("chosen", best),
-        ("rejected", others),
+        ("rejected", rejected),
         ("chosen_tokens", np.array([row[0] for row in tokens])),
         ("rejected_tokens", np.array([row[1:].mean() for row in tokens])),
     ):

@@ -95,15 +95,15 @@ def _find_layer(layer: nn.Module) -> DecoderLayer:
     if len(norms) != len(parts):
         return DecoderLayer(layer, unknown="its norms are of no known kind")
     heads, feed_forward = find_attention(attention), find_feed_forward(feed)
-    found = find_places(layer, norms, attention_name)
+    known_sums = find_places(layer, norms, attention_name)
     unknown = None
     if heads is None:
         unknown = "its attention block computes something else"
-    elif found is None:
+    elif known_sums is None:
         unknown = "it adds up its parts in another way"
-    found = found or Sums()
-    sums = found.is_parallel, found.residual_scale
-    return DecoderLayer(layer, found.norms, heads, feed_forward, *sums, unknown, attention_name)
+    sums = known_sums or Sums()
+    adds = sums.is_parallel, sums.residual_scale
+    return DecoderLayer(layer, sums.norms, heads, feed_forward, *adds, unknown, attention_name)
 
 
 def _passes_values_on(module: nn.Module) -> bool:

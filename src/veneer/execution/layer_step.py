@@ -116,7 +116,7 @@ def _attention(
     places, size = children_of(facts.module), facts.head_dim
     outputs = _products(x, [places[name] for name in facts.inputs])
     by_head = facts.is_by_head
-    q, k, v = _thirds(outputs[0], size) if by_head else _heads(facts, outputs, places)
+    q, k, v = _split_by_head(outputs[0], size) if by_head else _heads(facts, outputs, places)
     if facts.rotation is not None:
         decoder_step.rotate(q, k, *angles, neighbours=facts.rotation.neighbours)
     out = paged_step.attend(q, k, v, (), facts.rules)
@@ -138,7 +138,7 @@ def _heads(
     return _by_head(q, size), _by_head(k, size), _by_head(v, facts.widths[2] // key_heads)
 
 
-def _thirds(joined: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _split_by_head(joined: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Returns q, k and v (N, H, E) as views of joined (N, 3 H E): q, k and v of the first head,
     then those of the next one."""
     shape, strides = (len(joined), joined.shape[1] // (3 * size), size), joined.stride()

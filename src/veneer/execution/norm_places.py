@@ -19,7 +19,7 @@ from veneer.private.torch import buffers_of, parameters_of
 
 
 class _KnownPart(nn.Module):
-    """Replaces a part by a function of its own: it rolls each row by `number` and scales it.
+    """Replaces a part by a known function: it rolls each row by `number` and scales it.
 
     called: names of the parts, in the order of their calls. keywords: the keyword arguments of the
     last call of this part. returns_pair: it gives its output in a pair, as attention blocks do.

@@ -320,9 +320,9 @@ def _is_one_node(path: str, layer: DecoderLayer, stand_ins: Mapping[str, StandIn
     kinds |= {f"{path}.{norm.name}": FusedNorm for norm in layer.norms if norm is not None}
     kinds |= {f"{attention_path}.{norm.name}": FusedNorm for norm in heads.norms}
     in_place = all(type(stand_ins.get(place)) is kind for place, kind in kinds.items())
-    own = layer.module if gated is not None else children_of(layer.module)[name]
-    assert own is not None
-    return in_place and any(isinstance(module, AdaptedLinear) for module in own.modules())
+    block_module = layer.module if gated is not None else children_of(layer.module)[name]
+    assert block_module is not None
+    return in_place and any(isinstance(module, AdaptedLinear) for module in block_module.modules())
 
 
 def _ends_with_a_norm(layer: DecoderLayer) -> bool:

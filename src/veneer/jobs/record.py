@@ -94,8 +94,11 @@ class TrainingJob:
 
     @property
     def records_file(self) -> Path:
-        """The run's metrics.jsonl, which does not exist before the run starts. Read it with
-        training.output.records.read_records or follow_records."""
+        """Returns the path of the run's metrics.jsonl.
+
+        It does not exist before the run starts. Read it with
+        training.output.records.read_records or follow_records.
+        """
         return self.run_folder / RECORDS
 
     @property

@@ -18,8 +18,8 @@ OWN_HEAD = "score_head"
 
 def head_width(base: FrozenBase) -> int:
     """Returns the width of the hidden states that the base's own head reads."""
-    own = base.model.get_output_embeddings()
-    linear = None if own is None else frozen_linear(unwrapped(own))
+    head = base.model.get_output_embeddings()
+    linear = None if head is None else frozen_linear(unwrapped(head))
     return hidden_size(base.config) if linear is None else linear.in_features
 
 

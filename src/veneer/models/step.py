@@ -278,13 +278,13 @@ def _predicting(
 
 
 def _states(model: PreTrainedModel, routing: Routing, batch: Batch) -> Tensor:
-    """(rows of the batch, D) last hidden states, with the adapters of each row."""
+    """Computes the last hidden states (rows of the batch, D), with the adapters of each row."""
     with within_batch(routing, batch):
         return hidden_states(model, batch)
 
 
 def _logits(model: PreTrainedModel, routing: Routing, batch: Batch) -> Tensor:
-    """`whole_logits` with the adapters of each row."""
+    """Computes `whole_logits` with the adapters of each row."""
     with within_batch(routing, batch):
         return whole_logits(model, batch)
 

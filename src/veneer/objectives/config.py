@@ -75,12 +75,12 @@ class ObjectiveConfig(StrictSettings):
 
     @property
     def teacher_adapter(self) -> str | None:
-        """Name or folder of the teacher's adapter; None if the teacher is a base alone."""
+        """Returns the name or folder of the teacher's adapter; None for a base alone."""
         return None
 
     @property
     def teacher_base(self) -> TeacherBase | None:
-        """Settings of a teacher that is another base; None if the student's base is the
+        """Returns the settings of a teacher that is another base; None if the student's base is the
         teacher's."""
         return None
 

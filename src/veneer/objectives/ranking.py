@@ -28,7 +28,7 @@ def ranking_counts(outputs: Values, labels: Values, queries: Sequence[int]) -> d
     documents: dict[int, list[int]] = {}
     for number, query in enumerate(queries):
         documents.setdefault(query, []).append(number)
-    lines = [_figures(outputs[own], labels[own]) for own in documents.values()]
+    lines = [_figures(outputs[numbers], labels[numbers]) for numbers in documents.values()]
     return {
         name: np.array([line[place] for line in lines], dtype=np.float64).reshape(-1, 2)
         for place, name in enumerate(NAMES)

@@ -92,11 +92,11 @@ class Workload:
         if data is None:
             return workload
         rows = representative_examples(data.train)
-        if (own := config.objective.own_answers_config) is not None:
+        if (own_answers := config.objective.own_answers_config) is not None:
             rows = with_longest_answers(
                 rows,
                 RowSpans.of(rows),
-                own.tokens,
+                own_answers.tokens,
                 length=config.length,
                 teacher_length=sys.maxsize,
             )

@@ -166,13 +166,13 @@ def _data_lines(data: DataSet) -> list[str]:
 def _objective_lines(run: PreparedRun) -> list[str]:
     line = run.inputs.teacher.line
     lines = [] if line is None else [line]
-    own = run.config.objective.own_answers_config
-    if own is None:
+    own_answers = run.config.objective.own_answers_config
+    if own_answers is None:
         return lines
     return [
         *lines,
-        f"{percent(own.share, 1)} of a step's rows are learned on answers that the adapter writes"
-        f" itself, {own.tokens} tokens at most",
+        f"{percent(own_answers.share, 1)} of a step's rows are learned on answers that the adapter"
+        f" writes itself, {own_answers.tokens} tokens at most",
     ]
 
 

@@ -143,11 +143,15 @@ class TrainingInputs:
         Those that a teacher reads are left out. numbers: of the examples; a number may occur
         several times, since a mixture of sets repeats rows
         """
-        own = [pair for pair in zip(numbers, examples, strict=True) if pair[1].kind != "teacher"]
-        own_examples = [example for _, example in own]
+        numbered = [
+            pair for pair in zip(numbers, examples, strict=True) if pair[1].kind != "teacher"
+        ]
+        student_examples = [example for _, example in numbered]
         if self.reference is None:
-            return AnswerBatch.without_reference(own_examples)
-        return AnswerBatch(own_examples, self.reference.train[[number for number, _ in own]])
+            return AnswerBatch.without_reference(student_examples)
+        return AnswerBatch(
+            student_examples, self.reference.train[[number for number, _ in numbered]]
+        )
 
     def held_out_answers(self) -> AnswerBatch:
         if self.reference is None:

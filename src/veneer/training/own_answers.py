@@ -69,8 +69,8 @@ class OwnAnswers:
                 answers = self._answer([pair for _, _, pair in pairs], epoch, index)
         answers = world.broadcast_value(answers)
         overrides: Overrides = {}
-        for (own, teacher, pair), answer in zip(pairs, answers, strict=True):
-            overrides[own], overrides[teacher] = pair.with_answer(answer)
+        for (student, teacher, pair), answer in zip(pairs, answers, strict=True):
+            overrides[student], overrides[teacher] = pair.with_answer(answer)
         return overrides
 
     def _chosen(self, rows: Sequence[int], epoch: int, index: int) -> list[int]:
@@ -82,8 +82,8 @@ class OwnAnswers:
         prompts = [pair.prompt for pair in pairs]
         seed = random.Random(f"{self.seed} own answers {epoch} {index}").getrandbits(32)
         most = self.config.tokens
-        # Modules fused for training are slow for single rows. Guesses would change the shapes of
-        # products, and with them the last bits, by what was answered before.
+        # Modules fused for training are slow for single rows. Guessed tokens would make the shapes
+        # of products, and with them the last bits, depend on earlier answers.
         with put_aside(self.base.model):
             answers = generate(
                 self.base, prompts, max_new_tokens=most, temperature=1.0, seed=seed, lookup="off"
@@ -105,7 +105,7 @@ class OwnAnswers:
 
     @cached_property
     def longest(self) -> list[Example]:
-        """The training examples with answers as long as own answers may become."""
+        """Returns the training examples with answers as long as own answers may become."""
         return with_longest_answers(
             self.train,
             self.rows,
@@ -122,12 +122,12 @@ def own_answers_of(
 
     teacher: the base of the teacher
     """
-    own = config.objective.own_answers_config
-    if own is None:
+    own_answers = config.objective.own_answers_config
+    if own_answers is None:
         return None
     return OwnAnswers(
         base,
-        own,
+        own_answers,
         data.train,
         RowSpans.of(data.train),
         length=config.length,

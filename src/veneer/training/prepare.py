@@ -82,7 +82,7 @@ class PreparedRun:
     """The teacher's own base; None if it is the student's."""
 
     def detach(self) -> None:
-        """Takes its adapters off their bases."""
+        """Detaches its adapters from their bases."""
         for name in self.adapter_names:
             self.base.detach(name)
         if self.teacher_base is not None:
@@ -212,8 +212,8 @@ def prepare_run(
                 resumes=started is not None,
             )
             applied = ((adapter.attachment, 1.0),)
-            own = (e for e in chain(data.train, data.validation) if e.kind != "teacher")
-            refuse_without_activation(own, adapter.attachment.invocation)
+            student_rows = (e for e in chain(data.train, data.validation) if e.kind != "teacher")
+            refuse_without_activation(student_rows, adapter.attachment.invocation)
         refuse_beyond(
             "held-out rows do not fit", data.validation, capacity_of(base), base.acting_tokenizer
         )

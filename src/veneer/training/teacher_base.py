@@ -72,21 +72,21 @@ def load_teacher_base(
 def make_teacher(
     config: RunConfig,
     student: FrozenBase,
-    own: LoadedTeacherBase | None,
+    loaded: LoadedTeacherBase | None,
     stored: StoredAdapter | None,
     data: DataSet,
 ) -> Teacher | None:
     """Attaches the teacher's adapter and its prompt, and returns the teacher; None without one.
 
-    own: the teacher's own base. stored: its adapter. Raises DataError if a row is too long for its
-    base, and RefusedError if its base cannot compute the rows of a batch in one forward.
+    loaded: the teacher's own base. stored: its adapter. Raises DataError if a row is too long for
+    its base, and RefusedError if its base cannot compute the rows of a batch in one forward.
     """
     if not config.objective.has_teacher:
         return None
-    base = student if own is None else own.base
+    base = student if loaded is None else loaded.base
     examples = teacher_examples([*data.train, *data.validation])
-    if own is not None:
-        _refuse_unreadable(own, examples)
+    if loaded is not None:
+        _refuse_unreadable(loaded, examples)
     adapters = attach_teacher(base, stored)
     prompt = attach_prompt(base, adapters, examples)
     forward = ForwardInputs(
@@ -97,7 +97,7 @@ def make_teacher(
         config.share_prompt,
         config.seed,
     )
-    vocabulary = None if own is None else vocabulary_size(base.tokenizer)
+    vocabulary = None if loaded is None else vocabulary_size(base.tokenizer)
     return Teacher(forward, vocabulary, prompt.tokens, prompt.line)
 
 

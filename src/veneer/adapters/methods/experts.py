@@ -243,8 +243,9 @@ def by_expert(
     top_k_weights: Tensor,
     product: Callable[[Tensor, str, int, Tensor], Tensor],
 ) -> Tensor:
-    """hidden (M, D), top_k_index and top_k_weights (M, top_k) -> (M, D), the products one expert
-    after another, everything else once over the rows of all experts.
+    """Returns the output (M, D) of hidden (M, D), top_k_index and top_k_weights (M, top_k).
+
+    The products run one expert after another, everything else once over the rows of all experts.
 
     product(x, name, expert, rows) multiplies x with the expert's matrix of the stack `name`. x has
     the rows hidden[rows], then rows of zeros.
@@ -268,8 +269,8 @@ def by_expert(
     apply: Any = _RowsOfExperts.apply
     y = multiplied(gate(multiplied(apply(hidden, rows, sizes), "gate_up_proj")), "down_proj")
     for (row, choice), part in zip(places, y.split(sizes), strict=True):
-        own = part[: len(row)] * top_k_weights[row, choice, None]
-        out = out.index_add_(0, row, own.to(out.dtype))
+        weighted = part[: len(row)] * top_k_weights[row, choice, None]
+        out = out.index_add_(0, row, weighted.to(out.dtype))
     return out
 
 
@@ -278,7 +279,7 @@ DECODED = 8
 
 
 def _padded(rows: int) -> int:
-    """Returns one of few sizes for this many rows (kernels/layout.py). Experts get different
+    """Rounds a number of rows up to one of a few sizes (kernels/layout.py). Experts get different
     numbers of rows at every step, and each new number would compile another kernel."""
     return rows if rows <= DECODED else round_up(rows)
 

@@ -94,7 +94,7 @@ def classifier_class(model: PreTrainedModel) -> str:
 
 
 def with_head(state: Mapping[str, Tensor], head: ScoreHead) -> dict[str, Tensor]:
-    """Returns a model's weights with the head's."""
+    """Returns a model's weights together with the head's."""
     return {**state, PART: head.weight.detach().float().contiguous()}
 
 

@@ -99,7 +99,7 @@ def _show(args: argparse.Namespace, library: Library) -> int:
     if manifest is not None and manifest.recipe:
         lines.append("  recipe    " + " · ".join(_settings_texts(manifest.recipe)))
     if prompts:
-        lines.append(f"  prompts   {len(prompts)} of training, kept in this library alone")
+        lines.append(f"  prompts   {len(prompts)} training prompts, kept in this library only")
     lines += [f"  from      {ancestor}" for ancestor in lineage(library, facts.parent)]
     lines += [f"  note      {note}" for note in stored.notes]
     for line in lines:

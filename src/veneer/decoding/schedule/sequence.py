@@ -139,8 +139,8 @@ class Request:
 
     @property
     def acts_from(self) -> int:
-        """First token on which the adapter acts; none of prompt and answer if the prompt has no
-        activation."""
+        """Returns the first token on which the adapter acts. Without an activation in the prompt
+        it is behind the answer: the adapter acts on no token."""
         end = len(self.prompt) + self.max_new_tokens
         return self.activation if self.activation < len(self.prompt) else end
 
@@ -197,14 +197,14 @@ class Sequence:
 
     @property
     def unread(self) -> int:
-        """Number of its tokens that a step may compute, on all of which the same adapters act."""
+        """Returns the number of tokens that a step may compute; the same adapters act on all."""
         activation = self.request.acts_from
         stop = activation if self.computed < activation < self.length else self.length
         return stop - self.computed
 
     @property
     def acting(self) -> Identity:
-        """Adapters that act on the next token that is computed."""
+        """Returns the adapters that act on the next token that is computed."""
         return self.request.adapter_at(self.computed)
 
     @property

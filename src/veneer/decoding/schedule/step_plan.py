@@ -29,7 +29,7 @@ class Span(NamedTuple):
 
     @property
     def adapter(self) -> Identity:
-        """Adapters that act on its tokens."""
+        """Returns the adapters that act on its tokens."""
         return self.sequence.request.adapter_at(self.start)
 
     @property

@@ -124,8 +124,10 @@ class PeftLoRA(BaseModel):
         """Adds the fields that LoRA has and its variants lack. Raises ConfigError if they do not
         go with the others."""
         fields = {"lora_bias": self.lora_bias, "activation": self.alora_invocation_tokens}
-        own = {name: value for name, value in fields.items() if value}
-        return type(settings).of({**settings.model_dump(), **own}) if own else settings
+        lora_fields = {name: value for name, value in fields.items() if value}
+        return (
+            type(settings).of({**settings.model_dump(), **lora_fields}) if lora_fields else settings
+        )
 
     @property
     def method(self) -> type[LowRank]:

@@ -126,7 +126,7 @@ def rank_struct(side: RankFactors | None, wide: Tensor, *, across: bool, of_A: b
 
 @declare_structure(RankStruct, _RANK_FACTORS)
 def _filled_factors(narrow: Tensor, rows: int, rank: int, across: bool, values: Values) -> Values:
-    """values: the fields that rank_struct has checked."""
+    """Fills the structure. values: the fields that rank_struct has checked."""
     return values
 
 

@@ -1,5 +1,5 @@
-"""The calls into the kernels over q, k and v of a decoder layer that trains: their updates, norms
-and rotation, and the way back from their gradients (native/layers/block.c).
+"""Calls the kernels over q, k and v of a decoder layer that trains: their updates, norms and
+rotation, forward and backward (native/layers/block.c).
 
 Values are bf16, factors float32 or bf16. Shapes: M rows, H heads of E.
 """

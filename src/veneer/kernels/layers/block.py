@@ -136,10 +136,10 @@ class _Block(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, *rest = ctx.saved_tensors
+        x, h, *tensors = ctx.saved_tensors
         block: Block = ctx.block
         count = sum(2 * len(part.modules) for part in block.parts)
-        factors, saved = rest[:count], _SavedTensors(rest[count:], ctx.tape)
+        factors, saved = tensors[:count], _SavedTensors(tensors[count:], ctx.tape)
         own_grads = [grad.squeeze(0).contiguous() for grad in grads]
         needs_x, h = ctx.needs_input_grad[0], h if h is None else h[0]
         existing = _existing_gradients(block.factors()) if _adding.get() else None

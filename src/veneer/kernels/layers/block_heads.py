@@ -1,5 +1,5 @@
-"""The heads of attention in a decoder layer with LoRA (block.py): q, k and v after their updates,
-norms and rotation, and the way back from their gradients.
+"""Computes q, k and v of a decoder layer with LoRA (block.py), after their updates, norms and
+rotation, and the backward of these steps.
 
 q, k and v are the outputs of three layers, or of one that computes them by head: q, k and v of the
 first head, then those of the next one. Then attention reads them where they are, as views.
@@ -107,15 +107,15 @@ def _rotate(
     already. scales, norm_rows: those of q and k, read only if these have norms."""
     norms = run.block.norms.q, run.block.norms.k
     for number, part in enumerate(run.parts):
-        own = [wide[part.rows] for wide in heads]
+        part_heads = [wide[part.rows] for wide in heads]
         sides = (
-            [RankFactors([], wide.new_empty(len(wide), 0)) for wide in own]
+            [RankFactors([], wide.new_empty(len(wide), 0)) for wide in part_heads]
             if narrow is None
             else part.all_output_factors(run.block.heads, narrow[number])
         )
         pairs = [*zip(norms, scales, norm_rows, strict=True)]
         head_calls.heads(
-            own,
+            part_heads,
             run.block.size,
             part.part.angles,
             sides,

@@ -192,17 +192,17 @@ class Block:
 
     @property
     def heads(self) -> Sequence[int]:
-        """Numbers of the layers that read the input of attention."""
+        """Returns the numbers of the layers that read the input of attention."""
         return range(1 if self.is_by_head else 3)
 
     @property
     def o(self) -> int:
-        """Number of the layer that computes the output of attention."""
+        """Returns the number of the layer that computes the output of attention."""
         return len(self.heads)
 
     @property
     def down(self) -> int:
-        """Number of the layer that computes the output of the feed-forward block."""
+        """Returns the number of the layer that computes the output of the feed-forward block."""
         return self.o + 1
 
     @property
@@ -212,12 +212,12 @@ class Block:
 
     @property
     def has_feed_forward(self) -> bool:
-        """False if only attention is computed: h, and its norm m."""
+        """Returns False if only attention is computed: h, and its norm m."""
         return bool(self.gates)
 
     @property
     def gates(self) -> Sequence[int]:
-        """Numbers of the layers that read the input of the feed-forward block."""
+        """Returns the numbers of the layers that read the input of the feed-forward block."""
         return range(self.down + 1, len(self.layers))
 
     @property

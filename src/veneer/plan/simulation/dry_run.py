@@ -231,8 +231,8 @@ def _run(
     with device, MetaMode(experts=experts) if device == META else nullcontext():
         _, parameters = _install(model, step, routing, paths)
     with device, MetaMode(experts=experts) if device == META else nullcontext():
-        other = None if step.teacher is None else build_teacher(step.teacher)
-    teacher = other or SimulatedTeacher(model, paths, routing)
+        other_base = None if step.teacher is None else build_teacher(step.teacher)
+    teacher = other_base or SimulatedTeacher(model, paths, routing)
     fused_modules = replacements(model)  # by the paths that the adapter's wrappers leave
     with tracker:
         tracker.enter("prepare", label=VALUES)

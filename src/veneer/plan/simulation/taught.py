@@ -71,8 +71,8 @@ def _batch(step: Step, rows: Sequence[Example], *, packed: bool, device: torch.d
     return make_batch(rows, packed=packed, share_prompt=step.share_prompt, device=device)
 
 
-def step_loss(own: Predictions, teacher: Predictions | None) -> Tensor:
+def step_loss(student: Predictions, teacher: Predictions | None) -> Tensor:
     """Returns the loss of answers, or of a teacher's predictions; all divergences take as much."""
     if teacher is None:
-        return own.cross_entropy(1.0)
-    return own.divergence(teacher, Divergence()).sum()
+        return student.cross_entropy(1.0)
+    return student.divergence(teacher, Divergence()).sum()

@@ -1,4 +1,4 @@
-"""What a plan reads of a teacher: the model and the bytes of another base, and those of a
+"""Finds what a plan needs of a teacher: the model and bytes of another base, and the bytes of a
 prompt."""
 
 from __future__ import annotations

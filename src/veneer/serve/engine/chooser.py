@@ -55,8 +55,11 @@ class ReadFiles(Protocol):
 
 
 class Chooser:
-    """Used on the event loop. preamble: of the base's conversations. at_once: texts of an adapter
-    that are read at the same time."""
+    """Chooses an adapter for each request; used on the event loop only.
+
+    preamble: of the base's conversations. at_once: texts of an adapter that are read at the same
+    time.
+    """
 
     def __init__(
         self,
@@ -130,8 +133,8 @@ class Chooser:
             log.warning("model auto is not ready yet: %s", refusal_of(fault).message)
 
     async def _compared(self) -> tuple[Candidates, NearnessSpace] | None:
-        """Returns the adapters that can be chosen, and how to compare a question with them; None if
-        there are none."""
+        """Returns the adapters that can be chosen, and the space that compares a question with
+        them; None if there are none."""
         described = await self._read_files(self._read_described)
         if not described:
             return None
@@ -141,15 +144,15 @@ class Chooser:
             for key in keys:
                 if key not in self._states:
                     self._states[key] = await self._find_states(*key)
-            self._states = {key: self._states[key] for key in keys}  # others left the library
+            self._states = {key: self._states[key] for key in keys}  # drops removed adapters
             general, *means = (self._states[key] for key in keys)
-            found = [pair for pair in zip(described, means, strict=True) if pair[1] is not None]
-            if general is None or not found:
+            readable = [pair for pair in zip(described, means, strict=True) if pair[1] is not None]
+            if general is None or not readable:
                 return None
-            candidates = [pair for pair, _ in found]
+            candidates = [pair for pair, _ in readable]
             if self._space is None or self._space[:2] != (day, candidates):
                 space = NearnessSpace(
-                    [states for _, states in found if states is not None], general
+                    [states for _, states in readable if states is not None], general
                 )
                 self._space = day, candidates, space
             return self._space[1:]
@@ -285,8 +288,8 @@ class Chooser:
         """Returns how many tokens the template writes before and behind a question."""
         if self._edges is None or self._edges[0] != self._day:
             probes = list(map(self._prompt, PROBES))
-            one, other = await self._prompts.encoded(probes, self._preamble)
-            self._edges = self._day, _common(one, other), _common(one[::-1], other[::-1])
+            first, second = await self._prompts.encoded(probes, self._preamble)
+            self._edges = self._day, _common(first, second), _common(first[::-1], second[::-1])
         return self._edges[1:]
 
 
@@ -296,9 +299,9 @@ _FAILED = {
 }
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
     """Returns the length of the common beginning."""
-    pairs = zip(one, other, strict=False)
+    pairs = zip(first, second, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 

@@ -1,4 +1,4 @@
-"""How near a question is to each adapter, from mean hidden states.
+"""Measures how near a question is to each adapter, from mean hidden states.
 
 Every text (a training prompt, a description, a question) is the mean of the base's last hidden
 states over its tokens. In every dimension the mean over all adapters is subtracted, and the rest is
@@ -67,8 +67,8 @@ GENERAL_QUESTIONS = (
 
 
 class Nearest(NamedTuple):
-    """The adapter that is nearest to a question. margin: from where its nearness would suffice;
-    the base answers below 0."""
+    """The adapter that is nearest to a question. margin: its nearness minus the nearness that it
+    needs; the base answers below 0."""
 
     number: int
     margin: float
@@ -100,7 +100,7 @@ class NearnessSpace:
         self._likeness = np.array([_likeness(group) for group in scaled], dtype=np.float32)
 
     def nearest(self, question: States) -> Nearest:
-        """Finds the adapter that is nearest to a question, (D). At least one adapter is there."""
+        """Finds the adapter that is nearest to a question, (D). Needs at least one adapter."""
         *nearness, base = (self._centroids @ self._scale(question) / self._likeness).tolist()
         number = int(np.argmax(nearness))
         return Nearest(number, nearness[number] - max(base, LEAST_NEARNESS))
@@ -115,5 +115,5 @@ def _likeness(scaled: States) -> float:
     """Returns the mean cosine between each text, (K, D), and the mean of the others."""
     if len(scaled) == 1:
         return LIKENESS_OF_ONE
-    others = _unit(scaled.sum(0) - scaled)
-    return max(LEAST_LIKENESS, float((scaled * others).sum(1).mean()))
+    means_of_others = _unit(scaled.sum(0) - scaled)
+    return max(LEAST_LIKENESS, float((scaled * means_of_others).sum(1).mean()))

@@ -213,10 +213,10 @@ class Service:
     ) -> tuple[ServedModel, Generation]:
         """Prepares the generation, which is queued once its block is entered. Refusal."""
         if request.model == self.names.base_name and not request.adapters:
-            model, preamble, prefix, invocation = self._read_model(request)  # reads no file
+            served = self._read_model(request)  # reads no file
         else:
-            found = await self.read_files(lambda: self._read_model(request))
-            model, preamble, prefix, invocation = found
+            served = await self.read_files(lambda: self._read_model(request))
+        model, preamble, prefix, invocation = served
         self._label(model)
         prompts = await self.prompts.encoded(request.prompts, self._asked_as(preamble))
         texts = self.texts

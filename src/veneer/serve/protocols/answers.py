@@ -118,7 +118,7 @@ class ResponseHead:
 
     @property
     def own_fields(self) -> dict[str, Any]:
-        """Returns fields that no other server's responses have."""
+        """Returns the response fields that only Veneer has."""
         if self.choice is None:
             return {}
         margin = self.choice.margin

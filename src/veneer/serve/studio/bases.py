@@ -61,8 +61,8 @@ class StudioBases:
         format of weights."""
         if name == OWN:
             return dict(self._run)
-        others = {key: value for key, value in self._run.items() if key != "quantize"}
-        return {**others, "base": self.source(name)}
+        settings = {key: value for key, value in self._run.items() if key != "quantize"}
+        return {**settings, "base": self.source(name)}
 
     def reader(self, source: str) -> tuple[Any, Capacity]:
         """Returns the tokenizer and the capacity of a base. Call it in one thread only."""

@@ -40,7 +40,7 @@ class CommandLine:
         self._process: asyncio.subprocess.Process | None = None
 
     def stop(self) -> None:
-        """Kills the command that runs."""
+        """Kills the running command."""
         if self._process is not None:
             with suppress(ProcessLookupError):  # it has just ended
                 self._process.kill()

@@ -197,7 +197,7 @@ class Results:
         403, or 400 for a name of adapters that are judged.
         """
         if name.startswith(TRIAL):
-            message = f"Names of adapters that are judged begin with {TRIAL}. Choose another name."
+            message = f"Names that begin with {TRIAL} are reserved. Choose another name."
             raise Refusal(400, message, "name")
         if not may_replace:
             check_may_keep(self._store.folder, self._library, name)

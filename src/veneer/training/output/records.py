@@ -179,7 +179,7 @@ class RecordPart(NamedTuple):
 
 
 def follow_records(path: Path, position: int, *, most_bytes: int, shown: str) -> RecordPart:
-    """Reads on from a position. Raises what read_records raises.
+    """Reads the records after a position. Raises what read_records raises.
 
     A resumed run rewrites the file up to its checkpoint and then appends, and a record may begin at
     the same byte again. So a position is a byte with a checksum of the bytes before it.

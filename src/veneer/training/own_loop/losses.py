@@ -50,9 +50,9 @@ class SummedLoss:
         self._teacher, self._reference = teacher, reference
         self._objective = objective or AnswersObjective()
         self.rows = len(RowSpans.of(examples).lengths)
-        own = [example for example in examples if example.kind != "teacher"]
-        self.tokens = sum(example.trained_tokens for example in own)
-        self.count = float(self._objective.counts(own).sum())
+        students = [example for example in examples if example.kind != "teacher"]
+        self.tokens = sum(example.trained_tokens for example in students)
+        self.count = float(self._objective.counts(students).sum())
         self._results: dict[int, ObjectiveLoss] = {}
         self._sum: float | None = None
         self._fault: VeneerError | None = None
@@ -87,11 +87,11 @@ class SummedLoss:
 
     def answers(self, part: Sequence[int]) -> AnswerBatch:
         """Returns the answers of a micro-batch, without the examples that a teacher reads."""
-        own = [number for number in part if self.examples[number].kind != "teacher"]
-        examples = [self.examples[number] for number in own]
+        numbers = [number for number in part if self.examples[number].kind != "teacher"]
+        examples = [self.examples[number] for number in numbers]
         if self._reference is None:
             return AnswerBatch.without_reference(examples)
-        return AnswerBatch(examples, self._reference[own])
+        return AnswerBatch(examples, self._reference[numbers])
 
     def taught(self, part: Sequence[int]) -> Taught | None:
         """Returns the teacher of a micro-batch with the examples that it reads; None without."""

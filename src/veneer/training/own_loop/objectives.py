@@ -79,11 +79,11 @@ def _are_whole_rows(objective: ObjectiveConfig, examples: Sequence[Example]) -> 
     each example of a teacher the same targets as the student's."""
     if objective.rows == "pairs":
         return _are_whole_pairs(examples)
-    own, taught = (
+    student_targets, teacher_targets = (
         [e.ids[e.trained].tolist() for e in examples if (e.kind == "teacher") is is_taught]
         for is_taught in (False, True)
     )
-    return own == taught or not objective.has_teacher
+    return student_targets == teacher_targets or not objective.has_teacher
 
 
 def _are_whole_pairs(examples: Sequence[Example]) -> bool:

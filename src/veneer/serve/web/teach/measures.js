@@ -16,7 +16,7 @@ function showOthers() {
   if (names.includes(before)) byId("judge-other").value = before;
 }
 
-/** Shows the evaluation, and follows it while it runs. starts: states of it in which it is begun, if it is not whole. */
+/** Shows the evaluation, and follows it while it runs. starts: states in which an incomplete one is started. */
 async function measure(starts) {
   measuring.ends?.abort();
   const { signal } = (measuring.ends = new AbortController());

@@ -1,10 +1,10 @@
-// Work that the server does in a process of its own: an evaluation, an export. It is looked at until it ends.
+// Work that the server does in a process of its own: an evaluation, an export. The page polls it until it ends.
 
 const LOOK_EVERY = 1000; // milliseconds
 const WORKING = ["waiting", "running"];
 
 /**
- * Shows the state of some work, again and again while it waits or runs. A look that fails is repeated.
+ * Polls the state of some work while it waits or runs, and shows it. A failed poll is repeated.
  * shown: is called with each state. signal: ends it.
  */
 async function followWork(path, shown, signal) {
