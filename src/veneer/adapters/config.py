@@ -279,9 +279,7 @@ class Prefix(AdapterConfig):
     @model_validator(mode="after")
     def _check_combinations(self) -> "Prefix":
         if self.prompt is not None and self.start != "prompt":
-            raise ValueError(
-                f"prompt is given, and start: {self.start} does not read it: leave one out"
-            )
+            raise ValueError(f"start: {self.start} does not use prompt: leave one of them out")
         if self.frozen_tokens is None:
             return self
         if self.tokens is not None and self.frozen_tokens > self.tokens:

@@ -104,7 +104,7 @@ def load_settings() -> dict[str, dict[str, str]]:
                 meaning = description_at(METHODS[method], path[1:])
                 kind = METHODS[method].model_fields[path[1]].annotation
                 if kinds.setdefault(path, kind) != kind:  # another setting of the same name
-                    entry["meaning"] += f" Of {method}: {meaning}"
+                    entry["meaning"] += f" With {method}: {meaning}"
                 entry["meaning"] = entry["meaning"] or meaning
                 entry["methods"] = f"{entry['methods']}, {method}".removeprefix(", ")
             else:

@@ -70,7 +70,7 @@ def reasons_to_train_alone(config: RunConfig) -> list[str]:
         if getattr(config, name)
     ]
     if services := [name for name in config.log if name != "tensorboard"]:
-        reasons.append(f"{', '.join(services)} takes one run a process")
+        reasons.append(f"{', '.join(services)} supports one run per process")
     return reasons
 
 

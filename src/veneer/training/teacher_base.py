@@ -106,7 +106,7 @@ def _refuse_unreadable(loaded: LoadedTeacherBase, examples: Sequence[Example]) -
     refuse_beyond("the teacher cannot read these rows", examples, capacity_of(base), base.tokenizer)
     if len(base.paths.together(examples, 0)) > 1:
         raise RefusedError(
-            f"{loaded.settings.base} cannot teach: it computes the rows of a batch apart",
+            f"{loaded.settings.base} cannot teach: it computes each row of a batch separately",
             [base.paths.padded_reason or base.paths.switches.words or ""],
             "Take another base as teacher, or a smaller length.",
         )

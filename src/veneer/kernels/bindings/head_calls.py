@@ -157,6 +157,6 @@ def _rotation(angles: tuple[Tensor, Tensor] | None, size: int) -> Values:
         raise CallError("cosines without sines")
     turned = 0 if cos is None else number(cos.shape[-1], 2, size)
     if turned % 2:
-        raise CallError(f"{turned} dimensions of a head are no pairs")
+        raise CallError(f"{turned} rotated dimensions of a head are not pairs")
     is_wide = cos is not None and cos.dtype is FP32
     return {"cos": cos, "sin": sin, "turned": turned, "is_wide": is_wide}

@@ -66,7 +66,9 @@ class CommandLine:
             async with asyncio.timeout(self._seconds):
                 answer, messages = await process.communicate()
         except TimeoutError:
-            raise InputError(f"veneer {name} takes more than {self._seconds:g} s") from None
+            raise InputError(
+                f"veneer {name} took more than {self._seconds:g} s and was stopped"
+            ) from None
         finally:
             self._process = None
             if process.returncode is None:
@@ -77,7 +79,9 @@ class CommandLine:
         if process.returncode not in (0, DOES_NOT_FIT) or not answer:
             message = messages.decode("utf-8", "replace").strip()
             if process.returncode == DOES_NOT_FIT and most_bytes is not None:
-                message += f"\nJobs and files have room for a file of {most_bytes:,} bytes."
+                message += (
+                    f"\nThe limit for jobs and files leaves {most_bytes:,} bytes for this file."
+                )
             raise InputError(message or f"veneer {name} failed")
         result: dict[str, Any] = json.loads(answer)
         return result

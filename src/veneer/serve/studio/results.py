@@ -61,7 +61,8 @@ JUDGE, EXPORT = "judge", "export"
 class Results:
     """Judges, keeps and exports the adapters of drafts.
 
-    store: of their jobs. read, check: run functions; check those that use a tokenizer
+    store: of their jobs. read: runs a function that reads files. check: runs one that uses a
+    tokenizer
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Results:
         """Finds the job of a draft. Refusal: 404."""
         draft = self._drafts.get(draft_id)
         if draft.job is None:
-            raise Refusal(404, "These rows are not trained on yet.", "id", "job_not_found")
+            raise Refusal(404, "No run was started on these rows yet.", "id", "job_not_found")
         return self._store.get(draft.job)
 
     def _finished_job(self, draft_id: str) -> TrainingJob:

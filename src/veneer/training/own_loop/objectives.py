@@ -41,7 +41,7 @@ def find_objective(loss: Loss) -> AnyObjective:
         )
     if loss.own_answers_config is not None:
         raise ConfigError(
-            "own_answers draws answers before the steps of a run, and a loop draws its own",
+            "own_answers needs a run: in a training loop of your own, sample the answers yourself",
             next_step="Leave own_answers out, and give rows with the answers of trainer.sample.",
         )
     return cast(AnyObjective, loss)
