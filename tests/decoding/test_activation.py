@@ -164,7 +164,7 @@ def test_block_names_are_the_bases_before_the_activation_and_hold_its_place_afte
 
     def names(adapter, activation):
         chain = BlockNames("base", adapter, "", SIZE, activation)
-        chain.reach(64, lambda start, stop: ids[start:stop])
+        chain.extend_to(64, lambda start, stop: ids[start:stop])
         return chain.names
 
     base, acts = names((), 0), names(identity(0), 20)

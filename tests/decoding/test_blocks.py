@@ -51,7 +51,7 @@ class Memory:
 
     def open(self, text: Text, *, spare: int = 0) -> bool:
         chain = self.blocks.chain(text.adapter, text.salt)
-        chain.reach(len(text.tokens), text.between)
+        chain.extend_to(len(text.tokens), text.between)
         text.table = self.blocks.open(
             chain, len(text.tokens), prefix_length=text.front, spare=spare
         )
@@ -140,7 +140,7 @@ def test_another_base_another_salt_and_another_size_of_blocks_have_other_names()
         manager(base="b").chain((("ase", 1.0),)),
     ]
     for chain in chains:
-        chain.reach(4, lambda start, stop: [1, 2, 3, 4][start:stop])
+        chain.extend_to(4, lambda start, stop: [1, 2, 3, 4][start:stop])
     assert len({name for chain in chains for name in chain.names[:1]}) == len(chains)
 
 

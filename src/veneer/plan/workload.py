@@ -212,8 +212,8 @@ class Workload:
         """
         rows = [row if row.kind == "teacher" else _cut(row, length) for row in self.rows]
         if rows and rows[-1].kind == "teacher":
-            for own, taught in taught_pairs(RowSpans.of(rows)):
-                rows[taught] = with_targets(rows[taught], rows[own].trained_tokens)
+            for student, taught in taught_pairs(RowSpans.of(rows)):
+                rows[taught] = with_targets(rows[taught], rows[student].trained_tokens)
         trained_rows = [number for number, row in enumerate(rows) if row.trained.any()]
         mixture = self.mixture
         if mixture is not None and len(trained_rows) < len(rows):

@@ -44,7 +44,7 @@ class BlockNames:
         """Returns the adapters that act on some token of a block."""
         return self.adapter if (block + 1) * self.tokens_per_block > self.activation else ()
 
-    def reach(self, places: int, between: Callable[[int, int], Sequence[int]]) -> None:
+    def extend_to(self, places: int, between: Callable[[int, int], Sequence[int]]) -> None:
         """Names the full blocks of the first `places` tokens. between(start, stop) returns tokens
         of the text."""
         size = self.tokens_per_block
@@ -55,9 +55,8 @@ class BlockNames:
             switches = 0 <= self.activation - start < size and self.activation > 0
             self.names.append(_name(before, *([self._switch] if switches else []), tokens))
 
-    def first(self, blocks: int) -> BlockNames:
-        """Returns a chain with the names of the first `blocks`, for a text that continues
-        differently."""
+    def copy_beginning(self, blocks: int) -> BlockNames:
+        """Returns a chain of the first `blocks` names, for a text that continues differently."""
         chain = object.__new__(BlockNames)
         chain.__dict__.update(self.__dict__)
         chain.names = self.names[:blocks]

@@ -199,7 +199,7 @@ class BlockManager:
         full = computed // self.tokens_per_block
         if full <= table.full:
             return
-        table.chain.reach(full * self.tokens_per_block, between)
+        table.chain.extend_to(full * self.tokens_per_block, between)
         for place in range(table.full, full):
             name, block = table.chain.names[place], table.blocks[place]
             if name not in self._blocks_by_name:
@@ -218,7 +218,7 @@ class BlockManager:
         if rest and not self.available:
             return None
         fork = BlockTable(
-            table.chain.first(full),
+            table.chain.copy_beginning(full),
             table.blocks[:full],
             table.prefix_blocks,
             table.prefix_length,

@@ -129,15 +129,15 @@ class Results:
         publish(self._store.folder, self._library, job, name)
         return {"model": name}
 
-    def _judged_models(self, job: TrainingJob, other: str) -> list[JudgedModel]:
+    def _judged_models(self, job: TrainingJob, other_adapter: str) -> list[JudgedModel]:
         """Returns the base, the job's adapter and, if it is named, another one. ConfigError: the
         library has no such adapter."""
         models = [
             JudgedModel(BASE, self.base(job)["name"]),
             JudgedModel(ADAPTER, "this adapter", job.run_folder / "adapter"),
         ]
-        if other:
-            entry = self._library.get(other)
+        if other_adapter:
+            entry = self._library.get(other_adapter)
             folder = self._library.path(entry.reference)
             models.append(JudgedModel(f"other-{entry.version.object}", entry.reference, folder))
         return models
@@ -155,10 +155,10 @@ class Results:
         settings["quantize"] = RunConfig.of(settings).quantize
         write_rows(folder, whole_rows(self._examined(job), settings), settings, tokenizer)
 
-    async def evaluate(self, draft_id: str, other: str) -> dict[str, Any]:
+    async def evaluate(self, draft_id: str, other_adapter: str) -> dict[str, Any]:
         """Queues the evaluation of the models that were not evaluated yet."""
         job = await self._read(lambda: self._finished_job(draft_id))
-        models = await self._read(lambda: self._judged_models(job, other))
+        models = await self._read(lambda: self._judged_models(job, other_adapter))
         folder = await self._read(lambda: self.judged_folder(draft_id, job))
 
         async def work(commands: CommandLine) -> None:
@@ -169,23 +169,26 @@ class Results:
                     result = await commands.run(arguments_for(folder, model))
                     await self._read(partial(save_result, folder, model, result))
 
-        key = (draft_id, JUDGE, other)
+        key = (draft_id, JUDGE, other_adapter)
         self.work.start(key, work)
         return self.work.state(key)
 
-    async def evaluation(self, draft_id: str, other: str) -> dict[str, Any]:
+    async def evaluation(self, draft_id: str, other_adapter: str) -> dict[str, Any]:
         """Returns the state of the evaluation, and the figures that are there."""
 
         def figures() -> dict[str, Any]:
             job = self._finished_job(draft_id)
-            models, folder = self._judged_models(job, other), self.judged_folder(draft_id, job)
+            models, folder = (
+                self._judged_models(job, other_adapter),
+                self.judged_folder(draft_id, job),
+            )
             some = is_judged(folder, models[0])
             return {
                 "comparison": comparison(folder, models) if some else None,
                 "whole": all(is_judged(folder, model) for model in models),
             }
 
-        state = self.work.state((draft_id, JUDGE, other))
+        state = self.work.state((draft_id, JUDGE, other_adapter))
         return {**state, **await self._read(figures)}
 
     # keeping
@@ -269,7 +272,7 @@ class Results:
         return self._folder(draft_id, EXPORT) / str(report["file"])
 
     def forget(self, draft_id: str) -> None:
-        """Removes what was made of an earlier run of a draft."""
+        """Removes the evaluations and exports of an earlier run of a draft."""
         unpublish(self._library, trial_name(draft_id))
         for kind in (JUDGE, EXPORT):
             remove(self._folder(draft_id, kind))

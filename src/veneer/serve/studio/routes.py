@@ -113,8 +113,8 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
         return await studio.results.evaluate(_id(request), body.other)
 
     async def evaluation(request: Request, body: None) -> Any:
-        other = request.query_params.get("other", "")
-        return await studio.results.evaluation(_id(request), other)
+        other_adapter = request.query_params.get("other", "")
+        return await studio.results.evaluation(_id(request), other_adapter)
 
     async def stop_work(request: Request, body: WorkBody) -> Any:
         await studio.results.work.stop(_id(request), body.kind)

@@ -197,9 +197,9 @@ class Studio:
         if job.state != "queued":
             return 0
         return sum(
-            other.state in ("running", "stopping")
-            or (other.state == "queued" and other.record.queued < job.record.queued)
-            for other in self.jobs.jobs()
+            queue_job.state in ("running", "stopping")
+            or (queue_job.state == "queued" and queue_job.record.queued < job.record.queued)
+            for queue_job in self.jobs.jobs()
         )
 
     def keep(self, draft_id: str, name: str, *, may_replace: bool) -> dict[str, Any]:
