@@ -41,8 +41,11 @@ function showMeasured(state) {
   showWorse(comparison?.worse ?? null);
 }
 
-/** Writes a figure of a metric: shares as percent. */
-const inUnit = (value, unit) => (unit === "share" ? `${figure(100 * value)}%` : figure(value));
+/** Writes a figure of a metric: shares as percent, small numbers with as many places as their interval. */
+function inUnit(value, unit) {
+  if (unit === "share") return `${(100 * value).toFixed(1)}%`;
+  return Math.abs(value) < 100 ? value.toFixed(3) : figure(value);
+}
 
 function intervalText(ends, unit) {
   return ends ? ` (${inUnit(ends[0], unit)} to ${inUnit(ends[1], unit)})` : "";
