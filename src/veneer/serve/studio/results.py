@@ -272,7 +272,7 @@ class Results:
         return self._folder(draft_id, EXPORT) / str(report["file"])
 
     def forget(self, draft_id: str) -> None:
-        """Removes the evaluations and exports of an earlier run of a draft."""
+        """Removes the trial name, evaluation and export of an earlier run of a draft."""
         unpublish(self._library, trial_name(draft_id))
         for kind in (JUDGE, EXPORT):
             remove(self._folder(draft_id, kind))
