@@ -121,7 +121,12 @@ class FusedAttention(StandIn):
     ) -> Any:
         cached = any(others.get(name) is not None for name in CACHES)
         if cached or not self.takes(hidden_states, position_embeddings):
-            return self.base(hidden_states, position_embeddings, attention_mask, **others)
+            return self.base(  # by name: blocks differ in the order of these arguments
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                **others,
+            )
         assert position_embeddings is not None
         inputs = hidden_states, position_embeddings, attention_mask
         return attend(self.facts, self.base, *inputs, **others)

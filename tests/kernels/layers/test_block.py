@@ -307,6 +307,20 @@ def test_a_mixture_whose_experts_alone_are_adapted_stays(taken):
     assert not trained.layers()
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_attention_that_rotates_otherwise_is_the_models_own(share, monkeypatch):
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": share}
+    sizes = {**OWN_SIZES.get("gpt_neox", {}), "rope_parameters": rope}
+    monkeypatch.setitem(OWN_SIZES, "gpt_neox", sizes)
+    trained = Trained("gpt_neox")
+    with fused(trained.model, replacements(trained.model)):
+        ours = trained.measured()
+    own = trained.measured()
+    assert abs(ours[0] - own[0]) <= 2**-10 * own[0]
+    for a, b in zip(ours[1:], own[1:], strict=True):
+        assert (a - b).norm() <= 2**-4 * b.norm()
+
+
 def test_so_it_does_without_tiles_and_checkpointed(taken, monkeypatch):
     trained = Trained(dropout=0.1)
     with checkpointed(trained.model, trained.routing, on=True):
