@@ -181,6 +181,16 @@ def test_an_adapter_that_is_unloaded_is_not_chosen(server):
     assert chosen(server, text)["adapter"] == "marks"
 
 
+def test_an_adapter_that_is_called_auto_is_chosen_by_its_longer_name(tmp_path):
+    library = Library(tmp_path / "adapters")
+    prompts = [question("digits") for _ in range(8)]
+    add_adapter(library, tmp_path / "made", "auto", 3, prompts=prompts)
+    with running(library, auto=True) as server:
+        assert chosen(server, question("digits"))["adapter"] == f"{BASE}:auto"
+        listed = httpx.get(server.url + "/v1/models", timeout=60).json()["data"]
+        assert [card["id"] for card in listed] == [BASE, f"{BASE}:auto"]
+
+
 def test_every_key_that_may_use_models_may_use_auto(library):
     keys = ApiKeys([ApiKey("use", hashed("k" * 20), "reader")])
     with running(library, auto=True, keys=keys) as server:

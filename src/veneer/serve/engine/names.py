@@ -194,8 +194,8 @@ class ModelNames:
             if entry.name in hidden or entry.name in aliases:
                 continue
             if self._adapters.fits(entry):
-                same = entry.name == self.base_name
-                yield f"{self.base_name}:{entry.name}" if same else entry.name, entry
+                taken = entry.name == self.base_name or (self._has_auto and entry.name == AUTO)
+                yield f"{self.base_name}:{entry.name}" if taken else entry.name, entry
         for name, reference in sorted(aliases.items()):
             try:
                 yield name, self._library.get(reference)
