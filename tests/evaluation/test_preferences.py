@@ -54,6 +54,16 @@ def test_accuracy_and_margin_of_pairs_are_relative_to_the_base(base):
     assert alone["chosen"] == pytest.approx(plain["good"].mean(), abs=1e-4)
 
 
+def test_a_margin_is_no_share_and_may_be_below_zero(base):
+    base.attach(veneer.LoRA(rank=2), name="fresh")
+    with base.using("fresh"):
+        unmoved = veneer.evaluate(base, PAIRS)
+    base.detach("fresh")
+    assert unmoved["margin"] == 0 and "margin" not in unmoved["intervals"]
+    in_order = veneer.evaluate(base, PAIRS[1:3])
+    assert in_order["accuracy"] == 1 and in_order["intervals"]["margin"][0] < 0
+
+
 def test_a_list_counts_all_its_pairs(base):
     scores = [
         sums(base, [(row["prompt"], answer) for answer in row["ranked"]], None) for row in RANKED

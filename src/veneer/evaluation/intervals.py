@@ -45,6 +45,7 @@ def interval(
     of_totals: OfTotals,
     *,
     share: bool = False,
+    signed: bool = False,
     prompts: Sequence[int] | None = None,
     level: float = LEVEL,
 ) -> Ends | None:
@@ -54,20 +55,21 @@ def interval(
 
     share    the figure lies between 0 and 1. A mean of rows that are all 0 or 1 is a share by
              itself
+    signed   the figure may be below 0 and is no share, whatever the rows count
     prompts  (N) equal numbers for rows with the same prompt; None if every row has its own
     Returns None if the rows do not determine an interval: a single row of a figure without bounds,
         rows that are all
     alike, or a figure that is not finite.
     """
     counts = _with_seeds(counts)
-    if not share:
+    if not share and not signed:
         share = _right_or_wrong(counts)
     counts = _sum_prompts(counts, prompts)
-    if len(counts) == 1 and _right_or_wrong(counts):
+    if len(counts) == 1 and not signed and _right_or_wrong(counts):
         return list(_share_of_rows(int(counts[0, :, 0].sum()), counts.shape[1], level))
     bounds = [0.0, 1.0] if share else None
     ends = _student(*_pseudo_values(counts, of_totals), _effective_rows(counts), bounds, level)
-    if ends is not None and counts.min() >= 0:  # losses and points are never below 0
+    if ends is not None and not signed and counts.min() >= 0:  # losses and points are never below 0
         ends[0] = max(ends[0], 0.0)
     return ends
 

@@ -72,7 +72,8 @@ def evaluate_preferences(
         counts = np.stack([values, ones], axis=1)
         result[name] = ratio(counts.sum(axis=0))
         if name in ("accuracy", "margin"):
-            ends = interval(counts, ratio, share=name == "accuracy", prompts=prompts)
+            share = name == "accuracy"
+            ends = interval(counts, ratio, share=share, signed=not share, prompts=prompts)
             if ends is not None:
                 result["intervals"][name] = ends
     return {**result, "against_base": adapted}
