@@ -12,6 +12,7 @@ import veneer
 from tests.support.helpers import killed_after_saving
 from tests.support.joint import config
 from tests.support.tiny import save_tiny, tiny_tokenizer
+from veneer.api import write_quantized
 from veneer.errors import CorruptFileError, RefusedError
 from veneer.training.output.screen import QuietScreen
 from veneer.training.run import run_training
@@ -108,3 +109,16 @@ def test_a_head_that_does_not_fit_is_refused(run, world, tmp_path):
         veneer.load(str(tmp_path / "model"))
     with pytest.raises(RefusedError, match="no class that classifies"):
         train(world, tmp_path / "run", base="cohere")
+
+
+def test_a_base_in_four_bits_keeps_its_head(run, tmp_path):
+    base = veneer.load(str(run / "model"), quantize="nf4")
+    write_quantized(base, tmp_path / "packed")
+    packed = veneer.load(str(tmp_path / "packed"))
+    assert packed.fingerprint() == base.fingerprint()
+    assert veneer.classify(packed, TEXTS) == veneer.classify(base, TEXTS)
+    base.use(None)
+    base.detach("score_head")
+    write_quantized(base, tmp_path / "without")
+    answer = veneer.load(str(tmp_path / "without")).generate("a", max_new_tokens=2)
+    assert answer is not None

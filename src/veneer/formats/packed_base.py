@@ -5,18 +5,22 @@ packed too. transformers keeps experts in 16 bits and cannot read them; Veneer c
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from veneer.bases.folder.score_head import FILE as SCORE_FILE
+from veneer.bases.folder.score_head import settings_text, with_head
 from veneer.bases.packed.bnb_files import file_tensors
 from veneer.bases.quiet_transformers import quiet
 from veneer.errors import ConfigError
 from veneer.files.atomic import atomic_folder
 from veneer.linear import PackedModule
 from veneer.models.frozen_base import FrozenBase
+from veneer.models.own_head import own_head
 from veneer.quant.config import FOUR_BITS, weight_format
 from veneer.quant.layers import HeldExperts, HeldLinear
 from veneer.quant.nf4 import Packed
@@ -46,7 +50,9 @@ def write_packed(base: FrozenBase, folder: str | Path) -> WrittenBase:
             f"{base.source} is not held in 4 bits, which this layout requires",
             next_step=f"Load it with quantize {FOUR_BITS}.",
         )
-    tensors = _tensors(base.model)
+    tensors, head = _tensors(base.model), own_head(base)
+    if head is not None:
+        tensors = with_head(tensors, head)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     with atomic_folder(folder, needed_bytes=size) as partial:
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
@@ -57,8 +63,12 @@ def write_packed(base: FrozenBase, folder: str | Path) -> WrittenBase:
             base.tokenizer.save_pretrained(partial)
         path = partial / "config.json"
         config = json.loads(path.read_text(encoding="utf-8")) | {
-            "quantization_config": _settings(base)
+            "quantization_config": _settings(base, [] if head is None else ["score"])
         }
+        if head is None:  # the folder's own head may be detached
+            config["architectures"] = [type(base.model).__name__]
+        else:
+            (partial / SCORE_FILE).write_text(settings_text(head.settings), encoding="utf-8")
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     experts = any(isinstance(module, HeldExperts) for module in base.model.modules())
     return WrittenBase(Path(folder), size, not experts)
@@ -93,9 +103,13 @@ def _as_code_book_weight(weight: PackedWeight) -> Packed:
     return weight
 
 
-def _settings(base: FrozenBase) -> dict[str, object]:
-    """Returns transformers' quantization_config; llm_int8_skip_modules lists the dense modules."""
+def _settings(base: FrozenBase, heads: Sequence[str]) -> dict[str, object]:
+    """Returns transformers' quantization_config; llm_int8_skip_modules lists the dense modules.
+
+    heads: dense modules besides those of the model
+    """
     dense = [path for path, module in base.model.named_modules() if isinstance(module, nn.Linear)]
+    dense += heads
     double = [
         _as_code_book_weight(m.packed()).nested is not None
         for m in base.model.modules()

@@ -3,7 +3,7 @@
 Full fine-tuning trains such a head with the base's weights; a folder that it wrote has one.
 """
 
-from veneer.adapters.config import MethodConfig
+from veneer.adapters.config import Full, MethodConfig
 from veneer.adapters.labels import HeadSettings
 from veneer.adapters.placement.acting import Applied
 from veneer.adapters.placement.attachment import Attachment
@@ -35,3 +35,10 @@ def attach_head(base: FrozenBase, method: MethodConfig, score: ScoreHead, *, nam
     """Attaches a head without layers of an adapter, not active yet; returns it as it acts."""
     base.routing.enter(base.model, name, Attachment(name, method, score=score))
     return base.routing.applied(((name, 1.0),))
+
+
+def own_head(base: FrozenBase) -> ScoreHead | None:
+    """Returns the head of the base's folder while it is attached; None without one."""
+    attachment = base.routing.attached.get(OWN_HEAD)
+    is_own = attachment is not None and isinstance(attachment.config, Full)
+    return attachment.score if attachment is not None and is_own else None

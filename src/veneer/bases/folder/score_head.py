@@ -108,7 +108,12 @@ def score_head_files(folder: Path, head: HeadSettings, class_name: str) -> dict[
         "label2id": {name: number for number, name in names.items()},
         "problem_type": _PROBLEMS[head.kind],
     }
+    return {"config.json": json_text(fields), FILE: settings_text(head)}
+
+
+def settings_text(head: HeadSettings) -> str:
+    """Returns the content of score_head.json."""
     stored = _StoredSettings(
         kind=head.kind, labels=list(head.labels), thresholds=dict(head.thresholds)
     )
-    return {"config.json": json_text(fields), FILE: json_text(stored.model_dump())}
+    return json_text(stored.model_dump())
