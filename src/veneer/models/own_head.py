@@ -3,7 +3,7 @@
 Full fine-tuning trains such a head with the base's weights; a folder that it wrote has one.
 """
 
-from veneer.adapters.config import Full, MethodConfig
+from veneer.adapters.config import MethodConfig
 from veneer.adapters.labels import HeadSettings
 from veneer.adapters.placement.acting import Applied
 from veneer.adapters.placement.attachment import Attachment
@@ -40,5 +40,6 @@ def attach_head(base: FrozenBase, method: MethodConfig, score: ScoreHead, *, nam
 def own_head(base: FrozenBase) -> ScoreHead | None:
     """Returns the head of the base's folder while it is attached; None without one."""
     attachment = base.routing.attached.get(OWN_HEAD)
-    is_own = attachment is not None and isinstance(attachment.config, Full)
-    return attachment.score if attachment is not None and is_own else None
+    if attachment is None or attachment.layers:  # an adapter may take the name of a detached head
+        return None
+    return attachment.score
