@@ -47,6 +47,17 @@ def test_a_prompt_that_is_nearly_one_that_is_trained_on_is_told_with_both_rows()
     assert "rows.jsonl:3 is " in found.detail and "like rows.jsonl:2" in found.detail
 
 
+def test_documents_are_compared_by_their_queries() -> None:
+    def document(line: int, query: str, text: str) -> Row:
+        ref, whole = RowRef("rows.jsonl", line), f"Query: {query}\nDocument: {text}"
+        return Row(ref, [], text=whole, query=query, label=1)
+
+    shared = " ".join(f"word{n}" for n in range(60))
+    train = [document(1, LONG, "It is on its way."), document(2, "how do i send it back", shared)]
+    held_out = [document(3, f"{LONG} today", shared), document(4, "when do you open", shared)]
+    assert told(train, held_out)["D223"].lines == (3,)
+
+
 def test_near_texts_are_found_among_thousands_as_comparing_all_of_them_finds_them() -> None:
     draw = random.Random(0)
     words = [f"w{n}" for n in range(400)]

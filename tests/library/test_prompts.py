@@ -75,8 +75,9 @@ def test_prompts_go_with_their_object(library, run):
     assert list(library.folder.glob("prompts/*")) == []
 
 
-def test_a_damaged_file_of_prompts_is_refused_before_anything_is_added(library, run):
-    (run / NAME).write_text('{"format_version": 1, "prompts": "all"}')
+@pytest.mark.parametrize("prompts", ["all", ["x" * (MOST_CHARACTERS + 1)], ["x"] * 17])
+def test_a_damaged_file_of_prompts_is_refused_before_anything_is_added(library, run, prompts):
+    (run / NAME).write_text(json.dumps({"format_version": 1, "prompts": prompts}))
     with pytest.raises(CorruptFileError, match="not a file of prompts"):
         library.add(run, name="x")
     assert library.all_names() == []

@@ -10,7 +10,7 @@ this library, and neither push nor export copies them. Knows nothing of how they
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -34,7 +34,9 @@ class PromptSample(BaseModel):
     )
 
     format_version: int = Field(default=1, ge=1, le=1)
-    prompts: list[str] = Field(max_length=MOST_PROMPTS)
+    prompts: list[Annotated[str, Field(max_length=MOST_CHARACTERS)]] = Field(
+        max_length=MOST_PROMPTS
+    )
     """Beginnings of users' questions, each of at most MOST_CHARACTERS."""
 
 

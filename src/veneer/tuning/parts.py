@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from veneer.data.checks.closer import LIKE, text_of
+from veneer.data.checks.closer import LIKE, prompt_text
 from veneer.data.checks.near import COMMON, DisjointSets, similar_groups, words_of
 from veneer.data.examples import Row, prompt_key
 from veneer.data.files.writing import record_of
@@ -94,7 +94,7 @@ def _group_keys(rows: Sequence[Row]) -> tuple[list[int], bool]:
     """
     prompts = {prompt_key(row): row for row in rows}
     keys = sorted(prompts)
-    numbers = similar_groups([text_of(prompts[key], "user") for key in keys], least=LIKE)
+    numbers = similar_groups([prompt_text(prompts[key]) for key in keys], least=LIKE)
     numbers = _join_by_turns([prompts[key] for key in keys], numbers)
     smallest = {key: keys[number] for key, number in zip(keys, numbers, strict=True)}
     own = [prompt_key(row) for row in rows]

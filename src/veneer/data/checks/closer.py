@@ -73,15 +73,18 @@ def text_of(row: Row, *roles: str) -> str:
     )
 
 
+def prompt_text(row: Row) -> str:
+    """Returns what a row asks: of a document its query, else the users' messages or the text."""
+    return text_of(row, "user") if row.query is None else row.query
+
+
 def _near_duplicates(train: Sequence[Row], held_out: Sequence[Row]) -> list[Problem]:
     known = {prompt_key(row) for row in train}
     new_rows = [
         row for row in held_out if prompt_key(row) not in known
     ]  # exact repeats are reported as D210
     matches = nearest(
-        [text_of(row, "user") for row in new_rows],
-        [text_of(row, "user") for row in train],
-        least=LIKE,
+        [prompt_text(row) for row in new_rows], [prompt_text(row) for row in train], least=LIKE
     )
     message = "held out, and nearly the same prompt is trained on (a leak, likely)"
     return [

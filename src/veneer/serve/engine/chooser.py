@@ -192,7 +192,7 @@ class Chooser:
             log.warning("%s is not chosen by model auto: %s", name, refusal_of(fault).message)
         self._texts[key] = texts = tuple(text for text in texts if text)
         while len(self._texts) > MOST_KEPT:
-            del self._texts[next(iter(self._texts))]
+            self._texts.pop(next(iter(self._texts)), None)  # other threads remove some too
         return texts
 
     # states
