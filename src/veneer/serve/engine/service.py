@@ -266,9 +266,9 @@ class Service:
         with refusing("adapters"), self._hide_folders():
             try:
                 prefix = self.residents.prefix_length(model.identity)
-                return model, preamble, prefix, self.residents.invocation(model.identity)
             except RefusedError as fault:  # the adapter is sound: the request is for another one
                 raise replace(refusal_of(fault, param="model"), status=400) from None
+            return model, preamble, prefix, self.residents.invocation(model.identity)
 
     async def score_texts(
         self, name: str, texts: Sequence[str], param: str, *, kind: HeadKind | None = None
