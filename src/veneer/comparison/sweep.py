@@ -52,7 +52,7 @@ def train_rates(
 
 
 class _Sweep:
-    """The runs of one candidate at several learning rates, each in a folder inside `folder`."""
+    """Trains one candidate at several learning rates, each in a folder inside `folder`."""
 
     def __init__(
         self, runner: JobRunner, candidate: Candidate, rates: Sequence[float], steps: int

@@ -20,15 +20,15 @@ MOST_FORWARDS = 20_000
 
 @dataclass(frozen=True)
 class JobLoad:
-    """What a job adds to forwards.
+    """Describes a job to the simulation: its memory, micro-batches, steps and times.
 
     tokens          of its usual micro-batch
     micro_batches   of a step
     steps           of the run
     seconds         of a micro-batch in a forward of its own
     joint_seconds   of a micro-batch in a forward of several jobs, whose products are larger
-    shared_seconds  the part of them that such a forward takes only once
-    path            jobs with different ones are computed in different ways, and share no forward
+    shared_seconds  the part of joint_seconds that such a forward takes only once
+    path            how it is computed; jobs with different paths share no forward
     """
 
     memory: JobMemory
@@ -43,7 +43,7 @@ class JobLoad:
 
 @dataclass(frozen=True)
 class JointSchedule:
-    """How jobs train together.
+    """Says how jobs train together.
 
     shared     most jobs of one forward
     training   most jobs that train at the same time; the others wait for memory
@@ -81,7 +81,7 @@ def simulate(
 
 
 class _Simulation:
-    """The state of the loop. Jobs are numbers; every `scale`-th step is simulated."""
+    """Holds the state of the loop. Jobs are numbers; every `scale`-th step is simulated."""
 
     def __init__(
         self, loads: Sequence[JobLoad], free: int | None, budget: int | None, scale: int

@@ -1,4 +1,4 @@
-"""The section of a run's page on labels: figures of the score head on the held-out rows."""
+"""Writes the section on labels of a run's page: figures of the score head on held-out rows."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

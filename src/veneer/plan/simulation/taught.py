@@ -1,5 +1,4 @@
-"""The rows of a simulated step: a student's, and a teacher's if it has one; and the teacher's
-forward."""
+"""Builds the batches of a simulated step, the student's and the teacher's, and runs the teacher."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +22,7 @@ from veneer.plan.simulation.step_counts import Step, TeacherModel
 
 @dataclass(frozen=True)
 class SimulatedTeacher:
-    """A teacher's model without storage: the student's own, or another base.
+    """Holds a teacher's model without storage: the student's own, or another base.
 
     is_other: whether it is another base
     """

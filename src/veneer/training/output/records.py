@@ -166,7 +166,7 @@ def _read_records(
 
 
 class RecordPart(NamedTuple):
-    """A part of a growing file of records. Positions are opaque numbers; 0 is the beginning.
+    """Holds a part of a growing file of records. Positions are opaque numbers; 0 is the beginning.
 
     start: where the part begins: the reader's position, or 0 if the file was rewritten since.
     next: the position of what comes. more: whether the file already has more

@@ -1,4 +1,4 @@
-"""What a trainer's calls minimise: an objective by name or by its settings, and the rows for it."""
+"""Finds the objective that a trainer's call minimises, and checks the examples given for it."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -71,7 +71,7 @@ EXAMPLES: dict[str, tuple[set[AnswerKind], set[AnswerKind]]] = {
     "pairs": ({"chosen", "rejected"}, set()),
     "ratings": ({"mismatched"}, {"chosen", "rejected"}),
 }
-"""Kinds of examples of each kind of rows: those that are always there, and others."""
+"""Kinds of examples by kind of rows: required kinds, and optional ones."""
 
 
 def _are_whole_rows(objective: ObjectiveConfig, examples: Sequence[Example]) -> bool:

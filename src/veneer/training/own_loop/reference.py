@@ -1,7 +1,7 @@
-"""The reference of a trainer: log p of answers by what training started from, each computed once.
+"""Computes the reference of a trainer: log p of answers by what training started from.
 
 The reference is the adapter with its first values if training goes on with an adapter or adds new
-tokens, else the base alone. Nothing is dropped out.
+tokens, else the base alone. Each answer is computed once, without dropout.
 """
 
 import hashlib
