@@ -230,7 +230,6 @@ def _run(
         keep_paths(model, paths)
     with device, MetaMode(experts=experts) if device == META else nullcontext():
         _, parameters = _install(model, step, routing, paths)
-    with device, MetaMode(experts=experts) if device == META else nullcontext():
         other_base = None if step.teacher is None else build_teacher(step.teacher)
     teacher = other_base or SimulatedTeacher(model, paths, routing)
     fused_modules = replacements(model)  # by the paths that the adapter's wrappers leave

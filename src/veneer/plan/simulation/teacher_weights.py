@@ -23,7 +23,7 @@ class PlannedTeachers:
     _bytes: dict[TeacherBase, BaseBytes] = field(default_factory=dict)
 
     def model(self, teacher: TeacherBase) -> TeacherModel:
-        base = self._blueprint(teacher.base)
+        base = self.base(teacher)
         compute = choose(base.dtype, teacher.dtype, torch.device(self.device))
         return TeacherModel(base, compute.held)
 
@@ -45,14 +45,11 @@ class PlannedTeachers:
         return dense if is_packed else BaseBytes(total=dense.total)
 
     def base(self, teacher: TeacherBase) -> Blueprint:
-        return self._blueprint(teacher.base)
-
-    def _blueprint(self, source: str) -> Blueprint:
-        if source not in self._blueprints:
+        if teacher.base not in self._blueprints:
             from veneer.bases.loading.from_config import blueprint
 
-            self._blueprints[source] = blueprint(source)
-        return self._blueprints[source]
+            self._blueprints[teacher.base] = blueprint(teacher.base)
+        return self._blueprints[teacher.base]
 
 
 def prompt_bytes(base: Blueprint, tokens: int) -> int:
