@@ -84,13 +84,11 @@ def _print_table(plan: JointPlan, names: Sequence[str]) -> None:
 def joint_lines(plan: JointPlan) -> list[str]:
     """Says what the jobs need together: how many share a forward, memory, and time."""
     count, schedule = len(plan.rows), plan.schedule
-    if plan.fits is False:
-        return [
-            f"together: {size(plan.at_once)} with the rows of all jobs in one forward",
-            f"does not fit: {size(plan.least)} even in forwards of one job at a time",
-        ]
     if schedule is None:
-        return [f"together: {size(plan.at_once)} with the rows of all jobs in one forward"]
+        lines = [f"together: {size(plan.at_once)} with the rows of all jobs in one forward"]
+        if plan.fits is False:
+            lines.append(f"does not fit: {size(plan.least)} even in forwards of one job at a time")
+        return lines
     waiting = count - schedule.training
     lines = [
         f"together: {_jobs(schedule.training)} train at the same time, up to {schedule.shared}"
