@@ -216,17 +216,17 @@ class Trainer:
                  rows at once, in the same forward that the gradient flows back through
         """
         self._require_open()
-        examples = self._examples(rows, find_objective(CROSS_ENTROPY))
+        examples = self._examples(rows, CROSS_ENTROPY)
         call = CustomLoss(examples, self._queue.compute, loss_fn)
         self._gradient.add_call(call)
         return call
 
     def _examples(
-        self, rows: str | Path | Iterable[Record] | Sequence[Example], objective: ObjectiveConfig
+        self, rows: str | Path | Iterable[Record] | Sequence[Example], loss: Loss
     ) -> Sequence[Example]:
         if _are_encoded(rows):
             return rows
-        return self.encode(cast(Iterable[Record], rows), loss=objective)
+        return self.encode(cast(Iterable[Record], rows), loss=loss)
 
     def optim_step(self, adamw: AdamW, *, divide_by: float = 1.0) -> OptimizerStep:
         """Changes the adapter by the gradient of all calls since the last step.
