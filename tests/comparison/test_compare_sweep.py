@@ -125,13 +125,9 @@ def test_costs_are_those_of_a_run_that_trained_alone(
 ) -> None:
     candidate = runner.comparison.candidates[0]
     config = candidate.config.model_copy(update={"learning_rate": RATES[0]})
-    executor = LocalExecutor()
-    try:
-        result: CandidateResult = run_jobs(
-            train_candidate(runner, Candidate(candidate.name, config)), executor, lambda text: None
-        )
-    finally:
-        executor.stop()
+    result: CandidateResult = run_jobs(
+        train_candidate(runner, Candidate(candidate.name, config)), executor, lambda text: None
+    )
     assert [run.alone for run in result.runs] == [False, True] and result.best is not None
     assert result.runs[0].folder == together[result.search[result.best][0]].folder
     summary = json.loads((result.runs[1].folder / "summary.json").read_text())
