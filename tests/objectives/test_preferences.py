@@ -11,7 +11,14 @@ import torch
 
 from tests.objectives.papers import Answer, kto_z, loss_of_row
 from tests.support.helpers import fill, killed_after_saving
-from tests.support.joint import FLOAT32, assert_same_run, config, make_world, together
+from tests.support.joint import (
+    FLOAT32,
+    assert_same_run,
+    config,
+    make_world,
+    together,
+    write_preferences,
+)
 from tests.support.tiny import tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
@@ -195,16 +202,7 @@ def test_kto_without_one_class_is_finite():
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = make_world(tmp_path_factory.mktemp("world"))
-    pairs = [
-        {"prompt": f"pairs {n}", "chosen": "yes " * (1 + n % 4), "rejected": "no " * (1 + n % 3)}
-        for n in range(14)
-    ]
-    ratings = [
-        {"prompt": f"rated {n}", "completion": "is " * (1 + n % 5), "label": n % 2 == 0}
-        for n in range(14)
-    ]
-    for name, rows in (("pairs", pairs), ("ratings", ratings)):
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    write_preferences(folder, 14)
     return folder
 
 

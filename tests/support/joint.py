@@ -42,6 +42,20 @@ def make_world(folder):
     return folder
 
 
+def write_preferences(folder, count):
+    """Writes files of pairs and of ratings, with ragged lengths."""
+    pairs = [
+        {"prompt": f"pairs {n}", "chosen": "yes " * (1 + n % 4), "rejected": "no " * (1 + n % 3)}
+        for n in range(count)
+    ]
+    ratings = [
+        {"prompt": f"rated {n}", "completion": "is " * (1 + n % 5), "label": n % 2 == 0}
+        for n in range(count)
+    ]
+    for name, rows in (("pairs", pairs), ("ratings", ratings)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+
 def config(world, out, *, base="base", rows="rows", **settings):
     fields = {
         "base": str(world / base),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import veneer
-from tests.support.joint import FLOAT32, alone, losses, make_world
+from tests.support.joint import FLOAT32, alone, losses, make_world, write_preferences
 from tests.training.test_own_loop import GUIDE
 from veneer.errors import ConfigError
 from veneer.training.own_loop import forward_queue, reference
@@ -29,17 +29,9 @@ BATCH = 4
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = make_world(tmp_path_factory.mktemp("world"))
-    pairs = [
-        {"prompt": f"p {n}", "chosen": "yes " * (1 + n % 3), "rejected": "no " * (1 + n % 2)}
-        for n in range(8)
-    ]
-    ratings = [
-        {"prompt": row["prompt"], "completion": row["chosen"], "label": n % 2 == 0}
-        for n, row in enumerate(pairs)
-    ]
-    answers = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
-    for name, rows in (("pairs", pairs), ("ratings", ratings), ("answers", answers)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_preferences(folder, 8)
+    answers = [{"prompt": f"p {n}", "completion": "yes " * (1 + n % 3)} for n in range(8)]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
     alone(folder, folder / "parent", steps=2)
     return folder
 
