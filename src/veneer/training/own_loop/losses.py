@@ -1,4 +1,4 @@
-"""The losses of a trainer's calls: of an objective, or of a function of the user's.
+"""Defines the losses of a trainer's calls: of an objective, or of a function of the user's.
 
 Loss and gradient are sums over the rows of a call, not means. Nothing is computed here: the queue
 (forward_queue.py) computes calls, and adds the result of each micro-batch.
@@ -158,7 +158,7 @@ class CustomLoss(SummedLoss):
 
 @dataclass(frozen=True)
 class FunctionLoss:
-    """The loss of the only micro-batch of a custom call. part: numbers of its examples"""
+    """Computes the loss of the only micro-batch of a custom call. part: numbers of its examples"""
 
     custom: CustomLoss
     part: Sequence[int]
