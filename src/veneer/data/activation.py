@@ -33,19 +33,12 @@ def text_ids(activation: str, tokenizer: Any) -> tuple[int, ...]:
     return ids
 
 
-def prompt_length(example: Example) -> int:
-    """Counts the tokens before the example's last answer."""
-    trained = np.flatnonzero(example.trained)
-    gaps = np.flatnonzero(np.diff(trained) > 1)
-    return int(trained[gaps[-1] + 1 if len(gaps) else 0])
-
-
 def example_start(example: Example, invocation: Sequence[int]) -> int:
     """Returns the first token of an example on which the adapter acts; the number of its ids if
     there is none."""
     if not invocation:
         return 0
-    prompt = prompt_length(example)
+    prompt = example.prompt_length
     start = activation_start(example.ids[:prompt], invocation)
     return start if start < prompt else len(example.ids)
 

@@ -141,6 +141,13 @@ class Example:
     def trained_tokens(self) -> int:
         return int(self.trained.sum())
 
+    @property
+    def prompt_length(self) -> int:
+        """Counts the tokens before the last answer; 0 if no token is trained."""
+        answers = self.trained.nonzero()[0]
+        prompt = (~self.trained[: answers[-1]]).nonzero()[0] if len(answers) else answers
+        return int(prompt[-1]) + 1 if len(prompt) else 0
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -30,15 +30,15 @@ class TaughtPair:
     @property
     def prompt(self) -> list[int]:
         """Returns the ids in front of the last answer."""
-        ids: list[int] = self.student.ids[: _answer_start(self.student)].tolist()
+        ids: list[int] = self.student.ids[: self.student.prompt_length].tolist()
         return ids
 
     @property
     def room(self) -> int:
         """Counts the tokens that fit behind both prompts."""
         return min(
-            self.length - _answer_start(self.student),
-            self.teacher_length - _answer_start(self.teacher),
+            self.length - self.student.prompt_length,
+            self.teacher_length - self.teacher.prompt_length,
         )
 
     def with_answer(self, answer: Sequence[int]) -> tuple[Example, Example]:
@@ -53,7 +53,7 @@ class TaughtPair:
         """Returns both examples with an answer of this many tokens, if that is longer than the
         given one; its ids mean nothing."""
         size = min(tokens, self.room)
-        if size <= len(self.student.ids) - _answer_start(self.student):
+        if size <= len(self.student.ids) - self.student.prompt_length:
             return self.student, self.teacher
         ids = [int(self.student.ids[0])] * size
         return _with_ending(self.student, ids), _with_ending(self.teacher, ids)
@@ -89,14 +89,8 @@ def with_longest_answers(
     return longest
 
 
-def _answer_start(example: Example) -> int:
-    """Returns the index of the first token of the last answer."""
-    last = int(np.flatnonzero(example.trained)[-1])
-    return int(np.flatnonzero(~example.trained[:last])[-1]) + 1
-
-
 def _with_ending(example: Example, answer: Sequence[int]) -> Example:
-    start = _answer_start(example)
+    start = example.prompt_length
     return replace(
         example,
         ids=np.concatenate([example.ids[:start], np.array(answer, dtype=np.int32)]),

@@ -170,9 +170,7 @@ def _prompt(example: Example) -> bytes | tuple[str, int] | None:
     """Returns the query or the tokens before the last answer; None for a text without a prompt."""
     if example.query is not None:
         return "query", example.query
-    last = int(np.flatnonzero(example.trained)[-1]) if example.trained.any() else 0
-    untrained = np.flatnonzero(~example.trained[:last])
-    length = int(untrained[-1]) + 1 if len(untrained) else 0
+    length = example.prompt_length
     return example.ids[:length].tobytes() if length > 1 else None
 
 
