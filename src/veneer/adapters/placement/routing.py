@@ -165,14 +165,16 @@ class Routing:
             if self._of_thread.forwards:
                 self._of_thread.forwards += 1
                 return
+            held = self._of_thread.acting
+            of_texts = None if held is None else within_texts(held, args, kwargs)
+            if held is not None and of_texts is None:
+                return
             with self.lock:
-                acting = self.acting
-                of_texts = within_texts(acting, args, kwargs)
-                if self._of_thread.acting is not None and of_texts is None:
-                    return
                 if self._undo_hooks is None:
                     return  # the second hook is gone already
-                self._hold(acting if of_texts is None else of_texts)
+                if of_texts is None:
+                    of_texts = within_texts(self._default, args, kwargs)
+                self._hold(of_texts or self._default)
             self._of_thread.forwards = 1
 
         def end(module: nn.Module, args: Any, output: Any) -> None:
