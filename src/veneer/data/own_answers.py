@@ -13,6 +13,7 @@ import numpy as np
 
 from veneer.data.batching import RowSpans
 from veneer.data.examples import Example
+from veneer.data.teacher import pairs_of_row, taught_pairs
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,14 @@ class TaughtPair:
 def pairs_of(
     examples: Sequence[Example], numbers: Sequence[int], *, length: int, teacher_length: int
 ) -> list[tuple[int, int, TaughtPair]]:
-    """Pairs a row's examples with those that its teacher reads, which follow in the same order.
+    """Pairs the examples of one row with those that its teacher reads.
 
-    numbers: of the examples of one row. Returns the number of the student's example, that of the
-    teacher's, and the pair. Leaves out pairs without room for an answer
+    numbers: of all of them. Returns the number of the student's example, that of the teacher's, and
+    the pair. Leaves out pairs without room for an answer
     """
-    half = len(numbers) // 2
     pairs = [
         (student, teacher, TaughtPair(examples[student], examples[teacher], length, teacher_length))
-        for student, teacher in zip(numbers[:half], numbers[half:], strict=True)
+        for student, teacher in pairs_of_row(numbers)
     ]
     return [(student, teacher, pair) for student, teacher, pair in pairs if pair.room > 0]
 
@@ -80,12 +80,9 @@ def with_longest_answers(
 ) -> list[Example]:
     """Returns the examples with answers as long as own answers of at most `tokens` may become."""
     longest = list(examples)
-    for row in range(len(rows.lengths)):
-        numbers = rows.examples([row])
-        for student, teacher, pair in pairs_of(
-            examples, numbers, length=length, teacher_length=teacher_length
-        ):
-            longest[student], longest[teacher] = pair.with_longest(tokens)
+    for student, teacher in taught_pairs(rows):
+        pair = TaughtPair(examples[student], examples[teacher], length, teacher_length)
+        longest[student], longest[teacher] = pair.with_longest(tokens)
     return longest
 
 

@@ -71,6 +71,11 @@ def with_targets(example: Example, count: int) -> Example:
 def taught_pairs(rows: RowSpans) -> Iterator[tuple[int, int]]:
     """Yields the number of each example of a student, and of what its teacher reads instead."""
     for row in range(len(rows.lengths)):
-        numbers = rows.examples([row])
-        half = len(numbers) // 2
-        yield from zip(numbers[:half], numbers[half:], strict=True)
+        yield from pairs_of_row(rows.examples([row]))
+
+
+def pairs_of_row(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Pairs the examples of one row with those that its teacher reads, which follow in the same
+    order. numbers: of all of them"""
+    half = len(numbers) // 2
+    return list(zip(numbers[:half], numbers[half:], strict=True))
