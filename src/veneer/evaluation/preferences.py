@@ -55,10 +55,8 @@ def evaluate_preferences(
     prompts = [prompt_key(parts[start]) for start in starts[:-1]]
     rows = [scores[start:end] for start, end in pairwise(starts)]
     ones = np.ones(len(rows))
-    best, rejected = (
-        np.array([row[0] for row in rows]),
-        np.array([row[1:].mean() for row in rows]),
-    )
+    best = np.array([row[0] for row in rows])
+    rejected = np.array([row[1:].mean() for row in rows])
     tokens = [answer_nats[start:end, 1] for start, end in pairwise(starts)]
     result: dict[str, Any] = {"rows": len(rows), "intervals": {}, "units": {"accuracy": "share"}}
     for name, values in (

@@ -135,14 +135,14 @@ def predict_as_teachers(taught: Sequence[Taught | None]) -> list[Predictions | N
     One forward of each base computes all that it has to predict.
     """
     predictions: list[Predictions | None] = [None] * len(taught)
-    by_model: dict[int, list[int]] = {}
+    by_model: dict[int, dict[int, Taught]] = {}
     for number, part in enumerate(taught):
         if part is not None and part.examples:
-            by_model.setdefault(id(part.teacher.forward.model), []).append(number)
-    for numbers in by_model.values():
-        readers = [part for part in map(taught.__getitem__, numbers) if part is not None]
-        for number, computed in zip(numbers, _predict_on_one_base(readers), strict=True):
-            predictions[number] = computed
+            by_model.setdefault(id(part.teacher.forward.model), {})[number] = part
+    for parts in by_model.values():
+        computed = _predict_on_one_base(list(parts.values()))
+        for number, of_part in zip(parts, computed, strict=True):
+            predictions[number] = of_part
     return predictions
 
 
