@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import veneer
 from tests.support.helpers import ended_before_step, fill, make_examples
+from tests.support.joint import config
 from tests.support.tiny import save_tiny, tiny_tokenizer
 from veneer.adapters.activation import activation_start
 from veneer.adapters.config import LoRA
@@ -156,16 +157,10 @@ def test_rows_that_would_train_nothing_are_named():
 
 
 def run(world, out, **fields):
-    own = {
-        "base": str(world / "llama_untied"),
-        "data": str(world / "rows.jsonl"),
-        "out": str(out),
-        "steps": 4,
-        "batch": 2,
-        "learning_rate": 0.01,
-        "method": {"name": "lora", "rank": 2, "alpha": 3, "activation": "number "},
-    }
-    return run_training(RunConfig.of({**own, **fields}), resume=False, screen=QuietScreen())
+    method = {"name": "lora", "rank": 2, "alpha": 3, "activation": "number "}
+    own = {"base": "llama_untied", "steps": 4, "batch": 2, "method": method}
+    settings = config(world, out, **{**own, **fields})
+    return run_training(settings, resume=False, screen=QuietScreen())
 
 
 def test_a_run_trains_resumes_and_another_goes_on(world, tmp_path):
@@ -193,7 +188,7 @@ def test_a_run_trains_resumes_and_another_goes_on(world, tmp_path):
 def test_a_run_refuses_rows_without_it_and_data_check_names_them(world, tmp_path, capsys):
     mixed, base = str(world / "mixed.jsonl"), str(world / "llama_untied")
     with pytest.raises(DataError, match="does not act on all trained tokens") as fault:
-        run(world, tmp_path / "a", data=mixed)
+        run(world, tmp_path / "a", rows="mixed")
     assert "D230" in str(fault.value)
     assert main.main(["data", "check", mixed, "--base", base, "--activation", "number "]) == 4
     assert "D230" in capsys.readouterr().out
