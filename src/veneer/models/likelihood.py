@@ -17,12 +17,9 @@ from veneer.adapters.placement.acting import invocation_of
 from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import Batch, by_length, make_batch
 from veneer.data.examples import Example
-from veneer.execution.attention import hidden_states
 from veneer.execution.proofs.model import acting_prefix_length
-from veneer.kernels.dense.loss import head_nats
 from veneer.kernels.wide import wide
-from veneer.models.loss_head import loss_head
-from veneer.models.step import ComputePaths, whole_logits, within_batch
+from veneer.models.step import ComputePaths, token_losses, whole_logits, within_batch
 
 SHORT_TOKENS = 8192
 """Most tokens of short examples in one batch, whatever `batch` says."""
@@ -39,9 +36,9 @@ def example_nats(
 ) -> NDArray[np.float64]:
     """Returns the summed nats of each example's trained tokens, and their number, (N, 2).
 
-    routing: of the adapters that act; None: none acts
-    batch   examples per forward, of similar length; more if they are short. Results do not depend
-            on it.
+    batch    examples per forward, of similar length; more if they are short. Results do not depend
+             on it.
+    routing  of the adapters that act; None: none acts
     """
     results = np.zeros((len(examples), 2))
     routing = Routing() if routing is None else routing
@@ -74,11 +71,10 @@ def token_nats(
 
     The values are on the CPU if the device has no float64.
     """
+    if paths.head_reason is None:
+        return wide(token_losses(model, paths, routing, batch))
     with within_batch(routing, batch):
-        if paths.head_reason is not None:
-            return _nats(whole_logits(model, batch), batch.targets)
-        rows = hidden_states(model, batch).index_select(0, batch.loss_rows)
-    return wide(head_nats(rows, batch.targets, loss_head(model, paths.scale, paths.softcap)))
+        return _nats(whole_logits(model, batch), batch.targets)
 
 
 def _nats(logits: Tensor, targets: Tensor) -> Tensor:
