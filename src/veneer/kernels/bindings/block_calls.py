@@ -165,7 +165,7 @@ def norm_forward(
     """Computes, in this order, each step only if its operands are given:
 
     x (M, D) += update              by B of one layer; in place
-    total (M, D) = outputnorm_struct(x)   without this norm total is x itself
+    total (M, D) = output_norm(x)   without this norm total is x itself
     total = residual (M, D) + scale * total
     out (M, D) = norm(total)
     narrow of `next_factors`        the products of out (without a norm: of total) with A of each
