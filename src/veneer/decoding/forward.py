@@ -175,6 +175,8 @@ class PagedForward:
 def _state_reader(plan: StepPlan) -> Callable[[Tensor], None] | None:
     """Returns a function that passes the states (N, D) of a step's rows on to the requests that
     read their prompt's states; None if no request of this step does."""
+    if all(span.sequence.request.prompt_states is None for span in plan.spans):
+        return None
     parts: list[tuple[Callable[[int, Tensor], None], int, int, int]] = []
     row = 0
     for span in plan.spans:

@@ -117,9 +117,9 @@ class Lanes:
             (prefix,) = prefixes(self._adapters.applied(prefix_write.adapter))
             self.exact.forward.write(prefix_write, prefix)
         other_identities = {identity for identity, _ in plan.parts if not self._is_exact(identity)}
-        other_numbers = [n for n, span in enumerate(plan.spans) if span.adapter in other_identities]
-        if not other_numbers:
+        if not other_identities:
             return [(range(len(plan.spans)), self.exact.logits(plan))]
+        other_numbers = [n for n, span in enumerate(plan.spans) if span.adapter in other_identities]
         computed: list[Computed] = []
         exact = sorted({*range(len(plan.spans))} - {*other_numbers})
         for lane, numbers in ((self.exact, exact), (self.mixed, other_numbers)):

@@ -141,8 +141,9 @@ class Request:
     def acts_from(self) -> int:
         """Returns the first token on which the adapter acts. Without an activation in the prompt
         it is behind the answer: the adapter acts on no token."""
-        end = len(self.prompt) + self.max_new_tokens
-        return self.activation if self.activation < len(self.prompt) else end
+        if self.activation < len(self.prompt):
+            return self.activation
+        return len(self.prompt) + self.max_new_tokens
 
     def adapter_at(self, place: int) -> Identity:
         """Returns the adapters that act on the token at this place."""
