@@ -4,9 +4,9 @@
     python benchmarks/family_speed.py --answers 1 16     decoding with 1 row, and with 16
 
 Random bases in bf16 of SmolLM2-135M's shape (--layers of them), each in the form of its family:
-norms, gates, rotation. A mixture has as many active parameters as Llama. --nf4 packs their linear
-layers (QLoRA). LoRA of rank 16 on all linear layers, 8 rows that share a prompt;
-decoding steps are of the adapter, after prompts of 64 tokens.
+norms, gates, rotation. A mixture has as many active parameters as Llama. --nf4 packs all linear
+layers (QLoRA). LoRA of rank 16 on all linear layers, 8 rows that share a prompt; decoding steps are
+of the adapter, after prompts of 64 tokens.
 The families take steps in turn in one process, so that what else the machine does falls on all
 alike; the fastest step of each counts. On a machine that others use, --clock cpu with one thread
 (OMP_NUM_THREADS=1) counts the time that the process itself computed. `path` says how layers are

@@ -55,7 +55,8 @@ class Request:
     prompt          ids, at least one
     adapter         (content hash, weight) of each adapter that acts; empty: the base
     activation      first token of the prompt on which the adapter acts; the base alone computes
-                    those before (adapters/activation.py). At its end: the base computes all
+                    those before (adapters/activation.py). The prompt's length: the base computes
+                    all
     max_new_tokens  limit of the answer's length
     min_new_tokens  number of tokens before which no stop token is drawn
     stops           ids that end the answer

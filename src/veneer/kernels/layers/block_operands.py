@@ -113,8 +113,8 @@ class BlockPart:
     rows     which of the M rows
     modules  the linear modules with their updates
     layers   q, k and v, or one that computes them by head; o, down, gate and up. Without down the
-             feed-forward block is none of the node's. All have the same share of dropout, or none
-             has dropout
+             feed-forward block is not a part of the node. All have the same share of dropout, or
+             none has dropout
     places   of each layer in the modules
     angles   cosines and sines (rows, rotated dimensions of a head), bf16 or float32, those of the
              firsts of the pairs, then of the seconds; None: nothing is rotated

@@ -26,7 +26,7 @@ from veneer.merge.gguf.names import GGUFNames, names_of
 
 AdapterType = Literal["f32", "f16"]
 INVOCATION = "adapter.alora.invocation_tokens"
-"""Token ids from whose last occurrence in a prompt on llama-server applies the adapter."""
+"""Token ids: llama-server applies the adapter from their last occurrence in a prompt on."""
 
 
 def gguf_adapter_faults(placed: PlacedAdapter, model: PreTrainedModel) -> list[str]:
