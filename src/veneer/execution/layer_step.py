@@ -141,9 +141,8 @@ def _heads(
 def _split_by_head(joined: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Returns q, k and v (N, H, E) as views of joined (N, 3 H E): q, k and v of the first head,
     then those of the next one."""
-    shape, strides = (len(joined), joined.shape[1] // (3 * size), size), joined.stride()
-    strides = strides[0], 3 * size, 1
-    start = joined.storage_offset()
+    shape = len(joined), joined.shape[1] // (3 * size), size
+    strides, start = (joined.stride(0), 3 * size, 1), joined.storage_offset()
     q, k, v = (joined.as_strided(shape, strides, start + n * size) for n in range(3))
     return q, k, v
 

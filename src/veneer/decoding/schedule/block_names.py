@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
+from copy import copy
 from hashlib import blake2b
 
 Identity = tuple[tuple[str, float], ...]
@@ -57,8 +58,7 @@ class BlockNames:
 
     def copy_beginning(self, blocks: int) -> BlockNames:
         """Returns a chain of the first `blocks` names, for a text that continues differently."""
-        chain = object.__new__(BlockNames)
-        chain.__dict__.update(self.__dict__)
+        chain = copy(self)
         chain.names = self.names[:blocks]
         return chain
 
