@@ -81,7 +81,7 @@ class CountingEngine:
         self.engine.lanes.logits = counted
 
     def answers(self, requests):
-        sequences = [sequence for each in requests for sequence in self.engine.add(each)]
+        sequences = [sequence for request in requests for sequence in self.engine.add(request)]
         self.engine.run()
         self.engine.scheduler.blocks.check()
         return [(sequence.new, sequence.cached_tokens) for sequence in sequences]
@@ -111,21 +111,21 @@ def test_greedy_answers_are_those_of_transformers_with_peft(number, tmp_path):
             do_sample=False,
         )[0, len(ids) :].tolist()
         with base.using(f"a{number}"):
-            (found,) = generate(base, [ids], max_new_tokens=NEW)
-        assert found == expected[: len(found)] and len(found) >= NEW - 1
+            (answer,) = generate(base, [ids], max_new_tokens=NEW)
+        assert answer == expected[: len(answer)] and len(answer) >= NEW - 1
     with base.using(f"a{number}"):
-        (found,) = generate(base, [LONG], max_new_tokens=NEW)
-    assert [found] == generate(base, [LONG], max_new_tokens=NEW)  # the base alone
+        answers = generate(base, [LONG], max_new_tokens=NEW)
+    assert answers == generate(base, [LONG], max_new_tokens=NEW)  # the base alone
 
 
 def test_ten_adapters_over_one_document_compute_it_once():
     counting = CountingEngine()
-    found = counting.answers([request(number) for number in range(ADAPTERS)])
-    assert [new for new, _ in found] == [alone(number) for number in range(ADAPTERS)]
+    answers = counting.answers([request(number) for number in range(ADAPTERS)])
+    assert [new for new, _ in answers] == [alone(number) for number in range(ADAPTERS)]
     shared = len(LONG) // SIZE * SIZE
-    assert [cached for _, cached in found] == [0, *[shared] * (ADAPTERS - 1)]
-    each = len(prompt(0)) + NEW - 1
-    assert counting.tokens == ADAPTERS * each - (ADAPTERS - 1) * shared
+    assert [cached for _, cached in answers] == [0, *[shared] * (ADAPTERS - 1)]
+    alone_tokens = len(prompt(0)) + NEW - 1
+    assert counting.tokens == ADAPTERS * alone_tokens - (ADAPTERS - 1) * shared
 
 
 def test_the_bases_prompt_serves_an_adapter_and_the_other_way_round():
@@ -152,10 +152,10 @@ def test_chunks_choices_and_neighbours_change_no_answer(limits):
     requests = [
         request(number, adapter=bool(number % 3), choices=1 + number % 2) for number in range(6)
     ]
-    expected = [CountingEngine().answers([each])[0][0] for each in requests]
-    found = [new for new, _ in CountingEngine(**limits).answers(requests)]
-    assert found == [
-        answer for answer, each in zip(expected, requests, strict=True) for _ in range(each.choices)
+    expected = [CountingEngine().answers([own])[0][0] for own in requests]
+    answers = [new for new, _ in CountingEngine(**limits).answers(requests)]
+    assert answers == [
+        answer for answer, own in zip(expected, requests, strict=True) for _ in range(own.choices)
     ]
 
 
@@ -176,9 +176,8 @@ def test_block_names_are_the_bases_before_the_activation_and_hold_its_place_afte
     assert names(identity(0), 1000) == base
 
 
-@pytest.mark.parametrize("family", ["bloom"])
-def test_a_base_that_decodes_without_blocks_acts_from_there_on_too(family):
-    base = world(family)
+def test_a_base_that_decodes_without_blocks_acts_from_there_on_too():
+    base = world("bloom")
     with base.using("a0"):
         answers = generate(base, [prompt(0), LONG[:40]], max_new_tokens=4)
     for ids, answer in zip((prompt(0), LONG[:40]), answers, strict=True):
