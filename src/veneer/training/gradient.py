@@ -162,8 +162,9 @@ class StepGradient:
         number, counts = self.assigned.popleft()
         if number >= len(self.micro_batches):
             return self._replay_micro_batch(number, counts)
-        numbers = self.micro_batches[number]
-        taught_numbers = numbers if inputs.objective.has_teacher else ()
+        examples, taught = self._examples(number), None
+        if inputs.objective.has_teacher:
+            taught = Taught(inputs.teacher, teacher_examples(examples))
         # If another process counts it, the loss is divided by infinity, so the gradient is 0.
         total = self.total if counts else math.inf
         return MicroBatch(
@@ -171,9 +172,9 @@ class StepGradient:
             number,
             counts,
             inputs.objective,
-            inputs.answers(numbers, self._examples(number)),
+            inputs.answers(self.micro_batches[number], examples),
             total,
-            Taught(inputs.teacher, teacher_examples(map(self._example, taught_numbers))),
+            taught,
         )
 
     def _replay_micro_batch(self, number: int, counts: bool) -> "MicroBatch":
