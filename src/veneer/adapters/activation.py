@@ -26,7 +26,7 @@ def activation_start(ids: Ids, invocation: Sequence[int]) -> int:
     return len(text)
 
 
-def starts_of_rows(rows: Sequence[Ids], invocation: Sequence[int]) -> list[slice]:
+def active_tokens(rows: Sequence[Ids], invocation: Sequence[int]) -> list[slice]:
     """Returns the tokens on which the adapter acts, as a slice for each row that has any.
 
     All rows have the same length; the slices count tokens over all rows, one row after another.

@@ -58,8 +58,7 @@ def interval(
     signed   the figure may be below 0 and is no share, whatever the rows count
     prompts  (N) equal numbers for rows with the same prompt; None if every row has its own
     Returns None if the rows do not determine an interval: a single row of a figure without bounds,
-        rows that are all
-    alike, or a figure that is not finite.
+    rows that are all alike, or a figure that is not finite.
     """
     counts = _with_seeds(counts)
     if not share and not signed:

@@ -21,7 +21,7 @@ from veneer.quant.config import Quantize
 
 
 class TeacherBase(StrictSettings):
-    """Another base as the teacher, whose tokenizer has the same vocabulary as the student's."""
+    """Names another base as the teacher; its tokenizer has the vocabulary of the student's."""
 
     base: str
     """Hub id, folder, .gguf file, or a named default, as for the run's own base."""

@@ -118,7 +118,7 @@ class OwnAnswers:
 def own_answers_of(
     config: RunConfig, base: FrozenBase, data: DataSet, teacher: FrozenBase
 ) -> OwnAnswers | None:
-    """Returns what draws the student's own answers, None if it learns from given ones alone.
+    """Prepares the drawing of own answers; returns None if the student learns from the rows' alone.
 
     teacher: the base of the teacher
     """

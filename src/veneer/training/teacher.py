@@ -79,7 +79,7 @@ def attach_teacher(base: FrozenBase, stored: StoredAdapter | None) -> Applied:
 
 @dataclass(frozen=True)
 class KnownPrompt:
-    """The prompt in front of all examples of a teacher, as a prefix of their keys and values.
+    """Holds the prompt in front of all examples of a teacher, as a prefix of keys and values.
 
     tokens: its length; 0 if it is computed in every micro-batch. line: the same in words
     """

@@ -50,9 +50,9 @@ def load_teacher_base(
         return None
     key = settings.base, settings.quantize, settings.dtype
     if key not in loaded:
-        of_teacher: dict[str, object] = {"base": key[0], "quantize": key[1], "keep_dense": []}
+        of_teacher: dict[str, object] = {"base": settings.base, "quantize": settings.quantize}
         loaded[key] = load_on_all_processes(
-            config.model_copy(update=of_teacher), settings.dtype, world
+            config.model_copy(update=of_teacher | {"keep_dense": []}), settings.dtype, world
         )
     base = loaded[key]
     if faults := vocabulary_differences(student.tokenizer, base.tokenizer):
@@ -62,7 +62,7 @@ def load_teacher_base(
             "Take a teacher of the same family, with the same tokenizer.",
         )
     fields = {
-        "base": key[0] if key[0] in NAMED else absolute_if_exists(key[0]),
+        "base": settings.base if settings.base in NAMED else absolute_if_exists(settings.base),
         "dtype": base.compute.name,
         "digest": base.fingerprint().digest,
     }

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.adapters.activation import starts_of_rows
+from veneer.adapters.activation import active_tokens
 from veneer.adapters.combinations import refuse_answers, refuse_sum
 from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.score_head import ScoreHead
@@ -286,7 +286,7 @@ def within_texts(acting: Acting, args: Sequence[Any], kwargs: dict[str, Any]) ->
             " the ids of whole texts",
             next_step="Answer by base.generate, or call the model with whole texts.",
         )
-    return acting.within(starts_of_rows(list(ids.cpu().numpy()), invocation), ids.numel())
+    return acting.within(active_tokens(list(ids.cpu().numpy()), invocation), ids.numel())
 
 
 def _joined(rows: Sequence[tuple[int, Applied]]) -> tuple[BatchPart, ...]:
