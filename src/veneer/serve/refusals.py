@@ -55,6 +55,7 @@ RETRY_SECONDS = 1
 """Seconds until a client should retry after 429 and 503."""
 _RETRIED = (429, 503)
 _MESSAGE_CHARACTERS = 4000
+OUT_OF_TIME = "The time for this request is over."
 MOST_SHOWN = 40
 """Characters of a value that an error shows."""
 _PATH = re.compile(
@@ -184,7 +185,7 @@ def out_of_time() -> Iterator[None]:
     try:
         yield
     except TimeoutError:
-        raise Refusal(408, "The time for this request is over.") from None
+        raise Refusal(408, OUT_OF_TIME) from None
 
 
 def shutting_down() -> Refusal:

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import date
 from itertools import takewhile
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from veneer.serve.engine.prompts import Prompts
 from veneer.serve.limits import MOST_CANDIDATES, MOST_QUESTION_TOKENS
 from veneer.serve.protocols.answers import AdapterChoice
 from veneer.serve.protocols.request import ChatPrompt, GenerationRequest, Prompt, TextPrompt
-from veneer.serve.refusals import Refusal, refusal_of
+from veneer.serve.refusals import OUT_OF_TIME, Refusal, refusal_of
 
 log = logging.getLogger("veneer.serve")
 Texts = tuple[str, ...]
@@ -48,10 +48,13 @@ MOST_KEPT = 4 * MOST_CANDIDATES
 """Adapters whose texts are kept in memory; the oldest are removed."""
 
 
-class ReadFiles(Protocol):
-    """Runs a function that reads files, beside the event loop."""
-
-    def __call__(self, function: Callable[[], Any]) -> Awaitable[Any]: ...
+ReadFiles = Callable[[Callable[[], Any]], Awaitable[Any]]
+"""Runs a function that reads files, beside the event loop."""
+_FAILURES = {
+    FinishReason.CANCELLED: (503, "This request was ended."),
+    FinishReason.DEADLINE: (408, OUT_OF_TIME),
+}
+"""Status and message by the reason for which a prompt was not read."""
 
 
 class Chooser:
@@ -258,8 +261,8 @@ class Chooser:
                 for update in await inbox.next_updates():
                     if update.error is not None:
                         raise update.error
-                    if update.reason in _FAILED:
-                        raise _FAILED[update.reason]
+                    if update.reason in _FAILURES:
+                        raise Refusal(*_FAILURES[update.reason])
                     unread -= update.ended
         except (VeneerError, Refusal) as fault:
             raise refusal_of(fault, param="model") from None
@@ -279,9 +282,7 @@ class Chooser:
             if start >= stop:  # the template writes this question in another way
                 start, stop = 0, len(ids)
             start = min(start, MOST_QUESTION_TOKENS - 1)
-            spans.append(
-                (ids[:MOST_QUESTION_TOKENS], start, min(stop, MOST_QUESTION_TOKENS, len(ids)))
-            )
+            spans.append((ids[:MOST_QUESTION_TOKENS], start, min(stop, MOST_QUESTION_TOKENS)))
         return spans
 
     async def _template_edges(self) -> tuple[int, int]:
@@ -291,12 +292,6 @@ class Chooser:
             first, second = await self._prompts.encoded(probes, self._preamble)
             self._edges = self._day, _common(first, second), _common(first[::-1], second[::-1])
         return self._edges[1:]
-
-
-_FAILED = {
-    FinishReason.CANCELLED: Refusal(503, "This request was ended."),
-    FinishReason.DEADLINE: Refusal(408, "The time for this request is over."),
-}
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
