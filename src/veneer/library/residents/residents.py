@@ -134,9 +134,7 @@ class Residents:
         """
         for content, _ in identity:
             files = self.tiers.files(content)
-            if (summary := self._summaries.get(files.folder)) is None:
-                with hide_path(files.folder, files.reference):
-                    summary = read_summary(files.folder)
+            summary = self._read_summary(files.folder, files.reference)
             if summary.invocation:
                 return summary.invocation
         return ()
@@ -144,8 +142,8 @@ class Residents:
     def writes_answers(self, entry: Entry) -> bool:
         """Returns whether an adapter answers, and does not classify. Raises a VeneerError if its
         files cannot be read."""
-        with hide_path(self.library.objects / entry.version.object, entry.reference):
-            return HEAD not in read_summary(self.library.objects / entry.version.object).contents
+        folder = self.library.objects / entry.version.object
+        return HEAD not in self._read_summary(folder, entry.reference).contents
 
     def head_prefix_length(self, identity: Identity) -> int:
         """Returns the positions of the trained prefix of adapters that classify. Raises
@@ -166,13 +164,17 @@ class Residents:
         return sum(summary.places for summary in summaries)
 
     def _summary(self, files: VersionFiles) -> AdapterSummary:
-        if (summary := self._summaries.get(files.folder)) is not None:
-            return summary
+        """Returns an adapter's summary, an empty one if its files are broken."""
         try:
-            summary = read_summary(files.folder)
+            return self._read_summary(files.folder, files.reference)
         except VeneerError:
             return AdapterSummary()
-        self._remember(self._summaries, files.folder, summary)
+
+    def _read_summary(self, folder: Path, reference: str) -> AdapterSummary:
+        if (summary := self._summaries.get(folder)) is None:
+            with hide_path(folder, reference):
+                summary = read_summary(folder)
+            self._remember(self._summaries, folder, summary)
         return summary
 
     def _remember(self, values: dict[Path, T], folder: Path, value: T) -> None:
