@@ -10,6 +10,7 @@ hand is not such a name any more.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from veneer.files.atomic import write_text
 from veneer.files.lock import locked
@@ -23,11 +24,9 @@ LOCK_SECONDS = 5.0
 
 def note_published(store_folder: Path, entry: Entry) -> None:
     """Remembers that a job published this version."""
-    file = store_folder / PUBLISHED
     with locked(store_folder / ".published.lock", wait_seconds=LOCK_SECONDS):
-        objects = read_json(file) if file.is_file() else {}
-        text = json_text({**objects, entry.name: entry.version.object})
-        write_text(file, text, replace=True)
+        objects = {**_objects(store_folder), entry.name: entry.version.object}
+        write_text(store_folder / PUBLISHED, json_text(objects), replace=True)
 
 
 def may_publish(store_folder: Path, library: Library, name: str) -> bool:
@@ -35,6 +34,9 @@ def may_publish(store_folder: Path, library: Library, name: str) -> bool:
     version."""
     if not library.has(name):
         return True
+    return _objects(store_folder).get(name) == library.get(name).version.object
+
+
+def _objects(store_folder: Path) -> dict[str, Any]:
     file = store_folder / PUBLISHED
-    objects = read_json(file) if file.is_file() else {}
-    return objects.get(name) == library.get(name).version.object
+    return read_json(file) if file.is_file() else {}
