@@ -29,7 +29,7 @@ from veneer.serve.studio.rows import (
     examine,
     first_choices,
 )
-from veneer.serve.studio.training import job_card, job_progress, start_job
+from veneer.serve.studio.training import job_card, job_records_after, start_job
 
 T = TypeVar("T")
 FOLDER = "the studio's folder"
@@ -184,9 +184,9 @@ class Studio:
         return self._job_card(self.jobs.resume(self.results.job(draft_id).id))
 
     def progress(self, draft_id: str, after: int) -> dict[str, Any]:
-        """Returns the job of a draft with its records from a byte on."""
+        """Returns the job of a draft with its records from a position on."""
         job = self.results.job(draft_id)
-        return {**job_progress(job, after), "job": self._job_card(job)}
+        return {**job_records_after(job, after), "job": self._job_card(job)}
 
     def _job_card(self, job: TrainingJob) -> dict[str, Any]:
         """Describes a job, with its base and how many jobs of the queue are before it."""

@@ -99,18 +99,16 @@ def job_card(job: TrainingJob) -> dict[str, Any]:
     return dict(legible(card))
 
 
-def job_progress(job: TrainingJob, after: int) -> dict[str, Any]:
-    """Returns a job's card and its records from a position on. `start` is 0 if they are those from
-    the beginning, because the file was rewritten."""
-    update: dict[str, Any] = {"job": job_card(job), "records": [], "start": after, "next": after}
+def job_records_after(job: TrainingJob, after: int) -> dict[str, Any]:
+    """Returns a job's records from a position on. `start` is 0 if they are those from the
+    beginning, because the file was rewritten."""
     file = job.records_file
     if not file.is_file():
-        return {**update, "start": 0, "next": 0, "more": False}
+        return {"records": [], "start": 0, "next": 0, "more": False}
     with hide_path(job.run_folder, "the run"):
         part = follow_records(file, after, most_bytes=PART_BYTES, shown="the run's records")
     shown = [{name: legible(r[name]) for name in SHOWN if name in r} for r in part.records]
-    place = {"start": part.start, "next": part.next, "more": part.more}
-    return {**update, **place, "records": shown}
+    return {"records": shown, "start": part.start, "next": part.next, "more": part.more}
 
 
 async def follow_job(
