@@ -50,7 +50,7 @@ from veneer.serve.studio.rows import examine_job
 from veneer.serve.studio.training import base_name_of
 from veneer.training.config import RunConfig
 
-Run = Callable[[Callable[[], Any]], Awaitable[Any]]
+RunFunction = Callable[[Callable[[], Any]], Awaitable[Any]]
 """Runs a function that reads files beside the event loop."""
 COMMAND_SECONDS = 3600.0
 """Limit of an evaluation or an export."""
@@ -72,8 +72,8 @@ class Results:
         bases: StudioBases,
         drafts: Drafts,
         *,
-        read: Run,
-        check: Run,
+        read: RunFunction,
+        check: RunFunction,
     ) -> None:
         self._store, self._library, self._bases, self._drafts = store, library, bases, drafts
         self._read, self._check = read, check
@@ -129,6 +129,14 @@ class Results:
         publish(self._store.folder, self._library, job, name)
         return {"model": name}
 
+    def _judged(
+        self, draft_id: str, other_adapter: str
+    ) -> tuple[TrainingJob, list[JudgedModel], Path]:
+        """Returns a draft's finished job, the models that are compared on its held-out rows, and
+        the folder of this evaluation."""
+        job = self._finished_job(draft_id)
+        return job, self._judged_models(job, other_adapter), self.judged_folder(draft_id, job)
+
     def _judged_models(self, job: TrainingJob, other_adapter: str) -> list[JudgedModel]:
         """Returns the base, the job's adapter and, if it is named, another one. ConfigError: the
         library has no such adapter."""
@@ -157,9 +165,7 @@ class Results:
 
     async def evaluate(self, draft_id: str, other_adapter: str) -> dict[str, Any]:
         """Queues the evaluation of the models that were not evaluated yet."""
-        job = await self._read(lambda: self._finished_job(draft_id))
-        models = await self._read(lambda: self._judged_models(job, other_adapter))
-        folder = await self._read(lambda: self.judged_folder(draft_id, job))
+        job, models, folder = await self._read(lambda: self._judged(draft_id, other_adapter))
 
         async def work(commands: CommandLine) -> None:
             if not is_judged(folder, models[0]):
@@ -177,11 +183,7 @@ class Results:
         """Returns the state of the evaluation, and the figures that are there."""
 
         def figures() -> dict[str, Any]:
-            job = self._finished_job(draft_id)
-            models, folder = (
-                self._judged_models(job, other_adapter),
-                self.judged_folder(draft_id, job),
-            )
+            _, models, folder = self._judged(draft_id, other_adapter)
             some = is_judged(folder, models[0])
             return {
                 "comparison": comparison(folder, models) if some else None,
@@ -222,8 +224,7 @@ class Results:
         file may have. QuotaError: there is no room."""
         job = self._finished_job(draft_id)
         folder = self._folder(draft_id, EXPORT)
-        if folder.is_dir():
-            remove(folder)
+        remove(folder)
         room = self._room() // EXPORTS[body.to].copies
         folder.mkdir()
         name = _file_name(self._drafts.get(draft_id))
@@ -232,14 +233,10 @@ class Results:
 
     def _room(self) -> int:
         """Returns the bytes that jobs and files may still take. QuotaError: none."""
-        used, most = self._store.used_bytes(), self._store.limits.disk_bytes
-        if used >= most:
-            raise QuotaError(
-                f"jobs and files take {used:,} bytes, the limit is {most:,}",
-                [],
-                "Remove rows or exports first.",
-            )
-        return most - used
+        used, limits = self._store.used_bytes(), self._store.limits
+        if (fault := limits.disk_fault(used)) is not None:
+            raise QuotaError(fault, [], "Remove rows or exports first.")
+        return limits.disk_bytes - used
 
     async def export(self, draft_id: str, body: ExportBody) -> dict[str, Any]:
         """Queues an export. One that fails or is stopped leaves no file."""
@@ -266,10 +263,10 @@ class Results:
 
     def exported_file(self, draft_id: str) -> Path:
         """Returns the path of the finished export. Refusal: 404."""
-        report = export_report(self._folder(draft_id, EXPORT))
-        if report is None:
+        folder = self._folder(draft_id, EXPORT)
+        if (report := export_report(folder)) is None:
             raise Refusal(404, "Nothing is exported yet.", "id", "export_not_found")
-        return self._folder(draft_id, EXPORT) / str(report["file"])
+        return folder / str(report["file"])
 
     def forget(self, draft_id: str) -> None:
         """Removes the trial name, evaluation and export of an earlier run of a draft."""
