@@ -50,8 +50,8 @@ async function baseCells(base, signal) {
     const answer = await studio(draftPath("/plan"), { body: { ...chosenMethod(), base, keep: false }, signal });
     const [plan] = answer.plans;
     const memory = `${bytes(plan.needed_memory_bytes)} of ${bytes(answer.memory_bytes)}`;
-    const fits = { true: "yes", false: "no", null: "–" }[plan.fits];
-    const texts = [large(plan.trainable_parameters), memory, duration(plan.run_seconds), fits];
+    const time = duration(plan.run_seconds);
+    const texts = [large(plan.trainable_parameters), memory, time, FITS[plan.fits]];
     return texts.map((text) => make("td", {}, text));
   } catch (fault) {
     return [make("td", { colSpan: 4, className: "soft" }, said(fault) ?? "")];

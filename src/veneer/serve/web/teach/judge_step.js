@@ -2,7 +2,7 @@
 
 const ASKED_AT_ONCE = 5;
 const JUDGE_SETTINGS = { temperature: 0, max_tokens: 96, seed: 1 };
-/** asked: questions so far. right: for each model, in the order of the columns, its correct answers. */
+/** asked: questions so far. right: number of correct answers of each model, by column. */
 const noAnswers = () => ({ asked: 0, right: [], worse: 0 });
 /** questions: held-out rows. worse: of them, those that only the base answers correctly. */
 const judging = { draft: null, job: null, model: null, questions: [], ends: null, ...noAnswers() };

@@ -54,7 +54,7 @@ async function keep(event) {
   showKept();
 }
 
-/** Downloads a file of the draft's result. rest: of its address */
+/** Downloads a file of the draft's result. rest: the end of its address */
 async function download(rest) {
   await teachSafely(async () => {
     const response = await request(`/studio/api${draftPath(rest)}`);

@@ -1,4 +1,4 @@
-// Figures of all held-out rows: loss, metrics and forgetting with intervals, and the rows that became worse.
+// Figures of all held-out rows: loss, metrics and forgetting with intervals; rows that got worse.
 
 const FIGURE_NAMES = { loss: "loss", general: "loss on general text" };
 const WORSE_SHOWN = 10;
@@ -16,7 +16,10 @@ function showOthers() {
   if (names.includes(before)) byId("judge-other").value = before;
 }
 
-/** Shows the evaluation, and follows it while it runs. starts: states in which an incomplete one is started. */
+/**
+ * Shows the evaluation, and follows it while it runs.
+ * starts: states in which an incomplete evaluation is started.
+ */
 async function measure(starts) {
   measuring.ends?.abort();
   const { signal } = (measuring.ends = new AbortController());
@@ -41,7 +44,7 @@ function showMeasured(state) {
   showWorse(comparison?.worse ?? null);
 }
 
-/** Writes a figure of a metric: shares as percent, small numbers with as many places as their interval. */
+/** Writes a figure of a metric: shares as percent, small numbers with three decimal places. */
 function inUnit(value, unit) {
   if (unit === "share") return `${(100 * value).toFixed(1)}%`;
   return Math.abs(value) < 100 ? value.toFixed(3) : figure(value);

@@ -65,6 +65,8 @@ function planShown(answer) {
   return [...parts, notes].filter((part) => part !== null);
 }
 
+const FITS = { true: "yes", false: "no", null: "–" };
+
 /** Shows the plans of all methods as a table; a method's name chooses it. */
 function comparedShown(answer) {
   const head = ["method", "trained", "file", "memory", "time", "fits"].map((name) => make("th", {}, name));
@@ -78,7 +80,7 @@ function comparedShown(answer) {
       bytes(plan.file_bytes),
       bytes(plan.needed_memory_bytes),
       duration(plan.run_seconds),
-      { true: "yes", false: "no", null: "–" }[plan.fits],
+      FITS[plan.fits],
     ];
     return make("tr", {}, ...cells.map((cell) => make("td", {}, cell)));
   });

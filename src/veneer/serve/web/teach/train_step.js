@@ -10,7 +10,7 @@ const STATES = {
   failed: "Training failed.",
   cancelled: "Training was cancelled.",
 };
-/** start: the run's first record. next: the byte from which records are read. */
+/** start: the run's first record. next: the position from which records are read. */
 const emptyRun = () => ({ job: null, start: null, next: 0, steps: [], evaluations: [] });
 /** draft: the id of the trained rows. ends: stops following the job. */
 const training = { draft: null, ends: null, ...emptyRun() };
