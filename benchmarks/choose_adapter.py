@@ -1,4 +1,4 @@
-"""How often `model: auto` chooses the right adapter, and what a choice costs.
+"""Measures how often `model: auto` chooses the right adapter, and what a choice costs.
 
     python benchmarks/choose_adapter.py --data DATA --out choice.json       under three minutes
     python benchmarks/choose_adapter.py --data DATA --turns 0               without times

@@ -1,5 +1,5 @@
-"""200 clients of a server that trains, while uploads are cut off: nothing may be lost, and no
-response may be a 5xx.
+"""Sends requests of 200 clients to a server that trains, while uploads are cut off: nothing may be
+lost, and no response may be a 5xx.
 
     python benchmarks/train_load.py
         smollm2-135m; 200 clients with 3 requests each, 3 broken uploads, a job of 6 epochs
@@ -44,7 +44,7 @@ JOB_SECONDS = 1800.0
 
 @dataclass
 class Counts:
-    """What the clients have seen. Seconds are those of complete answers."""
+    """Counts what the clients have seen. Seconds are of complete answers."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     lost: list[str] = field(default_factory=list)

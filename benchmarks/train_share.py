@@ -1,4 +1,4 @@
-"""Time to first token of a server while it trains, against the same server while the trainer rests.
+"""Measures the time to first token of a server while it trains, and while its trainer rests.
 
     python benchmarks/train_share.py
         smollm2-135m; --train-share 0.25, 0.5 and 1; under four minutes

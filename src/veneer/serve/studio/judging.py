@@ -27,7 +27,7 @@ from veneer.wording import cut
 MOST_ROWS = 300
 """Held-out rows that are evaluated."""
 MOST_WORSE = 200
-"""Rows that became worse, of which the page is told."""
+"""Rows that became worse and are sent to the page; their count is of all."""
 MOST_TEXT = 2000
 """Characters of a question or an answer that are sent."""
 BASE, ADAPTER = "base", "adapter"
@@ -168,8 +168,8 @@ def worse_rows(
     after: Sequence[Line],
     metrics: Sequence[str],
 ) -> dict[str, Any]:
-    """Returns how many rows have a higher loss per token than before, and the first of them by the
-    difference."""
+    """Counts the rows that have a higher loss per token than before, and returns the MOST_WORSE
+    rows with the largest difference."""
     worse = []
     for row, line_before, line_after in zip(rows, before, after, strict=True):
         losses = [line["nats"] / max(line["tokens"], 1) for line in (line_before, line_after)]
