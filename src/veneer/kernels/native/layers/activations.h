@@ -1,5 +1,5 @@
-/* Numbers of activations, as in kernels/bindings/row_calls.py: GELU by its formula with tanh, and by
-   its definition. */
+/* Numbers of activations, as in kernels/bindings/row_calls.py: GELU by its formula with tanh, and
+   by its definition. */
 #ifndef VENEER_ACTIVATIONS_H
 #define VENEER_ACTIVATIONS_H
 
