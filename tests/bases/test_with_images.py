@@ -24,7 +24,7 @@ from veneer.adapters.config import Bottleneck, Full, LoRA
 from veneer.bases.quiet_transformers import quiet
 from veneer.decoding.generate import generate
 from veneer.errors import AdapterMismatchError, ConfigError, RefusedError, SourceError
-from veneer.execution.decoder_layer import decoder_layers
+from veneer.execution.facts.decoder_layer import decoder_layers
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.formats.loading import load_adapter
 from veneer.merge.export.export_run import export_adapter

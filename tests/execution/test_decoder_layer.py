@@ -15,20 +15,14 @@ from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import make_batch
 from veneer.execution.agreement import difference
 from veneer.execution.attention import NAME
-from veneer.execution.attention_facts import find_attention
 from veneer.execution.decode_step import LayersForward, forward_by_layers, own_forward
-from veneer.execution.decoder_layer import find_layers
-from veneer.execution.layer_facts import Rotation
-from veneer.execution.part_facts import find_feed_forward
+from veneer.execution.facts.attention_facts import find_attention
+from veneer.execution.facts.decoder_layer import find_layers, unknown_layers
+from veneer.execution.facts.layer_facts import Rotation
+from veneer.execution.facts.part_facts import find_feed_forward
+from veneer.execution.facts.small_modules import random_rows
 from veneer.execution.proofs.steps import read_and_continued
-from veneer.execution.small_modules import random_rows
-from veneer.execution.train_step import (
-    FusedAttention,
-    FusedLayer,
-    fused,
-    replacements,
-    unknown_layers,
-)
+from veneer.execution.train_step import FusedAttention, FusedLayer, fused, replacements
 from veneer.kernels.dense.fused import gelu_erf_gate, gelu_gate, silu_gate
 from veneer.models.step import batch_loss, prepare
 

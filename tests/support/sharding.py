@@ -8,7 +8,7 @@ import torch
 from torch import distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from veneer.execution.decoder_layer import decoder_layers
+from veneer.execution.facts.decoder_layer import decoder_layers
 from veneer.training.processes.sharding import FullyShard
 from veneer.training.processes.world import World
 

@@ -21,9 +21,11 @@ from transformers import PreTrainedModel
 from veneer.adapters.placement.wrapping import AdaptedModule, unwrapped
 from veneer.execution.agreement import MODEL, difference, disagreement
 from veneer.execution.attention import NAME, decoder, packed_arguments
-from veneer.execution.decoder_layer import find_layers
 from veneer.execution.ends import Ends
-from veneer.execution.layer_facts import DecoderLayer, Norm
+from veneer.execution.facts.decoder_layer import find_layers
+from veneer.execution.facts.layer_facts import DecoderLayer, Norm
+from veneer.execution.facts.model_start import ModelStart, embedding_scale, find_start, part_names
+from veneer.execution.facts.part_facts import find_norm
 from veneer.execution.layer_step import (
     DENSE,
     LayerAngles,
@@ -33,9 +35,7 @@ from veneer.execution.layer_step import (
     dense_operands,
     product,
 )
-from veneer.execution.model_start import ModelStart, embedding_scale, find_start, part_names
 from veneer.execution.paged import PagedStep
-from veneer.execution.part_facts import find_norm
 from veneer.execution.proofs.model import acting_prefix_length, some_ids, structure
 from veneer.execution.proofs.same_values import remember_by_values
 from veneer.execution.proofs.small_copy import NoCopyError, small_copy

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.execution.model_start import ModelStart
+from veneer.execution.facts.model_start import ModelStart
 from veneer.kernels.attention.paged import Spans
 from veneer.kernels.bindings import step_calls
 from veneer.kernels.bindings.dense_calls import put_at

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from veneer.adapters.methods.adapted_linear import AdaptedLinear
 from veneer.adapters.placement.wrapping import AdaptedModule
 from veneer.execution.attention import mask_of
-from veneer.execution.layer_facts import FEED_FORWARD, Attention, DecoderLayer, Norm
+from veneer.execution.facts.layer_facts import FEED_FORWARD, Attention, DecoderLayer, Norm
 from veneer.execution.paged import PagedStep
 from veneer.kernels.decoding import decoder_step
 from veneer.kernels.decoding.decoder_step import StepNorm

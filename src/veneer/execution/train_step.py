@@ -22,10 +22,16 @@ from veneer.adapters.methods.adapted_linear import AdaptedLinear, apply_together
 from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.wrapping import AdaptedModule, SwappedModule, unwrapped
 from veneer.execution.attention import NAME, LayoutAttention
-from veneer.execution.attention_facts import attend, find_attention
-from veneer.execution.decoder_layer import find_layers
-from veneer.execution.layer_facts import FEED_FORWARD, Attention, DecoderLayer, FeedForward, Norm
-from veneer.execution.part_facts import find_feed_forward, find_norm
+from veneer.execution.facts.attention_facts import attend, find_attention
+from veneer.execution.facts.decoder_layer import find_layers
+from veneer.execution.facts.layer_facts import (
+    FEED_FORWARD,
+    Attention,
+    DecoderLayer,
+    FeedForward,
+    Norm,
+)
+from veneer.execution.facts.part_facts import find_feed_forward, find_norm
 from veneer.execution.stand_in import StandIn
 from veneer.kernels.bindings.library import has_bf16
 from veneer.kernels.bindings.row_calls import SILU
@@ -364,20 +370,6 @@ def one_node(stand_ins: Mapping[str, StandIn]) -> bool:
         if isinstance(stand_in, FusedLayer) and stand_in.facts.feed_forward is not None
     ]
     return bool(layers) and next(layers[0].parameters()).is_cpu
-
-
-def unknown_layers(model: PreTrainedModel) -> list[str]:
-    """Says which decoder layers are not understood and why, a line for each reason."""
-    reasons: dict[str, list[str]] = {}
-    layers = find_layers(model)
-    for number, layer in enumerate(layers):
-        if layer.unknown is not None:
-            reasons.setdefault(layer.unknown, []).append(str(number))
-    return [
-        f"{len(numbers)} of {len(layers)} layers by the model's own code"
-        f"{'' if len(numbers) == len(layers) else ' (' + ', '.join(numbers) + ')'}: {reason}"
-        for reason, numbers in reasons.items()
-    ]
 
 
 @contextmanager

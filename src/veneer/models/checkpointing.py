@@ -20,7 +20,7 @@ from veneer.adapters.placement.acting import Acting
 from veneer.adapters.placement.routing import Routing
 from veneer.errors import ConfigError
 from veneer.execution.attention import decoder
-from veneer.execution.decoder_layer import decoder_layers
+from veneer.execution.facts.decoder_layer import decoder_layers
 from veneer.execution.stand_in import StandIn
 
 GIVE_BACK_EVERY = 4

@@ -50,7 +50,7 @@ from veneer.errors import (
     VeneerError,
     is_out_of_memory,
 )
-from veneer.execution.decoder_layer import decoder_layers
+from veneer.execution.facts.decoder_layer import decoder_layers
 from veneer.execution.proofs.same_values import remember_by_values, snapshot_values
 from veneer.models.checkpointing import give_back
 from veneer.models.few_rows import take_few_rows

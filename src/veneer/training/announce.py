@@ -14,7 +14,8 @@ from veneer.bases.identity.weight_table import packed_sizes, weight_line
 from veneer.data.examples import Example
 from veneer.data.load import DataSet
 from veneer.errors import ConfigError
-from veneer.execution.train_step import replacements, unknown_layers
+from veneer.execution.facts.decoder_layer import unknown_layers
+from veneer.execution.train_step import replacements
 from veneer.formats.adapter import adapter_file_bytes
 from veneer.linear import num_parameters
 from veneer.models.own_head import head_line

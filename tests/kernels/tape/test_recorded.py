@@ -21,7 +21,7 @@ from veneer.decoding.lanes import Lane
 from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.sequence import Request
 from veneer.execution import ends, recorded
-from veneer.execution.model_start import embedding_scale, find_start
+from veneer.execution.facts.model_start import embedding_scale, find_start
 from veneer.execution.recorded import RecordedSteps, _RecordedStep
 from veneer.kernels.attention.paged import SpanRows, Spans
 from veneer.kernels.bindings import dense_calls, step_calls

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.decoding.test_blocks import Books
-from tests.decoding.test_traffic import Traffic
+from tests.decoding.schedule.test_blocks import Books
+from tests.decoding.schedule.test_traffic import Traffic
 from tests.soak.counts import rounds
 
 

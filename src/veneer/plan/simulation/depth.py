@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.bases.loading.from_config import build
-from veneer.execution.decoder_layer import decoder_layers
+from veneer.execution.facts.decoder_layer import decoder_layers
 from veneer.plan.simulation.tracker import Phase, Work
 
 PERIODS = (1, 2, 3, 4, 6)

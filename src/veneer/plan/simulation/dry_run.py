@@ -31,7 +31,7 @@ from veneer.adapters.placement.token_rows import AddedTokens
 from veneer.bases.loading.from_config import build
 from veneer.errors import ConfigError
 from veneer.execution.attention import decoder
-from veneer.execution.decoder_layer import decoder_layers
+from veneer.execution.facts.decoder_layer import decoder_layers
 from veneer.execution.proofs.model import structure
 from veneer.execution.train_step import fused, replacements
 from veneer.formats.adapter import adapter_file_bytes

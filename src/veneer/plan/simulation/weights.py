@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 from transformers import PreTrainedModel
 
-from veneer.execution.decoder_layer import decoder_layers
+from veneer.execution.facts.decoder_layer import decoder_layers
 from veneer.linear import frozen_linear
 from veneer.plan.simulation.step_counts import BaseBytes
 

@@ -19,7 +19,7 @@ from veneer.adapters.methods.adapted_linear import apply_together
 from veneer.adapters.placement.wrapping import unwrapped
 from veneer.execution.agreement import EXACT, agrees
 from veneer.execution.attention import NAME, attention_forward
-from veneer.execution.layer_facts import (
+from veneer.execution.facts.layer_facts import (
     HEAD_NORMS,
     JOINED_QKV,
     QKV_BY_HEAD,
@@ -27,8 +27,8 @@ from veneer.execution.layer_facts import (
     Rotation,
     names_in_attention,
 )
-from veneer.execution.part_facts import find_norm
-from veneer.execution.small_modules import (
+from veneer.execution.facts.part_facts import find_norm
+from veneer.execution.facts.small_modules import (
     ROWS,
     WIDTH,
     random_rows,

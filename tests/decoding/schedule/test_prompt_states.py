@@ -4,8 +4,8 @@ scheduler does with the prompt."""
 import pytest
 import torch
 
+from tests.decoding.schedule.test_prompt_scores import NARROW, engine_of
 from tests.decoding.test_engine import with_adapters
-from tests.decoding.test_prompt_scores import NARROW, engine_of
 from veneer.adapters.placement.acting import Acting
 from veneer.decoding.engine import Engine
 from veneer.decoding.prompt_states import PromptMean

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from veneer.execution.attention import packed_arguments
-from veneer.execution.layer_facts import Rotation
-from veneer.execution.small_modules import ROWS, with_children
+from veneer.execution.facts.layer_facts import Rotation
+from veneer.execution.facts.small_modules import ROWS, with_children
 from veneer.private.torch import replace_parameters
 
 EMBEDDINGS = ("embed_tokens", "embed_in")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from veneer.adapters.placement.wrapping import unwrapped
 from veneer.execution.agreement import EXACT, PART, agrees
-from veneer.execution.layer_facts import (
+from veneer.execution.facts.layer_facts import (
     ACTIVATIONS,
     DOWN,
     GATE_UP,
@@ -20,7 +20,7 @@ from veneer.execution.layer_facts import (
     Gate,
     Norm,
 )
-from veneer.execution.small_modules import (
+from veneer.execution.facts.small_modules import (
     WIDTH,
     random_rows,
     small_linear,

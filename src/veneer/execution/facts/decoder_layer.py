@@ -19,16 +19,16 @@ from transformers import PreTrainedModel
 
 from veneer.adapters.placement.wrapping import AdaptedModule, plain_modules, unwrapped
 from veneer.execution.attention import decoder
-from veneer.execution.attention_facts import find_attention
-from veneer.execution.layer_facts import (
+from veneer.execution.facts.attention_facts import find_attention
+from veneer.execution.facts.layer_facts import (
     ATTENTIONS,
     FEED_FORWARD,
     HEAD_NORMS,
     DecoderLayer,
     names_in_attention,
 )
-from veneer.execution.norm_places import Sums, find_places
-from veneer.execution.part_facts import find_feed_forward, find_norm
+from veneer.execution.facts.norm_places import Sums, find_places
+from veneer.execution.facts.part_facts import find_feed_forward, find_norm
 from veneer.execution.stand_in import StandIn
 from veneer.model_record import record_of
 from veneer.private.transformers import attention_of
@@ -68,6 +68,20 @@ def find_layers(model: PreTrainedModel) -> tuple[DecoderLayer, ...]:
         layers = tuple(_find_layer(_own_module(place)) for place in places or ())
         known = record_of(model).keep(_Layers(layers, modules, attention))
     return known.layers
+
+
+def unknown_layers(model: PreTrainedModel) -> list[str]:
+    """Says which decoder layers are not understood and why, a line for each reason."""
+    reasons: dict[str, list[str]] = {}
+    layers = find_layers(model)
+    for number, layer in enumerate(layers):
+        if layer.unknown is not None:
+            reasons.setdefault(layer.unknown, []).append(str(number))
+    return [
+        f"{len(numbers)} of {len(layers)} layers by the model's own code"
+        f"{'' if len(numbers) == len(layers) else ' (' + ', '.join(numbers) + ')'}: {reason}"
+        for reason, numbers in reasons.items()
+    ]
 
 
 def _own_module(place: nn.Module) -> nn.Module:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from veneer.execution.agreement import EXACT, agrees
 from veneer.execution.attention import unused_mask
-from veneer.execution.layer_facts import FEED_FORWARD, LayerNorms, Norm
-from veneer.execution.small_modules import WIDTH, random_rows, with_children
+from veneer.execution.facts.layer_facts import FEED_FORWARD, LayerNorms, Norm
+from veneer.execution.facts.small_modules import WIDTH, random_rows, with_children
 from veneer.private.torch import buffers_of, parameters_of
 
 
