@@ -512,7 +512,10 @@ TESTS: dict[str, tuple[str, ...]] = {
         ("training/test_own_loop_objectives.py",),
     ),
     "objectives/preferences.py": ("objectives/test_preferences.py", "objectives/test_reference.py"),
-    "training/reference.py": ("objectives/test_reference.py", "objectives/test_preferences.py"),
+    "training/held_out/reference.py": (
+        "objectives/test_reference.py",
+        "objectives/test_preferences.py",
+    ),
     "data/mismatched.py": ("data/files/test_preferences.py",),
     "tuning/advice.py": ("tuning/test_tune.py",),
     **dict.fromkeys(

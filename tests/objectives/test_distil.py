@@ -32,7 +32,6 @@ from veneer.objectives.config import Distil
 from veneer.plan.simulation.dry_run import dry_run
 from veneer.plan.simulation.remembered import rows_digest
 from veneer.plan.simulation.step_counts import Step
-from veneer.training import teacher as teacher_module
 from veneer.training.config import RunConfig
 from veneer.training.gradient import StepGradient, forward_backward
 from veneer.training.inputs import ForwardInputs, Teacher, TrainingInputs
@@ -41,7 +40,8 @@ from veneer.training.output.screen import QuietScreen
 from veneer.training.processes.world import ALONE
 from veneer.training.run import run_training
 from veneer.training.state.folder import resume_config
-from veneer.training.teacher import taught_nats
+from veneer.training.teachers import teacher as teacher_module
+from veneer.training.teachers.teacher import taught_nats
 
 ROUNDING = 2e-4
 """Largest relative difference of a divergence in float32: a small difference of large numbers."""

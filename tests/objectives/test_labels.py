@@ -37,7 +37,7 @@ from veneer.training.output.records import read_records
 from veneer.training.output.screen import QuietScreen
 from veneer.training.run import run_training
 from veneer.training.state.folder import resume_config
-from veneer.training.teacher import attach_teacher
+from veneer.training.teachers.teacher import attach_teacher
 
 TEXTS = ["a card", "where is my money", "x", "the app does not open at all today"]
 LABELS = ["card", "money", "other"]

@@ -17,9 +17,9 @@ from veneer.models.frozen_base import FrozenBase
 from veneer.objectives.config import Distil, OwnAnswersConfig
 from veneer.plan.workload import Workload
 from veneer.runs import run_rows
+from veneer.training.drawn_rows.own_answers import OwnAnswers
 from veneer.training.gradient import StepGradient, forward_backward
 from veneer.training.output.screen import QuietScreen
-from veneer.training.own_answers import OwnAnswers
 from veneer.training.processes.world import ALONE
 from veneer.training.run import run_training
 from veneer.training.state.folder import resume_config

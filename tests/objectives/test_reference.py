@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.joint import config, make_world
 from veneer.files import remembered as memory
-from veneer.training import reference
+from veneer.training.held_out import reference
 from veneer.training.output.screen import QuietScreen
 from veneer.training.run import run_training
 

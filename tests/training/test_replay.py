@@ -16,12 +16,12 @@ from veneer.execution.switches import RopeSwitches
 from veneer.objectives.config import Distil
 from veneer.objectives.replay import ReplayObjective
 from veneer.training.config import RunConfig
+from veneer.training.drawn_rows.replay import Replay
 from veneer.training.gradient import StepGradient, forward_backward
 from veneer.training.output.records import read_records
 from veneer.training.output.screen import QuietScreen
 from veneer.training.prepare import prepare_run
 from veneer.training.processes.world import ALONE
-from veneer.training.replay import Replay
 from veneer.training.run import run_training
 from veneer.training.state.checkpoint import newest_valid
 from veneer.training.state.folder import resume_config

@@ -27,13 +27,13 @@ from veneer.errors import DivergedError, DoesNotFitError, fits_memory
 from veneer.kernels.layers.block import adding_gradients_in_place
 from veneer.models.step import BatchShare, batch_losses, parts_of
 from veneer.objectives.objective import AnswerBatch, BatchLoss, ObjectiveLoss, Predictions
+from veneer.training.drawn_rows.replay import Replay
 from veneer.training.inputs import ForwardInputs, TrainingInputs
 from veneer.training.optimizer.offload import Offload, offload_for, offloaded
 from veneer.training.processes.assignment import assign_by_cost, group_by_cost
 from veneer.training.processes.reduce import KINDS, GradientSum
 from veneer.training.processes.world import World
-from veneer.training.replay import Replay
-from veneer.training.teacher import Taught, predict_as_teachers, teacher_examples
+from veneer.training.teachers.teacher import Taught, predict_as_teachers, teacher_examples
 
 FEWER_VALUES = (
     "Train fewer values (an adapter instead of full, a smaller --rank), or --set"

@@ -20,10 +20,10 @@ from veneer.objectives.labels import balanced
 from veneer.objectives.objective import AnswerBatch, Objective, Values
 from veneer.objectives.registry import make_objective
 from veneer.training.config import RunConfig
+from veneer.training.drawn_rows.own_answers import OwnAnswers
+from veneer.training.drawn_rows.replay import Replay
 from veneer.training.optimizer.buffer import FlatValues
 from veneer.training.output.sample import Sample
-from veneer.training.own_answers import OwnAnswers
-from veneer.training.replay import Replay
 from veneer.training.state.checkpoint import numbers
 
 

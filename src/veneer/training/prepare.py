@@ -35,14 +35,14 @@ from veneer.models.step import refuse_untrainable
 from veneer.objectives.labels import resolved
 from veneer.training.config import EPOCHS_UNSAID, RunConfig
 from veneer.training.coordination import every_weight, load_on_all_processes
+from veneer.training.drawn_rows.own_answers import own_answers_of
+from veneer.training.drawn_rows.replay import Replay, load_replay
 from veneer.training.gradient import FEWER_VALUES
 from veneer.training.inputs import Teacher, TrainingInputs
 from veneer.training.optimizer.buffer import FlatParameters, FlatValues
 from veneer.training.output.records import process_memory_bytes, reset_peak_memory
 from veneer.training.output.sample import sample_of
-from veneer.training.own_answers import own_answers_of
 from veneer.training.processes.world import World
-from veneer.training.replay import Replay, load_replay
 from veneer.training.result import run_manifest
 from veneer.training.state.origin import (
     HELD_OUT_BY,
@@ -55,8 +55,8 @@ from veneer.training.state.origin import (
     origin_of,
 )
 from veneer.training.state.parents import ADAPTER_NAME, begin_adapter, with_tokens
-from veneer.training.teacher import locate_teacher, teacher_examples
-from veneer.training.teacher_base import TeacherBases, load_teacher_base, make_teacher
+from veneer.training.teachers.teacher import locate_teacher, teacher_examples
+from veneer.training.teachers.teacher_base import TeacherBases, load_teacher_base, make_teacher
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from veneer.training.held_out.best import read_best
 from veneer.training.held_out.evaluations import compute_evaluation, evaluation_record
 from veneer.training.held_out.first_evaluation import EvaluationResult, first_evaluation
 from veneer.training.held_out.losses import LossCells
+from veneer.training.held_out.reference import compute_reference, reference_from, reference_tensor
 from veneer.training.inputs import TrainingInputs
 from veneer.training.optimizer.buffer import learning_rate_at
 from veneer.training.optimizer.optimizers import make_optimizer
@@ -49,7 +50,6 @@ from veneer.training.output.records import (
 )
 from veneer.training.output.screen import Screen
 from veneer.training.processes.world import ALONE, World
-from veneer.training.reference import compute_reference, reference_from, reference_tensor
 from veneer.training.state.checkpoint import (
     SplitTensor,
     load_checkpoint,

@@ -43,7 +43,7 @@ class SimulatedTeacher:
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Predictions:
-        """Runs the base alone on the teacher's batch, as training/teacher.py does."""
+        """Runs the base alone on the teacher's batch, as training/teachers/teacher.py does."""
         with self.routing.none():
             return predictions(self.model, self.paths, self.routing, batch)
 

@@ -23,7 +23,7 @@ from veneer.training.held_out.losses import LossCells, losses_by_set, mean_loss
 from veneer.training.inputs import TrainingInputs
 from veneer.training.processes.world import World
 from veneer.training.state.progress import RunProgress
-from veneer.training.teacher import taught_nats
+from veneer.training.teachers.teacher import taught_nats
 
 FEWER_ROWS = "Take fewer rows at once, --set micro_batch=N, or a smaller --length."
 

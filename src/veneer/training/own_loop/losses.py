@@ -23,7 +23,7 @@ from veneer.objectives.objective import (
     Values,
 )
 from veneer.training.inputs import Teacher
-from veneer.training.teacher import Taught, teacher_examples
+from veneer.training.teachers.teacher import Taught, teacher_examples
 
 
 class SummedLoss:

@@ -38,7 +38,7 @@ from veneer.training.own_loop.losses import CustomLoss, LossFunction, SummedLoss
 from veneer.training.own_loop.objectives import CROSS_ENTROPY, Loss, check_examples, find_objective
 from veneer.training.own_loop.reference import StartReference
 from veneer.training.own_loop.state import TrainerState, write_state
-from veneer.training.teacher import attach_teacher
+from veneer.training.teachers.teacher import attach_teacher
 from veneer.wording import kind_of
 
 

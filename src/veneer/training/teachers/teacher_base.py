@@ -22,7 +22,7 @@ from veneer.training.config import RunConfig
 from veneer.training.coordination import load_on_all_processes
 from veneer.training.inputs import ForwardInputs, Teacher
 from veneer.training.processes.world import World
-from veneer.training.teacher import attach_prompt, attach_teacher, teacher_examples
+from veneer.training.teachers.teacher import attach_prompt, attach_teacher, teacher_examples
 
 
 @dataclass(frozen=True)
