@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.cli.common import add_library, make_console, pause_collection
 from veneer.cli.early import check_base
+from veneer.cli.flags import add_switch, add_value
 from veneer.errors import ConfigError, SourceError
 from veneer.files.strict_json import read_json, read_yaml
 from veneer.quant.config import FORMATS, Quantize, weight_format
@@ -23,10 +24,11 @@ def add_base(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
 
     several: --adapter takes several names, and args.adapter is a list
     """
-    parser.add_argument(
+    add_value(
+        parser,
         "--base",
-        metavar="B",
-        help="hub id, folder, .gguf file or named default; default: the adapter's own base",
+        "B",
+        "hub id, folder, .gguf file or named default; default: the adapter's own base",
     )
     help_of_adapter = "name in the library (NAME or NAME@2), or folder of an adapter or a run"
     if several:
@@ -39,39 +41,37 @@ def add_base(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
             help=f"{help_of_adapter}; several may be given; default: the base alone",
         )
     else:
-        parser.add_argument("--adapter", metavar="A", help=help_of_adapter)
+        add_value(parser, "--adapter", "A", help_of_adapter)
     add_library(parser)
-    parser.add_argument(
-        "--force-base",
-        action="store_true",
-        help="use the adapter even if it was trained on another base",
-    )
+    add_switch(parser, "--force-base", "use the adapter even if it was trained on another base")
     add_base_format(parser, "as the adapter was trained")
 
 
 def add_dtype(parser: argparse.ArgumentParser, default: str | None = "auto") -> None:
-    parser.add_argument(
+    add_value(
+        parser,
         "--dtype",
+        None,
+        "type of the base's weights in memory; default: auto",
         default=default,
         choices=["auto", "float32", "bfloat16", "float16"],
-        help="type of the base's weights in memory; default: auto",
     )
 
 
 def add_base_format(parser: argparse.ArgumentParser, default: str) -> None:
     """Adds --dtype, --quantize and --device. default: of --quantize, in words."""
     add_dtype(parser)
-    parser.add_argument(
+    add_value(
+        parser,
         "--quantize",
-        choices=FORMATS,
-        help=(
+        None,
+        (
             "format of the base's linear layers in memory; gguf: the blocks of a .gguf file;"
             f" default: {default}"
         ),
+        choices=FORMATS,
     )
-    parser.add_argument(
-        "--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, ...; default: auto"
-    )
+    add_value(parser, "--device", "D", "cpu, cuda, cuda:1, ...; default: auto", default="auto")
 
 
 def load_base(args: argparse.Namespace) -> Base:
@@ -98,7 +98,7 @@ def load_bare_base(
             source, dtype=args.dtype, device=args.device, quantize=quantize, keep_dense=keep_dense
         )
     if base.compute.widens and base.compute.line is not None:
-        make_console(json=True).print(base.compute.line, style="dim", soft_wrap=True)  # on stderr
+        make_console(json=True, wraps=True).print(base.compute.line, style="dim")  # on stderr
     return base
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, get_args
 
 from veneer.bounds import LENGTH
+from veneer.cli.flags import add_repeated, add_switch, add_value
 from veneer.errors import ConfigError, InputError
 from veneer.files.strict_json import finite_or_null
 from veneer.private.argparse import Container
@@ -58,33 +59,30 @@ def add_action(actions: Any, name: str, help: str) -> argparse.ArgumentParser:
 
 
 def add_json(parser: Container) -> None:
-    parser.add_argument(
-        "--json", action="store_true", help="print the result as JSON on stdout, messages on stderr"
-    )
+    add_switch(parser, "--json", "print the result as JSON on stdout, messages on stderr")
 
 
 def add_lookup(parser: Container) -> None:
-    parser.add_argument(
+    add_value(
+        parser,
         "--lookup",
-        default="auto",
-        choices=["auto", "off"],
-        help=(
+        None,
+        (
             "auto: guess tokens that an answer may copy and check several in one step; off: one"
             " token a step; the text is the same; default: auto"
         ),
+        default="auto",
+        choices=["auto", "off"],
     )
 
 
 def add_map(parser: Container) -> None:
-    parser.add_argument(
+    add_repeated(
+        parser,
         "--map",
-        action="append",
-        default=[],
-        metavar="COLUMN=NAME",
+        "COLUMN=NAME",
+        "rename a column: --map question=prompt --map answer=completion; COLUMN=null drops it",
         dest="columns",
-        help=(
-            "rename a column: --map question=prompt --map answer=completion; COLUMN=null drops it"
-        ),
     )
 
 
@@ -101,23 +99,25 @@ def parse_columns(args: argparse.Namespace) -> dict[str, str | None]:
 
 
 def add_variables(parser: argparse.ArgumentParser, what: str = "") -> None:
-    parser.add_argument(
+    add_repeated(
+        parser,
         "--variable",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
+        "NAME=VALUE",
+        (
+            "variable for the chat template, such as enable_thinking=false; NAME=null removes one"
+            + what
+        ),
         dest="variables",
-        help="variable for the chat template, such as enable_thinking=false; NAME=null removes one"
-        + what,
     )
 
 
 def add_preamble(parser: argparse.ArgumentParser) -> None:
     """Adds --system and --variable, whose defaults are those that the adapter was trained with."""
-    parser.add_argument(
+    add_value(
+        parser,
         "--system",
-        metavar="TEXT",
-        help=(
+        "TEXT",
+        (
             "system message for conversations without one; default: the one the adapter was"
             " trained with; '': none"
         ),
@@ -159,29 +159,26 @@ def resolve_preamble(args: argparse.Namespace, base: Base) -> Preamble:
             else ""
         )
         line = f"asked as the adapter was trained · {' · '.join(parts)}{off}"
-        make_console(json=True).print(shown(line), style="dim", soft_wrap=True)
+        make_console(json=True).print(shown(line), style="dim")
     return preamble
 
 
 def add_card(parser: argparse.ArgumentParser) -> None:
     """Adds flags for what a model card shows beside the adapter's manifest."""
-    parser.add_argument(
+    add_value(
+        parser,
         "--figures",
+        "FILE",
+        "output of veneer evaluate --json, added to the model card",
         type=Path,
-        metavar="FILE",
-        help=("output of veneer evaluate --json, added to the model card"),
     )
-    parser.add_argument(
-        "--sample",
-        action="store_true",
-        help="show one of your held-out rows, with both answers, in the model card",
+    add_switch(
+        parser, "--sample", "show one of your held-out rows, with both answers, in the model card"
     )
 
 
 def add_library(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--library", metavar="DIR", help="library folder; default: your own library"
-    )
+    add_value(parser, "--library", "DIR", "library folder; default: your own library")
 
 
 def add_data(parser: argparse.ArgumentParser, *others: str) -> None:
@@ -190,23 +187,25 @@ def add_data(parser: argparse.ArgumentParser, *others: str) -> None:
     from veneer.training.config import DataConfig, RunConfig
 
     length = RunConfig.model_fields["length"].default
-    parser.add_argument(
+    add_value(
+        parser,
         "--length",
+        "N",
+        f"longest row in tokens; default: {length}",
         type=LENGTH,
         default=length,
-        metavar="N",
-        help=f"longest row in tokens; default: {length}",
     )
     for name in ("format", "train_on", *others):
         field, summary = DataConfig.model_fields[name], summarize_setting(("data", name))
         choices = get_args(field.annotation)
         is_long = len(" ".join(choices)) > 60
-        parser.add_argument(
+        add_value(
+            parser,
             "--" + name.replace("_", "-"),
-            choices=choices,
+            name.upper() if is_long else None,
+            f"{summary}; one of {', '.join(choices)}" if is_long else summary,
             default=field.default,
-            metavar=name.upper() if is_long else None,
-            help=f"{summary}; one of {', '.join(choices)}" if is_long else summary,
+            choices=choices,
         )
 
 
@@ -215,11 +214,12 @@ def print_json(data: Mapping[str, Any] | Sequence[Any]) -> None:
     print(json.dumps(finite_or_null(data), indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def make_console(*, json: bool) -> Console:
+def make_console(*, json: bool = False, wraps: bool = False) -> Console:
     """Returns the console for people: stdout, or stderr if stdout carries data. It interprets no
     markup.
 
-    A failing write to stdout is an error (cli/main.py), one to stderr is not.
+    wraps: whether it breaks long lines; else the terminal does. A failing write to stdout is an
+    error (cli/main.py), one to stderr is not.
     """
     from rich.console import Console
 
@@ -229,8 +229,10 @@ def make_console(*, json: bool) -> Console:
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError  # rich would leave by SystemExit(1)
 
-    return (
+    console = (
         log_console(stderr=True)
         if json
         else ResultConsole(highlight=False, markup=False, emoji=False)
     )
+    console.soft_wrap = not wraps
+    return console

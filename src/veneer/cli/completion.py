@@ -14,11 +14,12 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from veneer.cli.flags import add_value
 from veneer.private.argparse import actions_of, subparsers_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shell", choices=SHELLS, help="your shell")
+    add_value(parser, "shell", None, "your shell", choices=SHELLS)
 
 
 def run(args: argparse.Namespace) -> int:

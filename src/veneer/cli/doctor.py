@@ -66,13 +66,11 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(facts)
         return 0
-    console = make_console(json=False)
+    console = make_console()
     for part, values in facts.items():
         console.print(part, style="bold")
         for name, value in values.items():
-            console.print(
-                f"  {name.removesuffix('_bytes'):<18} {_shown(name, value)}", soft_wrap=True
-            )
+            console.print(f"  {name.removesuffix('_bytes'):<18} {_shown(name, value)}")
     return 0
 
 

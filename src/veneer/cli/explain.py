@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.cli.common import add_json, print_json
+from veneer.cli.flags import add_switch, add_value
 from veneer.errors import ConfigError
 from veneer.vocabulary import KeyPath
 
@@ -27,15 +28,14 @@ FILE = Path(__file__).with_name("codes.toml")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    add_value(
+        parser,
         "names",
+        "NAME",
+        "an error code, a setting, or `settings` for all settings; default: all codes",
         nargs="*",
-        metavar="NAME",
-        help=("an error code, a setting, or `settings` for all settings; default: all codes"),
     )
-    parser.add_argument(
-        "--markdown", action="store_true", help="print all codes as the page docs/errors.md"
-    )
+    add_switch(parser, "--markdown", "print all codes as the page docs/errors.md")
     add_json(parser)
 
 

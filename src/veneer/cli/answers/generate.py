@@ -23,15 +23,14 @@ from veneer.cli.common import (
     require_stdin,
     resolve_preamble,
 )
+from veneer.cli.flags import add_value
 from veneer.errors import InputError
 from veneer.wording import shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "veneer generate [--base B] [--adapter A] [--temperature T] ... [PROMPT]"
-    parser.add_argument(
-        "prompt", nargs="?", metavar="PROMPT", help="the user's message; default: read from stdin"
-    )
+    add_value(parser, "prompt", "PROMPT", "the user's message; default: read from stdin", nargs="?")
     add_base(parser)
     add_preamble(parser)
     add_sampling(parser)
@@ -41,22 +40,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Adds --max-new-tokens and --temperature."""
-    parser.add_argument(
+    add_value(
+        parser,
         "--max-new-tokens",
+        "N",
+        "longest answer in tokens; default: 256",
         type=NEW_TOKENS,
         default=256,
-        metavar="N",
-        help="longest answer in tokens; default: 256",
     )
-    parser.add_argument(
+    add_value(
+        parser,
         "--temperature",
-        type=TEMPERATURE,
-        default=0.0,
-        metavar="T",
-        help=(
+        "T",
+        (
             "0 always takes the likeliest token (default); 1 samples from the model's"
             " probabilities; higher values vary more"
         ),
+        type=TEMPERATURE,
+        default=0.0,
     )
 
 

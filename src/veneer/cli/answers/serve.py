@@ -27,6 +27,7 @@ from veneer.cli.answers.server import (
     run_server,
     start_here,
 )
+from veneer.cli.flags import add_value
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,34 +38,36 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "veneer serve --base B [--library DIR] [--port N] [--keys FILE] ..."
-    parser.add_argument("--base", metavar="B", help="hub id, folder, .gguf file or named default")
+    add_value(parser, "--base", "B", "hub id, folder, .gguf file or named default")
     access = add_server_flags(parser)
-    access.add_argument(
+    add_value(
+        access,
         "--new-key",
+        None,
+        "make a key, print it, store its hash in FILE of --keys, and exit",
         choices=["use", "train", "admin"],
-        help="make a key, print it, store its hash in FILE of --keys, and exit",
     )
     where = parser.add_argument_group("where to run")
-    where.add_argument(
-        "--on", choices=PLACES, default="here", help="in this process or on Ray; default: here"
+    add_value(
+        where,
+        "--on",
+        None,
+        "in this process or on Ray; default: here",
+        default="here",
+        choices=PLACES,
     )
-    where.add_argument(
-        "--address",
-        metavar="A",
-        help="address of the Ray cluster, or auto; default: start one here",
+    add_value(
+        where, "--address", "A", "address of the Ray cluster, or auto; default: start one here"
     )
-    where.add_argument(
-        "--replicas", type=COUNT, metavar="N", help="minimum number of replicas; default: 1"
-    )
-    where.add_argument(
+    add_value(where, "--replicas", "N", "minimum number of replicas; default: 1", type=COUNT)
+    add_value(
+        where,
         "--max-replicas",
+        "N",
+        "maximum number of replicas; more start while requests wait; default: --replicas",
         type=COUNT,
-        metavar="N",
-        help="maximum number of replicas; more start while requests wait; default: --replicas",
     )
-    where.add_argument(
-        "--cpus", type=COUNT, metavar="N", help="CPUs per replica; default: an equal share"
-    )
+    add_value(where, "--cpus", "N", "CPUs per replica; default: an equal share", type=COUNT)
 
 
 def run(args: argparse.Namespace) -> int:

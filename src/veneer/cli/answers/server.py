@@ -22,6 +22,7 @@ from veneer.cli.common import (
     pause_collection,
 )
 from veneer.cli.early import check_base
+from veneer.cli.flags import add_repeated, add_switch, add_value
 from veneer.errors import ConfigError
 from veneer.private.argparse import Container
 from veneer.wording import folded, shown, size
@@ -63,134 +64,115 @@ def add_server_flags(parser: argparse.ArgumentParser, *, trains: bool = False) -
     trains: whether the server trains without --train. Returns the group of access flags.
     """
     add_library(parser)
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1 (local)"
+    add_value(
+        parser,
+        "--host",
+        None,
+        "address to listen on; default: 127.0.0.1 (local)",
+        default="127.0.0.1",
     )
-    parser.add_argument(
-        "--port",
-        type=PORT,
-        default=8000,
-        metavar="N",
-        help="port; 0 picks a free one; default: 8000",
+    add_value(
+        parser, "--port", "N", "port; 0 picks a free one; default: 8000", type=PORT, default=8000
     )
-    parser.add_argument(
-        "--name", metavar="NAME", help="model name of the base; default: its --base name"
-    )
-    parser.add_argument(
+    add_value(parser, "--name", "NAME", "model name of the base; default: its --base name")
+    add_value(
+        parser,
         "--system",
-        metavar="TEXT",
-        help="default system message; default: the one each adapter was trained with; '': none",
+        "TEXT",
+        "default system message; default: the one each adapter was trained with; '': none",
     )
     add_variables(
         parser,
         "; default: as each adapter was trained; chat_template_kwargs of a request override it",
     )
-    parser.add_argument(
-        "--pin", action="append", default=[], metavar="A", help="always keep this adapter in memory"
+    add_repeated(parser, "--pin", "A", "always keep this adapter in memory")
+    add_switch(
+        parser, "--auto", "answer model auto with the adapter whose training prompts are nearest"
     )
-    parser.add_argument(
-        "--auto",
-        action="store_true",
-        help="answer model auto with the adapter whose training prompts are nearest",
-    )
-    parser.add_argument("--runs", metavar="DIR", help="folder of runs to show on the page")
+    add_value(parser, "--runs", "DIR", "folder of runs to show on the page")
     add_base_format(parser, "as it is stored")
     add_lookup(parser)
     training = parser.add_argument_group("training")
     if trains:
         parser.set_defaults(train=True)
     else:
-        training.add_argument(
-            "--train",
-            action="store_true",
-            help="accept rows and training jobs: /v1/files and /v1/fine_tuning/jobs",
+        add_switch(
+            training, "--train", "accept rows and training jobs: /v1/files and /v1/fine_tuning/jobs"
         )
-    training.add_argument(
-        "--jobs", metavar="DIR", help="folder of jobs and uploaded files; default: your own"
-    )
-    training.add_argument(
+    add_value(training, "--jobs", "DIR", "folder of jobs and uploaded files; default: your own")
+    add_value(
+        training,
         "--jobs-mib",
+        "N",
+        "MiB for jobs, runs and uploaded files together; default: 20480",
         type=MIB,
-        metavar="N",
-        help="MiB for jobs, runs and uploaded files together; default: 20480",
     )
-    training.add_argument(
+    add_value(
+        training,
         "--train-share",
-        type=PART,
-        metavar="S",
-        help=(
+        "S",
+        (
             "part of the processor that a trainer may use, at lower priority; 1: all of it, at"
             " equal priority; default: 0.5"
         ),
+        type=PART,
     )
     limits = parser.add_argument_group("limits")
-    limits.add_argument(
-        "--rows", type=ROWS, default=64, metavar="N", help="answers computed at once; default: 64"
-    )
-    limits.add_argument(
+    add_value(limits, "--rows", "N", "answers computed at once; default: 64", type=ROWS, default=64)
+    add_value(
+        limits,
         "--max-waiting",
+        "N",
+        "waiting requests before 429; default: 256",
         type=COUNT,
         default=256,
-        metavar="N",
-        help="waiting requests before 429; default: 256",
     )
-    limits.add_argument(
+    add_value(
+        limits,
         "--max-adapters",
+        "N",
+        "adapters active at once; default: 64",
         type=COUNT,
         default=64,
-        metavar="N",
-        help="adapters active at once; default: 64",
     )
-    limits.add_argument(
+    add_value(
+        limits,
         "--cache-mib",
+        "N",
+        "MiB for the key/value cache; default: a quarter of memory",
         type=MIB,
-        metavar="N",
-        help="MiB for the key/value cache; default: a quarter of memory",
     )
-    limits.add_argument(
-        "--adapters-mib",
-        type=MIB,
-        default=1024,
-        metavar="N",
-        help="MiB for adapters; default: 1024",
+    add_value(
+        limits, "--adapters-mib", "N", "MiB for adapters; default: 1024", type=MIB, default=1024
     )
-    limits.add_argument(
+    add_value(
+        limits,
         "--seconds",
+        "S",
+        "time limit of a request; default: 600",
         type=SECONDS,
         default=600.0,
-        metavar="S",
-        help="time limit of a request; default: 600",
     )
-    limits.add_argument(
+    add_value(
+        limits,
         "--drain",
+        "S",
+        "seconds for open requests after SIGTERM; default: 30",
         type=SECONDS,
         default=30.0,
-        metavar="S",
-        help="seconds for open requests after SIGTERM; default: 30",
     )
     access = parser.add_argument_group("access")
-    access.add_argument(
+    add_value(
+        access,
         "--keys",
-        metavar="FILE",
-        help=(
+        "FILE",
+        (
             "file with hashes of API keys; VENEER_API_KEY, VENEER_TRAIN_KEY and VENEER_ADMIN_KEY"
             " also work"
         ),
     )
-    access.add_argument(
-        "--allow-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="extra host name to accept",
-    )
-    access.add_argument(
-        "--allow-origin",
-        action="append",
-        default=[],
-        metavar="URL",
-        help="web site whose pages may send requests",
-    )
+    add_repeated(access, "--allow-host", "NAME", "extra host name to accept")
+    add_repeated(access, "--allow-origin", "URL", "web site whose pages may send requests")
     return access
 
 
@@ -216,9 +198,9 @@ def run_server(args: argparse.Namespace, start: Start) -> int:
         keys = keys_of(settings, os.environ)
         server = start(args, settings, keys, library)
     _configure_logging()
-    console = make_console(json=False)
+    console = make_console()
     for line in server.screen_lines:
-        console.print(shown(line), soft_wrap=True)
+        console.print(shown(line))
     try:
         run(server.server, [server.socket])
     finally:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from veneer.bases.names.named import NAMED
 from veneer.cli.answers.server import ListeningServer, add_server_flags, run_server, start_here
+from veneer.cli.flags import add_repeated, add_value
 from veneer.errors import ConfigError
 from veneer.files.home import expanded
 
@@ -30,19 +31,19 @@ DEFAULT_BASE = next(iter(NAMED))
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "veneer studio [--base B] [--library DIR] [--bases DIR] [--jobs DIR] ..."
-    parser.add_argument(
+    add_value(
+        parser,
         "--base",
+        "B",
+        f"hub id, folder, .gguf file or named default; default: {DEFAULT_BASE}",
         default=DEFAULT_BASE,
-        metavar="B",
-        help=f"hub id, folder, .gguf file or named default; default: {DEFAULT_BASE}",
     )
     add_server_flags(parser, trains=True)
-    parser.add_argument(
+    add_repeated(
+        parser,
         "--bases",
-        action="append",
-        default=[],
-        metavar="DIR",
-        help=(
+        "DIR",
+        (
             "folder of models and .gguf files that the page offers as bases, beside those in the"
             " hub's cache; may be repeated"
         ),

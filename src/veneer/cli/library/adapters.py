@@ -21,6 +21,7 @@ from veneer.bounds import COUNT
 from veneer.cli.bases import add_dtype, load_plain_base, resolve_weight_format, storage_dtype
 from veneer.cli.common import add_action, add_card, add_json, add_library, make_console, print_json
 from veneer.cli.early import check_files
+from veneer.cli.flags import add_repeated, add_switch, add_value
 from veneer.errors import ConfigError
 from veneer.wording import shown, size
 
@@ -51,61 +52,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_ls(action)
     add_show(action)
     add = action("add", _add, "add an adapter folder, or the result of a run, to the library")
-    add.add_argument("source", metavar="FOLDER", help="folder of an adapter or a run")
-    add.add_argument(
-        "--name", metavar="NAME", help="name in the library; default: the folder's name"
-    )
-    add.add_argument(
-        "--tag",
-        action="append",
-        default=[],
-        metavar="TAG",
-        help="tag of the new version; may be repeated",
-    )
-    add.add_argument("--note", default="", metavar="TEXT", help="note of one line")
+    add_value(add, "source", "FOLDER", "folder of an adapter or a run")
+    add_value(add, "--name", "NAME", "name in the library; default: the folder's name")
+    add_repeated(add, "--tag", "TAG", "tag of the new version; may be repeated")
+    add_value(add, "--note", "TEXT", "note of one line", default="")
     _add_base(
         add, "for an adapter from elsewhere: check that it fits this base, and bind it to this base"
     )
     rm = action("rm", _rm, "remove a version, or all versions of a name; gc frees the space")
-    rm.add_argument("adapter", metavar="NAME[@V]")
+    add_value(rm, "adapter", "NAME[@V]")
     tag = action("tag", _tag, "change the tags or the note of a version")
-    tag.add_argument("adapter", metavar="NAME[@V]")
-    tag.add_argument(
-        "tags",
-        nargs="*",
-        metavar="TAG",
-        help="tags to set; a tag moves here from the version that had it",
+    add_value(tag, "adapter", "NAME[@V]")
+    add_value(
+        tag, "tags", "TAG", "tags to set; a tag moves here from the version that had it", nargs="*"
     )
-    tag.add_argument("--remove", action="append", default=[], metavar="TAG", help="tag to remove")
-    tag.add_argument("--note", metavar="TEXT", help='note of one line; "" removes it')
+    add_repeated(tag, "--remove", "TAG", "tag to remove")
+    add_value(tag, "--note", "TEXT", 'note of one line; "" removes it')
     rename = action("rename", _rename, "rename all versions of a name")
-    rename.add_argument("old", metavar="OLD")
-    rename.add_argument("new", metavar="NEW")
+    add_value(rename, "old", "OLD")
+    add_value(rename, "new", "NEW")
     add_diff(action)
     verify = action("verify", _verify, "check hashes, shapes and values of one adapter or all")
-    verify.add_argument(
-        "adapter", nargs="?", metavar="NAME[@V]", help="default: all versions of all names"
-    )
+    add_value(verify, "adapter", "NAME[@V]", "default: all versions of all names", nargs="?")
     _add_base(verify, "also check that it fits this base")
     push = action("push", _push, "copy a version to another place and verify it there")
-    push.add_argument("adapter", metavar="NAME[@V]")
-    push.add_argument("to", metavar="PLACE", help=PLACES)
+    add_value(push, "adapter", "NAME[@V]")
+    add_value(push, "to", "PLACE", PLACES)
     add_card(push)
     pull = action("pull", _pull, "download a version and verify it; resumes if interrupted")
-    pull.add_argument("place", metavar="PLACE", help=PLACES)
-    pull.add_argument(
-        "adapter", nargs="?", metavar="NAME[@V]", help="its name there; not for hf://"
-    )
-    pull.add_argument("--name", metavar="NAME", help="its name here; default: its name there")
+    add_value(pull, "place", "PLACE", PLACES)
+    add_value(pull, "adapter", "NAME[@V]", "its name there; not for hf://", nargs="?")
+    add_value(pull, "--name", "NAME", "its name here; default: its name there")
     gc = action("gc", _gc, "show unused files; with --yes, delete them")
-    gc.add_argument(
-        "--keep",
-        type=COUNT,
-        default=1,
-        metavar="N",
-        help="newest versions of a name to keep; default: 1",
+    add_value(
+        gc, "--keep", "N", "newest versions of a name to keep; default: 1", type=COUNT, default=1
     )
-    gc.add_argument("--yes", action="store_true", help="delete them")
+    add_switch(gc, "--yes", "delete them")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -116,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _add_base(parser: argparse.ArgumentParser, help: str) -> None:
-    parser.add_argument("--base", metavar="B", help=help)
+    add_value(parser, "--base", "B", help)
     add_dtype(parser)
 
 
@@ -148,23 +130,18 @@ def _print_added(entry: Entry, library: Library, args: argparse.Namespace, *, ag
         print_json(entry.to_dict())
         return 0
     facts = entry.version.facts
-    console = make_console(json=False)
-    console.print(
-        f"{entry.reference} · {facts.method} · {size(facts.bytes)} · {library.folder}",
-        soft_wrap=True,
-    )
+    console = make_console()
+    console.print(f"{entry.reference} · {facts.method} · {size(facts.bytes)} · {library.folder}")
     if facts.base_proof == "unverified":
         base_note = f"Its files name the base {shown(facts.base)!r}." if facts.base else ""
         console.print(
-            "  base: unverified, since the files hold no fingerprint of its weights. " + base_note,
-            soft_wrap=True,
+            "  base: unverified, since the files hold no fingerprint of its weights. " + base_note
         )
-        console.print(f"  To check that it fits: {again}", soft_wrap=True)
+        console.print(f"  To check that it fits: {again}")
     elif facts.base_proof == "stated":
         console.print(
             f"  base: {shown(facts.base)}, as given with --base: names and shapes fit."
-            " The adapter now loads only on these weights.",
-            soft_wrap=True,
+            " The adapter now loads only on these weights."
         )
     return 0
 
@@ -210,9 +187,7 @@ def _push(args: argparse.Namespace, library: Library) -> int:
         )
     else:
         outcome = "already there" if result.skipped else size(result.bytes)
-        make_console(json=False).print(
-            f"{shown(result.reference)} · {outcome} · {shown(result.address)}", soft_wrap=True
-        )
+        make_console().print(f"{shown(result.reference)} · {outcome} · {shown(result.address)}")
     return 0
 
 
@@ -233,13 +208,12 @@ def _rm(args: argparse.Namespace, library: Library) -> int:
     if args.json:
         print_json([entry.to_dict() for entry in removed])
         return 0
-    console = make_console(json=False)
-    console.print(f"removed {', '.join(entry.reference for entry in removed)}", soft_wrap=True)
+    console = make_console()
+    console.print(f"removed {', '.join(entry.reference for entry in removed)}")
     newest = library.objects / removed[-1].version.object
     console.print(
         f"  `veneer adapters gc` deletes the files; to undo: veneer adapters add {newest}"
-        f" --name {removed[-1].name}",
-        soft_wrap=True,
+        f" --name {removed[-1].name}"
     )
     return 0
 
@@ -253,7 +227,7 @@ def _tag(args: argparse.Namespace, library: Library) -> int:
     else:
         tags = ", ".join(entry.version.tags) or "no tags"
         note = f" · {shown(entry.version.note)}" if entry.version.note else ""
-        make_console(json=False).print(f"{entry.reference} · {tags}{note}", soft_wrap=True)
+        make_console().print(f"{entry.reference} · {tags}{note}")
     return 0
 
 
@@ -262,7 +236,7 @@ def _rename(args: argparse.Namespace, library: Library) -> int:
     if args.json:
         print_json({"old": args.old, "new": args.new})
     else:
-        make_console(json=False).print(f"{args.old} is now {args.new}", soft_wrap=True)
+        make_console().print(f"{args.old} is now {args.new}")
     return 0
 
 
@@ -274,16 +248,13 @@ def _verify(args: argparse.Namespace, library: Library) -> int:
     if args.json:
         print_json({"checked": len(faults_by_reference), "faults": faults_by_reference})
     else:
-        console = make_console(json=False)
+        console = make_console()
         for reference, faults in faulty.items():
-            console.print(f"{reference}: faulty", style="bold red", soft_wrap=True)
+            console.print(f"{reference}: faulty", style="bold red")
             for fault in faults:
-                console.print(f"  {shown(fault)}", soft_wrap=True)
+                console.print(f"  {shown(fault)}")
         checks = "hashes, shapes and values" + (" and the fit on the base" if args.base else "")
-        console.print(
-            f"{len(faults_by_reference):,} checked, {len(faulty):,} faulty: {checks}",
-            soft_wrap=True,
-        )
+        console.print(f"{len(faults_by_reference):,} checked, {len(faulty):,} faulty: {checks}")
     return 4 if faulty else 0
 
 
@@ -323,16 +294,14 @@ def _gc(args: argparse.Namespace, library: Library) -> int:
         }
         print_json({**fields, "bytes": unused.bytes, "removed": args.yes})
         return 0
-    console = make_console(json=False)
+    console = make_console()
     for reference in unused.versions[:20]:
-        console.print(f"  {reference}: an old version without a tag", soft_wrap=True)
+        console.print(f"  {reference}: an old version without a tag")
     if len(unused.versions) > 20:
         console.print(f"  and {len(unused.versions) - 20:,} more old versions")
     objects = f"{len(unused.objects):,} object{'' if len(unused.objects) == 1 else 's'}"
     counts = f"{objects}, {len(unused.remains):,} unfinished files, {size(unused.bytes)}"
-    console.print(f"{'removed' if args.yes else 'unused'}: {counts}", soft_wrap=True)
+    console.print(f"{'removed' if args.yes else 'unused'}: {counts}")
     if not args.yes and (unused.versions or unused.objects or unused.remains):
-        console.print(
-            "Delete them: veneer adapters gc --yes. To keep a version, tag it.", soft_wrap=True
-        )
+        console.print("Delete them: veneer adapters gc --yes. To keep a version, tag it.")
     return 0

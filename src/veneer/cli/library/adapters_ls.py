@@ -10,6 +10,7 @@ from shutil import get_terminal_size
 from typing import TYPE_CHECKING, get_args
 
 from veneer.cli.common import print_json
+from veneer.cli.flags import add_switch, add_value
 from veneer.wording import between, cut, number, shown, size
 
 if TYPE_CHECKING:
@@ -26,19 +27,15 @@ def add_ls(action: Callable[..., argparse.ArgumentParser]) -> None:
     from veneer.library.entry import SortKey
 
     ls = action("ls", _ls, "list adapters: the newest version of every name")
-    ls.add_argument(
-        "--name", default="*", metavar="GLOB", help='names that match, for instance "support-*"'
+    add_value(ls, "--name", "GLOB", 'names that match, for instance "support-*"', default="*")
+    add_value(
+        ls, "--base", "GLOB", "adapters of this base: its name or the start of its fingerprint"
     )
-    ls.add_argument(
-        "--base",
-        metavar="GLOB",
-        help="adapters of this base: its name or the start of its fingerprint",
-    )
-    ls.add_argument("--method", metavar="M", help="adapters of this method, for instance lora")
-    ls.add_argument("--tag", metavar="TAG", help="versions with this tag")
-    ls.add_argument("--versions", action="store_true", help="also list old versions")
-    ls.add_argument(
-        "--sort", default="name", choices=get_args(SortKey), help="sort key; default: name"
+    add_value(ls, "--method", "M", "adapters of this method, for instance lora")
+    add_value(ls, "--tag", "TAG", "versions with this tag")
+    add_switch(ls, "--versions", "also list old versions")
+    add_value(
+        ls, "--sort", None, "sort key; default: name", default="name", choices=get_args(SortKey)
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.cli.bases import add_dtype, load_plain_base
 from veneer.cli.common import make_console, print_json
+from veneer.cli.flags import add_value
 from veneer.cli.library.adapters_ls import age, table
 from veneer.training.output.loggers import flat
 from veneer.wording import folded, interval_of_95, millions, number, shown, size, wrapped
@@ -29,8 +30,8 @@ def add_show(action: Callable[..., argparse.ArgumentParser]) -> None:
     show = action(
         "show", _show, "show one adapter: modules, ranks, size of the update by layer, lineage"
     )
-    show.add_argument("adapter", metavar="NAME[@V]", help="adapter, or a folder")
-    show.add_argument("--base", metavar="B", help="compare the update with this base's weights")
+    add_value(show, "adapter", "NAME[@V]", "adapter, or a folder")
+    add_value(show, "--base", "B", "compare the update with this base's weights")
     add_dtype(show)
 
 
@@ -38,8 +39,8 @@ def add_diff(action: Callable[..., argparse.ArgumentParser]) -> None:
     diff = action(
         "diff", _diff, "compare two adapters: settings, and the angle between the updates"
     )
-    diff.add_argument("one", metavar="A", help="NAME[@V] or a folder")
-    diff.add_argument("other", metavar="B")
+    add_value(diff, "one", "A", "NAME[@V] or a folder")
+    add_value(diff, "other", "B")
 
 
 def _show(args: argparse.Namespace, library: Library) -> int:
@@ -85,7 +86,7 @@ def _show(args: argparse.Namespace, library: Library) -> int:
             }
         )
         return 0
-    console = make_console(json=False)
+    console = make_console()
     lines = _head(args.adapter, entry, stored, facts, update_by_path, len(other_tensors))
     sizes = {path: norm / (base_norms_by_path.get(path) or 1.0) for path, norm in norms.items()}
     lines += _picture(sizes, relative=bool(base_norms_by_path))
@@ -103,7 +104,7 @@ def _show(args: argparse.Namespace, library: Library) -> int:
     lines += [f"  from      {ancestor}" for ancestor in lineage(library, facts.parent)]
     lines += [f"  note      {note}" for note in stored.notes]
     for line in lines:
-        console.print(folded(shown(line), max(console.width, 40)), soft_wrap=True)
+        console.print(folded(shown(line), max(console.width, 40)))
     return 0
 
 
@@ -244,7 +245,7 @@ def _diff(args: argparse.Namespace, library: Library) -> int:
             }
         )
         return 0
-    console = make_console(json=False)
+    console = make_console()
     leaves = _differences(
         *(_leaves({name: pair[side] for name, pair in settings.items()}) for side in (0, 1))
     )
@@ -259,7 +260,7 @@ def _diff(args: argparse.Namespace, library: Library) -> int:
         if modules:
             lines.append(f"  only in {name}: {len(modules)} modules, for instance {modules[0]}")
     for line in lines:
-        console.print(shown(line), soft_wrap=True)
+        console.print(shown(line))
     return 0
 
 

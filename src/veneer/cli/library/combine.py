@@ -22,6 +22,7 @@ from veneer.bounds import PART, RANK, SEED, WEIGHT
 from veneer.cli.bases import locate_base_and_adapter, pair_with_weights
 from veneer.cli.common import add_json, add_library, make_console, pause_collection, print_json
 from veneer.cli.early import check_base, check_new
+from veneer.cli.flags import add_value
 from veneer.wording import size
 
 if TYPE_CHECKING:
@@ -32,32 +33,24 @@ HOWS = ("cat", "linear", "svd", "ties", "dare", "magnitude")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "veneer combine A [A ...] [--weights W [W ...]] [--how METHOD] --out DIR ..."
-    parser.add_argument(
-        "adapters",
-        nargs="+",
-        metavar="A",
-        help="names in the library, or folders of adapters or runs",
+    add_value(
+        parser, "adapters", "A", "names in the library, or folders of adapters or runs", nargs="+"
     )
-    parser.add_argument(
-        "--weights", nargs="+", type=WEIGHT, metavar="W", help="one weight per adapter; default: 1"
+    add_value(
+        parser, "--weights", "W", "one weight per adapter; default: 1", type=WEIGHT, nargs="+"
     )
-    parser.add_argument(
-        "--how", choices=HOWS, default="cat", help="method, see above; default: cat"
-    )
-    parser.add_argument(
+    add_value(parser, "--how", None, "method, see above; default: cat", default="cat", choices=HOWS)
+    add_value(
+        parser,
         "--rank",
+        "R",
+        "rank of the result; default: the largest for svd, the sum for pruning",
         type=RANK,
-        metavar="R",
-        help="rank of the result; default: the largest for svd, the sum for pruning",
     )
-    parser.add_argument(
-        "--density", type=PART, metavar="D", help="share of entries to keep; default: 0.5"
-    )
-    parser.add_argument("--seed", type=SEED, metavar="N", help="random seed of dare; default: 0")
-    parser.add_argument(
-        "--base", metavar="B", help="base of all adapters; default: that of the first"
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the adapter")
+    add_value(parser, "--density", "D", "share of entries to keep; default: 0.5", type=PART)
+    add_value(parser, "--seed", "N", "random seed of dare; default: 0", type=SEED)
+    add_value(parser, "--base", "B", "base of all adapters; default: that of the first")
+    add_value(parser, "--out", "DIR", "new folder for the adapter", required=True)
     add_library(parser)
     add_json(parser)
 
@@ -84,21 +77,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(report: CombineReport) -> None:
-    console = make_console(json=False)
+    console = make_console()
     ranks = sorted(set(report.ranks.values()))
     rank_text = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    console.print(
-        f"{report.out}: {size(report.bytes)}, {len(report.ranks)} places, {rank_text}",
-        soft_wrap=True,
-    )
+    console.print(f"{report.out}: {size(report.bytes)}, {len(report.ranks)} places, {rank_text}")
     exact = "the exact weighted sum of the updates"
     if report.how == "cat":
-        console.print(f"  {exact}", soft_wrap=True)
+        console.print(f"  {exact}")
         return
     subject = (
         exact if report.how in ("linear", "svd") else f"what {report.how} makes of the updates"
     )
-    console.print(f"  error {report.error:.2%} of {subject}", soft_wrap=True)
+    console.print(f"  error {report.error:.2%} of {subject}")
     worst = sorted(report.errors.items(), key=lambda item: -item[1])[:3]
     for where, error in worst if report.error > 1e-6 else []:
-        console.print(f"  {error:>7.2%} {where}", soft_wrap=True)
+        console.print(f"  {error:>7.2%} {where}")

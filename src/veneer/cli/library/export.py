@@ -34,6 +34,7 @@ from veneer.cli.common import (
     print_json,
 )
 from veneer.cli.early import check_base, check_files, check_new
+from veneer.cli.flags import add_switch, add_value
 from veneer.errors import ConfigError
 from veneer.merge.programs import ONE_FILE, WHOLE_MODEL, ModelType, Program
 from veneer.wording import shown, size
@@ -46,42 +47,34 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "veneer export A --to PROGRAM --out PATH [--merged] [--type TYPE] ..."
-    parser.add_argument(
-        "adapter", metavar="A", help="name in the library, or folder of an adapter or a run"
+    add_value(parser, "adapter", "A", "name in the library, or folder of an adapter or a run")
+    add_value(parser, "--to", None, "target program", choices=get_args(Program), required=True)
+    add_value(parser, "--out", "PATH", "new folder, or new file for llamacpp", required=True)
+    add_value(parser, "--base", "B", "base; default: the adapter's base")
+    add_switch(
+        parser, "--merged", "llamacpp: merge the adapter into the base and write the whole model"
     )
-    parser.add_argument("--to", required=True, choices=get_args(Program), help="target program")
-    parser.add_argument(
-        "--out", required=True, metavar="PATH", help="new folder, or new file for llamacpp"
-    )
-    parser.add_argument("--base", metavar="B", help="base; default: the adapter's base")
-    parser.add_argument(
-        "--merged",
-        action="store_true",
-        help="llamacpp: merge the adapter into the base and write the whole model",
-    )
-    parser.add_argument(
+    add_value(
+        parser,
         "--type",
-        choices=["f32", *get_args(ModelType)],
-        help=(
+        None,
+        (
             "type of a .gguf file: f32 (default) or f16 for an adapter; f16 (default), q8_0 or a"
             " type of llama.cpp's llama-quantize for a model"
         ),
+        choices=["f32", *get_args(ModelType)],
     )
-    parser.add_argument(
+    add_value(
+        parser,
         "--into",
+        None,
+        "for a merged model of a quantised base: which weights to add to",
         choices=["original", "dequantised"],
-        help="for a merged model of a quantised base: which weights to add to",
     )
-    parser.add_argument(
-        "--original",
-        metavar="B",
-        help="the original weights, for --into original with a .gguf file",
+    add_value(
+        parser, "--original", "B", "the original weights, for --into original with a .gguf file"
     )
-    parser.add_argument(
-        "--force-base",
-        action="store_true",
-        help="merge even if the adapter was trained on another base",
-    )
+    add_switch(parser, "--force-base", "merge even if the adapter was trained on another base")
     add_card(parser)
     add_library(parser)
     add_json(parser)
@@ -120,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
             f"{exported.out}: {size(exported.bytes)}, for {args.to}",
             *_format_notes(exported.notes, exported.serve),
         ]
-        console.print("\n".join(lines), soft_wrap=True)
+        console.print("\n".join(lines))
     return 0
 
 
@@ -158,8 +151,7 @@ def _export_model(args: argparse.Namespace, base: str, folder: Path, console: Co
         print_json({**fields, "notes": report.notes, "serve": report.serve})
     else:
         console.print(
-            "\n".join([*_format_merged(report), *_format_notes(report.notes, report.serve)]),
-            soft_wrap=True,
+            "\n".join([*_format_merged(report), *_format_notes(report.notes, report.serve)])
         )
     return 0
 

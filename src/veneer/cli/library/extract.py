@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from veneer.bounds import ENERGY, RANK
 from veneer.cli.common import add_json, make_console, pause_collection, print_json
 from veneer.cli.early import check_base, check_new
+from veneer.cli.flags import add_switch, add_value
 from veneer.wording import size
 
 if TYPE_CHECKING:
@@ -21,28 +22,19 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--base", required=True, metavar="B", help="base that the model was trained from"
-    )
-    parser.add_argument(
-        "--model", required=True, metavar="DIR", help="folder of the fine-tuned model"
-    )
-    parser.add_argument("--rank", type=RANK, metavar="R", help="rank of every update")
-    parser.add_argument(
+    add_value(parser, "--base", "B", "base that the model was trained from", required=True)
+    add_value(parser, "--model", "DIR", "folder of the fine-tuned model", required=True)
+    add_value(parser, "--rank", "R", "rank of every update", type=RANK)
+    add_value(
+        parser,
         "--energy",
+        "E",
+        "instead of --rank: share of the squared difference to keep per module",
         type=ENERGY,
-        metavar="E",
-        help="instead of --rank: share of the squared difference to keep per module",
     )
-    parser.add_argument(
-        "--keep",
-        action="store_true",
-        help="also keep changed norms, embeddings, head and biases in full",
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the adapter")
-    parser.add_argument(
-        "--no-logits", action="store_true", help="do not compare logits with the model"
-    )
+    add_switch(parser, "--keep", "also keep changed norms, embeddings, head and biases in full")
+    add_value(parser, "--out", "DIR", "new folder for the adapter", required=True)
+    add_switch(parser, "--no-logits", "do not compare logits with the model")
     add_json(parser)
 
 
@@ -74,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 def _print(report: ExtractReport) -> None:
     from veneer.cli.library.merge import format_logits, format_percent
 
-    console = make_console(json=False)
+    console = make_console()
     lines = [
         f"{report.out}: {size(report.bytes)}",
         "  module            places   change     rank    error",
@@ -104,4 +96,4 @@ def _print(report: ExtractReport) -> None:
                 "the fine-tuned model", report.logits, effect="the model against its base"
             ),
         ]
-    console.print("\n".join(lines), soft_wrap=True)
+    console.print("\n".join(lines))

@@ -14,17 +14,16 @@ from typing import get_args
 from veneer.cli.bases import locate_base_and_adapter
 from veneer.cli.common import add_json, add_library, make_console, pause_collection, print_json
 from veneer.cli.early import check_base
+from veneer.cli.flags import add_value
 from veneer.merge.programs import Program
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "adapter", metavar="A", help="name in the library, or folder of an adapter or a run"
-    )
+    add_value(parser, "adapter", "A", "name in the library, or folder of an adapter or a run")
     parser.add_argument(
         "--for", dest="consumer", required=True, choices=get_args(Program), help="target program"
     )
-    parser.add_argument("--base", metavar="B", help="base; default: the adapter's base")
+    add_value(parser, "--base", "B", "base; default: the adapter's base")
     add_library(parser)
     add_json(parser)
 
@@ -48,9 +47,9 @@ def run(args: argparse.Namespace) -> int:
         )
     for finding in findings:
         kind = "silently wrong" if finding.silent else "refused"
-        console.print(f"{kind:<15}{finding.what}", soft_wrap=True)
+        console.print(f"{kind:<15}{finding.what}")
         if finding.mended:
-            console.print(f"{'':<15}→ {finding.mended}", soft_wrap=True)
+            console.print(f"{'':<15}→ {finding.mended}")
     if not findings:
-        console.print(f"{args.consumer} can load {args.adapter}", soft_wrap=True)
+        console.print(f"{args.consumer} can load {args.adapter}")
     return 4 if findings else 0

@@ -20,6 +20,7 @@ from veneer.bounds import SEED, WEIGHT
 from veneer.cli.bases import locate_base_and_adapter, pair_with_weights, resolve_weight_format
 from veneer.cli.common import add_json, add_library, make_console, pause_collection, print_json
 from veneer.cli.early import check_base, check_new, check_rows
+from veneer.cli.flags import add_switch, add_value
 from veneer.quant.config import FORMATS
 from veneer.wording import number, size
 
@@ -35,61 +36,55 @@ DTYPES = ("bf16", "fp16", "fp32")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "veneer merge [--base B] --adapter A [A ...] [--weights W [W ...]] --out DIR ..."
-    parser.add_argument(
+    add_value(
+        parser,
         "--base",
-        metavar="B",
-        help="hub id, folder, .gguf file or named default; default: the adapter's base",
+        "B",
+        "hub id, folder, .gguf file or named default; default: the adapter's base",
     )
-    parser.add_argument(
+    add_value(
+        parser,
         "--adapter",
-        required=True,
+        "A",
+        "names in the library, or folders of adapters or runs",
         nargs="+",
-        metavar="A",
-        help="names in the library, or folders of adapters or runs",
+        required=True,
     )
-    parser.add_argument(
-        "--weights", nargs="+", type=WEIGHT, metavar="W", help="one weight per adapter; default: 1"
+    add_value(
+        parser, "--weights", "W", "one weight per adapter; default: 1", type=WEIGHT, nargs="+"
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the model")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="type of the weights; default: as the base stores them"
+    add_value(parser, "--out", "DIR", "new folder for the model", required=True)
+    add_value(
+        parser,
+        "--dtype",
+        None,
+        "type of the weights; default: as the base stores them",
+        choices=DTYPES,
     )
-    parser.add_argument(
-        "--stochastic",
-        action="store_true",
-        help="round at random, so that rounding errors cancel on average",
+    add_switch(parser, "--stochastic", "round at random, so that rounding errors cancel on average")
+    add_value(
+        parser, "--seed", "N", "random seed of --stochastic; default: 0", type=SEED, default=0
     )
-    parser.add_argument(
-        "--seed", type=SEED, default=0, metavar="N", help="random seed of --stochastic; default: 0"
-    )
-    parser.add_argument(
+    add_value(
+        parser,
         "--quantize",
+        None,
+        "format of the base in training; default: read from the adapter",
         choices=FORMATS,
-        help="format of the base in training; default: read from the adapter",
     )
-    parser.add_argument(
+    add_value(
+        parser,
         "--into",
+        None,
+        "for a quantised base: which weights to add the update to",
         choices=["original", "dequantised"],
-        help="for a quantised base: which weights to add the update to",
     )
-    parser.add_argument(
-        "--original",
-        metavar="B",
-        help="the original weights, for --into original with a .gguf file",
+    add_value(
+        parser, "--original", "B", "the original weights, for --into original with a .gguf file"
     )
-    parser.add_argument(
-        "--data", metavar="D", help="rows to compare logits on; default: built-in texts"
-    )
-    parser.add_argument(
-        "--no-logits",
-        action="store_true",
-        help="do not compare logits, for a base that does not run here",
-    )
-    parser.add_argument(
-        "--force-base",
-        action="store_true",
-        help="merge even if the adapter was trained on another base",
-    )
+    add_value(parser, "--data", "D", "rows to compare logits on; default: built-in texts")
+    add_switch(parser, "--no-logits", "do not compare logits, for a base that does not run here")
+    add_switch(parser, "--force-base", "merge even if the adapter was trained on another base")
     add_library(parser)
     add_json(parser)
 
@@ -124,19 +119,19 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report.to_dict())
     else:
-        _print(report, make_console(json=False))
+        _print(report, make_console())
     return 0
 
 
 def _print(report: MergeReport, console: Console) -> None:
     def line(text: str) -> None:
-        console.print(text, soft_wrap=True)
+        console.print(text)
 
     rounding = "rounded at random" if report.stochastic else "rounded to nearest"
     line(f"{report.out}: {size(report.bytes)}, {report.dtype}, sums in float32, {rounding}")
     if report.untied:
         line("  weights that shared one tensor are now separate")
-    console.print(*format_survival(report.total, report.layers), sep="\n", soft_wrap=True)
+    console.print(*format_survival(report.total, report.layers), sep="\n")
     if report.logits is None:
         line("\n  logits: not compared (--no-logits)")
         return

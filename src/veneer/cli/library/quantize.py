@@ -17,26 +17,23 @@ from dataclasses import asdict
 from veneer.cli.bases import add_dtype, storage_dtype
 from veneer.cli.common import add_json, make_console, pause_collection, print_json
 from veneer.cli.early import check_base, check_new
+from veneer.cli.flags import add_repeated, add_value
 from veneer.quant.config import FOUR_BITS, formats_that
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--base", required=True, metavar="B", help="hub id, folder or named default"
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the base")
-    parser.add_argument(
+    add_value(parser, "--base", "B", "hub id, folder or named default", required=True)
+    add_value(parser, "--out", "DIR", "new folder for the base", required=True)
+    add_value(
+        parser,
         "--quantize",
-        choices=formats_that("writes_folder"),
+        None,
+        f"4-bit format; default: {FOUR_BITS}",
         default=FOUR_BITS,
-        help=f"4-bit format; default: {FOUR_BITS}",
+        choices=formats_that("writes_folder"),
     )
-    parser.add_argument(
-        "--keep-dense",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="module to leave in full precision; may be repeated",
+    add_repeated(
+        parser, "--keep-dense", "NAME", "module to leave in full precision; may be repeated"
     )
     add_dtype(parser)
     add_json(parser)
@@ -61,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from veneer.bases.identity.weight_table import weight_table
 
     table = weight_table(base.model)
-    console = make_console(json=args.json)
+    console = make_console(json=args.json, wraps=True)
     console.print(f"{'':<18}{'held in':<10}{'modules':>9}{'M values':>11}{'MB':>9}")
     for group in table:
         console.print(

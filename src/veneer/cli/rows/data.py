@@ -35,6 +35,7 @@ from veneer.cli.common import (
 )
 from veneer.cli.early import check_base, check_rows
 from veneer.cli.explain import point_to_codes
+from veneer.cli.flags import add_value
 from veneer.cli.rows.data_verbs import add_row_actions
 from veneer.errors import InputError
 from veneer.wording import folded, percent, shown, wrapped
@@ -54,30 +55,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser = add_action(actions, "check", help)
     parser.set_defaults(act=_check)
     add_row_actions(actions)
-    parser.add_argument(
-        "data", metavar="D", help="rows: file, folder, glob pattern, URL or Hugging Face dataset"
-    )
-    parser.add_argument(
+    add_value(parser, "data", "D", "rows: file, folder, glob pattern, URL or Hugging Face dataset")
+    add_value(
+        parser,
         "--base",
+        "B",
+        "base that provides the tokenizer and the chat template",
         required=True,
-        metavar="B",
-        help="base that provides the tokenizer and the chat template",
     )
-    parser.add_argument(
-        "--validation", metavar="V", help="held-out rows; also checked for rows that are in D"
-    )
+    add_value(parser, "--validation", "V", "held-out rows; also checked for rows that are in D")
     add_data(parser, "long_rows")
     add_variables(parser)
     add_map(parser)
-    parser.add_argument(
+    add_value(
+        parser,
         "--activation",
+        "TEXT",
+        "method.activation of the run: every prompt must hold it",
         default="",
-        metavar="TEXT",
-        help="method.activation of the run: every prompt must hold it",
     )
-    parser.add_argument(
-        "--row", type=LINE, metavar="LINE", help="line of the row to show; default: the first row"
-    )
+    add_value(parser, "--row", "LINE", "line of the row to show; default: the first row", type=LINE)
     add_json(parser)
 
 
@@ -109,7 +106,7 @@ def _check(args: argparse.Namespace) -> int:
     if args.json:
         print_json(data.report.to_dict())
     else:
-        console = make_console(json=False)
+        console = make_console()
         _print_sample(console, data.train, tokenizer, args.row)
         _print_report(console, args.data, data.report)
     return 4 if data.report.refused else 0
@@ -140,7 +137,7 @@ def _print_sample(
             text.append(piece if coloured else f"«{piece}»", style="bold green")
     marks = "in green" if coloured else "between « and »"
     head = f"{matching[0].ref}, as the model sees it; trained on: {marks}"
-    console.print(_fit(console, head), soft_wrap=True)
+    console.print(_fit(console, head))
     console.print(text, soft_wrap=not console.is_terminal)
     console.print()
 
@@ -150,22 +147,20 @@ def _print_report(console: Console, data: str, report: CheckReport) -> None:
     problem_count = f"{problems} problem{'' if problems == 1 else 's'}"
     if not report.formats:
         head = f"{shown(data)}: no row can be read · {problem_count}"
-        console.print(folded(head, console.width), style="bold", soft_wrap=True)
+        console.print(folded(head, console.width), style="bold")
     else:
         _print_counts(console, data, report, problem_count)
     for problem in report.problems:
         console.print(
-            _fit(console, f"  {shown(problem)}"),
-            style="red" if problem.fatal else "yellow",
-            soft_wrap=True,
+            _fit(console, f"  {shown(problem)}"), style="red" if problem.fatal else "yellow"
         )
         if problem.next_step:
-            console.print(_fit(console, f"      {shown(problem.next_step)}"), soft_wrap=True)
+            console.print(_fit(console, f"      {shown(problem.next_step)}"))
     if report.refused:
-        console.print("A run would refuse this data.", soft_wrap=True)
+        console.print("A run would refuse this data.")
     if report.problems:
         codes = list(dict.fromkeys(problem.code for problem in report.problems))
-        console.print(_fit(console, point_to_codes(codes)), soft_wrap=True)
+        console.print(_fit(console, point_to_codes(codes)))
 
 
 def _print_counts(console: Console, data: str, report: CheckReport, problems: str) -> None:
@@ -177,23 +172,22 @@ def _print_counts(console: Console, data: str, report: CheckReport, problems: st
         " and ".join(report.formats),
         problems,
     ]
-    console.print(
-        folded(f"{shown(data)}: {' · '.join(facts)}", console.width), style="bold", soft_wrap=True
-    )
-    console.print(f"  {'':<12}{'tokens':>12}{'trained':>12}")
+    console.print(folded(f"{shown(data)}: {' · '.join(facts)}", console.width), style="bold")
+    console.print(f"  {'':<12}{'tokens':>12}{'trained':>12}", soft_wrap=False)
     rows = [
         (role or "plain text", n, report.trained_by_role.get(role, 0))
         for role, n in report.tokens_by_role.items()
     ]
     for role, tokens, trained in [*rows, ("all", report.tokens, report.trained_tokens)]:
-        console.print(f"  {shown(role):<12}{tokens:>12,}{trained:>12,}  {percent(trained, tokens)}")
+        line = f"  {shown(role):<12}{tokens:>12,}{trained:>12,}  {percent(trained, tokens)}"
+        console.print(line, soft_wrap=False)
     stops = " or ".join(map(shown, report.stop_tokens)) or "none"
     facts = [
         f"stop token trained: {report.stop_token_trained} ({stops})",
         f"length median {report.median:,}",
     ]
     facts += [f"longest {report.longest:,} of {report.length:,} tokens"]
-    console.print(folded("  " + " · ".join(facts), console.width), soft_wrap=True)
+    console.print(folded("  " + " · ".join(facts), console.width))
     if any(report.reasons.get(kind) for kind in ("reasons", "empty", "lost")):
         labels = {
             "reasons": "with reasoning",
@@ -206,17 +200,17 @@ def _print_counts(console: Console, data: str, report: CheckReport, problems: st
             for kind, words in labels.items()
             if report.reasons.get(kind)
         ]
-        console.print(folded(f"  answers: {' · '.join(counts)}", console.width), soft_wrap=True)
+        console.print(folded(f"  answers: {' · '.join(counts)}", console.width))
     if pairs := report.pairs:
         unequal = pairs["longer_preferred"] + pairs["shorter_preferred"]
         facts = [f"pairs of answers: {pairs['pairs']:,}"]
         facts += [f"{pairs[name]:,} {name}" for name in ("identical", "swapped")]
         facts.append(f"longer preferred in {percent(pairs['longer_preferred'], unequal)}")
-        console.print(folded("  " + " · ".join(facts), console.width), soft_wrap=True)
+        console.print(folded("  " + " · ".join(facts), console.width))
     most = max((rows for _, rows in report.histogram), default=0)
     for longest, count in report.histogram:
         bar = "█" * max(round(30 * count / most), 1 if count else 0)
-        console.print(f"  up to {longest:>7,} tokens {count:>8,} {bar}".rstrip())
+        console.print(f"  up to {longest:>7,} tokens {count:>8,} {bar}".rstrip(), soft_wrap=False)
 
 
 def _fit(console: Console, line: str) -> str:

@@ -12,6 +12,7 @@ from veneer.bounds import COUNT, NEW_TOKENS, SEED
 from veneer.cli.bases import add_base_format, load_bare_base
 from veneer.cli.common import add_json, add_variables, make_console, parse_variables, print_json
 from veneer.cli.early import check_base, check_files, check_new
+from veneer.cli.flags import add_value
 from veneer.errors import ConfigError, DataError
 from veneer.wording import shown
 
@@ -20,37 +21,34 @@ SHARE = 0.2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--base", required=True, metavar="B", help="hub id, folder, .gguf file or named default"
-    )
-    parser.add_argument(
-        "--out", required=True, metavar="DIR", help="new folder for answers.jsonl and texts.jsonl"
-    )
-    parser.add_argument(
+    add_value(parser, "--base", "B", "hub id, folder, .gguf file or named default", required=True)
+    add_value(parser, "--out", "DIR", "new folder for answers.jsonl and texts.jsonl", required=True)
+    add_value(
+        parser,
         "--rows",
+        "N",
+        "number of rows, half answers and half plain text; default: 200",
         type=COUNT,
         default=200,
-        metavar="N",
-        help="number of rows, half answers and half plain text; default: 200",
     )
-    parser.add_argument(
+    add_value(
+        parser,
         "--questions",
+        "FILE",
+        "questions, one per line; default: the base writes them too",
         type=Path,
-        metavar="FILE",
-        help="questions, one per line; default: the base writes them too",
     )
-    parser.add_argument(
-        "--system", metavar="TEXT", help="system message of every question; default: none"
-    )
+    add_value(parser, "--system", "TEXT", "system message of every question; default: none")
     add_variables(parser)
-    parser.add_argument(
+    add_value(
+        parser,
         "--max-new-tokens",
+        "N",
+        "longest answer or text in tokens; default: 128",
         type=NEW_TOKENS,
         default=128,
-        metavar="N",
-        help="longest answer or text in tokens; default: 128",
     )
-    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="random seed; default: 0")
+    add_value(parser, "--seed", "N", "random seed; default: 0", type=SEED, default=0)
     add_base_format(parser, "as it is stored")
     add_json(parser)
 
@@ -111,9 +109,9 @@ def run(args: argparse.Namespace) -> int:
         "    train:",
     ]
     lines += ["      - {path: ROWS.jsonl}", *(f"      - {_as_yaml(row_set)}" for row_set in sets)]
-    console = make_console(json=False)
+    console = make_console()
     for line in lines:
-        console.print(shown(line), soft_wrap=True)
+        console.print(shown(line))
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.bounds import COUNT, DAYS, SEED, SHARE
 from veneer.cli.common import add_action, add_json, add_map, make_console, parse_columns, print_json
+from veneer.cli.flags import add_switch, add_value
 from veneer.cli.rows import data_replay
 from veneer.wording import shown, size
 
@@ -28,59 +29,51 @@ def add_row_actions(actions: Any) -> None:
         from veneer.data.config import DataConfig
 
         formats = DataConfig.model_fields["format"]
-        parser.add_argument(
-            "--format",
-            default=formats.default,
-            metavar="F",
-            help="format of the rows; default: auto",
+        add_value(
+            parser, "--format", "F", "format of the rows; default: auto", default=formats.default
         )
         add_map(parser)
-        parser.add_argument(
-            "--leave-out",
-            action="store_true",
-            help="skip rows that cannot be read; otherwise they are an error",
+        add_switch(
+            parser, "--leave-out", "skip rows that cannot be read; otherwise they are an error"
         )
         add_json(parser)
 
     convert = verb("convert", _convert, "write rows of any format as chat or prompt and completion")
-    convert.add_argument(
+    add_value(
+        convert,
         "data",
+        "D",
+        "rows: files, folders, glob patterns, URLs or Hugging Face datasets",
         nargs="+",
-        metavar="D",
-        help="rows: files, folders, glob patterns, URLs or Hugging Face datasets",
     )
-    convert.add_argument("--out", required=True, metavar="FILE", help=".jsonl or .jsonl.gz")
+    add_value(convert, "--out", "FILE", ".jsonl or .jsonl.gz", required=True)
     reading(convert)
     split = verb(
         "split", _split, "split rows into training, validation and test without shared prompts"
     )
-    split.add_argument(
-        "data", metavar="D", help="rows: file, folder, glob pattern, URL or Hugging Face dataset"
-    )
-    split.add_argument(
+    add_value(split, "data", "D", "rows: file, folder, glob pattern, URL or Hugging Face dataset")
+    add_value(
+        split,
         "--out",
+        "DIR",
+        "new folder for train.jsonl, validation.jsonl and test.jsonl",
         required=True,
-        metavar="DIR",
-        help="new folder for train.jsonl, validation.jsonl and test.jsonl",
     )
-    split.add_argument(
+    add_value(
+        split,
         "--validation",
+        "S",
+        "share of the validation rows; default: 0.05",
         type=SHARE,
         default=0.05,
-        metavar="S",
-        help="share of the validation rows; default: 0.05",
     )
-    split.add_argument(
-        "--test", type=SHARE, default=0.0, metavar="S", help="share of the test rows; default: 0"
-    )
+    add_value(split, "--test", "S", "share of the test rows; default: 0", type=SHARE, default=0.0)
     reading(split)
     sample = verb("sample", _sample, "sample rows at random")
-    sample.add_argument(
-        "data", metavar="D", help="rows: file, folder, glob pattern, URL or Hugging Face dataset"
-    )
-    sample.add_argument("count", type=COUNT, metavar="N", help="number of rows")
-    sample.add_argument("--out", required=True, metavar="FILE", help=".jsonl or .jsonl.gz")
-    sample.add_argument("--seed", type=SEED, default=0, metavar="N", help="random seed; default: 0")
+    add_value(sample, "data", "D", "rows: file, folder, glob pattern, URL or Hugging Face dataset")
+    add_value(sample, "count", "N", "number of rows", type=COUNT)
+    add_value(sample, "--out", "FILE", ".jsonl or .jsonl.gz", required=True)
+    add_value(sample, "--seed", "N", "random seed; default: 0", type=SEED, default=0)
     reading(sample)
     data_replay.add_arguments(
         verb(
@@ -90,10 +83,8 @@ def add_row_actions(actions: Any) -> None:
         )
     )
     gc = verb("gc", _gc, "show unused tokens of large data sets; with --yes, delete them")
-    gc.add_argument(
-        "--days", type=DAYS, default=30, metavar="N", help="days without use; default: 30; 0: all"
-    )
-    gc.add_argument("--yes", action="store_true", help="delete them")
+    add_value(gc, "--days", "N", "days without use; default: 30; 0: all", type=DAYS, default=30)
+    add_switch(gc, "--yes", "delete them")
     add_json(gc)
 
 
@@ -132,11 +123,11 @@ def _write_rows(args: argparse.Namespace, write: Callable[..., WriteReport]) -> 
             {"rows": written.rows, "problems": [each.to_dict() for each in written.problems]}
         )
         return 0
-    console = make_console(json=False)
+    console = make_console()
     for file, rows in written.rows.items():
-        console.print(f"{shown(file)}: {rows:,} rows", soft_wrap=True)
+        console.print(f"{shown(file)}: {rows:,} rows")
     for problem in written.problems:
-        console.print(f"  skipped: {shown(problem)}", style="yellow", soft_wrap=True)
+        console.print(f"  skipped: {shown(problem)}", style="yellow")
     return 0
 
 
@@ -153,23 +144,17 @@ def _gc(args: argparse.Namespace) -> int:
         ]
         print_json({"sets": listed, "bytes": total, "removed": args.yes})
         return 0
-    console = make_console(json=False)
+    console = make_console()
     for token_set in sets:
         file_names = ", ".join(map(shown, token_set.files[:3])) + (
             " and others" if len(token_set.files) > 3 else ""
         )
         console.print(
-            f"  {size(token_set.bytes)}, last used {token_set.days:.0f} days ago: {file_names}",
-            soft_wrap=True,
+            f"  {size(token_set.bytes)}, last used {token_set.days:.0f} days ago: {file_names}"
         )
-        console.print(f"      {shown(token_set.folder)}", soft_wrap=True)
+        console.print(f"      {shown(token_set.folder)}")
     counts = f"tokens of {len(sets):,} set{'' if len(sets) == 1 else 's'}, {size(total)}"
-    console.print(
-        f"{'removed' if args.yes else f'not used for {args.days} days'}: {counts}", soft_wrap=True
-    )
+    console.print(f"{'removed' if args.yes else f'not used for {args.days} days'}: {counts}")
     if sets and not args.yes:
-        console.print(
-            "Delete them: veneer data gc --yes. A run that needs them builds them again.",
-            soft_wrap=True,
-        )
+        console.print("Delete them: veneer data gc --yes. A run that needs them builds them again.")
     return 0

@@ -32,6 +32,7 @@ from veneer.cli.common import (
 )
 from veneer.cli.config_file import read_run_config
 from veneer.cli.early import check_files, check_new, check_rows, check_run, check_writable
+from veneer.cli.flags import add_repeated, add_value
 from veneer.errors import ConfigError
 from veneer.training.config import RunConfig
 from veneer.training.state.interrupt import ASKING
@@ -47,95 +48,88 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
         "veneer compare (--base B --data D --methods M,M | RUN.yaml RUN.yaml ...) --out DIR"
     )
-    parser.add_argument("runs", nargs="*", metavar="RUN.yaml", help="run files to compare")
-    parser.add_argument("--base", metavar="B", help="hub id, folder, .gguf file or named default")
-    parser.add_argument("--data", metavar="D", help="rows: .jsonl, .json, .csv or .parquet")
-    parser.add_argument(
+    add_value(parser, "runs", "RUN.yaml", "run files to compare", nargs="*")
+    add_value(parser, "--base", "B", "hub id, folder, .gguf file or named default")
+    add_value(parser, "--data", "D", "rows: .jsonl, .json, .csv or .parquet")
+    add_value(
+        parser,
         "--methods",
+        "M,M",
+        "methods, for instance full,lora,qlora,dora,prefix,bottleneck",
         default="",
-        metavar="M,M",
-        help="methods, for instance full,lora,qlora,dora,prefix,bottleneck",
     )
-    parser.add_argument(
+    add_value(
+        parser,
         "--validation",
-        metavar="V",
-        help="rows to choose the learning rate with; default: split off --data",
+        "V",
+        "rows to choose the learning rate with; default: split off --data",
     )
-    parser.add_argument(
-        "--test", metavar="T", help="rows to measure quality on; default: split off --data"
-    )
+    add_value(parser, "--test", "T", "rows to measure quality on; default: split off --data")
     add_map(parser)
-    parser.add_argument(
-        "--steps", type=COUNT, metavar="N", help="optimizer steps of each run; default: 100"
+    add_value(parser, "--steps", "N", "optimizer steps of each run; default: 100", type=COUNT)
+    add_value(
+        parser, "--seconds", "S", "training time of each run, instead of --steps", type=SECONDS
     )
-    parser.add_argument(
-        "--seconds", type=SECONDS, metavar="S", help="training time of each run, instead of --steps"
-    )
-    parser.add_argument(
-        "--seeds", type=SEEDS, default=3, metavar="N", help="runs of each candidate; default: 3"
-    )
-    parser.add_argument(
+    add_value(parser, "--seeds", "N", "runs of each candidate; default: 3", type=SEEDS, default=3)
+    add_value(
+        parser,
         "--rates",
+        "F,F",
+        "learning rates to try, times the method's default; default: 1/3,1,3",
         default="1/3,1,3",
-        metavar="F,F",
-        help="learning rates to try, times the method's default; default: 1/3,1,3",
     )
-    parser.add_argument(
+    add_value(
+        parser,
         "--extend",
+        "N",
+        "extra rates to try if the best one is the lowest or highest; default: 1",
         type=EXTENSIONS,
         default=1,
-        metavar="N",
-        help="extra rates to try if the best one is the lowest or highest; default: 1",
     )
-    parser.add_argument(
+    add_value(
+        parser,
         "--metrics",
+        "M,M",
+        "metrics of veneer evaluate; the first one ranks; default: loss",
         default="",
-        metavar="M,M",
-        help="metrics of veneer evaluate; the first one ranks; default: loss",
     )
-    parser.add_argument(
-        "--labels", metavar="L", help="labels for accuracy: A,B,C or a file with one label per line"
+    add_value(
+        parser, "--labels", "L", "labels for accuracy: A,B,C or a file with one label per line"
     )
-    parser.add_argument(
+    add_value(
+        parser,
         "--max-new-tokens",
+        "N",
+        "longest answer in tokens; default: 128",
         type=NEW_TOKENS,
         default=128,
-        metavar="N",
-        help="longest answer in tokens; default: 128",
     )
-    parser.add_argument(
-        "--general", metavar="FILE", help="text to measure forgetting on; default: a built-in text"
+    add_value(
+        parser, "--general", "FILE", "text to measure forgetting on; default: a built-in text"
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="PATH=VALUE",
-        dest="sets",
-        help="set any setting, for all candidates",
-    )
-    parser.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="folder of the comparison"
-    )
+    add_repeated(parser, "--set", "PATH=VALUE", "set any setting, for all candidates", dest="sets")
+    add_value(parser, "--out", "DIR", "folder of the comparison", type=Path, required=True)
     where = parser.add_argument_group("where to run")
-    where.add_argument(
-        "--on", choices=PLACES, default="here", help="local processes or Ray tasks; default: here"
+    add_value(
+        where,
+        "--on",
+        None,
+        "local processes or Ray tasks; default: here",
+        default="here",
+        choices=PLACES,
     )
-    where.add_argument(
-        "--address",
-        metavar="A",
-        help="address of the Ray cluster, or auto; default: start one here",
+    add_value(
+        where, "--address", "A", "address of the Ray cluster, or auto; default: start one here"
     )
-    where.add_argument(
-        "--store",
-        metavar="S",
-        help="s3://... or a folder that all nodes share; default: DIR/gathered",
+    add_value(
+        where, "--store", "S", "s3://... or a folder that all nodes share; default: DIR/gathered"
     )
-    where.add_argument(
+    add_value(
+        where,
         "--cpus",
+        "N",
+        "CPUs of each run on Ray; default: the threads of this process",
         type=COUNT,
-        metavar="N",
-        help="CPUs of each run on Ray; default: the threads of this process",
     )
     add_json(parser)
 
@@ -168,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
                 if text.endswith(RUNNING):
                     status.update(shown(text))
                 else:
-                    console.print(shown(text), soft_wrap=True)
+                    console.print(shown(text))
 
             figures = api.compare(
                 configs,
@@ -193,7 +187,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(figures)
         return 0
-    screen = make_console(json=False)
+    screen = make_console(wraps=True)
     table = _comparison_table(figures)
     screen.print()
     screen.print(table)

@@ -13,24 +13,22 @@ from pathlib import Path
 
 from veneer.bounds import COUNT
 from veneer.cli.common import add_json, print_json
+from veneer.cli.flags import add_switch, add_value
 
 WHOLE, SHORT = "runs/demo", "runs/demo-short"
 """Default folders of a full demo and of one with --steps."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", metavar="DIR", help=f"folder of the run; default: {WHOLE}, with --steps {SHORT}"
-    )
-    parser.add_argument(
+    add_value(parser, "--out", "DIR", f"folder of the run; default: {WHOLE}, with --steps {SHORT}")
+    add_value(
+        parser,
         "--steps",
+        "N",
+        "train only N small steps and answer two questions, to test the installation",
         type=COUNT,
-        metavar="N",
-        help="train only N small steps and answer two questions, to test the installation",
     )
-    parser.add_argument(
-        "--again", action="store_true", help="train again even if DIR holds a finished demo"
-    )
+    add_switch(parser, "--again", "train again even if DIR holds a finished demo")
     add_json(parser)
 
 

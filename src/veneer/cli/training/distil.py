@@ -27,6 +27,7 @@ from veneer.cli.bases import add_base_format, load_bare_base
 from veneer.cli.common import add_json, pause_collection, print_json
 from veneer.cli.config_file import FLAGS, read_settings, resolve_run
 from veneer.cli.early import check_base, check_files, check_place
+from veneer.cli.flags import add_repeated, add_switch, add_value
 from veneer.cli.rows.data_replay import read_questions
 from veneer.errors import ConfigError
 from veneer.training.config import RunConfig
@@ -41,57 +42,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "veneer distil --base B [--teacher B] [--prompt FILE | --document FILE] --out DIR"
         " [--method prefix] [--questions FILE] [--set path=value]"
     )
-    parser.add_argument(
-        "--base", required=True, metavar="B", help="hub id, folder, .gguf file or named default"
-    )
-    parser.add_argument(
+    add_value(parser, "--base", "B", "hub id, folder, .gguf file or named default", required=True)
+    add_value(
+        parser,
         "--teacher",
-        metavar="B",
-        help="another base with the same tokenizer, which teaches; default: the base itself",
+        "B",
+        "another base with the same tokenizer, which teaches; default: the base itself",
     )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--prompt", type=Path, metavar="FILE", help="a text file: the system prompt to replace"
-    )
-    source.add_argument(
-        "--document", type=Path, metavar="FILE", help="a text file that questions are about"
-    )
-    parser.add_argument(
+    add_value(source, "--prompt", "FILE", "a text file: the system prompt to replace", type=Path)
+    add_value(source, "--document", "FILE", "a text file that questions are about", type=Path)
+    add_value(
+        parser,
         "--method",
+        None,
+        "lora, or prefix: it starts as the keys and values of the text; default: lora",
         choices=[name for name, method in METHODS.items() if not method.trains_base],
-        help="lora, or prefix: it starts as the keys and values of the text; default: lora",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="new folder of the run")
-    parser.add_argument(
+    add_value(parser, "--out", "DIR", "new folder of the run", required=True)
+    add_value(
+        parser,
         "--questions",
+        "FILE",
+        "questions, one per line; default: the teacher writes them",
         type=Path,
-        metavar="FILE",
-        help="questions, one per line; default: the teacher writes them",
     )
-    parser.add_argument(
+    add_value(
+        parser,
         "--rows",
+        "N",
+        "number of questions with answers; default: 300",
         type=COUNT,
         default=300,
-        metavar="N",
-        help="number of questions with answers; default: 300",
     )
-    parser.add_argument(
+    add_value(
+        parser,
         "--max-new-tokens",
+        "N",
+        "longest question or answer in tokens; default: 128",
         type=NEW_TOKENS,
         default=128,
-        metavar="N",
-        help="longest question or answer in tokens; default: 128",
     )
-    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="random seed; default: 0")
-    parser.add_argument(
+    add_value(parser, "--seed", "N", "random seed; default: 0", type=SEED, default=0)
+    add_repeated(
+        parser,
         "--set",
-        action="append",
-        default=[],
-        metavar="PATH=VALUE",
+        "PATH=VALUE",
+        "set any setting of the run, for instance epochs=5",
         dest="sets",
-        help="set any setting of the run, for instance epochs=5",
     )
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    add_switch(parser, "--quiet", "show no progress")
     add_base_format(parser, "as it is stored")
     add_json(parser)
 

@@ -37,6 +37,7 @@ from veneer.cli.common import (
     resolve_preamble,
 )
 from veneer.cli.early import check_files, check_rows, check_writable
+from veneer.cli.flags import add_repeated, add_switch, add_value
 from veneer.cli.training.label_lines import label_lines
 from veneer.wording import cut, folded, number, shown, wrapped
 
@@ -47,69 +48,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
         "veneer evaluate [--base B] [--adapter A] --data D [--metrics M,M] [--general] ..."
     )
-    parser.add_argument(
-        "--data", required=True, metavar="D", help="rows: .jsonl, .json, .csv or .parquet"
-    )
+    add_value(parser, "--data", "D", "rows: .jsonl, .json, .csv or .parquet", required=True)
     add_base(parser)
-    parser.add_argument(
-        "--metrics", default="", metavar="M,M", help="metrics of the answers, from the list above"
-    )
-    parser.add_argument(
+    add_value(parser, "--metrics", "M,M", "metrics of the answers, from the list above", default="")
+    add_repeated(
+        parser,
         "--metric",
-        action="append",
-        default=[],
-        metavar="M",
-        help=(
+        "M",
+        (
             "one more metric: a name, regex:PATTERN, or FILE.py:FUNCTION, a function of the answer"
             " and the list of correct answers that returns a number; may be repeated"
         ),
     )
-    parser.add_argument(
+    add_value(
+        parser,
         "--labels",
-        metavar="L",
-        help=(
+        "L",
+        (
             "choose the likeliest of these labels for each row: A,B,C, a file with one label per"
             " line, or auto, the rows' own answers; shows accuracy, confusions and calibration"
         ),
     )
-    parser.add_argument(
-        "--length-normalised", action="store_true", help="rank labels by log-probability per token"
-    )
+    add_switch(parser, "--length-normalised", "rank labels by log-probability per token")
     add_preamble(parser)
     add_data(parser)
     add_map(parser)
-    parser.add_argument(
+    add_value(
+        parser,
         "--max-new-tokens",
+        "N",
+        "longest answer in tokens; default: 256",
         type=NEW_TOKENS,
         default=256,
-        metavar="N",
-        help="longest answer in tokens; default: 256",
     )
     add_lookup(parser)
-    parser.add_argument(
-        "--batch", type=ROWS, default=16, metavar="N", help="rows computed at once; default: 16"
-    )
-    parser.add_argument(
+    add_value(parser, "--batch", "N", "rows computed at once; default: 16", type=ROWS, default=16)
+    add_value(
+        parser,
         "--predictions",
+        "FILE",
+        "write the answer and figures of every row, as JSONL",
         type=Path,
-        metavar="FILE",
-        help="write the answer and figures of every row, as JSONL",
     )
-    parser.add_argument(
+    add_value(
+        parser,
         "--against",
+        "FILE",
+        "--predictions of another evaluation of the same rows, to compare with",
         type=Path,
-        metavar="FILE",
-        help="--predictions of another evaluation of the same rows, to compare with",
     )
-    parser.add_argument(
+    add_value(
+        parser,
         "--general",
-        nargs="?",
-        const="built-in",
-        metavar="FILE",
-        help=(
+        "FILE",
+        (
             "measure forgetting: loss on general text, from a text file (documents separated by"
             " ---) or, without FILE, from a short built-in one"
         ),
+        nargs="?",
+        const="built-in",
     )
     add_json(parser)
 
@@ -172,7 +169,7 @@ def _is_file(name: str) -> bool:
 
 
 def _print_table(result: dict[str, Any]) -> None:
-    console = make_console(json=False)
+    console = make_console()
     intervals, units = result.get("intervals", {}), result.get("units", {})
     against = result.get("against", {})
     has_head = "kind" in result.get("labels", {})
@@ -182,7 +179,7 @@ def _print_table(result: dict[str, Any]) -> None:
         row, room = f"{shown(name):<15}{figure:>10}", console.width - 27
         for facts in folded(" · ".join(notes), room).split("\n"):
             for part in wrapped(facts, room).split("\n"):
-                console.print(f"{row}  {part}".rstrip(), soft_wrap=True)
+                console.print(f"{row}  {part}".rstrip())
                 row = " " * 25
 
     for name, value in result.items():
@@ -237,8 +234,7 @@ def _print_table(result: dict[str, Any]) -> None:
             line("forgetting", f"{details['forgetting']:+.3f}", figure)
     if against:
         console.print(
-            f"differences from {shown(against['file'])}, with 95% intervals over the same rows",
-            soft_wrap=True,
+            f"differences from {shown(against['file'])}, with 95% intervals over the same rows"
         )
 
 

@@ -28,6 +28,7 @@ from veneer.cli.bases import add_dtype
 from veneer.cli.common import add_json, add_map, make_console, pause_collection, print_json
 from veneer.cli.config_file import read_settings, resolve_run
 from veneer.cli.early import check_plannable, check_rows, check_writable
+from veneer.cli.flags import add_repeated, add_switch, add_value
 from veneer.cli.job_settings import read_jobs
 from veneer.cli.training.plan_flags import SETTINGS, list_bases, read_flags, run_probe
 from veneer.cli.training.plan_output import print_plan, write_run_file
@@ -57,124 +58,94 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "veneer plan [RUN.yaml | --base B [--method M] [--data D]] [--memory 24GiB] [--compare]"
         " [--gpu NAME]"
     )
-    parser.add_argument(
-        "run", nargs="?", metavar="RUN.yaml", help="run file, instead of the settings below"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="PATH=VALUE",
-        dest="sets",
-        help="set any setting of RUN.yaml",
-    )
-    parser.add_argument(
+    add_value(parser, "run", "RUN.yaml", "run file, instead of the settings below", nargs="?")
+    add_repeated(parser, "--set", "PATH=VALUE", "set any setting of RUN.yaml", dest="sets")
+    add_value(
+        parser,
         "--base",
-        metavar="B",
-        help="folder, .gguf file, hub id, or named size (llama-70b, qwen3-4b, ...)",
+        "B",
+        "folder, .gguf file, hub id, or named size (llama-70b, qwen3-4b, ...)",
     )
-    parser.add_argument(
-        "--models", metavar="A,B", help="several bases: plans every base with every method"
+    add_value(parser, "--models", "A,B", "several bases: plans every base with every method")
+    add_value(
+        parser, "--objective", "O", "answers, dpo, ipo, kto, orpo or classify; default: answers"
     )
-    parser.add_argument(
-        "--objective",
-        metavar="O",
-        help="answers, dpo, ipo, kto, orpo or classify; default: answers",
+    add_value(parser, "--method", "M", "lora, qlora, prefix, full, ...; default: lora")
+    add_value(
+        parser, "--rank", "R", "rank of lora and dora; alpha becomes twice the rank", type=RANK
     )
-    parser.add_argument(
-        "--method", metavar="M", help="lora, qlora, prefix, full, ...; default: lora"
-    )
-    parser.add_argument(
-        "--rank", type=RANK, metavar="R", help="rank of lora and dora; alpha becomes twice the rank"
-    )
-    parser.add_argument(
-        "--quantize", choices=FORMATS, help="format of the base's linear layers in memory"
+    add_value(
+        parser, "--quantize", None, "format of the base's linear layers in memory", choices=FORMATS
     )
     add_dtype(parser, None)
-    parser.add_argument(
-        "--batch", type=ROWS, metavar="N", help="rows per optimizer step; default: 8"
-    )
-    parser.add_argument(
-        "--micro-batch", type=ROWS, metavar="N", help="rows computed at once; default: --batch"
-    )
-    parser.add_argument(
-        "--length", type=LENGTH, metavar="N", help="longest row in tokens; default: 2048"
-    )
-    parser.add_argument(
+    add_value(parser, "--batch", "N", "rows per optimizer step; default: 8", type=ROWS)
+    add_value(parser, "--micro-batch", "N", "rows computed at once; default: --batch", type=ROWS)
+    add_value(parser, "--length", "N", "longest row in tokens; default: 2048", type=LENGTH)
+    add_switch(
+        parser,
         "--checkpointing",
-        action="store_true",
+        "recompute activations in backward instead of storing them",
         default=None,
-        help="recompute activations in backward instead of storing them",
     )
-    parser.add_argument(
+    add_value(
+        parser,
         "--processes",
+        "N",
+        "number of processes, each on a machine like this one",
         type=PROCESSES,
         default=1,
-        metavar="N",
-        help="number of processes, each on a machine like this one",
     )
-    parser.add_argument(
-        "--shard",
-        action="store_true",
-        default=None,
-        help="split the base's layers over the processes",
-    )
-    parser.add_argument(
+    add_switch(parser, "--shard", "split the base's layers over the processes", default=None)
+    add_value(
+        parser,
         "--reduce",
+        None,
+        "how processes add their gradients; default: plain",
         choices=["plain", "exact"],
-        help="how processes add their gradients; default: plain",
     )
-    parser.add_argument(
-        "--link", metavar="SPEED", help="network between processes, 10Gb/s (bits) or 3GB/s (bytes)"
+    add_value(
+        parser, "--link", "SPEED", "network between processes, 10Gb/s (bits) or 3GB/s (bytes)"
     )
-    parser.add_argument(
+    add_value(
+        parser,
         "--data",
-        metavar="D",
-        help="rows to plan with; default: rows of --length with all tokens trained",
+        "D",
+        "rows to plan with; default: rows of --length with all tokens trained",
     )
     add_map(parser)
-    parser.add_argument("--steps", type=COUNT, metavar="N", help="optimizer steps of the run")
-    parser.add_argument("--epochs", type=EPOCHS, metavar="E", help="passes over --data; default: 3")
-    parser.add_argument(
-        "--memory",
-        metavar="M",
-        help="available memory, for instance 24GiB; default: this machine's",
+    add_value(parser, "--steps", "N", "optimizer steps of the run", type=COUNT)
+    add_value(parser, "--epochs", "E", "passes over --data; default: 3", type=EPOCHS)
+    add_value(
+        parser, "--memory", "M", "available memory, for instance 24GiB; default: this machine's"
     )
-    parser.add_argument(
-        "--gpu",
-        metavar="NAME",
-        help="plan for a named GPU (published figures) instead of this machine",
+    add_value(
+        parser, "--gpu", "NAME", "plan for a named GPU (published figures) instead of this machine"
     )
-    parser.add_argument(
-        "--price", type=PRICE, metavar="P", help="price per hour, to compute the cost"
-    )
-    parser.add_argument("--compare", action="store_true", help="plan all methods")
-    parser.add_argument(
+    add_value(parser, "--price", "P", "price per hour, to compute the cost", type=PRICE)
+    add_switch(parser, "--compare", "plan all methods")
+    add_value(
+        parser,
         "--kind",
+        None,
+        "kind of task: also recommends a method",
         choices=["style", "format", "task", "instructions", "knowledge"],
-        help="kind of task: also recommends a method",
     )
-    parser.add_argument(
+    add_value(
+        parser,
         "--variants",
+        "N",
+        "number of adapters you want on one base, for --kind",
         type=COUNT,
         default=1,
-        metavar="N",
-        help="number of adapters you want on one base, for --kind",
     )
-    parser.add_argument(
-        "--merge",
-        action="store_true",
-        help="you want to merge the result into the base, for --kind",
-    )
-    parser.add_argument(
-        "--write", metavar="RUN.yaml", help="write the recommended (or planned) run as a run file"
-    )
-    parser.add_argument(
+    add_switch(parser, "--merge", "you want to merge the result into the base, for --kind")
+    add_value(parser, "--write", "RUN.yaml", "write the recommended (or planned) run as a run file")
+    add_switch(
+        parser,
         "--probe",
-        action="store_true",
-        help="run one real step on the longest batch of --data and compare it with the plan",
+        "run one real step on the longest batch of --data and compare it with the plan",
     )
-    parser.add_argument("--html", metavar="FILE", help="write the plan as an HTML page")
+    add_value(parser, "--html", "FILE", "write the plan as an HTML page")
     add_json(parser)
 
 
@@ -200,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
             )
     if args.json:
         print_json(answer.to_dict())
-    console = make_console(json=args.json)
+    console = make_console(json=args.json, wraps=True)
     if not args.json:
         print_plan(console, answer, question)
     if args.html:

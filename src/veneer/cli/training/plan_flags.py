@@ -91,7 +91,7 @@ def run_probe(args: argparse.Namespace) -> int:
     if args.json:
         print_json(figures)
         return 0
-    console = make_console(json=False)
+    console = make_console(wraps=True)
     console.print(f"planned   {size(planned) if planned else '–'}")
     console.print(f"measured  {size(measured)}, longest batch and two steps")
     if figures["difference"] is not None:

@@ -57,7 +57,7 @@ def _print_table(plan: JointPlan, names: Sequence[str]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = make_console(json=False)
+    console = make_console(wraps=True)
     parts = [shown(plan.rows[0].base), f"{len(names)} jobs", plan.answer.machine.name]
     parts += [f"{size(plan.memory)} of memory"] if plan.memory else []
     console.print(Text(folded(" · ".join(parts), console.width)))

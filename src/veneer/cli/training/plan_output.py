@@ -42,7 +42,7 @@ def print_plan(console: Console, answer: PlanAnswer, question: PlanQuestion) -> 
         recommendation = f"take {advice.choice.label}, learning rate {advice.learning_rate:g}"
         console.print(Text(recommendation, style="bold"))
         for reason in advice.reasons:
-            console.print(Text("  " + reason), soft_wrap=False)
+            console.print(Text("  " + reason))
     for note in answer.notes:
         console.print(Text(note, style="dim"))
 

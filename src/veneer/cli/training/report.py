@@ -11,10 +11,11 @@ import argparse
 from pathlib import Path
 
 from veneer.cli.common import add_json, make_console, print_json
+from veneer.cli.flags import add_value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
+    add_value(parser, "run", "RUN", "folder of a run", type=Path)
     add_json(parser)
 
 
@@ -25,5 +26,5 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"report": str(written)})
     else:
-        make_console(json=False).print(str(written), soft_wrap=True)
+        make_console().print(str(written))
     return 0

@@ -25,6 +25,7 @@ from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any
 
 from veneer.cli.common import add_action, add_json, print_json
+from veneer.cli.flags import add_value
 from veneer.cli.library.adapters_ls import age, table
 from veneer.errors import RefusedError
 from veneer.wording import number, shown, wrapped
@@ -53,9 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def action(name: str, act: Action, help: str) -> argparse.ArgumentParser:
         action_parser = add_action(actions, name, help)
         action_parser.set_defaults(act=act)
-        action_parser.add_argument(
-            "--jobs", metavar="DIR", help="folder of jobs; default: your own"
-        )
+        add_value(action_parser, "--jobs", "DIR", "folder of jobs; default: your own")
         add_json(action_parser)
         return action_parser
 
@@ -67,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("resume", _resume, "queue a stopped or failed job again"),
         ("rm", _rm, "delete a job that does not run; an adapter in the library stays"),
     ):
-        action(name, act, help).add_argument("job", metavar="ID", help="id of a job, or a part")
+        add_value(action(name, act, help), "job", "ID", "id of a job, or a part")
 
 
 def run(args: argparse.Namespace) -> int:

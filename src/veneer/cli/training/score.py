@@ -36,6 +36,7 @@ from veneer.cli.common import (
     print_json,
 )
 from veneer.cli.early import check_new, check_rows
+from veneer.cli.flags import add_switch, add_value
 from veneer.wording import number, shown
 
 if TYPE_CHECKING:
@@ -45,25 +46,20 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "veneer score [--base B] [--adapter A ...] --data D --out FILE [--per-token] ..."
-    parser.add_argument(
-        "--data", required=True, metavar="D", help="rows: .jsonl, .json, .csv or .parquet"
-    )
-    parser.add_argument(
-        "--out", required=True, type=Path, metavar="FILE", help="new file of scores, as JSONL"
-    )
+    add_value(parser, "--data", "D", "rows: .jsonl, .json, .csv or .parquet", required=True)
+    add_value(parser, "--out", "FILE", "new file of scores, as JSONL", type=Path, required=True)
     add_base(parser, several=True)
-    parser.add_argument(
-        "--per-token", action="store_true", help="also write the log-probability of every token"
-    )
+    add_switch(parser, "--per-token", "also write the log-probability of every token")
     add_preamble(parser)
     add_data(parser)
     add_map(parser)
-    parser.add_argument(
+    add_value(
+        parser,
         "--batch",
+        "N",
+        "rows of each adapter computed at once; default: 16",
         type=ROWS,
         default=16,
-        metavar="N",
-        help="rows of each adapter computed at once; default: 16",
     )
     add_json(parser)
 
@@ -133,12 +129,11 @@ def _report(
         of_adapters = [{"adapter": name, **figures} for name, figures in totals.items()]
         print_json({"base": base.source, "data": args.data, "scores": of_adapters})
         return
-    console = make_console(json=False)
+    console = make_console()
     for name, figures in totals.items():
         mean, tokens = number(figures["mean"]), f"{figures['tokens']:,} tokens"
         console.print(
             f"{shown(name or base.source)}  {mean} nats a token · {figures['rows']:,} rows ·"
-            f" {tokens}",
-            soft_wrap=True,
+            f" {tokens}"
         )
-    console.print(f"{shown(str(args.out))} written", soft_wrap=True)
+    console.print(f"{shown(str(args.out))} written")

@@ -35,6 +35,7 @@ from veneer.cli.config_file import (
     summarize_setting,
 )
 from veneer.cli.early import check_place, check_run
+from veneer.cli.flags import add_repeated, add_switch, add_value
 from veneer.cli.job_settings import read_jobs
 from veneer.cli.training.file_jobs import FileJob, begun_jobs, find_library, new_jobs
 from veneer.cli.training.plan import parse_size
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "veneer train [RUN.yaml] [--base B --data D --out DIR] [--set path=value]"
         " [--sweep name=value,value] | --resume DIR"
     )
-    parser.add_argument("run", nargs="?", metavar="RUN.yaml", help="run file: settings in YAML")
+    add_value(parser, "run", "RUN.yaml", "run file: settings in YAML", nargs="?")
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
         for name, placeholder in names.items():
@@ -60,60 +61,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if "data" in names:
             add_map(group)
     group = parser.add_argument_group("the run")
-    group.add_argument(
+    add_repeated(
+        group,
         "--set",
-        action="append",
-        default=[],
-        metavar="PATH=VALUE",
+        "PATH=VALUE",
+        "set any setting, for instance data.long_rows=drop",
         dest="sets",
-        help="set any setting, for instance data.long_rows=drop",
     )
-    group.add_argument(
+    add_value(
+        group,
         "--sweep",
-        nargs="+",
-        metavar="NAME=VALUES",
-        help=(
+        "NAME=VALUES",
+        (
             "train every combination together, for instance rank=8,32; with"
             " --draws also ranges, learning_rate=log:1e-4..3e-3 or warmup=even:0..0.1"
         ),
+        nargs="+",
     )
-    group.add_argument(
-        "--draws",
-        metavar="N",
-        type=COUNT,
-        help="train N random points of the sweep, drawn by --seed",
+    add_value(
+        group, "--draws", "N", "train N random points of the sweep, drawn by --seed", type=COUNT
     )
-    group.add_argument(
-        "--halving", action="store_true", help="stop the worse half at each rung, by held-out loss"
-    )
-    group.add_argument(
+    add_switch(group, "--halving", "stop the worse half at each rung, by held-out loss")
+    add_value(
+        group,
         "--resume",
-        nargs="*",
-        metavar="DIR",
-        help=(
+        "DIR",
+        (
             "continue the run in DIR bit for bit, with its own settings; several train together."
             " Without DIR: the unfinished runs of RUN.yaml"
         ),
+        nargs="*",
     )
-    group.add_argument(
+    add_value(
+        group,
         "--library",
+        "DIR",
+        "add each finished adapter to this library; without DIR: to your own",
         nargs="?",
         const="",
-        metavar="DIR",
-        help=("add each finished adapter to this library; without DIR: to your own"),
     )
-    group.add_argument(
+    add_value(
+        group,
         "--fit",
-        metavar="MEMORY",
-        help="adjust settings until the run fits, for instance 24GiB; prints each change",
+        "MEMORY",
+        "adjust settings until the run fits, for instance 24GiB; prints each change",
     )
-    group.add_argument(
+    add_value(
+        group,
         "--processes",
-        metavar="N",
+        "N",
+        "train in N processes on this machine; for several machines use torchrun",
         type=PROCESSES,
-        help="train in N processes on this machine; for several machines use torchrun",
     )
-    group.add_argument("--quiet", action="store_true", help="show no progress")
+    add_switch(group, "--quiet", "show no progress")
     add_json(group)
 
 
@@ -154,7 +154,7 @@ def _add_setting(group: Group, name: str, placeholder: str | None) -> None:
             flag, action=argparse.BooleanOptionalAction, default=None, help=help_text
         )
     else:
-        group.add_argument(flag, metavar=placeholder, help=help_text)
+        add_value(group, flag, placeholder, help_text)
 
 
 def run(args: argparse.Namespace) -> int:

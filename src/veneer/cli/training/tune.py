@@ -30,6 +30,7 @@ from veneer.cli.common import (
     print_json,
 )
 from veneer.cli.early import check_base, check_rows
+from veneer.cli.flags import add_switch, add_value
 from veneer.errors import ConfigError, RunInterrupted
 from veneer.training.state.place import locked_folder, refuse_unless_new
 from veneer.wording import shown, wrapped
@@ -40,33 +41,27 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "veneer tune --base B --data D --out DIR [--minutes M] [--library L] [--yes]"
-    parser.add_argument(
-        "--base", required=True, metavar="B", help="hub id, folder, .gguf file or named default"
-    )
-    parser.add_argument(
-        "--data", required=True, metavar="D", help="rows: .jsonl, .json, .csv or .parquet"
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the result")
-    parser.add_argument(
+    add_value(parser, "--base", "B", "hub id, folder, .gguf file or named default", required=True)
+    add_value(parser, "--data", "D", "rows: .jsonl, .json, .csv or .parquet", required=True)
+    add_value(parser, "--out", "DIR", "new folder for the result", required=True)
+    add_value(
+        parser,
         "--minutes",
+        "M",
+        "time for search and training; judging comes after it; default: 10",
         type=MINUTES,
         default=10.0,
-        metavar="M",
-        help="time for search and training; judging comes after it; default: 10",
     )
-    parser.add_argument(
+    add_value(
+        parser,
         "--library",
-        metavar="L",
-        help="library folder to add the adapter to, under the name of DIR; default: none",
+        "L",
+        "library folder to add the adapter to, under the name of DIR; default: none",
     )
-    parser.add_argument(
-        "--seed", type=SEED, default=0, metavar="N", help="seed of the runs; default: 0"
-    )
-    parser.add_argument(
-        "--format", default="auto", metavar="F", help="format of the rows; default: auto"
-    )
+    add_value(parser, "--seed", "N", "seed of the runs; default: 0", type=SEED, default=0)
+    add_value(parser, "--format", "F", "format of the rows; default: auto", default="auto")
     add_map(parser)
-    parser.add_argument("--yes", action="store_true", help="start without asking")
+    add_switch(parser, "--yes", "start without asking")
     add_json(parser)
 
 
@@ -91,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     console = make_console(json=True)
 
     def say(text: str) -> None:
-        console.print(wrapped("  " + shown(text), console.width), soft_wrap=True)
+        console.print(wrapped("  " + shown(text), console.width))
 
     with _judging_status(console) as show_judging:
         result = tune(
@@ -110,10 +105,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(result)
     else:
-        screen = make_console(json=False)
+        screen = make_console()
         for line in result["verdict"]:
-            screen.print(wrapped(shown(line), screen.width), soft_wrap=True)
-        screen.print(f"{out / 'adapter'} · page: {out / 'tune.html'}", soft_wrap=True)
+            screen.print(wrapped(shown(line), screen.width))
+        screen.print(f"{out / 'adapter'} · page: {out / 'tune.html'}")
     return RunInterrupted.exit_code if result["interrupted"] else 0
 
 
