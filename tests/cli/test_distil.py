@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 
+import veneer
 from tests.support.tiny import save_letters
 from veneer.cli import main
 from veneer.training.output.records import read_records
@@ -57,3 +58,23 @@ def test_a_prompt_that_is_missing_is_refused(flags, message, base, tmp_path, cap
     assert main.main(["distil", "--base", str(base), "--out", "run", *flags]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_are_drawn_with_the_adapter_of_the_teacher(base, tmp_path, capsys):
+    loaded = veneer.load(base)
+    with loaded.trainer(veneer.LoRA(rank=2), name="letters") as trainer:
+        for _ in range(8):
+            trainer.forward_backward([{"prompt": "abc", "completion": "zzzz"}])
+            trainer.optim_step(veneer.AdamW(learning_rate=0.5))
+        adapter = trainer.save(tmp_path / "adapter")
+    (tmp_path / "asked.txt").write_text("abc\n")
+    command = ["distil", "--base", str(base), "--questions", str(tmp_path / "asked.txt")]
+    command += ["--rows", "4", "--max-new-tokens", "8", "--json", "--set", "steps=1"]
+    drawn = []
+    for name, teacher in (("alone", f"{{base: {base}}}"), ("taught", str(adapter))):
+        out = tmp_path / name
+        assert (
+            main.main([*command, "--set", f"objective.teacher={teacher}", "--out", str(out)]) == 0
+        )
+        drawn.append((out / "rows.jsonl").read_text())
+    assert drawn[0] != drawn[1]

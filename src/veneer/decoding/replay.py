@@ -89,8 +89,8 @@ def draw_answers(
     seed: int = 0,
     progress: Progress = lambda what, done, total: None,
 ) -> Rows:
-    """Returns rows of a question and the base's answer, each behind the system message if there is
-    one.
+    """Returns rows of a question and the answer of the base with its adapters in use, each behind
+    the system message if there is one.
 
     The arguments and errors are those of draw_replay; a base without a chat template is refused.
     """
@@ -101,7 +101,7 @@ def draw_answers(
             next_step="Take a base that was trained for chat.",
         )
     generator = _RowGenerator(base, template, system, max_new_tokens, seed, progress)
-    with base.routing.none():
+    with base.routing.held():
         return generator.answers(rows, questions)
 
 

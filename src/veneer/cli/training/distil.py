@@ -14,8 +14,6 @@ them. Then an adapter learns the teacher's distributions over these answers, wit
 objective.teacher.quantize=nf4.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
@@ -156,11 +154,13 @@ def _draw_rows(
     args: argparse.Namespace, config: RunConfig, questions: Sequence[str], system: str | None
 ) -> list[dict[str, Any]]:
     """Returns questions with the teacher's answers behind the prompt, without the prompt."""
-    teacher = config.objective.teacher_base
+    teacher, adapter = config.objective.teacher_base, config.objective.teacher_adapter
     if teacher is None:
         base = load_bare_base(args.base, args, args.quantize)
     else:
         base = load_bare_base(teacher.base, args, teacher.quantize)
+    if adapter is not None:
+        base.use(base.load_adapter(adapter, name="teacher"))
     from veneer.decoding.replay import draw_answers
     from veneer.training.output.working import working
 
