@@ -1,12 +1,16 @@
 """The plan of jobs that train together, beside what joint training does."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from tests.support.joint import config, make_world, together
 from veneer.cli.main import main
+from veneer.objectives.config import TeacherBase
+from veneer.plan.joint import other_teachers
 from veneer.plan.schedule import JobLoad, simulate
+from veneer.plan.simulation.step_counts import TEACHER
 from veneer.runs import train_jobs
 from veneer.training import loop
 from veneer.training.budget import JobMemory
@@ -108,3 +112,16 @@ def test_a_fleet_is_planned_as_its_run_plans_it(world, tmp_path, capsys):
     train_jobs(configs, resume=False, screens=[QuietScreen() for _ in configs])
     start = read_records(tmp_path / "job-0" / "metrics.jsonl")[0]
     assert start["planned_memory_bytes"] == pytest.approx(schedule["peak"], rel=0.25)
+
+
+def test_the_base_of_a_teacher_that_the_first_job_lacks_counts_once():
+    def row(base, size):
+        teacher = None if base is None else TeacherBase(base=base)
+        run = SimpleNamespace(static={TEACHER: size})
+        return SimpleNamespace(
+            choice=SimpleNamespace(teacher=teacher), estimate=SimpleNamespace(run=run)
+        )
+
+    assert other_teachers([row("a", 100), row("a", 130), row("b", 70), row("b", 60)]) == 70
+    assert other_teachers([row(None, 0), row("a", 100)]) == 100
+    assert other_teachers([row("a", 100)]) == 0

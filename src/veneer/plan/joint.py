@@ -5,8 +5,6 @@ what all rows at once need, what the smallest forwards need, and what a simulati
 loop finds for this memory (schedule.py).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +16,7 @@ from veneer.plan.ask import PlanAnswer, PlanQuestion, answer_question, idle_byte
 from veneer.plan.estimate import LIBRARIES_BYTES, PROCESS, Estimate
 from veneer.plan.machine import Machine, this_machine
 from veneer.plan.schedule import JobLoad, JointSchedule, simulate
-from veneer.plan.simulation.step_counts import GRADIENTS, MOMENTS, STATIC, SUMS, VALUES
+from veneer.plan.simulation.step_counts import GRADIENTS, MOMENTS, STATIC, SUMS, TEACHER, VALUES
 from veneer.plan.simulation.tracker import Shape, Work
 from veneer.plan.table import PlanRow
 from veneer.training.budget import JobMemory, plan_jobs
@@ -88,6 +86,7 @@ def plan_together(questions: Sequence[PlanQuestion]) -> JointPlan:
     answers = [answer_question(question, idle_bytes=idle_bytes) for question in questions]
     rows = [answer.rows[0] for answer in answers]
     jobs = [job_memory(row.estimate, row.estimate.run.computed_tokens) for row in rows]
+    jobs[0] = replace(jobs[0], peak=jobs[0].peak + other_teachers(rows))
     outside = max(row.estimate.needed_bytes - row.estimate.peak_bytes for row in rows)
     seconds = [row.run_seconds for row in rows]
     known = [value for value in seconds if value is not None]
@@ -104,6 +103,16 @@ def plan_together(questions: Sequence[PlanQuestion]) -> JointPlan:
         run_seconds=sum(known) if len(known) == len(seconds) else None,
         schedule=_schedule(answers[0].machine, rows, jobs, free) if is_known else None,
     )
+
+
+def other_teachers(rows: Sequence[PlanRow]) -> int:
+    """Returns the bytes of the teachers' bases that the first job lacks; each base counts once."""
+    sizes: dict[object, int] = {}
+    for row in rows:
+        teacher = row.choice.teacher
+        key = None if teacher is None else (teacher.base, teacher.quantize, teacher.dtype)
+        sizes[key] = max(sizes.get(key, 0), row.estimate.run.static.get(TEACHER, 0))
+    return sum(list(sizes.values())[1:])
 
 
 def _schedule(
