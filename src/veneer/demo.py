@@ -11,8 +11,6 @@ Results are stored with a hash of all that they depend on. So a second demo take
 one continues, and one with other data, base or settings starts over.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shlex

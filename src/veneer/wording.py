@@ -1,7 +1,5 @@
 """Formats figures and untrusted text for people, on a screen and in a report."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence

@@ -7,8 +7,6 @@ For instance:
   veneer completion fish > ~/.config/fish/completions/veneer.fish
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 from collections.abc import Callable, Mapping

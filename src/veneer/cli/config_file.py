@@ -6,8 +6,6 @@ that the text is composed once, to find duplicate keys and the line of each key,
 aliases, which nobody needs here and with which a few lines grow to gigabytes.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

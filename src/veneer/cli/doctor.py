@@ -1,7 +1,5 @@
 """Show versions, processor, memory, GPU, caches and extras, for a bug report. Changes nothing."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import platform

@@ -2,8 +2,6 @@
 output folders. Lower folders make the same checks; here they run first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

@@ -8,8 +8,6 @@ For instance:
   veneer explain settings     all settings of a run
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import tomllib

@@ -14,8 +14,6 @@ An entry with `files` is a template: for each file that matches, `data.train` is
 `{name}` in the entry's texts is its name without folder and ending.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence

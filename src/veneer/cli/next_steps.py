@@ -4,8 +4,6 @@ library.
 It reads only file names and the first lines of .yaml files, and loads nothing.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Iterator

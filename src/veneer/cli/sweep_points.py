@@ -7,8 +7,6 @@
 Ends without a point or an exponent are whole numbers, and so are the values drawn between them.
 """
 
-from __future__ import annotations
-
 import math
 import random
 import re

@@ -5,8 +5,6 @@ folder for each run (execute.py) out/base/          the evaluation of the base c
 the figures; comparison.html shows them
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import replace

@@ -4,8 +4,6 @@
 at hand cannot tell the two apart. That is not proof that they are equal, and the text says so.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

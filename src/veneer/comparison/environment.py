@@ -6,8 +6,6 @@ As a program (`python -m veneer.comparison.environment BASE`) it reads settings 
 the environment: a cluster's node runs it in a process with the threads and devices of a run.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import platform

@@ -6,8 +6,6 @@ comparison that is started again uses what is finished and continues what has a 
 with other candidates or more seeds reuses the rest.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -4,8 +4,6 @@ Quality has an interval over rows and seeds (evaluation/intervals.py), and so ha
 the best, between the same rows and seeds. Costs are those of the first run that trained alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -6,8 +6,6 @@ same time; `run_jobs` runs them at an executor, for instance as processes of thi
 (local.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ On Linux they are forked by a process that has imported what they need
 (cli/training/fork_server.py); elsewhere each starts a new interpreter.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import select

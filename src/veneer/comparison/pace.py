@@ -1,7 +1,5 @@
 """Counts a comparison's runs, and estimates the time left from the finished ones."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Makes comparison.html from the figures of comparison.json, in the style of a run's report."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from html import escape
 from typing import Any

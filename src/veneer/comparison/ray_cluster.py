@@ -5,8 +5,6 @@ of this machine, as Ray does, and accepts only clients with its token: Ray makes
 home (2.59 and later).
 """
 
-from __future__ import annotations
-
 import logging
 from types import ModuleType
 

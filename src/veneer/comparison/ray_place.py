@@ -6,8 +6,6 @@ A task that is lost with its node is restarted elsewhere, from its last checkpoi
 save and end.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict

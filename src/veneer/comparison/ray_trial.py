@@ -6,8 +6,6 @@ folder is uploaded, so that the job can continue elsewhere if this node is lost.
 answers are JSON.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

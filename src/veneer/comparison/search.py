@@ -4,8 +4,6 @@ Every rate trains once with seed 0 (sweep.py), and the lowest held-out loss wins
 is at an end, the search continues in that direction, one rate at a time.
 """
 
-from __future__ import annotations
-
 import math
 
 from veneer.comparison.execute import FinishedRun, JobRunner

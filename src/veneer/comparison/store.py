@@ -10,8 +10,6 @@ Existing files are not sent again, and every download is compared with its hash.
 replaced while it is read is found intact, or not at all.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping

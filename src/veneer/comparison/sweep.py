@@ -6,8 +6,6 @@ shows whether it diverges or does not fit. Candidates that cannot share a forwar
 fine-tuning, train one rate after the other, and so does a place without shared forwards.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from pathlib import Path

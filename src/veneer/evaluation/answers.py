@@ -1,7 +1,5 @@
 """Answers of a base, with the adapters active on it, to each row's last prompt."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

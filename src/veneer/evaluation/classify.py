@@ -5,8 +5,6 @@ classify in the same forwards, each with its own head on its own rows.
 Shapes: N texts, C outputs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, TypeGuard, overload

@@ -4,8 +4,6 @@ forgotten.
 The function `nats` computes a batch (models/likelihood.py).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -6,8 +6,6 @@ general.txt is plain English prose, dialogue, lists, a letter and some code, wri
 project.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path

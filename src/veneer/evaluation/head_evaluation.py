@@ -6,8 +6,6 @@ that rows have or get. A row of several labels is right if exactly its labels ar
 Shapes: N rows, C outputs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Rows that are given as token ids: a context, and the continuation that is scored."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 

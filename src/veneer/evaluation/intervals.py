@@ -20,8 +20,6 @@ cubic transformation; Efron 1982, The Jackknife; Satterthwaite 1946, Biometrics 
 Survey Sampling.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache

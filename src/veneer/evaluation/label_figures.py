@@ -10,8 +10,6 @@ content, so equal rows are in the same half.
 Shapes: N rows, L labels. Sources: Guo et al. 2017, arXiv:1706.04599 (temperature, ECE).
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ label's score is the log-probability of everything that would be trained if it w
 end of turn included: without it "card" could never lose to "card_lost".
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any

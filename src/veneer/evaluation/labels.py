@@ -1,7 +1,5 @@
 """Reads the labels that rows are classified into (evaluation/label_scores.py)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar

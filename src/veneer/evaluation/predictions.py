@@ -12,8 +12,6 @@ One JSON object per line:
     <metric>      the figure of this row
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

@@ -9,8 +9,6 @@ prompt are one.
 Source: Rafailov et al. 2023, arXiv:2305.18290: without beta, the rewards that dpo compares.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any

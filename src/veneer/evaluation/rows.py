@@ -3,8 +3,6 @@
 They are rendered as the rows were that the adapters in use were trained on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path

@@ -1,8 +1,6 @@
 """Scores rows: the log-probability of each row's answers, for one set of adapters or for several in
 the same forwards (models/scores.py)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

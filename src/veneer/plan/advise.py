@@ -4,8 +4,6 @@ The evidence is from other people's work unless it says otherwise; where it is t
 says so.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal

@@ -4,8 +4,6 @@ A PlanQuestion says what to plan. Its PlanAnswer holds rows of plain data, notes
 figures come from, and advice if requested. Only a config is downloaded.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any

@@ -10,8 +10,6 @@ What the step does not allocate itself is a constant, each measured, each with i
 bytes.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from typing import Literal

@@ -10,8 +10,6 @@ step reaches was measured with whole steps (benchmarks/plan_time.py). For a GPU 
 rates are used, and an assumed share of them. Units: FLOP and bytes a second.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections import Counter

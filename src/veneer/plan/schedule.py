@@ -6,8 +6,6 @@ find no room in memory wait until others end, by the rules of training/budget.py
 Times are those of forwards and backwards: no start-up, no evaluations. Units: bytes, seconds.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -15,8 +15,6 @@ Assumes equally fast processes, and that nothing is computed while something is 
 seconds.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ data.
 Units: bytes, seconds, tokens.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 

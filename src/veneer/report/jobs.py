@@ -4,8 +4,6 @@ With the same number of steps a larger batch sees more rows. So jobs are also co
 tokens that the shortest complete job has seen.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

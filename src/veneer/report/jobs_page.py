@@ -1,7 +1,5 @@
 """Writes sweep.html: the jobs of a sweep on one page, in the style of a run's report."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path

@@ -4,8 +4,6 @@ It is a Screen of training/output/screen.py: HTML that the notebook keeps, every
 neither script nor widget.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable

@@ -5,8 +5,6 @@ comes from users or models is escaped. Reads run.yaml, metrics.jsonl, summary.js
 is one, adapter/veneer.json; what an interrupted run did not write is left out of the page.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import time

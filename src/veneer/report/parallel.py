@@ -4,8 +4,6 @@ Numbers whose largest is at least 8 times the smallest get a logarithmic axis; t
 evenly. Drawn for a wide and for a narrow page, as the lines of plots.py.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

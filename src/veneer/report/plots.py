@@ -4,8 +4,6 @@ Each chart is drawn for a wide and for a narrow page, and CSS shows the one that
 drawing down would scale its letters, too. Knows nothing of what is plotted.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Points with intervals as inline SVG: cost against quality. Drawn like the lines of plots.py."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What the plan advises for a set of rows, and what the runs of `veneer tune` will need."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from veneer.adapters.config import LoRA

@@ -4,8 +4,6 @@ batch 2 and 8  x  half the advised learning rate, the advised one, twice the adv
 batch 2 and 8  x  four times the advised rank, at the advised learning rate
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ The loss is always compared. Answers are compared too where a metric fits them: 
 accuracy for a few short labels. Differences are over the same rows, with 95% intervals.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Writes tune.html: the verdict, the search and the judging on one page."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape

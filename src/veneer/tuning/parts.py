@@ -5,8 +5,6 @@ conversation with rows that are its beginning. So no part is easier because the 
 prompts. The division depends on the rows' content alone.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Sequence

@@ -11,8 +11,6 @@ Several candidates in one forward are faster than one after the other, so the se
 before its third is over. The winner also stops at its last evaluation within the time.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Supervisors of the runs of `veneer tune`: one that measures, and one that searches in time."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 

@@ -11,8 +11,6 @@ The steps: check the rows, divide them, ask the plan, measure the pace, search b
 training the best one on, judge once. Ctrl-C during training keeps the best so far.
 """
 
-from __future__ import annotations
-
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Says in five lines what `veneer tune` did, how sure it is, and what to do next."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

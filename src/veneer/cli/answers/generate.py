@@ -6,8 +6,6 @@ For instance:
   veneer generate --adapter runs/tickets < ticket.txt
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from typing import Any, TextIO

@@ -5,8 +5,6 @@ For instance:
   veneer lint runs/tickets --for vllm
 """
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import asdict
 from typing import get_args

@@ -9,8 +9,6 @@ Training over this folder gives the same bits as training with --quantize nf4; t
 are no longer needed.
 """
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import asdict
 

@@ -1,7 +1,5 @@
 """Generates rows with the base (`veneer data replay`), to mix into training against forgetting."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

@@ -4,8 +4,6 @@ Downloads a model of 135 M parameters and a public data set (about 100 MB, cache
 adapter on 300 rows, and shows held-out questions with the answers before and after.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from contextlib import nullcontext, redirect_stdout

@@ -14,8 +14,6 @@ Metrics: exact_match, json_validity, field_f1, accuracy (picks the likeliest lab
 rouge1, rouge2, rougeL. A row may have `references`, a list of other correct answers.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

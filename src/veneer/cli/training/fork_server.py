@@ -9,8 +9,6 @@ Nothing has been computed here and no thread of torch runs, so a child is what a
 would be: its bits, its random numbers, its peak of memory. Linux only; comparison/local.py asks.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import mmap

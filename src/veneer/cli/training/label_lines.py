@@ -1,7 +1,5 @@
 """Lines of an evaluation by labels: calibration, reliability curve, most frequent errors."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Reads the run that the flags of `veneer plan` describe, and probes it."""
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 from pathlib import Path

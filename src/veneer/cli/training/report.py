@@ -5,8 +5,6 @@ For instance:
   veneer report runs/tickets
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

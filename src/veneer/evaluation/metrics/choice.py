@@ -1,7 +1,5 @@
 """Chooses the metric that fits the answers of some rows, and how long a generated answer may be."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from typing import Any

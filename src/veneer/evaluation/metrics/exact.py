@@ -1,7 +1,5 @@
 """Metrics for answers that match exactly, and for labels."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from veneer.evaluation.metrics.metric import mean_of

@@ -1,7 +1,5 @@
 """Metrics for answers in JSON: validity, and how many fields are right."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ So the figure of one row, of all rows and of all rows but one are the same funct
 sums.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal

@@ -6,8 +6,6 @@ be left out. Equal to sacrebleu's corpus scores at its defaults (13a tokens, exp
 chrF2). Sources: Papineni et al. 2002; Popović 2015; Post 2018, arXiv:1804.08771.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 from typing import Any

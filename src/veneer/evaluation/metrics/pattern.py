@@ -5,8 +5,6 @@ is right if the group's last match is the same in the answer and in a reference:
 `regex:####\\s*(-?[\\d.]+)`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

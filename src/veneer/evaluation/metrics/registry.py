@@ -1,7 +1,5 @@
 """All metrics by name, and how a user's name becomes a metric."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from difflib import get_close_matches
 

@@ -7,8 +7,6 @@ its best reference; the figure is the mean over rows. Equal to google-research's
 Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence

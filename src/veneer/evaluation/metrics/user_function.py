@@ -4,8 +4,6 @@ The file is the user's own code, named on the command line or passed as a functi
 data, adapter or request can name a file to run.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from importlib.util import module_from_spec, spec_from_file_location

@@ -10,8 +10,6 @@ answer is exact for the whole depth. Otherwise the whole depth is run. Knows not
 estimate.py adds what an allocator, a kernel or the process takes.
 """
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any

@@ -1,8 +1,6 @@
 """Simulates offload (training/optimizer/offload.py) on tensors without storage: which bytes would
 leave the device, and which would come back."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any

@@ -1,8 +1,6 @@
 """Finds what a plan needs of a teacher: the model and bytes of another base, and the bytes of a
 prompt."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, Literal
 

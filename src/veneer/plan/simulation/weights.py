@@ -1,7 +1,5 @@
 """Bytes of a base's weights, by layer: dense or in 4 bits from its modules. Units: bytes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from torch import nn

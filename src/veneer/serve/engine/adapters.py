@@ -4,8 +4,6 @@ Every adapter of the library is served without being loaded. Loading one reads i
 next request finds it, and may give it a further name; unloading takes the name away.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 from veneer.bounds import TOKEN

@@ -7,8 +7,6 @@ an adapter, its note and the training prompts in the library, are read in the sa
 means are kept in memory and in the cache folder.
 """
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import logging

@@ -6,8 +6,6 @@ all. Nothing is generated, and no keys and values are kept.
 Shapes: N texts of a request, C outputs of its head.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections import deque
 from collections.abc import Sequence

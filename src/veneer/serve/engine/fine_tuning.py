@@ -4,8 +4,6 @@ Only a server that was started with `--train` has a FineTuning. Its methods read
 so the routes (http/fine_tuning.py) call them beside the event loop.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import re

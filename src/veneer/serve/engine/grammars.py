@@ -4,8 +4,6 @@ The first shape reads the base's vocabulary, which takes a second or more. Shape
 the calling thread, never on the one that decodes.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 

@@ -5,8 +5,6 @@ Source: docs.vllm.ai/en/latest/usage/metrics.html;
 prometheus.io/docs/instrumenting/exposition_formats.
 """
 
-from __future__ import annotations
-
 import time
 from bisect import bisect_left
 from collections import Counter

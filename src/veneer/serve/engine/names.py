@@ -11,8 +11,6 @@ alias, or an adapter with all its versions, which the server hides until it is l
 stay. Nothing here is a path.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import suppress

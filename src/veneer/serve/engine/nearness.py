@@ -11,8 +11,6 @@ for the base, which answers where no adapter is near. benchmarks/choose_adapter.
 Shapes: K texts of an adapter, A adapters, D hidden.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -4,8 +4,6 @@ A prompt that is too long is refused before it is queued. Tokenizers change whil
 this one is a copy that nothing else uses.
 """
 
-from __future__ import annotations
-
 import asyncio
 import copy
 from collections.abc import Callable, Sequence

@@ -1,8 +1,6 @@
 """The service behind all routes: one base, its model names, the engine's thread, and how a request
 becomes answers."""
 
-from __future__ import annotations
-
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence

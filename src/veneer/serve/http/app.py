@@ -1,7 +1,5 @@
 """The routes: each reads a request, calls the service and writes the response."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence

@@ -11,8 +11,6 @@ h11 is used whatever else is installed, because it bounds the size of a header. 
 nothing, send slowly, or do not read are disconnected.
 """
 
-from __future__ import annotations
-
 import asyncio
 import signal
 import socket

@@ -3,8 +3,6 @@
 Its recipe and its base's name are left out: they may contain paths of the machine that trained it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Sends an answer to a client, whole or as a stream, and cancels it once the client has gone."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

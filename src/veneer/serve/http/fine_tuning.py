@@ -4,8 +4,6 @@ Every one of them needs a key with the scope `train`: files hold training rows. 
 `--train` answers 404.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -8,8 +8,6 @@
 The log has no prompts, no keys and no query strings.
 """
 
-from __future__ import annotations
-
 import ipaddress
 import logging
 import re

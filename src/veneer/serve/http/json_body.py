@@ -1,7 +1,5 @@
 """Reads a request's JSON strictly, with bounds on bytes, time and depth."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections import Counter

@@ -8,8 +8,6 @@ A file has a line for each key: `use 5d41...(sha256, hexadecimal) name`. Keys ha
 so that a plain SHA-256 cannot be reversed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import os

@@ -1,7 +1,5 @@
 """How many connections the limit of open files allows."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 
 from veneer.serve.limits import MOST_CONNECTIONS

@@ -4,8 +4,6 @@ Its content security policy allows that one script, by its hash, requests to thi
 no HTML made from text.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from functools import cache

@@ -1,7 +1,5 @@
 """The paths that the server answers, the body of each, and /openapi.json, which describes them."""
 
-from __future__ import annotations
-
 from importlib.metadata import version
 from typing import Any
 

@@ -4,8 +4,6 @@ The file goes to an unnamed temporary file while it arrives, so an upload that i
 nothing behind.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager

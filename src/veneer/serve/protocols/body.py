@@ -14,8 +14,6 @@ name. null means that the field is absent. Validation stops after MOST_FAULTS fa
 with a million faults costs no more than a good one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice

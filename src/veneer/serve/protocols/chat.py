@@ -3,8 +3,6 @@
 Source: platform.openai.com/docs/api-reference/chat, read by the client's own types (openai 3.5).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

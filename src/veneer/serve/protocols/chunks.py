@@ -1,7 +1,5 @@
 """Writes the responses and the chunks of /v1/chat/completions and /v1/completions."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar

@@ -3,8 +3,6 @@
 Source: vLLM's bodies and responses, docs.vllm.ai/en/latest/serving/openai_compatible_server.html.
 """
 
-from __future__ import annotations
-
 import time
 import uuid
 from collections.abc import Iterator, Sequence

@@ -3,8 +3,6 @@
 Source: platform.openai.com/docs/api-reference/completions, with vLLM's fields.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

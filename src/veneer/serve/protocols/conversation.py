@@ -4,8 +4,6 @@ A conversation goes through the same code as rows of training data (data/files/f
 it looks as it did in training.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 

@@ -1,7 +1,5 @@
 """What is wrong with a body: pydantic's errors in our words, each with the path of its field."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 from itertools import islice

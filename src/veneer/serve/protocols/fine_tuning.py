@@ -7,8 +7,6 @@ answers.
 Knows nothing of files or processes: serve/engine/fine_tuning.py calls it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass

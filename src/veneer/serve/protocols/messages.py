@@ -3,8 +3,6 @@
 Source: docs.anthropic.com/en/api/messages and messages-streaming.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The request that every protocol's body is translated to."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Writes whole responses of /v1/responses, and their events."""
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -5,8 +5,6 @@ Source: platform.openai.com/docs/api-reference/responses, read by the client's o
 3.5).
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Annotated, Literal
 

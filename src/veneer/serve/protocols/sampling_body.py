@@ -1,7 +1,5 @@
 """The fields of all bodies whose answer is generated, and the request that they make."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,8 +1,6 @@
 """The fields that require a shape of an answer: OpenAI's response_format, vLLM's
 structured_outputs and guided_ fields."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 from pydantic import Field

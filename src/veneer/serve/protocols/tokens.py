@@ -1,7 +1,5 @@
 """The bodies of /tokenize and /detokenize, with vLLM's fields."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Annotated
 

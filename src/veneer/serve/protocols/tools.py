@@ -1,7 +1,5 @@
 """Tools of a request, and whether its answer must call one."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Literal

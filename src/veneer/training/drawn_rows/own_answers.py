@@ -9,8 +9,6 @@ process has to compute.
 Source: Agarwal et al. 2023, arXiv:2306.13649, algorithm 1; `share` is its lambda, per row.
 """
 
-from __future__ import annotations
-
 import random
 import sys
 from collections.abc import Sequence

@@ -10,8 +10,6 @@ memory of a step.
 Source: Shenfeld et al. 2025, arXiv:2509.04259: forgetting follows this KL.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date

@@ -4,8 +4,6 @@ Only numbers and the run's settings are sent: no rows, no sample answers. (W&B a
 figures of the machine, as configured.) Nothing is imported or sent unless `log` names it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module, util

@@ -5,8 +5,6 @@ say how steps are computed), every step, every evaluation, and the summary. Text
 from data is shown as plain text, without markup or control characters.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Mapping

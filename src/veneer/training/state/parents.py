@@ -5,8 +5,6 @@ directions to it. Existing values are copied bit for bit: a run of no steps woul
 tensors.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
