@@ -7,9 +7,10 @@
 Prints `measurements`, as docs/results/*.json hold them. For each share, `veneer serve --train` runs
 in a process of its own and a job trains. A client sends streamed requests one after another, in
 turns: one while the trainer is stopped (SIGSTOP, so that memory is the same), one beside the
-running trainer. Prompts have 64 random tokens, so that no cache has them; 8 new tokens. `ratio`:
-the medians and the 95th percentiles beside the trainer, divided by those alone. `trained steps/s`:
-while the client sends one request after another, and while it sends none.
+running trainer, which the server suspends until the first token. Prompts have 64 random tokens, so
+that no cache has them; 8 new tokens. `ratio`: the medians and the 95th percentiles beside the
+trainer, divided by those alone. `trained steps/s`: while the client sends one request after
+another, and while it sends none.
 """
 
 import argparse

@@ -11,6 +11,7 @@ from io import BytesIO
 
 import pytest
 
+from tests.support.processes import is_suspended
 from tests.support.running_job import running_job
 from tests.support.tiny import save_tiny
 from veneer.errors import ConfigError, QuotaError, UnknownNameError
@@ -19,6 +20,7 @@ from veneer.jobs.limits import JobLimits
 from veneer.jobs.queue import WAITS_FOR_DISK, next_in_turn
 from veneer.jobs.record import DIED, JobRecord, TrainingJob
 from veneer.jobs.store import JobStore
+from veneer.jobs.suspension import trainer_suspended
 from veneer.jobs.uploads import UploadStore
 from veneer.training.state.checkpoint import numbers
 
@@ -36,8 +38,9 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture
-def store(tmp_path):
-    return JobStore(tmp_path / "jobs", library=tmp_path / "library", train_share=1)
+def store(tmp_path, monkeypatch):
+    monkeypatch.setattr("veneer.jobs.store.share_of_machine", lambda share: (1, 0))  # not slower
+    return JobStore(tmp_path / "jobs", library=tmp_path / "library", train_share=0.5)
 
 
 @pytest.fixture
@@ -79,8 +82,10 @@ def test_killed_trainer_and_killed_worker_are_failed_jobs_that_resume(store, bas
 
     assert store.resume(job.id).state == "running"
     wait_until(lambda: store.get(job.id).facts().get("step", 0) >= 2)
-    os.kill(newest_process(f"veneer.jobs.worker .*{job.id}"), signal.SIGKILL)
-    job = wait_for(store, job.id, "failed")  # the trainer saved a checkpoint and ended too
+    with trainer_suspended(store.folder):
+        wait_until(lambda: is_suspended(newest_process(trainer)))
+        os.kill(newest_process(f"veneer.jobs.worker .*{job.id}"), signal.SIGKILL)
+        job = wait_for(store, job.id, "failed")  # the trainer saved a checkpoint and ended too
     assert job.error == DIED and job.record.state == "running"
     assert max(numbers(job.run_folder / "checkpoints")) >= 2
     assert store.start_next() is None
@@ -107,8 +112,14 @@ def test_a_run_that_uses_up_the_disk_space_fails_and_resumes_when_there_is_room(
     store.cancel(waiting.id)
     store.limits = JobLimits()
     assert store.resume(job.id).record.disk_bytes == store.limits.disk_bytes
-    store.cancel(job.id)
-    wait_for(store, job.id, "cancelled")
+    step = job.facts()["step"]
+    wait_until(lambda: store.get(job.id).facts()["step"] > step)
+    pid = newest_process(f"veneer train .*{job.id}")
+    with trainer_suspended(store.folder):
+        wait_until(lambda: is_suspended(pid))
+        store.cancel(job.id)
+        job = wait_for(store, job.id, "cancelled")
+    assert max(numbers(job.run_folder / "checkpoints")) == job.facts()["step"]
 
 
 def test_jobs_wait_while_one_runs_and_change_their_state(busy_store, base):

@@ -3,8 +3,10 @@
 import csv
 import io
 import json
+import os
 import re
 import socket
+import sys
 import time
 from argparse import ArgumentParser
 from contextlib import ExitStack, contextmanager
@@ -22,6 +24,7 @@ from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.jobs.limits import JobLimits
 from veneer.jobs.record import write_record
 from veneer.jobs.store import JobStore
+from veneer.jobs.suspension import PIPE
 from veneer.library.library import Library
 from veneer.models.frozen_base import hidden_size
 from veneer.serve.engine.fine_tuning import TrainSettings, page_of
@@ -372,6 +375,57 @@ def test_a_finished_job_without_its_files_leaves_the_lists_whole(server, client)
     assert result not in [file.id for file in client.files.list()]
     with pytest.raises(openai.BadRequestError):
         client.files.retrieve(result)
+
+
+@contextmanager
+def open_in_steps(server, pipe):
+    """Yields a list of whether a pipe is open for writing in each step of the engine."""
+    states = []
+
+    def watch(engine):
+        step = engine.step
+
+        def watched(now):
+            states.append(is_open(pipe))
+            time.sleep(0.01)
+            return step(now)
+
+        engine.step = watched
+
+    server.ask_engine(watch)
+    yield states
+    server.ask_engine(lambda engine: engine.__dict__.pop("step"))
+
+
+def is_open(pipe):
+    try:
+        while os.read(pipe, 100):
+            pass
+    except BlockingIOError:
+        return True
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux suspends trainers")
+@pytest.mark.parametrize("stream", [True, False])
+def test_training_is_suspended_until_the_first_token(server, stream):
+    folder = server.service.fine_tuning.store.folder
+    folder.mkdir(exist_ok=True)
+    os.mkfifo(folder / PIPE)
+    pipe = os.open(folder / PIPE, os.O_RDONLY | os.O_NONBLOCK)
+    body = {"model": BASE, "prompt": "hi", "max_tokens": 40, "ignore_eos": True, "stream": stream}
+    try:
+        with open_in_steps(server, pipe) as states:
+            server.post("/v1/completions", body, headers=AUTHORIZED).raise_for_status()
+            assert states[0] and not states[-1], states
+            assert server.post("/v1/completions", {}, headers=AUTHORIZED).status_code == 400
+        assert not is_open(pipe)
+        body = {"model": BASE, "input": "hi"}
+        assert server.post("/v1/classify", body, headers=AUTHORIZED).status_code == 400
+        assert os.read(pipe, 100) and not is_open(pipe), "it was open for the classification"
+    finally:
+        os.close(pipe)
+        (folder / PIPE).unlink()
 
 
 def test_files_that_arrive_at_once_are_bounded(server):

@@ -64,6 +64,8 @@ class JobRecord(StrictSettings):
     """Processor threads of the trainer. A resumed run keeps them, and so its bits."""
     niceness: int
     """How much lower the trainer's priority is than the worker's."""
+    share: float = 1.0
+    """Part of the time that the trainer runs although requests wait for answers (suspension.py)."""
     disk_bytes: int | None = None
     """Bytes of the whole store beyond which the run is stopped; None: no limit, of earlier
     versions."""

@@ -23,6 +23,7 @@ methods may be called from many processes and threads at once.
     files/<id>/   uploaded files (uploads.py)
     published.json    names of adapters that jobs have published (published.py)
     .start.lock   held while the next job is started
+    .waiting      pipe that servers open while requests wait (suspension.py)
 
 Raises UnknownNameError for an id that is not a job's, ConfigError for a change that a job's state
 does not allow, and QuotaError beyond the limits. Needs Linux or macOS.
@@ -78,7 +79,8 @@ TRAIN_SHARE = 0.5
 class JobStore:
     """Jobs in a folder, which the first `create` makes. folder, library: None is the user's own.
 
-    train_share: part of the processor that a trainer may use (launch.py)
+    train_share: part of the processor's threads that a trainer uses, and of the time that it runs
+    although requests wait for answers (launch.py, suspension.py)
     """
 
     def __init__(
@@ -202,6 +204,7 @@ class JobStore:
             base=name_of(config.base),
             threads=threads,
             niceness=niceness,
+            share=self.train_share,
             disk_bytes=self.limits.disk_bytes,
             publish_as=publish_as,
             library=str(self.library_folder),

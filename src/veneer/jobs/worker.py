@@ -2,10 +2,10 @@
 
     python -m veneer.jobs.worker STORE ID DESCRIPTOR
 
-It owns job.json until it ends (record.py). `veneer train` runs as its child, at lower priority. A
-request to pause or cancel, or SIGTERM, asks the trainer to save a checkpoint and end; so does a
-store whose disk space is used up, and then the job fails. At its end the worker starts the next job
-of the queue.
+It owns job.json until it ends (record.py). `veneer train` runs as its child, at lower priority, and
+is suspended while requests wait for their first token (suspension.py). A request to pause or
+cancel, or SIGTERM, asks the trainer to save a checkpoint and end; so does a store whose disk space
+is used up, and then the job fails. At its end the worker starts the next job of the queue.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from veneer.jobs.record import JobRecord, StopRequest, read_record, write_record
 from veneer.jobs.results import RESULT, metrics_csv
 from veneer.jobs.run_facts import RECORDS
 from veneer.jobs.store import JobStore
+from veneer.jobs.suspension import Suspension
 from veneer.library.library import Library
 from veneer.training.output.records import read_records
 
@@ -86,14 +87,17 @@ class Worker:
                 stdout=subprocess.DEVNULL,
                 stderr=output,
                 pass_fds=(self.descriptor,),
+                process_group=0,
                 preexec_fn=self._begin_trainer,
             )
         is_ending = False
-        while trainer.poll() is None:
-            if not is_ending and (self._request() is not None or self._disk_is_full()):
-                trainer.terminate()
-                is_ending = True
-            time.sleep(POLL_SECONDS)
+        with Suspension(trainer.pid, self.store.folder, self.record.share) as suspension:
+            while trainer.poll() is None:
+                if not is_ending and (self._request() is not None or self._disk_is_full()):
+                    suspension.end()
+                    trainer.terminate()
+                    is_ending = True
+                suspension.wait(POLL_SECONDS)
         request, code = self._request(), trainer.returncode
         if request == "cancel":
             self._end("cancelled", "The job was cancelled")

@@ -112,8 +112,8 @@ def add_server_flags(parser: argparse.ArgumentParser, *, trains: bool = False) -
         "--train-share",
         "S",
         (
-            "part of the processor that a trainer may use, at lower priority; 1: all of it, at"
-            " equal priority; default: 0.5"
+            "share that training keeps: it uses this part of the threads, and is suspended while"
+            " requests wait for their first token, for at most 1 - S of the time; default: 0.5"
         ),
         type=PART,
     )

@@ -52,7 +52,7 @@ class TrainSettings:
     """Settings of `veneer serve --train`.
 
     folder  of the jobs; None: the user's own
-    share   part of the processor that a trainer may use
+    share   part of the threads that a trainer uses, and of the time that it is not suspended
     run     settings of every run: base, dtype, device, quantize
     """
 

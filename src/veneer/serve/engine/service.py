@@ -5,7 +5,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from veneer.data.batching import used_length
 from veneer.decoding.engine import Engine
 from veneer.decoding.sampling.grammar import Grammar, Grammars
 from veneer.errors import RefusedError, UnknownNameError, VeneerError, hide_path
+from veneer.jobs.suspension import trainer_suspended
 from veneer.library.residents.resident import Tier
 from veneer.library.residents.residents import Residents
 from veneer.models.capacity import capacity_of
@@ -153,6 +154,12 @@ class Service:
         has threads of its own."""
         return await self._run(self._jobs, function)
 
+    def trainer_suspended(self) -> AbstractContextManager[None]:
+        """Suspends the trainer of a job within the block, if this server trains."""
+        if self.fine_tuning is None:
+            return nullcontext()
+        return trainer_suspended(self.fine_tuning.store.folder)
+
     async def _run(self, threads: ThreadPoolExecutor, function: Callable[[], T]) -> T:
         def run() -> T:
             with self._hide_folders():
@@ -276,7 +283,7 @@ class Service:
         param: the field of the texts. kind: of the head that is needed; None: any. Refusal: 400 for
         an adapter without such a head and for texts that are too long, 408 out of time.
         """
-        with out_of_time():
+        with out_of_time(), self.trainer_suspended():
             async with asyncio.timeout(self.limits.seconds):
                 return await self._score_texts(name, texts, param, kind)
 

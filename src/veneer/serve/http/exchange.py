@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any, TypeVar
 
 from starlette.responses import JSONResponse, Response
@@ -56,12 +56,16 @@ class Exchange(Response):
         self._caller, self._path = caller, path
         self._start = time.monotonic()
         self._has_begun = False
+        self._first_token_wait = ExitStack()
+        """Closed when the first token has come."""
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         response: Response | None = None
         try:
-            response = await unless_gone(receive, self._answer(send, chunk_writer(scope)))
+            with self._first_token_wait as wait:
+                wait.enter_context(self._service.trainer_suspended())
+                response = await unless_gone(receive, self._answer(send, chunk_writer(scope)))
         except ClientGone:
             return
         except Refusal as refusal:
@@ -91,6 +95,7 @@ class Exchange(Response):
             async with generation:
                 deltas = generation.deltas()
                 first = await anext(deltas)
+                self._first_token_wait.close()
                 metrics.count_first_token(time.monotonic() - self._start)
                 if self._request.stream:
                     reason = await self._stream(send, chunks, writer, generation, first, deltas)
