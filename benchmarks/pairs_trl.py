@@ -2,9 +2,11 @@
 
 It needs no Veneer: `benchmarks/pairs_speed.py` starts it with the Python that has the peers.
 
-    python benchmarks/pairs_trl.py --base FOLDER --pairs pairs.jsonl --batch 8 --steps 12
+    python benchmarks/pairs_trl.py --base FOLDER --start ADAPTER --pairs pairs.jsonl --batch 8 \\
+        --steps 12
 
-LoRA of rank 16 on all linear layers, bf16 weights, constant rate, no dropout, rows in file order.
+It trains the adapter in the folder ADAPTER on, at a constant rate, without dropout, rows in file
+order. TRL takes the adapter as it is at the start as the reference.
 The first step is a warm-up: not timed. `peak_rss_mib` is the peak of the whole process.
 """
 
@@ -19,7 +21,7 @@ from pathlib import Path
 import torch
 import trl
 from datasets import Dataset
-from peft import LoraConfig
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 
@@ -39,10 +41,12 @@ class StepClock(TrainerCallback):  # type: ignore[misc]
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--base", required=True)
+    p.add_argument("--start", required=True)
     p.add_argument("--pairs", required=True)
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--steps", type=int, default=12)
     p.add_argument("--lr", type=float, default=2e-5)
+    p.add_argument("--dtype", default="bfloat16")
     args = p.parse_args()
     with Path(args.pairs).open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file][: args.batch * (args.steps + 1)]
@@ -69,15 +73,13 @@ def main() -> None:
             report_to=[],
             disable_tqdm=True,
         )
+        base = AutoModelForCausalLM.from_pretrained(args.base, dtype=getattr(torch, args.dtype))
         trainer = trl.DPOTrainer(
-            AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.bfloat16),
+            PeftModel.from_pretrained(base, args.start, is_trainable=True),
             args=config,
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(args.base),
             callbacks=[clock],
-            peft_config=LoraConfig(
-                r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
-            ),
         )
         out, sys.stdout = sys.stdout, sys.stderr  # TRL prints its records
         trainer.train()
@@ -89,8 +91,7 @@ def main() -> None:
             {
                 "tool": "trl",
                 "pairs_per_s": round(args.batch * args.steps / seconds, 3),
-                "first_loss": round(clock.losses[0], 4),
-                "last_loss": round(clock.losses[args.steps], 4),
+                "losses": [round(loss, 4) for loss in clock.losses[: args.steps + 1]],
                 "peak_rss_mib": round(peak, 1),
                 "versions": {"trl": trl.__version__, "torch": torch.__version__},
             }
