@@ -1,4 +1,4 @@
-"""The class of docs/guides/scores.md in lm-eval's harness, beside the harness's own way:
+"""The classes of docs/guides/scores.md in lm-eval's harness, beside the harness's own way:
 transformers and PEFT. Two tasks on local rows."""
 
 import json
@@ -21,11 +21,13 @@ CLOSE = 1e-4
 LETTERS = ["alpha", "beta", "gamma"]
 
 
-def class_of_guide():
-    block = next(b for b in GUIDE.read_text().split("```python\n") if "lm_eval" in b)
+def classes_of_guide():
+    blocks = [part.partition("```")[0] for part in GUIDE.read_text().split("```python\n")]
     names = {}
-    exec(block.partition("```")[0], names)
-    return names["VeneerLM"]
+    for block in blocks:
+        if "class " in block:
+            exec(block, names)
+    return names["VeneerLM"], names["AdaptersLM"]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,7 @@ def test_the_guides_class_gives_what_the_harness_gives(folder, name, monkeypatch
     base = veneer.load(folder / "base", dtype="float32")
     if name is not None:
         base.use(base.load_adapter(folder / name))
-    ours = evaluated(class_of_guide()(base), folder)
+    ours = evaluated(classes_of_guide()[0](base), folder)
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     if name is not None:
         # The harness's own `peft` cuts the vocabulary to the tokenizer's, which changes softmax.
@@ -94,6 +96,23 @@ def test_the_guides_class_gives_what_the_harness_gives(folder, name, monkeypatch
         for metric, value in theirs["results"][task].items():
             if isinstance(value, float):
                 assert ours["results"][task][metric] == pytest.approx(value, rel=CLOSE)
+
+
+def test_adapters_that_are_scored_in_one_pass_have_the_scores_of_each_alone(folder):
+    base = veneer.load(folder / "base", dtype="float32")
+    adapter = base.load_adapter(folder / "a")
+    single, several = classes_of_guide()
+    model = several(base, [adapter, None])
+    requests = [(("", ""), base.tokenizer.encode(f"{n}"), [5, 6 + n]) for n in range(3)]
+    for name in model.adapters:
+        model.current = name
+        base.use(name)
+        alone = single(base)._loglikelihood_tokens(requests)
+        for (log, _), (alone_log, _) in zip(
+            model._loglikelihood_tokens(requests), alone, strict=True
+        ):
+            assert log == pytest.approx(alone_log, abs=CLOSE)
+    assert len(model.scores) == 1  # the second adapter found all scores
 
 
 def answers_of(sample):
