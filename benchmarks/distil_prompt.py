@@ -1,7 +1,7 @@
 """Rows for docs/guides/distil.md: a prompt of some 1,000 tokens with examples of E2E NLG,
-questions, and test rows with and without the prompt.
+questions, and held-out and test rows with and without the prompt.
 
-    python benchmarks/distil_prompt.py --data DATA --out ROWS
+    python benchmarks/distil_prompt.py --data DATA --out ROWS --questions 640
 
 DATA holds `e2e/devel-fixed.no-ol.csv` and `e2e/test-fixed.csv` (Dušek, Howcroft, Rieser 2019). The
 commands that train and measure are in docs/results/distil.json.
@@ -13,7 +13,7 @@ import json
 import random
 from pathlib import Path
 
-EXAMPLES, QUESTIONS, TEST = 13, 160, 60
+EXAMPLES, HELD_OUT, TEST = 13, 60, 60
 TASK = (
     "You turn the attributes of a restaurant into one natural sentence. Name every attribute, add"
     " nothing, and answer with the sentence alone.\n\nExamples:\n"
@@ -29,10 +29,35 @@ def read_sentences(file: Path) -> dict[str, list[str]]:
     return sentences
 
 
+def write_rows(
+    folder: Path,
+    name: str,
+    sentences: dict[str, list[str]],
+    attributes: list[str],
+    system: dict[str, str],
+) -> None:
+    """Writes rows with up to 8 references, once without the prompt and once behind it."""
+    for suffix, before in (("", []), ("_prompted", [system])):
+        rows = [
+            {
+                "messages": [
+                    *before,
+                    {"role": "user", "content": f"Attributes: {text}"},
+                    {"role": "assistant", "content": sentences[text][0]},
+                ],
+                "references": sentences[text][1:8],
+            }
+            for text in attributes
+        ]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}{suffix}.jsonl").write_text(lines, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--questions", type=int, default=640)
     args = parser.parse_args()
     args.out.mkdir(parents=True)
     generator = random.Random(1)
@@ -43,27 +68,16 @@ def main() -> None:
         f"\nAttributes: {text}\nSentence: {known[text][0]}\n" for text in attributes[:EXAMPLES]
     )
     (args.out / "prompt.txt").write_text(prompt, encoding="utf-8")
-    asked = attributes[EXAMPLES : EXAMPLES + QUESTIONS]
+    questions = attributes[EXAMPLES : EXAMPLES + args.questions]
     (args.out / "questions.txt").write_text(
-        "".join(f"Attributes: {text}\n" for text in asked), encoding="utf-8"
+        "".join(f"Attributes: {text}\n" for text in questions), encoding="utf-8"
     )
     test = read_sentences(args.data / "e2e" / "test-fixed.csv")
-    chosen = sorted(test)
-    generator.shuffle(chosen)
-    system = [{"role": "system", "content": prompt.strip()}]
-    for name, before in (("plain", []), ("prompted", system)):
-        rows = [
-            {
-                "messages": [
-                    *before,
-                    {"role": "user", "content": f"Attributes: {text}"},
-                    {"role": "assistant", "content": test[text][0]},
-                ],
-                "references": test[text][1:8],
-            }
-            for text in chosen[:TEST]
-        ]
-        (args.out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    test_attributes = sorted(test)
+    generator.shuffle(test_attributes)
+    system = {"role": "system", "content": prompt.strip()}
+    write_rows(args.out, "held_out", known, attributes[-HELD_OUT:], system)
+    write_rows(args.out, "test", test, test_attributes[:TEST], system)
 
 
 if __name__ == "__main__":

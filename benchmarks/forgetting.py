@@ -4,11 +4,15 @@ first.
     python benchmarks/forgetting.py --data DATA --out forgetting    (90 minutes; restartable)
     python benchmarks/forgetting.py --data DATA --out forgetting --steps 4 --train 64 --test 8 \\
         --replies 12    (a trial)
+    python benchmarks/forgetting.py --data DATA --out forgetting --steps 31 --batch 4 --shares \\
+        --weights 1 --replies 40 --reply-tokens 64 --losses    (the KL on replay rows, losses alone)
 
 replay   each of four data sets (results.py), LoRA, once as it is and once with a share of rows that
          the base drew before (`veneer data replay`), so that they teach nothing new; both see as
          many rows of the task. Its own measure on held-out rows, and forgetting: nats per token of
          general text that no run saw, after - before.
+weights  the same, with KL(base, adapter) on plain texts beside the task's rows, half as many a
+         step (`replay` in a run file)
 stages   text to JSON first, then ViGGO from that adapter, with a share of the first set's rows and
          without: both measures after each stage.
 
@@ -39,50 +43,63 @@ PRIMARY = {
 STAGES = ("e2e_json", "viggo_text")
 
 
-def measured(base: Base, task: str, args: argparse.Namespace) -> dict[str, float]:
-    """The task's measure and loss on its test rows, and the loss on general text."""
-    labels = []
-    if task == "banking77":
-        named = json.loads(
-            (args.data / "banking77" / "categories.json").read_text(encoding="utf-8")
-        )
-        labels = [intent(name) for name in named]
-    name, limit = PRIMARY[task], TASKS[task][2]
-    test = args.out / "rows" / task / "test.jsonl"
-    found = api.evaluate(
+def measure(
+    base: Base, task: str, args: argparse.Namespace, predictions: Path, against: Path | None
+) -> dict[str, Any]:
+    """Returns the task's measure and loss on its test rows, and the loss on general text.
+
+    against: predictions of the run without replay, from which differences are taken
+    """
+    labels, names = [], [] if args.losses else [PRIMARY[task]]
+    if task == "banking77" and names:
+        categories = (args.data / "banking77" / "categories.json").read_text(encoding="utf-8")
+        labels = [intent(name) for name in json.loads(categories)]
+    result = api.evaluate(
         base,
-        test,
-        metrics=[name],
+        args.out / "rows" / task / "test.jsonl",
+        metrics=names,
         labels=labels,
-        max_new_tokens=limit,
+        max_new_tokens=TASKS[task][2],
         batch=16,
         general="built-in",
+        predictions=predictions,
+        against=against,
     )
-    general = found["general"]
-    told = {name: found[name], "loss": found["loss"], "general_loss": general["loss"]}
+    general = result["general"]
+    figures = {name: result[name] for name in (*names, "loss")}
+    figures["general_loss"] = general["loss"]
     if "forgetting" in general:
-        told["forgetting"], told["interval"] = general["forgetting"], general["forgetting_interval"]
-    return told
+        figures["forgetting"] = general["forgetting"]
+        figures["interval"] = general["forgetting_interval"]
+    if against is not None:
+        figures["minus_alone"] = {name: result["against"][name] for name in (*names, "loss")}
+    return figures
 
 
-def trained(
-    name: str, data: Any, args: argparse.Namespace, start: Path | None = None, *, share: float = 0.0
-) -> Path:
-    """The folder of a finished run. share: of its rows, beside the task's: it takes as many steps
-    more."""
-    out = args.out / "runs" / name
+def train(name: str, data: Any, args: argparse.Namespace, steps: int, **settings: Any) -> Path:
+    """Trains a run, or continues it, and returns its folder."""
+    out: Path = args.out / "runs" / name
     if not (out / "summary.json").is_file():
-        settings: dict[str, Any] = {"base": args.base, "data": data, "out": str(out), "batch": 8}
-        settings["steps"] = round(args.steps / (1 - share))
-        more = {"learning_rate": args.rate} if args.rate else {}
-        more |= {"from_adapter": [str(start)]} if start else {}
-        begun = (out / "run.yaml").is_file()
+        is_started = (out / "run.yaml").is_file()
+        rate = {"learning_rate": args.rate} if args.rate else {}
         config = (
             api.resume_config(out)
-            if begun
-            else RunConfig.of({**settings, **more, "method": "lora", "seed": args.seed})
+            if is_started
+            else RunConfig.of(
+                {
+                    "base": args.base,
+                    "data": {"train": data, "validation_share": 0.0},
+                    "out": str(out),
+                    "batch": args.batch,
+                    "steps": steps,
+                    "method": "lora",
+                    "seed": args.seed,
+                    **rate,
+                    **settings,
+                }
+            )
         )
-        api.train_run(config, resume=begun, screen=QuietScreen())
+        api.train_run(config, resume=is_started, screen=QuietScreen())
     return out
 
 
@@ -94,74 +111,73 @@ def main() -> None:
     p.add_argument("--out", type=Path, default=Path("forgetting"))
     p.add_argument("--base", default="smollm2-135m")
     p.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    p.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.25])
+    p.add_argument("--shares", type=float, nargs="*", default=[0.1, 0.25])
+    p.add_argument("--weights", type=float, nargs="*", default=[], help="of the KL on replay rows")
     p.add_argument("--steps", type=int, default=200)
+    p.add_argument("--batch", type=int, default=8)
+    p.add_argument("--losses", action="store_true", help="generate no answers")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--rate", type=float, help="learning rate; default: the method's own")
     p.add_argument("--train", type=int, default=1600)
     p.add_argument("--validation", type=int, default=64)
     p.add_argument("--test", type=int, default=200)
-    p.add_argument("--replies", type=int, default=240, help="drawn rows of each kind")
+    p.add_argument("--replies", type=int, default=240, help="generated rows of each kind")
+    p.add_argument("--reply-tokens", type=int, default=128, help="most tokens of a generated row")
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "forgetting.json"
-    found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    rows = {task: write_rows(task, args, args.out / "rows" / task)[0] for task in args.tasks}
+    results: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    rows = {task: str(write_rows(task, args, args.out / "rows" / task)[0]) for task in args.tasks}
     base = api.load(args.base)
     replay = [args.out / "rows" / f"{name}.jsonl" for name in ("answers", "texts")]
-    if not all(each.is_file() for each in replay):
-        for place, drawn in zip(replay, draw_replay(base, 2 * args.replies).values(), strict=True):
-            write_records(place, drawn)
+    if not all(path.is_file() for path in replay):
+        drawn = draw_replay(base, 2 * args.replies, max_new_tokens=args.reply_tokens)
+        for path, some_rows in zip(replay, drawn.values(), strict=True):
+            write_records(path, some_rows)
 
-    def keep(name: str, task: str, run: Path | None) -> None:
-        place = f"{name}: {task}"
-        if place in found:
+    def keep(name: str, task: str, run: Path | None, against: str | None = None) -> None:
+        key = f"{name}: {task}"
+        if key in results:
             return
+        predictions = args.out / "predictions"
+        predictions.mkdir(exist_ok=True)
+        files = predictions / f"{key}.jsonl", against and predictions / f"{against}: {task}.jsonl"
         if run is None:
-            found[place] = measured(base, task, args)
+            results[key] = measure(base, task, args, *files)
         else:
-            acting = base.load_adapter(run)
-            with base.using(acting):
-                found[place] = measured(base, task, args)
-            base.detach(acting)
-        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        print(place, json.dumps(found[place]), flush=True)
+            adapter = base.load_adapter(run)
+            with base.using(adapter):
+                results[key] = measure(base, task, args, *files)
+            base.detach(adapter)
+        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        print(key, json.dumps(results[key]), flush=True)
 
     for task in args.tasks:
-        keep("base", task, None)
-        keep(
-            "alone",
-            task,
-            trained(f"{task}-alone", {"train": str(rows[task]), "validation_share": 0.0}, args),
-        )
+        if not args.losses:
+            keep("base", task, None)
+        keep("alone", task, train(f"{task}-alone", rows[task], args, args.steps))
         for share in args.shares:
-            mixed: list[dict[str, Any]] = [{"path": str(rows[task])}]
+            mixed: list[dict[str, Any]] = [{"path": rows[task]}]
             mixed += [
-                {"path": str(each), "share": share / len(replay), "name": each.stem}
-                for each in replay
+                {"path": str(path), "share": share / len(replay), "name": path.stem}
+                for path in replay
             ]
-            keep(
-                f"replay {share}",
-                task,
-                trained(
-                    f"{task}-{share}", {"train": mixed, "validation_share": 0.0}, args, share=share
-                ),
-            )
+            steps = round(args.steps / (1 - share))
+            keep(f"replay {share}", task, train(f"{task}-{share}", mixed, args, steps), "alone")
+        for weight in args.weights:
+            kl = {"rows": str(replay[1]), "weight": weight, "batch": args.batch // 2}
+            run = train(f"{task}-kl-{weight}", rows[task], args, args.steps, replay=kl)
+            keep(f"replay, weight {weight:g}", task, run, "alone")
     if set(STAGES) <= set(args.tasks):
         first, second = STAGES
         start = args.out / "runs" / f"{first}-alone"
         keep("stage one", second, start)
         for share in (0.0, *args.shares):
-            data: list[dict[str, Any]] = [{"path": str(rows[second])}]
+            data: list[dict[str, Any]] = [{"path": rows[second]}]
             if share:
-                data.append({"path": str(rows[first]), "share": share, "name": "replay"})
-            run = trained(
-                f"stages-{share}",
-                {"train": data, "validation_share": 0.0},
-                args,
-                start,
-                share=share,
-            )
+                data.append({"path": rows[first], "share": share, "name": "replay"})
+            steps = round(args.steps / (1 - share))
+            run = train(f"stages-{share}", data, args, steps, from_adapter=[str(start)])
             for task in STAGES:
                 keep(f"stage two, {share} of stage one's rows", task, run)
 
