@@ -21,7 +21,7 @@ def test_questions_and_answers_behind_the_prompt_train_an_adapter_without_it(
     asked, base, tmp_path, capsys
 ):
     (tmp_path / "prompt.txt").write_text("Always answer in letters, and be brief.\n")
-    (tmp_path / "asked.txt").write_text("abc\ndef\n")
+    (tmp_path / "asked.txt").write_text("abc\ndef\nghi\njkl\n")
     questions = ["--questions", str(tmp_path / "asked.txt"), "--method", "prefix"] if asked else []
     command = ["distil", "--base", str(base), "--prompt", str(tmp_path / "prompt.txt")]
     command += ["--out", str(tmp_path / "run"), "--rows", "6", "--max-new-tokens", "24"]
@@ -33,9 +33,10 @@ def test_questions_and_answers_behind_the_prompt_train_an_adapter_without_it(
     assert summary["objective"] == "distil"
     lines = (tmp_path / "run" / "rows.jsonl").read_text().splitlines()
     turns = [json.loads(line)["messages"] for line in lines]
-    assert [[turn["role"] for turn in row] for row in turns] == [["user", "assistant"]] * 6
-    if asked:
-        assert {row[0]["content"] for row in turns} == {"abc", "def"}
+    assert len(turns) == (4 if asked else 6)
+    assert all([turn["role"] for turn in row] == ["user", "assistant"] for row in turns)
+    if asked:  # each once, because the likeliest answer would be the same again
+        assert {row[0]["content"] for row in turns} == {"abc", "def", "ghi", "jkl"}
     run_file = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
     assert run_file["objective"]["document"] == str(tmp_path / "prompt.txt")
     records = read_records(tmp_path / "run" / "metrics.jsonl")

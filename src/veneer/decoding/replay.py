@@ -86,13 +86,15 @@ def draw_answers(
     system: str | None = None,
     questions: Sequence[str] = (),
     max_new_tokens: int = 128,
+    temperature: float = 1.0,
     seed: int = 0,
     progress: Progress = lambda what, done, total: None,
 ) -> Rows:
     """Returns rows of a question and the answer of the base with its adapters in use, each behind
     the system message if there is one.
 
-    The arguments and errors are those of draw_replay; a base without a chat template is refused.
+    temperature: of the answers; 0 takes the likeliest tokens. Questions are sampled at 1. The other
+    arguments and errors are those of draw_replay; a base without a chat template is refused.
     """
     template = ChatTemplate(base.tokenizer)
     if not template.source:
@@ -100,14 +102,18 @@ def draw_answers(
             "this base has no chat template, and answers no questions",
             next_step="Take a base that was trained for chat.",
         )
-    generator = _RowGenerator(base, template, system, max_new_tokens, seed, progress)
+    generator = _RowGenerator(base, template, system, max_new_tokens, seed, progress, temperature)
     with base.routing.held():
         return generator.answers(rows, questions)
 
 
 @dataclass
 class _RowGenerator:
-    """Generates rows of one base. questions_used: questions that the base has written."""
+    """Generates rows of one base.
+
+    answer_temperature  temperature at which answers are sampled
+    questions_used      questions that the base has written
+    """
 
     base: FrozenBase
     template: ChatTemplate
@@ -115,6 +121,7 @@ class _RowGenerator:
     max_new_tokens: int
     seed: int
     progress: Progress
+    answer_temperature: float = 1.0
     questions_used: set[str] = field(default_factory=set)
 
     def answers(self, count: int, questions: Sequence[str]) -> Rows:
@@ -130,7 +137,9 @@ class _RowGenerator:
             answers = [
                 (turns, text, cut)
                 for turns, (text, cut) in zip(
-                    conversations, self._generate("answers", prompts, round, count), strict=True
+                    conversations,
+                    self._generate("answers", prompts, round, count, self.answer_temperature),
+                    strict=True,
                 )
                 if text.strip()
             ]
@@ -233,16 +242,26 @@ class _RowGenerator:
         return [first]
 
     def _generate(
-        self, what: str, prompts: Sequence[list[int]], round: int, total: int
+        self,
+        what: str,
+        prompts: Sequence[list[int]],
+        round: int,
+        total: int,
+        temperature: float = 1.0,
     ) -> Iterator[tuple[str, dict[str, bool]]]:
         """Yields each text, and the field of its row if it was cut. Half a character at its end is
         left out."""
-        for ids, ended in self._generate_ids(what, prompts, round, total):
+        for ids, ended in self._generate_ids(what, prompts, round, total, temperature):
             text = text_of(self.base.tokenizer, ids).rstrip(UNSURE)
             yield text, {} if ended else {"unfinished": True}
 
     def _generate_ids(
-        self, what: str, prompts: Sequence[list[int]], round: int, total: int
+        self,
+        what: str,
+        prompts: Sequence[list[int]],
+        round: int,
+        total: int,
+        temperature: float = 1.0,
     ) -> Iterator[tuple[list[int], bool]]:
         """Returns the new ids of each prompt, and whether the text ended by itself. Another round
         gives other ids."""
@@ -251,7 +270,7 @@ class _RowGenerator:
             self.base,
             prompts,
             max_new_tokens=self.max_new_tokens,
-            temperature=1.0,
+            temperature=temperature,
             seed=random.Random(f"{self.seed} {what} {round}").getrandbits(32),
             on_done=lambda done: self.progress(what, min(total, total - missing + done), total),
         )

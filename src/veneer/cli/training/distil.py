@@ -7,9 +7,10 @@ For instance:
   veneer distil --base smollm2-135m --document handbook.md --method prefix --out runs/cartridge
   veneer distil --base smollm2-135m --teacher HuggingFaceTB/SmolLM2-1.7B-Instruct --out runs/small
 
-The teacher writes questions behind the prompt and answers them there, unless --questions gives
-them. Then an adapter learns the teacher's distributions over these answers, without the prompt
-(objective distil). The teacher is the base itself, or --teacher, a base with the same tokenizer.
+The teacher writes questions behind the prompt, unless --questions gives them, and answers them
+there: with the likeliest tokens, or sampled at --temperature. Then an adapter learns the teacher's
+distributions over these answers, without the prompt (objective distil). The teacher is the base
+itself, or --teacher, a base with the same tokenizer.
 --set changes any setting of that run, for instance objective.divergence=reverse or
 objective.teacher.quantize=nf4.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.adapters.config import METHODS
-from veneer.bounds import COUNT, NEW_TOKENS, SEED
+from veneer.bounds import COUNT, NEW_TOKENS, SEED, TEMPERATURE
 from veneer.cli.bases import add_base_format, load_bare_base
 from veneer.cli.common import add_json, pause_collection, print_json
 from veneer.cli.config_file import FLAGS, read_settings, resolve_run
@@ -69,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "--rows",
         "N",
-        "number of questions with answers; default: 300",
+        "number of questions with answers; default: 300. At temperature 0 every question of"
+        " --questions is answered once at most",
         type=COUNT,
         default=300,
     )
@@ -80,6 +82,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "longest question or answer in tokens; default: 128",
         type=NEW_TOKENS,
         default=128,
+    )
+    add_value(
+        parser,
+        "--temperature",
+        "T",
+        "sampling temperature of the answers; default: 0, the likeliest tokens",
+        type=TEMPERATURE,
+        default=0.0,
     )
     add_value(parser, "--seed", "N", "random seed; default: 0", type=SEED, default=0)
     add_repeated(
@@ -161,16 +171,20 @@ def _draw_rows(
         base = load_bare_base(teacher.base, args, teacher.quantize)
     if adapter is not None:
         base.use(base.load_adapter(adapter, name="teacher"))
+    count = args.rows
+    if questions and args.temperature == 0:  # the same question would get the same answer again
+        count = min(count, len(questions))
     from veneer.decoding.replay import draw_answers
     from veneer.training.output.working import working
 
     with working("generating") as tell:
         rows = draw_answers(
             base,
-            args.rows,
+            count,
             questions=questions,
             system=system,
             max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
             seed=args.seed,
             progress=tell,
         )
