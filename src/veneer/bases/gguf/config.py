@@ -12,6 +12,8 @@ build_arch_graph); conversion/*.py for the keys that its converter writes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,9 +57,9 @@ def described_config(
     Raises SourceError with every key that is missing, unknown or has a value that transformers'
     model cannot have.
     """
-    model_type, read = ARCHITECTURES[architecture]
+    family = ARCHITECTURES[architecture]
     header = Hyperparameters(architecture, fields, tensors)
-    values = read(header) if "token_embd.weight" in tensors else {}
+    values = family.fields(header) if "token_embd.weight" in tensors else {}
     if not values:
         header.faults.append("token_embd.weight is not in the file")
     header.refuse_unread()
@@ -84,50 +86,61 @@ def described_config(
     ids = {
         name: id if isinstance(id, int) and 0 <= id < rows else None for name, id in tokens.items()
     }
-    config: PreTrainedConfig = CONFIG_MAPPING[model_type](**{**values, **ids})
+    config: PreTrainedConfig = CONFIG_MAPPING[family.model_type](**{**values, **ids})
     return config
 
 
-def _llama(header: Hyperparameters) -> Fields:
-    sizes = read_sizes(header)
-    refuse_experts(header)
+@dataclass(frozen=True)
+class Family:
+    """How the header of an architecture is read.
+
+    model_type   transformers' name for it
+    read         (header, sizes) -> further fields of the config; may remove sizes
+    has_experts  its experts are read; otherwise a header with experts is refused
+    read_sizes   reads the sizes, under transformers' names
+    """
+
+    model_type: str
+    read: Callable[[Hyperparameters, Fields], Fields]
+    has_experts: bool = False
+    read_sizes: Callable[[Hyperparameters], Fields] = read_sizes
+
+    def fields(self, header: Hyperparameters) -> Fields:
+        sizes = self.read_sizes(header)
+        if not self.has_experts:
+            refuse_experts(header)
+        own = self.read(header, sizes)
+        return sizes | own
+
+
+def _rms_and_silu(header: Hyperparameters) -> Fields:
     return {
-        **sizes,
-        "head_dim": read_head_dim(header, sizes),
         "rms_norm_eps": read_rms_epsilon(header),
         "rope_parameters": read_rope(header),
         "hidden_act": "silu",
+    }
+
+
+def _llama(header: Hyperparameters, sizes: Fields) -> Fields:
+    return {
+        **_rms_and_silu(header),
+        "head_dim": read_head_dim(header, sizes),
         "attention_bias": "blk.0.attn_q.bias" in header.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in header.tensors,
     }
 
 
-def _qwen2_attention(header: Hyperparameters, sizes: Fields) -> Fields:
-    head_dim = derive_head_dim(header, sizes["hidden_size"], sizes["num_attention_heads"])
-    header.expect("rope.dimension_count", head_dim)
+def _qwen2(header: Hyperparameters, sizes: Fields) -> Fields:
+    derive_head_dim(header, sizes, rotated=True)
+    return {**_rms_and_silu(header), "use_sliding_window": False}
+
+
+def _qwen2moe(header: Hyperparameters, sizes: Fields) -> Fields:
+    width = sizes["intermediate_size"]
     return {
-        "rms_norm_eps": read_rms_epsilon(header),
-        "rope_parameters": read_rope(header),
-        "hidden_act": "silu",
-        "use_sliding_window": False,
-    }
-
-
-def _qwen2(header: Hyperparameters) -> Fields:
-    sizes = read_sizes(header)
-    refuse_experts(header)
-    return {**sizes, **_qwen2_attention(header, sizes)}
-
-
-def _qwen2moe(header: Hyperparameters) -> Fields:
-    sizes = read_sizes(header)
-    return {
-        **sizes,
-        **_qwen2_attention(header, sizes),
-        **_experts(header, sizes["intermediate_size"]),
-        "shared_expert_intermediate_size": header.size(
-            "expert_shared_feed_forward_length", sizes["intermediate_size"]
-        ),
+        **_qwen2(header, sizes),
+        **_experts(header, width),
+        "shared_expert_intermediate_size": header.size("expert_shared_feed_forward_length", width),
         "norm_topk_prob": False,
         "qkv_bias": "blk.0.attn_q.bias" in header.tensors,
     }
@@ -148,40 +161,28 @@ def _experts(header: Hyperparameters, width: int) -> Fields:
     }
 
 
-def _qwen3_attention(header: Hyperparameters, sizes: Fields) -> Fields:
+def _qwen3(header: Hyperparameters, sizes: Fields) -> Fields:
     return {
+        **_rms_and_silu(header),
         "head_dim": read_head_dim(header, sizes),
-        "rms_norm_eps": read_rms_epsilon(header),
-        "rope_parameters": read_rope(header),
-        "hidden_act": "silu",
         "attention_bias": False,
         "use_sliding_window": False,
     }
 
 
-def _qwen3(header: Hyperparameters) -> Fields:
-    sizes = read_sizes(header)
-    refuse_experts(header)
-    return {**sizes, **_qwen3_attention(header, sizes)}
-
-
-def _qwen3moe(header: Hyperparameters) -> Fields:
-    sizes = read_sizes(header)
+def _qwen3moe(header: Hyperparameters, sizes: Fields) -> Fields:
     experts = _experts(header, sizes["intermediate_size"])
-    return {**sizes, **_qwen3_attention(header, sizes), **experts, "norm_topk_prob": True}
+    return {**_qwen3(header, sizes), **experts, "norm_topk_prob": True}
 
 
-def _gemma(header: Hyperparameters, scaled_by_width: int) -> Fields:
+def _gemma(header: Hyperparameters, sizes: Fields, scaled_by_width: int) -> Fields:
     """Reads the fields that Gemma 2 and 3 share.
 
     scaled_by_width: number of layers of the one model size whose scores are scaled by width / heads
     """
-    sizes = read_sizes(header)
-    refuse_experts(header)
     head_dim = read_head_dim(header, sizes)
     by_width = sizes["num_hidden_layers"] == scaled_by_width
     return {
-        **sizes,
         "head_dim": head_dim,
         "rms_norm_eps": read_rms_epsilon(header),
         "query_pre_attn_scalar": divide(sizes["hidden_size"], sizes["num_attention_heads"])
@@ -193,24 +194,24 @@ def _gemma(header: Hyperparameters, scaled_by_width: int) -> Fields:
     }
 
 
-def _gemma2(header: Hyperparameters) -> Fields:
-    fields, rope = _gemma(header, scaled_by_width=46), read_rope(header)
+def _gemma2(header: Hyperparameters, sizes: Fields) -> Fields:
+    fields, rope = _gemma(header, sizes, scaled_by_width=46), read_rope(header)
     header.expect("rope.freq_base_swa", rope["rope_theta"])
     return {
         **fields,
         "rope_parameters": rope,
         "sliding_window": header.size("attention.sliding_window", 4096),
-        "layer_types": header.layer_types(fields["num_hidden_layers"], 2),
+        "layer_types": header.layer_types(sizes["num_hidden_layers"], 2),
         "attn_logit_softcapping": header.real("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": header.real("final_logit_softcapping", 30.0),
     }
 
 
-def _gemma3(header: Hyperparameters) -> Fields:
+def _gemma3(header: Hyperparameters, sizes: Fields) -> Fields:
     """Reads Gemma 3. Without a window no layer is local, and llama.cpp ignores settings of local
     layers."""
-    fields, window = _gemma(header, scaled_by_width=62), header.window()
-    layers, local = fields["num_hidden_layers"], header.real("rope.freq_base_swa", 10000.0)
+    fields, window = _gemma(header, sizes, scaled_by_width=62), header.window()
+    layers, local = sizes["num_hidden_layers"], header.real("rope.freq_base_swa", 10000.0)
     return {
         **fields,
         "rope_parameters": {
@@ -224,17 +225,14 @@ def _gemma3(header: Hyperparameters) -> Fields:
     }
 
 
-def _phi3(header: Hyperparameters) -> Fields:
+def _phi3(header: Hyperparameters, sizes: Fields) -> Fields:
     """Reads Phi-3. It keeps its window: llama.cpp computes without one while its converter writes 0
     for both."""
-    sizes = read_sizes(header)
-    refuse_experts(header)
     positions = header.size(
         "rope.scaling.original_context_length", sizes["max_position_embeddings"]
     )
-    head_dim = derive_head_dim(header, sizes["hidden_size"], sizes["num_attention_heads"])
+    head_dim = derive_head_dim(header, sizes)
     return {
-        **sizes,
         "original_max_position_embeddings": positions,
         "rms_norm_eps": read_rms_epsilon(header),
         "rope_parameters": read_partial_rope(header, head_dim, scalable=False),
@@ -243,18 +241,14 @@ def _phi3(header: Hyperparameters) -> Fields:
     }
 
 
-def _falcon(header: Hyperparameters) -> Fields:
+def _falcon(header: Hyperparameters, sizes: Fields) -> Fields:
     """Reads Falcon. The 7B model has one key/value head; later models have groups, and one or two
     norms."""
-    sizes = read_sizes(header)
-    refuse_experts(header)
-    head_dim = derive_head_dim(header, sizes["hidden_size"], sizes["num_attention_heads"])
-    header.expect("rope.dimension_count", head_dim)
+    derive_head_dim(header, sizes, rotated=True)
     key_heads, width = sizes.pop("num_key_value_heads"), sizes.pop("intermediate_size")
     two_norms = "blk.0.attn_norm_2.weight" in header.tensors
     grouped = key_heads > 1 or two_norms
     return {
-        **sizes,
         "ffn_hidden_size": width,
         "num_kv_heads": key_heads,
         "multi_query": not grouped,
@@ -269,53 +263,44 @@ def _falcon(header: Hyperparameters) -> Fields:
     }
 
 
-def _bloom(header: Hyperparameters) -> Fields:
-    vocabulary, width = read_vocabulary(header), header.size("embedding_length")
-    refuse_experts(header)
+def _by_position_sizes(width_name: str, header: Hyperparameters) -> Fields:
+    """Reads the sizes of BLOOM and GPT-2, which have one key head for each query head."""
+    sizes = {**read_vocabulary(header), width_name: header.size("embedding_length")}
     heads = header.size("attention.head_count")
-    derive_head_dim(header, width, heads)
+    derive_head_dim(header, {"hidden_size": sizes[width_name], "num_attention_heads": heads})
     header.expect("attention.head_count_kv", heads)
-    header.expect("feed_forward_length", 4 * width)
-    header.expect("attention.max_alibi_bias", 8.0)
     return {
-        **vocabulary,
-        "seq_length": header.size("context_length"),
-        "hidden_size": width,
+        **sizes,
         "n_layer": header.size("block_count"),
         "n_head": heads,
         "layer_norm_epsilon": read_norm_epsilon(header),
+    }
+
+
+def _bloom(header: Hyperparameters, sizes: Fields) -> Fields:
+    header.expect("feed_forward_length", 4 * sizes["hidden_size"])
+    header.expect("attention.max_alibi_bias", 8.0)
+    return {
+        "seq_length": header.size("context_length"),
         "apply_residual_connection_post_layernorm": False,
     }
 
 
-def _gpt2(header: Hyperparameters) -> Fields:
-    vocabulary, width = read_vocabulary(header), header.size("embedding_length")
-    refuse_experts(header)
-    heads = header.size("attention.head_count")
-    derive_head_dim(header, width, heads)
-    header.expect("attention.head_count_kv", heads)
+def _gpt2(header: Hyperparameters, sizes: Fields) -> Fields:
     return {
-        **vocabulary,
         "n_positions": header.size("context_length"),
-        "n_embd": width,
         "n_inner": header.size("feed_forward_length"),
-        "n_layer": header.size("block_count"),
-        "n_head": heads,
-        "layer_norm_epsilon": read_norm_epsilon(header),
         "activation_function": "gelu_new",
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
     }
 
 
-def _stablelm(header: Hyperparameters) -> Fields:
-    sizes = read_sizes(header)
-    refuse_experts(header)
+def _stablelm(header: Hyperparameters, sizes: Fields) -> Fields:
     parallel = "blk.0.ffn_norm.weight" not in header.tensors
     header.expect("use_parallel_residual", parallel)
-    head_dim = derive_head_dim(header, sizes["hidden_size"], sizes["num_attention_heads"])
+    head_dim = derive_head_dim(header, sizes)
     return {
-        **sizes,
         "layer_norm_eps": read_norm_epsilon(header),
         "rope_parameters": read_partial_rope(header, head_dim),
         "hidden_act": "silu",
@@ -325,13 +310,9 @@ def _stablelm(header: Hyperparameters) -> Fields:
     }
 
 
-def _starcoder2(header: Hyperparameters) -> Fields:
-    sizes = read_sizes(header)
-    refuse_experts(header)
-    head_dim = derive_head_dim(header, sizes["hidden_size"], sizes["num_attention_heads"])
-    header.expect("rope.dimension_count", head_dim)
+def _starcoder2(header: Hyperparameters, sizes: Fields) -> Fields:
+    derive_head_dim(header, sizes, rotated=True)
     return {
-        **sizes,
         "norm_epsilon": read_norm_epsilon(header),
         "rope_parameters": read_rope(header),
         "hidden_act": "gelu_pytorch_tanh",
@@ -340,15 +321,13 @@ def _starcoder2(header: Hyperparameters) -> Fields:
     }
 
 
-def _nemotron(header: Hyperparameters) -> Fields:
+def _nemotron(header: Hyperparameters, sizes: Fields) -> Fields:
     """Reads Nemotron. Its converter also writes the epsilon of layer norms under the key of RMS
     norms."""
-    sizes, epsilon = read_sizes(header), read_norm_epsilon(header)
-    refuse_experts(header)
+    epsilon = read_norm_epsilon(header)
     header.expect("attention.layer_norm_rms_epsilon", epsilon)
-    head_dim = derive_head_dim(header, sizes["hidden_size"], sizes["num_attention_heads"])
+    head_dim = derive_head_dim(header, sizes)
     return {
-        **sizes,
         "norm_eps": epsilon,
         "rope_parameters": read_partial_rope(header, head_dim),
         "hidden_act": "relu2",
@@ -357,20 +336,20 @@ def _nemotron(header: Hyperparameters) -> Fields:
     }
 
 
-ARCHITECTURES: Mapping[str, tuple[str, Callable[[Hyperparameters], Fields]]] = {
-    "llama": ("llama", _llama),
-    "qwen2": ("qwen2", _qwen2),
-    "qwen2moe": ("qwen2_moe", _qwen2moe),
-    "qwen3": ("qwen3", _qwen3),
-    "qwen3moe": ("qwen3_moe", _qwen3moe),
-    "gemma2": ("gemma2", _gemma2),
-    "gemma3": ("gemma3_text", _gemma3),
-    "phi3": ("phi3", _phi3),
-    "falcon": ("falcon", _falcon),
-    "bloom": ("bloom", _bloom),
-    "gpt2": ("gpt2", _gpt2),
-    "stablelm": ("stablelm", _stablelm),
-    "starcoder2": ("starcoder2", _starcoder2),
-    "nemotron": ("nemotron", _nemotron),
+ARCHITECTURES: Mapping[str, Family] = {
+    "llama": Family("llama", _llama),
+    "qwen2": Family("qwen2", _qwen2),
+    "qwen2moe": Family("qwen2_moe", _qwen2moe, has_experts=True),
+    "qwen3": Family("qwen3", _qwen3),
+    "qwen3moe": Family("qwen3_moe", _qwen3moe, has_experts=True),
+    "gemma2": Family("gemma2", _gemma2),
+    "gemma3": Family("gemma3_text", _gemma3),
+    "phi3": Family("phi3", _phi3),
+    "falcon": Family("falcon", _falcon),
+    "bloom": Family("bloom", _bloom, read_sizes=partial(_by_position_sizes, "hidden_size")),
+    "gpt2": Family("gpt2", _gpt2, read_sizes=partial(_by_position_sizes, "n_embd")),
+    "stablelm": Family("stablelm", _stablelm),
+    "starcoder2": Family("starcoder2", _starcoder2),
+    "nemotron": Family("nemotron", _nemotron),
 }
-"""general.architecture -> transformers' model_type, and the function that reads the header."""
+"""The families by their general.architecture."""

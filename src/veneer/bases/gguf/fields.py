@@ -50,11 +50,14 @@ def read_head_dim(header: Hyperparameters, sizes: Fields) -> int:
     return head_dim
 
 
-def derive_head_dim(header: Hyperparameters, hidden_size: int, heads: int) -> int:
-    """Computes the size of a head from width and heads, in families without a setting."""
-    head_dim = divide(hidden_size, heads)
-    header.expect("attention.key_length", head_dim)
-    header.expect("attention.value_length", head_dim)
+def derive_head_dim(header: Hyperparameters, sizes: Fields, *, rotated: bool = False) -> int:
+    """Computes the size of a head from width and heads, in families without a setting. rotated: the
+    whole head is rotated."""
+    head_dim = divide(sizes["hidden_size"], sizes["num_attention_heads"])
+    for key in ("attention.key_length", "attention.value_length"):
+        header.expect(key, head_dim)
+    if rotated:
+        header.expect("rope.dimension_count", head_dim)
     return head_dim
 
 
