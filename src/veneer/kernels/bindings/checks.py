@@ -21,15 +21,12 @@ becomes this function (its tests of `out` are like those of `gate`):
         _filled = _struct(gate_address, out_address, rows, width)           # generate_call
         if _call("veneer_step_gate", _byref(_filled), T_number, level): raise _fails()
 
-The statements are syntax trees (the module ast). They are parsed from templates, short texts of
-Python in which names in capitals stand for what differs between declarations:
-`_statements("X = VALUE", X="rows", VALUE=expression)`. Names that begin with `_` are globals of the
-generated function: _GLOBALS, and the helpers that declarations.py passes.
+The function is compiled from its text, a list of lines. Names that begin with `_` are globals of
+the generated function: _GLOBALS, and the helpers that declarations.py passes.
 
 To read this file, begin with `generate_call`, then `_checks`.
 """
 
-import ast
 import ctypes
 import re
 from collections.abc import Callable, Iterable
@@ -88,65 +85,30 @@ class Entry(NamedTuple):
         return match.groupdict("") if match else {}
 
 
-class _Template(ast.NodeTransformer):
-    """Fills a template: replaces names by values.
-
-    A value is a name, a list of names (a tuple of them), an expression, or a list of statements for
-    a name that stands alone on its line.
-    """
-
-    def __init__(self, values: Values) -> None:
-        self._values = values
-
-    def visit_Name(self, node: ast.Name) -> ast.expr:
-        value = self._values.get(node.id, node)
-        if isinstance(value, list):
-            return ast.Tuple([ast.Name(name, node.ctx) for name in value], node.ctx)
-        return ast.Name(value, node.ctx) if isinstance(value, str) else value
-
-    def visit_Expr(self, node: ast.Expr) -> Any:
-        name = node.value.id if isinstance(node.value, ast.Name) else ""
-        return self._values[name] if name in self._values else self.generic_visit(node)
-
-    def visit_Call(self, node: ast.Call) -> ast.expr:
-        """Spreads a tuple among the arguments: f(A, B) with B = (c, d) becomes f(A, c, d)."""
-        self.generic_visit(node)
-        arguments = [a.value if isinstance(a, ast.Starred) else a for a in node.args]
-        node.args = [
-            value for a in arguments for value in (a.elts if isinstance(a, ast.Tuple) else [a])
-        ]
-        return node
-
-    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
-        """Replaces a division by _divide, which refuses a remainder."""
-        self.generic_visit(node)
-        if isinstance(node.op, ast.Div):
-            return ast.Call(ast.Name("_divide", ast.Load()), [node.left, node.right], [])
-        return node
+Lines = list[str]
+"""Lines of Python."""
 
 
-def _statements(template: str, **values: Any) -> list[ast.stmt]:
-    """Returns the statements of a template with values in place of its names in capitals."""
-    tree: ast.Module = _Template(values).visit(ast.parse(template))
-    return tree.body
+def _expression(text: str) -> str:
+    """Translates an expression of a declaration. A type variable such as T stands for its number in
+    C, and a division refuses a remainder."""
+    text = re.sub(rf"\b([{''.join(VARIABLES)}])\b", r"\1_number", text.strip())
+    return re.sub(r"(\w+) / (\w+|\([^()]*\))", r"_divide(\1, \2)", text)
 
 
-def _expression(text: str, **values: Any) -> ast.expr:
-    """Parses an expression, and puts values in place of its names. A type variable such as T stands
-    for its number in C."""
-    numbers = {name: f"{name}_number" for name in VARIABLES}
-    tree: ast.expr = _Template(numbers | values).visit(ast.parse(text.strip(), mode="eval").body)
-    return tree
-
-
-def _refuse_unless(entry: Entry, *tests: ast.expr) -> list[ast.stmt]:
+def _refuse_unless(entry: Entry, *tests: str) -> str:
     """Returns the statement that raises CallError for this entry if a test fails."""
-    return _statements(
-        "if not TEST: raise _refused(NAME, KIND, _locals())",
-        TEST=ast.BoolOp(ast.And(), list(tests)) if len(tests) > 1 else tests[0],
-        NAME=ast.Constant(entry.name),
-        KIND=ast.Constant(entry.kind),
-    )
+    all_tests = " and ".join(f"({test})" for test in tests)
+    return f"if not ({all_tests}): raise _refused({entry.name!r}, {entry.kind!r}, _locals())"
+
+
+def _either(x: str, missing: Lines, present: Lines) -> Lines:
+    """Returns statements for a parameter that may be None."""
+    return [f"if {x} is None:", *_indented(missing), "else:", *_indented(present)]
+
+
+def _indented(lines: Lines) -> Lines:
+    return [f"    {line}" for line in lines]
 
 
 def generate_call(
@@ -167,43 +129,30 @@ def generate_call(
     parameters = signature(function).parameters
     keywords = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
     positional = [name for name in parameters if name not in keywords]
-    body: Any = _expression("_body(*ARGUMENTS)", ARGUMENTS=positional)
-    body.keywords = [ast.keyword(name, ast.Name(name, ast.Load())) for name in keywords]
-    statements = list[ast.stmt]()
+    body = f"_body({', '.join([*positional, *(f'{name}={name}' for name in keywords)])})"
+    lines = Lines()
     if from_body := [entry.name for entry in fields if entry.role == "body"]:
-        statements += _statements("_values = BODY", BODY=body)
-        for name in from_body:
-            statements += _statements("X = _values[KEY]", X=name, KEY=ast.Constant(name))
+        lines += [f"_values = {body}", *(f"{name} = _values[{name!r}]" for name in from_body)]
     elif function.__code__.co_code != _without_body.__code__.co_code:
-        statements.append(ast.Expr(body))
-    statements += _checks([*fields, *arguments], parameters)
+        lines.append(body)
+    lines += _checks([*fields, *arguments], parameters)
     values = [_value(entry) for entry in arguments]
     if helpers["_struct"] is not None:
         filled = [entry for entry in fields if not entry.role]
         while filled[-1].kind.startswith("unused"):  # ctypes leaves the last fields NULL
             filled.pop()
-        struct_values = ast.Tuple([*map(_value, filled)], ast.Load())
-        statements += _statements("_filled = _struct(*VALUES)", VALUES=struct_values)
-        values.insert(0, _expression("_byref(_filled)"))
-    for entry in fields:
-        if entry.role == "kept":
-            statements += _statements("_filled.kept = X", X=entry.name)
+        lines.append(f"_filled = _struct({', '.join(map(_value, filled))})")
+        values.insert(0, "_byref(_filled)")
+    lines += [f"_filled.kept = {entry.name}" for entry in fields if entry.role == "kept"]
     if c_names:
-        first, last = ast.Constant(c_names[0]), ast.Constant(c_names[-1])
-        choice = _expression("FIRST if TYPE is bf16 else LAST", FIRST=first, LAST=last, TYPE="T")
-        statements += _statements(
-            "if _call(C_NAME, *VALUES): raise _fails()",
-            C_NAME=choice if len(c_names) > 1 else first,
-            VALUES=ast.Tuple(values, ast.Load()),
-        )
+        first, last = c_names[0], c_names[-1]
+        c_name = repr(first) if first == last else f"{first!r} if T is bf16 else {last!r}"
+        lines.append(f"if _call({', '.join([c_name, *values])}): raise _fails()")
     else:
-        statements += _statements("return _filled")
-    module: Any = ast.Module(_statements("def X(): BODY", BODY=statements), [])
-    module.body[0].args.args = [*map(ast.arg, positional)]
-    module.body[0].args.kwonlyargs = [*map(ast.arg, keywords)]
-    module.body[0].args.kw_defaults = [None] * len(keywords)
-    tree = ast.fix_missing_locations(module)
-    constants = compile(tree, f"<declaration of {function.__name__}>", "exec").co_consts
+        lines.append("return _filled")
+    declared = ", ".join([*positional, *(["*", *keywords] if keywords else [])])
+    text = "\n".join([f"def generated({declared}):", *_indented(lines)])
+    constants = compile(text, f"<declaration of {function.__name__}>", "exec").co_consts
     code = next(constant for constant in constants if isinstance(constant, CodeType))
     generated = FunctionType(code, {**_GLOBALS, **helpers, "_body": function})
     generated.__defaults__ = function.__defaults__
@@ -215,108 +164,84 @@ def _without_body() -> None:
     """Has the same code as a declared function without a body."""
 
 
-def _value(entry: Entry) -> ast.expr:
+def _value(entry: Entry) -> str:
     """Returns the expression that is passed to C for an entry."""
     if entry.kind.startswith("unused"):
-        return _expression("()" if "*" in entry.kind else "None")
-    if entry.match(TENSOR):
-        return _expression("X", X=f"{entry.name}_address")
-    return _expression(entry.name)
+        return "()" if "*" in entry.kind else "None"
+    return f"{entry.name}_address" if entry.match(TENSOR) else _expression(entry.name)
 
 
-def _checks(entries: list[Entry], parameters: Iterable[str]) -> list[ast.stmt]:
+def _checks(entries: list[Entry], parameters: Iterable[str]) -> Lines:
     """Returns the statements that read the sizes, compute expressions and check all entries. They
     assign the address of a tensor x to x_address."""
     tensors = {entry: match for entry in entries if (match := entry.match(TENSOR))}
     known = {*parameters, *DTYPES, *(e.name for e in entries if e.expression or e.role == "body")}
-    statements = list[ast.stmt]()
+    lines = Lines()
     for entry in sorted(tensors, key=lambda entry: tensors[entry]["optional"]):
-        statements += _read_sizes(entry, tensors[entry], known)
+        lines += _read_sizes(entry, tensors[entry], known)
     for entry in entries:
         if entry.expression:
-            value = _expression(entry.expression)
-            statements += _statements("X = VALUE", X=entry.name, VALUE=value)
+            lines.append(f"{entry.name} = {_expression(entry.expression)}")
         is_bounded = ".." in entry.kind or (entry.name in parameters and entry.role == "")
         if is_bounded and (match := entry.match(NUMBER)):
-            statements += _check_number(entry, match)
+            lines.append(_check_number(entry, match))
     for entry, match in tensors.items():
-        statements += _check_tensor(entry, match)
-    return statements
+        lines += _check_tensor(entry, match)
+    return lines
 
 
-def _read_sizes(entry: Entry, match: Match, known: set[str]) -> list[ast.stmt]:
+def _read_sizes(entry: Entry, match: Match, known: set[str]) -> Lines:
     """Returns the statements that read the sizes, strides and type that this tensor is the first to
     name. Adds these to the known names."""
-    x, dtype, statements = entry.name, match["dtype"], list[ast.stmt]()
+    x, dtype, lines = entry.name, match["dtype"], Lines()
     axes, strides = _axes(match), _axes(match, 2)
     new = [i for i, axis in enumerate(axes) if axis.isidentifier() and axis not in known]
-    if match["bracket"] == "[" and len(new) == len(axes):
-        statements += _statements("AXES = X.shape", AXES=axes, X=x)
+    if match["bracket"] == "{":
+        lines += [f"{axes[i]} = {x}.numel()" for i in new]
+    elif len(new) == len(axes):
+        lines.append(f"{', '.join(axes)}, = {x}.shape")
     else:
-        size = "X.shape[I]" if match["bracket"] == "[" else "X.numel()"
-        for i in new:
-            statements += _statements(f"SIZE = {size}", SIZE=axes[i], X=x, I=ast.Constant(i))
+        lines += [f"{axes[i]} = {x}.shape[{i}]" for i in new]
     if any(strides):
-        statements += _statements(
-            "STRIDES = X.stride()", STRIDES=[*strides[:-1], f"{x}_inner"], X=x
-        )
+        lines.append(f"{', '.join(strides[:-1])}, {x}_inner = {x}.stride()")
     if dtype not in known:
-        types = f"_{dtype}"
-        statements += _refuse_unless(entry, _expression("X.dtype in TYPES", X=x, TYPES=types))
-        names = [dtype, f"{dtype}_bytes", f"{dtype}_number"]
-        statements += _statements("NAMES = TYPES[X.dtype]", NAMES=names, TYPES=types, X=x)
+        lines.append(_refuse_unless(entry, f"{x}.dtype in _{dtype}"))
+        lines.append(f"{dtype}, {dtype}_bytes, {dtype}_number = _{dtype}[{x}.dtype]")
     sizes = [axes[i] for i in new] + [*filter(None, strides)]
     known |= {*sizes, dtype}
-    if match["optional"] and statements:
-        zeros = [s for name in sizes for s in _statements("X = 0", X=name)] or [ast.Pass()]
-        return _statements("if X is None: ZEROS\nelse: READ", X=x, ZEROS=zeros, READ=statements)
-    return statements
+    if match["optional"] and lines:
+        return _either(x, [f"{name} = 0" for name in sizes] or ["pass"], lines)
+    return lines
 
 
-def _check_number(entry: Entry, match: Match) -> list[ast.stmt]:
+def _check_number(entry: Entry, match: Match) -> str:
     """Returns the statement that checks a number's type, bounds and divisor."""
-    values = {
-        "X": entry.name,
-        "LEAST": _expression(match["least"] or "0"),
-        "MOST": _expression(match["most"] or str(_MOST[match["type"]])),
-        "MULTIPLE": _expression(match["multiple"] or "1"),
-    }
-    text = "_type(X) is _int and LEAST <= X <= MOST"
-    if match["multiple"]:
-        text += " and X % MULTIPLE == 0"
-    return _refuse_unless(entry, _expression(text, **values))
+    x, least = entry.name, _expression(match["least"] or "0")
+    most = _expression(match["most"] or str(_MOST[match["type"]]))
+    multiple = [f"{x} % {match['multiple']} == 0"] if match["multiple"] else []
+    return _refuse_unless(entry, f"_type({x}) is _int", f"{least} <= {x} <= {most}", *multiple)
 
 
-def _check_tensor(entry: Entry, match: Match) -> list[ast.stmt]:
+def _check_tensor(entry: Entry, match: Match) -> Lines:
     """Returns the statements that set a tensor's address, and check its type, place, shape, gaps
     and values."""
     x, axes, strides, dtype = entry.name, _axes(match), _axes(match, 2), match["dtype"]
-    size = f"{dtype}_bytes" if dtype in VARIABLES else ast.Constant(DTYPES[dtype].itemsize)
-    word = _expression(match["words"]) if match["words"] else size
-    values = {"X": x, "ADDRESS": f"{x}_address", "TYPE": dtype, "WORD": word}
-    shape: ast.expr = ast.Tuple([*map(_expression, axes)], ast.Load())
+    size = f"{dtype}_bytes" if dtype in VARIABLES else str(DTYPES[dtype].itemsize)
+    word, sizes = match["words"] or size, [_expression(axis) for axis in axes]
+    tests = [f"{x}.shape == ({', '.join(sizes)},)", f"{x}.dtype is {dtype}"]
     if match["bracket"] == "{":
-        tests = [_expression("X.numel() == SIZE", X=x, SIZE=_expression(axes[0]))]
-    else:
-        tests = [_expression("X.shape == SHAPE", X=x, SHAPE=shape)]
-    text = "X.dtype is TYPE and (X.is_cpu or _on_cpu(X)) and ADDRESS % WORD == 0"
-    tests.append(_expression(text, **values))
+        tests[0] = f"{x}.numel() == {sizes[0]}"
+    tests += [f"{x}.is_cpu or _on_cpu({x})", f"{x}_address % {word} == 0"]
     if any(strides):
-        last = _expression(axes[-1])
-        tests.append(_expression("INNER == 1 or LAST <= 1", INNER=f"{x}_inner", LAST=last))
-        for stride in strides[:-1] if match["words"] else ():
-            text = "STRIDE * SIZE % WORD == 0"
-            tests.append(_expression(text, STRIDE=stride, SIZE=size, WORD=word))
+        tests.append(f"{x}_inner == 1 or {sizes[-1]} <= 1")
+        if match["words"]:
+            tests += [f"{stride} * {size} % {word} == 0" for stride in strides[:-1]]
     else:
-        tests.append(_expression("X.is_contiguous()", X=x))
+        tests.append(f"{x}.is_contiguous()")
     if order := match["order"]:
-        limit, constant = _expression(match["limit"]), ast.Constant(order)
-        tests.append(_expression("_is_within(X, LIMIT, ORDER)", X=x, LIMIT=limit, ORDER=constant))
-    statements = _statements("ADDRESS = X.data_ptr()", **values) + _refuse_unless(entry, *tests)
-    if match["optional"]:
-        text = "if X is None: ADDRESS = None\nelse: CHECK"
-        return _statements(text, CHECK=statements, **values)
-    return statements
+        tests.append(f"_is_within({x}, {_expression(match['limit'])}, {order!r})")
+    lines = [f"{x}_address = {x}.data_ptr()", _refuse_unless(entry, *tests)]
+    return _either(x, [f"{x}_address = None"], lines) if match["optional"] else lines
 
 
 def _axes(match: Match, part: int = 0) -> list[str]:
