@@ -72,4 +72,4 @@ _BEFORE_STEP = "Train on the last answer only (data.train_on: last)."
 
 
 def _problem(example: Example, code: str, message: str, step: str) -> Problem:
-    return Problem(code, example.ref.file, message, (example.ref.line,), step)
+    return example.ref.problem(code, message, step)

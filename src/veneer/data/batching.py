@@ -18,7 +18,7 @@ from torch import Tensor
 
 from veneer.data.activation import example_start
 from veneer.data.examples import Example
-from veneer.data.files.on_disk import StoredExamples, keys_of, lengths_of, row_numbers_of
+from veneer.data.files.on_disk import StoredExamples, column_of, lengths_of
 from veneer.data.mixture import Mixture
 from veneer.kernels.layout import BatchLayout, Group, round_up
 from veneer.kernels.upload import sent
@@ -164,12 +164,12 @@ class RowSpans:
     @classmethod
     def _of_stored(cls, examples: StoredExamples) -> Self:
         if examples.single:
-            return cls(range(len(examples) + 1), examples.used)
-        rows = examples.rows
+            return cls(range(len(examples) + 1), examples.column("used"))
+        rows = examples.column("row")
         begins = np.ones(len(rows) + 1, dtype=np.bool_)  # the last entry is the end
         begins[1:-1] = (rows[1:] < 0) | (rows[1:] != rows[:-1])
         starts = np.flatnonzero(begins)
-        return cls(starts, np.add.reduceat(examples.used.astype(np.int64), starts[:-1]))
+        return cls(starts, np.add.reduceat(examples.column("used").astype(np.int64), starts[:-1]))
 
     def of_examples(self, numbers: Sequence[int]) -> list[int]:
         """Returns the numbers of the rows that these examples came from, rising."""
@@ -186,7 +186,7 @@ def equal_neighbours(examples: Sequence[Example]) -> list[int]:
 
     Returns the number of each such row's first example.
     """
-    numbers, keys = row_numbers_of(examples), keys_of(examples)
+    numbers, keys = column_of(examples, "row"), column_of(examples, "key")
     first = np.flatnonzero(numbers[1:] != numbers[:-1]) + 1
     before = np.append(0, first)[:-1]
     equal = (numbers[first] >= 0) & (numbers[before] >= 0) & (keys[first] == keys[before])

@@ -166,7 +166,7 @@ class SetEncoder:
     ) -> None:
         """Adds a row whose answers are compared or rated: one example for each answer."""
         if fault := preference_fault(encodings):
-            self.findings.problems.append(Problem("D117", row.ref.file, fault, (row.ref.line,)))
+            self.findings.problems.append(row.ref.problem("D117", fault))
             return
         kinds: list[AnswerKind] = ["rejected"] * (1 + len(row.others))
         if row.liked is not False:
@@ -215,7 +215,7 @@ class SetEncoder:
     ) -> None:
         """Adds a row's examples, and one more for each of them, which the teacher reads."""
         if fault := teacher_fault(row, encodings, teacher, self.positions):
-            self.findings.problems.append(Problem("D118", row.ref.file, fault, (row.ref.line,)))
+            self.findings.problems.append(row.ref.problem("D118", fault))
             return
         parts = self._answer_parts(row, key, encodings)
         if len(parts) < len(encodings):

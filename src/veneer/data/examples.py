@@ -69,6 +69,12 @@ class RowRef:
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
 
+    def problem(
+        self, code: str, message: str, next_step: str = "", *, fatal: bool = True, detail: str = ""
+    ) -> Problem:
+        """Returns a problem of this row."""
+        return Problem(code, self.file, message, (self.line,), next_step, fatal, detail)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -186,12 +192,12 @@ class Problem:
 class RowFault(Exception):
     """A fault of one row; `at` turns it into a Problem with file and line."""
 
-    def __init__(self, code: str, message: str, next_step: str = "") -> None:
+    def __init__(self, code: str, message: str, next_step: str = "", detail: str = "") -> None:
         super().__init__(message)
-        self.code, self.message, self.next_step = code, message, next_step
+        self.code, self.message, self.next_step, self.detail = code, message, next_step, detail
 
     def at(self, ref: RowRef) -> Problem:
-        return Problem(self.code, ref.file, self.message, (ref.line,), self.next_step)
+        return ref.problem(self.code, self.message, self.next_step, detail=self.detail)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -24,7 +24,7 @@ from veneer.data.batching import (
     used_length,
 )
 from veneer.data.examples import Example
-from veneer.data.files.on_disk import trained_of, used_of
+from veneer.data.files.on_disk import column_of
 from veneer.data.mixture import Mixture
 from veneer.kernels.layout import round_up
 
@@ -87,12 +87,12 @@ class _RowCounts:
 
     @classmethod
     def of(cls, examples: Sequence[Example], rows: RowSpans) -> "_RowCounts":
-        starts, used = np.asarray(rows.starts), used_of(examples)
+        starts, used = np.asarray(rows.starts), column_of(examples, "used")
         first = starts[:-1]
         return cls(
             rows.lengths.astype(np.int64),
             np.maximum.reduceat(used, first),
-            np.add.reduceat(trained_of(examples), first),
+            np.add.reduceat(column_of(examples, "trained"), first),
             np.diff(starts),
         )
 

@@ -245,14 +245,12 @@ def _length_problems(
     detail += "; …" if len(sizes) > _SHOWN_LENGTHS else ""
     code = "D217" if by_model else "D203"
     problems = [
-        Problem(code, row.ref.file, message, (row.ref.line,), step, long_rows == "refuse", detail)
+        row.ref.problem(code, message, step, fatal=long_rows == "refuse", detail=detail)
         for row, _ in findings.too_long
     ]
     step = f"{remedy}, or leave long rows out: long_rows: drop"
     message = f"cut at {length:,} tokens, the row loses its whole answer"
-    return problems + [
-        Problem("D204", row.ref.file, message, (row.ref.line,), step) for row in findings.lost
-    ]
+    return problems + [row.ref.problem("D204", message, step) for row in findings.lost]
 
 
 def unknown_tokens(
@@ -272,7 +270,7 @@ def unknown_tokens(
                 f"token {number} ({tokenizer.decode([number])!r}) is not one of the model's"
                 f" {known:,}"
             )
-            problems.append(Problem("D218", example.ref.file, message, (example.ref.line,), step))
+            problems.append(example.ref.problem("D218", message, step))
     return problems
 
 
@@ -302,13 +300,7 @@ def _control_problems(control: Sequence[Row]) -> list[Problem]:
     message = "text holds the name of a control token: it is trained as text, not as the token"
     plain = "plain text holds control tokens: they are trained as such"
     return [
-        Problem(
-            "D208",
-            row.ref.file,
-            message if row.text is None else plain,
-            (row.ref.line,),
-            fatal=False,
-        )
+        row.ref.problem("D208", message if row.text is None else plain, fatal=False)
         for row in control
     ]
 

@@ -88,14 +88,7 @@ def _near_duplicates(train: Sequence[Row], held_out: Sequence[Row]) -> list[Prob
     )
     message = "held out, and nearly the same prompt is trained on (a leak, likely)"
     return [
-        Problem(
-            "D223",
-            row.ref.file,
-            message,
-            (row.ref.line,),
-            fatal=False,
-            detail=_pair(row, train[match[0]], match[1]),
-        )
+        row.ref.problem("D223", message, fatal=False, detail=_pair(row, train[match[0]], match[1]))
         for row, match in zip(new_rows, matches, strict=True)
         if match is not None
     ]
@@ -117,14 +110,7 @@ def _contradictions(train: Sequence[Row]) -> list[Problem]:
         "the same prompt has a different short answer in another row: they contradict each other"
     )
     return [
-        Problem(
-            "D224",
-            row.ref.file,
-            message,
-            (row.ref.line,),
-            fatal=False,
-            detail=" / ".join(list(rows_by_answer)[:4]),
-        )
+        row.ref.problem("D224", message, fatal=False, detail=" / ".join(list(rows_by_answer)[:4]))
         for rows_by_answer in answers.values()
         if len(rows_by_answer) > 1
         for row in rows_by_answer.values()
@@ -139,9 +125,7 @@ def _personal(rows: Iterable[Row]) -> list[Problem]:
         for kind, pattern in _PERSONAL.items():
             if any(kind != "a card number" or _luhn(match[0]) for match in pattern.finditer(text)):
                 message = f"holds what looks like {kind}"
-                problems.append(
-                    Problem("D225", row.ref.file, message, (row.ref.line,), step, fatal=False)
-                )
+                problems.append(row.ref.problem("D225", message, step, fatal=False))
     return problems
 
 

@@ -14,7 +14,7 @@ current batches.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -40,6 +40,22 @@ _BUFFERED_EXAMPLES = 4096
 """Examples that are buffered before they are written."""
 SAMPLE_SIZE = 2048
 """Examples that represent all stored ones where every example would be inspected."""
+
+
+def _used_tokens(example: Example) -> int:
+    trained = np.flatnonzero(example.trained)
+    return int(trained[-1]) if len(trained) else 0
+
+
+VALUES: Mapping[str, Callable[[Example], int]] = {
+    "used": _used_tokens,
+    "trained": lambda example: int(np.count_nonzero(example.trained)),
+    "key": lambda example: example.key,
+    "row": lambda example: -1 if example.row is None else example.row,
+    "line": lambda example: example.ref.line,
+}
+"""Values of an example, each a column: tokens that are computed (batching.py) and trained, and
+fields of Example; row is -1 for None."""
 
 
 class ExampleWriter:
@@ -83,19 +99,12 @@ class ExampleWriter:
             "<i4"
         ).tofile(self._tokens)
         self._write_column("start", (self._end + np.cumsum([0, *sizes[:-1]])).tolist())
-        self._write_column("used", [_used_tokens(example) for example in examples])
-        self._write_column(
-            "trained", [int(np.count_nonzero(example.trained)) for example in examples]
-        )
-        self._write_column("key", [example.key for example in examples])
-        self._write_column(
-            "row", [-1 if example.row is None else example.row for example in examples]
-        )
+        for name, value in VALUES.items():
+            self._write_column(name, [*map(value, examples)])
         self._write_column(
             "file",
             [self._files.setdefault(example.ref.file, len(self._files)) for example in examples],
         )
-        self._write_column("line", [example.ref.line for example in examples])
         self._single &= all(example.row is None for example in examples)
         self._count, self._end = self._count + len(examples), self._end + sum(sizes)
 
@@ -137,29 +146,10 @@ class StoredExamples(Sequence[Example]):
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Returns the tokens of each example."""
-        return np.diff(self._column("start", 1))
+        return np.diff(self.column("start", 1))
 
-    @property
-    def used(self) -> NDArray[np.int64]:
-        """Returns the computed tokens of each example (batching.py)."""
-        return self._column("used")
-
-    @property
-    def trained(self) -> NDArray[np.int64]:
-        """Returns the trained tokens of each example."""
-        return self._column("trained")
-
-    @property
-    def rows(self) -> NDArray[np.int64]:
-        """Returns Example.row of each example, -1 for None."""
-        return self._column("row")
-
-    @property
-    def keys(self) -> NDArray[np.int64]:
-        """Returns Example.key of each example."""
-        return self._column("key")
-
-    def _column(self, name: str, more: int = 0) -> NDArray[Any]:
+    def column(self, name: str, more: int = 0) -> NDArray[Any]:
+        """Returns a column of COLUMNS for these examples, and of `more` behind them."""
         return self._columns[name][self._numbers.start : self._numbers.stop + more]
 
     def __len__(self) -> int:
@@ -201,48 +191,20 @@ def lengths_of(examples: Sequence[Example]) -> NDArray[np.int64]:
     return np.array([len(example.ids) for example in examples], dtype=np.int64)
 
 
-def used_of(examples: Sequence[Example]) -> NDArray[np.int64]:
-    """Returns the computed tokens of each example."""
+def column_of(examples: Sequence[Example], name: str) -> NDArray[np.int64]:
+    """Returns a value of each example, by its name in VALUES."""
     if isinstance(examples, StoredExamples):
-        return examples.used.astype(np.int64)
-    return np.array([_used_tokens(example) for example in examples], dtype=np.int64)
-
-
-def trained_of(examples: Sequence[Example]) -> NDArray[np.int64]:
-    """Returns the trained tokens of each example."""
-    if isinstance(examples, StoredExamples):
-        return examples.trained.astype(np.int64)
-    return np.array([np.count_nonzero(example.trained) for example in examples], dtype=np.int64)
-
-
-def keys_of(examples: Sequence[Example]) -> NDArray[np.int64]:
-    """Returns Example.key of each example."""
-    if isinstance(examples, StoredExamples):
-        return examples.keys
-    return np.array([example.key for example in examples], dtype=np.int64)
-
-
-def row_numbers_of(examples: Sequence[Example]) -> NDArray[np.int64]:
-    """Returns Example.row of each example, -1 for None."""
-    if isinstance(examples, StoredExamples):
-        return examples.rows
-    return np.array(
-        [-1 if example.row is None else example.row for example in examples], dtype=np.int64
-    )
+        return examples.column(name).astype(np.int64, copy=False)
+    return np.array([*map(VALUES[name], examples)], dtype=np.int64)
 
 
 def representative_examples(examples: Sequence[Example]) -> Sequence[Example]:
     """Returns all examples, or of stored ones a sample: the longest, and others evenly spaced."""
     if not isinstance(examples, StoredExamples) or len(examples) <= SAMPLE_SIZE:
         return examples
-    longest = np.argpartition(examples.used, -SAMPLE_SIZE // 4)[-SAMPLE_SIZE // 4 :]
+    longest = np.argpartition(examples.column("used"), -SAMPLE_SIZE // 4)[-SAMPLE_SIZE // 4 :]
     spaced = np.linspace(0, len(examples) - 1, SAMPLE_SIZE - len(longest)).astype(np.int64)
     return [examples[i] for i in np.union1d(longest, spaced).tolist()]
-
-
-def _used_tokens(example: Example) -> int:
-    trained = np.flatnonzero(example.trained)
-    return int(trained[-1]) if len(trained) else 0
 
 
 def _file_name(name: str) -> str:

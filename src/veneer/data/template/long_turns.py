@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from veneer.data.examples import RowFault
 from veneer.data.template.rendering import Conversation, PrefixSpec, beginnings, render_all
 from veneer.data.template.sandbox import TemplateFault
 from veneer.data.template.turns import borders_of, merge_borders, turn_of
-from veneer.data.template.unfit import UnfitRowError
 from veneer.files.nesting import walk
 
 MOST_RENDERED = 2**16
@@ -65,7 +65,7 @@ class _Window:
 
 
 def prompt_borders(chat: Conversation, text: str) -> tuple[int, ...]:
-    """Finds the borders of the answers in a prompt's text. Raises UnfitRowError if it is too
+    """Finds the borders of the answers in a prompt's text. Raises RowFault if it is too
     long."""
     exact = beginnings(chat.messages, prompt=True)
     if _within_bounds([(chat, exact)]):
@@ -173,9 +173,9 @@ def _exact_search_agrees(chat: Conversation, text: str, turns: Turns) -> bool:
     return all(turn_of(chat, number, text) == turns[number] for number in sample)
 
 
-def _too_long(chat: Conversation, reason: str) -> UnfitRowError:
+def _too_long(chat: Conversation, reason: str) -> RowFault:
     answers = sum(message["role"] == "assistant" for message in chat.messages)
-    return UnfitRowError(
+    return RowFault(
         "D202",
         f"a conversation with {answers:,} answers is too long to find the borders of each answer:"
         f" {reason}",

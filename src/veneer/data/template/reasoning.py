@@ -96,14 +96,12 @@ def reasoning_problems(
         "Choose a base whose template renders it, or remove it from the rows (map:"
         " {reasoning_content: null})."
     )
-    problems = [Problem("D219", row.ref.file, message, (row.ref.line,), step) for row in unreasoned]
+    problems = [row.ref.problem("D219", message, step) for row in unreasoned]
     message = (
         "earlier answers are rendered differently once messages follow: each is trained as it was"
         " first rendered"
     )
-    problems += [
-        Problem("D222", row.ref.file, message, (row.ref.line,), fatal=False) for row in several
-    ]
+    problems += [row.ref.problem("D222", message, fatal=False) for row in several]
     reasoned, empty, none = (reasons.get(kind, 0) for kind in ("reasons", "empty", "none"))
     answers = reasoned + empty + none
     if reasoned and reasoned < answers:

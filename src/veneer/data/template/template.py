@@ -25,7 +25,7 @@ from itertools import zip_longest
 from typing import Any
 
 from veneer.adapters.preamble import check_variables, without_none
-from veneer.data.examples import Problem, Row, RowRef, TrainOn, refusal
+from veneer.data.examples import Problem, Row, RowFault, RowRef, TrainOn, refusal
 from veneer.data.template.call_arguments import needs_text_arguments, with_text_arguments
 from veneer.data.template.control_names import Sentinels, TokenFault
 from veneer.data.template.encoded_row import EncodedRow, mask_tokens, without_end
@@ -34,12 +34,12 @@ from veneer.data.template.rendering import Conversation, Template, beginnings, s
 from veneer.data.template.sandbox import TemplateFault, prepared
 from veneer.data.template.tokens import MarkedText, TextTokenizer, TokenizedText
 from veneer.data.template.turns import RenderedRow, plan_chat
-from veneer.data.template.unfit import UnfitRowError, check_contents, check_text, check_tools, unfit
+from veneer.data.template.unfit import check_contents, check_text, check_tools, unfit
 from veneer.errors import DataError, DoesNotFitError
 
 _CHUNK = 1024  # rows tokenised together: enough to use all cores, few enough for memory
 
-PreparedChat = tuple[Conversation, int] | UnfitRowError | None
+PreparedChat = tuple[Conversation, int] | RowFault | None
 """The conversation to render, and the number of control tokens' names hidden in it; None: no
 template."""
 Messages = Sequence[dict[str, Any]]
@@ -178,7 +178,7 @@ class ChatTemplate:
             check_tools(messages, tools, self._names.show(text), conversation.template)
             check_contents(hidden, text)
             return self._encode_or_raise(MarkedText(text, prompt_borders(conversation, text))).ids
-        except (UnfitRowError, TemplateFault, TokenFault) as fault:
+        except (RowFault, TemplateFault, TokenFault) as fault:
             raise DataError(f"the conversation cannot be encoded: {fault}") from None
 
     def encode_row(self, row: Row, *, train_on: TrainOn) -> tuple[list[int], list[bool]]:
@@ -243,7 +243,7 @@ class ChatTemplate:
         )
         results: list[list[EncodedRow] | Problem] = []
         for row, examples in zip(rows, rendered_rows, strict=True):
-            if isinstance(examples, UnfitRowError):
+            if isinstance(examples, RowFault):
                 results.append(examples.at(row.ref))
                 continue
             encoded: list[EncodedRow] = []
@@ -256,7 +256,7 @@ class ChatTemplate:
                 encoded.append(mask_tokens(tokenized, rendered))
                 if row.unfinished and rendered is examples[-1]:
                     encoded[-1] = without_end(encoded[-1], tokenized, rendered, self.stop_ids)
-            results.append(UnfitRowError("D202", str(fault)).at(row.ref) if fault else encoded)
+            results.append(RowFault("D202", str(fault)).at(row.ref) if fault else encoded)
         return results
 
     def _prepare_chat(self, row: Row) -> PreparedChat:
@@ -265,21 +265,21 @@ class ChatTemplate:
         try:
             messages, tools, control = self._names.hide(row.messages, row.tools)
             return self._conversation(messages, tools), control
-        except (UnfitRowError, TemplateFault, TokenFault) as fault:
+        except (RowFault, TemplateFault, TokenFault) as fault:
             return unfit(fault)
 
     def _render_row(
         self, row: Row, chat: PreparedChat, train_on: TrainOn
-    ) -> list[RenderedRow] | UnfitRowError:
+    ) -> list[RenderedRow] | RowFault:
         try:
-            if isinstance(chat, UnfitRowError):
+            if isinstance(chat, RowFault):
                 return chat
             if row.text is not None:
                 return [self._render_text(row.text, ends=row.label is None)]
             if chat is None:
                 return [self._render_joined(row, train_on)]
             return plan_chat(row, *chat, train_on, self._names.show)
-        except (UnfitRowError, TemplateFault, TokenFault) as fault:
+        except (RowFault, TemplateFault, TokenFault) as fault:
             return unfit(fault)
 
     def _render_text(self, text: str, *, ends: bool) -> RenderedRow:
@@ -296,7 +296,7 @@ class ChatTemplate:
     def _render_joined(self, row: Row, train_on: TrainOn) -> RenderedRow:
         """Joins prompt and completion without a template."""
         if row.format != "prompt_completion":
-            raise UnfitRowError(
+            raise RowFault(
                 "D201",
                 f"format {row.format} needs a chat template, and this tokenizer has none",
                 "Use format text, or prompt_completion with strings (joined as they are, followed"
@@ -304,7 +304,7 @@ class ChatTemplate:
             )
         hidden, tools, control = self._names.hide(row.messages, row.tools)
         if row.messages[-1].get("weight") == 0 or hidden[-1]["role"] != "assistant":
-            raise UnfitRowError("D205", "the last message is not trained on")
+            raise RowFault("D205", "the last message is not trained on")
         prompt, completion = self._single_user_text(hidden[:-1], tools), hidden[-1]["content"]
         text = prompt + completion
         span = (0 if train_on == "all" else len(prompt), len(text))
@@ -324,7 +324,7 @@ class ChatTemplate:
         """Returns the text of a single user message, all that a tokenizer without a template can
         encode."""
         if len(messages) != 1 or messages[0]["role"] != "user" or tools:
-            raise UnfitRowError(
+            raise RowFault(
                 "D201",
                 "a conversation of several messages needs a chat template, and this tokenizer has"
                 " none",

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from veneer.data.examples import Row, TrainOn
+from veneer.data.examples import Row, RowFault, TrainOn
 from veneer.data.template.reasoning import (
     Reasons,
     forbids_reasoning,
@@ -27,13 +27,7 @@ from veneer.data.template.reasoning import (
 from veneer.data.template.rendering import Conversation
 from veneer.data.template.sandbox import TemplateFault
 from veneer.data.template.tokens import MarkedText
-from veneer.data.template.unfit import (
-    UnfitRowError,
-    check_contents,
-    check_text,
-    check_tools,
-    show_difference,
-)
+from veneer.data.template.unfit import check_contents, check_text, check_tools, show_difference
 
 Show = Callable[[str], str]
 """Replaces sentinels by the names they hide."""
@@ -62,7 +56,7 @@ class RenderedRow:
 def plan_chat(
     row: Row, chat: Conversation, control: int, train_on: TrainOn, show: Show
 ) -> list[RenderedRow]:
-    """Renders the examples of a chat row. Raises UnfitRowError, TemplateFault.
+    """Renders the examples of a chat row. Raises RowFault, TemplateFault.
 
     chat: the row's messages and tools; control: number of control names hidden in them. The first
     examples are the row's earlier answers that the whole text renders differently.
@@ -126,7 +120,7 @@ def _rendered_row(
         turn = trained.get(number) or turn_of(chat, number, text)
         if turn is None or (borders and turn[0] < borders[-1]):
             if number in trained:
-                raise UnfitRowError(
+                raise RowFault(
                     "D202", f"message {number + 1} overlaps the answer before it as rendered"
                 )
             continue
@@ -168,7 +162,7 @@ def _trained_turn(chat: Conversation, number: int, show: Show) -> tuple[tuple[in
             " This one does not reason, and the prompt opens it: template: {variables:"
             " {enable_thinking: false}}?"
         )
-    raise UnfitRowError(
+    raise RowFault(
         "D202",
         "the chat template's text before an answer is not the beginning of its text with the"
         " answer",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from veneer.data.examples import Problem, RowRef
+from veneer.data.examples import RowFault
 from veneer.data.template.control_names import TokenFault
 from veneer.data.template.rendering import Template
 from veneer.data.template.sandbox import TemplateFault
@@ -16,31 +16,18 @@ _WINDOW = 160  # characters shown around the first difference of two renderings
 _TAIL = 16  # characters of a message that must occur in the rendering
 
 
-class UnfitRowError(Exception):
-    """A row cannot be encoded; `at` turns it into a Problem."""
-
-    def __init__(self, code: str, message: str, next_step: str = "", detail: str = "") -> None:
-        super().__init__(message)
-        self.code, self.message, self.next_step, self.detail = code, message, next_step, detail
-
-    def at(self, ref: RowRef) -> Problem:
-        return Problem(
-            self.code, ref.file, self.message, (ref.line,), self.next_step, detail=self.detail
-        )
-
-
-def unfit(fault: Exception) -> UnfitRowError:
-    """Converts any fault of a row to an UnfitRowError."""
-    if isinstance(fault, UnfitRowError):
+def unfit(fault: Exception) -> RowFault:
+    """Converts any fault of a row to a RowFault."""
+    if isinstance(fault, RowFault):
         return fault
-    return UnfitRowError("D201" if isinstance(fault, TemplateFault) else "D202", str(fault))
+    return RowFault("D201" if isinstance(fault, TemplateFault) else "D202", str(fault))
 
 
 def check_contents(messages: Sequence[dict[str, Any]], text: str) -> None:
     """Checks that the rendering contains each message.
 
     A template for contents of another shape (lists of parts) renders strings to nothing, without an
-    error. Raises UnfitRowError.
+    error. Raises RowFault.
     """
     # Only the end: many templates leave out reasoning in front of it on purpose.
     ends = [
@@ -53,7 +40,7 @@ def check_contents(messages: Sequence[dict[str, Any]], text: str) -> None:
     ]
     if left_out := _missing_parts(ends, text, most=1):
         number, end = ends.index(left_out[0]) + 1, left_out[0]
-        raise UnfitRowError(
+        raise RowFault(
             "D214", f"the chat template leaves out the text of message {number}: …{end!r}"
         )
 
@@ -64,7 +51,7 @@ def check_tools(
     text: str,
     template: Template,
 ) -> None:
-    """Checks that the rendering contains the names of all tools and calls. Raises UnfitRowError."""
+    """Checks that the rendering contains the names of all tools and calls. Raises RowFault."""
     calls = [call for message in messages for call in message.get("tool_calls") or []]
     missing: set[str] = set()
     for kind, functions in (("tools", tools or []), ("calls", calls)):
@@ -74,7 +61,7 @@ def check_tools(
             texts if names and kind in template.leaves_out else _missing_parts(texts, text, most=5)
         )
     if missing:
-        raise UnfitRowError(
+        raise RowFault(
             "D214",
             f"the chat template does not render tools: {', '.join(sorted(missing)[:5])} left out",
             "Write the tools into the system message and the calls into the answers, or use a base"
