@@ -21,7 +21,7 @@ def read_file(path: Path) -> tuple[PeftLoRA, list[str]]:
     stored = read_json(path)
     file, ignored = format_of_file(path, stored).read(path, stored)
     assert isinstance(file, LowRankFile)
-    return file.peft, ignored
+    return file.fields, ignored
 
 
 @pytest.fixture

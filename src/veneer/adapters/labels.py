@@ -14,6 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
+
+from veneer.files.strict_json import StoredModel
+
 if TYPE_CHECKING:  # the help of commands reads this file
     import numpy as np
     from numpy.typing import NDArray
@@ -52,6 +56,25 @@ class HeadSettings:
 
     def threshold(self, label: str) -> float:
         return dict(self.thresholds).get(label, THRESHOLD)
+
+
+class StoredHead(StoredModel):
+    """The settings of a score head in a file."""
+
+    kind: HeadKind
+    """One label, several labels, a number, or how well a document fits a query."""
+    labels: list[str] = Field(default_factory=list)
+    """Name of each output, in order; empty for one output."""
+    thresholds: dict[str, float] = Field(default_factory=dict)
+    """Probability from which one of several labels is chosen, where it is not 0.5."""
+
+    @classmethod
+    def of(cls, head: HeadSettings) -> StoredHead:
+        return cls(kind=head.kind, labels=list(head.labels), thresholds=dict(head.thresholds))
+
+    @property
+    def settings(self) -> HeadSettings:
+        return HeadSettings(self.kind, tuple(self.labels), tuple(sorted(self.thresholds.items())))
 
 
 def probabilities(kind: HeadKind, outputs_NC: NDArray[np.float64]) -> NDArray[np.float64]:

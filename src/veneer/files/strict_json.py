@@ -8,9 +8,9 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from veneer.errors import CorruptFileError, SourceError, UnsafeFileError, VeneerError
 from veneer.files.nesting import TOO_DEEP, text_too_deep, yaml_fault
@@ -27,6 +27,37 @@ FOREIGN = (
     "An adapter file holds a few thousand named matrices of floats and nothing else: do not use"
     " this one."
 )
+
+
+class StoredModel(BaseModel):
+    """The content of a JSON file of ours: other fields and other types are refused."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validated(model: type[Model], stored: Any, headline: str, next_step: str = "") -> Model:
+    """Builds a pydantic model of what a file holds. Raises CorruptFileError with this headline and
+    every wrong field."""
+    try:
+        return model.model_validate(stored)
+    except ValidationError as fault:
+        raise CorruptFileError(headline, field_faults(fault), next_step) from fault
+
+
+def check_version(stored: Mapping[str, Any], path: Path, version: int) -> None:
+    """Raises CorruptFileError if a file is of another format version."""
+    if stored.get("format_version") != version:
+        raise CorruptFileError(
+            f"{path} is of format version {stored.get('format_version')!r}, this Veneer reads"
+            f" {version}",
+            [],
+            "Install the version of Veneer that wrote it, or a newer one.",
+        )
 
 
 def field_faults(fault: ValidationError) -> list[str]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from veneer.adapters.config import Bottleneck
@@ -21,8 +20,8 @@ from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.wrapping import plain_modules, unwrapped
 from veneer.bounds import LAYER, SCALING, SHARE, WIDTH
 from veneer.errors import ConfigError, CorruptFileError
-from veneer.files.strict_json import field_faults
-from veneer.formats.layout import AdapterFormat, Fit
+from veneer.files.strict_json import StoredModel, validated
+from veneer.formats.layout import AdapterFormat, FileSettings, Fit
 from veneer.formats.manifest import BaseIdentity
 from veneer.formats.peft.fit import group_by_layer
 from veneer.formats.peft.tensors import PREFIX
@@ -39,10 +38,8 @@ _ENDINGS = {
 """Part of a layer -> the end of its name in the file."""
 
 
-class BottleneckFields(BaseModel):
+class BottleneckFields(StoredModel):
     """The fields of adapter_config.json; all are required and no others are allowed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     peft_type: Literal["VENEER_BOTTLENECK"]
     task_type: Literal["CAUSAL_LM"]
@@ -59,23 +56,10 @@ class BottleneckFields(BaseModel):
 
 
 @dataclass(frozen=True)
-class BottleneckFile:
+class BottleneckFile(FileSettings):
     """The adapter_config.json of a bottleneck adapter."""
 
-    path: Path
     fields: BottleneckFields
-
-    @property
-    def base_model_name_or_path(self) -> str | None:
-        return self.fields.base_model_name_or_path
-
-    @property
-    def prefix_length(self) -> int:
-        return 0
-
-    @property
-    def invocation(self) -> tuple[int, ...]:
-        return ()
 
     def settings(self, tensors: Mapping[str, Tensor]) -> Bottleneck:
         if not any(name.endswith(_ENDINGS["down"]) for name in tensors):
@@ -161,12 +145,8 @@ def _config(attachment: Attachment, model: nn.Module, base: BaseIdentity) -> dic
 
 
 def _read(path: Path, stored: Mapping[str, Any]) -> tuple[BottleneckFile, list[str]]:
-    try:
-        return BottleneckFile(path, BottleneckFields.model_validate(dict(stored))), []
-    except ValidationError as fault:
-        raise CorruptFileError(
-            f"{path} has invalid fields", field_faults(fault), "Restore it."
-        ) from fault
+    headline = f"{path} has invalid fields"
+    return BottleneckFile(path, validated(BottleneckFields, stored, headline, "Restore it.")), []
 
 
 BOTTLENECK = AdapterFormat(PEFT_TYPE, _tensors, _config, _read)

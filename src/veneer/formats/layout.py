@@ -7,10 +7,11 @@ fit     where the file's values go on a base, and why not
 Not known here: which methods exist (registry.py), folders (adapter.py).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -37,20 +38,30 @@ class Fit:
     concerned: int = 0
 
 
-class FileSettings(Protocol):
+@dataclass(frozen=True)
+class FileSettings(ABC):
     """The adapter_config.json of one method's file."""
 
+    path: Path
+    fields: Any
+    """Its fields that Veneer reads."""
+
     @property
-    def base_model_name_or_path(self) -> str | None: ...
+    def base_model_name_or_path(self) -> str | None:
+        name: str | None = self.fields.base_model_name_or_path
+        return name
 
     @property
     def prefix_length(self) -> int:
         """Returns the number of positions of its prefix, in front of every text."""
+        return 0
 
     @property
     def invocation(self) -> tuple[int, ...]:
         """Returns the token ids from which on it acts; empty: it acts on all tokens."""
+        return ()
 
+    @abstractmethod
     def settings(self, tensors: Mapping[str, Tensor]) -> AdapterConfig:
         """Returns the settings in Veneer's terms, without a model. tensors: of the file, by bare
         names
@@ -59,6 +70,7 @@ class FileSettings(Protocol):
         settings are invalid.
         """
 
+    @abstractmethod
     def fit(
         self,
         tensors: Mapping[str, Tensor],

@@ -17,28 +17,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import Field, JsonValue, ValidationError
 
-from veneer.adapters.labels import HeadKind, HeadSettings
+from veneer.adapters.labels import StoredHead
 from veneer.adapters.preamble import Preamble
-from veneer.errors import ConfigError, CorruptFileError, VeneerError
+from veneer.errors import ConfigError, VeneerError
 from veneer.files.hashes import file_hash
-from veneer.files.strict_json import MAX_JSON_BYTES, field_faults, illegible, parse_json, read_json
+from veneer.files.strict_json import (
+    MAX_JSON_BYTES,
+    StoredModel,
+    check_version,
+    field_faults,
+    illegible,
+    parse_json,
+    read_json,
+    validated,
+)
 
 MANIFEST_NAME = "veneer.json"
 CARD_NAME = "README.md"
 FORMAT_VERSION = 1
 
 
-class _ManifestModel(BaseModel):
-    """Strict, immutable pydantic model."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class BaseIdentity(_ManifestModel):
+class BaseIdentity(StoredModel):
     """The base that an adapter was trained on."""
 
     name: str
@@ -49,7 +50,7 @@ class BaseIdentity(_ManifestModel):
     """bases.identity.fingerprint.Fingerprint.to_dict(), compared with other bases."""
 
 
-class Parent(_ManifestModel):
+class Parent(StoredModel):
     """One of the adapters that this adapter was combined from."""
 
     content_hash: str
@@ -58,7 +59,7 @@ class Parent(_ManifestModel):
     """Factor of its update."""
 
 
-class Figure(_ManifestModel):
+class Figure(StoredModel):
     """A figure with its 95% interval over rows; low and high are null if the rows determine
     none."""
 
@@ -67,7 +68,7 @@ class Figure(_ManifestModel):
     high: float | None
 
 
-class SetHeldOut(_ManifestModel):
+class SetHeldOut(StoredModel):
     """Loss on held-out rows of one set, in nats a token."""
 
     rows: int
@@ -87,22 +88,7 @@ class HeldOut(SetHeldOut):
     """By name, if there are several."""
 
 
-class ScoreHeadEntry(_ManifestModel):
-    """Says what the outputs of an adapter's score head mean."""
-
-    kind: HeadKind
-    """One label, several labels, a number, or how well a document fits a query."""
-    labels: list[str] = Field(default_factory=list)
-    """Name of each output, in order; empty for one output."""
-    thresholds: dict[str, float] = Field(default_factory=dict)
-    """Probability from which one of several labels is chosen, where it is not 0.5."""
-
-    @property
-    def settings(self) -> HeadSettings:
-        return HeadSettings(self.kind, tuple(self.labels), tuple(sorted(self.thresholds.items())))
-
-
-class Manifest(_ManifestModel):
+class Manifest(StoredModel):
     """The content of veneer.json."""
 
     format_version: Literal[1] = 1
@@ -128,7 +114,7 @@ class Manifest(_ManifestModel):
     """Variables of the chat template (enable_thinking, ...)."""
     new_tokens: list[str] = Field(default_factory=list)
     """Texts of its new tokens, in the order of their rows."""
-    head: ScoreHeadEntry | None = None
+    head: StoredHead | None = None
     """Its score head, if it classifies; write_adapter fills it in."""
     data_fingerprint: str | None = None
     """Hash over the rows it was trained on."""
@@ -183,21 +169,9 @@ def read_manifest(path: Path) -> Manifest:
     """Reads veneer.json. Raises SourceError, UnsafeFileError, or CorruptFileError with every wrong
     field."""
     stored = read_json(path)
-    if stored.get("format_version") != FORMAT_VERSION:
-        raise CorruptFileError(
-            f"{path} is of format version {stored.get('format_version')!r}, this Veneer reads"
-            f" {FORMAT_VERSION}",
-            [],
-            "Install the version of Veneer that wrote it, or a newer one.",
-        )
-    try:
-        return Manifest.model_validate(stored)
-    except ValidationError as fault:
-        raise CorruptFileError(
-            f"{path} is not a manifest that Veneer wrote",
-            field_faults(fault),
-            "Restore the original file.",
-        ) from fault
+    check_version(stored, path, FORMAT_VERSION)
+    headline = f"{path} is not a manifest that Veneer wrote"
+    return validated(Manifest, stored, headline, "Restore the original file.")
 
 
 def content_hash(tensor_file: Path, config: dict[str, Any]) -> str:

@@ -63,7 +63,7 @@ def updates(stored: StoredAdapter) -> tuple[dict[str, LowRankUpdate], dict[str, 
     rest = dict(stored.tensors)
     if not isinstance(stored.file, LowRankFile):
         return updates_by_module, rest
-    peft = stored.file.peft
+    peft = stored.file.fields
     for name in sorted(stored.tensors):
         for end in _ENDS:
             twin = name.removesuffix(end) + end.replace("_A", "_B")

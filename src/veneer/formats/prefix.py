@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from veneer.adapters.config import Prefix
@@ -22,8 +22,8 @@ from veneer.adapters.methods.prefix_layer import PART, PrefixLayer
 from veneer.adapters.placement.attachment import Attachment
 from veneer.bounds import FROZEN_PLACES, LAYER, PLACES, WIDTH
 from veneer.errors import CorruptFileError, RefusedError
-from veneer.files.strict_json import field_faults
-from veneer.formats.layout import AdapterFormat, Fit
+from veneer.files.strict_json import validated
+from veneer.formats.layout import AdapterFormat, FileSettings, Fit
 from veneer.formats.manifest import BaseIdentity
 from veneer.formats.peft.config import PEFT_LAYOUT
 
@@ -67,39 +67,30 @@ class PeftPrefix(BaseModel):
 
 
 @dataclass(frozen=True)
-class PrefixFile:
+class PrefixFile(FileSettings):
     """The adapter_config.json of a prefix adapter."""
 
-    path: Path
-    peft: PeftPrefix
-
-    @property
-    def base_model_name_or_path(self) -> str | None:
-        return self.peft.base_model_name_or_path
+    fields: PeftPrefix
 
     @property
     def prefix_length(self) -> int:
-        return self.peft.num_virtual_tokens
-
-    @property
-    def invocation(self) -> tuple[int, ...]:
-        return ()
+        return self.fields.num_virtual_tokens
 
     def settings(self, tensors: Mapping[str, Tensor]) -> Prefix:
         if PART not in tensors:
             raise CorruptFileError(
                 f"{self.path.parent} holds no {PART}", [], "Copy the folder again."
             )
-        if (shape := tuple(tensors[PART].shape)) != self.peft.shape:
+        if (shape := tuple(tensors[PART].shape)) != self.fields.shape:
             raise CorruptFileError(
                 f"{self.path.parent} is inconsistent",
-                [f"{PART} is {shape}, {self.path.name} makes it {self.peft.shape}"],
+                [f"{PART} is {shape}, {self.path.name} makes it {self.fields.shape}"],
                 "Copy the folder again.",
             )
         return Prefix(
-            tokens=self.peft.num_virtual_tokens,
-            layers=self.peft.layers or [],
-            frozen_tokens=self.peft.num_frozen_tokens,
+            tokens=self.fields.num_virtual_tokens,
+            layers=self.fields.layers or [],
+            frozen_tokens=self.fields.num_frozen_tokens,
         )
 
     def fit(
@@ -113,13 +104,13 @@ class PrefixFile:
         path, _ = decoder_of(model)
         keys = key_shape(model)
         faults = [f"{name} does not belong to a prefix" for name in sorted(tensors.keys() - {PART})]
-        rows = [("key/value heads", self.peft.num_attention_heads, keys.heads)]
+        rows = [("key/value heads", self.fields.num_attention_heads, keys.heads)]
         rows += [
-            ("values of one token's keys in a layer", self.peft.token_dim, keys.heads * keys.size)
+            ("values of one token's keys in a layer", self.fields.token_dim, keys.heads * keys.size)
         ]
-        if self.peft.layers is None:
-            rows += [("layers", self.peft.num_layers, len(keys.layers))]
-        elif unknown := sorted(set(self.peft.layers) - set(keys.layers)):
+        if self.fields.layers is None:
+            rows += [("layers", self.fields.num_layers, len(keys.layers))]
+        elif unknown := sorted(set(self.fields.layers) - set(keys.layers)):
             faults.append(f"layers {unknown}   the model has layers 0-{max(keys.layers)}")
         faults += [
             f"{label}   adapter {in_file}   model {in_model}"
@@ -196,12 +187,7 @@ def _read(path: Path, stored: Mapping[str, Any]) -> tuple[PrefixFile, list[str]]
             refused,
             "Train the prefix again with Veneer.",
         )
-    try:
-        config = PeftPrefix.model_validate(dict(stored))
-    except ValidationError as fault:
-        raise CorruptFileError(
-            f"{path} has invalid fields", field_faults(fault), "Restore it."
-        ) from fault
+    config = validated(PeftPrefix, stored, f"{path} has invalid fields", "Restore it.")
     faults = []
     if config.token_dim % config.num_attention_heads:
         faults.append(

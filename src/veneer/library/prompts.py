@@ -12,11 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from veneer.errors import CorruptFileError
 from veneer.files.atomic import write_text
-from veneer.files.strict_json import field_faults, json_text, read_json
+from veneer.files.strict_json import StoredModel, json_text, read_json, validated
 
 NAME = "prompts.json"
 FOLDER = "prompts"
@@ -26,12 +25,8 @@ MOST_CHARACTERS = 1000
 MAX_BYTES = 1_000_000
 
 
-class PromptSample(BaseModel):
+class PromptSample(StoredModel):
     """The content of a file of prompts."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
-    )
 
     format_version: int = Field(default=1, ge=1, le=1)
     prompts: list[Annotated[str, Field(max_length=MOST_CHARACTERS)]] = Field(
@@ -70,14 +65,11 @@ def read_prompts(file: Path) -> list[str]:
     file."""
     if not file.is_file():
         return []
-    try:
-        return PromptSample.model_validate(read_json(file, max_bytes=MAX_BYTES)).prompts
-    except ValidationError as fault:
-        raise CorruptFileError(
-            f"{file} is not a file of prompts that Veneer wrote",
-            field_faults(fault),
-            "Remove it: the adapter works without.",
-        ) from fault
+    stored = read_json(file, max_bytes=MAX_BYTES)
+    headline = f"{file} is not a file of prompts that Veneer wrote"
+    return validated(
+        PromptSample, stored, headline, "Remove it: the adapter works without."
+    ).prompts
 
 
 def prompts_beside(adapter: Path) -> list[str]:

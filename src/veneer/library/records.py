@@ -11,11 +11,11 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from veneer.errors import CorruptFileError, InputError
 from veneer.files.atomic import write_text
-from veneer.files.strict_json import field_faults, illegible, read_json
+from veneer.files.strict_json import StoredModel, check_version, illegible, read_json, validated
 from veneer.wording import size
 
 FORMAT_VERSION = 1
@@ -23,13 +23,7 @@ FORMAT_VERSION = 1
 BaseProof = Literal["fingerprint", "stated", "unverified"]
 
 
-class _RecordModel(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class ObjectFacts(_RecordModel):
+class ObjectFacts(StoredModel):
     """Describes an object without its tensors."""
 
     method: str
@@ -59,7 +53,7 @@ class ObjectFacts(_RecordModel):
     """The program that wrote the tensors."""
 
 
-class Version(_RecordModel):
+class Version(StoredModel):
     """Describes one version of a name."""
 
     version: int
@@ -76,7 +70,7 @@ class Version(_RecordModel):
         return self.facts.method, size(self.facts.bytes), self.facts.base or "–", self.note
 
 
-class Record(_RecordModel):
+class Record(StoredModel):
     """Lists all versions of a name, oldest first."""
 
     format_version: Literal[1] = 1
@@ -91,19 +85,9 @@ class Record(_RecordModel):
 
 def parse_record(stored: dict[str, Any], path: Path) -> Record:
     """Validates a record; CorruptFileError lists every wrong field. path: named in errors."""
-    if stored.get("format_version") != FORMAT_VERSION:
-        raise CorruptFileError(
-            f"{path} is of format version {stored.get('format_version')!r}, this Veneer reads"
-            f" {FORMAT_VERSION}",
-            [],
-            "Install the version of Veneer that wrote it, or a newer one.",
-        )
-    try:
-        record = Record.model_validate(stored)
-    except ValidationError as fault:
-        raise CorruptFileError(
-            f"{path} is not a record that Veneer wrote", field_faults(fault), "Restore the file."
-        ) from fault
+    check_version(stored, path, FORMAT_VERSION)
+    headline = f"{path} is not a record that Veneer wrote"
+    record = validated(Record, stored, headline, "Restore the file.")
     numbers = [version.version for version in record.versions]
     if not numbers or numbers != sorted(set(numbers)) or numbers[-1] >= record.next_version:
         raise CorruptFileError(

@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PreTrainedModel
 
-from veneer.adapters.labels import HeadKind, HeadSettings
+from veneer.adapters.labels import HeadKind, HeadSettings, StoredHead
 from veneer.adapters.placement.score_head import PART, ScoreHead
 from veneer.bases.folder.faults import NEXT_DOWNLOAD
 from veneer.bases.folder.tensor_files import StoredTensor
 from veneer.errors import CorruptFileError, RefusedError
-from veneer.files.strict_json import field_faults, json_text, read_json, read_model_json
+from veneer.files.strict_json import json_text, read_json, read_model_json, validated
 from veneer.private.transformers import constructor_of, forget_attention
 
 FILE = "score_head.json"
@@ -34,18 +33,6 @@ _PROBLEMS: Mapping[HeadKind, str] = {
     "rerank": "multi_label_classification",
 }
 """problem_type of transformers by kind: it decides their loss."""
-
-
-class _StoredSettings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    kind: HeadKind
-    labels: list[str] = []
-    thresholds: dict[str, float] = {}
-
-    @property
-    def settings(self) -> HeadSettings:
-        return HeadSettings(self.kind, tuple(self.labels), tuple(sorted(self.thresholds.items())))
 
 
 def has_score_head(folder: Path) -> bool:
@@ -60,10 +47,7 @@ def read_score_head(
     Raises CorruptFileError if its weight is missing, or does not fit the labels or the model.
     """
     path = folder / FILE
-    try:
-        head = _StoredSettings.model_validate(read_json(path)).settings
-    except ValidationError as fault:
-        raise CorruptFileError(f"{path} is not valid", field_faults(fault)) from fault
+    head = validated(StoredHead, read_json(path), f"{path} is not valid").settings
     expected, stored = (head.num_outputs, width), tensors.get(PART)
     if stored is None or stored.shape != expected:
         text = "missing" if stored is None else f"of shape {stored.shape}"
@@ -113,7 +97,4 @@ def score_head_files(folder: Path, head: HeadSettings, class_name: str) -> dict[
 
 def settings_text(head: HeadSettings) -> str:
     """Returns the content of score_head.json."""
-    stored = _StoredSettings(
-        kind=head.kind, labels=list(head.labels), thresholds=dict(head.thresholds)
-    )
-    return json_text(stored.model_dump())
+    return json_text(StoredHead.of(head).model_dump())

@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from veneer.adapters.config import DoRA, LoRA, LowRank
 from veneer.bounds import ALPHA, RANK, SHARE, TOKEN
 from veneer.errors import CorruptFileError, RefusedError, UnsafeFileError
-from veneer.files.strict_json import field_faults
+from veneer.files.strict_json import validated
 from veneer.patterns import PatternError, is_name, pattern
 
 CONFIG_NAME = "adapter_config.json"
@@ -162,12 +162,7 @@ def read_config(path: Path, stored: Mapping[str, Any]) -> tuple[PeftLoRA, list[s
         raise RefusedError(
             f"{path} requires something that Veneer does not support", refused, _remedy(stored)
         )
-    try:
-        config = PeftLoRA.model_validate(stored)
-    except ValidationError as fault:
-        raise CorruptFileError(
-            f"{path} has invalid fields", field_faults(fault), "Restore it."
-        ) from fault
+    config = validated(PeftLoRA, stored, f"{path} has invalid fields", "Restore it.")
     if faults := _value_faults(config):
         raise CorruptFileError(f"{path} has invalid fields", faults, "Restore the file.")
     if unsafe := _pattern_faults(config):

@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
-from veneer.adapters.labels import HeadSettings
+from veneer.adapters.labels import HeadSettings, StoredHead
 from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.score_head import PART
 from veneer.errors import CorruptFileError
-from veneer.formats.manifest import Manifest, ScoreHeadEntry
+from veneer.formats.manifest import Manifest
 from veneer.formats.peft.tensors import PREFIX
 
 TASK, CAUSAL, CLASSIFIES = "task_type", "CAUSAL_LM", "SEQ_CLS"
@@ -104,11 +104,6 @@ def read_head(
     return head
 
 
-def head_entry(attachment: Attachment) -> ScoreHeadEntry | None:
+def head_entry(attachment: Attachment) -> StoredHead | None:
     """Returns the entry of veneer.json."""
-    if attachment.score is None:
-        return None
-    head = attachment.score.settings
-    return ScoreHeadEntry(
-        kind=head.kind, labels=list(head.labels), thresholds=dict(head.thresholds)
-    )
+    return None if attachment.score is None else StoredHead.of(attachment.score.settings)

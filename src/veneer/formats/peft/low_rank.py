@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from veneer.adapters.config import LowRank
 from veneer.adapters.placement.attachment import Attachment
 from veneer.errors import CorruptFileError
-from veneer.formats.layout import AdapterFormat, Fit
+from veneer.formats.layout import AdapterFormat, FileSettings, Fit
 from veneer.formats.manifest import BaseIdentity
 from veneer.formats.peft.config import PeftLoRA, config_json, read_config
 from veneer.formats.peft.fit import fit
@@ -19,30 +19,21 @@ from veneer.formats.peft.tensors import adapted_modules, file_tensors
 
 
 @dataclass(frozen=True)
-class LowRankFile:
+class LowRankFile(FileSettings):
     """The adapter_config.json of LoRA or a variant."""
 
-    path: Path
-    peft: PeftLoRA
-
-    @property
-    def base_model_name_or_path(self) -> str | None:
-        return self.peft.base_model_name_or_path
-
-    @property
-    def prefix_length(self) -> int:
-        return 0
+    fields: PeftLoRA
 
     @property
     def invocation(self) -> tuple[int, ...]:
-        return tuple(self.peft.alora_invocation_tokens or ())
+        return tuple(self.fields.alora_invocation_tokens or ())
 
     def settings(self, tensors: Mapping[str, Tensor]) -> LowRank:
         if not (adapted := adapted_modules(tensors)):
             raise CorruptFileError(
                 f"{self.path.parent} holds no low-rank factors", [], "Copy the folder again."
             )
-        return self.peft.low_rank(adapted)
+        return self.fields.low_rank(adapted)
 
     def fit(
         self,
@@ -51,7 +42,7 @@ class LowRankFile:
         head: nn.Module | None,
         read_past: Collection[str],
     ) -> Fit:
-        return fit(self.peft, tensors, model, head, read_past)
+        return fit(self.fields, tensors, model, head, read_past)
 
 
 def _config(attachment: Attachment, model: nn.Module, base: BaseIdentity) -> dict[str, Any]:
