@@ -54,6 +54,16 @@ class VeneerError(Exception):
         return [f"{name}: {line}" for line in (self.headline, *self.faults)]
 
 
+def fault_lines(fault: BaseException, most: int = 3) -> list[str]:
+    """Returns the first lines of another library's message, each behind the name of its class."""
+    return [f"{type(fault).__name__}: {line}" for line in str(fault).splitlines()[:most]]
+
+
+def first_line(fault: BaseException, characters: int = 200) -> str:
+    """Returns the class of a fault and the first line of its message, shortened."""
+    return f"{type(fault).__name__}: {fault}".strip().splitlines()[0][:characters]
+
+
 def _shorten(line: str) -> str:
     """Shortens a line: it may quote a file, and be a million characters long."""
     return line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + "…"

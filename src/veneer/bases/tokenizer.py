@@ -11,7 +11,7 @@ from veneer.bases.config.model_config import checked_config
 from veneer.bases.folder.faults import NEXT_DOWNLOAD, tokenizer_faults
 from veneer.bases.names.sources import locate
 from veneer.bases.quiet_transformers import quiet
-from veneer.errors import CorruptFileError, SourceError
+from veneer.errors import CorruptFileError, SourceError, fault_lines
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
@@ -43,7 +43,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         )
         tokenizer("A text.\n1 \u00e9 \U0001f642")  # some faults appear only here
     except Exception as fault:  # the tokenizers library raises plain Exception for a broken file
-        faults = [f"{type(fault).__name__}: {line}" for line in str(fault).splitlines()[:3]]
+        faults = fault_lines(fault)
         if "tokenizer.json" in names:
             raise CorruptFileError(
                 f"the tokenizer in {folder} cannot be read", faults, NEXT_DOWNLOAD

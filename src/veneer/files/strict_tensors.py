@@ -10,6 +10,7 @@ https://github.com/huggingface/safetensors#format
 """
 
 import hashlib
+import json
 import math
 import os
 import re
@@ -31,8 +32,27 @@ MAX_TENSORS = 10_000
 MAX_DIMENSIONS = 8
 MAX_NAME = 500
 
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Types of values by their names in a file."""
+TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types that an adapter's file may hold."""
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
@@ -135,15 +155,15 @@ def _entry_fault(entry: Any) -> str | None:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return "not {dtype, shape, data_offsets}"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        return f"dtype {str(dtype)[:20]!r} is not one of {', '.join(ITEM_BYTES)}"
+    if not isinstance(dtype, str) or dtype not in FLOATS:
+        return f"dtype {str(dtype)[:20]!r} is not one of {', '.join(FLOATS)}"
     if not _natural_numbers(shape) or len(shape) > MAX_DIMENSIONS:
         return f"shape {str(shape)[:80]} is not a list of up to {MAX_DIMENSIONS} sizes"
     if not _natural_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         return f"data_offsets {str(offsets)[:80]} are not a begin and an end"
     if 0 in shape:
         return f"shape {shape} is empty: the values were not gathered when it was saved"
-    if (expected := math.prod(shape) * ITEM_BYTES[dtype]) != offsets[1] - offsets[0]:
+    if (expected := math.prod(shape) * TYPES[dtype].itemsize) != offsets[1] - offsets[0]:
         return (
             f"shape {shape} of {dtype} takes {expected} bytes, the range has"
             f" {offsets[1] - offsets[0]}"
@@ -179,7 +199,7 @@ def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], str]:
     digest = hashlib.sha256(head)
     digest.update(raw)
     tensors = {
-        name: _view_as(data[info.begin : info.end], DTYPES[info.dtype]).view(info.shape)
+        name: _view_as(data[info.begin : info.end], TYPES[info.dtype]).view(info.shape)
         for name, info in infos.items()
     }
     if not _all_finite(data, infos):
@@ -216,6 +236,28 @@ def _all_finite(data: Tensor, infos: Mapping[str, TensorInfo]) -> bool:
             ranges.append((info.dtype, info.begin, info.end))
     # The extremes are NaN if any value is, and computing them is ten times as fast as isfinite.
     extremes = (
-        torch.aminmax(_view_as(data[begin:end], DTYPES[dtype])) for dtype, begin, end in ranges
+        torch.aminmax(_view_as(data[begin:end], TYPES[dtype])) for dtype, begin, end in ranges
     )
     return all(math.isfinite(float(low)) and math.isfinite(float(high)) for low, high in extremes)
+
+
+def file_start(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int], int]:
+    """Returns what a file of these tensors begins with, as safetensors writes it: 8 bytes with the
+    length of the header, and the header, padded to 8. Also returns where each tensor begins behind
+    it, and how many bytes all take."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begins, position = dict[str, int](), 0
+    # Wide types first keeps every tensor aligned to its own size.
+    for name, tensor in sorted(
+        tensors.items(), key=lambda item: (-item[1].element_size(), item[0])
+    ):
+        begins[name], end = position, position + tensor.nbytes
+        header[name] = {
+            "dtype": TYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, begins, position

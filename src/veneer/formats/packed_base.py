@@ -53,7 +53,7 @@ def write_packed(base: FrozenBase, folder: str | Path) -> WrittenBase:
     tensors, head = _tensors(base.model), own_head(base)
     if head is not None:
         tensors = with_head(tensors, head)
-    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    size = sum(t.nbytes for t in tensors.values())
     with atomic_folder(folder, needed_bytes=size) as partial:
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
         with quiet():

@@ -48,6 +48,7 @@ from veneer.errors import (
     DoesNotFitError,
     RefusedError,
     VeneerError,
+    fault_lines,
     is_out_of_memory,
 )
 from veneer.execution.facts.decoder_layer import decoder_layers
@@ -241,7 +242,7 @@ def _explained(model_folder: ModelFolder, dtype: torch.dtype, num_values: int) -
             raise too_large from fault
         raise CorruptFileError(
             f"transformers cannot load the model in {model_folder.folder}",
-            [f"{type(fault).__name__}: {line}" for line in str(fault).splitlines()[:4]],
+            fault_lines(fault, 4),
             NEXT_DOWNLOAD,
         ) from fault
 

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.bases.config.model_class import auto_class
-from veneer.errors import CorruptFileError
+from veneer.errors import CorruptFileError, fault_lines
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Name of a stored tensor -> its shape."""
@@ -77,7 +77,7 @@ def without_storage(config: PreTrainedConfig, dtype: torch.dtype | None = None) 
     except Exception as fault:  # every class fails differently on nonsense
         raise CorruptFileError(
             f"transformers cannot build the {config.model_type} model that the config describes",
-            [f"{type(fault).__name__}: {line}" for line in str(fault).splitlines()[:3]],
+            fault_lines(fault),
             "Correct config.json, or download the model again.",
         ) from fault
     return model

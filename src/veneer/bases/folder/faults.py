@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from veneer.errors import CorruptFileError, SourceError, is_out_of_memory
+from veneer.errors import CorruptFileError, SourceError, fault_lines, is_out_of_memory
 from veneer.sharded import whole
+from veneer.wording import first_lines
 
 NEXT_DOWNLOAD = "Download the model again; if the error stays, ask its author."
 MOST_BEAMS = 64
@@ -65,7 +66,7 @@ def check_loaded(
         raise CorruptFileError(
             f"the weights in {folder} are not those of a {type(model).__name__} as config.json"
             " describes it",
-            faults[:20] + ([f"and {len(faults) - 20} more"] if len(faults) > 20 else []),
+            first_lines(faults, 20),
             NEXT_DOWNLOAD,
         )
 
@@ -145,7 +146,7 @@ def _logits_of_three_tokens(folder: Path, model: PreTrainedModel) -> torch.Tenso
             raise
         raise SourceError(
             f"the forward of {type(model).__name__} fails on a text of three tokens",
-            [f"{type(fault).__name__}: {line}" for line in str(fault).splitlines()[:4]],
+            fault_lines(fault, 4),
             f"The weights in {folder} are complete. Check the settings in its config.json, or"
             " choose another base.",
         ) from fault

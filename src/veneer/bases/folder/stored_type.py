@@ -9,8 +9,9 @@ import torch
 
 from veneer.bases.compute import DTYPES, HeldAs
 from veneer.errors import SourceError
+from veneer.files.strict_tensors import TYPES
 
-_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_STORED = {name: TYPES[name] for name in ("F32", "BF16", "F16")}
 
 
 def stored_type(

@@ -19,24 +19,7 @@ from torch import Tensor
 
 from veneer.bases.folder.faults import NEXT_DOWNLOAD
 from veneer.errors import CorruptFileError, SourceError
-
-TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+from veneer.files.strict_tensors import TYPES
 
 
 @dataclass(frozen=True)

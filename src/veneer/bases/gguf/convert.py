@@ -56,6 +56,7 @@ from veneer.errors import (
     DoesNotFitError,
     SourceError,
     VeneerError,
+    fault_lines,
     is_out_of_memory,
 )
 from veneer.files.atomic import write_manifest
@@ -129,7 +130,7 @@ def file_config(header: Header) -> PreTrainedConfig:
     except Exception as fault:  # every config class fails differently
         raise SourceError(
             "transformers cannot read the header of the .gguf file",
-            [f"{type(fault).__name__}: {line}" for line in str(fault).splitlines()[:3]],
+            fault_lines(fault),
             "Download the file again; if the error stays,"
             f" {OTHER_SOURCE[0].lower()}{OTHER_SOURCE[1:]}",
         ) from fault

@@ -61,7 +61,7 @@ def weight_table(model: PreTrainedModel) -> list[WeightGroup]:
         for name, tensor in tensors:
             values = tensor.numel() if name in parameters else 0
             row[1] += torch.Size(packed[name]).numel() if name in packed else values
-            row[2] += tensor.numel() * tensor.element_size()
+            row[2] += tensor.nbytes
     groups = [
         WeightGroup(what, format_name, *row) for (what, format_name), row in rows.items() if row[1]
     ]

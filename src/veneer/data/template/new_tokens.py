@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.errors import ConfigError
 from veneer.files.nesting import is_text
+from veneer.wording import first_lines
 
 if TYPE_CHECKING:
     from veneer.adapters.placement.token_rows import AddedTokens
@@ -48,7 +49,7 @@ def text_faults(texts: Sequence[str]) -> list[str]:
     ]
     if len(texts) > MOST_NEW_TOKENS:
         faults = [f"there are {len(texts):,}, the limit is {MOST_NEW_TOKENS:,}"]
-    return _limit_faults(faults)
+    return first_lines(faults, _SHOWN)
 
 
 def bring(tokenizer: Any, texts: Sequence[str], *, rows: int | None) -> AddedTokens | None:
@@ -63,13 +64,10 @@ def bring(tokenizer: Any, texts: Sequence[str], *, rows: int | None) -> AddedTok
         return None
     known = tokenizer.get_vocab()
     faults = text_faults(texts)
-    faults += _limit_faults(
-        [
-            f"{text!r} is token {known[text]:,} of the base already"
-            for text in texts
-            if text in known
-        ]
-    )
+    taken = [
+        f"{text!r} is token {known[text]:,} of the base already" for text in texts if text in known
+    ]
+    faults += first_lines(taken, _SHOWN)
     if faults:
         raise ConfigError(
             "these cannot be new tokens",
@@ -96,7 +94,7 @@ def bring(tokenizer: Any, texts: Sequence[str], *, rows: int | None) -> AddedTok
     ]:
         raise ConfigError(
             "the tokenizer cannot add these as tokens",
-            _limit_faults(map(repr, unusable)),
+            first_lines([*map(repr, unusable)], _SHOWN),
             "Choose other texts.",
         )
     return AddedTokens(tuple(texts), ids, tuple(pieces))
@@ -121,10 +119,3 @@ def extended(tokenizer: Any, texts: Sequence[str]) -> Any:
         [AddedToken(text, normalized=False, special=False) for text in texts]
     )
     return extended_tokenizer
-
-
-def _limit_faults(faults: Any) -> list[str]:
-    all_faults = list(faults)
-    return all_faults[:_SHOWN] + (
-        [f"and {len(all_faults) - _SHOWN:,} more"] if len(all_faults) > _SHOWN else []
-    )

@@ -19,29 +19,20 @@ appears nowhere. Not known here: files, settings, what an adapter computes. Shap
 features, R rank, V vocabulary, D hidden, E experts. Facts: PEFT 0.21.2, peft/tuners/.
 """
 
-import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from veneer.adapters.methods.experts import expert_parameters
 from veneer.adapters.methods.lora import Kind, LowRankLayer
 from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.wrapping import plain_modules
+from veneer.files.strict_tensors import file_start
 from veneer.linear import frozen_linear, is_plain_embedding, matrix_shape
 
 PREFIX = "base_model.model."
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
-
 _OLD_EXPERT_NAMES = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
 """On families with fused experts PEFT mistakes list targets with these names for experts of older
 model versions and rewrites them. It does not rewrite the weight as a parameter, which is the same
@@ -252,19 +243,6 @@ def file_tensors(attachment: Attachment, model: nn.Module) -> dict[str, Tensor]:
 
 
 def tensor_file_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Computes the exact size of the safetensors file: 8 bytes, the header padded to 8, the
-    values."""
-    header, position = {"__metadata__": {"format": "pt"}}, 0
-    entries: dict[str, object] = dict(header)
-    for name, tensor in sorted(
-        tensors.items(), key=lambda item: (-item[1].element_size(), item[0])
-    ):
-        end = position + tensor.numel() * tensor.element_size()
-        entries[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, end],
-        }
-        position = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + 8 * math.ceil(len(text) / 8) + position
+    """Computes the exact size of the safetensors file."""
+    start, _, values_bytes = file_start(tensors)
+    return len(start) + values_bytes

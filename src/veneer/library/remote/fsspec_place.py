@@ -11,7 +11,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from uuid import uuid4
 
-from veneer.errors import ConfigError, CorruptFileError, InputError, SourceError, VeneerError
+from veneer.errors import (
+    ConfigError,
+    CorruptFileError,
+    InputError,
+    SourceError,
+    VeneerError,
+    first_line,
+)
 from veneer.files.addresses import file_system
 from veneer.files.atomic import MANIFEST
 from veneer.files.strict_json import MAX_JSON_BYTES, parse_json
@@ -100,7 +107,7 @@ class FsspecRemote:
             raise
         except Exception as fault:
             raise InputError(
-                f"{self.address} cannot be written: {_first_line(fault)}",
+                f"{self.address} cannot be written: {first_line(fault)}",
                 [],
                 "Check the address and your permissions.",
             ) from fault
@@ -135,11 +142,7 @@ class FsspecRemote:
 
     def _unreadable(self, path: str, fault: Any) -> SourceError:
         return SourceError(
-            f"{self.address}/{path} cannot be read: {_first_line(fault)}",
+            f"{self.address}/{path} cannot be read: {first_line(fault)}",
             [],
             "Try again; what has arrived is kept.",
         )
-
-
-def _first_line(fault: Any) -> str:
-    return f"{type(fault).__name__}: {fault}".strip().splitlines()[0][:200]

@@ -9,7 +9,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import ConfigError, CorruptFileError, RefusedError, SourceError, UnsafeFileError
+from veneer.errors import (
+    ConfigError,
+    CorruptFileError,
+    RefusedError,
+    SourceError,
+    UnsafeFileError,
+    first_line,
+)
 from veneer.files.atomic import MANIFEST, verify_manifest
 from veneer.files.system_errors import refusal
 from veneer.formats.manifest import CARD_NAME
@@ -55,7 +62,7 @@ def push_to_hub(entry: Entry, folder: Path, address: str, card: str | None = Non
         )
     except Exception as fault:  # the client's errors have no common base
         raise SourceError(
-            f"{address} was not written: {_first_line(fault)}",
+            f"{address} was not written: {first_line(fault)}",
             [],
             "Check the name and your token: hf auth login",
         ) from fault
@@ -78,7 +85,7 @@ def pull_from_hub(library: Library, address: str, *, name: str | None = None) ->
         info: Any = HfApi().model_info(repository, revision=revision, files_metadata=True)
     except Exception as fault:
         raise SourceError(
-            f"{address} cannot be read: {_first_line(fault)}",
+            f"{address} cannot be read: {first_line(fault)}",
             [],
             "Check the name, the revision and your token.",
         ) from fault
@@ -94,7 +101,7 @@ def pull_from_hub(library: Library, address: str, *, name: str | None = None) ->
                 if (disk_error := refusal(fault, folder)) is not None:
                     raise disk_error from fault
                 raise SourceError(
-                    f"{address}: {file} was not downloaded: {_first_line(fault)}",
+                    f"{address}: {file} was not downloaded: {first_line(fault)}",
                     [],
                     "Try again: downloaded parts are kept.",
                 ) from fault
@@ -130,7 +137,3 @@ def _check_files(address: str, sizes: dict[str, int | None], wanted: list[str]) 
         raise SourceError(f"{address} holds no adapter", [f"{file} is missing" for file in missing])
     if (total := sum(sizes[file] or 0 for file in wanted)) > MAX_BYTES:
         raise RefusedError(f"{address}: {total:,} bytes are no adapter; the limit is {MAX_BYTES:,}")
-
-
-def _first_line(fault: Any) -> str:
-    return f"{type(fault).__name__}: {fault}".strip().splitlines()[0][:200]

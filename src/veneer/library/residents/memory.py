@@ -51,7 +51,7 @@ def room_for(
 
 def bytes_of(attachment: Attachment) -> int:
     """Counts the bytes of an attachment's tensors."""
-    return sum(p.numel() * p.element_size() for p in attachment.parameters().values())
+    return sum(p.nbytes for p in attachment.parameters().values())
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ from veneer.merge.fold.fold import stored_tensors, tied_names
 from veneer.merge.fold.verify import LogitCheck, ReferenceLogits, compare, logits, text_rows
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.load import load_base
+from veneer.wording import first_lines
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def _differences(
     if faults:
         raise AdapterMismatchError(
             "the model is not a fine-tuned version of this base",
-            faults[:12] + ([f"and {len(faults) - 12} more"] if len(faults) > 12 else []),
+            first_lines(faults, 12),
             "Name the base that it was trained from; a resized vocabulary has no low-rank"
             " difference.",
         )

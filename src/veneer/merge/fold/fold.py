@@ -22,6 +22,7 @@ from veneer.adapters.placement.wrapping import plain_modules
 from veneer.errors import RefusedError
 from veneer.linear import PackedExperts, PackedLinear, PackedModule, is_transposed_linear
 from veneer.private.torch import buffers_of, parameters_of, unsaved_buffers
+from veneer.wording import first_lines
 
 Applied = Sequence[tuple[Attachment, float]]
 """Adapters with their weights."""
@@ -139,7 +140,7 @@ def weight_changes(model: nn.Module, applied: Applied) -> dict[str, Callable[[Te
     ]:
         raise RefusedError(
             "lora_bias has no place in these layers, which have no bias of their own",
-            missing[:6] + ([f"and {len(missing) - 6} more"] if len(missing) > 6 else []),
+            first_lines(missing, 6),
             "Let the adapter act beside the base.",
         )
     for name, trained in trained_values(

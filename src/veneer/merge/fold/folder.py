@@ -207,10 +207,7 @@ class _FileLayout:
             for name, tensor in stored.items()
         }
         self.planned: dict[str, Tensor] = revert_weight_conversion(model, empty)
-        self.total_bytes = sum(
-            planned_tensor.numel() * planned_tensor.element_size()
-            for planned_tensor in self.planned.values()
-        )
+        self.total_bytes = sum(planned_tensor.nbytes for planned_tensor in self.planned.values())
 
     @property
     def dtype_name(self) -> str:

@@ -15,6 +15,7 @@ from veneer.errors import RefusedError
 from veneer.merge.fold.fold import Applied, stored_tensors, weight_changes
 from veneer.merge.fold.tokens import refuse_tokens
 from veneer.private.torch import parameters_of
+from veneer.wording import first_lines
 
 
 @dataclass
@@ -58,7 +59,7 @@ def merged_weights(model: nn.Module, applied: Applied) -> MergedParameters:
     if packed := [name for name in changes if stored[name].quantised]:
         raise RefusedError(
             "these weights are held quantised and cannot be merged into in memory",
-            packed[:6] + ([f"and {len(packed) - 6} more"] if len(packed) > 6 else []),
+            first_lines(packed, 6),
             "Let the adapter act beside the base, or write a merged folder: veneer merge --into"
             " dequantised.",
         )

@@ -8,7 +8,6 @@ save_pretrained. Source: https://github.com/huggingface/safetensors#format.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +17,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+from veneer.files.strict_tensors import file_start
+
 MAX_SHARD_BYTES = 4 * 2**30
 
 
@@ -57,7 +46,7 @@ class ShardWriter:
         shards: list[dict[str, Tensor]] = [{}]
         filled = 0
         for name, tensor in planned.items():
-            size = tensor_bytes(tensor)
+            size = tensor.nbytes
             if shards[-1] and filled + size > max_shard_bytes:
                 shards.append({})
                 filled = 0
@@ -71,30 +60,16 @@ class ShardWriter:
         ):
             self._begin(file, shard)
         self.missing = set(self.places)
-        self.total_bytes = sum(tensor_bytes(tensor) for tensor in planned.values())
+        self.total_bytes = sum(tensor.nbytes for tensor in planned.values())
 
     def _begin(self, file: str, shard: Mapping[str, Tensor]) -> None:
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        begins, position = {}, 0
-        # wide types first keeps every tensor aligned to its own size
-        for name, tensor in sorted(
-            shard.items(), key=lambda item: (-item[1].element_size(), item[0])
-        ):
-            end = position + tensor_bytes(tensor)
-            header[name] = {
-                "dtype": DTYPE_NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [position, end],
-            }
-            begins[name], position = position, end
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (8 * math.ceil(len(text) / 8) - len(text))
+        start, begins, _ = file_start(shard)
         handle = (self.folder / file).open("wb")
         self.files[file] = handle
-        handle.write(len(text).to_bytes(8, "little") + text)
+        handle.write(start)
         for name, begin in begins.items():
             self.places[name] = TensorLocation(
-                file, 8 + len(text) + begin, tuple(shard[name].shape), shard[name].dtype
+                file, len(start) + begin, tuple(shard[name].shape), shard[name].dtype
             )
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -128,7 +103,3 @@ class ShardWriter:
             (self.folder / "model.safetensors.index.json").write_text(
                 json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
             )
-
-
-def tensor_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
