@@ -8,8 +8,6 @@ Widening to float32 is exact: it is the same base (bases/identity/fingerprint.py
 Not known here: the weights themselves.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

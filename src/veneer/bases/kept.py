@@ -7,8 +7,6 @@ gguf/     .gguf files by their SHA-256: converted, or with their blocks laid out
 Not known here: what the files contain.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ Named defaults, models in the hub's cache, and models and .gguf files in folders
 allows. Only small files are read: a listed base may still be refused when it is loaded.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Verbosity belongs to the process, so one thread at a time does this.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Finds the tokens that end a base's answers."""
 
-from __future__ import annotations
-
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from veneer.data.template.template import ChatTemplate

@@ -1,7 +1,5 @@
 """Reads a base's tokenizer from an untrusted folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Collects the examples of a run, set by set, and what all of them have in common."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 

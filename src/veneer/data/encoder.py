@@ -6,8 +6,6 @@ the label: a score head reads the hidden state before it, which is that of the l
 Faults are collected. Knows nothing of splits' sizes or of runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, count

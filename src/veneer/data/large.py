@@ -10,8 +10,6 @@ and the fingerprint equal those of the same rows in memory (load.py). Building h
 a row in memory; a run holds a few bytes a row for the plan of an epoch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time

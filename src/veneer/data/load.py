@@ -4,8 +4,6 @@
 reports, for `veneer data check`. Knows nothing of runs or batches.
 """
 
-from __future__ import annotations
-
 import gc
 import hashlib
 from collections.abc import Callable, Iterator, Sequence

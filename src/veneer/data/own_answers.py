@@ -4,8 +4,6 @@ The last answer of a row is replaced, for the student and for the teacher alike:
 new tokens, each behind its own prompt. An answer that was cut has no end token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 

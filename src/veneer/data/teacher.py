@@ -4,8 +4,6 @@ The answers are the same tokens for teacher and student, so the teacher's exampl
 same targets in the same order, at other positions. A row with other targets is refused.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import compress

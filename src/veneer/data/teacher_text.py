@@ -3,8 +3,6 @@
 Imports no torch and no numpy, because `--help` reads this module.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, replace
 from typing import Any

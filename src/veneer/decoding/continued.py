@@ -1,8 +1,6 @@
 """Continues prompts with known tokens instead of drawn ones, through an engine's plans. Proofs
 compare the logits with those of whole texts."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

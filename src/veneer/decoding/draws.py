@@ -5,8 +5,6 @@ top_k, top_p and min_p, tokens are drawn in the order of ids, else in the order 
 Shapes: B rows, V ids, C candidates: the likeliest ids, among which nearly every cut is decided.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -10,8 +10,6 @@ The scheduler (decoding/schedule/scheduler.py) decides about order, room and sha
 knows nothing of texts. One thread calls it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

@@ -4,8 +4,6 @@ The caller holds the adapters that act. This module knows nothing of requests an
 rows of the step: the tokens of all spans in order, then filler; V ids.
 """
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Callable, Collection
 from dataclasses import dataclass

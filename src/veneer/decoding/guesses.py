@@ -2,8 +2,6 @@
 the random numbers, penalties and constraints of each place, for as long as it draws what was
 guessed. So it has the tokens that single steps give, whatever was guessed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -7,8 +7,6 @@ with both kinds of rows reads the weights twice. One forward computes all rows i
 promised (execution/decode_step.py has no forward by parts, or no compiled updates).
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any

@@ -4,8 +4,6 @@ A request gets `mean.take` as its prompt_states. The engine's thread calls it; a
 `value` once the answer has ended. Shapes: D hidden.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

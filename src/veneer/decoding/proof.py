@@ -13,8 +13,6 @@ config (execution/proofs/structure.py). The engine is also proven on the model i
 adapter is attached. If it fails, transformers answers prompt by prompt.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -10,8 +10,6 @@ least on average. Rows sampled at a lower temperature make a base too certain, a
 people's text rises.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

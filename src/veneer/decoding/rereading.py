@@ -1,7 +1,5 @@
 """Generates by reading the whole text for each token, for models whose cache gives other logits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

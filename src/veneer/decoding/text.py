@@ -6,8 +6,6 @@ string that ends first. (Some tokenizers decode a run of bytes differently once 
 follows; text that was returned before stays.)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any

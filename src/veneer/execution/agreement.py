@@ -5,8 +5,6 @@ file knows neither models nor layers: a proof passes two computations, or a diff
 measured.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -10,8 +10,6 @@ call. What cannot be captured stays so: a warning says why.
 Knows nothing of requests. Shapes: N rows, B blocks of a table, V ids.
 """
 
-from __future__ import annotations
-
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection

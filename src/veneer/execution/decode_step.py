@@ -8,8 +8,6 @@ forward.
 Shapes: N rows of the step, D width, E head size, V ids.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import ref

@@ -10,8 +10,6 @@ layer that is not understood whole.
 Shapes: N rows of the step, D width, E head size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

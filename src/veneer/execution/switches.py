@@ -12,8 +12,6 @@ its prediction. With dynamic scaling its frequencies are therefore those of a te
 token (0.04% of the loss at 70 tokens).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

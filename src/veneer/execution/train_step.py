@@ -6,8 +6,6 @@ afterwards the module is put back. If a stand-in cannot compute a forward (other
 several adapters, another attention), it calls its module.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial

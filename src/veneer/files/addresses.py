@@ -1,7 +1,5 @@
 """Opens addresses that fsspec knows (s3://, hf://, file://, ...)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from veneer.errors import ConfigError

@@ -1,7 +1,5 @@
 """Locates Veneer's cache folder of downloads and conversions."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Resolves the home folder, `~`, and the folder of the user's data."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

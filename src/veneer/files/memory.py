@@ -1,7 +1,5 @@
 """Reads the system's memory sizes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 

@@ -1,7 +1,5 @@
 """Reads the description of the first processor."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 

@@ -10,8 +10,6 @@ Off unless `begin` was called, as the command line does: other programs may have
 that no key covers. Knows nothing of what is remembered.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

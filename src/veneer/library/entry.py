@@ -1,7 +1,5 @@
 """An adapter's name with one of its versions: choosing and filtering them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal

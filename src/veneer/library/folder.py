@@ -9,8 +9,6 @@
 A name changes under one lock, by one rename. An object is written before a name points to it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Finds what a library no longer needs: old versions, objects without a name, unfinished files."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

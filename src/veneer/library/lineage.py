@@ -1,7 +1,5 @@
 """The lineage of an adapter: the adapters that its training was continued from."""
 
-from __future__ import annotations
-
 from veneer.library.entry import Entry
 from veneer.library.library import Library
 

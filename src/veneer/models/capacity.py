@@ -5,8 +5,6 @@ beyond `max_position_embeddings`. If its rotary frequencies are scaled for longe
 dynamic, yarn), their limit counts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

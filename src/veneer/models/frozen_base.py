@@ -8,8 +8,6 @@ knows nothing of how it was found (bases/names/sources.py) or of what an adapter
 (adapters/).
 """
 
-from __future__ import annotations
-
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 

@@ -9,8 +9,6 @@ Not known here: where models come from (bases/names/sources.py), what a config m
 bases/loading/dense.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial

@@ -12,8 +12,6 @@ all together   the model is built without storage, and may not be many times wha
 Not known here: what a config's fields mean to its model; transformers checks their types.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Iterable, Mapping

@@ -5,8 +5,6 @@ modules have the names that PEFT, vLLM and transformers use, and a merged model 
 checkpoint again. Only text is trained and generated.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

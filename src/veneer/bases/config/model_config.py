@@ -5,8 +5,6 @@ fields that request either are refused by name. What the config announces is com
 weights beside it (bases/config/announced.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any

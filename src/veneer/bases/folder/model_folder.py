@@ -3,8 +3,6 @@
 Not known here: how it came to this machine (names/sources.py), what the files say.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Finds the type that a base's weights are stored in, from the headers of its files."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 

@@ -11,8 +11,6 @@ blocks.json
     module -> kind, offset, rows, columns, heads of the row order
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass

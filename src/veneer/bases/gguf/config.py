@@ -9,8 +9,6 @@ Source: llama.cpp, src/llama-model.cpp (load_hparams) and src/models/*.cpp (load
 build_arch_graph); conversion/*.py for the keys that its converter writes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial

@@ -13,8 +13,6 @@ of their matrices. Source of the format: https://github.com/ggml-org/ggml/blob/m
 Not known here: where the file came from.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

@@ -1,8 +1,6 @@
 """Reads the header keys that several .gguf architectures share into fields of transformers'
 configs."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from veneer.bases.gguf.header import Hyperparameters

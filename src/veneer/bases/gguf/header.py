@@ -3,8 +3,6 @@
 Not known here: which keys an architecture has (config.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

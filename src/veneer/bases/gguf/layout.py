@@ -12,8 +12,6 @@ tensors  name, dimensions, type, offset; then the data, each tensor within the f
 Source of the format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
-from __future__ import annotations
-
 import math
 import mmap
 import struct

@@ -1,8 +1,6 @@
 """Recovers Llama 3's rotary scaling from a .gguf file's rope_freqs.weight, one divisor per
 frequency."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Rebuilds the tokenizer of a .gguf file, and refuses unknown rules of splitting text."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tokenizers import pre_tokenizers

@@ -13,8 +13,6 @@ qwen2moe, qwen3moe gate and up projections of all experts are two tensors, in th
 Source: modify_tensors in https://github.com/ggml-org/llama.cpp/tree/master/conversion.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -7,8 +7,6 @@ for the 14.5 GB of a model with 7B parameters on two. Reading such a model from 
 longer.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor

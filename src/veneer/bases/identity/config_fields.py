@@ -9,8 +9,6 @@ declare other fields. So a field that only one side has is no difference if it h
 there.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 import math

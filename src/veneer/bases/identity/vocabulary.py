@@ -3,8 +3,6 @@
 The roles of tokens, such as end of text, may differ: token ids mean the same text all the same.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

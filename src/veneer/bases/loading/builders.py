@@ -6,8 +6,6 @@ new format is described in quant/config.py and adds its builder to BUILDERS; `lo
 nothing else.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Reads dense weights through transformers, and refuses incomplete files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

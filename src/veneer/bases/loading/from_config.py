@@ -6,8 +6,6 @@ named size (shapes.py). The model is built on the meta device: a model of 70 B t
 megabytes. Configs that config/model_config.py refuses are refused here too.
 """
 
-from __future__ import annotations
-
 import difflib
 from pathlib import Path
 

@@ -6,8 +6,6 @@ its pages, and the system can reclaim them; copies it cannot. So this is for a p
 with its base on its machine, and only done if as much memory again stays available.
 """
 
-from __future__ import annotations
-
 import ctypes
 import mmap
 from bisect import bisect

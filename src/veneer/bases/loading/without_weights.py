@@ -4,8 +4,6 @@ Checks of names and shapes (does this adapter fit, how is it named in a file) th
 a few kB instead of gigabytes.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel

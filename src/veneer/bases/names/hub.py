@@ -3,8 +3,6 @@
 Only names, text, JSON and safetensors are downloaded; pickled weights are refused.
 """
 
-from __future__ import annotations
-
 import re
 import threading
 from collections.abc import Callable

@@ -7,8 +7,6 @@ source distribution, whose build would run code, is never used.
 Not known here: what the files contain.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import os

@@ -13,8 +13,6 @@ get the same one next time, with or without a network. Pickled weights are alway
 Not known here: how a folder becomes a model (models/load.py), what is inside a .gguf file.
 """
 
-from __future__ import annotations
-
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path

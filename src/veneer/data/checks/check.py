@@ -5,8 +5,6 @@ raises if a run must not start. Problem codes: D1xx for rows that cannot be read
 sets in tokens.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 All are reported with their rows; they never prevent a run, and nothing is changed.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence

@@ -4,8 +4,6 @@ Broder 1997. Signatures of PLACES minima, in BANDS bands: two texts that share a
 Of texts that share 0.8 of their shingles 0.998 share a band; of those that share 0.4, a quarter.
 """
 
-from __future__ import annotations
-
 import re
 import zlib
 from collections.abc import Sequence

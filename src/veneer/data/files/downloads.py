@@ -9,8 +9,6 @@ download_if_changed if the store reports no state, if the last change is so rece
 could have the same time, or if the cached bytes are damaged.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time

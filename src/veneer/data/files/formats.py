@@ -18,8 +18,6 @@ layout reads are ignored, except beside `text`: see `detect`.
 Knows nothing of files or tokens.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from veneer.data.examples import Format, Row, RowFault, RowRef

@@ -3,8 +3,6 @@
 Duplicate keys, NaN and infinity are refused, and nesting is bounded.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

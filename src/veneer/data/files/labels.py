@@ -9,8 +9,6 @@ PAIR_TEXT, the query first, so that the documents of a query share its tokens. W
 depends on the head that is trained (adapters/labels.py). Knows nothing of tokens or losses.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from contextlib import suppress

@@ -7,8 +7,6 @@ org/name   org/name:split   hf://datasets/...   Hugging Face data sets, as plain
 Remote files are downloaded into the cache folder (downloads.py).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -10,8 +10,6 @@ Each answer becomes a conversation as in layout prompt_completion (formats.py), 
 are trained on. Knows nothing of tokens or losses.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

@@ -6,8 +6,6 @@ longer than MAX_LINE_BYTES is skipped without being held in memory; a .json file
 places.py finds the files of a set. Knows nothing of tokenizers.
 """
 
-from __future__ import annotations
-
 import csv
 import gzip
 import io

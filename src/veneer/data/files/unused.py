@@ -4,8 +4,6 @@ They can be built again from their rows. The last use is the modification time o
 description, which each run updates.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import time

@@ -5,8 +5,6 @@
 Rows are read and written one by one; only a sample is held in memory.
 """
 
-from __future__ import annotations
-
 import gzip
 import heapq
 import json

@@ -6,8 +6,6 @@ every message. Other added tokens (<think>, <tool_call>) that the template write
 hidden in user and tool messages, because assistants write them.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any

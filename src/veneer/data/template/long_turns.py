@@ -9,8 +9,6 @@ are used. A template that renders a window differently, for example one that cou
 searched exactly within the bound and refused beyond it: ids never differ from those of training.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate

@@ -1,7 +1,5 @@
 """Finds reasoning in answers, and what the template renders of it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal

@@ -7,8 +7,6 @@ such timer, 10 s on the clock end it. Many conversations are sent at once, so th
 while this one does other work.
 """
 
-from __future__ import annotations
-
 import os
 import select
 import subprocess

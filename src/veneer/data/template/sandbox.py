@@ -10,8 +10,6 @@ The sandbox keeps a template from reaching Python's internals. It bounds neither
 for that, templates run in a separate process (worker.py, the only caller of this module).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from datetime import date

@@ -15,8 +15,6 @@ A long text of many borders without control tokens is tokenised in parts that be
 Knows nothing of messages or templates.
 """
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_left
 from collections.abc import Sequence

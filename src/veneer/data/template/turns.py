@@ -10,8 +10,6 @@ row becomes several texts, each up to an answer, so that every answer is trained
 text that the model will see before it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Explains why a row cannot be encoded: what its template leaves out or cannot render."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

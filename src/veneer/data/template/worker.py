@@ -18,8 +18,6 @@ mostly beginnings of its text, and the caller holds them for a thousand rows at 
 an answer is bounded by the size of the request.
 """
 
-from __future__ import annotations
-
 import json
 import signal
 import sys

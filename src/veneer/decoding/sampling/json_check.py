@@ -4,8 +4,6 @@ Schemas and texts come from strangers: RE2 matches their patterns, references ma
 the schema itself, and the work is bounded. jsonschema knows the drafts and their keywords.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any

@@ -6,8 +6,6 @@ that, the running adapters that will be done soonest get no new sequences, and n
 younger sequence, until there is room.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from veneer.decoding.schedule.sequence import Sequence

@@ -4,8 +4,6 @@ FixedAdapters                    adapters that stay attached to the base
 library/residents/residents.py   adapters of a library, in memory while they are needed
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 

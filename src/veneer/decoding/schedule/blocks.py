@@ -13,8 +13,6 @@ this module knows nothing of tensors, layers and sequences. One thread calls it:
 `prefix_writes` and `copies`, computes, and then calls `done`.
 """
 
-from __future__ import annotations
-
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field

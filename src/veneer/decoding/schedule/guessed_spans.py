@@ -1,7 +1,5 @@
 """Plans a step that computes the next token of all running sequences, and guesses of more."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from veneer.decoding.schedule.blocks import BlockManager

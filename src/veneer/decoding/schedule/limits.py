@@ -1,7 +1,5 @@
 """Limits of a scheduler, and whether a request can ever run within them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from veneer.bounds import COUNT, ROWS, WAITS, check_numbers

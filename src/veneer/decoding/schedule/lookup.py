@@ -10,8 +10,6 @@ guesses reduces it. Answers without credit guess again only after some more toke
 never repeat lose little. Deterministic: no clock. This module knows nothing of models.
 """
 
-from __future__ import annotations
-
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence

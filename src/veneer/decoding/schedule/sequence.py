@@ -9,8 +9,6 @@ Tokens are ids; this module knows nothing of models and texts. Only decoding/sch
 scheduler.py change sequences.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum

@@ -1,7 +1,5 @@
 """The plan of a step, and what each of its sequences draws."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

@@ -5,8 +5,6 @@ If the template writes no calls, or in a form that is not in forms.py and elemen
 tools are refused.
 """
 
-from __future__ import annotations
-
 import json
 from itertools import takewhile
 from typing import Any

@@ -4,8 +4,6 @@ The forms are in forms.py and elements.py; call_style.py reads the base's form a
 chat template. Marks may be special tokens, which other answers do not show as text.
 """
 
-from __future__ import annotations
-
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping

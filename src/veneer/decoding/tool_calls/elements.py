@@ -7,8 +7,6 @@ Texts have no quotes, so the tool's schema decides whether 12 is a number or a t
 that may be a text is one. Others are JSON, or True, False and None as Python writes them.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

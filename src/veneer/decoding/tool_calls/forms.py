@@ -6,8 +6,6 @@ NamedCalls    [TOOL_CALLS]name[ARGS]{...}                                  with 
 BareCall      {"name": ..., "parameters": {...}}                           the whole answer
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from typing import Any

@@ -6,8 +6,6 @@ as `attend` does, and compute the same bits from its output.
 Shapes: B batch, T tokens, H query heads, K key heads, S head size, D hidden.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any

@@ -10,8 +10,6 @@ Knows nothing of adapters' values or of how a step is computed (train_step.py, d
 Norms and feed-forward blocks are found by part_facts.py, attention blocks by attention_facts.py.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import nn

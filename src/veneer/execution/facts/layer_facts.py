@@ -6,8 +6,6 @@ y = h + scale * norm(feed_forward(norm(h)))         any of these norms may be mi
 A parallel layer is y = x + attention(norm(x)) + feed_forward(norm(x)), by one norm or by two.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Literal, NamedTuple

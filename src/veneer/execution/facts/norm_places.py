@@ -1,8 +1,6 @@
 """Finds the places of the norms in a decoder layer, and whether it adds up its parts as in
 layer_facts.py, by running the layer with known functions as its parts."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product

@@ -1,8 +1,6 @@
 """Finds what norms and gated feed-forward blocks compute, by running them on small random
 projections (layer_facts.py)."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

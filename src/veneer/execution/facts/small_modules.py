@@ -1,7 +1,5 @@
 """Small copies of modules and random rows, on which facts about modules are tried."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from typing import Any

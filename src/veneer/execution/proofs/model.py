@@ -6,8 +6,6 @@ their own device, read two short texts both ways, before any adapter is attached
 kernel or of a weight format shows here.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel

@@ -9,8 +9,6 @@ exchanged, the proof runs again. Only for dense weights of transformers' own cla
 elsewhere results may differ in their bits from run to run, or the values cannot all be seen.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ their names, and a copy is used only if it has every kind of module of the origi
 says what cannot be copied.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import re

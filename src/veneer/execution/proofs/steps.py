@@ -1,7 +1,5 @@
 """Texts through the steps of a decoding, for the comparison of two ways to compute a step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

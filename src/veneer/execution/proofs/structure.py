@@ -18,8 +18,6 @@ computed one by one, through the model's own head and loop. A config of transfor
 proven once on a machine, others once in a process (files/remembered.py).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
