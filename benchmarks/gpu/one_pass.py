@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 from unittest.mock import patch
@@ -16,6 +17,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from veneer.kernels.bindings.row_calls import GELU_TANH, SILU
 from veneer.kernels.cuda import launch
 from veneer.kernels.dense import dropout, fused, loss, segments
 from veneer.kernels.packed import gguf
@@ -98,7 +100,8 @@ def norm_case(rows: int, width: int, draw: Callable[..., Tensor]) -> Case:
 
 def gate_case(rows: int, width: int, draw: Callable[..., Tensor], *, gelu: bool) -> Case:
     gate, up, grad = (draw(rows, width) for _ in range(3))
-    return Case(fused.gelu_gate if gelu else fused.silu_gate, [gate, up], grad, 8 * gate.nbytes)
+    gated = partial(fused.gated, activation=GELU_TANH if gelu else SILU)
+    return Case(gated, [gate, up], grad, 8 * gate.nbytes)
 
 
 def rotary_case(rows: int, heads: int, size: int, draw: Callable[..., Tensor]) -> Case:

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from veneer import api
 from veneer.adapters.config import LoRA
 from veneer.kernels.attention import flash, flex
 from veneer.kernels.attention import packed as attention
+from veneer.kernels.bindings.row_calls import SILU
 from veneer.kernels.cuda import launch
 from veneer.kernels.dense import fused
 from veneer.kernels.layout import Group
@@ -292,7 +294,9 @@ def compiled_by_torch(at: Place) -> dict[str, Any]:
         "norm": one_pass.by_compiler(
             norm, lambda x, w: fused.rms_norm_reference(x, w, 1e-5), at.seconds
         ),
-        "silu gate": one_pass.by_compiler(gate, fused.silu_gate_reference, at.seconds),
+        "silu gate": one_pass.by_compiler(
+            gate, partial(fused.gated_reference, activation=SILU), at.seconds
+        ),
     }
 
 

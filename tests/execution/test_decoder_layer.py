@@ -23,7 +23,7 @@ from veneer.execution.facts.part_facts import find_feed_forward
 from veneer.execution.facts.small_modules import random_rows
 from veneer.execution.proofs.steps import read_and_continued
 from veneer.execution.train_step import FusedAttention, FusedLayer, fused, replacements
-from veneer.kernels.dense.fused import gelu_erf_gate, gelu_gate, silu_gate
+from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, SILU
 from veneer.models.step import batch_loss, prepare
 
 WITH_ATTENTION = (FusedAttention, FusedLayer)
@@ -37,15 +37,15 @@ def prepared(family, **overrides):
 
 
 @pytest.mark.parametrize(
-    ("family", "gate", "window", "head_norms"),
+    ("family", "activation", "window", "head_norms"),
     [
-        ("llama", silu_gate, None, 0),
-        ("mistral", silu_gate, 8, 0),
-        ("qwen3", silu_gate, None, 2),
+        ("llama", SILU, None, 0),
+        ("mistral", SILU, 8, 0),
+        ("qwen3", SILU, None, 2),
         ("mixtral", None, None, 0),
     ],
 )
-def test_the_facts_of_a_layer_are_those_of_its_family(family, gate, window, head_norms):
+def test_the_facts_of_a_layer_are_those_of_its_family(family, activation, window, head_norms):
     model = prepared(family)
     layers = find_layers(model)
     assert [layer.module for layer in layers] == list(model.model.layers)
@@ -58,8 +58,8 @@ def test_the_facts_of_a_layer_are_those_of_its_family(family, gate, window, head
         assert layer.attention.rules.window == window
         assert len(layer.attention.norms) == head_norms
         assert layer.attention.head_dim == model.model.layers[0].self_attn.head_dim
-        found = None if layer.feed_forward is None else layer.feed_forward.gate
-        assert found is gate
+        found = None if layer.feed_forward is None else layer.feed_forward.activation
+        assert found == activation
 
 
 @pytest.mark.parametrize(
@@ -106,12 +106,11 @@ def test_rotations_and_joined_modules_are_found(family, rotation, heads, gates):
 
 
 @pytest.mark.parametrize(
-    ("activation", "gate"),
-    [("gelu_pytorch_tanh", gelu_gate), ("gelu", gelu_erf_gate), ("relu", None)],
+    ("activation", "gate"), [("gelu_pytorch_tanh", GELU_TANH), ("gelu", GELU_ERF), ("relu", None)]
 )
 def test_a_gate_of_gelu_is_told_from_one_of_silu(activation, gate):
     layers = find_layers(prepared("llama", hidden_act=activation))
-    gates = [layer.feed_forward and layer.feed_forward.gate for layer in layers]
+    gates = [layer.feed_forward and layer.feed_forward.activation for layer in layers]
     assert gates == [gate, gate]
 
 

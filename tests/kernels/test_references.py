@@ -96,13 +96,13 @@ def test_what_attention_holds_grows_with_a_row_and_not_with_its_square(options):
 @pytest.mark.parametrize("window", [None, 1, 4, 5, 40])
 def test_keys_that_no_row_of_a_block_sees_are_not_multiplied(window, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", 32)
-    own, seen = attention._Scores.probabilities, []
+    own, seen = attention._probabilities, []
 
-    def noted(self, q, k, sinks, *, first, **more):
+    def noted(q, k, sinks, rules, *, first, **more):
         seen.append((first, k.shape[1]))
-        return own(self, q, k, sinks, first=first, **more)
+        return own(q, k, sinks, rules, first=first, **more)
 
-    monkeypatch.setattr(attention._Scores, "probabilities", noted)
+    monkeypatch.setattr(attention, "_probabilities", noted)
     layout = Group(3, (96,), CPU)
     rows = torch.randn(99, 1, 4, dtype=torch.float64)
     packed_attention(rows, rows, rows, layout, AttentionRules(1.0, window))

@@ -33,7 +33,7 @@ from veneer.execution.facts.part_facts import find_feed_forward, find_norm
 from veneer.execution.stand_in import StandIn
 from veneer.kernels.bindings.library import has_bf16
 from veneer.kernels.bindings.row_calls import SILU
-from veneer.kernels.dense.fused import activate, layer_norm, rms_norm, takes_layer_norm
+from veneer.kernels.dense.fused import gated, layer_norm, rms_norm, takes_layer_norm
 from veneer.kernels.dense.lora import LoRALinear, filled
 from veneer.kernels.dense.rank import MOST_RANK
 from veneer.kernels.layers import block_operands
@@ -102,10 +102,8 @@ class FusedGate(StandIn):
         facts = self.facts
         down: Callable[[Tensor], Tensor] = getattr(base, facts.output)
         outputs = apply_together([getattr(base, name) for name in facts.inputs], x)
-        if facts.is_plain:
-            return down(activate(outputs[0], facts.activation))
-        gate, up = outputs[0].chunk(2, dim=-1) if facts.is_joined else outputs
-        return down(facts.gate(gate, up))
+        gate, *up = outputs[0].chunk(2, dim=-1) if facts.is_joined else outputs
+        return down(gated(gate, up[0] if up else None, facts.activation))
 
 
 class FusedAttention(StandIn):

@@ -1,5 +1,6 @@
 """The rules by which attention weighs keys: softmax(softcap(scale q k^T) + mask, sink) v."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,3 +23,16 @@ class AttentionRules:
     def capped(self, scores: Tensor) -> Tensor:
         """Applies the soft cap to scores that are already scaled."""
         return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+
+    def product_flops(self, q: Tensor, before: int, lengths: Iterable[int]) -> int:
+        """Returns the FLOP of one q k^T over the keys that each row of documents sees: `before`
+        keys in front of all, and its own. q: (N, H, D).
+
+        Forward takes two such products, backward five.
+        """
+        pairs = 0
+        for length in lengths:
+            most = self.window or before + length
+            rising = min(length, max(0, most - before))  # rows that see one key more than the last
+            pairs += rising * before + rising * (rising + 1) // 2 + (length - rising) * most
+        return 2 * pairs * q.shape[1] * q.shape[2]

@@ -4,6 +4,7 @@ so the calls are counted."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from veneer.kernels.bindings import library as native
 from veneer.kernels.bindings.arguments import available, observe_calls
+from veneer.kernels.bindings.row_calls import GELU_TANH, SILU
 from veneer.kernels.decoding import decoder_step
 from veneer.kernels.decoding.decoder_step import StepNorm
 from veneer.kernels.dense import few_rows, fused
@@ -113,7 +115,8 @@ def test_norms_gates_and_rotations_are_what_is_compiled_forward_and_backward(
         f"veneer_rms_norm{kind}_forward",
         f"veneer_rms_norm{kind}_backward",
     ]
-    for gate in (fused.silu_gate, fused.gelu_gate):
+    for kind_of_gate in (SILU, GELU_TANH):
+        gate = partial(fused.gated, activation=kind_of_gate)
         assert both_ways(gate, (3, 32), (3, 32), dtype=dtype) == [
             f"veneer_gate{kind}_forward",
             f"veneer_gate{kind}_backward",

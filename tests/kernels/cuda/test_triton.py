@@ -4,6 +4,7 @@ tensors."""
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -17,6 +18,7 @@ from tests.support.models.tiny_gguf import random_blocks
 from veneer.kernels.attention.paged import KeyValueBlocks
 from veneer.kernels.attention.paged_rows import BlockTables, paged_rows, paged_rows_reference
 from veneer.kernels.bindings import library as native
+from veneer.kernels.bindings.row_calls import GELU_TANH, SILU
 from veneer.kernels.cuda import launch, trials
 from veneer.kernels.dense import dropout, fused, grouped, loss, segments
 from veneer.kernels.packed import gguf
@@ -100,16 +102,15 @@ def gradients(function, inputs, grad):
 
 @needs_liger
 @liger_type
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [(fused.silu_gate, fused.silu_gate_reference), (fused.gelu_gate, fused.gelu_gate_reference)],
-    ids=["silu", "gelu"],
-)
-def test_the_gates_are_their_references(ours, theirs, dtype, there):
+@pytest.mark.parametrize("kind", [SILU, GELU_TANH])
+def test_the_gates_are_their_references(kind, dtype, there):
     gate, up, grad = (4 * each.to(dtype) for each in draws(0, *[(3, 700)] * 3))
     gate[0, :3] = torch.tensor([-200.0, 200.0, 0.0])
-    out, found = gradients(ours, there.to(gate, up), there.to(grad))
-    exact, expected = gradients(theirs, [gate.double(), up.double()], grad.double())
+    out, found = gradients(
+        partial(fused.gated, activation=kind), there.to(gate, up), there.to(grad)
+    )
+    plain = partial(fused.gated_reference, activation=kind)
+    exact, expected = gradients(plain, [gate.double(), up.double()], grad.double())
     for one, other in zip((out, *found), (exact, *expected), strict=True):
         assert one.dtype is dtype
         near(one, other, TYPES[dtype])
@@ -370,7 +371,7 @@ def test_while_a_step_is_planned_nothing_is_launched_and_as_much_is_allocated(th
         assert launch.kernels_for("liger_kernels", x) is not None
         assert fused.rms_norm(x, x[0], 1e-5).shape == x.shape
     assert launch.kernels_for("liger_kernels", x) is None
-    fused.silu_gate(*there.to(torch.ones(2, 16), torch.ones(2, 16)))
+    fused.gated(*there.to(torch.ones(2, 16), torch.ones(2, 16)), SILU)
 
 
 def test_what_the_kernels_do_not_take_goes_the_plain_way(there):
@@ -381,7 +382,7 @@ def test_what_the_kernels_do_not_take_goes_the_plain_way(there):
         assert launch.kernels_for("triton_gguf", tensor) is None
     assert not there.launches
     near(
-        fused.silu_gate(turned, turned),
-        fused.silu_gate_reference(*[wide[0].float().double().T] * 2),
+        fused.gated(turned, turned, SILU),
+        fused.gated_reference(*[wide[0].float().double().T] * 2, SILU),
         1e-6,
     )

@@ -64,7 +64,7 @@ def test_the_norm_is_its_reference(dtype, shape, kind):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(3, 7), (4, 48)], ids=str)
-@pytest.mark.parametrize("kind", ["silu_gate", "gelu_gate", "gelu_erf_gate"])
+@pytest.mark.parametrize("kind", [SILU, GELU_TANH, GELU_ERF])
 def test_the_gate_is_its_reference(kind, dtype, shape):
     torch.manual_seed(1)
     gate, up = ((torch.randn(shape) * 4).to(dtype).requires_grad_() for _ in range(2))
@@ -73,7 +73,7 @@ def test_the_gate_is_its_reference(kind, dtype, shape):
         gate.view(-1)[2:4] = torch.tensor([-1e15, 1e15])  # their cubes are beyond float32
     grad = torch.randn(shape).to(dtype)
     wide = [t.detach().double().requires_grad_() for t in (gate, up)]
-    ours, theirs = getattr(kernels, kind)(gate, up), getattr(kernels, f"{kind}_reference")(*wide)
+    ours, theirs = kernels.gated(gate, up, kind), kernels.gated_reference(*wide, kind)
     near_with_gradients(ours, theirs, (gate, up), wide, grad)
 
 
@@ -86,7 +86,10 @@ def test_an_activation_without_a_gate_is_that_of_torch(activation, dtype, shape)
     x.view(-1)[:2] = torch.tensor([-1e15, 1e15])
     x.requires_grad_()
     grad, wide = torch.randn(shape).to(dtype), x.detach().double().requires_grad_()
-    ours, theirs = kernels.activate(x, activation), kernels.activated(wide, activation)
+    ours, theirs = (
+        kernels.gated(x, None, activation),
+        kernels.gated_reference(wide, None, activation),
+    )
     near_with_gradients(ours, theirs, (x,), [wide], grad)
 
 
@@ -95,8 +98,8 @@ def test_the_gate_of_gelu_has_the_bits_of_plain_torch_where_it_is_not_compiled(d
     torch.manual_seed(4)
     inputs = [torch.randn(5, 47).to(dtype).requires_grad_() for _ in range(2)]
     grad, found = torch.randn(5, 47).to(dtype), []
-    for gate in (kernels.gelu_gate, kernels.gelu_gate_reference):
-        out = gate(*inputs)
+    for gate in (kernels.gated, kernels.gated_reference):
+        out = gate(*inputs, GELU_TANH)
         found.append([out, *torch.autograd.grad(out, inputs, grad)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -164,7 +167,7 @@ def test_a_target_beyond_the_vocabulary_is_an_error_and_no_memory_of_others(targ
 def test_operands_of_unlike_shapes_are_an_error(dtype):
     wide, narrow = torch.randn(4, 32).to(dtype), torch.randn(2, 16).to(dtype)
     with pytest.raises(RuntimeError):
-        kernels.silu_gate(wide, narrow)
+        kernels.gated(wide, narrow, SILU)
     with pytest.raises(RuntimeError):
         kernels.rms_norm(wide, narrow[0], 1e-6)
 

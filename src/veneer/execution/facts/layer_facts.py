@@ -6,7 +6,7 @@ y = h + scale * norm(feed_forward(norm(h)))         any of these norms may be mi
 A parallel layer is y = x + attention(norm(x)) + feed_forward(norm(x)), by one norm or by two.
 """
 
-from collections.abc import Callable, Container
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, SILU
-from veneer.kernels.dense.fused import gelu_erf_gate, gelu_gate, silu_gate
 from veneer.kernels.rules import AttentionRules
 
 ATTENTIONS, FEED_FORWARD = ("self_attn", "attention"), "mlp"
@@ -27,9 +26,7 @@ JOINED_QKV, JOINED_GATE_UP = ("qkv_proj",), ("gate_up_proj",)
 QKV_BY_HEAD = ("query_key_value",)
 """A module whose outputs are q, k and v of the first head, then those of the next one."""
 
-Gate = Callable[[Tensor, Tensor], Tensor]
-"""(gate_proj(x), up_proj(x)) -> activation(gate_proj(x)) * up_proj(x)."""
-ACTIVATIONS: dict[Gate, int] = {silu_gate: SILU, gelu_gate: GELU_TANH, gelu_erf_gate: GELU_ERF}
+ACTIVATIONS = (SILU, GELU_TANH, GELU_ERF)
 """Numbers of the activations of gates (kernels/bindings/row_calls.py)."""
 
 
@@ -73,18 +70,19 @@ class LayerNorms(NamedTuple):
 
 @dataclass(frozen=True)
 class FeedForward:
-    """down(gate(gate_proj(x), up_proj(x))), gate being silu_gate, gelu_gate or gelu_erf_gate.
+    """down(activation(gate_proj(x)) * up_proj(x)).
 
     A plain block is down(activation(gate_proj(x))); there is no up.
 
-    width   outputs of gate, and of up
-    inputs  names of the modules that compute gate and up: two, one that joins them, or in a plain
-            block one for gate
-    output  name of the module that computes down
+    activation  one of ACTIVATIONS
+    width       outputs of gate, and of up
+    inputs      names of the modules that compute gate and up: two, one that joins them, or in a
+                plain block one for gate
+    output      name of the module that computes down
     """
 
     module: nn.Module
-    gate: Gate
+    activation: int
     width: int
     inputs: tuple[str, ...] = GATE_UP
     output: str = DOWN
@@ -92,14 +90,6 @@ class FeedForward:
     @property
     def is_joined(self) -> bool:
         return self.inputs == JOINED_GATE_UP
-
-    @property
-    def is_plain(self) -> bool:
-        return len(self.inputs) == 1 and not self.is_joined
-
-    @property
-    def activation(self) -> int:
-        return ACTIVATIONS[self.gate]
 
 
 @dataclass(frozen=True)

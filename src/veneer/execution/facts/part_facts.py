@@ -15,7 +15,6 @@ from veneer.execution.facts.layer_facts import (
     GATE_UP,
     JOINED_GATE_UP,
     FeedForward,
-    Gate,
     Norm,
 )
 from veneer.execution.facts.small_modules import (
@@ -25,7 +24,7 @@ from veneer.execution.facts.small_modules import (
     with_children,
     with_small_weight,
 )
-from veneer.kernels.dense.fused import activate, layer_norm_reference, rms_norm, rms_norm_reference
+from veneer.kernels.dense.fused import gated, layer_norm_reference, rms_norm, rms_norm_reference
 from veneer.linear import frozen_linear
 from veneer.private.torch import children_of, parameters_of, replace_parameters
 
@@ -102,18 +101,18 @@ def find_feed_forward(module: nn.Module) -> FeedForward | None:
     *projections, down = (small_linear(*size, dtype, seed) for seed, size in enumerate(sizes))
     small = with_children(module, dict(zip((*inputs, output), (*projections, down), strict=True)))
 
-    def computed(x: Tensor, gate: Gate) -> Tensor:
+    def computed(x: Tensor, kind: int) -> Tensor:
         outputs = torch.cat([project(x) for project in projections], dim=-1)
-        if layers == 1:
-            y: Tensor = down(activate(outputs, ACTIVATIONS[gate]))
-        else:
-            y = down(gate(*outputs.chunk(2, dim=-1)))
+        gate, up = (outputs, None) if layers == 1 else outputs.chunk(2, dim=-1)
+        y: Tensor = down(gated(gate, up, kind))
         return y
 
     x = torch.linspace(-4, 4, 64, device="cpu")[None]
-    for gate in ACTIVATIONS:
-        same = agrees(lambda x, gate=gate: gate(x, torch.ones_like(x)), activation, (x,), PART)
+    for kind in ACTIVATIONS:
+        ours = partial(gated, up=torch.ones_like(x), activation=kind)
         rows = random_rows(WIDTH, dtype)
-        if same and agrees(partial(computed, gate=gate), small, (rows,), PART):
-            return FeedForward(module, gate, width, inputs, output)
+        if agrees(ours, activation, (x,), PART) and agrees(
+            partial(computed, kind=kind), small, (rows,), PART
+        ):
+            return FeedForward(module, kind, width, inputs, output)
     return None

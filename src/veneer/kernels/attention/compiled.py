@@ -72,17 +72,8 @@ class AttentionInputs:
         return max(1, min(TASKS // max(1, docs * self.k.shape[1]), self.longest // 64))
 
     def _product_flops(self) -> int:
-        """Returns the FLOP of one q k^T over the keys that each query row sees.
-
-        Forward takes two such products, backward five.
-        """
-        before, pairs = 0 if self.before_k is None else self.before_k.shape[0], 0
-        for length in (self.starts[1:] - self.starts[:-1]).tolist():
-            most = self.rules.window or before + length
-            # Rows that see one key more than the row above.
-            rising = min(length, max(0, most - before))
-            pairs += rising * before + rising * (rising + 1) // 2 + (length - rising) * most
-        return 2 * pairs * self.q.shape[1] * self.q.shape[2]
+        before = 0 if self.before_k is None else len(self.before_k)
+        return self.rules.product_flops(self.q, before, self.starts.diff().tolist())
 
     def _before(self) -> tuple[Tensor, Tensor] | None:
         if self.before_k is None or self.before_v is None:

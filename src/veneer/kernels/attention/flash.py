@@ -17,7 +17,7 @@ Shapes: as in kernels/attention/packed.py. S sequences.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -202,17 +202,10 @@ def _plan(layout: Group, window: int | None, device: torch.device) -> _FlashPass
     )
 
 
-def _product_flops(q: Tensor, layout: Group, window: int | None) -> int:
-    """Operations of one product q k^T over the visible keys. Forward takes two, backward five."""
-    pairs, documents = (
-        0,
-        [(0, layout.prompt), *((layout.prompt, length) for length in layout.lengths)],
-    )
-    for before, length in documents:
-        most = window or before + length
-        rising = min(length, max(0, most - before))  # rows that see one more key than the row above
-        pairs += rising * before + rising * (rising + 1) // 2 + (length - rising) * most
-    return 2 * pairs * q.shape[1] * q.shape[2]
+def _product_flops(q: Tensor, layout: Group, rules: AttentionRules) -> int:
+    """Operations of one product q k^T over the visible keys."""
+    P = layout.prompt
+    return rules.product_flops(q, 0, [P]) + rules.product_flops(q, P, layout.lengths)
 
 
 class _Flash(torch.autograd.Function):
@@ -224,15 +217,14 @@ class _Flash(torch.autograd.Function):
         v: Tensor,
         sinks: Tensor | None,
         layout: Group,
-        scale: float,
-        window: int | None,
+        rules: AttentionRules,
         flash: FlashOps,
     ) -> Tensor:
-        key = "flash", window, q.device
+        key, scale = ("flash", rules.window, q.device), rules.scale
         if key not in layout.derived:
-            layout.derived[key] = _plan(layout, window, q.device)
+            layout.derived[key] = _plan(layout, rules.window, q.device)
         plan: _FlashPasses = layout.derived[key]
-        note_flops(lambda: 2 * _product_flops(q, layout, window))
+        note_flops(lambda: 2 * _product_flops(q, layout, rules))
         rows, P = layout.rows, layout.prompt
         doc_q, doc_k, doc_v = q[:rows], *_placed(k[:rows], v[:rows], plan.places)
         out, entropy, state = flash.forward(doc_q, doc_k, doc_v, plan.documents, scale)
@@ -249,14 +241,8 @@ class _Flash(torch.autograd.Function):
             out, entropy = _share(out, entropy - both), both
         whole = _filled(out, q)  # saved once: the next layer saves the same tensor
         ctx.save_for_backward(q, k, v, sinks, whole, entropy, *state, *prompt_state)
-        ctx.plan, ctx.layout, ctx.scale, ctx.flash, ctx.states = (
-            plan,
-            layout,
-            scale,
-            flash,
-            len(state),
-        )
-        ctx.window = window
+        ctx.plan, ctx.layout, ctx.flash, ctx.states = plan, layout, flash, len(state)
+        ctx.rules = replace(rules, sinks=None)
         return whole
 
     @staticmethod
@@ -266,8 +252,8 @@ class _Flash(torch.autograd.Function):
         plan: _FlashPasses = ctx.plan
         flash: FlashOps = ctx.flash
         rows, P = ctx.layout.rows, ctx.layout.prompt
-        note_flops(lambda: 5 * _product_flops(q, ctx.layout, ctx.window))
-        out, g, scale = whole[:rows], grad[:rows].contiguous(), ctx.scale
+        note_flops(lambda: 5 * _product_flops(q, ctx.layout, ctx.rules))
+        out, g, scale = whole[:rows], grad[:rows].contiguous(), ctx.rules.scale
         state, prompt_state = tuple(states[: ctx.states]), tuple(states[ctx.states :])
         inputs = q[:rows], *_placed(k[:rows], v[:rows], plan.places)
         d_q, d_k, d_v = flash.backward(g, inputs, out, entropy, state, plan.documents, scale)
@@ -288,7 +274,7 @@ class _Flash(torch.autograd.Function):
             share = torch.exp(sinks.to(wide)[:, None] - entropy)
             d_sinks = -(share * weighted).sum(-1).to(sinks.dtype)
         gradients = [_filled(grad, like) for grad, like in ((d_q, q), (d_k, k), (d_v, v))]
-        return *gradients, d_sinks, None, None, None, None
+        return *gradients, d_sinks, None, None, None
 
 
 def _placed(k: Tensor, v: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -322,4 +308,4 @@ def flash_attention(
 ) -> Tensor:
     """packed_attention for inputs that `declined` does not refuse."""
     apply: Any = _Flash.apply
-    return apply(q, k, v, rules.sinks, layout, rules.scale, rules.window, flash)
+    return apply(q, k, v, rules.sinks, layout, rules, flash)

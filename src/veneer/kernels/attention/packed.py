@@ -35,49 +35,46 @@ BLOCK = 256
 """Query rows per block. It limits the scores in memory to docs * H * BLOCK * (P + L) values."""
 
 
-class _Scores:
-    """The elementwise part between q k^T and the product with v, with its derivative.
+def _probabilities(
+    q: Tensor,
+    k: Tensor,
+    sinks: Tensor | None,
+    rules: AttentionRules,
+    *,
+    first: int,
+    place: int,
+    groups: int,
+) -> tuple[Tensor, Tensor | None]:
+    """q (B, G * rows, D), k (B, keys, D) -> probabilities (B, G * rows, keys, + 1 with sinks), and
+    the tanh of the soft cap. Sinks are trained values, so they come with the tensors.
 
-    Sinks are trained values, so they come with the tensors.
+    Row i of every group is at position place + i, the keys are at `first` and behind it.
     """
+    capped = None
+    if rules.softcap is None:
+        unread = q.new_empty(1, 1, 1)  # not read, because beta is 0
+        scores = torch.baddbmm(unread, q, k.transpose(1, 2), beta=0, alpha=rules.scale)
+    else:
+        capped = torch.bmm(q, k.transpose(1, 2)).mul_(rules.scale / rules.softcap).tanh_()
+        scores = capped * rules.softcap
+    _hide(scores.unflatten(1, (groups, -1)), place - first, rules.window)
+    if sinks is not None:  # one more column, which takes probability and has no value
+        scores = torch.cat([scores, sinks.expand(scores.shape[0], -1, 1)], dim=-1)
+    return torch.softmax(scores, dim=-1), capped
 
-    def __init__(self, rules: AttentionRules) -> None:
-        self.scale, self.window, self.softcap = rules.scale, rules.window, rules.softcap
 
-    def probabilities(
-        self, q: Tensor, k: Tensor, sinks: Tensor | None, *, first: int, place: int, groups: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """q (B, G * rows, D), k (B, keys, D) -> probabilities (B, G * rows, keys, + 1 with sinks),
-        and the tanh of the soft cap.
+def _hide(scores: Tensor, own: int, window: int | None) -> None:
+    """Sets scores (B, G, rows, keys) that a row does not see to -inf, in place.
 
-        Row i of every group is at position place + i, the keys are at `first` and behind it.
-        """
-        capped = None
-        if self.softcap is None:
-            unread = q.new_empty(1, 1, 1)  # not read, because beta is 0
-            scores = torch.baddbmm(unread, q, k.transpose(1, 2), beta=0, alpha=self.scale)
-        else:
-            capped = torch.bmm(q, k.transpose(1, 2)).mul_(self.scale / self.softcap).tanh_()
-            scores = capped * self.softcap
-        self._hide(scores.unflatten(1, (groups, -1)), place - first)
-        if sinks is not None:  # one more column, which takes probability and has no value
-            scores = torch.cat([scores, sinks.expand(scores.shape[0], -1, 1)], dim=-1)
-        return torch.softmax(scores, dim=-1), capped
-
-    def _hide(self, scores: Tensor, own: int) -> None:
-        """Sets scores (B, G, rows, keys) that a row does not see to -inf, in place.
-
-        The key of row i is number own + i. Every row of a block sees most keys: only the triangles
-        at both ends are masked.
-        """
-        rows, keys = scores.shape[-2:]
-        later = torch.ones(rows, keys - own - 1, dtype=torch.bool, device=scores.device).triu_()
-        scores[..., own + 1 :].masked_fill_(later, float("-inf"))
-        if self.window is not None and (width := rows + own - self.window) > 0:
-            before = torch.ones(rows, width, dtype=torch.bool, device=scores.device).tril_(
-                own - self.window
-            )
-            scores[..., :width].masked_fill_(before, float("-inf"))
+    The key of row i is number own + i. Every row of a block sees most keys: only the triangles
+    at both ends are masked.
+    """
+    rows, keys = scores.shape[-2:]
+    later = torch.ones(rows, keys - own - 1, dtype=torch.bool, device=scores.device).triu_()
+    scores[..., own + 1 :].masked_fill_(later, float("-inf"))
+    if window is not None and (width := rows + own - window) > 0:
+        before = torch.ones(rows, width, dtype=torch.bool, device=scores.device).tril_(own - window)
+        scores[..., :width].masked_fill_(before, float("-inf"))
 
 
 def _grouped(rows: Tensor, kv_heads: int) -> Tensor:
@@ -147,15 +144,15 @@ class _Rectangle:
     themselves."""
 
     def __init__(
-        self, scores: _Scores, q: Tensor, k: Tensor, v: Tensor, prompt: int, groups: int
+        self, rules: AttentionRules, q: Tensor, k: Tensor, v: Tensor, prompt: int, groups: int
     ) -> None:
-        self.scores, self.prompt, self.groups = scores, prompt, groups
+        self.rules, self.prompt, self.groups = rules, prompt, groups
         self.q, self.k, self.v = q, k, v
         self.length = q.shape[1] // groups
 
     def _window_start(self, start: int) -> int:
         """Returns the first key that a row of this block sees; earlier keys are not multiplied."""
-        window = self.scores.window
+        window = self.rules.window
         return 0 if window is None else max(0, self.prompt + start - window + 1)
 
     def _block(
@@ -168,10 +165,9 @@ class _Rectangle:
             rows = stop - start
             heads = sinks.view(-1, self.groups).repeat(q.shape[0] * self.groups // sinks.numel(), 1)
             sinks = heads.repeat_interleave(rows, dim=1)[..., None]
-        probabilities, capped = self.scores.probabilities(
-            q, k, sinks, first=first, place=self.prompt + start, groups=self.groups
-        )
-        return q, k, v, probabilities, capped
+        place, groups = self.prompt + start, self.groups
+        found = _probabilities(q, k, sinks, self.rules, first=first, place=place, groups=groups)
+        return q, k, v, *found
 
     def forward(self, sinks: Tensor | None) -> Tensor:
         out = self.q.new_empty(*self.q.shape[:2], self.v.shape[2])
@@ -212,22 +208,24 @@ class _Rectangle:
                 grad_sinks += per_row.sum(dim=(0, 3)).view(-1)
                 grad_s = grad_s[..., :-1]
             grad_s = grad_s if capped is None else grad_s * (1 - capped * capped)
-            block_q = torch.bmm(grad_s, k).mul_(self.scores.scale)
+            block_q = torch.bmm(grad_s, k).mul_(self.rules.scale)
             view[:, :, start:stop] = block_q.view(block_q.shape[0], self.groups, stop - start, -1)
-            grad_k[:, first:last] += torch.bmm(grad_s.transpose(1, 2), q).mul_(self.scores.scale)
+            grad_k[:, first:last] += torch.bmm(grad_s.transpose(1, 2), q).mul_(self.rules.scale)
         return grad_q, grad_k, grad_v, grad_sinks
 
 
-def _parts(q: Tensor, k: Tensor, v: Tensor, layout: Group, scores: _Scores) -> list[_Rectangle]:
+def _parts(
+    q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules
+) -> list[_Rectangle]:
     """Returns the rectangle of the prompt, if there is one, and that of the documents."""
     kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
     parts = []
     if P := layout.prompt:
         prompt_k, prompt_v = _prompt_keys(k, layout), _prompt_keys(v, layout)
         prompt_q = _grouped(q[None, :P], kv_heads)
-        parts.append(_Rectangle(scores, prompt_q, prompt_k, prompt_v, 0, groups))
+        parts.append(_Rectangle(rules, prompt_q, prompt_k, prompt_v, 0, groups))
     square_q = _grouped(_square(q, layout), kv_heads)
-    parts.append(_Rectangle(scores, square_q, _keys(k, layout), _keys(v, layout), P, groups))
+    parts.append(_Rectangle(rules, square_q, _keys(k, layout), _keys(v, layout), P, groups))
     return parts
 
 
@@ -240,12 +238,12 @@ class _PackedAttention(torch.autograd.Function):
         v: Tensor,
         sinks: Tensor | None,
         layout: Group,
-        scores: _Scores,
+        rules: AttentionRules,
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, sinks)
-        ctx.layout, ctx.scores = layout, scores
+        ctx.layout, ctx.rules = layout, replace(rules, sinks=None)
         out = q.new_empty(*q.shape[:2], v.shape[2])
-        parts = _parts(q, k, v, layout, scores)
+        parts = _parts(q, k, v, layout, rules)
         documents = parts[-1].forward(sinks)
         out[layout.rows :] = 0
         out[layout.prompt : layout.rows] = _square_gradient(
@@ -265,7 +263,7 @@ class _PackedAttention(torch.autograd.Function):
         q, k, v, sinks = ctx.saved_tensors
         layout: Group = ctx.layout
         P, docs, kv_heads = layout.prompt, len(layout.lengths), k.shape[1]
-        parts = _parts(q, k, v, layout, ctx.scores)
+        parts = _parts(q, k, v, layout, ctx.rules)
         square = _square(grad, layout)
         if layout.from_square is not None:
             # Padding repeats a real row, whose gradient must not count twice.
@@ -317,7 +315,7 @@ def plain_attention(
 ) -> Tensor:
     """Computes packed_attention by batched products, even where another path is faster."""
     apply: Any = _PackedAttention.apply
-    return apply(q, k, v, rules.sinks, layout, _Scores(rules))
+    return apply(q, k, v, rules.sinks, layout, rules)
 
 
 def packed_attention_reference(

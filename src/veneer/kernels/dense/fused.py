@@ -3,10 +3,8 @@
     rms_norm       y = (weight + offset) * (x / sqrt(mean(x^2) + epsilon))
                                                                    saves x and one float32 a row
     layer_norm     y = weight * (x - mean) / deviation + bias      saves x and one float32 a row
-    silu_gate      y = silu(gate) * up                             saves gate and up
-    gelu_gate      y = gelu(gate) * up, by the formula with tanh   saves gate and up
-    gelu_erf_gate  y = gelu(gate) * up, by the definition with erf saves gate and up
-    activate       y = silu(x) or gelu(x)                          saves x
+    gated          y = activation(gate) * up, or without up: silu, gelu by the formula with tanh, or
+                   gelu by the definition with erf                 saves gate and up
     rotary         y = x cos + rotate_half(x) sin, for q and k     saves cos and sin
 
 Plain torch makes six to eight passes over memory for each, and its norm saves two float32 copies of
@@ -174,8 +172,7 @@ class _Gate(torch.autograd.Function):
         if up is not None and (liger := _liger_gates(gate, up, activation)) is not None:
             return liger.gate_forward(gate, up, activation == GELU_TANH)
         if not _is_compiled_gate(gate, up, activation):
-            y = activated(gate, activation)
-            return y if up is None else y * up
+            return gated_reference(gate, up, activation)
         out = torch.empty_like(gate)
         row_calls.gate_forward(gate, up, out, activation)
         return out
@@ -335,46 +332,15 @@ def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon
     return F.layer_norm(x.to(wide), weight.shape, *values, epsilon).to(x.dtype)
 
 
-def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
-    """gate and up of one shape -> silu(gate) * up.
+def gated(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
+    """gate and up of one shape -> activation(gate) * up; without up, activation(gate).
 
-    Source: Shazeer 2020, arXiv:2002.05202, SwiGLU.
+    activation: a number of bindings/row_calls.py. Source: Shazeer 2020, arXiv:2002.05202.
     """
     apply: Any = _Gate.apply
-    return apply(gate, up, SILU)
+    return apply(gate, up, activation)
 
 
-def silu_gate_reference(gate: Tensor, up: Tensor) -> Tensor:
-    """Defines silu_gate, under torch's own autograd."""
-    return F.silu(gate) * up
-
-
-def gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
-    """gate and up of one shape -> gelu(gate) * up, gelu by its formula with tanh.
-
-    Source: Shazeer 2020, arXiv:2002.05202, GEGLU.
-    """
-    apply: Any = _Gate.apply
-    return apply(gate, up, GELU_TANH)
-
-
-def gelu_gate_reference(gate: Tensor, up: Tensor) -> Tensor:
-    """Defines gelu_gate, under torch's own autograd."""
-    return F.gelu(gate, approximate="tanh") * up
-
-
-def gelu_erf_gate(gate: Tensor, up: Tensor) -> Tensor:
-    """gate and up of one shape -> gelu(gate) * up, gelu by its definition with erf."""
-    apply: Any = _Gate.apply
-    return apply(gate, up, GELU_ERF)
-
-
-def gelu_erf_gate_reference(gate: Tensor, up: Tensor) -> Tensor:
-    """Defines gelu_erf_gate, under torch's own autograd."""
-    return F.gelu(gate) * up
-
-
-def activate(x: Tensor, activation: int) -> Tensor:
-    """Returns the activation of x. activation: a number of bindings/row_calls.py."""
-    apply: Any = _Gate.apply
-    return apply(x, None, activation)
+def gated_reference(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
+    """Defines gated, under torch's own autograd."""
+    return activated(gate, activation) if up is None else activated(gate, activation) * up
