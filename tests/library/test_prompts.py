@@ -83,6 +83,13 @@ def test_a_damaged_file_of_prompts_is_refused_before_anything_is_added(library, 
     assert library.all_names() == []
 
 
+@pytest.mark.parametrize("text", ['["mine"]', '{"prompts": ["mine"]}', "no JSON"])
+def test_another_programs_file_of_that_name_is_left_alone(library, run, text):
+    (run / NAME).write_text(text)
+    assert library.prompts(library.add(run / "adapter", name="x")) == []
+    assert (run / NAME).read_text() == text
+
+
 def test_a_run_writes_a_sample_of_its_questions(tmp_path):
     save_tiny(tmp_path / "base")
     rows = [{"prompt": f"number {n}", "completion": f"it is {n}"} for n in range(20)]

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from veneer.errors import VeneerError
 from veneer.files.atomic import write_text
 from veneer.files.strict_json import StoredModel, json_text, read_json, validated
 
@@ -73,5 +74,18 @@ def read_prompts(file: Path) -> list[str]:
 
 
 def prompts_beside(adapter: Path) -> list[str]:
-    """Returns the prompts that a run wrote beside its adapter's folder."""
-    return read_prompts(adapter.parent / NAME) if adapter.name == "adapter" else []
+    """Returns the prompts that a run wrote beside its adapter's folder. CorruptFileError.
+
+    Another program's file of the same name is left alone: it has none of the fields.
+    """
+    file = adapter.parent / NAME
+    if adapter.name != "adapter" or not _has_our_fields(file):
+        return []
+    return read_prompts(file)
+
+
+def _has_our_fields(file: Path) -> bool:
+    try:
+        return read_json(file, max_bytes=MAX_BYTES).keys() >= PromptSample.model_fields.keys()
+    except VeneerError:
+        return False
