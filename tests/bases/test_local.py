@@ -6,7 +6,8 @@ import pytest
 from huggingface_hub import constants
 
 from tests.support.tiny import save_tiny
-from veneer.bases.local import local_bases
+from veneer.bases import local
+from veneer.bases.local import local_base, local_bases
 
 
 def test_models_of_the_hub_cache_and_of_allowed_folders_are_listed_without_paths(
@@ -32,3 +33,20 @@ def test_models_of_the_hub_cache_and_of_allowed_folders_are_listed_without_paths
     assert bases["models/own"].bytes == bases["org/tiny"].bytes == weights
     assert bases["models/own"].source == str(models / "own")
     assert bases["org/tiny"].source == "org/tiny"
+    assert (bases["models/own"].title, bases["models/own"].folder) == ("own", "models")
+    assert (bases["org/tiny"].title, bases["org/tiny"].folder) == ("org/tiny", None)
+    assert {name: local_base(name, [models]) for name in bases} == bases
+    for name in ("models/broken", "models/../models", "models/" + "x" * 300, "org/other", ""):
+        assert local_base(name, [models]) is None
+
+
+def test_a_base_is_found_without_reading_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    models, read = tmp_path / "models", []
+    for name in ("own", "other"):
+        (models / name).mkdir(parents=True)
+    monkeypatch.setattr(local, "_model_bytes", lambda path: read.append(path) or 1)
+    assert local_base("models/own", [models]) is not None
+    assert read == [models / "own"]

@@ -4,7 +4,7 @@ Named defaults, models in the hub's cache, and models and .gguf files in folders
 allows. Only small files are read: a listed base may still be refused when it is loaded.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from veneer.bases.config.model_config import checked_config
 from veneer.bases.folder.model_folder import weight_files
 from veneer.bases.kept import cache_folder, converted_folder
 from veneer.bases.names.hub import from_cache
-from veneer.bases.names.named import HUB_ID, NAMED
+from veneer.bases.names.named import HUB_ID, NAMED, NamedBase
 from veneer.bases.names.packages import extracted_file
 from veneer.bases.quiet_transformers import quiet
 from veneer.errors import VeneerError
@@ -27,50 +27,62 @@ _HUB_PREFIX = "models--"
 class LocalBase:
     """A base on this machine.
 
-    name      what it is called: a named default, a hub id, or FOLDER/NAME
+    name      identifies it: a named default, a hub id, or FOLDER/NAME
     source    what --base takes
     bytes     size of its weights on disk
+    title     its own name, which another folder may have too
+    folder    name of the folder that holds it; None for a named default and a hub id
     """
 
     name: str
     source: str
     bytes: int
+    title: str
+    folder: str | None = None
 
 
 def local_bases(folders: Sequence[Path] = ()) -> list[LocalBase]:
     """Lists the bases by name. folders: whose models and .gguf files are listed too."""
-    bases = {base.name: base for base in (*_in_folders(folders), *_from_hub(), *_named())}
-    return sorted(bases.values(), key=lambda base: base.name.lower())
+    names = {*NAMED, *_hub_ids(), *_paths(folders)}
+    bases = [base for name in names if (base := local_base(name, folders)) is not None]
+    return sorted(bases, key=lambda base: base.name.lower())
 
 
-def _named() -> Iterator[LocalBase]:
-    for name, base in NAMED.items():
-        folders = [converted_folder(base.sha256), from_cache(base.hub_id, None)]
-        wheel_file = extracted_file(base.member, base.sha256, cache_folder())
-        size = next((s for folder in folders if (s := _model_bytes(folder)) is not None), None)
-        if size is None and wheel_file.is_file():
-            size = wheel_file.stat().st_size
-        if size is not None:
-            yield LocalBase(name, name, size)
+def local_base(name: str, folders: Sequence[Path] = ()) -> LocalBase | None:
+    """Finds a base by its name, and reads no other; None if it is not on this machine."""
+    if name in NAMED:
+        size = _named_bytes(NAMED[name])
+        return None if size is None else LocalBase(name, name, size, name)
+    if name in _hub_ids():
+        size = _model_bytes(from_cache(name, None))
+        return None if size is None else LocalBase(name, name, size, name)
+    if (path := _paths(folders).get(name)) is None:
+        return None
+    is_file = path.suffix == ".gguf" and path.is_file()
+    size = path.stat().st_size if is_file else _model_bytes(path)
+    if size is None:
+        return None
+    return LocalBase(name, str(path.absolute()), size, path.name, path.parent.name)
 
 
-def _from_hub() -> Iterator[LocalBase]:
-    for folder in Path(constants.HF_HUB_CACHE).glob(f"{_HUB_PREFIX}*"):
-        hub_id = folder.name.removeprefix(_HUB_PREFIX).replace("--", "/")
-        if HUB_ID.fullmatch(hub_id) is None:
-            continue
-        size = _model_bytes(from_cache(hub_id, None))
-        if size is not None:
-            yield LocalBase(hub_id, hub_id, size)
+def _paths(folders: Sequence[Path]) -> dict[str, Path]:
+    """Returns what lies in the folders, by FOLDER/NAME."""
+    existing = [folder for folder in folders if folder.is_dir()]
+    return {f"{folder.name}/{path.name}": path for folder in existing for path in folder.iterdir()}
 
 
-def _in_folders(folders: Sequence[Path]) -> Iterator[LocalBase]:
-    for folder in folders:
-        for path in folder.iterdir() if folder.is_dir() else ():
-            is_file = path.suffix == ".gguf" and path.is_file()
-            size = path.stat().st_size if is_file else _model_bytes(path)
-            if size is not None:
-                yield LocalBase(f"{folder.name}/{path.name}", str(path.absolute()), size)
+def _named_bytes(base: NamedBase) -> int | None:
+    for folder in (converted_folder(base.sha256), from_cache(base.hub_id, None)):
+        if (size := _model_bytes(folder)) is not None:
+            return size
+    wheel_file = extracted_file(base.member, base.sha256, cache_folder())
+    return wheel_file.stat().st_size if wheel_file.is_file() else None
+
+
+def _hub_ids() -> set[str]:
+    folders = Path(constants.HF_HUB_CACHE).glob(f"{_HUB_PREFIX}*")
+    ids = {folder.name.removeprefix(_HUB_PREFIX).replace("--", "/") for folder in folders}
+    return {hub_id for hub_id in ids if HUB_ID.fullmatch(hub_id)}
 
 
 def _model_bytes(folder: Path | None) -> int | None:

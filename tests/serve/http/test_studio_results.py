@@ -69,7 +69,8 @@ def finish(server, job_id):
 
 def test_a_run_on_another_base_is_a_job_and_no_model_of_this_server(server, folder, draft):
     listed = server.http().get(f"{API}/bases")
-    assert "models/other" in [base["name"] for base in listed.json()["data"]]
+    bases = {base["name"]: base for base in listed.json()["data"]}
+    assert (bases["models/other"]["title"], bases["models/other"]["folder"]) == ("other", "models")
     assert str(folder) not in listed.text
     unknown = server.post(f"{draft}/train", {"base": "models/../base"})
     assert unknown.status_code == 404 and "not on this machine" in unknown.text
@@ -79,7 +80,7 @@ def test_a_run_on_another_base_is_a_job_and_no_model_of_this_server(server, fold
     assert run["base"] == str(folder / "models" / "other")
     assert "quantize" not in run, "the server's format is of the server's base"
     command = "veneer studio --base models/other"
-    assert job["base"] == {"name": "models/other", "served": False, "command": command}
+    assert job["base"] == {"name": "other", "served": False, "command": command}
     assert job["ahead"] == 1
     assert server.http().get(f"{draft}/held_out").json()["rows"] == 2, "read by its tokenizer"
     assert not server.http().get(f"{draft}/check").json()["refused"]

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-from veneer.bases.local import LocalBase, local_bases
+from veneer.bases.local import LocalBase, local_base, local_bases
 from veneer.bases.tokenizer import load_tokenizer
 from veneer.data.examples import Capacity
 from veneer.models.capacity import capacity_of, configured_capacity
@@ -37,24 +37,24 @@ class StudioBases:
         self._last: tuple[str, tuple[Any, Capacity]] | None = None
 
     def listed(self) -> list[dict[str, Any]]:
-        """Lists the other bases: their names and the bytes of their weights."""
-        return [{"name": base.name, "bytes": base.bytes} for base in self._others()]
-
-    def _others(self) -> list[LocalBase]:
+        """Lists the other bases: their names, folders, and the bytes of their weights."""
         return [
-            base
+            {"name": base.name, "title": base.title, "folder": base.folder, "bytes": base.bytes}
             for base in local_bases(self._folders)
-            if base.name not in self._own_names and base.source not in self._own_names
+            if not self._is_own(base)
         ]
+
+    def _is_own(self, base: LocalBase) -> bool:
+        return base.name in self._own_names or base.source in self._own_names
 
     def source(self, name: str) -> str:
         """Returns what --base takes. Refusal: 404, it is not on this machine."""
         if name == OWN:
             return self._source
-        for base in self._others():
-            if base.name == name:
-                return base.source
-        raise Refusal(404, f"The base `{name[:80]}` is not on this machine.", "base")
+        base = local_base(name, self._folders)
+        if base is None or self._is_own(base):
+            raise Refusal(404, f"The base `{name[:80]}` is not on this machine.", "base")
+        return base.source
 
     def run_settings(self, name: str) -> dict[str, Any]:
         """Returns the settings of every run on a base. Only the server's base has the server's
@@ -78,10 +78,15 @@ class StudioBases:
         return source in self._own_names
 
     def describe(self, source: str, name: str) -> dict[str, Any]:
-        """Describes the base of a job. name: of the base, for people
+        """Describes the base of a job. name: by which it was chosen
 
-        `command` serves it. A path is not shown: its name stands for it.
+        `command` serves it. A path is not shown: its last part stands for it.
         """
-        served = self.serves(source)
-        shown = self.name if served else name
-        return {"name": shown, "served": served, "command": f"veneer studio --base {shown}"}
+        if self.serves(source):
+            return {"name": self.name, "served": True, "command": _command(self.name)}
+        title = PurePath(name).name if Path(source).is_absolute() else name
+        return {"name": title, "served": False, "command": _command(name)}
+
+
+def _command(name: str) -> str:
+    return f"veneer studio --base {name}"

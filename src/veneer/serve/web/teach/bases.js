@@ -1,24 +1,33 @@
 // Bases on this machine: one of them is chosen, and what each of them costs is compared.
 
+/** Returns what a base is called on the page. name: as the server knows it; empty: its own base. */
+const titleOf = (name) =>
+  lesson.bases.find((base) => base.name === name)?.title ?? (name || served.base);
+
 /** Fills the list of bases; the first is the server's. */
 function showBases(chosenBase) {
-  const others = lesson.bases.map(({ name, bytes: size }) => make("option", { value: name }, `${name} · ${bytes(size)}`));
-  byId("method-base").replaceChildren(make("option", { value: "" }, `${served.base} · this server`), ...others);
-  byId("method-base").value = chosenBase;
-  if (byId("method-base").selectedIndex < 0) byId("method-base").value = ""; // it was removed from the machine
-  showBaseSaid();
+  const otherBases = lesson.bases.map(({ name, title, folder, bytes: size }) =>
+    make("option", { value: name }, [title, folder, bytes(size)].filter(Boolean).join(" · ")),
+  );
+  const ownBase = make("option", { value: "" }, `${served.base} · this server`);
+  const list = byId("method-base");
+  list.replaceChildren(ownBase, ...otherBases);
+  list.value = chosenBase;
+  if (list.selectedIndex < 0) list.value = ""; // the base was removed from the machine
+  showBaseNote();
 }
 
-function showBaseSaid() {
+/** Says which command serves an adapter of the chosen base. */
+function showBaseNote() {
   const base = byId("method-base").value;
   byId("method-base-said").textContent = base
-    ? `This server answers with ${served.base}. An adapter of ${base} is kept in the library, and answers once you start: ` +
-      `veneer studio --base ${base}`
+    ? `This server answers with ${served.base}. An adapter of ${titleOf(base)} is kept in the ` +
+      `library, and answers once you start: veneer studio --base ${base}`
     : "";
 }
 
 async function chooseBase() {
-  showBaseSaid();
+  showBaseNote();
   byId("method-compared").replaceChildren();
   await planChosen();
   await checkRows(); // another tokenizer counts other tokens
@@ -28,30 +37,42 @@ async function chooseBase() {
 async function compareBases() {
   planning.ends?.abort();
   const { signal } = (planning.ends = new AbortController());
-  const head = ["base", "trained", "memory", "time", "fits"].map((name) => make("th", {}, name));
+  const head = ["base", "trained", "memory", "time", "fits"].map((title) => make("th", {}, title));
   const table = make("table", { className: "plans" }, make("tr", {}, ...head));
   byId("method-compared").replaceChildren(make("div", { className: "scroll" }, table));
-  for (const base of ["", ...lesson.bases.map(({ name }) => name)]) {
-    const choose = () => {
-      byId("method-base").value = base;
-      chooseBase();
-    };
-    const button = make("button", { className: "quiet", onclick: choose }, base || served.base);
-    const row = make("tr", {}, make("td", {}, button), make("td", { colSpan: 4, className: "soft" }, "Planning …"));
+  for (const name of ["", ...lesson.bases.map((base) => base.name)]) {
+    const planned = make("td", { colSpan: 4, className: "soft" }, "Planning …");
+    const row = make("tr", {}, make("td", {}, baseButton(name)), planned);
     table.append(row);
-    const cells = await baseCells(base, signal);
+    const cells = await planCells(name, signal);
     if (signal.aborted) return row.remove();
-    row.lastChild.replaceWith(...cells);
+    planned.replaceWith(...cells);
   }
 }
 
-async function baseCells(base, signal) {
+/** Makes a button that chooses a base. */
+function baseButton(name) {
+  const folder = lesson.bases.find((base) => base.name === name)?.folder;
+  const detail = folder ? make("small", { className: "soft" }, ` ${folder}`) : null;
+  const choose = () => {
+    byId("method-base").value = name;
+    chooseBase();
+  };
+  return make("button", { className: "quiet", onclick: choose }, titleOf(name), detail);
+}
+
+/** Plans the run on a base; returns the cells of its row, or the error as one cell. */
+async function planCells(base, signal) {
   try {
-    const answer = await studio(draftPath("/plan"), { body: { ...chosenMethod(), base, keep: false }, signal });
-    const [plan] = answer.plans;
-    const memory = `${bytes(plan.needed_memory_bytes)} of ${bytes(answer.memory_bytes)}`;
-    const time = duration(plan.run_seconds);
-    const texts = [large(plan.trainable_parameters), memory, time, FITS[plan.fits]];
+    const body = { ...chosenMethod(), base, keep: false };
+    const { plans, memory_bytes: memory } = await studio(draftPath("/plan"), { body, signal });
+    const [plan] = plans;
+    const texts = [
+      large(plan.trainable_parameters),
+      `${bytes(plan.needed_memory_bytes)} of ${bytes(memory)}`,
+      duration(plan.run_seconds),
+      FITS[plan.fits],
+    ];
     return texts.map((text) => make("td", {}, text));
   } catch (fault) {
     return [make("td", { colSpan: 4, className: "soft" }, said(fault) ?? "")];

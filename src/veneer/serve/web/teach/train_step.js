@@ -84,10 +84,10 @@ function stateSaid(state) {
 }
 
 function summaryOfPlan() {
-  const { base, method = "lora" } = lesson.draft.method;
+  const { base = "", method = "lora" } = lesson.draft.method;
   const rows = lesson.report ? ` on ${count(lesson.report.rows)} rows` : "";
   const time = lesson.plan ? `, about ${duration(lesson.plan.plans[0].run_seconds)}` : "";
-  return `${METHODS[method] ?? method} over ${base || served.base}${rows}${time}.`;
+  return `${METHODS[method] ?? method} over ${titleOf(base)}${rows}${time}.`;
 }
 
 const RECENT = 20;
