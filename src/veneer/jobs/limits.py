@@ -24,6 +24,12 @@ class JobLimits:
     files: int = 1000
     file_bytes: int = 512 * 2**20
 
+    @property
+    def results_bytes(self) -> int:
+        """Bytes of the store up to which exports and evaluations may write. The last tenth of
+        disk_bytes is left to jobs, because a run that cannot save its checkpoint is stopped."""
+        return self.disk_bytes - self.disk_bytes // 10
+
     def disk_fault(self, used_bytes: int) -> str | None:
         """Says that the disk space is used up; None if it is not."""
         if used_bytes < self.disk_bytes:

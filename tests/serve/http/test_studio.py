@@ -18,8 +18,9 @@ from veneer.jobs.published import note_published
 from veneer.library.library import Library
 from veneer.serve.engine.fine_tuning import TrainSettings
 from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
+from veneer.serve.studio.events import follow
 from veneer.serve.studio.rows import column_map
-from veneer.serve.studio.training import follow_job
+from veneer.serve.studio.training import job_look
 from veneer.training.config import RunConfig
 
 API = "/studio/api"
@@ -292,11 +293,11 @@ def test_who_follows_a_job_that_is_deleted_is_told():
     async def progress(after):
         raise UnknownNameError("there is no job 'x'")
 
-    async def follow():
-        return [event async for event in follow_job(progress, 0, lambda: False)]
+    async def followed():
+        return [event async for event in follow(job_look(progress, 0), lambda: False)]
 
-    (event,) = asyncio.run(follow())
-    assert json.loads(event.removeprefix(b"data: "))["error"].startswith("there is no job")
+    (event,) = asyncio.run(followed())
+    assert json.loads(event.removeprefix(b"data: "))["fault"].startswith("there is no job")
 
 
 def test_a_key_for_use_may_not_train(folder):

@@ -11,19 +11,22 @@ from tests.serve.server import running
 from tests.support.running_job import running_job
 from tests.support.tiny import save_tiny
 from veneer.api import load
-from veneer.errors import ConfigError, InputError
+from veneer.errors import ConfigError, InputError, QuotaError
 from veneer.files.strict_json import read_yaml
 from veneer.jobs.limits import JobLimits
 from veneer.jobs.record import write_record
+from veneer.jobs.uploads import UploadStore
 from veneer.library.library import Library
 from veneer.serve.engine.fine_tuning import TrainSettings
+from veneer.serve.studio import commands, events, work
 from veneer.serve.studio.bases import StudioBases
 from veneer.serve.studio.bodies import ExportBody
-from veneer.serve.studio.commands import CommandLine, WorkQueue
+from veneer.serve.studio.commands import CommandLine
 from veneer.serve.studio.drafts import Drafts
 from veneer.serve.studio.exports import export_report, finish_export
 from veneer.serve.studio.judging import JudgedModel, save_result, worse_rows
 from veneer.serve.studio.results import Results
+from veneer.serve.studio.work import WorkKey, WorkQueue, work_look
 
 API = "/studio/api"
 ROWS = "prompt,completion\n" + "".join(f"question {n},answer {n}\n" for n in range(10))
@@ -101,24 +104,25 @@ def test_an_export_without_room_and_one_that_fails_say_why(server, draft, folder
     job = server.post(f"{draft}/train", {"settings": {"steps": 2}}).json()
     finish(server, job["id"])
 
-    def failed():
-        server.post(f"{draft}/export", {"to": "llamacpp_adapter"})
-        with server.http() as client:
-            for _ in range(300):
-                state = client.get(f"{draft}/export").json()
-                if state["state"] not in ("waiting", "running"):
-                    return state
-                asyncio.run(asyncio.sleep(0.1))
-        raise AssertionError(state)
-
+    export = {"to": "llamacpp_adapter"}
     ballast = folder / "jobs" / "ballast"
-    ballast.write_bytes(bytes(2**20))
-    assert "limit is 1,048,576" in failed()["error"]
+    ballast.write_bytes(bytes(2**20 - 2**20 // 10))  # the last tenth is left to jobs
+    for path, body in (("export", export), ("evaluation", {})):
+        refusal = server.post(f"{draft}/{path}", body)
+        assert refusal.status_code == 507 and "may fill 943,719" in refusal.text
     ballast.unlink()
-    state = failed()
+    assert server.post(f"{draft}/export", export).status_code == 200
+    with server.http().stream("GET", f"{draft}/export/events") as stream:
+        lines = [json.loads(line[6:]) for line in stream.iter_lines() if line]
+    state = {name: value for line in lines for name, value in line.items()}
     assert state["state"] == "failed" and "adapter" in state["error"]
     assert str(folder) not in json.dumps(state)
     assert not list((folder / "jobs" / "drafts").glob("*/export")), "a failed export leaves files"
+
+    leftover = folder / "jobs" / draft.replace(API, "").lstrip("/") / "export"
+    leftover.mkdir()
+    results_of(server, folder)
+    assert not leftover.exists(), "a server removes exports that ended with an earlier one"
 
 
 def test_an_export_writes_no_larger_file_than_there_is_room_for(tmp_path):
@@ -182,38 +186,129 @@ def test_names_of_judged_adapters_are_not_kept(server, draft):
     assert refusal.status_code == 400 and "Choose another name" in refusal.text
 
 
-def test_work_is_done_one_piece_at_a_time_and_can_be_stopped():
+@pytest.fixture
+def queue(tmp_path):
+    """A function that makes a queue of a server, for drafts "a" * 16 and "b" * 16."""
+    drafts = Drafts(tmp_path / "drafts", UploadStore(tmp_path, JobLimits()))
+    for letter in "ab":
+        drafts.place(letter * 16).mkdir(parents=True)
+
+    async def read(function):
+        return function()
+
+    return lambda: WorkQueue(CommandLine(5, (1, 0)), drafts, read)
+
+
+JUDGE_A, EXPORT_A, EXPORT_B = (
+    WorkKey("a" * 16, "judge", "adapter"),
+    WorkKey("a" * 16, "export"),
+    WorkKey("b" * 16, "export"),
+)
+
+
+async def settle():
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def test_work_is_done_one_piece_at_a_time_and_can_be_stopped(queue):
     order = []
 
+    async def first(commands):
+        order.append("first")
+        await asyncio.Event().wait()
+
+    async def second(commands):
+        order.append("second")
+        raise InputError("no")
+
     async def scenario():
-        queue, ends = WorkQueue(5, (1, 0)), asyncio.Event()
-
-        async def first(commands):
-            order.append("first")
-            await ends.wait()
-
-        async def second(commands):
-            order.append("second")
-            raise InputError("no")
-
-        queue.start(("a", "judge"), first)
-        queue.start(("a", "judge"), first)
-        queue.start(("b", "export"), second)
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        states = [queue.state(key)["state"] for key in (("a", "judge"), ("b", "export"))]
-        assert states == ["running", "waiting"] and order == ["first"]
-        queue.start(("a", "export"), first)
-        await queue.stop("a")  # the second piece has not begun
-        for kind in ("judge", "export"):
-            assert queue.state(("a", kind))["state"] == "idle"
-        for _ in range(9):
-            await asyncio.sleep(0)
-        assert queue.state(("b", "export")) == {"state": "failed", "seconds": 0, "error": "no"}
-        await queue.close()
+        server = queue()
+        await server.start(JUDGE_A, {}, first)
+        await server.start(JUDGE_A, {}, first)
+        await server.start(EXPORT_B, {}, second)
+        await settle()
+        states = [server.state(key)["state"] for key in (JUDGE_A, EXPORT_B, EXPORT_A)]
+        assert states == ["running", "waiting", "idle"] and order == ["first"]
+        await server.start(EXPORT_A, {}, first)
+        await server.stop("a" * 16)  # the second piece has not begun
+        assert [server.state(key)["state"] for key in (JUDGE_A, EXPORT_A)] == ["stopped", "idle"]
+        await settle()
+        state = server.state(EXPORT_B)
+        assert (state["state"], state["error"], state["open"]) == ("failed", "no", False)
+        assert queue().state(EXPORT_B) == state, "the next server finds it"
+        await server.close()
 
     asyncio.run(scenario())
     assert order == ["first", "second"]
+
+
+def test_work_that_ends_with_its_server_is_interrupted_and_can_be_started_again(queue):
+    async def forever(commands):
+        await asyncio.Event().wait()
+
+    async def at_once(commands):
+        pass
+
+    async def scenario():
+        first, second = queue(), queue()
+        request = {"to": "ollama"}
+        await first.start(EXPORT_A, request, forever)
+        await settle()
+        assert second.state(EXPORT_A)["state"] == "running", "another server does it"
+        await second.start(EXPORT_A, {}, at_once)
+        assert second.state(EXPORT_A)["request"] == request, "nobody else starts it meanwhile"
+        await first.close()
+        state = second.state(EXPORT_A)
+        assert (state["state"], state["open"]) == ("interrupted", False)
+        assert "Start it again" in state["error"] and state["request"] == request
+        await second.start(EXPORT_A, request, at_once)
+        await settle()
+        assert queue().state(EXPORT_A)["state"] == "done"
+
+    asyncio.run(scenario())
+
+
+def test_a_draft_keeps_a_bounded_number_of_records(queue, tmp_path, monkeypatch):
+    monkeypatch.setattr(work, "MOST_RECORDS", 2)
+
+    async def at_once(commands):
+        pass
+
+    async def scenario():
+        server = queue()
+        for number in range(4):
+            await server.start(WorkKey("a" * 16, "judge", f"other-{number}"), {}, at_once)
+            await settle()
+
+    asyncio.run(scenario())
+    records = tmp_path / "drafts" / ("a" * 16) / "work"
+    assert len(list(records.glob("*.json"))) == len(list(records.glob("*.lock"))) == 2
+
+
+def test_a_command_is_stopped_once_the_disk_space_is_used_up(monkeypatch):
+    monkeypatch.setattr(commands, "DISK_SECONDS", 0.0)
+    monkeypatch.setattr(commands, "module_command", lambda name: ["sleep"])
+
+    async def check_room():
+        raise QuotaError("jobs and files take 7 bytes", [], "Remove rows first.")
+
+    with pytest.raises(QuotaError, match="veneer 60 was stopped: jobs and files take 7 bytes"):
+        asyncio.run(CommandLine(50, check_room=check_room).run(["60"]))
+
+
+def test_events_of_work_have_what_changed(monkeypatch):
+    monkeypatch.setattr(events, "EVERY_SECONDS", 0.0)
+    states = iter([{"open": True, "n": 1}, {"open": True, "n": 2}, {"open": False, "n": 2}])
+
+    async def state():
+        return next(states)
+
+    async def followed():
+        stream = events.follow(work_look(state), lambda: False)
+        return [json.loads(event[6:]) async for event in stream]
+
+    assert asyncio.run(followed()) == [{"open": True, "n": 1}, {"n": 2}, {"open": False}]
 
 
 def test_rows_that_became_worse_are_listed_worst_first():

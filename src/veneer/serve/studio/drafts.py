@@ -73,7 +73,7 @@ class Drafts:
 
     def get(self, draft_id: str) -> Draft:
         """Reads a draft. Refusal: 404."""
-        file = self._place(draft_id) / _FILE
+        file = self.place(draft_id) / _FILE
         if not file.is_file():
             raise _unknown(draft_id)
         return Draft.of(read_json(file))
@@ -97,7 +97,7 @@ class Drafts:
             bytes=file.bytes,
             created=time.time(),
         )
-        with atomic_folder(self._place(draft.id)) as folder:
+        with atomic_folder(self.place(draft.id)) as folder:
             (folder / _FILE).write_text(_text(draft), encoding="utf-8")
         return draft
 
@@ -109,7 +109,7 @@ class Drafts:
         """Replaces fields of a draft."""
         with self._changes:  # a plan and a start may change a draft at once
             draft = self.changed(draft_id, **changes)
-            write_text(self._place(draft_id) / _FILE, _text(draft), replace=True)
+            write_text(self.place(draft_id) / _FILE, _text(draft), replace=True)
         return draft
 
     def remove(self, draft_id: str) -> None:
@@ -119,18 +119,16 @@ class Drafts:
             with suppress(UnknownNameError):  # deleted through /v1/files
                 self.uploads.delete(file_id)
             with unfinished(self.folder) as gone:  # a plan may write there still
-                self._place(draft_id).rename(gone)
+                self.place(draft_id).rename(gone)
 
     def row_file(self, draft: Draft) -> RowFile:
         """Returns the place of the rows, under the name that errors show. UnknownNameError: the
         uploaded file was deleted."""
         return RowFile(draft.name, self.uploads.content_path(draft.file))
 
-    def place(self, draft: Draft) -> Path:
-        """Returns the draft's folder, for files that belong to it."""
-        return self._place(draft.id)
-
-    def _place(self, draft_id: str) -> Path:
+    def place(self, draft_id: str) -> Path:
+        """Returns where a draft's folder is, if there is such a draft. Refusal: 404, it is no
+        id."""
         if not _ID.fullmatch(draft_id):
             raise _unknown(draft_id)
         return self.folder / draft_id

@@ -7,14 +7,14 @@ not coroutines read files: call them beside the event loop.
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from veneer.data.load import DataSet
 from veneer.errors import ConfigError, QuotaError
-from veneer.files.partial import remove, sweep
+from veneer.files.partial import remove
 from veneer.files.strict_json import read_yaml
 from veneer.jobs.launch import share_of_machine
 from veneer.jobs.record import TrainingJob
@@ -24,7 +24,7 @@ from veneer.serve.engine.names import TRIAL
 from veneer.serve.refusals import Refusal
 from veneer.serve.studio.bases import StudioBases
 from veneer.serve.studio.bodies import ExportBody
-from veneer.serve.studio.commands import CommandLine, WorkQueue
+from veneer.serve.studio.commands import CommandLine
 from veneer.serve.studio.drafts import Draft, Drafts
 from veneer.serve.studio.exports import EXPORTS, export_arguments, export_report, finish_export
 from veneer.serve.studio.judging import (
@@ -48,13 +48,14 @@ from veneer.serve.studio.keeping import (
 )
 from veneer.serve.studio.rows import examine_job
 from veneer.serve.studio.training import base_name_of
+from veneer.serve.studio.work import FOLDER as WORK
+from veneer.serve.studio.work import RunFunction, WorkKey, WorkQueue
 from veneer.training.config import RunConfig
 
-RunFunction = Callable[[Callable[[], Any]], Awaitable[Any]]
-"""Runs a function that reads files beside the event loop."""
 COMMAND_SECONDS = 3600.0
 """Limit of an evaluation or an export."""
-JUDGE, EXPORT = "judge", "export"
+JUDGE: Final = "judge"
+EXPORT: Final = "export"
 """Folders of a draft, and kinds of its work."""
 
 
@@ -77,9 +78,16 @@ class Results:
     ) -> None:
         self._store, self._library, self._bases, self._drafts = store, library, bases, drafts
         self._read, self._check = read, check
-        self.work = WorkQueue(COMMAND_SECONDS, share_of_machine(store.train_share))
+        commands = CommandLine(
+            COMMAND_SECONDS, share_of_machine(store.train_share), lambda: read(self._room)
+        )
+        self.work = WorkQueue(commands, drafts, read)
         for folder in drafts.folder.glob(f"*/{EXPORT}"):
-            sweep(folder)  # of exports that ended with their server
+            if export_report(folder) is None and not self._export_is_open(folder.parent.name):
+                remove(folder)  # of an export that ended with its server
+
+    def _export_is_open(self, draft_id: str) -> bool:
+        return bool(self.work.state(WorkKey(draft_id, EXPORT))["open"])
 
     def job(self, draft_id: str) -> TrainingJob:
         """Finds the job of a draft. Refusal: 404."""
@@ -175,23 +183,24 @@ class Results:
                     result = await commands.run(arguments_for(folder, model))
                     await self._read(partial(save_result, folder, model, result))
 
-        key = (draft_id, JUDGE, other_adapter)
-        self.work.start(key, work)
-        return self.work.state(key)
+        await self._read(self._room)
+        key = _evaluation_key(draft_id, models)
+        await self.work.start(key, {"other": other_adapter}, work)
+        return await self.evaluation(draft_id, other_adapter)
 
     async def evaluation(self, draft_id: str, other_adapter: str) -> dict[str, Any]:
         """Returns the state of the evaluation, and the figures that are there."""
 
-        def figures() -> dict[str, Any]:
+        def state() -> dict[str, Any]:
             _, models, folder = self._judged(draft_id, other_adapter)
             some = is_judged(folder, models[0])
             return {
+                **self.work.state(_evaluation_key(draft_id, models)),
                 "comparison": comparison(folder, models) if some else None,
                 "whole": all(is_judged(folder, model) for model in models),
             }
 
-        state = self.work.state((draft_id, JUDGE, other_adapter))
-        return {**state, **await self._read(figures)}
+        return dict(await self._read(state))
 
     # keeping
 
@@ -232,11 +241,15 @@ class Results:
         return export_arguments(folder, adapter, body, base=_source(job), name=name), room
 
     def _room(self) -> int:
-        """Returns the bytes that jobs and files may still take. QuotaError: none."""
-        used, limits = self._store.used_bytes(), self._store.limits
-        if (fault := limits.disk_fault(used)) is not None:
-            raise QuotaError(fault, [], "Remove rows or exports first.")
-        return limits.disk_bytes - used
+        """Returns the bytes that exports and evaluations may still write. QuotaError: none."""
+        used, most = self._store.used_bytes(), self._store.limits.results_bytes
+        if used >= most:
+            raise QuotaError(
+                f"jobs and files take {used:,} bytes; exports and evaluations may fill {most:,}",
+                [],
+                "Remove rows or exports first.",
+            )
+        return most - used
 
     async def export(self, draft_id: str, body: ExportBody) -> dict[str, Any]:
         """Queues an export. One that fails or is stopped leaves no file."""
@@ -253,13 +266,18 @@ class Results:
                 raise
 
         await self._read(lambda: self._finished_job(draft_id))
-        self.work.start((draft_id, EXPORT), work)
+        await self._read(self._room)
+        await self.work.start(WorkKey(draft_id, EXPORT), body.model_dump(), work)
         return await self.exported(draft_id)
 
     async def exported(self, draft_id: str) -> dict[str, Any]:
         """Returns the state of the export, and describes the finished one."""
-        report = await self._read(lambda: export_report(self._folder(draft_id, EXPORT)))
-        return {**self.work.state((draft_id, EXPORT)), "export": report}
+
+        def state() -> dict[str, Any]:
+            report = export_report(self._folder(draft_id, EXPORT))
+            return {**self.work.state(WorkKey(draft_id, EXPORT)), "export": report}
+
+        return dict(await self._read(state))
 
     def exported_file(self, draft_id: str) -> Path:
         """Returns the path of the finished export. Refusal: 404."""
@@ -271,11 +289,15 @@ class Results:
     def forget(self, draft_id: str) -> None:
         """Removes the trial name, evaluation and export of an earlier run of a draft."""
         unpublish(self._library, trial_name(draft_id))
-        for kind in (JUDGE, EXPORT):
-            remove(self._folder(draft_id, kind))
+        for name in (JUDGE, EXPORT, WORK):
+            remove(self._folder(draft_id, name))
 
-    def _folder(self, draft_id: str, kind: str) -> Path:
-        return self._drafts.place(self._drafts.get(draft_id)) / kind
+    def _folder(self, draft_id: str, name: str) -> Path:
+        return self._drafts.place(self._drafts.get(draft_id).id) / name
+
+
+def _evaluation_key(draft_id: str, models: Sequence[JudgedModel]) -> WorkKey:
+    return WorkKey(draft_id, JUDGE, models[-1].key)
 
 
 def _source(job: TrainingJob) -> str:

@@ -32,9 +32,11 @@ from veneer.serve.studio.bodies import (
     RowChoices,
     WorkBody,
 )
+from veneer.serve.studio.events import Look, follow
 from veneer.serve.studio.settings import describe_settings
 from veneer.serve.studio.studio import Studio
-from veneer.serve.studio.training import follow_job
+from veneer.serve.studio.training import job_look
+from veneer.serve.studio.work import work_look
 
 PREFIX = "/studio/api"
 BYTES_TYPE = "application/octet-stream"
@@ -99,9 +101,7 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
             return await studio.run(lambda: studio.progress(draft_id, after))
 
         await progress(after)  # a draft without a job is refused before the stream begins
-        stream = follow_job(progress, after, closing)
-        headers = {"cache-control": "no-store"}
-        return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+        return _event_stream(job_look(progress, after), closing)
 
     async def held_out(request: Request, body: None) -> Any:
         return await studio.run_check(lambda: studio.results.held_out(_id(request)))
@@ -113,8 +113,12 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
         return await studio.results.evaluate(_id(request), body.other)
 
     async def evaluation(request: Request, body: None) -> Any:
-        other_adapter = request.query_params.get("other", "")
-        return await studio.results.evaluation(_id(request), other_adapter)
+        return await studio.results.evaluation(_id(request), _other(request))
+
+    async def evaluation_events(request: Request) -> Response:
+        require_train(request)
+        draft_id, other_adapter = _id(request), _other(request)
+        return await _work_events(lambda: studio.results.evaluation(draft_id, other_adapter))
 
     async def stop_work(request: Request, body: WorkBody) -> Any:
         await studio.results.work.stop(_id(request), body.kind)
@@ -125,6 +129,15 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
 
     async def exported(request: Request, body: None) -> Any:
         return await studio.results.exported(_id(request))
+
+    async def export_events(request: Request) -> Response:
+        require_train(request)
+        draft_id = _id(request)
+        return await _work_events(lambda: studio.results.exported(draft_id))
+
+    async def _work_events(state: Callable[[], Awaitable[dict[str, Any]]]) -> Response:
+        await state()  # an unknown draft is refused before the stream begins
+        return _event_stream(work_look(state), closing)
 
     async def exported_file(request: Request) -> Response:
         require_train(request)
@@ -160,17 +173,19 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
         _post("/drafts/{id}/train", MethodChoices, train),
         _post("/drafts/{id}/stop", NoBody, stop),
         _post("/drafts/{id}/resume", NoBody, resume),
-        Route(f"{PREFIX}/drafts/{{id}}/events", catch_errors(events), methods=["GET"]),
+        _stream("/drafts/{id}/events", events),
         _get("/drafts/{id}/held_out", held_out),
         _post("/drafts/{id}/try", NoBody, try_out),
         _get("/drafts/{id}/evaluation", evaluation),
         _post("/drafts/{id}/evaluation", JudgeBody, evaluate),
+        _stream("/drafts/{id}/evaluation/events", evaluation_events),
         _post("/drafts/{id}/stop_work", WorkBody, stop_work),
         _get("/drafts/{id}/export", exported),
         _post("/drafts/{id}/export", ExportBody, export),
-        Route(f"{PREFIX}/drafts/{{id}}/export/file", catch_errors(exported_file), methods=["GET"]),
+        _stream("/drafts/{id}/export/events", export_events),
+        _stream("/drafts/{id}/export/file", exported_file),
         _post("/drafts/{id}/keep", KeepBody, keep),
-        Route(f"{PREFIX}/drafts/{{id}}/files/{{kind}}", catch_errors(take), methods=["GET"]),
+        _stream("/drafts/{id}/files/{kind}", take),
         _post("/drafts/{id}/remove", NoBody, remove),
     ]
 
@@ -193,6 +208,17 @@ def _post(path: str, body: type[Body], answer: Answer) -> Route:
     return Route(PREFIX + path, catch_errors(endpoint), methods=["POST"])
 
 
+def _stream(path: str, endpoint: Callable[[Request], Awaitable[Response]]) -> Route:
+    """Returns a route whose response is no JSON."""
+    return Route(PREFIX + path, catch_errors(endpoint), methods=["GET"])
+
+
+def _event_stream(look: Look, closing: Callable[[], bool]) -> Response:
+    headers = {"cache-control": "no-store"}
+    stream = follow(look, closing)
+    return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+
+
 def _download_headers(name: str) -> dict[str, str]:
     """Returns headers of a file that is downloaded, and never shown as a page of this site."""
     return {
@@ -204,3 +230,8 @@ def _download_headers(name: str) -> dict[str, str]:
 
 def _id(request: Request) -> str:
     return str(request.path_params["id"])
+
+
+def _other(request: Request) -> str:
+    """Returns the other adapter that an evaluation compares, if there is one."""
+    return request.query_params.get("other", "")

@@ -124,7 +124,7 @@ class Studio:
             return draft, self.run_settings(draft)
 
         draft, settings = await self.run(prepare)
-        file, folder = self.drafts.row_file(draft), self.drafts.place(draft)
+        file, folder = self.drafts.row_file(draft), self.drafts.place(draft.id)
         names = {str(file.path): file.name}
         if Path(settings["base"]).is_absolute():
             names[settings["base"]] = body.base or self.bases.name

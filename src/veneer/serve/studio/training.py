@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import ConfigError, UnknownNameError, VeneerError, hide_path
+from veneer.errors import ConfigError, UnknownNameError, hide_path
 from veneer.files.strict_json import legible, read_json
 from veneer.jobs.record import ENDED, OPEN, RESUMABLE, TrainingJob
 from veneer.jobs.store import JobStore
-from veneer.serve.refusals import Refusal, refusal_of, without_folders
+from veneer.serve.refusals import without_folders
 from veneer.serve.studio.drafts import Draft
+from veneer.serve.studio.events import Look, Update
 from veneer.training.output.records import follow_records
 
 PART_BYTES = 2**20
-EVERY_SECONDS = 0.7
-"""Seconds between two looks at a job that is followed."""
-SILENT_LOOKS = 20
-"""Looks without news until a line is sent all the same, so that proxies keep the connection."""
 SHOWN = (
     "kind",
     "step",
@@ -111,31 +106,18 @@ def job_records_after(job: TrainingJob, after: int) -> dict[str, Any]:
     return {"records": shown, "start": part.start, "next": part.next, "more": part.more}
 
 
-async def follow_job(
-    progress: Callable[[int], Awaitable[dict[str, Any]]], after: int, closing: Callable[[], bool]
-) -> AsyncIterator[bytes]:
-    """Yields server-sent events of a job until it rests, or the server ends.
+def job_look(progress: Callable[[int], Awaitable[dict[str, Any]]], after: int) -> Look:
+    """Returns a look at a job, whose events have the records since the last look.
 
     `next` of an event is the position from which a reader goes on after the connection was lost.
     """
-    last_card, silent = None, 0
-    while not closing():
-        try:
-            update = await progress(after)
-        except (Refusal, VeneerError) as fault:  # the draft or its job was deleted
-            yield _event({"error": refusal_of(fault).message})
-            return
-        after = update["next"]
-        silent += 1
-        if update["records"] or update["job"] != last_card or silent > SILENT_LOOKS:
-            last_card, silent = update["job"], 0
-            yield _event(update)
-        if update["more"]:
-            continue
-        if not update["job"]["open"]:
-            return
-        await asyncio.sleep(EVERY_SECONDS)
+    last_card = None
 
+    async def look() -> Update:
+        nonlocal after, last_card
+        update = await progress(after)
+        is_news = bool(update["records"]) or update["job"] != last_card
+        after, last_card = update["next"], update["job"]
+        return Update(update, update["job"]["open"], is_news, has_more=update["more"])
 
-def _event(content: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(content)}\n\n".encode()
+    return look

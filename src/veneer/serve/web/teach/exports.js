@@ -6,35 +6,49 @@ const EXPORTS = {
   ollama: "Ollama, base and adapter as one model",
 };
 const MODEL_TYPES = { q8_0: "8 bits (q8_0)", f16: "16 bits (f16)" };
-/** ends: stops looking at the export. */
-const exporting = { ends: null };
+/** state: of the draft's export. ends: stops following it. */
+const exporting = { state: {}, ends: null };
 
-/** Shows the export, and follows it while it runs. body: starts another one. */
-async function followExport(body) {
+/** Shows the export of the draft, and follows it. body: starts another export. */
+async function showExport(body) {
   exporting.ends?.abort();
   const { signal } = (exporting.ends = new AbortController());
+  exporting.state = {};
+  const path = draftPath("/export");
   await teachSafely(async () => {
-    if (body) showExport(await studio(draftPath("/export"), { body, signal }));
-    await followWork(draftPath("/export"), showExport, signal);
+    const isOpen = updateExport(await studio(path, { body, signal }));
+    if (isOpen) await followEvents(() => `${path}/events`, updateExport, signal);
   });
 }
 
-function showExport(state) {
-  const works = WORKING.includes(state.state);
-  byId("export-start").hidden = works;
-  byId("export-stop").hidden = !works;
-  byId("export-said").textContent = workSaid(state, "Exporting");
+/** Shows what changed in the export's state. Returns whether it goes on. */
+function updateExport(changes) {
+  const state = Object.assign(exporting.state, changes);
+  byId("export-start").hidden = state.open;
+  byId("export-stop").hidden = !state.open;
+  byId("export-said").textContent = workStatus(state, "Exporting");
   byId("export-said").className = state.error ? "fault bad" : "fault soft";
-  byId("exported").replaceChildren(...(works || !state.export ? [] : exportShown(state.export)));
+  if (changes.request) showExportChoice(changes.request);
+  const isDone = !state.open && state.export;
+  byId("exported").replaceChildren(...(isDone ? exportedFile(state.export) : []));
+  return state.open;
 }
 
-function exportShown(made) {
-  const fetchFile = () => download("/export/file");
-  const button = make("button", { className: "main", onclick: fetchFile }, `Download ${made.file}, ${bytes(made.bytes)}`);
-  const notes = made.notes.map((note) => make("p", { className: "soft" }, note));
-  const unpack = made.file.endsWith(".zip") ? [`unzip ${made.file}`] : [];
-  const commands = make("pre", {}, [...unpack, ...made.commands].join("\n"));
-  return [make("div", { className: "actions" }, button), ...notes, commands];
+/** Shows the choices with which the last export was started. */
+function showExportChoice({ to, type }) {
+  if (to) byId("export-to").value = to;
+  if (type) byId("export-type").value = type;
+  showExportType();
+}
+
+function exportedFile({ file, bytes: size, notes, commands }) {
+  const text = `Download ${file}, ${bytes(size)}`;
+  const onclick = () => download("/export/file");
+  const button = make("button", { className: "main", onclick }, text);
+  const notesShown = notes.map((note) => make("p", { className: "soft" }, note));
+  const unpack = file.endsWith(".zip") ? [`unzip ${file}`] : [];
+  const code = make("pre", {}, [...unpack, ...commands].join("\n"));
+  return [make("div", { className: "actions" }, button), ...notesShown, code];
 }
 
 function showExportType() {
@@ -43,7 +57,7 @@ function showExportType() {
 
 async function stopExport() {
   await teachSafely(() => studio(draftPath("/stop_work"), { body: { kind: "export" } }));
-  await followExport();
+  await showExport();
 }
 
 function beginExports() {
@@ -51,7 +65,7 @@ function beginExports() {
   byId("export-type").append(...optionsOf(MODEL_TYPES));
   byId("export-to").addEventListener("change", showExportType);
   const chosenExport = () => ({ to: byId("export-to").value, type: byId("export-type").value });
-  byId("export-start").addEventListener("click", () => followExport(chosenExport()));
+  byId("export-start").addEventListener("click", () => showExport(chosenExport()));
   byId("export-stop").addEventListener("click", stopExport);
   whenStepLeft.keep = () => exporting.ends?.abort();
 }

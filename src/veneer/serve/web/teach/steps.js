@@ -1,12 +1,25 @@
 // The Teach tab: the steps from rows to a served adapter, and the set of rows that is open.
 
+/** Key under which the browser keeps the id of the set of rows that was open. */
 const OPEN_DRAFT = "veneer-draft";
+const OPEN_STEP = `${OPEN_DRAFT}-step`;
 /**
- * draft: the open set of rows as the server describes it, or null. preview: its columns and first rows.
- * report: the result of its check. plan: the last plan of its run. settings: their help texts by path.
- * bases: the other bases on this machine. question: a held-out one. step: the one that is shown.
+ * draft: the open set of rows as the server describes it, or null.
+ * preview: its columns and first rows. report: the result of its check.
+ * plan: the last plan of its run. question: a held-out one.
+ * settings: descriptions of a run's settings by path. bases: the other bases on this machine.
+ * step: the one that is shown.
  */
-const lesson = { draft: null, preview: null, report: null, plan: null, settings: {}, bases: [], question: null, step: "rows" };
+const lesson = {
+  draft: null,
+  preview: null,
+  report: null,
+  plan: null,
+  question: null,
+  settings: {},
+  bases: [],
+  step: "rows",
+};
 /** By step: called when it is shown, or left. */
 const whenStepShown = {};
 const whenStepLeft = {};
@@ -24,7 +37,9 @@ const draftPath = (rest = "") => `/drafts/${lesson.draft.id}${rest}`;
 
 /** Makes a cell for each figure, with its label below. */
 const figureCells = (figures) =>
-  figures.map(([value, label]) => make("div", {}, make("b", {}, value), make("small", {}, label)));
+  figures.map(([value, label]) =>
+    make("div", {}, make("b", {}, value), make("small", {}, label)),
+  );
 
 /** Makes a cell with a text below the name of its part, such as a role. */
 const messageCell = (name, text, look = "") =>
@@ -45,24 +60,27 @@ function showSteps() {
 function openStep(step) {
   whenStepLeft[lesson.step]?.();
   lesson.step = stepIsOpen[step]?.() ? step : "rows";
-  if (lesson.draft) localStorage.setItem(`${OPEN_DRAFT}-step`, lesson.step);
+  if (lesson.draft) localStorage.setItem(OPEN_STEP, lesson.step);
   showSteps();
-  if (document.activeElement.closest(".step[hidden]")) byId(`go-${lesson.step}`).focus(); // the button that was pressed is gone
+  const pressedButtonIsGone = document.activeElement.closest(".step[hidden]");
+  if (pressedButtonIsGone) byId(`go-${lesson.step}`).focus();
   whenStepShown[lesson.step]?.();
 }
 
-/** Does some work and shows its error at the top of the tab. Returns whether it succeeded. */
+/** Shows an error at the top of the tab. message: null hides it. */
+function showFault(message) {
+  byId("teach-fault").textContent = message ?? "";
+  byId("teach-fault").hidden = message === null;
+}
+
+/** Does some work, and shows its error at the top of the tab. Returns whether it succeeded. */
 async function teachSafely(work) {
-  const place = byId("teach-fault");
-  place.hidden = true;
+  showFault(null);
   try {
     await work();
     return true;
   } catch (fault) {
-    const message = said(fault);
-    if (message === null) return false;
-    place.textContent = message;
-    place.hidden = false;
+    showFault(said(fault));
     return false;
   }
 }
@@ -77,8 +95,8 @@ async function openDraft(id, step = "rows") {
     localStorage.setItem(OPEN_DRAFT, id);
     byId("drafts").value = id;
     if (step === "rows" || !columnsAreChosen()) return;
-    const checked = checkRows();
-    if (step === "method") await checked; // later steps do not wait for it
+    const check = checkRows();
+    if (step === "method") await check; // later steps do not wait for it
   });
   showDraftButtons();
   openStep(step);
@@ -100,12 +118,14 @@ function showDraftButtons() {
 async function listDrafts() {
   const { data } = await studio("/drafts");
   const entries = data.map((draft) => {
-    const parts = [draft.name, draft.model ?? draft.state, ago(Date.now() / 1000 - draft.created)];
+    const age = ago(Date.now() / 1000 - draft.created);
+    const parts = [draft.name, draft.model ?? draft.state, age];
     return make("option", { value: draft.id }, parts.filter(Boolean).join(" · "));
   });
-  byId("drafts").hidden = !data.length;
-  byId("drafts").replaceChildren(make("option", { value: "" }, "new rows"), ...entries);
-  byId("drafts").value = lesson.draft?.id ?? "";
+  const list = byId("drafts");
+  list.hidden = !data.length;
+  list.replaceChildren(make("option", { value: "" }, "new rows"), ...entries);
+  list.value = lesson.draft?.id ?? "";
   return data;
 }
 
@@ -118,22 +138,23 @@ async function removeDraft() {
   });
 }
 
-/** Opens the tab where one was: the last set of rows, at its step. */
+/** Opens the tab where the user left it: the last set of rows, at its step. */
 async function openTeach() {
   if (lesson.draft) return openStep(lesson.step);
   await teachSafely(async () => {
     const [{ settings }, bases] = await Promise.all([studio("/settings"), studio("/bases")]);
     Object.assign(lesson, { settings, bases: bases.data });
     const drafts = await listDrafts();
-    const wanted = localStorage.getItem(OPEN_DRAFT);
-    if (drafts.some((draft) => draft.id === wanted))
-      await openDraft(wanted, localStorage.getItem(`${OPEN_DRAFT}-step`) ?? "rows");
+    const lastId = localStorage.getItem(OPEN_DRAFT);
+    if (drafts.some((draft) => draft.id === lastId))
+      await openDraft(lastId, localStorage.getItem(OPEN_STEP) ?? "rows");
   });
   openStep(lesson.step);
 }
 
 function beginSteps() {
-  for (const button of stepButtons()) button.addEventListener("click", () => openStep(button.dataset.step));
+  for (const button of stepButtons())
+    button.addEventListener("click", () => openStep(button.dataset.step));
   byId("drafts").addEventListener("change", (event) => {
     if (event.target.value) openDraft(event.target.value);
     else closeDraft();
