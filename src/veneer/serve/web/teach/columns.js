@@ -9,12 +9,20 @@ const LAYOUTS = {
   text: "plain text",
   pairs: "a good and a bad answer",
 };
-/** Names of a layout in plain words. */
-const NAMES = { prompt: "question", completion: "answer", system: "system message", output: "answer" };
+/** Names of a layout's columns in plain words. */
+const COLUMN_TITLES = {
+  prompt: "question",
+  completion: "answer",
+  system: "system message",
+  output: "answer",
+};
 const TRAIN_ON = { assistant: "every answer", last: "the last answer", all: "all tokens" };
 const LONG_ROWS = { refuse: "are an error", drop: "are left out", cut: "are cut" };
 
-const optionsOf = (words) => Object.entries(words).map(([value, text]) => make("option", { value }, text));
+const columnTitle = (name) => COLUMN_TITLES[name] ?? name;
+
+const optionsOf = (choices) =>
+  Object.entries(choices).map(([value, text]) => make("option", { value }, text));
 
 /** Returns the choices that the fields show. */
 function chosenRows() {
@@ -42,67 +50,82 @@ function showChoices() {
   byId("rows-long").value = choices.long_rows;
 }
 
+/** Shows a list of columns for each name of the layout, and says which of them is missing. */
 function showColumnChoices() {
-  const { columns, needed, optional, likely, layout, reason } = lesson.preview;
-  const chosen = lesson.draft.choices.columns;
-  const fields = [...needed, ...optional].map((name) => {
-    const empty = optional.includes(name) ? "none" : "choose";
-    const select = make("select", {}, make("option", { value: "" }, empty));
-    for (const column of columns)
-      select.append(make("option", { value: column.name, title: column.example }, column.name));
-    select.dataset.name = name;
-    select.value = chosen[name] ?? likely[name] ?? "";
-    return make("label", {}, NAMES[name] ?? name, select);
-  });
-  byId("rows-columns").replaceChildren(...fields);
-  byId("rows-columns").hidden = !layout && lesson.draft.choices.layout === "auto";
-  const open = needed.filter((name) => !byId("rows-columns").querySelector(`[data-name="${name}"]`).value);
-  const missing = open.map((name) => NAMES[name] ?? name).join(" and ");
+  const { needed, optional, layout, reason } = lesson.preview;
+  const place = byId("rows-columns");
+  const isOptional = (name) => optional.includes(name);
+  place.replaceChildren(
+    ...[...needed, ...optional].map((name) => columnField(name, isOptional(name))),
+  );
+  place.hidden = !layout && lesson.draft.choices.layout === "auto";
+  const isMissing = (name) => !place.querySelector(`[data-name="${name}"]`).value;
+  const missing = needed.filter(isMissing).map(columnTitle).join(" and ");
   byId("rows-reason").textContent = reason
     ? `The layout is not recognised: ${reason}. Choose it.`
     : missing && `Choose the column of the ${missing}.`;
 }
 
-/** Shows a row as messages, or what is wrong with it. */
-function rowCard(row) {
-  const parts = row.fault
-    ? [make("p", { className: "bad" }, row.fault), make("p", { className: "soft" }, row.next_step)]
-    : row.messages.map(({ role, content }) => messageCell(role, content, role));
-  return make("article", { className: "card" }, make("small", { className: "soft" }, `row ${row.line}`), ...parts);
+/** Makes a list of the file's columns for one name of the layout. */
+function columnField(name, isOptional) {
+  const { columns, likely } = lesson.preview;
+  const options = columns.map((column) =>
+    make("option", { value: column.name, title: column.example }, column.name),
+  );
+  const empty = make("option", { value: "" }, isOptional ? "none" : "choose");
+  const select = make("select", {}, empty, ...options);
+  select.dataset.name = name;
+  select.value = lesson.draft.choices.columns[name] ?? likely[name] ?? "";
+  return make("label", {}, columnTitle(name), select);
 }
 
 /** Whether every column that the layout needs is chosen, or has the layout's own name. */
 function columnsAreChosen() {
   const { columns, needed, layout } = lesson.preview;
   const { choices } = lesson.draft;
-  const has = (name) => name in choices.columns || columns.some((column) => column.name === name);
-  return layout !== null && (choices.layout === "auto" || needed.every(has));
+  const isThere = (name) =>
+    name in choices.columns || columns.some((column) => column.name === name);
+  return layout !== null && (choices.layout === "auto" || needed.every(isThere));
 }
 
-/** Shows the first records as a table of their columns. */
+/** Makes a card of a row as messages, or of what is wrong with it. */
+function rowCard(row) {
+  const parts = row.fault
+    ? [make("p", { className: "bad" }, row.fault), make("p", { className: "soft" }, row.next_step)]
+    : row.messages.map(({ role, content }) => messageCell(role, content, role));
+  const title = make("small", { className: "soft" }, `row ${row.line}`);
+  return make("article", { className: "card" }, title, ...parts);
+}
+
+/** Makes a table of the first records as they are in the file. */
 function recordsTable() {
   const { columns, records } = lesson.preview;
   const head = make("tr", {}, ...columns.map((column) => make("th", {}, column.name)));
-  const rows = records.map(({ cells }) => make("tr", {}, ...cells.map((cell) => make("td", {}, cell))));
-  return make("div", { className: "scroll" }, make("table", { className: "records" }, head, ...rows));
+  const rows = records.map(({ cells }) =>
+    make("tr", {}, ...cells.map((cell) => make("td", {}, cell))),
+  );
+  const table = make("table", { className: "records" }, head, ...rows);
+  return make("div", { className: "scroll" }, table);
 }
 
-/** Shows three rows as they will be trained on, or as they are in the file while columns are to be chosen. */
+/** Shows the first rows as they will be trained on; until columns are chosen, as in the file. */
 function showPreview() {
-  const chosen = columnsAreChosen();
-  const shown = chosen ? lesson.preview.rows.map(rowCard) : lesson.preview.columns.length ? [recordsTable()] : [];
-  byId("rows-preview").className = chosen ? "cards" : "";
-  byId("rows-preview").replaceChildren(...shown);
+  const { columns, rows } = lesson.preview;
+  const place = byId("rows-preview");
+  const isChosen = columnsAreChosen();
+  place.className = isChosen ? "cards" : "";
+  if (isChosen) place.replaceChildren(...rows.map(rowCard));
+  else place.replaceChildren(...(columns.length ? [recordsTable()] : []));
 }
 
 /** Sends the choices, and shows the rows that they make. Then checks all rows. */
 async function chooseRows() {
   const body = chosenRows();
-  const kept = await teachSafely(async () => {
+  const isStored = await teachSafely(async () => {
     const { preview, ...draft } = await studio(draftPath("/rows"), { body });
     Object.assign(lesson, { draft, preview, report: null, plan: null });
   });
-  if (!kept) return;
+  if (!isStored) return;
   showColumnChoices();
   showPreview();
   await checkChosenRows();
@@ -123,8 +146,7 @@ function beginColumns() {
     byId("rows-columns").replaceChildren(); // names of another layout
     chooseRows();
   });
-  byId("rows-columns").addEventListener("change", chooseRows);
-  for (const id of ["rows-share", "rows-length", "rows-train-on", "rows-long"])
+  for (const id of ["rows-columns", "rows-share", "rows-length", "rows-train-on", "rows-long"])
     byId(id).addEventListener("change", chooseRows);
 }
 beginColumns();

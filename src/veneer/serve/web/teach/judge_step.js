@@ -2,29 +2,41 @@
 
 const ASKED_AT_ONCE = 5;
 const JUDGE_SETTINGS = { temperature: 0, max_tokens: 96, seed: 1 };
-/** asked: questions so far. right: number of correct answers of each model, by column. */
+/**
+ * asked: questions so far. right: number of correct answers of each model, by column.
+ * worse: questions that only the base answers correctly.
+ */
 const noAnswers = () => ({ asked: 0, right: [], worse: 0 });
-/** questions: held-out rows. worse: of them, those that only the base answers correctly. */
+/** draft, job: whose adapter is judged. model: its name here. ends: stops the answers. */
 const judging = { draft: null, job: null, model: null, questions: [], ends: null, ...noAnswers() };
 
 async function showJudge() {
   const base = training.job?.base;
-  const elsewhere = base ? !base.served : false;
-  byId("judge-elsewhere").hidden = !elsewhere;
-  byId("judge-answers").hidden = byId("judge-fields").hidden = elsewhere;
-  if (elsewhere) {
-    const reason =
-      `This adapter was trained on ${base.name}, and this server answers with ${served.base}, so it cannot be asked here. ` +
-      "The figures are measured all the same. To ask it, start ";
-    byId("judge-elsewhere").replaceChildren(reason, make("code", {}, base.command));
-  }
+  const isServed = !base || base.served;
+  showWhereItAnswers(base, isServed);
   byId("judge-figures").replaceChildren(...figuresOfRun());
-  const isOpen = judging.draft === lesson.draft.id && judging.job === lesson.draft.job;
-  if (!isOpen) forgetAnswers();
-  showOthers();
-  if (elsewhere) byId("judge-other").value = ""; // adapters of the server's base do not fit
-  measure(["idle"]);
-  if (elsewhere || isOpen) return showJudged();
+  const isNew = judging.draft !== lesson.draft.id || judging.job !== lesson.draft.job;
+  if (isNew) forgetAnswers();
+  showOtherAdapters();
+  if (!isServed) byId("judge-other").value = ""; // adapters of the server's base do not fit
+  showEvaluation();
+  if (isServed && isNew) await loadQuestions();
+  showJudged();
+}
+
+/** Says how to ask an adapter of another base, which this server cannot load. */
+function showWhereItAnswers(base, isServed) {
+  byId("judge-elsewhere").hidden = isServed;
+  byId("judge-answers").hidden = byId("judge-fields").hidden = !isServed;
+  if (isServed) return;
+  const reason =
+    `This adapter was trained on ${base.name}, and this server answers with ${served.base}, so ` +
+    "it cannot be asked here. The figures are measured all the same. To ask it, start ";
+  byId("judge-elsewhere").replaceChildren(reason, make("code", {}, base.command));
+}
+
+/** Loads the adapter and the held-out questions, and asks the first ones. */
+async function loadQuestions() {
   const { id } = lesson.draft;
   byId("judge-said").textContent = "Loading the adapter …";
   await teachSafely(async () => {
@@ -33,45 +45,50 @@ async function showJudge() {
     if (judging.draft !== id) return; // other rows were opened meanwhile
     Object.assign(judging, { model, questions });
     await loadModels();
-    showOthers();
+    showOtherAdapters();
     await askNext();
   });
-  showJudged();
 }
 
-/** Forgets the answers: other rows were opened, or another model stands beside. */
+/** Forgets the answers: other rows were opened, or another model is compared. */
 function forgetAnswers() {
   judging.ends?.abort(); // answers for other rows would be counted here
   const { id, job } = lesson.draft;
-  if (judging.draft !== id || judging.job !== job) Object.assign(judging, { model: null, questions: [] });
+  if (judging.draft !== id || judging.job !== job)
+    Object.assign(judging, { model: null, questions: [] });
   Object.assign(judging, { draft: id, job, ends: null, ...noAnswers() });
   byId("judge-rows").replaceChildren();
 }
 
-/** The models that answer: [name of the model, name of the column]. */
+/** Returns the models that answer: [name of the model, name of the column]. */
 function judgedModels() {
-  const other = otherJudged();
-  return [[served.base, served.base], [judging.model, "this adapter"], ...(other ? [[other, other]] : [])];
+  const models = [
+    [served.base, served.base],
+    [judging.model, "this adapter"],
+  ];
+  const other = otherAdapter();
+  return other ? [...models, [other, other]] : models;
 }
 
 async function chooseOther() {
   forgetAnswers();
-  measure(["idle"]);
+  showEvaluation();
   if (judging.model) await askNext();
 }
 
-const valueOf = ({ value, low, high }) =>
-  low === null ? figure(value) : `${figure(value)} (${figure(low)} to ${figure(high)})`;
+function intervalOf({ value, low, high }) {
+  return low === null ? figure(value) : `${figure(value)} (${figure(low)} to ${figure(high)})`;
+}
 
-/** Shows the held-out loss before and after, each with its 95% interval. */
+/** Shows the held-out loss before and after the run, each with its 95% interval. */
 function figuresOfRun() {
-  const held = training.job?.summary?.held_out;
-  if (!held) return [make("p", { className: "soft" }, "The run has no held-out rows.")];
-  const losses = [["base", held.before], ["this adapter", held.loss], ["change", held.change]];
-  const facts = losses
+  const heldOut = training.job?.summary?.held_out;
+  if (!heldOut) return [make("p", { className: "soft" }, "The run has no held-out rows.")];
+  const losses = { base: heldOut.before, "this adapter": heldOut.loss, change: heldOut.change };
+  const facts = Object.entries(losses)
     .filter(([, loss]) => loss)
-    .flatMap(([name, loss]) => [make("dt", {}, name), make("dd", {}, valueOf(loss))]);
-  const title = `Loss on ${count(held.rows)} held-out rows, with 95% intervals`;
+    .flatMap(([name, loss]) => [make("dt", {}, name), make("dd", {}, intervalOf(loss))]);
+  const title = `Loss on ${count(heldOut.rows)} held-out rows, with 95% intervals`;
   return [make("h3", {}, title), make("dl", {}, ...facts)];
 }
 
@@ -81,34 +98,24 @@ function showJudged() {
   byId("judge-more").hidden = left <= 0 || judging.ends !== null;
   byId("judge-more").textContent = `Ask the next ${Math.min(left, ASKED_AT_ONCE)}`;
   byId("judge-stop").hidden = judging.ends === null;
-  const counts = judgedModels().map(([, name], column) => `${count(right[column] ?? 0)} by ${name}`);
-  const lost = worse ? ` The base was right and the adapter is not: ${count(worse)}.` : "";
+  const countOf = ([, name], column) => `${count(right[column] ?? 0)} by ${name}`;
+  const counts = judgedModels().map(countOf);
+  const worseText = worse ? ` The base was right and the adapter is not: ${count(worse)}.` : "";
   byId("judge-said").textContent = questions.length
-    ? `Of ${count(asked)} answers, equal to the expected one: ${counts.join(", ")}.${lost}`
+    ? `Of ${count(asked)} answers, equal to the expected one: ${counts.join(", ")}.${worseText}`
     : "There are no held-out questions to ask.";
 }
 
-const sameText = (text, expected) => text.trim() === expected.trim();
+const isSameText = (text, expected) => text.trim() === expected.trim();
 
 /** Asks every model a question, and shows the answers as they come. */
 async function askRow(question, signal) {
   const models = judgedModels();
   const cells = models.map(([, name]) => messageCell(name, ""));
-  for (const cell of cells) cell.lastChild.className = "said waits";
-  const text = messageCell(`question, row ${question.line}`, question.messages.at(-1)?.content ?? "");
-  const expected = messageCell("expected", question.expected);
-  const row = make("article", { className: "card judged" }, text, expected, ...cells);
+  const row = questionCard(question, cells);
   byId("judge-rows").append(row);
-  const answer = async ([name], column) => {
-    const shown = cells[column];
-    const body = bodyOf({ name, weight: 1 }, question.messages, JUDGE_SETTINGS);
-    const result = await answered(body, (now) => (shown.lastChild.textContent = now.text), signal);
-    shown.lastChild.classList.remove("waits");
-    const right = sameText(result.text, question.expected);
-    shown.classList.add(right ? "right" : "wrong");
-    return right;
-  };
-  const right = await Promise.all(models.map(answer));
+  const ask = ([name], column) => askModel(name, question, cells[column], signal);
+  const right = await Promise.all(models.map(ask));
   if (signal.aborted) return; // other models are asked now
   judging.asked++;
   judging.right = right.map((isRight, column) => (judging.right[column] ?? 0) + Number(isRight));
@@ -119,11 +126,31 @@ async function askRow(question, signal) {
   showJudged();
 }
 
+/** Makes the card of a question, with a cell for the answer of each model. */
+function questionCard({ line, messages, expected }, cells) {
+  for (const cell of cells) cell.lastChild.className = "said waits";
+  const questionCell = messageCell(`question, row ${line}`, messages.at(-1)?.content ?? "");
+  const expectedCell = messageCell("expected", expected);
+  return make("article", { className: "card judged" }, questionCell, expectedCell, ...cells);
+}
+
+/** Asks a model, and shows its answer in a cell. Returns whether it is the expected one. */
+async function askModel(name, question, cell, signal) {
+  const body = bodyOf({ name, weight: 1 }, question.messages, JUDGE_SETTINGS);
+  const place = cell.lastChild;
+  const { text } = await answered(body, (answer) => (place.textContent = answer.text), signal);
+  place.classList.remove("waits");
+  const isRight = isSameText(text, question.expected);
+  cell.classList.add(isRight ? "right" : "wrong");
+  return isRight;
+}
+
 async function askNext() {
   const ends = (judging.ends = new AbortController());
   showJudged();
-  const next = judging.questions.slice(judging.asked, judging.asked + ASKED_AT_ONCE);
-  await teachSafely(() => Promise.all(next.map((question) => askRow(question, ends.signal))));
+  const questions = judging.questions.slice(judging.asked, judging.asked + ASKED_AT_ONCE);
+  const asks = () => Promise.all(questions.map((question) => askRow(question, ends.signal)));
+  await teachSafely(asks);
   if (judging.ends !== ends) return; // other rows were opened meanwhile
   judging.ends = null;
   showJudged();

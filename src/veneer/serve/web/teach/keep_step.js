@@ -3,13 +3,14 @@
 /** Returns a name that the library accepts, made of the file's. */
 function nameFrom(file) {
   const stem = file.replace(/\.[^.]*$/, "").toLowerCase();
-  return stem.replace(/[^a-z0-9]+/g, "-").replace(/^-+|-+$/g, "").slice(0, 40) || "adapter";
+  const name = stem.replace(/[^a-z0-9]+/g, "-").replace(/^-+|-+$/g, "");
+  return name.slice(0, 40) || "adapter";
 }
 
 function showKeep() {
   byId("keep-name").value = lesson.draft.model ?? nameFrom(lesson.draft.name);
   showKept();
-  followExport();
+  showExport();
   findQuestion();
 }
 
@@ -29,17 +30,24 @@ function showKept() {
   byId("kept").hidden = !model;
   if (!model) return byId("keep-said").replaceChildren();
   const base = training.job?.base;
-  const answers = !base || base.served;
-  byId("keep-ask").hidden = byId("keep-code").hidden = !answers;
-  byId("keep-said").textContent = `${lesson.draft.reference ?? model} is in the library${answers ? ", and a model of this server." : "."}`;
-  if (!answers) {
-    const reason = ` It was trained on ${base.name}, so it is no model of this server, which answers with ${served.base}. Serve it: `;
-    byId("keep-said").append(reason, make("code", {}, base.command));
-  }
+  const isServed = !base || base.served;
+  byId("keep-ask").hidden = byId("keep-code").hidden = !isServed;
+  showWhereItIs(base, isServed);
   const question = lesson.question ?? [{ role: "user", content: "…" }];
   const body = bodyOf({ name: model, weight: 1 }, question, { max_tokens: 96 });
   byId("keep-curl").textContent = curlOf(body);
   byId("keep-python").textContent = pythonOf(body);
+}
+
+/** Says where the kept adapter is, and what serves it if this server does not. */
+function showWhereItIs(base, isServed) {
+  const place = byId("keep-said");
+  const where = `${lesson.draft.reference ?? lesson.draft.model} is in the library`;
+  if (isServed) return (place.textContent = `${where}, and a model of this server.`);
+  const reason =
+    `${where}. It was trained on ${base.name}, and this server answers with ${served.base}. ` +
+    "To serve the adapter, start ";
+  place.replaceChildren(reason, make("code", {}, base.command));
 }
 
 async function keep(event) {
@@ -58,15 +66,17 @@ async function keep(event) {
 async function download(rest) {
   await teachSafely(async () => {
     const response = await request(`/studio/api${draftPath(rest)}`);
-    const named = response.headers.get("content-disposition").split("''")[1];
-    saveBlob(decodeURIComponent(named), await response.blob());
+    const name = response.headers.get("content-disposition").split("''")[1];
+    saveBlob(decodeURIComponent(name), await response.blob());
   });
 }
 
+/** Opens the tab Ask with the kept adapter in a column. */
 function askKept() {
-  if (!chosen.some((column) => column.name === lesson.draft.model)) {
+  const { model } = lesson.draft;
+  if (!chosen.some((column) => column.name === model)) {
     if (chosen.length === MOST_ADAPTERS) chosen.pop();
-    addColumn(lesson.draft.model);
+    addColumn(model);
   }
   openTab("ask");
 }

@@ -34,19 +34,24 @@ async function showMethod() {
   await planChosen();
 }
 
-/** Plans a run. An earlier request for a plan that still runs is dropped. */
-async function askForPlan(place, compare, shown) {
+/**
+ * Asks for the plan of the chosen run, and shows it in a place. An earlier request that still
+ * runs is dropped. compare: plans every method. partsOf: returns the parts that show the answer.
+ */
+async function askForPlan(place, compare, partsOf) {
   planning.ends?.abort();
-  planning.ends = new AbortController();
-  const { signal } = planning.ends;
-  const body = (lesson.draft.method = chosenMethod());
+  const { signal } = (planning.ends = new AbortController());
+  lesson.draft.method = chosenMethod();
   place.replaceChildren(make("p", { className: "soft" }, "Planning …"));
   try {
-    const answer = await studio(draftPath("/plan"), { body: { ...body, compare }, signal });
-    place.replaceChildren(...shown(answer));
+    const body = { ...lesson.draft.method, compare };
+    const answer = await studio(draftPath("/plan"), { body, signal });
+    place.replaceChildren(...partsOf(answer));
     return answer;
   } catch (fault) {
-    if (!signal.aborted) place.replaceChildren(make("p", { className: "bad fault", role: "alert" }, said(fault) ?? ""));
+    if (signal.aborted) return null;
+    const look = { className: "bad fault", role: "alert" };
+    place.replaceChildren(make("p", look, said(fault) ?? ""));
     return null;
   }
 }
@@ -54,7 +59,7 @@ async function askForPlan(place, compare, shown) {
 async function planChosen() {
   lesson.plan = null;
   showSteps();
-  lesson.plan = await askForPlan(byId("method-plan"), false, planShown);
+  lesson.plan = await askForPlan(byId("method-plan"), false, planParts);
   showSteps();
 }
 
@@ -69,7 +74,12 @@ function takeAdvice(advice) {
   byId("method-name").value = method;
   const { rank, alpha, rslora } = advice.settings;
   const settings = { ...chosenSettings(), learning_rate: advice.learning_rate };
-  if (rank) Object.assign(settings, { "method.rank": rank, "method.alpha": alpha, "method.rslora": rslora });
+  if (rank)
+    Object.assign(settings, {
+      "method.rank": rank,
+      "method.alpha": alpha,
+      "method.rslora": rslora,
+    });
   showMethodSettings(method, settings);
   planChosen();
 }
@@ -85,8 +95,10 @@ function beginMethod() {
   byId("method-kind").addEventListener("change", planChosen);
   byId("method-name").addEventListener("change", (event) => chooseMethod(event.target.value));
   byId("method-next").addEventListener("click", () => openStep("train"));
-  for (const id of ["main-settings", "more-settings"]) byId(id).addEventListener("change", changeSettings);
-  byId("method-compare").addEventListener("click", () => askForPlan(byId("method-compared"), true, comparedShown));
+  for (const id of ["main-settings", "more-settings"])
+    byId(id).addEventListener("change", changeSettings);
+  const compareMethods = () => askForPlan(byId("method-compared"), true, comparisonParts);
+  byId("method-compare").addEventListener("click", compareMethods);
   whenStepShown.method = showMethod;
 }
 beginMethod();

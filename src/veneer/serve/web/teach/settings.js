@@ -1,22 +1,37 @@
 // Fields of a run's settings. Their help texts, defaults and choices come from the server.
 
 const MAIN_SETTINGS = ["method.rank", "epochs", "learning_rate"];
+const SETTING_TITLES = {
+  "objective.name": "objective",
+  "objective.system": "the teacher's system prompt",
+};
+const TEXT_SETTINGS = ["objective.system"];
+/** Methods with the settings `method.…` that the page offers. */
+const LOW_RANK = ["lora", "qlora", "dora"];
 
-const NAMES_OF_SETTINGS = { "objective.name": "objective", "objective.system": "the teacher's system prompt" };
+const settingTitle = (path) =>
+  SETTING_TITLES[path] ?? path.replace("method.", "").replaceAll("_", " ");
 
-/** Makes a field for a setting. An empty field means the default. */
+/** Makes a field with its help text. An empty field means the default. */
 function settingField(path, value) {
   const { help, default: usual, choices } = lesson.settings[path];
   const empty = usual === null ? "default" : `default: ${usual}`;
-  const words = choices.length ? choices : typeof usual === "boolean" ? ["true", "false"] : null;
-  const options = (words ?? []).map((word) => make("option", { value: word }, word));
-  const field = words
-    ? make("select", {}, make("option", { value: "" }, empty), ...options)
-    : make("input", { type: "text", inputMode: path === "objective.system" ? "text" : "decimal", placeholder: empty, autocomplete: "off" });
+  const words = typeof usual === "boolean" ? ["true", "false"] : choices;
+  const field = words.length ? wordField(words, empty) : textField(path, empty);
   field.value = value === undefined ? "" : String(value);
   field.dataset.path = path;
-  const name = NAMES_OF_SETTINGS[path] ?? path.replace("method.", "").replaceAll("_", " ");
-  return make("label", { className: "setting" }, make("span", {}, name), field, make("small", {}, help));
+  const title = make("span", {}, settingTitle(path));
+  return make("label", { className: "setting" }, title, field, make("small", {}, help));
+}
+
+function wordField(words, empty) {
+  const options = words.map((word) => make("option", { value: word }, word));
+  return make("select", {}, make("option", { value: "" }, empty), ...options);
+}
+
+function textField(path, placeholder) {
+  const inputMode = TEXT_SETTINGS.includes(path) ? "text" : "decimal";
+  return make("input", { type: "text", inputMode, placeholder, autocomplete: "off" });
 }
 
 /** Reads a field's value: true, false, a number, or a text. Returns undefined if it is empty. */
@@ -27,23 +42,28 @@ function settingValue(field) {
   return Number.isNaN(Number(text)) ? text : Number(text);
 }
 
-const LOW_RANK = ["lora", "qlora", "dora"];
 /** Whether a method has this setting. */
 const applies = (path, method) => !path.startsWith("method.") || LOW_RANK.includes(method);
 
+const settingOf = (path) => document.querySelector(`#step-method [data-path="${path}"]`);
+
 /** Shows the teacher's system prompt only with the objective that has a teacher. */
 function showTeacher() {
-  const objective = document.querySelector('[data-path="objective.name"]');
-  const system = document.querySelector('[data-path="objective.system"]');
-  system.closest("label").hidden = objective.value !== "distil";
-  if (objective.value !== "distil") system.value = "";
+  const hasTeacher = settingOf("objective.name").value === "distil";
+  const system = settingOf("objective.system");
+  system.closest("label").hidden = !hasTeacher;
+  if (!hasTeacher) system.value = "";
 }
 
+/** Shows the fields of a method. values: by path */
 function showMethodSettings(method, values) {
   const paths = Object.keys(lesson.settings).filter((path) => applies(path, method));
-  const fields = (wanted) => wanted.map((path) => settingField(path, values[path]));
-  byId("main-settings").replaceChildren(...fields(MAIN_SETTINGS.filter((path) => paths.includes(path))));
-  byId("more-settings").replaceChildren(...fields(paths.filter((path) => !MAIN_SETTINGS.includes(path))));
+  const isMain = (path) => MAIN_SETTINGS.includes(path);
+  const main = MAIN_SETTINGS.filter((path) => paths.includes(path));
+  const more = paths.filter((path) => !isMain(path));
+  const fieldsOf = (names) => names.map((path) => settingField(path, values[path]));
+  byId("main-settings").replaceChildren(...fieldsOf(main));
+  byId("more-settings").replaceChildren(...fieldsOf(more));
   showTeacher();
 }
 
