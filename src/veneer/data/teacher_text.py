@@ -42,6 +42,10 @@ class TeacherText:
         return replace(row, tools=tools, messages=[opening, *row.messages])
 
 
+ABOUT_DOCUMENT = "Answer questions about this document."
+"""System prompt in front of a document that questions are about."""
+
+
 def read_teacher_text(system: str | None, document: str | None, tools: str | None) -> TeacherText:
     """Reads a teacher's text. document: a text file. tools: a JSON file with a list of tools.
 

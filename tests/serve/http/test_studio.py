@@ -4,6 +4,7 @@ import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
+from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
@@ -12,10 +13,14 @@ from tests.serve.http.browser import CHROMIUM
 from tests.serve.server import add_adapter, running
 from tests.support.running_job import running_job
 from tests.support.tiny import save_tiny
+from veneer.adapters.config import METHODS
 from veneer.api import load
+from veneer.data.teacher_text import ABOUT_DOCUMENT
 from veneer.errors import UnknownNameError
+from veneer.files.strict_json import read_yaml
 from veneer.jobs.published import note_published
 from veneer.library.library import Library
+from veneer.objectives.config import Distil
 from veneer.serve.engine.fine_tuning import TrainSettings
 from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
 from veneer.serve.studio.events import follow
@@ -227,18 +232,58 @@ def test_each_setting_on_the_page_has_the_help_of_the_command_line(server):
     assert {"answers", "dpo"} <= set(described["objective.name"]["choices"])
 
 
-def test_no_answer_names_a_folder_of_the_server(server, folder):
-    draft = upload(server, "prompt,completion\na\n", "../broken.csv").json()
-    assert draft["name"] == "broken.csv"
-    report = server.http().get(f"{API}/drafts/{draft['id']}/check")
-    assert report.json()["refused"] and str(folder) not in report.text
-
-
 @pytest.fixture
 def busy(server):
     """Another job runs meanwhile, so that none is started."""
     with running_job(server.service.fine_tuning.store):
         yield
+
+
+@pytest.mark.usefixtures("busy")
+def test_the_teacher_of_a_run_reads_an_uploaded_document_as_distil_does(server, folder):
+    draft = upload(server, CSV.replace("ticket,queue", "prompt,completion")).json()
+    path, store = f"{API}/drafts/{draft['id']}", server.service.fine_tuning.store
+    help_text = (
+        server.http().get(f"{API}/settings").json()["settings"]["objective.document"]["help"]
+    )
+    assert help_text == " ".join(Distil.model_fields["document"].description.split())
+    headers = {"content-type": "application/octet-stream"}
+
+    def send(content, name="../handbook.md", **changes):
+        with server.http(headers={**headers, **changes}) as client:
+            return client.post(f"{path}/document", params={"name": name}, content=content)
+
+    for content, status, message in (
+        (b" ", 400, "is empty"),
+        (b"\xff", 400, "is not UTF-8"),
+        (bytes(2**20 + 1), 413, "larger than"),
+    ):
+        refusal = send(content)
+        assert refusal.status_code == status and message in refusal.text
+    assert send(b"{}", **{"content-type": "application/json"}).status_code == 415
+    assert send(b"Repairs take a week.").json()["document"] == {"name": "handbook.md", "bytes": 20}
+    body = {"method": "prefix", "settings": {"objective.name": "distil", "steps": 2}}
+    job = store.get(server.post(f"{path}/train", body).json()["id"])
+    run = read_yaml(job.run_file)
+    assert run["method"] == {"name": "prefix", **METHODS["prefix"].of_document}
+    assert run["objective"]["system"] == ABOUT_DOCUMENT
+    document = Path(run["objective"]["document"])
+    assert document.read_text() == "Repairs take a week."
+    assert send(b"Another text.").status_code == 200
+    assert len(list(document.parent.iterdir())) == 2, "the job still reads its own"
+    assert server.post(f"{path}/document/remove", {}).json()["document"] is None
+    assert [*document.parent.iterdir()] == [document]
+    refusal = server.post(f"{path}/plan", {"settings": {"objective.document": "/etc/passwd"}})
+    assert "'objective.document' is not offered here" in refusal.json()["error"]["message"]
+    assert server.post(f"{path}/remove", {}).status_code == 200
+    assert not document.exists()
+
+
+def test_no_answer_names_a_folder_of_the_server(server, folder):
+    draft = upload(server, "prompt,completion\na\n", "../broken.csv").json()
+    assert draft["name"] == "broken.csv"
+    report = server.http().get(f"{API}/drafts/{draft['id']}/check")
+    assert report.json()["refused"] and str(folder) not in report.text
 
 
 @pytest.mark.usefixtures("busy")

@@ -28,12 +28,11 @@ from veneer.cli.config_file import FLAGS, read_settings, resolve_run
 from veneer.cli.early import check_base, check_files, check_place
 from veneer.cli.flags import add_repeated, add_switch, add_value
 from veneer.cli.rows.data_replay import read_questions
+from veneer.data.teacher_text import ABOUT_DOCUMENT
 from veneer.errors import ConfigError
 from veneer.training.config import RunConfig
 
 ROWS_FILE = "rows.jsonl"
-ABOUT_DOCUMENT = "Answer questions about this document."
-"""System prompt in front of --document."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -32,6 +32,7 @@ TEACHING = (
     "findings",
     "row_step",
     "settings",
+    "document",
     "plan",
     "bases",
     "method_step",

@@ -26,6 +26,8 @@ from veneer.files.settings import StrictSettings
 from veneer.files.strict_json import json_text, legible, read_json
 from veneer.jobs.uploads import UploadStore
 from veneer.serve.refusals import Refusal
+from veneer.serve.studio.documents import FOLDER as DOCUMENTS
+from veneer.serve.studio.documents import Document
 
 MOST_DRAFTS = 200
 MOST_NAME = 120
@@ -50,6 +52,8 @@ class Draft(StrictSettings):
     """Fields of RowChoices."""
     method: dict[str, JsonValue] = Field(default_factory=dict)
     """Fields of MethodChoices."""
+    document: Document | None = None
+    """Text that the teacher of objective distil reads."""
     job: str | None = None
     """Id of the job that trains the rows."""
     model: str | None = None
@@ -83,7 +87,7 @@ class Drafts:
         is not one of rows. QuotaError: there is no room. owner: name of the caller's key"""
         if len(self.all()) >= MOST_DRAFTS:
             raise Refusal(409, f"There are {MOST_DRAFTS} sets of rows already: remove one.")
-        shown_name = _public(name)
+        shown_name = public_name(name)
         if not kind_of(shown_name):
             raise DataError(
                 f"{shown_name}: the extension decides how a file is read",
@@ -126,6 +130,12 @@ class Drafts:
         uploaded file was deleted."""
         return RowFile(draft.name, self.uploads.content_path(draft.file))
 
+    def document_path(self, draft: Draft) -> Path | None:
+        """Returns the path of a draft's document, if it has one."""
+        if draft.document is None:
+            return None
+        return self.place(draft.id) / DOCUMENTS / draft.document.file
+
     def place(self, draft_id: str) -> Path:
         """Returns where a draft's folder is, if there is such a draft. Refusal: 404, it is no
         id."""
@@ -138,7 +148,7 @@ def _text(draft: Draft) -> str:
     return json_text(draft.model_dump(mode="json"))
 
 
-def _public(name: str) -> str:
+def public_name(name: str) -> str:
     """Returns the last part of a file's name as printable text."""
     last = re.split(r"[/\\]", name)[-1]
     clean = "".join(c for c in str(legible(last)) if c.isprintable()).strip()

@@ -9,10 +9,12 @@ from typing import Any
 
 import yaml
 
+from veneer.adapters.config import METHODS
+from veneer.data.teacher_text import ABOUT_DOCUMENT
 from veneer.files.atomic import write_text
 from veneer.serve.studio.bodies import MethodChoices, TaskKind
 from veneer.serve.studio.commands import CommandLine
-from veneer.training.config import RunConfig
+from veneer.training.config import SHORT_FORMS, RunConfig
 
 PLAN_SECONDS = 300.0
 MOST_PLANS = 64
@@ -21,11 +23,16 @@ PLANNED = "planned"
 
 
 def run_settings(
-    shared: Mapping[str, Any], rows: Mapping[str, Any], length: int, choices: MethodChoices
+    shared: Mapping[str, Any],
+    rows: Mapping[str, Any],
+    length: int,
+    choices: MethodChoices,
+    document: Path | None = None,
 ) -> dict[str, Any]:
     """Returns the settings of a run, without `out`. ConfigError: one of them is wrong.
 
-    shared: of every run of the server, such as its base. rows: the `data` settings
+    shared: of every run of the server, such as its base. rows: the `data` settings. document: read
+    by the teacher of objective distil, as by veneer distil --document
     """
     settings: dict[str, Any] = {**shared, "data": dict(rows), "length": length}
     settings["method"] = {"name": choices.method}
@@ -35,6 +42,11 @@ def run_settings(
             settings.setdefault(part, {})[name] = value
         else:
             settings[path] = value
+    objective = settings.get("objective", {})
+    if document is not None and objective.get("name") == "distil":
+        method, _ = SHORT_FORMS.get(choices.method, (choices.method, None))
+        settings["objective"] = {"system": ABOUT_DOCUMENT, **objective, "document": str(document)}
+        settings["method"] = {**METHODS[method].of_document, **settings["method"]}
     RunConfig.of({**settings, "out": PLANNED})
     return settings
 

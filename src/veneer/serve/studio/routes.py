@@ -41,6 +41,7 @@ from veneer.serve.studio.work import work_look
 PREFIX = "/studio/api"
 BYTES_TYPE = "application/octet-stream"
 UPLOAD_BYTES = 256 * 2**20
+DOCUMENT_BYTES = 2**20
 MOST_IN_MEMORY = 2
 """Files of the page that arrive at once: they are held in memory."""
 Answer = Callable[[Request, Any], Awaitable[Any]]
@@ -61,13 +62,21 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
         return {"data": await studio.run(studio.bases.listed)}
 
     async def upload(request: Request) -> Response:
-        require_train(request)
-        if media_type(request) != "application/octet-stream":
-            raise Refusal(415, "Send the file with content-type: application/octet-stream.")
+        _check_upload(request)
         name, owner = request.query_params.get("name", ""), caller_of(request).name
         with arrivals.one():
             content = await read_bytes(request, UPLOAD_BYTES)
             return JSONResponse(await studio.run(lambda: studio.add(name, content, owner)))
+
+    async def set_document(request: Request) -> Response:
+        _check_upload(request)
+        name, draft_id = request.query_params.get("name", ""), _id(request)
+        content = await read_bytes(request, DOCUMENT_BYTES)
+        card = await studio.run(lambda: studio.set_document(draft_id, name, content))
+        return JSONResponse(card)
+
+    async def remove_document(request: Request, body: NoBody) -> Any:
+        return await studio.run(lambda: studio.remove_document(_id(request)))
 
     async def show(request: Request, body: None) -> Any:
         return await studio.run(lambda: studio.show(_id(request)))
@@ -168,6 +177,8 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
         Route(f"{PREFIX}/drafts", catch_errors(upload), methods=["POST"]),
         _get("/drafts/{id}", show),
         _post("/drafts/{id}/rows", RowChoices, preview),
+        Route(f"{PREFIX}/drafts/{{id}}/document", catch_errors(set_document), methods=["POST"]),
+        _post("/drafts/{id}/document/remove", NoBody, remove_document),
         _get("/drafts/{id}/check", check),
         _post("/drafts/{id}/plan", PlanBody, plan),
         _post("/drafts/{id}/train", MethodChoices, train),
@@ -188,6 +199,13 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
         _stream("/drafts/{id}/files/{kind}", take),
         _post("/drafts/{id}/remove", NoBody, remove),
     ]
+
+
+def _check_upload(request: Request) -> None:
+    """Refusal: 403 without the scope to train, 415 for a type that a form can send."""
+    require_train(request)
+    if media_type(request) != BYTES_TYPE:
+        raise Refusal(415, f"Send the file with content-type: {BYTES_TYPE}.")
 
 
 def _get(path: str, answer: Answer) -> Route:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from veneer.files.settings import field_at, nested_models, setting_paths, words_at
-from veneer.serve.studio.bodies import OFFERED
+from veneer.serve.studio.bodies import DOCUMENT, OFFERED
 from veneer.training.config import RunConfig
 from veneer.vocabulary import KeyPath
 
 
 def describe_settings() -> dict[str, dict[str, Any]]:
     """Returns by path, such as method.rank, the text that --help shows, the default and the
-    choices. These are the settings that the page offers, in its order."""
+    choices. These are the settings that the page offers, in its order, and the document."""
     described = {}
     paths = {".".join(path): path for path in setting_paths(RunConfig)}
-    for name in OFFERED:
+    for name in (*OFFERED, DOCUMENT):
         path = paths[name]
         field = field_at(RunConfig, path)
         default = field.get_default(call_default_factory=False)

@@ -12,13 +12,15 @@ from typing import Any, TypeVar
 
 from veneer.data.examples import Capacity
 from veneer.data.load import DataSet
-from veneer.errors import UnknownNameError, VeneerError, hide_path
+from veneer.errors import QuotaError, UnknownNameError, VeneerError, hide_path
 from veneer.jobs.record import TrainingJob
 from veneer.library.library import Library
 from veneer.serve.engine.fine_tuning import FineTuning
+from veneer.serve.refusals import Refusal
 from veneer.serve.studio.bases import StudioBases
 from veneer.serve.studio.bodies import MethodChoices, PlanBody, RowChoices
-from veneer.serve.studio.drafts import Draft, Drafts
+from veneer.serve.studio.documents import Document, remove_documents, store_document
+from veneer.serve.studio.drafts import Draft, Drafts, public_name
 from veneer.serve.studio.plans import Plans, run_settings, with_names
 from veneer.serve.studio.results import Results
 from veneer.serve.studio.rows import (
@@ -81,7 +83,9 @@ class Studio:
         names = ("id", "name", "bytes", "created", "rows", "method", "job", "model")
         training = self._training(draft)
         state = None if training is None else training["state"]
-        return {**{name: getattr(draft, name) for name in names}, "state": state}
+        document = None if draft.document is None else draft.document.model_dump(exclude={"file"})
+        fields = {name: getattr(draft, name) for name in names}
+        return {**fields, "document": document, "state": state}
 
     def add(self, name: str, content: bytes, owner: str = "") -> dict[str, Any]:
         """Stores rows. Refusal or DataError: they are no rows, or too many."""
@@ -111,6 +115,29 @@ class Studio:
         self.drafts.change(draft_id, rows=choices.model_dump())
         return self.show(draft_id)
 
+    def set_document(self, draft_id: str, name: str, content: bytes) -> dict[str, Any]:
+        """Stores the document that a draft's teacher reads, in place of another. DataError: it is
+        no text. QuotaError: there is no room."""
+        if (fault := self.jobs.limits.disk_fault(self.jobs.used_bytes())) is not None:
+            raise QuotaError(fault, [], "Remove rows first.")
+        with self._starts:
+            folder = self.drafts.place(self.drafts.get(draft_id).id)
+            document = store_document(folder, public_name(name) or "document", content)
+            return self._change_document(draft_id, document)
+
+    def remove_document(self, draft_id: str) -> dict[str, Any]:
+        with self._starts:
+            return self._change_document(draft_id, None)
+
+    def _change_document(self, draft_id: str, document: Document | None) -> dict[str, Any]:
+        """Changes a draft's document. Keeps the one that its job reads."""
+        draft = self.drafts.change(draft_id, document=document)
+        keep = {None if document is None else document.file}
+        with suppress(VeneerError, Refusal):  # it has no job
+            keep.add(str(self.results.job(draft_id).record.details.get("document")))
+        remove_documents(self.drafts.place(draft_id), keep=keep)
+        return self.card(draft)
+
     async def plan(self, draft_id: str, body: PlanBody) -> dict[str, Any]:
         """Returns the plan of a draft's run with these choices, which are kept if the body says
         so."""
@@ -128,6 +155,8 @@ class Studio:
         names = {str(file.path): file.name}
         if Path(settings["base"]).is_absolute():
             names[settings["base"]] = body.base or self.bases.name
+        if draft.document is not None:
+            names[str(self.drafts.document_path(draft))] = draft.document.name
         with hide_path(self.jobs.folder, FOLDER), hide_path(file.path, file.name):
             plan = await self.plans.plan(folder, settings, kind=body.kind, compare=body.compare)
         return dict(with_names(plan, names))
@@ -140,6 +169,7 @@ class Studio:
             data_settings(self.drafts.row_file(draft), rows),
             rows.length,
             method,
+            self.drafts.document_path(draft),
         )
 
     async def check(self, draft_id: str) -> dict[str, Any]:

@@ -68,7 +68,12 @@ def start_job(
         {**settings, "data": data},
         rows={"train": rows},
         owner=owner,
-        details={"draft": draft.id, "rows": draft.name, "base": draft.method.get("base", "")},
+        details={
+            "draft": draft.id,
+            "rows": draft.name,
+            "base": draft.method.get("base", ""),
+            "document": None if draft.document is None else draft.document.file,
+        },
     )
 
 

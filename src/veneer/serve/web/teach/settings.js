@@ -6,6 +6,8 @@ const SETTING_TITLES = {
   "objective.system": "the teacher's system prompt",
 };
 const TEXT_SETTINGS = ["objective.system"];
+/** A setting whose file is uploaded (document.js). */
+const DOCUMENT = "objective.document";
 /** Methods with the settings `method.…` that the page offers. */
 const LOW_RANK = ["lora", "qlora", "dora"];
 
@@ -47,23 +49,25 @@ const applies = (path, method) => !path.startsWith("method.") || LOW_RANK.includ
 
 const settingOf = (path) => document.querySelector(`#step-method [data-path="${path}"]`);
 
-/** Shows the teacher's system prompt only with the objective that has a teacher. */
+/** Shows what the teacher reads only with the objective that has a teacher. */
 function showTeacher() {
   const hasTeacher = settingOf("objective.name").value === "distil";
   const system = settingOf("objective.system");
-  system.closest("label").hidden = !hasTeacher;
+  system.closest("label").hidden = byId("document-field").hidden = !hasTeacher;
   if (!hasTeacher) system.value = "";
 }
 
 /** Shows the fields of a method. values: by path */
 function showMethodSettings(method, values) {
-  const paths = Object.keys(lesson.settings).filter((path) => applies(path, method));
-  const isMain = (path) => MAIN_SETTINGS.includes(path);
+  const isField = (path) => path !== DOCUMENT && applies(path, method);
+  const paths = Object.keys(lesson.settings).filter(isField);
   const main = MAIN_SETTINGS.filter((path) => paths.includes(path));
-  const more = paths.filter((path) => !isMain(path));
+  const more = paths.filter((path) => !MAIN_SETTINGS.includes(path));
   const fieldsOf = (names) => names.map((path) => settingField(path, values[path]));
   byId("main-settings").replaceChildren(...fieldsOf(main));
   byId("more-settings").replaceChildren(...fieldsOf(more));
+  byId("document-help").textContent = lesson.settings[DOCUMENT].help;
+  showDocument();
   showTeacher();
 }
 
