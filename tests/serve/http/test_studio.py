@@ -104,7 +104,7 @@ def drop_tickets(tab):
     tab.until("document.querySelector('.records') !== null")
     for name, column, missing in (("prompt", "ticket", "answer"), ("completion", "queue", "")):
         choose(tab, f"[data-name={name}]", column)
-        reason = f"Choose the column of the {missing}." if missing else ""
+        reason = f"Choose the column of {missing}." if missing else ""
         tab.until(f"document.querySelector('#rows-reason').textContent === '{reason}'")
     tab.until("document.querySelector('#rows-check .counts') !== null")
 

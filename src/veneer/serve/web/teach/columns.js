@@ -63,7 +63,7 @@ function showColumnChoices() {
   const missing = needed.filter(isMissing).map(columnTitle).join(" and ");
   byId("rows-reason").textContent = reason
     ? `The layout is not recognised: ${reason}. Choose it.`
-    : missing && `Choose the column of the ${missing}.`;
+    : missing && `Choose the column of ${missing}.`;
 }
 
 /** Makes a list of the file's columns for one name of the layout. */
