@@ -4,9 +4,11 @@ import concurrent.futures
 import json
 import re
 import time
+from pathlib import Path
 
 import pytest
 
+import veneer
 from tests.serve.http.browser import CHROMIUM
 from tests.serve.server import BASE, add_adapter, running
 from tests.support.tiny import tiny_tokenizer
@@ -16,6 +18,7 @@ from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium is on the path: apt-get install chromium"
 )
+WEB = Path(veneer.__file__).parent / "serve" / "web"
 NAMES = ["poems", "tickets", "weather"]
 CHAT = "/v1/chat/completions"
 FIGURES = (
@@ -117,6 +120,17 @@ def test_it_is_one_file_that_runs_its_own_script_alone(server):
     ]
     assert not re.search(r"@import|url\(|innerHTML", found.text)
     assert server.http().get("/", headers={"host": "elsewhere.example"}).status_code == 403
+
+
+def test_no_line_of_the_page_is_longer_than_a_line_of_python():
+    files = [path for path in WEB.rglob("*") if path.is_file()]
+    long_lines = [
+        f"{path.name}:{number}"
+        for path in files
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if len(line) > 100
+    ]
+    assert len(files) > 20 and long_lines == []
 
 
 def test_base_and_adapters_answer_side_by_side_in_the_same_forwards(server, tab):

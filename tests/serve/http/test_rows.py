@@ -22,7 +22,7 @@ const files = JSON.parse(require("fs").readFileSync(0, "utf8"));
 const found = files.map(([name, text, column]) => {
   try {
     const rows = rowsOf(name, text);
-    return conversationsOf(rows, column ?? columnMeant(columnsOf(rows)));
+    return conversationsOf(rows, column ?? likelyColumn(columnsOf(rows)));
   } catch (fault) {
     return fault.message;
   }

@@ -1,6 +1,9 @@
 // The Ask tab: turns of a conversation. Each turn has a question and the answers of all columns.
 
-/** A turn: question, settings, system; answers: column, messages, found (figures and text), error; ends: stops it. */
+/**
+ * Turns of the conversation: question, settings, answers, left (answers that go on).
+ * ends: stops them. An answer: column, body (its request), result (stream.js), error.
+ */
 const turns = [];
 
 function settingsAsked() {
@@ -21,14 +24,18 @@ function showSettings() {
   byId("settings-said").textContent = parts.join(" · ");
 }
 
-/** Returns one column's conversation with a new question. Turns without an answer of this column are left out. */
+/**
+ * Returns one column's conversation with a new question. Turns without an answer of this column
+ * are left out.
+ */
 function messagesOf(number, question) {
   const system = byId("system").value.trim();
   const messages = system ? [{ role: "system", content: system }] : [];
   for (const turn of turns) {
-    const own = turn.answers.find((answer) => answer.column.number === number);
-    if (!own?.found?.text) continue;
-    messages.push({ role: "user", content: turn.question }, { role: "assistant", content: own.found.text });
+    const answer = turn.answers.find(({ column }) => column.number === number);
+    const content = answer?.result?.text;
+    if (content)
+      messages.push({ role: "user", content: turn.question }, { role: "assistant", content });
   }
   return [...messages, { role: "user", content: question }];
 }
@@ -39,33 +46,35 @@ function ask() {
   byId("question").value = "";
   byId("empty").hidden = true;
   const settings = settingsAsked();
-  const answers = columnsAsked().map((column) => ({
-    column,
-    body: bodyOf({ name: column.name, weight: column.weight }, messagesOf(column.number, question), settings),
-    found: null,
-    error: null,
-  }));
+  const answers = columnsAsked().map((column) => {
+    const messages = messagesOf(column.number, question);
+    const body = bodyOf({ name: column.name, weight: column.weight }, messages, settings);
+    return { column, body, result: null, error: null };
+  });
   const turn = { question, settings, answers, ends: new AbortController(), left: answers.length };
   turns.push(turn);
-  const grid = make("div", { className: "answers" }, ...answers.map(answerShown));
+  const grid = make("div", { className: "answers" }, ...answers.map(answerSection));
   grid.style.setProperty("--columns", answers.length);
-  byId("turns").append(make("article", { className: "turn" }, make("p", { className: "question" }, question), grid));
+  const title = make("p", { className: "question" }, question);
+  byId("turns").append(make("article", { className: "turn" }, title, grid));
   document.scrollingElement.scrollTop = document.scrollingElement.scrollHeight;
-  for (const answer of answers) follow(turn, answer); // at once, so that they are answered in the same forwards
+  for (const answer of answers) askColumn(turn, answer); // at once: they share the forwards
   showBusy();
 }
 
-function answerShown(answer) {
+/** Makes the place of an answer, with its figures and buttons. */
+function answerSection(answer) {
   const { column } = answer;
   answer.text = make("div", { className: "said waits" });
   answer.figures = make("div", { className: "figures" });
   const prompt = make("pre", { hidden: true, className: "prompt" });
+  const tool = (name, onclick) => make("button", { className: "quiet", onclick }, name);
   const tools = make(
     "div",
     { className: "tools" },
-    make("button", { className: "quiet", onclick: () => showPrompt(answer, prompt) }, "prompt"),
-    make("button", { className: "quiet", onclick: () => showCode(curlOf(answer.body)) }, "curl"),
-    make("button", { className: "quiet", onclick: () => showCode(pythonOf(answer.body)) }, "Python"),
+    tool("prompt", () => showPrompt(answer, prompt)),
+    tool("curl", () => showCode(curlOf(answer.body))),
+    tool("Python", () => showCode(pythonOf(answer.body))),
   );
   const title = make("h4", {}, labelOf(column));
   const name = `answer ${column.number === 0 ? "is-base" : ""}`;
@@ -73,21 +82,19 @@ function answerShown(answer) {
   return make("section", { className: name, ariaLabel: labelOf(column) }, ...parts);
 }
 
-async function follow(turn, answer) {
+/** Asks for an answer, and shows it as it comes. */
+async function askColumn(turn, answer) {
+  const show = (result) => {
+    answer.result = result;
+    keepEndInView(() => {
+      answer.text.textContent = result.text;
+      answer.figures.textContent = figuresOf(result);
+    });
+  };
   try {
-    answer.found = await answered(
-      answer.body,
-      (found) => {
-        answer.found = found;
-        keepingTheEnd(() => {
-          answer.text.textContent = found.text;
-          answer.figures.textContent = figuresOf(found);
-        });
-      },
-      turn.ends.signal,
-    );
+    answer.result = await streamAnswer(answer.body, show, turn.ends.signal);
   } catch (fault) {
-    answer.error = said(fault) ?? "stopped";
+    answer.error = faultText(fault) ?? "stopped";
     answer.figures.replaceChildren(make("p", { className: "bad", role: "alert" }, answer.error));
   }
   answer.text.classList.remove("waits");
@@ -98,7 +105,7 @@ async function follow(turn, answer) {
 }
 
 /** Keeps the end of the page in view while the page grows. */
-function keepingTheEnd(change) {
+function keepEndInView(change) {
   const page = document.scrollingElement;
   const atEnd = page.scrollTop + innerHeight > page.scrollHeight - 40;
   change();
@@ -108,11 +115,12 @@ function keepingTheEnd(change) {
 /** Compares every finished answer with the base's, once that has ended. */
 function compare(turn) {
   const [base, ...others] = turn.answers;
-  if (!base.done || !base.found) return;
+  if (!base.done || !base.result) return;
   for (const answer of others) {
-    if (!answer.done || !answer.found || answer.compared) continue;
+    if (!answer.done || !answer.result || answer.compared) continue;
     answer.compared = true;
-    keepingTheEnd(() => answer.text.replaceChildren(...shownDifferences(base.found.text, answer.found.text)));
+    const words = markedDifferences(base.result.text, answer.result.text);
+    keepEndInView(() => answer.text.replaceChildren(...words));
   }
 }
 
@@ -131,32 +139,36 @@ async function showPrompt(answer, place) {
   place.hidden = !place.hidden;
   if (place.hidden) return;
   try {
-    const { tokens } = await read("/tokenize", { body: { model: answer.column.name, messages: answer.body.messages } });
+    const body = { model: answer.column.name, messages: answer.body.messages };
+    const { tokens } = await read("/tokenize", { body });
     const { prompt } = await read("/detokenize", { body: { tokens } });
     place.textContent = prompt;
     place.title = `${tokens.length} tokens`;
   } catch (fault) {
-    place.textContent = said(fault);
+    place.textContent = faultText(fault);
   }
 }
 
-function exported() {
-  const told = turns.map(({ question, settings, answers }) => ({
+/** Saves all turns as a file. */
+function exportTurns() {
+  const plainAnswer = ({ column, body, result, error }) => ({
+    model: column.name,
+    weight: column.weight,
+    messages: body.messages,
+    text: result?.text ?? null,
+    figures: result && { ...result, text: undefined },
+    error,
+  });
+  const plainTurns = turns.map(({ question, settings, answers }) => ({
     question,
     settings,
-    answers: answers.map(({ column, body, found, error }) => ({
-      model: column.name,
-      weight: column.weight,
-      messages: body.messages,
-      text: found?.text ?? null,
-      figures: found && { ...found, text: undefined },
-      error,
-    })),
+    answers: answers.map(plainAnswer),
   }));
-  save("answers.json", "application/json", JSON.stringify({ base: served.base, turns: told }, null, 2));
+  const text = JSON.stringify({ base: served.base, turns: plainTurns }, null, 2);
+  save("answers.json", "application/json", text);
 }
 
-function startAnew() {
+function clearTurns() {
   stop();
   turns.length = 0;
   byId("turns").replaceChildren();
@@ -169,8 +181,8 @@ function beginAsk() {
   const question = byId("question");
   byId("send").addEventListener("click", ask);
   byId("stop").addEventListener("click", stop);
-  byId("new").addEventListener("click", startAnew);
-  byId("export").addEventListener("click", exported);
+  byId("new").addEventListener("click", clearTurns);
+  byId("export").addEventListener("click", exportTurns);
   byId("settings").addEventListener("input", showSettings);
   byId("differences").addEventListener("change", (event) => {
     byId("turns").classList.toggle("plain", !event.target.checked);

@@ -1,24 +1,29 @@
-// Shared by all parts of the page: elements, requests, saving files. Texts are set as text, never as HTML.
+// Shared by all parts of the page: elements, requests, saving files.
+// Texts are set as text, never as HTML.
 
 const byId = (id) => document.getElementById(id);
 
-/** Makes an element. settings: properties and attributes; `on...` adds a listener. Children that are null are left out. */
+/**
+ * Makes an element. settings: properties and attributes; `on...` adds a listener.
+ * Children that are null are left out.
+ */
 function make(tag, settings = {}, ...children) {
-  const made = document.createElement(tag);
+  const element = document.createElement(tag);
   for (const [name, value] of Object.entries(settings)) {
-    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-    else if (name in made && name !== "list") made[name] = value;
-    else made.setAttribute(name, value);
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (name in element && name !== "list") element[name] = value;
+    else element.setAttribute(name, value);
   }
-  made.append(...children.filter((child) => child !== null));
-  return made;
+  element.append(...children.filter((child) => child !== null));
+  return element;
 }
 
+/** Makes an element of a drawing. */
 function draw(tag, attributes = {}, ...children) {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children);
-  return made;
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
 }
 
 /** By the name of a tab: called when it is opened. */
@@ -40,22 +45,25 @@ async function request(path, { body, file, signal } = {}) {
   if (session.key) headers.authorization = `Bearer ${session.key}`;
   if (body !== undefined) headers["content-type"] = "application/json";
   if (file !== undefined) headers["content-type"] = "application/octet-stream";
-  const sent = file ?? (body === undefined ? undefined : JSON.stringify(body));
-  const asked = sent === undefined ? {} : { method: "POST", body: sent };
-  const answer = await fetch(path, { headers, signal, ...asked });
-  if (answer.ok) return answer;
-  const told = await answer.json().catch(() => null);
-  if (answer.status === 401) {
-    byId("key-said").textContent = session.key ? "This key is not one of the server's keys." : "";
-    if (!byId("key-dialog").open) byId("key-dialog").showModal(); // once for all that ask
-  }
-  throw new Refused(answer.status, told?.error?.message ?? `${answer.status} ${answer.statusText}`);
+  const content = file ?? (body === undefined ? undefined : JSON.stringify(body));
+  const post = content === undefined ? {} : { method: "POST", body: content };
+  const response = await fetch(path, { headers, signal, ...post });
+  if (response.ok) return response;
+  if (response.status === 401) askForKey();
+  const refusal = await response.json().catch(() => null);
+  const status = `${response.status} ${response.statusText}`;
+  throw new Refused(response.status, refusal?.error?.message ?? status);
+}
+
+function askForKey() {
+  byId("key-said").textContent = session.key ? "This key is not one of the server's keys." : "";
+  if (!byId("key-dialog").open) byId("key-dialog").showModal(); // once for several requests
 }
 
 const read = async (path, settings) => (await request(path, settings)).json();
 
 /** Returns the message of an error; null if the user stopped the request. */
-function said(fault) {
+function faultText(fault) {
   if (fault.name === "AbortError") return null;
   return fault instanceof Refused ? fault.message : `The server does not answer: ${fault.message}`;
 }
@@ -71,11 +79,14 @@ function saveBlob(name, blob) {
   setTimeout(() => URL.revokeObjectURL(address), 10_000);
 }
 
-/** Appends items to a list in pages: a button adds the next ones. wrap: makes the place of the button. */
-function showPaged(list, items, shown, most, wrap = (button) => button) {
+/**
+ * Appends items to a list in pages: a button adds the next ones.
+ * entryOf: makes an item's element. wrap: makes the place of the button.
+ */
+function showPaged(list, items, entryOf, most, wrap = (button) => button) {
   const rest = [...items];
   const add = () => {
-    place.before(...rest.splice(0, most).map(shown));
+    place.before(...rest.splice(0, most).map(entryOf));
     more.textContent = `${count(rest.length)} more`;
     if (!rest.length) place.remove();
   };
@@ -87,7 +98,8 @@ function showPaged(list, items, shown, most, wrap = (button) => button) {
 }
 
 const LISTED = 50;
-const showList = (list, items, shown) => showPaged(list, items, shown, LISTED, (button) => make("li", {}, button));
+const showList = (list, items, entryOf) =>
+  showPaged(list, items, entryOf, LISTED, (button) => make("li", {}, button));
 
 const touches = () => matchMedia("(pointer: coarse)").matches;
 const figure = (value) => (value === null ? "–" : String(Number(Number(value).toPrecision(4))));
@@ -99,8 +111,16 @@ function bytes(value) {
   return `${(value / 1e9).toFixed(2)} GB`;
 }
 
+/** Units of time with their seconds, the largest first. */
+const TIME_UNITS = [
+  [86400, "days"],
+  [3600, "hours"],
+  [60, "minutes"],
+  [1, "seconds"],
+];
+
+/** Writes an age in the largest unit of which there are at least two. */
 function ago(seconds) {
-  const steps = [[86400 * 2, 86400, "days"], [7200, 3600, "hours"], [120, 60, "minutes"], [0, 1, "seconds"]];
-  const [, unit, name] = steps.find(([from]) => seconds >= from) ?? steps.at(-1);
+  const [unit, name] = TIME_UNITS.find(([size]) => seconds >= 2 * size) ?? TIME_UNITS.at(-1);
   return `${Math.max(0, Math.round(seconds / unit))} ${name} ago`;
 }

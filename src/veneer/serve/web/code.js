@@ -3,7 +3,8 @@
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
 function curlOf(body) {
-  const lines = [`curl ${location.origin}/v1/chat/completions`, "-H 'content-type: application/json'"];
+  const address = `${location.origin}/v1/chat/completions`;
+  const lines = [`curl ${address}`, "-H 'content-type: application/json'"];
   if (session.key) lines.push('-H "authorization: Bearer $VENEER_API_KEY"');
   return [...lines, `-d ${quoted(JSON.stringify(body, null, 1))}`].join(" \\\n  ");
 }
@@ -16,15 +17,17 @@ function literal(value, indent = "") {
   const inner = `${indent}    `;
   const [open, close] = Array.isArray(value) ? "[]" : "{}";
   const items = Array.isArray(value)
-    ? value.map((each) => literal(each, inner))
-    : Object.entries(value).map(([name, each]) => `${JSON.stringify(name)}: ${literal(each, inner)}`);
+    ? value.map((item) => literal(item, inner))
+    : Object.entries(value).map(([key, item]) => `${JSON.stringify(key)}: ${literal(item, inner)}`);
   if (!items.length) return open + close;
   return `${open}\n${items.map((item) => `${inner}${item},\n`).join("")}${indent}${close}`;
 }
 
 function pythonOf(body) {
-  const { adapters, ...known } = body;
-  const fields = Object.entries(known).map(([name, value]) => `    ${name}=${literal(value, "    ")},`);
+  const { adapters, ...parameters } = body; // OpenAI's client has no parameter of that name
+  const fields = Object.entries(parameters).map(
+    ([name, value]) => `    ${name}=${literal(value, "    ")},`,
+  );
   if (adapters) fields.push(`    extra_body=${literal({ adapters }, "    ")},`);
   return [
     ...(session.key ? ["import os", ""] : []),
@@ -54,7 +57,7 @@ function beginCode() {
       await navigator.clipboard.writeText(code.textContent);
       byId("code-copy").textContent = "Copied";
     } catch {
-      getSelection().selectAllChildren(code); // without TLS there is no clipboard: selects the text, to be copied by hand
+      getSelection().selectAllChildren(code); // without TLS there is no clipboard: copy by hand
     }
   });
 }

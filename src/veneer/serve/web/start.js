@@ -1,13 +1,15 @@
 // Tabs, the API key, and the list of models.
 
-const TABS = [...document.querySelectorAll("[role=tab]")].map((tab) => tab.getAttribute("aria-controls"));
+const tabButtons = [...document.querySelectorAll("[role=tab]")];
+const TABS = tabButtons.map((button) => button.getAttribute("aria-controls"));
 Object.assign(whenOpened, { library: openLibrary, runs: openRuns });
 
 function openTab(name) {
-  for (const each of TABS) {
-    byId(each).hidden = each !== name;
-    byId(`tab-${each}`).ariaSelected = String(each === name);
-    byId(`tab-${each}`).tabIndex = each === name ? 0 : -1;
+  for (const tab of TABS) {
+    const isOpen = tab === name;
+    byId(tab).hidden = !isOpen;
+    byId(`tab-${tab}`).ariaSelected = String(isOpen);
+    byId(`tab-${tab}`).tabIndex = isOpen ? 0 : -1;
   }
   byId("columns").hidden = name !== "ask" && name !== "table";
   history.replaceState(null, "", `#${name}`);
@@ -20,9 +22,9 @@ function beginTabs() {
     const tab = byId(`tab-${name}`);
     tab.addEventListener("click", () => openTab(name));
     tab.addEventListener("keydown", (event) => {
-      const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-      if (!by) return;
-      const next = TABS.at((number + by) % TABS.length);
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (!step) return;
+      const next = TABS.at((number + step) % TABS.length);
       openTab(next);
       byId(`tab-${next}`).focus();
     });
@@ -45,8 +47,8 @@ function beginKey() {
 
 async function begin() {
   const wanted = location.hash.slice(1);
-  const went = await told(byId("columns"), loadModels);
-  if (went && !chosen.length && served.adapters.length) addColumn(served.adapters[0].id);
+  const isLoaded = await workSafely(byId("columns"), loadModels);
+  if (isLoaded && !chosen.length && served.adapters.length) addColumn(served.adapters[0].id);
   openTab(TABS.includes(wanted) ? wanted : TABS[0]);
 }
 

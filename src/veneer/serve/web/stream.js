@@ -1,15 +1,15 @@
 // Streams one answer and measures its speed.
 
 /** Yields the objects of an event stream, until [DONE]. */
-async function* events(answer) {
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  let held = "";
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let unfinished = "";
   for (;;) {
     const { value, done } = await reader.read();
     if (done) return;
-    const whole = (held + value).split("\n\n");
-    held = whole.pop();
-    for (const event of whole) {
+    const received = (unfinished + value).split("\n\n");
+    unfinished = received.pop();
+    for (const event of received) {
       const data = event.replace(/^data: /, "");
       if (data === "[DONE]") return;
       yield JSON.parse(data);
@@ -25,43 +25,60 @@ function bodyOf(column, messages, settings) {
 }
 
 /**
- * Asks, and tells of every piece. Returns the answer: its text, why it ended, and figures.
- * first: seconds to the first token. rate: tokens a second from then on. Throws Refused, AbortError.
+ * first: seconds to the first token. rate: tokens a second from then on.
+ * tokens, prompt, cached: tokens of the answer, of the prompt, and of the prompt in the cache.
  */
-async function answered(body, tell, signal) {
-  const began = performance.now();
-  const found = { text: "", reason: null, first: null, rate: null, tokens: 0, prompt: null, cached: null };
-  const asked = { ...body, stream: true, stream_options: { include_usage: true } };
-  const response = await request("/v1/chat/completions", { body: asked, signal });
-  let pieces = 0;
+const emptyResult = () => ({
+  text: "",
+  reason: null,
+  first: null,
+  rate: null,
+  tokens: 0,
+  prompt: null,
+  cached: null,
+});
+
+/**
+ * Asks a model, and shows the result after each piece. Returns the whole result.
+ * Throws Refused, AbortError.
+ */
+async function streamAnswer(body, show, signal) {
+  const start = performance.now();
+  const result = emptyResult();
+  const streamed = { ...body, stream: true, stream_options: { include_usage: true } };
+  const response = await request("/v1/chat/completions", { body: streamed, signal });
   for await (const event of events(response)) {
     if (event.error) throw new Refused(200, event.error.message);
-    const now = performance.now();
-    found.first ??= (now - began) / 1000;
-    const since = (now - began) / 1000 - found.first;
-    for (const choice of event.choices) {
-      found.text += choice.delta.content ?? "";
-      found.reason = choice.finish_reason ?? found.reason;
-      pieces += choice.delta.content ? 1 : 0;
-    }
-    if (event.usage) {
-      found.tokens = event.usage.completion_tokens;
-      found.prompt = event.usage.prompt_tokens;
-      found.cached = event.usage.prompt_tokens_details.cached_tokens;
-    } else found.tokens = pieces;
-    if (since > 0.05 && found.tokens > 1) found.rate = (found.tokens - 1) / since;
-    tell(found);
+    addEvent(result, event, (performance.now() - start) / 1000);
+    show(result);
   }
-  return found;
+  return result;
+}
+
+/** Adds a piece of an answer to its result. seconds: since the request */
+function addEvent(result, event, seconds) {
+  result.first ??= seconds;
+  for (const choice of event.choices) {
+    result.text += choice.delta.content ?? "";
+    result.reason = choice.finish_reason ?? result.reason;
+    result.tokens += choice.delta.content ? 1 : 0; // until the usage says it
+  }
+  if (event.usage) {
+    result.tokens = event.usage.completion_tokens;
+    result.prompt = event.usage.prompt_tokens;
+    result.cached = event.usage.prompt_tokens_details.cached_tokens;
+  }
+  const since = seconds - result.first;
+  if (since > 0.05 && result.tokens > 1) result.rate = (result.tokens - 1) / since;
 }
 
 const ENDS = { length: "cut at new tokens", stop: "ended", tool_calls: "calls a tool" };
 
-function figuresOf(found) {
+function figuresOf({ rate, first, cached, prompt, tokens, reason }) {
   const parts = [];
-  if (found.rate !== null) parts.push(`${found.rate.toFixed(1)} tokens/s`);
-  if (found.first !== null) parts.push(`first after ${Math.round(found.first * 1000)} ms`);
-  if (found.cached !== null) parts.push(`${found.cached} of ${found.prompt} prompt tokens cached`);
-  if (found.reason) parts.push(`${found.tokens} tokens, ${ENDS[found.reason] ?? found.reason}`);
+  if (rate !== null) parts.push(`${rate.toFixed(1)} tokens/s`);
+  if (first !== null) parts.push(`first after ${Math.round(first * 1000)} ms`);
+  if (cached !== null) parts.push(`${cached} of ${prompt} prompt tokens cached`);
+  if (reason) parts.push(`${tokens} tokens, ${ENDS[reason] ?? reason}`);
   return parts.join(" · ");
 }

@@ -1,30 +1,34 @@
-// The Table tab: answers a file of prompts. The file is read in the browser, and only its prompts are sent.
+// The Table tab: answers a file of prompts. The browser reads the file, and sends only its prompts.
 
 const AT_ONCE = 5; // browsers open six connections to a server: one stays free
+/**
+ * file: its name. read: its rows. rows: messages and cells of each prompt. columns: the models.
+ * ends: stops the answers. done: number of answers.
+ */
 const sheet = { file: "", read: [], rows: [], columns: [], ends: null, done: 0 };
 
 async function readFile(event) {
   const [file] = event.target.files;
   event.target.value = "";
   if (!file) return;
-  const choice = byId("table-column");
+  const list = byId("table-column");
   sheet.file = file.name;
   try {
     sheet.read = rowsOf(file.name, await file.text());
     const columns = columnsOf(sheet.read);
-    const meant = columnMeant(columns);
-    choice.replaceChildren(...columns.map((name) => make("option", {}, name)));
-    if (meant === null) choice.prepend(make("option", { value: "" }, "choose"));
-    choice.value = meant ?? "";
-    choice.parentElement.hidden = columns.length < 2;
+    const likely = likelyColumn(columns);
+    list.replaceChildren(...columns.map((name) => make("option", {}, name)));
+    if (likely === null) list.prepend(make("option", { value: "" }, "choose"));
+    list.value = likely ?? "";
+    list.parentElement.hidden = columns.length < 2;
     takeColumn();
   } catch (fault) {
-    choice.parentElement.hidden = true;
+    list.parentElement.hidden = true;
     refuseFile(fault);
   }
 }
 
-/** Returns the prompts of the file from the chosen column. */
+/** Takes the prompts of the file from the chosen column. */
 function takeColumn() {
   try {
     const column = byId("table-column").value || null;
@@ -43,15 +47,16 @@ function takeColumn() {
 function refuseFile(fault) {
   sheet.rows = [];
   byId("table-run").disabled = true;
-  const told = make("span", { className: "bad", role: "alert" }, `${sheet.file}: ${fault.message}`);
-  byId("table-said").replaceChildren(told);
+  const text = `${sheet.file}: ${fault.message}`;
+  byId("table-said").replaceChildren(make("span", { className: "bad", role: "alert" }, text));
   showSheet();
 }
 
 function showSheet() {
-  const head = make("tr", {}, make("th", {}, "prompt"), ...sheet.columns.map((each) => make("th", {}, labelOf(each))));
+  const titles = ["prompt", ...sheet.columns.map(labelOf)];
+  const head = make("tr", {}, ...titles.map((title) => make("th", {}, title)));
   const rows = sheet.rows.map((row) => {
-    row.cells = sheet.columns.map(() => ({ place: make("td"), found: null, error: null }));
+    row.cells = sheet.columns.map(() => ({ place: make("td"), result: null }));
     const prompt = row.messages.at(-1).content;
     return make("tr", {}, make("td", {}, String(prompt)), ...row.cells.map((cell) => cell.place));
   });
@@ -59,48 +64,73 @@ function showSheet() {
   for (const id of ["table-csv", "table-jsonl"]) byId(id).disabled = !sheet.columns.length;
 }
 
+/** Answers all prompts by all models, AT_ONCE at once. */
 async function answerAll() {
   sheet.columns = columnsAsked();
   [sheet.ends, sheet.done] = [new AbortController(), 0];
   showSheet();
   const settings = settingsAsked();
-  const left = sheet.rows.flatMap((row) => row.cells.map((cell, n) => [row, cell, sheet.columns[n]]));
-  const all = left.length;
-  const busy = (is) => ((byId("table-run").hidden = is), (byId("table-stop").hidden = !is));
-  const work = async () => {
-    while (left.length && !sheet.ends.signal.aborted) {
-      const [row, cell, column] = left.shift();
-      try {
-        const body = bodyOf({ name: column.name, weight: column.weight }, row.messages, settings);
-        cell.found = await answered(body, (found) => (cell.place.textContent = found.text), sheet.ends.signal);
-      } catch (fault) {
-        cell.error = said(fault) ?? "stopped";
-        cell.place.replaceChildren(make("span", { className: "bad" }, cell.error));
-      }
+  const tasks = sheet.rows.flatMap((row) =>
+    sheet.columns.map((column, number) => [row, row.cells[number], column]),
+  );
+  const all = tasks.length;
+  const answerNext = async () => {
+    while (tasks.length && !sheet.ends.signal.aborted) {
+      await answerCell(...tasks.shift(), settings);
       sheet.done++;
       byId("table-said").textContent = `${count(sheet.done)} of ${count(all)} answers`;
     }
   };
-  busy(true);
-  await Promise.all(Array.from({ length: AT_ONCE }, work));
-  busy(false);
+  showTableBusy(true);
+  await Promise.all(Array.from({ length: AT_ONCE }, answerNext));
+  showTableBusy(false);
 }
 
-const spelled = (text) => {
-  const safe = /^[=+\-@\t\r]/.test(text) ? `'${text}` : text; // spreadsheets would run it as a formula
+function showTableBusy(isBusy) {
+  byId("table-run").hidden = isBusy;
+  byId("table-stop").hidden = !isBusy;
+}
+
+/** Asks a model for the answer of a cell, and shows it there. */
+async function answerCell(row, cell, { name, weight }, settings) {
+  const body = bodyOf({ name, weight }, row.messages, settings);
+  const show = ({ text }) => (cell.place.textContent = text);
+  try {
+    cell.result = await streamAnswer(body, show, sheet.ends.signal);
+  } catch (fault) {
+    const error = faultText(fault) ?? "stopped";
+    cell.place.replaceChildren(make("span", { className: "bad" }, error));
+  }
+}
+
+/** Writes a text as a cell of a CSV. */
+function csvCell(text) {
+  const isFormula = /^[=+\-@\t\r]/.test(text); // spreadsheets would run it
+  const safe = isFormula ? `'${text}` : text;
   return /[",\n\r]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
-};
+}
 
 function saveSheet(kind) {
-  const texts = (row) => row.cells.map((cell) => cell.found?.text ?? "");
+  const isCsv = kind === "csv";
+  const type = isCsv ? "text/csv" : "application/jsonl";
+  save(`answers.${kind}`, type, `${(isCsv ? csvLines() : jsonLines()).join("\n")}\n`);
+}
+
+function csvLines() {
+  const head = ["prompt", ...sheet.columns.map(labelOf)];
+  const rows = sheet.rows.map(({ messages, cells }) => [
+    messages.at(-1).content,
+    ...cells.map((cell) => cell.result?.text ?? ""),
+  ]);
+  return [head, ...rows].map((row) => row.map(csvCell).join(","));
+}
+
+function jsonLines() {
   const names = sheet.columns.map(labelOf);
-  const lines = sheet.rows.map((row) => {
-    if (kind === "csv") return [row.messages.at(-1).content, ...texts(row)].map(spelled).join(",");
-    const answers = Object.fromEntries(names.map((name, n) => [name, row.cells[n].found?.text ?? null]));
-    return JSON.stringify({ messages: row.messages, answers });
+  return sheet.rows.map(({ messages, cells }) => {
+    const answers = names.map((name, number) => [name, cells[number].result?.text ?? null]);
+    return JSON.stringify({ messages, answers: Object.fromEntries(answers) });
   });
-  if (kind === "csv") lines.unshift(["prompt", ...names].map(spelled).join(","));
-  save(`answers.${kind}`, kind === "csv" ? "text/csv" : "application/jsonl", `${lines.join("\n")}\n`);
 }
 
 function beginTable() {

@@ -53,7 +53,7 @@ async function compareBases() {
 /** Makes a button that chooses a base. */
 function baseButton(name) {
   const folder = lesson.bases.find((base) => base.name === name)?.folder;
-  const detail = folder ? make("small", { className: "soft" }, ` ${folder}`) : null;
+  const detail = folder ? make("small", { className: "soft" }, ` · ${folder}`) : null;
   const choose = () => {
     byId("method-base").value = name;
     chooseBase();
@@ -75,7 +75,7 @@ async function planCells(base, signal) {
     ];
     return texts.map((text) => make("td", {}, text));
   } catch (fault) {
-    return [make("td", { colSpan: 4, className: "soft" }, said(fault) ?? "")];
+    return [make("td", { colSpan: 4, className: "soft" }, faultText(fault) ?? "")];
   }
 }
 

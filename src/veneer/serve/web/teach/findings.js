@@ -83,7 +83,9 @@ async function checkRows() {
   const { id } = lesson.draft;
   place.replaceChildren(make("p", { className: "soft" }, "Checking the rows …"));
   let report = null;
-  const isChecked = await told(place, async () => (report = await studio(draftPath("/check"))));
+  const isChecked = await workSafely(place, async () => {
+    report = await studio(draftPath("/check"));
+  });
   if (lesson.draft?.id !== id) return; // another draft was opened meanwhile
   lesson.report = report;
   if (isChecked) showReport(report);

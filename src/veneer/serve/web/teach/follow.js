@@ -24,7 +24,7 @@ async function followEvents(path, show, signal) {
       if (signal.aborted) return;
       if (fault instanceof Refused) throw fault;
       isLost = true;
-      showFault(said(fault));
+      showFault(faultText(fault));
     }
     await new Promise((resolve) => setTimeout(resolve, RETRY_MILLISECONDS));
   }

@@ -138,7 +138,7 @@ function questionCard({ line, messages, expected }, cells) {
 async function askModel(name, question, cell, signal) {
   const body = bodyOf({ name, weight: 1 }, question.messages, JUDGE_SETTINGS);
   const place = cell.lastChild;
-  const { text } = await answered(body, (answer) => (place.textContent = answer.text), signal);
+  const { text } = await streamAnswer(body, (answer) => (place.textContent = answer.text), signal);
   place.classList.remove("waits");
   const isRight = isSameText(text, question.expected);
   cell.classList.add(isRight ? "right" : "wrong");

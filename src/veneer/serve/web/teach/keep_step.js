@@ -57,7 +57,7 @@ async function keep(event) {
     const draft = await studio(draftPath("/keep"), { body: { name } });
     Object.assign(lesson.draft, draft);
     judging.model = draft.model;
-    await loadModels();
+    await Promise.all([loadModels(), listDrafts()]);
   });
   showKept();
 }

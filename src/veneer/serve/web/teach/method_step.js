@@ -51,7 +51,7 @@ async function askForPlan(place, compare, partsOf) {
   } catch (fault) {
     if (signal.aborted) return null;
     const look = { className: "bad fault", role: "alert" };
-    place.replaceChildren(make("p", look, said(fault) ?? ""));
+    place.replaceChildren(make("p", look, faultText(fault) ?? ""));
     return null;
   }
 }

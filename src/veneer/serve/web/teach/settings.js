@@ -17,7 +17,8 @@ const settingTitle = (path) =>
 /** Makes a field with its help text. An empty field means the default. */
 function settingField(path, value) {
   const { help, default: usual, choices } = lesson.settings[path];
-  const empty = usual === null ? "default" : `default: ${usual}`;
+  const noDefault = TEXT_SETTINGS.includes(path) ? "none" : "default";
+  const empty = usual === null ? noDefault : `default: ${usual}`;
   const words = typeof usual === "boolean" ? ["true", "false"] : choices;
   const field = words.length ? wordField(words, empty) : textField(path, empty);
   field.value = value === undefined ? "" : String(value);

@@ -80,7 +80,7 @@ async function teachSafely(work) {
     await work();
     return true;
   } catch (fault) {
-    showFault(said(fault));
+    showFault(faultText(fault));
     return false;
   }
 }
@@ -118,7 +118,8 @@ function showDraftButtons() {
 async function listDrafts() {
   const { data } = await studio("/drafts");
   const entries = data.map((draft) => {
-    const age = ago(Date.now() / 1000 - draft.created);
+    const seconds = Date.now() / 1000 - draft.created;
+    const age = seconds < 60 ? "just now" : ago(seconds);
     const parts = [draft.name, draft.model ?? draft.state, age];
     return make("option", { value: draft.id }, parts.filter(Boolean).join(" · "));
   });

@@ -35,7 +35,8 @@ async function followJob() {
   training.ends?.abort();
   const { signal } = (training.ends = new AbortController());
   const path = draftPath("/events");
-  await teachSafely(() => followEvents(() => `${path}?after=${training.next}`, updateTraining, signal));
+  const address = () => `${path}?after=${training.next}`;
+  await teachSafely(() => followEvents(address, updateTraining, signal));
 }
 
 /** Takes the job's state and new records from an event. Returns whether the job goes on. */
