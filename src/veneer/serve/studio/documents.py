@@ -5,8 +5,6 @@
 A file is named by its content and never changes, so a run that is resumed reads the same text.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Collection
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Server-sent events of a job, an evaluation or an export, so that the page need not poll it."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable

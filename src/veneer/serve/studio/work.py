@@ -8,8 +8,6 @@ lock, the server ended before the work did, and readers see interrupted work. Th
 of the draft too (judging.py, exports.py).
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time
