@@ -1,7 +1,9 @@
 """`model: auto`: the adapter whose prompts are like the question answers, in every protocol."""
 
 import asyncio
+import errno
 import json
+import os
 import random
 
 import httpx
@@ -142,6 +144,22 @@ def test_where_nothing_can_be_chosen_auto_is_refused_by_name(server, case):
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param
     assert "auto" in response.json()["error"]["message"]
+
+
+def test_an_adapter_whose_files_could_not_be_read_once_is_chosen_again(
+    server, library, monkeypatch
+):
+    entry, read_prompts = library.get("digits"), Library.prompts
+    text = library.prompts(entry)[0]
+    os.utime(library.prompts_file(entry.version.object))  # so that it is read again
+
+    def fail_once(self, entry):
+        monkeypatch.setattr(Library, "prompts", read_prompts)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Library, "prompts", fail_once)
+    assert chosen(server, text)["adapter"] != "digits"
+    assert chosen(server, text)["adapter"] == "digits"
 
 
 def test_a_changed_description_is_read_anew(server, library):

@@ -21,8 +21,9 @@ import torch
 from veneer.adapters.preamble import Preamble
 from veneer.decoding.prompt_states import PromptMean
 from veneer.decoding.schedule.sequence import FinishReason, Request
-from veneer.errors import VeneerError
+from veneer.errors import InputError, VeneerError
 from veneer.files.remembered import remember
+from veneer.files.system_errors import explained
 from veneer.library.entry import Entry
 from veneer.library.prompts import beginning, question_of
 from veneer.library.residents.residents import Residents
@@ -181,14 +182,18 @@ class Chooser:
     def _texts_of(self, name: str, entry: Entry) -> Texts:
         library, version = self._residents.library, entry.version
         file = library.prompts_file(version.object)
-        time = file.stat().st_mtime_ns if file.is_file() else 0
-        key = version.object, version.note, time
-        if (known := self._texts.get(key)) is not None:
-            return known
         texts: Texts = ()
         try:
-            if self._residents.writes_answers(entry):
-                texts = (*library.prompts(entry), beginning(version.note))
+            with explained(name, reading=True):
+                time = file.stat().st_mtime_ns if file.is_file() else 0
+                key = version.object, version.note, time
+                if (known := self._texts.get(key)) is not None:
+                    return known
+                if self._residents.writes_answers(entry):
+                    texts = (*library.prompts(entry), beginning(version.note))
+        except InputError as fault:  # of the disk, so the next request reads the files again
+            log.warning("%s is not chosen now: %s", name, refusal_of(fault).message)
+            return ()
         except VeneerError as fault:
             log.warning("%s is not chosen by model auto: %s", name, refusal_of(fault).message)
         self._texts[key] = texts = tuple(text for text in texts if text)
