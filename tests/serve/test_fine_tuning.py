@@ -10,6 +10,7 @@ import sys
 import time
 from argparse import ArgumentParser
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import openai
@@ -22,7 +23,7 @@ from veneer.adapters.config import Prefix
 from veneer.cli.answers.server import _read_train_settings, add_server_flags
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.jobs.limits import JobLimits
-from veneer.jobs.record import write_record
+from veneer.jobs.record import JobRecord, TrainingJob, write_record
 from veneer.jobs.store import JobStore
 from veneer.jobs.suspension import PIPE
 from veneer.library.library import Library
@@ -30,7 +31,7 @@ from veneer.models.frozen_base import hidden_size
 from veneer.serve.engine.fine_tuning import TrainSettings, page_of
 from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
 from veneer.serve.limits import MOST_UPLOADS
-from veneer.serve.protocols.fine_tuning import CreateJobBody
+from veneer.serve.protocols.fine_tuning import CreateJobBody, job_object
 from veneer.serve.refusals import Refusal
 
 USE, TRAIN = "use-" + "k" * 20, "train-" + "k" * 20
@@ -336,6 +337,30 @@ def test_a_server_that_does_not_train_says_how_to_turn_it_on(tmp_path):
         for path in ("/v1/files", "/v1/files/x/content", "/v1/fine_tuning/jobs"):
             answer = http.get(path)
             assert answer.status_code == 404 and "--train" in answer.json()["error"]["message"]
+
+
+def test_the_end_of_a_running_job_is_estimated_by_its_last_steps(tmp_path):
+    job_id, now = "ftjob-000000000000", time.time()
+    record = JobRecord(
+        id=job_id, created=1, queued=1, started=now - 60, threads=1, niceness=0, library=""
+    )
+    job = TrainingJob(record, "running", None, tmp_path, tmp_path / job_id)
+    job.run_folder.mkdir()
+    records = [{"kind": "start", "steps": 10}]
+    records += [{"kind": "step", "step": n, "loss": 1.0, "seconds": 50.0 * n} for n in (1, 2, 3)]
+    records += [{"kind": "evaluation", "step": 3, "loss": 1.0, "seconds": 60.0}]
+
+    def estimated(count, state="running"):
+        job.records_file.write_bytes(lines(records[:count]))
+        return job_object(replace(job, state=state))["estimated_finish"]
+
+    assert estimated(1) is None and estimated(5, "paused") is None
+    assert 0 <= estimated(3) - int(now) - 75 * 8 < 30
+    assert 0 <= estimated(5) - int(now) - 120 * 7 < 30
+    os.utime(job.records_file, (1, now - 120))
+    assert job_object(job)["estimated_finish"] is None, (
+        "it was resumed, and no step has ended since"
+    )
 
 
 def test_pages_of_a_list_continue_after_an_id():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ MOST_END_BYTES = 2**21
 
 
 def run_facts(folder: Path) -> dict[str, Any]:
-    """Returns name, base, method, steps, step, loss, reason and error of the run in a folder."""
+    """Returns name, base, method, steps, step, loss, seconds_left, reason and error of the run in a
+    folder. seconds_left: estimated at its last record, None before its first step."""
     file = folder / RECORDS
     about: dict[str, Any] = {"name": folder.name}
     try:
@@ -40,9 +42,20 @@ def run_facts(folder: Path) -> dict[str, Any]:
         "steps": start.get("steps"),
         "step": steps[-1]["step"] if steps else 0,
         "loss": steps[-1].get("loss") if steps else None,
+        "seconds_left": _seconds_left(start.get("steps"), ends),
         "reason": end.get("reason"),
         "error": None,
     }
+
+
+def _seconds_left(total: Any, records: Sequence[Record]) -> float | None:
+    """Estimates the time to the last of `total` steps by the time of these records."""
+    steps = [record["step"] for record in records if record["kind"] == "step"]
+    if not steps or type(total) is not int:
+        return None
+    times = [r.get("seconds") for r in records if r["kind"] in ("step", "evaluation")]
+    seconds = sum(time for time in times if isinstance(time, float))
+    return round(seconds / len(steps) * max(total - steps[-1], 0), 3)
 
 
 def _first(file: Path, name: str) -> list[Record]:

@@ -7,7 +7,8 @@ answers.
 Knows nothing of files or processes: serve/engine/fine_tuning.py calls it.
 """
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -222,9 +223,17 @@ def job_object(job: TrainingJob) -> dict[str, Any]:
         "metadata": details.get("metadata"),
         "integrations": [],
         "trained_tokens": _trained_tokens(job) if is_done else None,
-        "estimated_finish": None,
+        "estimated_finish": _estimated_finish(job, facts),
         "user_provided_suffix": details.get("suffix"),
     }
+
+
+def _estimated_finish(job: TrainingJob, facts: Mapping[str, Any]) -> int | None:
+    """Estimates when a running job ends; None before the first step since its start."""
+    left, started, now = facts.get("seconds_left"), job.record.started or 0.0, time.time()
+    if job.state != "running" or left is None or now - facts["idle_seconds"] < started:
+        return None
+    return int(now + max(left - facts["idle_seconds"], 0))
 
 
 def _error(job: TrainingJob) -> dict[str, Any] | None:
