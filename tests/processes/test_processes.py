@@ -219,16 +219,27 @@ def test_exact_sums_give_the_same_bits_on_two_processes(alone, two, name):
     assert kept[0] == kept[1] and kept[0]["rows"] > 1 and kept[0]["before"] and kept[0]["change"]
 
 
+@pytest.fixture(scope="module")
+def three(world, said):
+    """The folder of what three processes compute: a run without a micro-batch; and the run that was
+    stopped and the one that died, resumed."""
+    (unset,) = UNSET.values()
+    jobs = [
+        {"config": settings(world, world / "three", **unset)},
+        {"config": settings(world, world / "stopped", **unset), "resume": True},
+        {"config": settings(world, world / "died", **RUNS["lora"]), "resume": True},
+    ]
+    assert told(jobs, 3) == [["done"] * 3] * 3
+    return world
+
+
 def test_where_no_micro_batch_is_set_three_processes_and_a_resume_give_the_same_bits(
-    world, alone, said
+    three, alone, said
 ):
     assert all(told_of.startswith("130 stopped at step 2 of 4") for told_of in said["stopped"])
-    ((name, unset),), three = UNSET.items(), world / "three"
-    jobs = [{"config": settings(world, three, **unset)}]
-    jobs += [{"config": settings(world, world / "stopped", **unset), "resume": True}]
-    assert told(jobs, 3) == [["done"] * 2] * 3
+    (name,) = UNSET
     one = values(alone / name)
-    for out in (three, world / "stopped"):
+    for out in (three / "three", three / "stopped"):
         other = values(out)
         assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
         assert losses(alone / name) == losses(out)
@@ -271,14 +282,12 @@ def test_a_run_goes_on_with_another_number_of_processes(world, alone):
 
 
 def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_from_its_checkpoint(
-    world, alone, said
+    three, alone, said
 ):
     left, dead = said["died"]
     assert dead == 9
     assert left.startswith("6 another process of this run has ended")
-    run = settings(world, world / "died", **RUNS["lora"])
-    assert told([{"config": run, "resume": True}], 2) == [["done"]] * 2
-    one, other = values(alone / "lora"), values(world / "died")
+    one, other = values(alone / "lora"), values(three / "died")
     assert all(one[key].equal(other[key]) for key in one)
 
 

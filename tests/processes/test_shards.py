@@ -63,14 +63,14 @@ def said(world):
     write_gptq(save_tiny(world / "gptq"))
     for own in HERE.values():
         own.update({"base": str(world / own["base"])} if "base" in own else {})
-    for processes in (1, 2):
-        jobs = [
-            {"config": settings(world, world / "whole" / name, **own)}
-            for name, own in HERE.items()
-            if processes == (2 if name in ON_TWO else 1)
-        ]
-        assert told(jobs, processes) == [["done"] * len(jobs)] * processes
-    jobs = {
+    whole = {
+        name: {"config": settings(world, world / "whole" / name, **own)}
+        for name, own in HERE.items()
+    }
+    alone = [job for name, job in whole.items() if name not in ON_TWO]
+    assert told(alone, 1) == [["done"] * len(alone)]
+    jobs = {f"whole {name}": whole[name] for name in HERE if name in ON_TWO}
+    jobs |= {
         name: {"config": settings(world, world / "shards" / name, **own, shard=True)}
         for name, own in HERE.items()
     }
@@ -83,7 +83,8 @@ def said(world):
 
 @pytest.fixture(scope="module")
 def runs(world, said):
-    assert all(said[name] == ("done", "done") for name in (*HERE, "together"))
+    whole = (f"whole {name}" for name in HERE if name in ON_TWO)
+    assert all(said[name] == ("done", "done") for name in (*HERE, *whole, "together"))
     return world
 
 

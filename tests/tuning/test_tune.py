@@ -154,16 +154,11 @@ def test_the_plan_advises_lora_and_counts_the_values_of_all_candidates(files, mo
 
 
 def test_the_verdict_is_not_sure_over_rows_of_similar_prompts(files, tmp_path, short):
-    """The interval itself takes equal prompts as one."""
-    lines = (files / "rows.jsonl").read_text().splitlines()
-    endings = {"equal": [""] * 4, "similar": ["", "?", "!", "."]}
-    verdicts = {"equal": "Sure", "similar": "Not sure: the 36 prompts are only 9 groups"}
-    for kind, marks in endings.items():
-        rows = [json.loads(line) for line in lines]
-        rows = [{**row, "prompt": row["prompt"] + mark} for row in rows for mark in marks]
-        result = veneer.tune(files / "base", rows, out=tmp_path / kind)
-        assert result["judging"]["adapter"]["against"]["loss"]["interval"][1] < 0
-        assert result["verdict"][2].startswith(verdicts[kind])
+    rows = [json.loads(line) for line in (files / "rows.jsonl").read_text().splitlines()]
+    rows = [{**row, "prompt": row["prompt"] + mark} for row in rows for mark in ["", "?", "!", "."]]
+    result = veneer.tune(files / "base", rows, out=tmp_path / "similar")
+    assert result["judging"]["adapter"]["against"]["loss"]["interval"][1] < 0
+    assert result["verdict"][2].startswith("Not sure: the 36 prompts are only 9 groups")
 
 
 def test_an_interrupt_keeps_the_best_so_far(files, tmp_path, short, monkeypatch, capsys):

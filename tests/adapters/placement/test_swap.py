@@ -21,8 +21,8 @@ from veneer.library.library import Library
 NAMES = ("alpha", "beta", "gamma")
 
 
-def make_base(library: Library | None = None) -> Base:
-    plain = tiny_base()
+def make_base(library: Library | None = None, **overrides: int) -> Base:
+    plain = tiny_base(**overrides)
     return Base(
         model=plain.model,
         tokenizer=plain.tokenizer,
@@ -387,7 +387,7 @@ def test_one_compiled_forward_serves_every_adapter_of_the_same_shapes(library):
 def test_an_adapter_that_trains_whole_modules_is_right_when_compiled(library):
     from torch._dynamo.testing import CompileCounter
 
-    base = make_base()
+    base = make_base(num_hidden_layers=1)
     for seed, name in enumerate("ab"):
         fill(base.attach(LoRA(rank=2, alpha=3, train_modules=["model.norm"]), name=name), seed)
 

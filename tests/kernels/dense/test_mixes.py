@@ -16,7 +16,7 @@ from veneer.decoding.schedule.adapters import lay_out
 from veneer.kernels.bindings import library as native
 from veneer.kernels.bindings.arguments import CallError
 from veneer.kernels.bindings.dense_calls import Updates, laid_out
-from veneer.kernels.dense import few_rows
+from veneer.kernels.dense import few_rows, mixes
 from veneer.kernels.dense.mixes import WORDS, AdapterMix, FactorTable
 
 pytestmark = pytest.mark.skipif(
@@ -97,14 +97,15 @@ def test_lists_are_those_that_each_layer_makes_for_itself(name, dtype):
         assert torch.equal(by_each, by_mix)
 
 
-def test_what_is_more_than_updates_is_left_to_the_layer():
+def test_what_is_more_than_updates_is_left_to_the_layer(monkeypatch):
     own, _ = table(("q", "v"), 4)
     mix = AdapterMix([(slice(0, 1), own, 1.0)], torch.float32, {"v", "norm"})
     assert mix.keys == {"q", "v", "norm"}
     assert len(mix.at("q", torch.float32)) == 1 and mix.at("v", torch.float32) is None
     assert mix.at("q", torch.bfloat16) is None
-    crowd = AdapterMix([(slice(0, 1), own, 1.0)] * (few_rows.MOST_UPDATES + 1), torch.float32)
-    assert crowd.at("q", torch.float32) is None
+    monkeypatch.setattr(mixes, "MOST_UPDATES", 2)
+    pair, crowd = (AdapterMix([(slice(0, 1), own, 1.0)] * n, torch.float32) for n in (2, 3))
+    assert len(pair.at("q", torch.float32)) == 2 and crowd.at("q", torch.float32) is None
 
 
 def test_what_c_could_not_read_is_refused():
