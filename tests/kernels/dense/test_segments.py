@@ -1,5 +1,6 @@
 """A frozen linear layer whose rows have adapters of their own, against the plain loop over them."""
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from veneer.kernels.dense import few_rows
-from veneer.kernels.dense.bundles import LONG
+from veneer.kernels.dense.bundles import LONG, SPREAD, make_bundles
 from veneer.kernels.dense.dropout import Dropout
 from veneer.kernels.dense.row_updates import RowUpdate
 from veneer.kernels.dense.segments import (
@@ -103,6 +104,21 @@ def test_rows_and_gradients_are_those_of_the_plain_loop(mix, with_bias):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     with torch.no_grad():
         torch.testing.assert_close(linear_with_updates(x, bias, base, updates, plan), expected[0])
+
+
+@pytest.mark.parametrize(
+    ("ends", "bundles"),
+    [
+        ([0, LONG - 1, 2 * LONG - 2], [(0, 1)]),
+        ([0, LONG, 2 * LONG], []),
+        ([0, 5, 5 + 5 * SPREAD], [(0, 1)]),
+        ([0, 5, 6 + 5 * SPREAD], []),
+    ],
+)
+def test_short_segments_of_similar_length_are_computed_together(ends, bundles):
+    updates = [update(start, stop) for start, stop in itertools.pairwise(ends)]
+    made = make_bundles(updates, torch.float32, torch.device("cpu"))
+    assert [bundle.numbers for bundle in made] == bundles
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -186,6 +186,14 @@ def test_connections_leave_files_for_everything_else(files, most, monkeypatch):
     assert at_once > 0 and Connections(most).most == most
 
 
+def test_a_server_asks_for_two_files_a_connection(monkeypatch):
+    resource, asked = pytest.importorskip("resource"), []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (1024, 2**20))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, pair: asked.append(pair))
+    raise_open_files()
+    assert asked == [(2 * limits.MOST_CONNECTIONS + RESERVED_FILES, 2**20)]
+
+
 def test_a_server_raises_the_soft_limit_of_open_files_towards_the_hard_one():
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
