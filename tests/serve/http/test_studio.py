@@ -103,14 +103,16 @@ def drop_tickets(tab):
     drop(tab, "tickets.csv", CSV)
     tab.until("document.querySelector('.records') !== null")
     for name, column, missing in (("prompt", "ticket", "answer"), ("completion", "queue", "")):
+        tab.run(f"document.querySelector('[data-name={name}]').focus()")
         choose(tab, f"[data-name={name}]", column)
         reason = f"Choose the column of {missing}." if missing else ""
         tab.until(f"document.querySelector('#rows-reason').textContent === '{reason}'")
     tab.until("document.querySelector('#rows-check .counts') !== null")
+    assert tab.run("document.activeElement.dataset.name") == "completion", "it was replaced"
 
 
 @needs_browser
-def test_dropped_rows_are_mapped_checked_and_shown_token_by_token(tab):
+def test_dropped_rows_are_mapped_checked_and_shown_token_by_token(tab, tmp_path):
     drop_tickets(tab)
     cards = tab.run("[...document.querySelectorAll('.card')].map((card) => card.innerText)")
     assert len(cards) == 3 and "The tap leaks." in cards[0] and "repairs" in cards[0]
@@ -126,6 +128,15 @@ def test_dropped_rows_are_mapped_checked_and_shown_token_by_token(tab):
     tab.until("document.querySelector('#rows-check .counts') !== null")
     assert tab.text("#rows-name").startswith("tickets.csv"), "a reload finds the rows"
     tab.screen(390, 844, phone=True)
+    assert tab.run("document.documentElement.scrollWidth") <= 390
+    tab.run("document.querySelector('#rows-next').focus()")
+    tab.press("Enter")
+    tab.until("document.activeElement.id === 'go-method'")
+    tab.until("document.querySelector('[data-path=steps]') !== null")
+    choose(tab, "[data-path='objective.name']", "distil")
+    (tmp_path / "handbook.md").write_text("Repairs take a week.")
+    tab.files("#document-file", tmp_path / "handbook.md")
+    tab.until("document.querySelector('#document-name').textContent.startsWith('handbook.md')")
     assert tab.run("document.documentElement.scrollWidth") <= 390
 
 

@@ -28,7 +28,7 @@ function showBaseNote() {
 
 async function chooseBase() {
   showBaseNote();
-  byId("method-compared").replaceChildren();
+  keepFocus(["#method-base"], () => byId("method-compared").replaceChildren());
   await planChosen();
   await checkRows(); // another tokenizer counts other tokens
 }

@@ -54,10 +54,10 @@ function showChoices() {
 function showColumnChoices() {
   const { needed, optional, layout, reason } = lesson.preview;
   const place = byId("rows-columns");
-  const isOptional = (name) => optional.includes(name);
-  place.replaceChildren(
-    ...[...needed, ...optional].map((name) => columnField(name, isOptional(name))),
-  );
+  const fieldOf = (name) => columnField(name, optional.includes(name));
+  const fields = [...needed, ...optional].map(fieldOf);
+  const { name: focused } = document.activeElement.dataset;
+  keepFocus([`[data-name="${focused}"]`, "#rows-layout"], () => place.replaceChildren(...fields));
   place.hidden = !layout && lesson.draft.choices.layout === "auto";
   const isMissing = (name) => !place.querySelector(`[data-name="${name}"]`).value;
   const missing = needed.filter(isMissing).map(columnTitle).join(" and ");

@@ -24,8 +24,10 @@ async function showExport(body) {
 /** Shows what changed in the export's state. Returns whether it goes on. */
 function updateExport(changes) {
   const state = Object.assign(exporting.state, changes);
-  byId("export-start").hidden = state.open;
-  byId("export-stop").hidden = !state.open;
+  keepFocus(["#export-stop", "#export-start"], () => {
+    byId("export-start").hidden = state.open;
+    byId("export-stop").hidden = !state.open;
+  });
   byId("export-said").textContent = workStatus(state, "Exporting");
   byId("export-said").className = state.error ? "fault bad" : "fault soft";
   if (changes.request) showExportChoice(changes.request);

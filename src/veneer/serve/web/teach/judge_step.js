@@ -95,9 +95,11 @@ function figuresOfRun() {
 function showJudged() {
   const { asked, questions, right, worse } = judging;
   const left = questions.length - asked;
-  byId("judge-more").hidden = left <= 0 || judging.ends !== null;
   byId("judge-more").textContent = `Ask the next ${Math.min(left, ASKED_AT_ONCE)}`;
-  byId("judge-stop").hidden = judging.ends === null;
+  keepFocus(["#judge-stop", "#judge-more", "#judge-next"], () => {
+    byId("judge-more").hidden = left <= 0 || judging.ends !== null;
+    byId("judge-stop").hidden = judging.ends === null;
+  });
   const countOf = ([, name], column) => `${count(right[column] ?? 0)} by ${name}`;
   const counts = judgedModels().map(countOf);
   const worseText = worse ? ` The base was right and the adapter is not: ${count(worse)}.` : "";

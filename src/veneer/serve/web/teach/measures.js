@@ -45,8 +45,10 @@ async function showEvaluation({ starts = false } = {}) {
 /** Shows what changed in the evaluation's state. Returns whether it goes on. */
 function updateEvaluation(changes) {
   const state = Object.assign(measuring.state, changes);
-  byId("judge-measure").hidden = state.open || state.whole;
-  byId("judge-measure-stop").hidden = !state.open;
+  keepFocus(["#judge-measure-stop", "#judge-measure", "#judge-next"], () => {
+    byId("judge-measure").hidden = state.open || state.whole;
+    byId("judge-measure-stop").hidden = !state.open;
+  });
   byId("judge-measured").textContent = workStatus(state, "Measuring the held-out rows");
   if ("comparison" in changes) showComparison(changes.comparison);
   return state.open;

@@ -80,8 +80,10 @@ function takeAdvice(advice) {
       "method.alpha": alpha,
       "method.rslora": rslora,
     });
-  showMethodSettings(method, settings);
-  planChosen();
+  keepFocus(["#method-name"], () => {
+    showMethodSettings(method, settings);
+    planChosen(); // removes the advice
+  });
 }
 
 function changeSettings() {

@@ -57,14 +57,26 @@ function showSteps() {
   byId("rows-next").disabled = !stepIsOpen.method();
 }
 
+/**
+ * Changes the page. If the focused element is gone afterwards, focuses the first visible one of
+ * some selectors, so that a keyboard goes on from there.
+ */
+function keepFocus(selectors, change) {
+  const focused = document.activeElement;
+  change();
+  if (focused === document.body || focused.checkVisibility()) return;
+  const elements = selectors.map((selector) => document.querySelector(selector));
+  elements.find((element) => element?.checkVisibility() && !element.disabled)?.focus();
+}
+
 function openStep(step) {
   whenStepLeft[lesson.step]?.();
   lesson.step = stepIsOpen[step]?.() ? step : "rows";
   if (lesson.draft) localStorage.setItem(OPEN_STEP, lesson.step);
-  showSteps();
-  const pressedButtonIsGone = document.activeElement.closest(".step[hidden]");
-  if (pressedButtonIsGone) byId(`go-${lesson.step}`).focus();
-  whenStepShown[lesson.step]?.();
+  keepFocus([`#go-${lesson.step}`], () => {
+    showSteps();
+    whenStepShown[lesson.step]?.();
+  });
 }
 
 /** Shows an error at the top of the tab. message: null hides it. */

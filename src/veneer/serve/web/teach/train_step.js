@@ -55,6 +55,10 @@ function updateTraining({ job, records, start, next }) {
 }
 
 function showTraining() {
+  keepFocus(["#train-stop", "#train-resume", "#train-next", "#go-train"], showTrainingNow);
+}
+
+function showTrainingNow() {
   const { job } = training;
   const state = job?.state ?? (lesson.draft.job ? null : "new");
   const isNew = state === "new";
