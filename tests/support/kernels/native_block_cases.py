@@ -63,6 +63,10 @@ def block_cases(
     }
     taken = whole["x"].shape[1]
     whole["weight"] = filled(BF16, *((taken, outs) if along else (outs, taken)))
+    in_float = {
+        name: filled(torch.float32, *value.shape) if torch.is_tensor(value) else value
+        for name, value in whole.items()
+    }
     splits, documents, kv_heads = rng.randint(1, 3), rng.randint(1, 3), rng.randint(1, 3)
     of_keys = (rows, kv_heads, 8 * rng.randint(1, 3))
     shared = filled(torch.float32, 2, *of_keys)
@@ -86,6 +90,7 @@ def block_cases(
         ),
         (attention_calls.zeros, {"x": filled(dtype, *of_keys), "start": rng.randint(0, rows)}),
         *([(dense_calls.product, whole)] if native.has_bf16() else []),
+        *([(dense_calls.float_product, in_float)] if native.level() >= 2 else []),
         (
             block_calls.norm_forward,
             {

@@ -98,6 +98,33 @@ def product(
     """Computes y (M, O) = x (M, I) W^T + bias (O), W being (O, I); along: x W + bias, W being
     (I, O). add: adds this to y. All are bf16, I is even (native/dense/products.c). Raises CallError
     without AMX tiles."""
+    return _weight(x, weight, y, along)
+
+
+@declare(
+    "veneer_product_float(*)",
+    f"""
+    x: f32[rows@row, width]
+    w: f32{{outs * width}}
+    bias: f32[outs]?
+    y: f32[rows@apart, outs]
+    rows: 1..{MOST_PRODUCT_ROWS}
+    width, outs: 1..
+    row, apart
+    along, add: flag
+    body w
+    """,
+    fails=CallError("no AVX2 here"),
+)
+def float_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, *, along: bool, add: bool
+) -> Values:
+    """Computes what `product` computes, in float32. Rows of x and y may have gaps between them
+    (native/dense/float_products.c). Raises CallError without AVX2."""
+    return _weight(x, weight, y, along)
+
+
+def _weight(x: Tensor, weight: Tensor, y: Tensor, along: bool) -> Values:
     shape = y.shape[1], x.shape[1]
     if weight.shape != (shape[::-1] if along else shape):
         raise CallError(f"W is {list(weight.shape)} where C takes {list(shape)} or along")

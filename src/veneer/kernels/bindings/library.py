@@ -252,6 +252,12 @@ def has_floats() -> bool:
     return library() is not None
 
 
+def has_float_products() -> bool:
+    """Whether compiled products of float32 are faster than torch's, which have no kernels for AVX2
+    as good as those for AVX-512."""
+    return level() == 2
+
+
 def has_amx() -> bool:
     """Whether bf16 products with enough rows use AMX tiles."""
     kernels = library()

@@ -1,48 +1,64 @@
-"""Products of many rows with a dense weight, on processors that multiply pairs or tiles of bf16.
+"""Products of many rows with a dense weight: in bf16 on processors that multiply pairs or tiles of
+it, in float32 on those with AVX2 alone.
 
     product(x, W, bias)       x W^T + bias        (M, I) x (O, I) -> (M, O)
     times(g, W, so_far)       so_far + g W        (M, O) x (O, I) -> (M, I)
     linear(x, W, bias)        the first, by this file, by few_rows.py or by torch
+    multiply(x, W, y)         y = x W, or y += x W, of any float32 matrices
 
-Compiled for bf16 (native/dense/products.c); sums are float32 and rounded once. A row's bits depend
-neither on its neighbours nor on the number of threads, and on tiles (AMX) they equal those of
-few_rows.py. oneDNN's product leaves all threads but one idle for many shapes on tiles (with two
-threads: 640 rows of 576 to 576, or of 1,536 to 576) and shares the rows of other shapes unevenly.
-Shapes: M rows, I in_features, O out_features.
+Compiled for bf16 (native/dense/products.c) and float32 (float_products.c); sums are float32 and
+rounded once. A row's bits depend neither on its neighbours nor on the number of threads, and on
+tiles (AMX) they equal those of few_rows.py. oneDNN's product leaves all threads but one idle for
+many shapes on tiles (with two threads: 640 rows of 576 to 576, or of 1,536 to 576) and shares the
+rows of other shapes unevenly. Shapes: M rows, I in_features, O out_features.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from veneer.kernels.bindings import dense_calls
-from veneer.kernels.bindings.library import counted_as_kernel, has_amx, has_bf16, on_cpu
+from veneer.kernels.bindings.library import (
+    counted_as_kernel,
+    has_amx,
+    has_bf16,
+    has_float_products,
+    on_cpu,
+)
 from veneer.kernels.dense import few_rows
 
 MAX_WIDTH_ON_TILES = 2048
 """Largest width of a sum on tiles: beyond it the second-level cache holds too few columns of W."""
+LEAST_ROWS = 16
+"""For fewer rows `multiply` leaves a product of float32 to torch."""
 
 
 def usable(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """True if `product` is the fast path for contiguous x (..., I), W (O, I) and bias."""
-    width, tensors = weight.shape[1], (x, weight) if bias is None else (x, weight, bias)
-    return x.shape[-1] == width and _fits(x, width, weight.numel(), tensors)
+    others = () if bias is None else (bias,)
+    return x.shape[-1] == weight.shape[1] and _fits(x, weight, weight.shape[1], others)
 
 
 def times_usable(grad: Tensor, weight: Tensor, so_far: Tensor | None) -> bool:
     """True if `times` is the fast path for these."""
-    tensors = (grad, weight) if so_far is None else (grad, weight, so_far)
-    return grad.dim() == 2 and _fits(grad, weight.shape[0], weight.numel(), tensors)
+    others = () if so_far is None else (so_far,)
+    return grad.dim() == 2 and _fits(grad, weight, weight.shape[0], others)
 
 
-def _fits(x: Tensor, width: int, values: int, tensors: tuple[Tensor, ...]) -> bool:
+def _fits(x: Tensor, weight: Tensor, width: int, others: tuple[Tensor, ...]) -> bool:
     if not few_rows.MOST_ROWS * width < x.numel() <= dense_calls.MOST_PRODUCT_ROWS * width:
         return False
-    if width % 2 or values < few_rows.LEAST_VALUES or torch.compiler.is_compiling():
+    if weight.numel() < few_rows.LEAST_VALUES or torch.compiler.is_compiling():
         return False
-    if width > MAX_WIDTH_ON_TILES and has_amx():
+    tensors = (x, weight, *others)
+    if not all(t.dtype is x.dtype and on_cpu(t) and t.is_contiguous() for t in tensors):
         return False
-    contiguous = all(t.dtype is torch.bfloat16 and on_cpu(t) and t.is_contiguous() for t in tensors)
-    return contiguous and has_bf16()
+    if x.dtype is torch.float32:
+        return has_float_products()
+    if x.dtype is not torch.bfloat16 or width % 2 or (width > MAX_WIDTH_ON_TILES and has_amx()):
+        return False
+    return has_bf16()
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -55,7 +71,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None =
     if y.is_meta:
         _count_in_plan(rows, weight.t(), bias, y)
     else:
-        dense_calls.product(rows, weight, bias, y, along=False, add=False)
+        _call_of(x)(rows, weight, bias, y, along=False, add=False)
     return y.view(*x.shape[:-1], len(weight))
 
 
@@ -68,8 +84,31 @@ def times(grad: Tensor, weight: Tensor, so_far: Tensor | None) -> Tensor:
     if out.is_meta:
         _count_in_plan(grad, weight, so_far, out)
     else:
-        dense_calls.product(grad, weight, None, out, along=True, add=so_far is not None)
+        _call_of(grad)(grad, weight, None, out, along=True, add=so_far is not None)
     return out
+
+
+def _call_of(x: Tensor) -> Callable[..., None]:
+    return dense_calls.float_product if x.dtype is torch.float32 else dense_calls.product
+
+
+def multiply(x: Tensor, matrix: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
+    """Computes out (M, O) = x (M, I) matrix (I, O), or adds it to out. All have the same type."""
+    if _takes_floats(x, matrix, out):
+        transposed = matrix.T.is_contiguous()
+        weight = matrix.T if transposed else matrix
+        dense_calls.float_product(x, weight, None, out, along=not transposed, add=add)
+        return out
+    return out.addmm_(x, matrix) if add else torch.mm(x, matrix, out=out)
+
+
+def _takes_floats(x: Tensor, matrix: Tensor, out: Tensor) -> bool:
+    """True if the compiled product of float32 is the fast path for these."""
+    if len(x) < LEAST_ROWS or not matrix.numel() or not has_float_products():
+        return False
+    floats = all(t.dtype is torch.float32 and t.is_cpu for t in (x, matrix, out))
+    readable = matrix.is_contiguous() or matrix.T.is_contiguous()
+    return floats and readable and x.stride(1) == out.stride(1) == 1
 
 
 def _count_in_plan(x: Tensor, matrix: Tensor, added: Tensor | None, out: Tensor) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from veneer.kernels.bindings import rank_calls
 from veneer.kernels.bindings.library import has_bf16, on_cpu
+from veneer.kernels.dense import products
 from veneer.kernels.dense.dropout import Dropout
 from veneer.kernels.dense.fused import compiled
 
@@ -76,7 +77,7 @@ def down(
     if not rank:
         return out
     if not is_compiled(rank, width, x) or not _has_pairs(out):
-        torch.mm(x if dropout is None else dropout.apply(x), A.to(x.dtype).T, out=out)
+        products.multiply(x if dropout is None else dropout.apply(x), A.to(x.dtype).T, out)
         return out if scale == 1.0 else out.mul_(scale)
     rank_calls.rank_down(x, _readable(A), out, scale, _mask(dropout))
     return out
@@ -92,7 +93,7 @@ def add_up(
     if is_compiled(rank, width, y) and _has_pairs(d):
         rank_calls.rank_up(d, _readable(B), y, scale, _mask(dropout))
     elif dropout is None:
-        y.addmm_(d, B.to(y.dtype).T, alpha=scale)
+        products.multiply(d if scale == 1.0 else d * scale, B.to(y.dtype).T, y, add=True)
     else:
         y.add_(dropout.apply(d @ B.to(y.dtype).T), alpha=scale)
 
@@ -109,7 +110,10 @@ def gradient(u: Tensor, x: Tensor, scale: float = 1.0, *, dropout: Dropout | Non
     if not is_compiled(rank, x.shape[1], x) or not _has_pairs(u):
         x = x if dropout is None else dropout.apply(x)
         wide = x.is_cuda and x.dtype in _HALVES
-        product = torch.mm(u.T, x, out_dtype=torch.float32) if wide else u.T @ x
+        if wide:
+            product = torch.mm(u.T, x, out_dtype=torch.float32)
+        else:
+            product = products.multiply(u.T.contiguous(), x, x.new_empty(rank, x.shape[1]))
         return product if scale == 1.0 else product.mul_(scale)
     out = torch.empty(rank, x.shape[1], dtype=torch.float32, device=x.device)
     rank_calls.rank_gradient(u, x, [out], scale, _mask(dropout), transposed=False, add=False)

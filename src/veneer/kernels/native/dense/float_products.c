@@ -1,0 +1,206 @@
+/* Products of many rows in float32, on processors with AVX2: see kernels/dense/products.py. A panel
+   is 16 columns of W, copied side by side for DEPTH values of a sum. It stays in the first cache
+   while rows of x go by, read where they lie. Sums of DEPTH products are added to y in their order.
+   So a row's bits depend neither on the rows and columns beside it nor on the number of threads. */
+#include "levels.h"
+
+/* As in products.c. The rows of x and of y lie `row` and `apart` values from each other.
+   kernels/bindings/dense_calls.py has the same fields. */
+struct float_product {
+    const float *x, *w, *bias;
+    float *y;
+    int64_t rows, width, outs, row, apart, along, add;
+};
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    SIDE = 16,         /* columns of a panel: two registers */
+    HEIGHT = 6,        /* rows of x at once: with two registers each, 12 of 16 registers */
+    DEPTH = 256,       /* values of a sum at once: a panel takes 16 KiB of the first cache */
+    KEPT = 16,         /* panels at once: 256 KiB of the second cache */
+    ROWS = 16 * HEIGHT, /* rows of x at once: 96 KiB of the second cache */
+    MEETING = 2048,    /* rows that lie so many bytes apart share few lines of the first cache */
+};
+
+#define INLINE_AVX2 static inline __attribute__((always_inline)) FOR_AVX2
+
+/* Columns of a row-major 8 x 8 matrix: `to` gets them SIDE values apart. */
+INLINE_AVX2 void transpose(const __m256 *rows, float *to) {
+    __m256 pairs[8], quads[8];
+    UNROLLED(4, i, 4) {
+        pairs[2 * i] = _mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+        pairs[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+    }
+    UNROLLED(2, i, 2) {
+        quads[4 * i] = _mm256_shuffle_ps(pairs[4 * i], pairs[4 * i + 2], 0x44);
+        quads[4 * i + 1] = _mm256_shuffle_ps(pairs[4 * i], pairs[4 * i + 2], 0xee);
+        quads[4 * i + 2] = _mm256_shuffle_ps(pairs[4 * i + 1], pairs[4 * i + 3], 0x44);
+        quads[4 * i + 3] = _mm256_shuffle_ps(pairs[4 * i + 1], pairs[4 * i + 3], 0xee);
+    }
+    UNROLLED(4, i, 4) {
+        _mm256_store_ps(to + i * SIDE, _mm256_permute2f128_ps(quads[i], quads[4 + i], 0x20));
+        _mm256_store_ps(to + (4 + i) * SIDE, _mm256_permute2f128_ps(quads[i], quads[4 + i], 0x31));
+    }
+}
+
+/* Columns [n, n + SIDE) of W for values [k, k + depth) of the sums -> to (depth, SIDE), with zeros
+   behind the last column. Asks for what the next panel reads. */
+static FOR_AVX2 void pack(const struct float_product *a, int64_t n, int64_t k, int64_t depth,
+                          float *to) {
+    const int64_t columns = a->outs - n < SIDE ? a->outs - n : SIDE;
+    const int64_t row = a->along ? a->outs : a->width;
+    const float *w = a->w + (a->along ? k * row + n : n * row + k);
+    const float *next = n + 2 * SIDE <= a->outs ? w + (a->along ? SIDE : SIDE * row) : w;
+    int64_t done = 0;
+    for (; columns == SIDE && a->along && done < depth; done++) {
+        _mm_prefetch((const char *)(next + done * row), _MM_HINT_T1);
+        UNROLLED(2, i, 2)
+            _mm256_store_ps(to + done * SIDE + 8 * i, _mm256_loadu_ps(w + done * row + 8 * i));
+    }
+    for (; columns == SIDE && done + 8 <= depth; done += 8)
+        for (int64_t i = 0; i < SIDE; i += 8) {
+            __m256 rows[8];
+            UNROLLED(8, r, 8) {
+                rows[r] = _mm256_loadu_ps(w + (i + r) * row + done);
+                if (done % 16 == 0)
+                    _mm_prefetch((const char *)(next + (i + r) * row + done), _MM_HINT_T1);
+            }
+            transpose(rows, to + done * SIDE + i);
+        }
+    for (; done < depth; done++)
+        for (int64_t i = 0; i < SIDE; i++)
+            to[done * SIDE + i] =
+                i < columns ? w[a->along ? done * row + i : i * row + done] : 0.0f;
+}
+
+/* y (R, SIDE), its rows `apart` values from each other, += x (R, depth) times a panel. */
+INLINE_AVX2 void multiply(const int R, const float *x, int64_t row, int64_t depth,
+                          const float *panel, float *y, int64_t apart) {
+    __m256 low[HEIGHT], high[HEIGHT];
+    UNROLLED(6, r, R) low[r] = high[r] = _mm256_setzero_ps();
+    for (int64_t k = 0; k < depth; k++) {
+        const __m256 first = _mm256_load_ps(panel + k * SIDE),
+                     second = _mm256_load_ps(panel + k * SIDE + 8);
+        UNROLLED(6, r, R) {
+            const __m256 value = _mm256_broadcast_ss(x + r * row + k);
+            low[r] = _mm256_fmadd_ps(value, first, low[r]);
+            high[r] = _mm256_fmadd_ps(value, second, high[r]);
+        }
+    }
+    UNROLLED(6, r, R) {
+        float *to = y + r * apart;
+        _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), low[r]));
+        _mm256_storeu_ps(to + 8, _mm256_add_ps(_mm256_loadu_ps(to + 8), high[r]));
+    }
+}
+
+static FOR_AVX2 void multiply_rows(int64_t rows, const float *x, int64_t row, int64_t depth,
+                                   const float *panel, float *y, int64_t apart) {
+    switch (rows) {
+        CASE(1, multiply(1, x, row, depth, panel, y, apart))
+        CASE(2, multiply(2, x, row, depth, panel, y, apart))
+        CASE(3, multiply(3, x, row, depth, panel, y, apart))
+        CASE(4, multiply(4, x, row, depth, panel, y, apart))
+        CASE(5, multiply(5, x, row, depth, panel, y, apart))
+        CASE(6, multiply(6, x, row, depth, panel, y, apart))
+    }
+}
+
+/* The same of one panel whose first column is n, for up to HEIGHT rows from `first` on. */
+static FOR_AVX2 void add_tile(const struct float_product *a, int64_t first, int64_t rows, int64_t n,
+                              const float *x, int64_t row, int64_t depth, const float *panel) {
+    const int64_t columns = a->outs - n;
+    float *y = a->y + first * a->apart + n;
+    if (columns >= SIDE) {
+        multiply_rows(rows, x, row, depth, panel, y, a->apart);
+        return;
+    }
+    float whole[HEIGHT * SIDE] = {0};
+    for (int64_t r = 0; r < rows; r++)
+        memcpy(whole + r * SIDE, y + r * a->apart, (size_t)columns * sizeof(float));
+    multiply_rows(rows, x, row, depth, panel, whole, SIDE);
+    for (int64_t r = 0; r < rows; r++)
+        memcpy(y + r * a->apart, whole + r * SIDE, (size_t)columns * sizeof(float));
+}
+
+/* What y holds before the first sums: bias, or 0, and what it was before. */
+static FOR_AVX2 void begin(const struct float_product *a, int64_t row, int64_t n, int64_t columns) {
+    float *y = a->y + row * a->apart + n;
+    if (!a->add) memset(y, 0, (size_t)columns * sizeof(float));
+    for (int64_t i = 0; a->bias && i < columns; i++) y[i] += a->bias[n + i];
+}
+
+/* Rows [top, bottom) of y in panels [from, to). room: KEPT panels, then ROWS rows of x. */
+static FOR_AVX2 void multiply_part(const struct float_product *a, int64_t top, int64_t bottom,
+                                   int64_t from, int64_t to, float *room) {
+    const int meet = a->row * 4 % MEETING == 0;
+    float *copied = room + KEPT * DEPTH * SIDE;
+    for (int64_t first = from; first < to; first += KEPT) {
+        const int64_t panels = to - first < KEPT ? to - first : KEPT, n = first * SIDE;
+        const int64_t end = (first + panels) * SIDE, columns = (end < a->outs ? end : a->outs) - n;
+        for (int64_t row = top; row < bottom; row++) begin(a, row, n, columns);
+        for (int64_t k = 0; k < a->width; k += DEPTH) {
+            const int64_t depth = a->width - k < DEPTH ? a->width - k : DEPTH;
+            for (int64_t i = 0; i < panels; i++)
+                pack(a, n + i * SIDE, k, depth, room + i * DEPTH * SIDE);
+            for (int64_t block = top; block < bottom; block += ROWS) {
+                const int64_t rows = bottom - block < ROWS ? bottom - block : ROWS;
+                const float *x = a->x + block * a->row + k;
+                for (int64_t r = 0; meet && r < rows; r++)
+                    memcpy(copied + r * (DEPTH + SIDE), x + r * a->row, (size_t)depth * 4);
+                const int64_t apart = meet ? DEPTH + SIDE : a->row;
+                for (int64_t i = 0; i < panels; i++)
+                    for (int64_t r = 0; r < rows; r += HEIGHT)
+                        add_tile(a, block + r, rows - r < HEIGHT ? rows - r : HEIGHT, n + i * SIDE,
+                                 (meet ? copied : x) + r * apart, apart, depth,
+                                 room + i * DEPTH * SIDE);
+            }
+        }
+    }
+}
+
+static float *room_of_part(void) {
+    void *room = NULL;
+    if (posix_memalign(&room, 64, sizeof(float) * (KEPT * DEPTH * SIDE + ROWS * (DEPTH + SIDE))))
+        abort();
+    return room;
+}
+
+/* Items are panels. */
+static FOR_AVX2 void by_columns(void *arguments, int64_t from, int64_t to) {
+    const struct float_product *a = arguments;
+    float *room = room_of_part();
+    multiply_part(a, 0, a->rows, from, to, room);
+    free(room);
+}
+
+/* Items are groups of HEIGHT rows. */
+static FOR_AVX2 void by_rows(void *arguments, int64_t from, int64_t to) {
+    const struct float_product *a = arguments;
+    float *room = room_of_part();
+    const int64_t end = to * HEIGHT < a->rows ? to * HEIGHT : a->rows;
+    multiply_part(a, from * HEIGHT, end, 0, (a->outs + SIDE - 1) / SIDE, room);
+    free(room);
+}
+#endif
+
+/* 1: this processor has no AVX2. */
+int veneer_product_float(struct float_product *a) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (veneer_level() < 2) return 1;
+    const int64_t panels = (a->outs + SIDE - 1) / SIDE;
+    /* A run reads all of x, which no cache holds where K is long. */
+    const int64_t turns = a->width > 8 * DEPTH ? 1 : 3;
+    if (panels < 8 * veneer_threads())
+        veneer_parallel(by_rows, a, (a->rows + HEIGHT - 1) / HEIGHT, 4);
+    else veneer_parallel_dealt(by_columns, a, panels, 2, turns);
+    return 0;
+#else
+    (void)a;
+    return 1;
+#endif
+}
