@@ -189,7 +189,7 @@ def _rows(rng: random.Random) -> list[Call]:
         (
             row_calls.entropy,
             {
-                "logits": filled(BF16, rows + rng.randint(0, 3), vocabulary),
+                "logits": filled(dtype, rows + rng.randint(0, 3), vocabulary),
                 "targets": filled(torch.int64, rows),
                 "loss": scale,
                 "softcap": rng.choice([0.0, 3.0]),

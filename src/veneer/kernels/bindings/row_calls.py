@@ -103,9 +103,9 @@ def rotary(
 
 
 @declare(
-    "veneer_entropy(*, rows: 0..logit_rows)",
+    "veneer_entropy|veneer_entropy_float(*, rows: 0..logit_rows)",
     """
-    logits: bf16[logit_rows, vocabulary]
+    logits: T[logit_rows, vocabulary]
     targets: i64[rows] below vocabulary
     loss: f32[rows]
     vocabulary: 1..

@@ -29,7 +29,7 @@ from veneer.kernels.bindings.library import chunk_starts, on_cpu
 from veneer.kernels.cuda import launch
 from veneer.kernels.dense import products
 from veneer.kernels.dense.frozen import times
-from veneer.kernels.dense.fused import compiled
+from veneer.kernels.dense.fused import compiled, in_one_pass
 from veneer.kernels.layout import round_up
 
 CHUNK = 128
@@ -161,7 +161,7 @@ def _chunk(h: Tensor, width: int) -> int:
 
 
 def _is_compiled(z: Tensor, targets: Tensor) -> bool:
-    return compiled(z) and targets.is_contiguous() and targets.dtype == torch.int64
+    return in_one_pass(z) and targets.is_contiguous() and targets.dtype == torch.int64
 
 
 def _check_targets(z: Tensor, targets: Tensor) -> None:

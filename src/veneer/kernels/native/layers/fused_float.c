@@ -1,4 +1,4 @@
-/* Norms, gates and rotations of float32 rows, each in one pass: what fused.c computes in bf16.
+/* Norms, gates, rotations and the loss of float32 rows: what fused.c computes in bf16.
    fused_float_body.h holds the code, written once and compiled here for each set of instructions.
  */
 #include "levels.h"
@@ -24,6 +24,14 @@ struct rotary {
     int64_t turned, neighbours, is_wide;
     float *out;
     int64_t heads, size, back;
+};
+
+struct entropy {
+    float *logits;
+    const int64_t *targets;
+    float *loss;
+    int64_t vocabulary;
+    float softcap;
 };
 
 /* As in fused.h. */
@@ -69,4 +77,7 @@ void veneer_gate_float_backward(struct gate *a, int64_t runs, int activation) {
 }
 void veneer_rotary_float(struct rotary *a, int64_t rows) {
     veneer_parallel(LOOP_OF(rotary, veneer_level()), a, rows, 32);
+}
+void veneer_entropy_float(struct entropy *a, int64_t rows) {
+    veneer_parallel(LOOP_OF(entropy, veneer_level()), a, rows, 1);
 }

@@ -138,6 +138,48 @@ static TARGET void NAME(rotary)(void *arguments, int64_t from, int64_t to) {
     }
 }
 
+/* A register of logits, -infinity behind the last. */
+INLINE NAME(fv) NAME(logits)(const float *from, int64_t count) {
+    NAME(fv) z = NAME(all)(-INFINITY);
+    memcpy(&z, from, (size_t)(count < W ? count : W) * sizeof(float));
+    return z;
+}
+
+INLINE NAME(fv) NAME(larger)(NAME(fv) a, NAME(fv) b) {
+    const NAME(iv) first = a > b;
+    return (NAME(fv))(((NAME(iv))a & first) | ((NAME(iv))b & ~first));
+}
+
+static TARGET void NAME(entropy)(void *arguments, int64_t from, int64_t to) {
+    const struct entropy *a = arguments;
+    const int64_t width = a->vocabulary, whole = width / W * W;
+    const int is_capped = a->softcap != 0.0f;
+    for (int64_t row = from; row < to; row++) {
+        float *z = a->logits + row * width;
+        NAME(fv) top = NAME(all)(-INFINITY), sum = {};
+        for (int64_t i = 0; is_capped && i < width; i += W)
+            NAME(put)(z + i, NAME(tanh)(NAME(first)(z + i, width - i) / a->softcap) * a->softcap,
+                      width - i);
+        for (int64_t i = 0; i < whole; i += W) top = NAME(larger)(top, NAME(load)(z + i));
+        if (whole < width) top = NAME(larger)(top, NAME(logits)(z + whole, width - whole));
+        float most = top[0];
+        for (int i = 1; i < W; i++) most = top[i] > most ? top[i] : most;
+        const float target = z[a->targets[row]], t = is_capped ? target / a->softcap : 0.0f;
+        for (int64_t i = 0; i < width; i += W) {
+            const int64_t left = width - i;
+            const NAME(fv) logits = NAME(logits)(z + i, left), e = NAME(exp)(logits - most),
+                           slope = logits / (is_capped ? a->softcap : INFINITY);
+            sum += e;
+            NAME(put)(z + i, is_capped ? e * (1.0f - slope * slope) : e, left);
+        }
+        const float total = NAME(sum)(sum);
+        a->loss[row] = logf(total) + most - target;
+        for (int64_t i = 0; i < width; i += W)
+            NAME(put)(z + i, NAME(first)(z + i, width - i) * (1.0f / total), width - i);
+        z[a->targets[row]] = (expf(target - most) / total - 1.0f) * (1.0f - t * t);
+    }
+}
+
 #undef INLINE
 #undef NAME
 #undef TARGET
