@@ -7,9 +7,11 @@ import stat
 
 import httpx
 import pytest
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
 from veneer.errors import ConfigError, SourceError
+from veneer.serve.http.app import catch_errors
 from veneer.serve.http.guard import Guard, check_origins, for_browsers
 from veneer.serve.http.keys import ApiKey, ApiKeys, hashed, new_key, read_keys
 
@@ -235,6 +237,17 @@ def test_the_log_has_a_line_for_each_request_without_keys_and_queries(caplog):
     assert line.startswith("GET /v1/models/") and line.endswith("id-1")
     assert USE not in line and "secret" not in line and "\x1b" not in line
     assert counted == [("/v1/models/\x1b[31m", 200)]
+
+
+def test_a_bug_is_answered_with_500_and_logged_with_its_traceback(caplog):
+    async def divide(request):
+        return 1 / 0
+
+    request = Request({"type": "http", "method": "GET", "path": "/v1/models", "headers": []})
+    answer = asyncio.run(catch_errors(divide)(request))
+    assert answer.status_code == 500 and b"ZeroDivisionError" not in answer.body
+    (record,) = caplog.records
+    assert record.exc_info[0] is ZeroDivisionError
 
 
 def test_keys_come_from_a_file_of_hashes_and_from_the_environment(tmp_path):
