@@ -336,7 +336,7 @@ def test_work_that_grows_with_the_square_is_noticed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(globals(), "TRIES", 1)
     with pytest.raises(AssertionError, match="at ten times as much"):
         assert_linear(
-            "counting", lambda n: lambda: [list(range(n)).count(-1) for _ in range(n)], 1000
+            "counting", lambda n: lambda: [list(range(n)).count(-1) for _ in range(n)], 500
         )
     small, large = (
         calls(lambda n=n: [[abs(at) for at in range(n)] for _ in range(n)]) for n in (10, 100)
