@@ -31,9 +31,9 @@ from veneer.comparison.execute import JobRunner
 from veneer.comparison.jobs import Outcome
 from veneer.comparison.plan import Candidate, Comparison
 from veneer.data import large
+from veneer.data.encoder import Reading
 from veneer.data.examples import Capacity
 from veneer.data.files import downloads
-from veneer.data.files.places import ResolvedSets
 from veneer.data.split import BY_COUNT, BY_THRESHOLD
 from veneer.data.template.template import ChatTemplate
 from veneer.errors import SourceError
@@ -229,8 +229,7 @@ def _tokens_name(file: Path, **changed: Any) -> str:
         "held_out_by": BY_COUNT,
         **changed,
     }
-    settings["sets"] = ResolvedSets()
-    return large._set_name(DataConfig.of(fields), template, **settings)
+    return large._set_name(DataConfig.of(fields), Reading(**settings), template)
 
 
 def test_stored_tokens_depend_on_rows_settings_tokenizer_template_and_day(

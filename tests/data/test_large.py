@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from veneer.cli.main import main
 from veneer.data import large
 from veneer.data.batching import RowSpans, by_length, equal_neighbours, plan_epoch
 from veneer.data.config import DataConfig
+from veneer.data.encoder import Reading
 from veneer.data.examples import Capacity, Example, RowRef
 from veneer.data.files.columns import KtoLabels
 from veneer.data.files.on_disk import ExampleWriter, StoredExamples, representative_examples
@@ -73,13 +75,15 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
 
 
+READING = Reading(200, Capacity(1024, 272))
+
+
 def read(
     world: Path, tokenizer: Any, say: Any = lambda line: None, **fields: Any
 ) -> tuple[DataSet, DataSet]:
     data = DataConfig.of({"train": str(world / "a.jsonl"), "validation_share": 0.2, **fields})
-    asked: dict[str, Any] = {"length": 200, "capacity": Capacity(1024, 272), "tokenizer": tokenizer}
     files = data.model_copy(update={"tokens": "files"})
-    return load_data(data, **asked), training_data(files, say=say, **asked)
+    return load_data(data, READING, tokenizer), training_data(files, READING, tokenizer, say=say)
 
 
 def plain(examples: Any) -> list[Any]:
@@ -123,9 +127,8 @@ def test_a_set_in_files_is_the_one_in_memory(
         DataConfig.of(
             {"train": str(world / "a.jsonl"), "validation_share": 0.2, **fields, "tokens": "files"}
         ),
-        length=200,
-        capacity=Capacity(1024, 272),
-        tokenizer=tokenizer,
+        READING,
+        tokenizer,
         say=said.append,
     )
     assert again.fingerprint == memory.fingerprint and again.report == memory.report
@@ -138,24 +141,19 @@ def test_what_decides_the_tokens_decides_which_files_are_found(
     rows = tmp_path / "rows.jsonl"
     rows.write_text((world / "a.jsonl").read_text())
     said: list[str] = []
-    asked: dict[str, Any] = {
-        "length": 200,
-        "capacity": Capacity(1024, 272),
-        "tokenizer": tokenizer,
-        "say": said.append,
-    }
+    told = partial(training_data, tokenizer=tokenizer, say=said.append)
     data = DataConfig.of({"train": str(rows), "validation_share": 0.2, "tokens": "files"})
-    training_data(data, **asked)
+    told(data, READING)
     for changed in (
         data.model_copy(update={"train_on": "all"}),
         data.model_copy(update={"validation_share": 0.3}),
     ):
-        training_data(changed, **asked)
-    training_data(data, **{**asked, "length": 199})
+        told(changed, READING)
+    told(data, replace(READING, length=199))
     rows.write_text(rows.read_text().replace("number 3 ", "number 4 "))
-    training_data(data, **asked)
+    told(data, READING)
     assert [line for line in said if "found" in line] == []
-    training_data(data, **asked)
+    told(data, READING)
     assert "found" in said[-1]
     (folder,) = {line.rpartition(" ")[2] for line in said[-1:]}
     tokens = Path(folder) / "train" / "tokens.i4"
@@ -163,7 +161,7 @@ def test_what_decides_the_tokens_decides_which_files_are_found(
     with pytest.raises(CorruptFileError, match="tokens"):
         StoredExamples(Path(folder) / "train")
     before = len(said)
-    training_data(data, **asked)  # damaged: it is built anew
+    told(data, READING)  # damaged: it is built anew
     assert "damaged" in said[before] and "into files once" in said[before + 1]
 
 
@@ -225,7 +223,7 @@ def test_rows_that_change_while_they_are_read_are_refused(
     monkeypatch.setattr(large, "read_data", edited_meanwhile)
     data = DataConfig.of({"train": str(rows), "validation_share": 0.2, "tokens": "files"})
     with pytest.raises(DataError, match="changed while"):
-        training_data(data, length=200, capacity=Capacity(1024, 272), tokenizer=tokenizer)
+        training_data(data, READING, tokenizer)
     assert not list((large.tokens_folder()).glob("*/set.json"))
 
 
@@ -273,17 +271,13 @@ def test_rows_that_cannot_be_trained_on_are_refused_as_in_memory(
 ) -> None:
     with pytest.raises(DataError) as in_memory:
         load_data(
-            DataConfig.of({"train": str(world / "a.jsonl")}),
-            length=20,
-            capacity=Capacity(1024, 272),
-            tokenizer=tokenizer,
+            DataConfig.of({"train": str(world / "a.jsonl")}), replace(READING, length=20), tokenizer
         )
     with pytest.raises(DataError) as in_files:
         training_data(
             DataConfig.of({"train": str(world / "a.jsonl"), "tokens": "files"}),
-            length=20,
-            capacity=Capacity(1024, 272),
-            tokenizer=tokenizer,
+            replace(READING, length=20),
+            tokenizer,
         )
     assert str(in_files.value) == str(in_memory.value)
 

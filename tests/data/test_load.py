@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from veneer.data import encoder
 from veneer.data import load as load_module
 from veneer.data.checks.check import render_sample
 from veneer.data.config import DataConfig
+from veneer.data.encoder import Reading
 from veneer.data.examples import Capacity, Row, RowRef, row_key
 from veneer.data.load import DataSet, examine_data, load_data
 from veneer.data.split import BY_THRESHOLD, split_by_shares
@@ -63,7 +65,9 @@ def settings_of(train: Any, changes: dict[str, Any]) -> list[DataConfig]:
 
 def rest_of(changes: dict[str, Any]) -> dict[str, Any]:
     given = {**SETTINGS, "tokenizer": tiny_tokenizer(), **changes}
-    return {name: value for name, value in given.items() if name not in DataConfig.model_fields}
+    rest = {name: value for name, value in given.items() if name not in DataConfig.model_fields}
+    asked = {field.name: rest.pop(field.name) for field in fields(Reading) if field.name in rest}
+    return {"reading": Reading(**asked), **rest}
 
 
 def load(train: Any, **changes: Any) -> DataSet:

@@ -25,6 +25,7 @@ from veneer.adapters.placement.routing import Routing
 from veneer.adapters.preamble import Preamble
 from veneer.data.batching import RowSpans, best_groups, make_batch, packed_rows, plan_epoch
 from veneer.data.config import DataConfig
+from veneer.data.encoder import Reading
 from veneer.data.examples import Capacity, Problem
 from veneer.data.large import training_data
 from veneer.data.load import DataSet, examine_data, load_data
@@ -48,10 +49,8 @@ def loaded(
 ) -> DataSet:
     return (examine_data if examine else load_data)(
         DataConfig(train=path, validation_share=0.0),
-        length=2048,
-        capacity=Capacity(),
-        tokenizer=reasoning_tokenizer(source),
-        preamble=Preamble(variables=variables),
+        Reading(2048, Capacity(), Preamble(variables=variables)),
+        reasoning_tokenizer(source),
     )
 
 
@@ -85,13 +84,9 @@ def test_equal_rows_in_a_row_stay_rows_of_their_own(tmp_path: Any) -> None:
     other = write(tmp_path / "other.jsonl", *texts[:2])
     sets: list[dict[str, Any]] = [{"path": path, "weight": 0.5}, {"path": other, "weight": 2.0}]
     data = DataConfig.of({"train": sets, "validation_share": 0.0})
-    asked: dict[str, Any] = {
-        "length": 2048,
-        "capacity": Capacity(),
-        "tokenizer": reasoning_tokenizer(DROPS_EARLIER),
-    }
-    memory = load_data(data, **asked)
-    files = training_data(data.model_copy(update={"tokens": "files"}), **asked)
+    asked = Reading(2048, Capacity()), reasoning_tokenizer(DROPS_EARLIER)
+    memory = load_data(data, *asked)
+    files = training_data(data.model_copy(update={"tokens": "files"}), *asked)
     for found in (memory, files):
         rows = RowSpans.of(found.train)
         assert len(rows.lengths) == 22 == found.report.rows

@@ -11,6 +11,7 @@ from tests.support.joint import config
 from tests.support.tiny import save_tiny, tiny_tokenizer
 from veneer.adapters.labels import HeadSettings
 from veneer.data.config import DataConfig
+from veneer.data.encoder import Reading
 from veneer.data.examples import Capacity, RowRef, prompt_key
 from veneer.data.files.labels import make_row
 from veneer.data.load import load_data
@@ -82,11 +83,8 @@ def test_the_prompt_of_a_document_is_its_query():
 def test_whole_queries_are_held_out(world):
     data = load_data(
         DataConfig.of({"train": str(world / "rows.jsonl"), "validation_share": 0.25}),
-        length=64,
-        capacity=Capacity(),
-        tokenizer=tiny_tokenizer(),
-        kind="labels",
-        head=HeadSettings("rerank"),
+        Reading(64, Capacity(), kind="labels", head=HeadSettings("rerank")),
+        tiny_tokenizer(),
     )
     trained, held_out = (
         {row.query for row in rows} for rows in (data.train_rows, data.validation_rows)

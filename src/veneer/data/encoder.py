@@ -13,12 +13,13 @@ from itertools import chain, count
 import numpy as np
 
 from veneer.adapters.labels import HeadSettings
-from veneer.adapters.preamble import Preamble
+from veneer.adapters.preamble import NONE, Preamble
 from veneer.data.checks.check import Findings
 from veneer.data.collector import ExampleCollector
 from veneer.data.config import DataConfig, SetConfig
 from veneer.data.examples import (
     AnswerKind,
+    Capacity,
     Example,
     Problem,
     Row,
@@ -33,7 +34,7 @@ from veneer.data.files.labels import label_reader
 from veneer.data.files.layouts import RowLayouts
 from veneer.data.files.places import ResolvedSets
 from veneer.data.files.sources import iterate_rows
-from veneer.data.split import BY_THRESHOLD, Holds, Split, by_threshold
+from veneer.data.split import BY_COUNT, BY_THRESHOLD, Holds, Split, by_threshold
 from veneer.data.teacher import teacher_example, teacher_fault
 from veneer.data.teacher_text import TeacherText
 from veneer.data.template.encoded_row import EncodedRow
@@ -47,31 +48,53 @@ become arrays."""
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How rows become examples.
+
+    length       longest row, tokens; data.long_rows says what happens to longer ones
+    capacity     of the model: no row is longer than its positions, whatever `length` says
+    preamble     variables of the template, and a system turn for conversations without one
+    held_out_by  how rows are held out (split.py)
+    kind         what the rows must hold
+    teacher      text that a teacher reads besides each row; None without a teacher
+    head         the score head of rows with labels; if it names no labels, those of the rows are
+                 taken
+    sets         remembers the files of each set
+    """
+
+    length: int
+    capacity: Capacity
+    preamble: Preamble = NONE
+    held_out_by: str = BY_COUNT
+    kind: RowKind = "answers"
+    teacher: TeacherText | None = None
+    head: HeadSettings | None = None
+    sets: ResolvedSets = field(default_factory=ResolvedSets)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a row may have."""
+        return min(self.length, self.capacity.positions or self.length)
+
+
+@dataclass(frozen=True)
 class SetEncoder:
     """Reads sets and makes examples; faults go to `findings`."""
 
     data: DataConfig
     template: ChatTemplate
-    preamble: Preamble
-    length: int
+    reading: Reading
     findings: Findings
-    sets: ResolvedSets
-    kind: RowKind
-    teacher: TeacherText | None = None
-    positions: int | None = None
-    """Positions of the base, which limit the teacher's text; None: unlimited."""
-    head: HeadSettings | None = None
-    """Settings of the score head that learns the labels; None for rows without labels."""
     numbers: Iterator[int] = field(default_factory=count)
     """The next row's number. It tells rows apart; a hash of their content would merge equal
     neighbours."""
 
-    def choose_held_out(self, data_set: SetConfig, split: Split, held_out_by: str) -> Holds:
+    def choose_held_out(self, data_set: SetConfig, split: Split) -> Holds:
         """Chooses the rows of the set to hold out."""
         share = self.data.validation_share
         if self.data.validation_sets or not share:
             return lambda row: False
-        if held_out_by == BY_THRESHOLD:
+        if self.reading.held_out_by == BY_THRESHOLD:
             return by_threshold(share)
         rows = self._rows(data_set)
         return split.hold_out((prompt_key(row) for row in rows if isinstance(row, Row)), share)
@@ -104,8 +127,8 @@ class SetEncoder:
             data_set.path,
             data_set.format or self.data.format,
             data_set.map or self.data.map,
-            self.sets,
-            self.kind,
+            self.reading.sets,
+            self.reading.kind,
         )
 
     def encode(self, rows: Sequence[Row], collector: ExampleCollector) -> None:
@@ -117,7 +140,7 @@ class SetEncoder:
         results = iter(
             self.template.encode_rows(list(chain(*conversations)), train_on=self.data.train_on)
         )
-        read_label = None if self.head is None else label_reader(self.head)
+        read_label = None if self.reading.head is None else label_reader(self.reading.head)
         for row, key, answers in zip(rows, keys, conversations, strict=True):
             encodings: list[list[EncodedRow]] = []
             problems: list[Problem] = []
@@ -137,7 +160,7 @@ class SetEncoder:
                     self._add_label(row, key, encodings[0][0], label, collector)
             elif row.others or row.liked is not None:
                 self._add_preference(row, key, answers, encodings, collector)
-            elif self.teacher is not None:
+            elif self.reading.teacher is not None:
                 own, teacher = encodings
                 self._add_taught(answers[0], key, own, teacher, collector)
             else:
@@ -145,14 +168,14 @@ class SetEncoder:
 
     def _conversations(self, row: Row) -> list[Row]:
         """Returns a row for each answer, or one for the student and one for the teacher."""
-        if self.teacher is None:
+        if self.reading.teacher is None:
             return conversations_of(row)
-        return [row, self.teacher.extend(row, has_template=bool(self.template.source))]
+        return [row, self.reading.teacher.extend(row, has_template=bool(self.template.source))]
 
     def _with_preamble(self, row: Row) -> Row:
         if not row.messages:
             return row
-        return replace(row, messages=self.preamble.opening(row.messages))
+        return replace(row, messages=self.reading.preamble.opening(row.messages))
 
     def _add_preference(
         self,
@@ -212,7 +235,7 @@ class SetEncoder:
         collector: ExampleCollector,
     ) -> None:
         """Adds a row's examples, and one more for each of them, which the teacher reads."""
-        if fault := teacher_fault(row, encodings, teacher, self.positions):
+        if fault := teacher_fault(row, encodings, teacher, self.reading.capacity.positions):
             self.findings.problems.append(row.ref.problem("D118", fault))
             return
         parts = self._answer_parts(row, key, encodings)
@@ -247,7 +270,7 @@ class SetEncoder:
 
         rows, kinds: of each example
         """
-        findings, length, long_rows = self.findings, self.length, self.data.long_rows
+        findings, length, long_rows = self.findings, self.reading.longest, self.data.long_rows
         whole = rows[-1]
         # All that findings need.
         reference = Row(whole.ref, [], text=None if whole.text is None else "")

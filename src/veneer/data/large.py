@@ -21,20 +21,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
-from veneer.adapters.labels import HeadSettings
-from veneer.adapters.preamble import NONE, Preamble
+from veneer.adapters.preamble import Preamble
 from veneer.data.checks.check import CheckReport, refuse
 from veneer.data.checks.tally import Tally
 from veneer.data.collector import ExampleCollector, SetSize
 from veneer.data.config import DataConfig
-from veneer.data.examples import Capacity, Example, Problem, Row, RowKind, RowRef
+from veneer.data.encoder import Reading
+from veneer.data.examples import Example, Problem, Row, RowRef
 from veneer.data.files.on_disk import ExampleWriter, StoredExamples
 from veneer.data.files.places import ResolvedSets
 from veneer.data.files.unused import DESCRIPTION, lock_of, use
 from veneer.data.load import DataSet, load_data, read_data
 from veneer.data.mixture import Mixture
-from veneer.data.split import BY_COUNT
-from veneer.data.teacher_text import TeacherText
 from veneer.data.template.template import ChatTemplate
 from veneer.errors import ConfigError, DataError, VeneerError
 from veneer.files.atomic import atomic_folder, verify_manifest, write_manifest
@@ -60,41 +58,31 @@ Say = Callable[[str], None]
 
 def training_data(
     data: DataConfig,
-    *,
-    length: int,
-    capacity: Capacity,
+    reading: Reading,
     tokenizer: Any,
+    *,
     today: date | None = None,
-    preamble: Preamble = NONE,
-    held_out_by: str = BY_COUNT,
     resumes: bool = False,
-    kind: RowKind = "answers",
-    teacher: TeacherText | None = None,
-    head: HeadSettings | None = None,
     say: Say = lambda line: None,
 ) -> DataSet:
     """Loads a run's data like load_data; tokens of large sets of answers are kept in files.
 
-    `data.tokens` can force either. say: receives lines for the screen. kind: what the rows hold.
-    teacher: text that a teacher reads besides each row. head: the score head of rows with labels
+    `data.tokens` can force either. say: receives lines for the screen.
     """
-    options: dict[str, Any] = {"length": length, "capacity": capacity, "preamble": preamble}
-    options |= {"held_out_by": held_out_by, "sets": ResolvedSets()}
-    one_each = kind == "answers" and teacher is None
+    one_each = reading.kind == "answers" and reading.teacher is None
     if not one_each and data.tokens == "files":
-        rows = kind if teacher is None else "a teacher"
+        rows = reading.kind if reading.teacher is None else "a teacher"
         raise ConfigError(
             f"tokens of {rows} cannot be kept in files", next_step="Set data.tokens to memory."
         )
-    if not one_each or not _uses_files(data, options["sets"]):
-        options |= {"kind": kind, "teacher": teacher, "head": head}
-        return load_data(data, tokenizer=tokenizer, today=today, resumes=resumes, **options)
-    template = ChatTemplate(tokenizer, today=today, variables=preamble.variables)
-    folder = tokens_folder() / _set_name(data, template, **options)
+    if not one_each or not _uses_files(data, reading.sets):
+        return load_data(data, reading, tokenizer, today=today, resumes=resumes)
+    template = ChatTemplate(tokenizer, today=today, variables=reading.preamble.variables)
+    folder = tokens_folder() / _set_name(data, reading, template)
     use(folder)  # protects it from removal while it is checked
     data_set = _load_if_valid(folder)
     if data_set is None:
-        data_set = _load_or_build(folder, data, template, say, **options)
+        data_set = _load_or_build(folder, data, reading, template, say)
     else:
         say(f"tokens found in {folder}")
     refuse(data_set.report, data.called, resumes=resumes)
@@ -117,23 +105,14 @@ def _uses_files(data: DataConfig, sets: ResolvedSets) -> bool:
     return total >= LARGE_BYTES
 
 
-def _set_name(
-    data: DataConfig,
-    template: ChatTemplate,
-    *,
-    length: int,
-    capacity: Capacity,
-    preamble: Preamble,
-    held_out_by: str,
-    sets: ResolvedSets,
-) -> str:
+def _set_name(data: DataConfig, reading: Reading, template: ChatTemplate) -> str:
     """Hashes everything that the tokens depend on."""
     files = [
         [
             data_set.model_dump(),
             [
                 [row_file.name, file_hash(row_file.path)]
-                for row_file in sets.find_files(data_set.path)
+                for row_file in reading.sets.find_files(data_set.path)
                 if row_file.path.is_file()
             ],
         ]
@@ -146,15 +125,15 @@ def _set_name(
         "versions": [version(name) for name in ("veneer", "transformers", "tokenizers")],
         "sets": files,
         "held out": len(data.validation_sets),
-        "held out by": held_out_by,
+        "held out by": reading.held_out_by,
         "settings": data.model_dump(mode="json", exclude=_IRRELEVANT_SETTINGS),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "template": template.source,
-        "told": [preamble.system, dict(preamble.variables)],
+        "told": [reading.preamble.system, dict(reading.preamble.variables)],
         "day": template.today.isoformat() if template.writes_date else None,
-        "length": length,
-        "capacity": asdict(capacity),
+        "length": reading.length,
+        "capacity": asdict(reading.capacity),
     }
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -182,7 +161,7 @@ class _FileCollector(ExampleCollector):
 
 
 def _load_or_build(
-    folder: Path, data: DataConfig, template: ChatTemplate, say: Say, **options: Any
+    folder: Path, data: DataConfig, reading: Reading, template: ChatTemplate, say: Say
 ) -> DataSet:
     """Builds the set, unless another process builds it first."""
     started = time.monotonic()
@@ -193,7 +172,7 @@ def _load_or_build(
         if folder.exists():
             say(f"tokens in {folder} are damaged")
         say(f"tokens of a large set are put into files once, in {folder}")
-        _build(folder, data, template, say, **options)
+        _build(folder, data, reading, template, say)
         data_set = _load_if_valid(folder)
         assert data_set is not None
         say(f"built in {time.monotonic() - started:.0f} s")
@@ -201,7 +180,7 @@ def _load_or_build(
 
 
 def _build(
-    folder: Path, data: DataConfig, template: ChatTemplate, say: Say, **options: Any
+    folder: Path, data: DataConfig, reading: Reading, template: ChatTemplate, say: Say
 ) -> None:
     started = last_message = time.monotonic()
 
@@ -215,9 +194,9 @@ def _build(
         training, validation = (
             _FileCollector.into(partial / name, template) for name in ("train", "validation")
         )
-        data_set = read_data(data, template, training, validation, say=progress, **options)
+        data_set = read_data(data, reading, template, training, validation, say=progress)
         (partial / DESCRIPTION).write_text(json.dumps(_as_json(data_set)), encoding="utf-8")
-        if _set_name(data, template, **options) != folder.name:
+        if _set_name(data, reading, template) != folder.name:
             raise DataError(
                 f"the rows of {data.called} changed while they were read",
                 next_step="Start again when nothing writes to them.",

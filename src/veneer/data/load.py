@@ -24,14 +24,12 @@ from veneer.data.checks.closer import look_closer
 from veneer.data.checks.tally import Tally
 from veneer.data.collector import ExampleCollector, SetSize
 from veneer.data.config import DataConfig
-from veneer.data.encoder import SetEncoder
-from veneer.data.examples import Capacity, Example, Problem, Row, RowKind, grouped
+from veneer.data.encoder import Reading, SetEncoder
+from veneer.data.examples import Example, Problem, Row, grouped
 from veneer.data.files.labels import label_problems, with_labels
-from veneer.data.files.places import ResolvedSets
 from veneer.data.mismatched import add_mismatched
 from veneer.data.mixture import Mixture, mix_sets
-from veneer.data.split import BY_COUNT, Split
-from veneer.data.teacher_text import TeacherText
+from veneer.data.split import Split
 from veneer.data.template.template import ChatTemplate
 from veneer.errors import ConfigError
 
@@ -67,95 +65,43 @@ class DataSet:
 
 def load_data(
     data: DataConfig,
-    *,
-    length: int,
-    capacity: Capacity,
+    reading: Reading,
     tokenizer: Any,
+    *,
     today: date | None = None,
-    preamble: Preamble = NONE,
-    held_out_by: str = BY_COUNT,
     purpose: str = "trained on",
     resumes: bool = False,
-    sets: ResolvedSets | None = None,
-    kind: RowKind = "answers",
-    teacher: TeacherText | None = None,
-    head: HeadSettings | None = None,
 ) -> DataSet:
     """Loads the examples of a run. Raises DataError with everything that prevents it from starting.
 
-    length     longest row, tokens; data.long_rows says what happens to longer ones
-    capacity   of the model: no row is longer than its positions, whatever `length` says
-    today      the date that chat templates may write: the same date gives the same tokens
-    preamble   variables of the template, and a system turn for conversations without one
-    held_out_by   how rows are held out (split.py)
-    purpose    what the rows are used for, as errors name it
-    resumes    the run has started with these rows before
-    sets       remembers the files of each set
-    kind       what the rows must hold
-    teacher    text that a teacher reads besides each row; None without a teacher
-    head       the score head of rows with labels; if it names no labels, those of the rows are
-               taken
+    today    the date that chat templates may write: the same date gives the same tokens
+    purpose  what the rows are used for, as errors name it
+    resumes  the run has started with these rows before
     """
-    data_set = examine_data(
-        data,
-        length=length,
-        capacity=capacity,
-        tokenizer=tokenizer,
-        today=today,
-        preamble=preamble,
-        held_out_by=held_out_by,
-        sets=sets,
-        kind=kind,
-        teacher=teacher,
-        head=head,
-    )
+    data_set = examine_data(data, reading, tokenizer, today=today)
     refuse(data_set.report, data.called, purpose, resumes=resumes)
     return data_set
 
 
 def examine_data(
-    data: DataConfig,
-    *,
-    length: int,
-    capacity: Capacity,
-    tokenizer: Any,
-    today: date | None = None,
-    preamble: Preamble = NONE,
-    held_out_by: str = BY_COUNT,
-    sets: ResolvedSets | None = None,
-    kind: RowKind = "answers",
-    teacher: TeacherText | None = None,
-    head: HeadSettings | None = None,
+    data: DataConfig, reading: Reading, tokenizer: Any, *, today: date | None = None
 ) -> DataSet:
     """Loads data like load_data, but reports faults and keeps the remaining rows.
 
     Raises DataError only if nothing can be checked: a set is not found, or the tokenizer is
     unusable.
     """
-    template = ChatTemplate(tokenizer, today=today, variables=preamble.variables)
+    template = ChatTemplate(tokenizer, today=today, variables=reading.preamble.variables)
     training, validation = (ExampleCollector(Tally(frozenset(template.stop_ids))) for _ in range(2))
-    options: dict[str, Any] = {
-        "length": length,
-        "capacity": capacity,
-        "preamble": preamble,
-        "held_out_by": held_out_by,
-        "kind": kind,
-        "teacher": teacher,
-        "head": head,
-    }
-    return read_data(data, template, training, validation, sets=sets or ResolvedSets(), **options)
+    return read_data(data, reading, template, training, validation)
 
 
-def examine_closely(
-    data: DataConfig, *, length: int, capacity: Capacity, tokenizer: Any, preamble: Preamble = NONE
-) -> DataSet:
+def examine_closely(data: DataConfig, reading: Reading, tokenizer: Any) -> DataSet:
     """Examines answers or pairs, and reports near-duplicates and personal data too.
 
     Raises what examine_data raises.
     """
-    data_set = examine_data(
-        data, length=length, capacity=capacity, tokenizer=tokenizer, preamble=preamble, kind="any"
-    )
+    data_set = examine_data(data, replace(reading, kind="any"), tokenizer)
     kept, held_out = (
         [row for row, example in zip(rows, examples, strict=True) if example.kind != "rejected"]
         for rows, examples in (
@@ -169,18 +115,11 @@ def examine_closely(
 
 def read_data(
     data: DataConfig,
+    reading: Reading,
     template: ChatTemplate,
     training: ExampleCollector,
     validation: ExampleCollector,
     *,
-    length: int,
-    capacity: Capacity,
-    preamble: Preamble,
-    held_out_by: str,
-    sets: ResolvedSets,
-    kind: RowKind = "answers",
-    teacher: TeacherText | None = None,
-    head: HeadSettings | None = None,
     say: Callable[[int], None] = lambda rows: None,
 ) -> DataSet:
     """Reads the rows of all sets into training and validation examples.
@@ -188,17 +127,17 @@ def read_data(
     say: called with the number of rows read so far. A set from which rows are held out is read
     twice, because the choice depends on all of its prompts.
     """
-    requested_length, length = length, min(length, capacity.positions or length)
+    capacity, length, head = reading.capacity, reading.longest, reading.head
     findings, total, split = Findings(), 0, Split()
-    positions = capacity.positions
-    encoder = SetEncoder(data, template, preamble, length, findings, sets, kind, teacher, positions)
+    encoder = SetEncoder(data, template, reading, findings)
     if head is not None:
-        encoder = replace(encoder, head=with_labels(head, encoder.training_rows()))
-        findings.problems += label_problems(encoder.head, data.called)
+        head = with_labels(head, encoder.training_rows())
+        encoder = replace(encoder, reading=replace(reading, head=head))
+        findings.problems += label_problems(head, data.called)
     with _manual_collection() as collect:
         for data_set in data.train_sets:
             read = out = 0
-            is_held_out = encoder.choose_held_out(data_set, split, held_out_by)
+            is_held_out = encoder.choose_held_out(data_set, split)
             for rows in encoder.scan(data_set):
                 read += len(rows)
                 held_out = [row for row in rows if is_held_out(row)]
@@ -221,7 +160,7 @@ def read_data(
     if template.writes_date and training.chats:
         message = f"the chat template writes the date: rows are tokenised as on {template.today}"
         findings.problems.append(Problem("D213", data.called, message, fatal=False))
-    if kind == "ratings":
+    if reading.kind == "ratings":
         findings.problems += add_mismatched(training, length, spare=training.close())
         findings.problems += add_mismatched(validation, length, spare=training.close())
     train_examples, validation_examples = training.close(), validation.close()
@@ -238,7 +177,7 @@ def read_data(
         validation.tally,
         findings=findings,
         length=length,
-        by_model=length < requested_length,
+        by_model=length < reading.length,
         long_rows=data.long_rows,
         stop_tokens=[template.tokenizer.decode([number]) for number in template.stop_ids],
     )
@@ -254,7 +193,7 @@ def read_data(
         mixture,
         training.sets,
         validation.sets,
-        head=encoder.head,
+        head=head,
     )
 
 

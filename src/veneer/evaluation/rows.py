@@ -11,6 +11,7 @@ from veneer.adapters.labels import HeadSettings
 from veneer.adapters.placement.acting import score_head_of
 from veneer.adapters.preamble import Preamble
 from veneer.data.config import DataConfig
+from veneer.data.encoder import Reading
 from veneer.data.examples import Example, Row, RowKind, RowRef
 from veneer.data.files.writing import ROWS_NAME, Record, as_set, is_rows
 from veneer.data.load import DataSet, load_data
@@ -74,14 +75,16 @@ def load_row_set(
         )
         loaded = load_data(
             fields,
-            length=options.length,
-            capacity=capacity_of(base),
-            tokenizer=base.acting_tokenizer,
-            preamble=preamble,
+            Reading(
+                options.length,
+                capacity_of(base),
+                preamble,
+                kind=kind if head is None else "labels",
+                teacher=teacher,
+                head=head,
+            ),
+            base.acting_tokenizer,
             purpose=purpose,
-            kind=kind if head is None else "labels",
-            teacher=teacher,
-            head=head,
         )
     if not is_rows(data):
         return loaded

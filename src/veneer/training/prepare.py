@@ -20,6 +20,7 @@ from veneer.bases.folder.score_head import classifier_class
 from veneer.data.activation import refuse_without_activation
 from veneer.data.batching import RowSpans
 from veneer.data.checks.check import refuse_beyond
+from veneer.data.encoder import Reading
 from veneer.data.examples import Example
 from veneer.data.large import training_data
 from veneer.data.load import DataSet
@@ -270,16 +271,18 @@ def _load_rows(
 ) -> DataSet:
     return training_data(
         config.data,
-        length=config.length,
-        capacity=room_with(capacity_of(base), new_tokens),
-        tokenizer=extended(base.tokenizer, config.new_tokens),
+        Reading(
+            config.length,
+            room_with(capacity_of(base), new_tokens),
+            Preamble(variables=config.template.variables),
+            HELD_OUT_BY if started is None else started.held_out_by,
+            config.objective.rows,
+            teacher,
+            config.objective.head,
+        ),
+        extended(base.tokenizer, config.new_tokens),
         today=day,
-        preamble=Preamble(variables=config.template.variables),
-        held_out_by=HELD_OUT_BY if started is None else started.held_out_by,
         resumes=started is not None,
-        kind=config.objective.rows,
-        teacher=teacher,
-        head=config.objective.head,
         say=say,
     )
 
