@@ -237,7 +237,8 @@ def signature(call: BfclEntry) -> str:
     """Returns the function on one line: `area(base: integer, unit: string = optional) # Area of a
     triangle.`"""
     parameters = ", ".join(_declaration(parameter) for parameter in call.parameters)
-    return f"{call.function}({parameters}) # {_first_sentence(call.description)}"
+    first_sentence = re.split(r"(?<=\.)\s", call.description.strip(), maxsplit=1)[0]
+    return f"{call.function}({parameters}) # {first_sentence}"
 
 
 def _declaration(parameter: Parameter) -> str:
@@ -252,10 +253,6 @@ def _type(parameter: Parameter) -> str:
     if parameter.fields:
         return "{" + ", ".join(f"{field.name}: {_type(field)}" for field in parameter.fields) + "}"
     return parameter.type
-
-
-def _first_sentence(text: str) -> str:
-    return re.split(r"(?<=\.)\s", text.strip(), maxsplit=1)[0]
 
 
 def answer(call: BfclEntry) -> str:

@@ -163,8 +163,8 @@ class SetEncoder:
             elif self.reading.teacher is not None:
                 own, teacher = encodings
                 self._add_taught(answers[0], key, own, teacher, collector)
-            else:
-                self._add_examples(answers[0], key, encodings[0], collector)
+            elif parts := self._answer_parts(answers[0], key, encodings[0]):
+                collector.add(answers[0], parts)
 
     def _conversations(self, row: Row) -> list[Row]:
         """Returns a row for each answer, or one for the student and one for the teacher."""
@@ -220,12 +220,6 @@ class SetEncoder:
             example.ids[-1], example.trained[-1] = PLACEHOLDER, True
             collector.add(row, [(part_row, replace(example, label=label, query=query))])
 
-    def _add_examples(
-        self, row: Row, key: int, encodings: Sequence[EncodedRow], collector: ExampleCollector
-    ) -> None:
-        if parts := self._answer_parts(row, key, encodings):
-            collector.add(row, parts)
-
     def _add_taught(
         self,
         row: Row,
@@ -254,7 +248,8 @@ class SetEncoder:
         rows = [
             row
             if encoding.upto in (None, len(row.messages))
-            else _first_messages(row, encoding.upto)
+            # Cut after one of its answers. Further correct answers belong to the last answer.
+            else replace(row, messages=row.messages[: encoding.upto], references=())
             for encoding in encodings
         ]
         return self._parts(rows, key, encodings, ["answer"] * len(rows))
@@ -323,11 +318,6 @@ def preference_fault(encodings: Sequence[Sequence[EncodedRow]]) -> str | None:
     if any(prompt != prompts[0] for prompt in prompts):
         return "the chat template renders the prompt differently before each answer"
     return None
-
-
-def _first_messages(row: Row, count: int) -> Row:
-    """Cuts the row after one of its answers. Further correct answers belong to the last answer."""
-    return replace(row, messages=row.messages[:count], references=())
 
 
 def _example(row: Row, key: int, encoding: EncodedRow, size: int) -> Example:

@@ -79,7 +79,10 @@ def _widened(batch: Batch, longest: int) -> Batch:
     assert batch.mask is not None
     row, column = batch.loss_rows // length, batch.loss_rows % length
     active = [
-        slice(start := run.start // length * longest + run.start % length, start + _size(run))
+        slice(
+            start := run.start // length * longest + run.start % length,
+            start + run.stop - run.start,
+        )
         for run in batch.active or ()
     ]
     return replace(
@@ -92,10 +95,6 @@ def _widened(batch: Batch, longest: int) -> Batch:
         group_rows=(count * longest,),
         active=None if batch.active is None else tuple(active),
     )
-
-
-def _size(run: slice) -> int:
-    return int(run.stop - run.start)
 
 
 def _with_rows(batch: Batch, count: int) -> Batch:

@@ -123,7 +123,7 @@ class RecordedSteps:
         self._seen, seen = True, self._seen
         # An engine makes its blocks in its first step. In the memory of a recording, replayed calls
         # would write over them.
-        if not seen or not paged_step.keys.layers or _have_hooks(called := modules()):
+        if not seen or not paged_step.keys.layers or any(map(has_hooks, called := modules())):
             return layers(inputs, paged_step)
         self._snapshot = self._snapshot or Snapshot(called)
         return self._record(inputs, paged_step, layers, find_ends)
@@ -342,7 +342,3 @@ class _RecordedStep:
 def _first(tensor: Tensor, rows: int) -> Tensor:
     """Returns the first rows of a tensor whose memory has space for them."""
     return tensor.as_strided((rows, *tensor.shape[1:]), tensor.stride())
-
-
-def _have_hooks(modules: Sequence[nn.Module]) -> bool:
-    return any(has_hooks(module) for module in modules)

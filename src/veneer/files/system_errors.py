@@ -109,7 +109,8 @@ def refusal(
     is_inner = (
         isinstance(fault_path, str)
         and location.name not in fault_path
-        and not _is_temporary(fault_path)
+        # Temporary names mean nothing to a user.
+        and not (".partial-" in fault_path or "/.tmp" in fault_path)
     )
     return InputError(
         f"{subject} cannot be {'read' if reading else 'written'}: {message}",
@@ -150,8 +151,3 @@ def free_bytes(path: str | Path) -> int:
         except OSError:
             continue
     return 0
-
-
-def _is_temporary(name: str) -> bool:
-    """Whether it is a temporary name, which means nothing to a user."""
-    return ".partial-" in name or "/.tmp" in name

@@ -68,9 +68,9 @@ def load_adapter(
     if misfits:
         misfit_lines = first_lines(misfits, MAX_UNFIT if faults else MAX_UNFIT_ALONE)
         made_for = f"; it was made for {stored.name_or_path}" if stored.name_or_path else ""
+        share = f", {fit.concerned} of {len(stored.tensors)} tensors" if fit.concerned else ""
         raise AdapterMismatchError(
-            f"adapter {name!r} does not fit"
-            f" {base.source}{_concerned_share(fit.concerned, stored)}{made_for}",
+            f"adapter {name!r} does not fit {base.source}{share}{made_for}",
             [*first_lines(faults + text_faults, MAX_DIFFERENT), *misfit_lines],
             (
                 f"Load it on {stored.name_or_path}."
@@ -174,10 +174,6 @@ def _fill(attachment: Attachment, values: Mapping[str, Tensor], *, take: bool) -
             parameter.data = value
         else:
             parameter.copy_(value)
-
-
-def _concerned_share(concerned: int, stored: StoredAdapter) -> str:
-    return f", {concerned} of {len(stored.tensors)} tensors" if concerned else ""
 
 
 def _check_scaling(stored: StoredAdapter, scaling: Mapping[str, float]) -> None:

@@ -162,15 +162,12 @@ def _non_finite_tensors(model: PreTrainedModel) -> list[str]:
         if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta
     ]
     # The extremes are NaN if any value is; all are copied from the device at once.
-    finite_flags = [torch.isfinite(_extremes(tensor)).all() for _, tensor in tensors]
+    extremes = (torch.stack(torch.aminmax(whole(tensor).detach())) for _, tensor in tensors)
+    finite_flags = [torch.isfinite(ends).all() for ends in extremes]
     if not finite_flags:
         return []
     finite = torch.stack([flag.to(model.device) for flag in finite_flags]).tolist()
     return [name for (name, _), is_finite in zip(tensors, finite, strict=True) if not is_finite]
-
-
-def _extremes(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.stack(torch.aminmax(whole(tensor).detach()))
 
 
 def _without_numbers(name: str) -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -135,7 +135,8 @@ class Fingerprint:
         ]
         config = stored.get("config")
         if isinstance(config, dict) and not (
-            config.keys() == {"set", "default"} and _are_dicts(config.values())
+            config.keys() == {"set", "default"}
+            and all(isinstance(value, dict) for value in config.values())
         ):
             faults.append("config has other parts than set and default, or they are not objects")
         if stored.get("values_hash") == "":
@@ -200,10 +201,6 @@ _LABELS = {
     "weights_hash": "values of the weights",
     "values_hash": "values of the weights",
 }
-
-
-def _are_dicts(values: Iterable[object]) -> bool:
-    return all(isinstance(value, dict) for value in values)
 
 
 def _format_value(value: JsonValue) -> str:

@@ -54,7 +54,7 @@ def weight_table(model: PreTrainedModel) -> list[WeightGroup]:
         format_name = (
             module.packed_format
             if isinstance(module, PackedModule)
-            else _dtype_name(tensors[0][1].dtype)
+            else str(tensors[0][1].dtype).removeprefix("torch.")
         )
         row = rows.setdefault((_kind_of_module(module, head), format_name), [0, 0, 0])
         row[0] += 1
@@ -78,10 +78,6 @@ def _kind_of_module(module: nn.Module, head: nn.Module | None) -> str:
     if isinstance(module, PackedLinear | nn.Linear) or is_transposed_linear(module):
         return "linear layers"
     return "norms and others"
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def packed_sizes(model: PreTrainedModel) -> tuple[PackedSize, ...]:

@@ -148,7 +148,8 @@ class _Quantizer(HfQuantizer):
             or (packed is None and book is None)
             or target in self.stays_dense
         )
-        dense_shape = tuple(_dense_module(module).get_parameter(name).shape)
+        dense = module._plain[0] if isinstance(module, HeldExperts) else module
+        dense_shape = tuple(dense.get_parameter(name).shape)
         transposed = is_transposed_linear(module) and not (stays_dense and packed is None)
         shape = tuple(value.shape) if isinstance(value, Tensor) else value.weight.shape
         if isinstance(value, Tensor) and transposed:
@@ -210,10 +211,6 @@ def _entry_names(entry: str, path: str, target: str) -> bool:
     """Whether an entry of keep_dense names this module, a parent of it, or its parameter."""
     parents = [path[:position] for position, character in enumerate(path) if character == "."]
     return any(ends_with(name, entry) for name in (target, path, *parents))
-
-
-def _dense_module(module: nn.Module) -> nn.Module:
-    return module._plain[0] if isinstance(module, HeldExperts) else module
 
 
 def _install(model: PreTrainedModel, path: str, name: str, weight: PackedWeight) -> None:

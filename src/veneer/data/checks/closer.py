@@ -86,14 +86,15 @@ def _near_duplicates(train: Sequence[Row], held_out: Sequence[Row]) -> list[Prob
     )
     message = "held out, and nearly the same prompt is trained on (a leak, likely)"
     return [
-        row.ref.problem("D223", message, fatal=False, detail=_pair(row, train[match[0]], match[1]))
+        row.ref.problem(
+            "D223",
+            message,
+            fatal=False,
+            detail=f"{row.ref} is {percent(match[1], 1)} like {train[match[0]].ref}, for instance",
+        )
         for row, match in zip(new_rows, matches, strict=True)
         if match is not None
     ]
-
-
-def _pair(row: Row, other_row: Row, share: float) -> str:
-    return f"{row.ref} is {percent(share, 1)} like {other_row.ref}, for instance"
 
 
 def _contradictions(train: Sequence[Row]) -> list[Problem]:

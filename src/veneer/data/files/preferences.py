@@ -61,7 +61,9 @@ def _with_prompt(record: Record) -> tuple[Record, list[tuple[str, Any]]]:
     whole = {
         name: parse_messages(answer, name)
         for name, answer in answers.items()
-        if isinstance(answer, list) and answer and _role(answer[0]) != "assistant"
+        if isinstance(answer, list)
+        and answer
+        and not (isinstance(answer[0], dict) and answer[0].get("role") == "assistant")
     }
     prompt = record.get("prompt")
     if len(whole) < 2:
@@ -91,10 +93,6 @@ def _with_prompt(record: Record) -> tuple[Record, list[tuple[str, Any]]]:
         {**record, "prompt": common},
         [(name, messages[len(common) :]) for name, messages in whole.items()],
     )
-
-
-def _role(message: Any) -> Any:
-    return message.get("role") if isinstance(message, dict) else None
 
 
 def _common_messages(chosen: Sequence[Record], rejected: Sequence[Record]) -> list[Record]:

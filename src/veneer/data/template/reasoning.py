@@ -33,11 +33,6 @@ def thought_in(message: Mapping[str, Any]) -> str:
     return match[1].strip() if match else ""
 
 
-def opens_reasoning(prompt: str) -> bool:
-    """Whether the prompt ends with the mark that opens reasoning."""
-    return bool(opening_mark(prompt))
-
-
 def opening_mark(prompt: str) -> str:
     """Returns the mark that opens reasoning at the end of the prompt, with the space after it;
     empty if none."""

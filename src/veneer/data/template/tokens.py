@@ -126,7 +126,7 @@ class TextTokenizer:
             for anchor in self._anchor_names.finditer(marked.text, last, border):
                 check_start, repeated = anchor.start(), 0
             repeated += max(last - check_start, 0)
-            if repeated > MOST_REPEATED and self._can_continue:
+            if repeated > MOST_REPEATED and self._continuation[0]:
                 starts.append(border)
                 check_start, repeated = border, 0
             last = border
@@ -299,10 +299,6 @@ class TextTokenizer:
         text; a lead that is removed again prevents that."""
         lead, count = self._continuation
         return self.ids([lead + text])[0][count:]
-
-    @property
-    def _can_continue(self) -> bool:
-        return self._continuation[0] != ""
 
     @property
     def _continuation(self) -> tuple[str, int]:

@@ -17,7 +17,7 @@ from veneer.data.examples import Row, RowFault, TrainOn
 from veneer.data.template.reasoning import (
     Reasons,
     forbids_reasoning,
-    opens_reasoning,
+    opening_mark,
     reasons_of,
     thought_in,
     with_reasoning,
@@ -155,7 +155,7 @@ def _trained_turn(chat: Conversation, number: int, show: Show) -> tuple[tuple[in
             " This one reasons, and the prompt forbids it: template: {variables: {enable_thinking:"
             " true}}?"
         )
-    elif not thought and opens_reasoning(prompt):
+    elif not thought and opening_mark(prompt):
         step += (
             " This one does not reason, and the prompt opens it: template: {variables:"
             " {enable_thinking: false}}?"

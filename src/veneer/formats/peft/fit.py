@@ -57,7 +57,11 @@ def fit(
     if faults:
         return Fit(None, faults=faults)
     if config.use_dora and (
-        unsupported := [slot.key for slot in slots if _is_experts_or_router(slot, modules)]
+        unsupported := [
+            slot.key
+            for slot in slots
+            if slot.kind == "experts" or matrix_shape(modules[slot.owner]) is not None
+        ]
     ):
         return Fit(
             None,
@@ -129,10 +133,6 @@ def _slots(
         named = (slot_of(path, modules) for path in adapted_modules(tensors) if path not in known)
         slots += [slot for slot in named if slot is not None]
     return slots
-
-
-def _is_experts_or_router(slot: Slot, modules: Modules) -> bool:
-    return slot.kind == "experts" or matrix_shape(modules[slot.owner]) is not None
 
 
 def _drop_zero_updates(

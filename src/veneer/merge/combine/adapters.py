@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from veneer.adapters.combinations import ACTIVATION, refuse_answers, refuse_combining
+from veneer.adapters.combinations import ACTIVATION, refuse_answers
 from veneer.adapters.config import LowRank
 from veneer.adapters.methods.lora import Kind, LoRALayer
 from veneer.adapters.placement.attachment import Attachment
@@ -75,11 +75,6 @@ def fit_adapter(stored: StoredAdapter, model: nn.Module) -> Fit:
             f"It was made for {stored.name_or_path}: name that base.",
         )
     return fit
-
-
-def refuse_no_sum(stored: StoredAdapter) -> None:
-    """Raises RefusedError for an adapter that cannot be added to others, by its settings alone."""
-    refuse_combining([(str(stored.folder), stored.contents)])
 
 
 def _refuse_no_update(stored: StoredAdapter) -> None:

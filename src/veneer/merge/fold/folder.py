@@ -176,17 +176,13 @@ def merge_into_folder(
         report = MergeReport(
             Path(out), size, layout.dtype_name, stochastic, untied, weights, check, trained_check
         )
+        figures = report.to_dict()
+        del figures["out"], figures["bytes"]
         text = json.dumps(
-            {"format_version": 1, **(record or {}), **_without_place(report)},
-            indent=2,
-            sort_keys=True,
+            {"format_version": 1, **(record or {}), **figures}, indent=2, sort_keys=True
         )
         (partial / RECORD_NAME).write_text(text + "\n", encoding="utf-8")
     return report
-
-
-def _without_place(report: MergeReport) -> dict[str, Any]:
-    return {key: value for key, value in report.to_dict().items() if key not in ("out", "bytes")}
 
 
 class _FileLayout:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.adapters.combinations import refuse_combining
 from veneer.adapters.config import AdapterConfig
 from veneer.adapters.labels import HeadSettings
 from veneer.adapters.placement.attachment import Attachment
@@ -26,7 +27,6 @@ from veneer.errors import AdapterMismatchError, ConfigError, hide_path
 from veneer.formats.adapter import StoredAdapter, read_adapter
 from veneer.formats.loading import load_adapter
 from veneer.library.library import Library
-from veneer.merge.combine.adapters import refuse_no_sum
 from veneer.merge.combine.combine import Recipe
 from veneer.merge.combine.combine_run import combine_adapters
 from veneer.models.frozen_base import FrozenBase
@@ -113,7 +113,7 @@ def with_parent_settings(config: RunConfig) -> RunConfig:
         1.0
     ]:  # as _combine_parents adds them up
         for parent in stored:
-            refuse_no_sum(parent)
+            refuse_combining([(str(parent.folder), parent.contents)])
         settings = settings.of_rank(set_by_user.get("rank") or sum(rank or 0 for rank in ranks))
     return with_tokens(config).model_copy(update={"method": _merge_settings(settings, set_by_user)})
 
