@@ -220,8 +220,7 @@ def test_norms_before_and_behind_a_sum_are_their_references(dtype, width, kind):
     if len(kind) > 3:
         kind = *kind[:3], torch.randn(width).mul(kind[3]).to(dtype)
     norm, after = (
-        decoder_step.StepNorm(torch.randn(width).to(dtype), epsilon, *kind)
-        for epsilon in (1e-5, 1e-3)
+        decoder_step.Norm(torch.randn(width).to(dtype), epsilon, *kind) for epsilon in (1e-5, 1e-3)
     )
     assert decoder_step.usable(h)
     cases = [(None, norm, None), (delta, norm, None), (delta, norm, after), (delta, None, after)]
@@ -266,7 +265,7 @@ def test_the_calls_between_products_are_their_references(dtype, width):
         gate = torch.linspace(-most, most / 2, 5 * width).view(5, width).to(dtype)
         for activation in (SILU, GELU_TANH, GELU_ERF):
             ours = decoder_step.gate(gate, delta, activation)
-            theirs = decoder_step.gate_reference(gate, delta, activation)
+            theirs = decoder_step.gated_reference(gate, delta, activation)
             assert apart(ours.double(), theirs.double()) < BETWEEN[dtype]
             plain = decoder_step.gate(gate, None, activation)
             assert torch.equal(plain, decoder_step.gate(gate, torch.ones_like(gate), activation))
@@ -280,7 +279,7 @@ def test_the_calls_between_products_are_their_references(dtype, width):
 
 def test_values_of_several_types_take_the_plain_way():
     h, delta = torch.randn(3, 8), torch.randn(3, 8).bfloat16()
-    norm = decoder_step.StepNorm(torch.ones(8), 1e-5)
+    norm = decoder_step.Norm(torch.ones(8), 1e-5)
     ours = decoder_step.add_norm(h, delta, norm)
     theirs = decoder_step.add_norm_reference(h, delta, norm)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -21,8 +21,8 @@ from veneer.adapters.placement.wrapping import AdaptedModule
 from veneer.execution.attention import mask_of
 from veneer.execution.facts.layer_facts import FEED_FORWARD, Attention, DecoderLayer, Norm
 from veneer.execution.paged import PagedStep
+from veneer.kernels import rules
 from veneer.kernels.decoding import decoder_step
-from veneer.kernels.decoding.decoder_step import StepNorm
 from veneer.kernels.dense import few_rows
 from veneer.linear import FewRowsLinear
 from veneer.private.torch import children_of, has_hooks, parameters_of
@@ -235,10 +235,11 @@ def add_norm(
     return h, own(h[None])[0]
 
 
-def _operand(place: nn.Module | None, facts: Norm | None) -> StepNorm | None:
+def _operand(place: nn.Module | None, facts: Norm | None) -> rules.Norm | None:
     """Returns a norm for the kernels. Returns None if there is none, or its module computes it."""
     norm: Any = bare(place)
     if norm is None or facts is None:
         return None
     bias = parameters_of(norm).get("bias") if facts.is_centred else None
-    return StepNorm(norm.weight, facts.epsilon, facts.offset, facts.is_wide, facts.is_centred, bias)
+    kind = facts.epsilon, facts.offset, facts.is_wide, facts.is_centred
+    return rules.Norm(norm.weight, *kind, bias)

@@ -31,6 +31,7 @@ from veneer.execution.facts.layer_facts import (
 )
 from veneer.execution.facts.part_facts import find_feed_forward, find_norm
 from veneer.execution.stand_in import StandIn
+from veneer.kernels import rules
 from veneer.kernels.bindings.library import has_bf16
 from veneer.kernels.bindings.row_calls import SILU
 from veneer.kernels.dense.fused import gated, layer_norm, rms_norm, takes_layer_norm
@@ -67,14 +68,14 @@ class FusedNorm(StandIn):
             x, values["weight"], facts.epsilon, offset=facts.offset, is_wide=facts.is_wide
         )
 
-    def frozen(self) -> block_operands.Norm | None:
+    def frozen(self) -> rules.Norm | None:
         """Returns the norm for a block. Returns None if it trains, or rows have different
         weights."""
         values, facts = self.values_acting(), self.facts
         if values is None or any(value.requires_grad for value in values.values()):
             return None
         kind = facts.epsilon, facts.offset, facts.is_wide, facts.is_centred
-        return block_operands.Norm(values["weight"], *kind, values.get("bias"))
+        return rules.Norm(values["weight"], *kind, values.get("bias"))
 
     def values_acting(self) -> dict[str, Tensor] | None:
         """Returns weight and bias of all rows, trained or the base's own. Returns None if an

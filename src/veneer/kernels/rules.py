@@ -1,7 +1,9 @@
-"""The rules by which attention weighs keys: softmax(softcap(scale q k^T) + mask, sink) v."""
+"""The rules by which attention weighs keys, softmax(softcap(scale q k^T) + mask, sink) v, and those
+of norms."""
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,3 +38,27 @@ class AttentionRules:
             rising = min(length, max(0, most - before))  # rows that see one key more than the last
             pairs += rising * before + rising * (rising + 1) // 2 + (length - rising) * most
         return 2 * pairs * q.shape[1] * q.shape[2]
+
+
+class Norm(NamedTuple):
+    """(weight + offset) * x / sqrt(mean(x^2) + epsilon), rounded before it is multiplied by the
+    weight unless is_wide. Source: Zhang and Sennrich 2019, arXiv:1910.07467.
+
+    is_centred  LayerNorm, weight * (x - mean) / sqrt(variance + epsilon) + bias, rounded once
+    weight      (D); for q and k (S) if each head is normed, (H S) if all heads of a row are
+    """
+
+    weight: Tensor
+    epsilon: float
+    offset: float = 0.0
+    is_wide: bool = False
+    is_centred: bool = False
+    bias: Tensor | None = None
+
+    def facts(self) -> tuple[Hashable, ...]:
+        numbers = self.epsilon, self.offset, self.is_wide, self.is_centred, self.bias is None
+        return self.weight.shape, *numbers
+
+    def values(self) -> list[Tensor]:
+        """Returns weight and bias."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]

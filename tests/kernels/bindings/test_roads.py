@@ -14,12 +14,12 @@ from veneer.kernels.bindings import library as native
 from veneer.kernels.bindings.arguments import available, observe_calls
 from veneer.kernels.bindings.row_calls import GELU_TANH, SILU
 from veneer.kernels.decoding import decoder_step
-from veneer.kernels.decoding.decoder_step import StepNorm
 from veneer.kernels.dense import few_rows, fused
 from veneer.kernels.dense.dropout import drop_out
 from veneer.kernels.dense.loss import Head, frozen_head_loss
 from veneer.kernels.packed import gguf, nf4
 from veneer.kernels.packed.gguf import FORMATS
+from veneer.kernels.rules import Norm
 from veneer.quant.nf4 import quantize
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiled kernels here")
@@ -50,7 +50,7 @@ def blocks() -> torch.Tensor:
         ("veneer_dropout", lambda: drop_out(one(3, 8), torch.arange(3), key=1, dropout=0.5)),
         (
             "veneer_step_norm",
-            lambda: decoder_step.add_norm(one(2, 8), one(2, 8), StepNorm(one(8), 1e-5)),
+            lambda: decoder_step.add_norm(one(2, 8), one(2, 8), Norm(one(8), 1e-5)),
         ),
         (
             "veneer_step_rotate",

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from veneer.kernels.bindings import block_calls
 from veneer.kernels.bindings import library as native
 from veneer.kernels.dense.fused import layer_norm, takes_layer_norm
+from veneer.kernels.rules import Norm
 
 pytestmark = pytest.mark.skipif(
     not native.has_bf16(), reason="this processor multiplies no bf16 pairs"
@@ -24,9 +25,8 @@ def test_layer_norm_and_its_gradient_are_those_of_torch(rows, width, mean, with_
     weight, bias = torch.rand(width).add(0.5).bfloat16(), torch.randn(width).bfloat16()
     grad, residual = torch.randn(rows, width).bfloat16(), torch.randn(rows, width).bfloat16()
     scale, out = torch.empty(rows), torch.empty_like(x)
-    norm = block_calls.NormOperands(
-        weight, scale, 1e-5, is_wide=True, is_centred=True, bias=bias if with_bias else None
-    )
+    rule = Norm(weight, 1e-5, is_wide=True, is_centred=True, bias=bias if with_bias else None)
+    norm = block_calls.NormOperands(rule, scale)
     block_calls.norm_forward(x.clone(), norm=norm, out=out)
     wide = x.double().requires_grad_()
     expected = F.layer_norm(
@@ -42,7 +42,7 @@ def test_layer_norm_and_its_gradient_are_those_of_torch(rows, width, mean, with_
 
 def test_a_centred_norm_with_an_offset_is_refused():
     x = torch.zeros(2, 16, dtype=torch.bfloat16)
-    norm = block_calls.NormOperands(x[0], torch.empty(2), 1e-5, 1.0, is_centred=True)
+    norm = block_calls.NormOperands(Norm(x[0], 1e-5, 1.0, is_centred=True), torch.empty(2))
     with pytest.raises(block_calls.CallError):
         block_calls.norm_forward(x, norm=norm, out=torch.empty_like(x))
 

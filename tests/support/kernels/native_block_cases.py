@@ -12,6 +12,7 @@ from torch import Tensor
 
 from veneer.kernels.bindings import attention_calls, block_calls, dense_calls, head_calls
 from veneer.kernels.bindings import library as native
+from veneer.kernels.rules import Norm
 
 BF16 = torch.bfloat16
 
@@ -41,7 +42,7 @@ def block_cases(
         scale = filled(torch.float32, rows * spans)
         weight, bias = filled(BF16, columns), filled(BF16, columns)
         kind = (0.0, True, True, rng.choice([None, bias])) if is_centred else (1.0, is_wide)
-        return block_calls.NormOperands(weight, scale, 1e-5, *kind)
+        return block_calls.NormOperands(Norm(weight, 1e-5, *kind), scale)
 
     turned = rng.choice([2, 16, size])
     float_angles = tuple(filled(torch.float32, rows, turned) for _ in range(2))

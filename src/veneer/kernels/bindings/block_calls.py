@@ -21,6 +21,7 @@ from veneer.kernels.bindings.rank_calls import (
     Mask,
     mask_fields,
 )
+from veneer.kernels.rules import Norm
 
 _RANK_FACTORS = f"""
     factors: pointer*3
@@ -47,27 +48,19 @@ NormStruct = structure(
 
 
 class NormOperands(NamedTuple):
-    """(weight + offset) * x * scale, scale = 1 / root mean square of each row, written or read.
-    is_centred: weight * (x - mean) * scale + bias, scale = 1 / deviation of each row, rounded once.
+    """A norm, weight and bias (D) bf16, and 1 / root mean square of each row, or 1 / deviation of
+    each row for a centred norm, written or read: scale (M) float32. The caller keeps them during
+    the call."""
 
-    weight and bias (D) bf16; scale (M) float32; is_wide: x * scale is not rounded before it is
-    multiplied. The caller keeps them during the call.
-    """
-
-    weight: Tensor
+    norm: Norm
     scale: Tensor
-    epsilon: float
-    offset: float = 0.0
-    is_wide: bool = False
-    is_centred: bool = False
-    bias: Tensor | None = None
 
 
 def norm_struct(norm: NormOperands | None, rows: int, width: int) -> Any:
     """Checks a norm of this number of rows. None: no norm."""
     if norm is None:
         return NormStruct()
-    weight, scale, epsilon, offset, is_wide, is_centred, bias = norm
+    (weight, epsilon, offset, is_wide, is_centred, bias), scale = norm
     if is_centred and offset:
         raise CallError("a centred norm has no offset")
     places = at(weight, BF16, width), 0 if bias is None else at(bias, BF16, width)

@@ -75,7 +75,7 @@ def heads(
         if (norm is None) != (tensor is None):
             raise CallError("a part of a norm")
         if norm is not None and tensor is not None:
-            weight, *_ = norm
+            (weight, *_), _ = norm
             spans[place] = number(weight.numel(), size, widths[place])
             if widths[place] % spans[place]:
                 raise CallError(f"a norm of {spans[place]} of {widths[place]} values")

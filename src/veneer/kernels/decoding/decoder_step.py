@@ -10,8 +10,6 @@ For forwards without a gradient; compiled for float32 and bf16 on any processor
 rotated part.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -19,28 +17,14 @@ from veneer.kernels.bindings import step_calls
 from veneer.kernels.bindings.arguments import available
 from veneer.kernels.bindings.row_calls import SILU
 from veneer.kernels.dense.fused import (
-    activated,
+    gated_reference,
     layer_norm_reference,
     rms_norm_reference,
     rotary_reference,
 )
+from veneer.kernels.rules import Norm
 
 TYPES = (torch.float32, torch.bfloat16)
-
-
-class StepNorm(NamedTuple):
-    """(weight + offset) * x / sqrt(mean(x^2) + epsilon); the normal values are rounded before they
-    are multiplied unless is_wide. Source: Zhang and Sennrich 2019, arXiv:1910.07467.
-
-    is_centred: LayerNorm, weight * (x - mean) / sqrt(variance + epsilon) + bias, rounded once.
-    """
-
-    weight: Tensor
-    epsilon: float
-    offset: float = 0.0
-    is_wide: bool = False
-    is_centred: bool = False
-    bias: Tensor | None = None
 
 
 _NO_NORM = (None, 0.0, 0.0, False, False, None)
@@ -57,8 +41,8 @@ def usable(*tensors: Tensor | None) -> bool:
 def add_norm(
     h_ND: Tensor,
     delta_ND: Tensor | None,
-    norm: StepNorm | None,
-    after: StepNorm | None = None,
+    norm: Norm | None,
+    after: Norm | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Returns (h', x). h' is h if there is no delta; x is h' if there is no norm."""
@@ -80,8 +64,8 @@ def add_norm(
 def add_norm_reference(
     h_ND: Tensor,
     delta_ND: Tensor | None,
-    norm: StepNorm | None,
-    after: StepNorm | None = None,
+    norm: Norm | None,
+    after: Norm | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Defines add_norm, in plain torch."""
@@ -89,7 +73,7 @@ def add_norm_reference(
     return h, _normed(h, norm)
 
 
-def _normed(x: Tensor, norm: StepNorm | None) -> Tensor:
+def _normed(x: Tensor, norm: Norm | None) -> Tensor:
     if norm is None:
         return x
     weight, epsilon, offset, is_wide, is_centred, bias = norm
@@ -138,16 +122,10 @@ def gate(gate_ND: Tensor, up_ND: Tensor | None, activation: int = SILU) -> Tenso
     activation: SILU, GELU_TANH or GELU_ERF of bindings/row_calls.py
     """
     if not _have_rows(gate_ND, up_ND):
-        return gate_reference(gate_ND, up_ND, activation)
+        return gated_reference(gate_ND, up_ND, activation)
     out = gate_ND.new_empty(gate_ND.shape)
     step_calls.step_gate(gate_ND, up_ND, out, activation)
     return out
-
-
-def gate_reference(gate_ND: Tensor, up_ND: Tensor | None, activation: int = SILU) -> Tensor:
-    """Defines gate, in plain torch."""
-    y = activated(gate_ND, activation)
-    return y if up_ND is None else y * up_ND
 
 
 def cap(x_NV: Tensor, scale: float, softcap: float | None) -> Tensor:

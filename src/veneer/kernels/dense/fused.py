@@ -26,6 +26,7 @@ from veneer.kernels.bindings.library import has_bf16, has_floats, on_cpu
 from veneer.kernels.bindings.rank_calls import PAIR_BYTES
 from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, SILU
 from veneer.kernels.cuda import launch
+from veneer.kernels.rules import Norm
 
 MAX_WIDTH = 2**16
 """Largest row of a norm or a gate that liger-kernel takes."""
@@ -151,9 +152,8 @@ def _centred(
     rows: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float
 ) -> block_calls.NormOperands:
     scale = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
-    return block_calls.NormOperands(
-        weight, scale, epsilon, is_wide=True, is_centred=True, bias=bias
-    )
+    norm = Norm(weight, epsilon, is_wide=True, is_centred=True, bias=bias)
+    return block_calls.NormOperands(norm, scale)
 
 
 def activated(gate: Tensor, activation: int) -> Tensor:

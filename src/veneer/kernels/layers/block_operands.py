@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from veneer.kernels.attention.compiled import document_starts
-from veneer.kernels.bindings import block_calls
 from veneer.kernels.bindings.block_calls import RankFactors
 from veneer.kernels.bindings.library import on_cpu
 from veneer.kernels.bindings.row_calls import SILU
@@ -23,7 +22,7 @@ from veneer.kernels.dense.frozen import DenseLinear
 from veneer.kernels.dense.fused import are_compiled_angles, compiled
 from veneer.kernels.dense.lora import LoRALinear, output_rows
 from veneer.kernels.layout import Group
-from veneer.kernels.rules import AttentionRules
+from veneer.kernels.rules import AttentionRules, Norm
 from veneer.kernels.tape.layer_tape import Input
 
 
@@ -60,38 +59,6 @@ def module_rows(widths: Sequence[Sequence[int]]) -> list[ModuleRows]:
         rows = [None] if len(of_layers) == 1 else [slice(*span) for span in spans]
         places += [ModuleRows(module, own) for own in rows]
     return places
-
-
-@dataclass(frozen=True)
-class Norm:
-    """(weight + offset) * x / sqrt(mean(x^2) + epsilon), rounded before it is multiplied by the
-    weight unless is_wide. is_centred: LayerNorm, weight * (x - mean) / deviation + bias.
-
-    weight  (D); for q and k (S) if each head is normed, (H S) if all heads of a row are
-    """
-
-    weight: Tensor
-    epsilon: float
-    offset: float = 0.0
-    is_wide: bool = False
-    is_centred: bool = False
-    bias: Tensor | None = None
-
-    def facts(self) -> tuple[Hashable, ...]:
-        numbers = self.epsilon, self.offset, self.is_wide, self.is_centred, self.bias is None
-        return self.weight.shape, *numbers
-
-    def values(self) -> list[Tensor]:
-        """Returns weight and bias."""
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
-
-
-def with_scale(norm: Norm | None, scale: Tensor) -> block_calls.NormOperands | None:
-    """Returns the norm for the kernels. scale: float32, one value for each row that is normed."""
-    if norm is None:
-        return None
-    kind = norm.epsilon, norm.offset, norm.is_wide, norm.is_centred
-    return block_calls.NormOperands(norm.weight, scale, *kind, norm.bias)
 
 
 class Norms(NamedTuple):

@@ -13,7 +13,8 @@ from torch import Tensor
 from veneer.kernels.bindings import block_calls, row_calls
 from veneer.kernels.bindings.block_calls import RankFactors
 from veneer.kernels.dense import rank
-from veneer.kernels.layers.block_operands import Block, BlockPart, Norm, split_ranks, with_scale
+from veneer.kernels.layers.block_operands import Block, BlockPart, split_ranks
+from veneer.kernels.rules import Norm
 
 
 class Kept(NamedTuple):
@@ -156,7 +157,9 @@ class Pass:
     def norm_of(
         self, norm: Norm | None, scale: Tensor, part: Part
     ) -> block_calls.NormOperands | None:
-        return with_scale(norm, part.scale(scale, self.rows))
+        if norm is None:
+            return None
+        return block_calls.NormOperands(norm, part.scale(scale, self.rows))
 
     def add(
         self,
@@ -315,7 +318,7 @@ class BackwardPass(Pass):
         if self.keeps_all:
             return kept
         out, scale = torch.empty_like(x), self.scales(norm, x)
-        block_calls.norm_forward(x, norm=with_scale(norm, scale), out=out)
+        block_calls.norm_forward(x, norm=block_calls.NormOperands(norm, scale), out=out)
         return out
 
     def recompute_gated(self, kept: Kept, narrow: Sequence[Tensor]) -> Tensor:
