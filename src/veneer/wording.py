@@ -38,6 +38,23 @@ def first_lines(lines: Sequence[str], most: int) -> list[str]:
     return [*lines[:most], *([f"and {len(lines) - most:,} more"] if len(lines) > most else [])]
 
 
+def ranges(numbers: Iterable[int]) -> list[str]:
+    """Formats rising numbers: 0, 1, 2, 5 are 0-2 and 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return [str(a) if a == b else f"{a}-{b}" for a, b in runs]
+
+
+def first_difference(a: str, b: str) -> int:
+    """Returns the place of the first character that differs, or the end of the shorter text."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((place for place, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
 def html_table(title: str, rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
     """Builds the table that a notebook shows of an object, a row per fact. Everything is
     escaped."""

@@ -7,7 +7,7 @@ Only one adapter with such a content may act, with weight 1. This module imports
 settings name their contents (config.py).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from veneer.errors import ConfigError, RefusedError
@@ -142,12 +142,8 @@ def refuse_beside_activation(name: str, contents: Collection[Content]) -> None:
 def refuse_merge(adapters: Sequence[Holding]) -> None:
     """Raises RefusedError if some contents cannot become weights of the base."""
     _refuse(
-        [
-            (name, content)
-            for name, contents in adapters
-            for content in contents
-            if not content.merges
-        ],
+        adapters,
+        lambda content: content.merges,
         "these adapters cannot be merged into the base's weights",
     )
 
@@ -155,27 +151,15 @@ def refuse_merge(adapters: Sequence[Holding]) -> None:
 def refuse_combining(adapters: Sequence[Holding]) -> None:
     """Raises RefusedError if some contents cannot become part of one adapter."""
     _refuse(
-        [
-            (name, content)
-            for name, contents in adapters
-            for content in contents
-            if not content.combines
-        ],
+        adapters,
+        lambda content: content.combines,
         "these adapters cannot be combined into one adapter",
     )
 
 
 def refuse_answers(adapters: Sequence[Holding]) -> None:
     """Raises RefusedError if a base with these adapters writes no answers."""
-    _refuse(
-        [
-            (name, content)
-            for name, contents in adapters
-            for content in contents
-            if not content.answers
-        ],
-        "these adapters write no answers",
-    )
+    _refuse(adapters, lambda content: content.answers, "these adapters write no answers")
 
 
 def refuse_without_head(adapters: Sequence[Holding]) -> None:
@@ -189,8 +173,15 @@ def refuse_without_head(adapters: Sequence[Holding]) -> None:
         )
 
 
-def _refuse(refused: Sequence[tuple[str, Content]], message: str) -> None:
-    """Raises RefusedError that names these adapters and contents, if there are any."""
+def _refuse(adapters: Sequence[Holding], allowed: Callable[[Content], bool], message: str) -> None:
+    """Raises RefusedError that names adapters and contents that are not allowed, if there are
+    any."""
+    refused = [
+        (name, content)
+        for name, contents in adapters
+        for content in contents
+        if not allowed(content)
+    ]
     if refused:
         faults = [f"{name}: {content.name}" for name, content in refused]
         raise RefusedError(message, faults, refused[0][1].instead)

@@ -14,6 +14,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from veneer.errors import DataError
+from veneer.wording import ranges
 
 if TYPE_CHECKING:  # the help of commands reads this file
     import numpy as np
@@ -173,7 +174,9 @@ class Problem:
     """More about the first row, such as two renderings. Ignored when problems are compared."""
 
     def __str__(self) -> str:
-        where = self.file + (f":{_ranges(self.lines)}" if self.lines else "")
+        lines = ranges(self.lines)
+        shown = ", ".join(lines[:SHOWN]) + (", …" if len(lines) > SHOWN else "")
+        where = self.file + (f":{shown}" if lines else "")
         rows = f" ({len(self.lines):,} rows)" if len(self.lines) > 1 else ""
         text = f"{self.code} {where}{rows}  {self.message}"
         return text + "".join(f"\n      {line}" for line in self.detail.splitlines())
@@ -198,18 +201,6 @@ class RowFault(Exception):
 
     def at(self, ref: RowRef) -> Problem:
         return ref.problem(self.code, self.message, self.next_step, detail=self.detail)
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Formats rising numbers as "1-3, 7"; shows the first SHOWN ranges."""
-    ranges: list[list[int]] = []
-    for number in numbers:
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
-        else:
-            ranges.append([number, number])
-    shown = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges[:SHOWN])
-    return shown + (", …" if len(ranges) > SHOWN else "")
 
 
 def grouped(problems: Sequence[Problem]) -> list[Problem]:

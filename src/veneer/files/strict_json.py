@@ -70,12 +70,16 @@ def read_json(
 ) -> dict[str, Any]:
     """Reads the JSON object in a file of at most max_bytes. Raises SourceError, or as
     parse_json."""
+    return parse_json(_beginning(path, max_bytes), path, max_bytes=max_bytes, repair=repair)
+
+
+def _beginning(path: Path, max_bytes: int) -> bytes:
+    """Reads a file, but of a larger one only a byte more than max_bytes."""
     try:
         with path.open("rb") as file:
-            text = file.read(max_bytes + 1)
+            return file.read(max_bytes + 1)
     except OSError as fault:
         raise SourceError(f"{path} cannot be read: {fault.strerror}") from fault
-    return parse_json(text, path, max_bytes=max_bytes, repair=repair)
 
 
 def read_model_json(path: Path) -> dict[str, Any]:
@@ -104,12 +108,7 @@ def read_model_json(path: Path) -> dict[str, Any]:
 
 def read_yaml(path: Path, *, max_bytes: int = MAX_YAML_BYTES) -> dict[str, Any]:
     """Reads the mapping in a YAML file, for instance a run's settings. Raises SourceError."""
-    try:
-        with path.open("rb") as file:
-            text = file.read(max_bytes + 1)
-    except OSError as fault:
-        raise SourceError(f"{path} cannot be read: {fault.strerror}") from fault
-    return parse_yaml(text, path, max_bytes=max_bytes)
+    return parse_yaml(_beginning(path, max_bytes), path, max_bytes=max_bytes)
 
 
 def parse_yaml(text: bytes, path: Path, *, max_bytes: int = MAX_YAML_BYTES) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from itertools import pairwise
 from typing import Any
 
 from veneer.data.template.control_names import Sentinels, TokenFault
+from veneer.wording import first_difference
 
 MOST_REPEATED = 2**16
 """Characters without a control token that may be tokenised again to check borders before a new part
@@ -324,9 +325,6 @@ class TextTokenizer:
 
 def _describe_difference(expected: str, decoded: str) -> str:
     """Shows where two texts differ, with some characters of both."""
-    at = next(
-        (i for i, (a, b) in enumerate(zip(expected, decoded, strict=False)) if a != b),
-        min(len(expected), len(decoded)),
-    )
+    at = first_difference(expected, decoded)
     window = slice(max(0, at - 20), at + 20)
     return f"{expected[window]!r} comes back as {decoded[window]!r}"

@@ -8,6 +8,7 @@ from veneer.data.template.control_names import TokenFault
 from veneer.data.template.rendering import Template
 from veneer.data.template.sandbox import TemplateFault
 from veneer.files.nesting import is_text
+from veneer.wording import first_difference
 
 RENDERS_TOOLS = "Qwen/Qwen2.5-0.5B-Instruct or Qwen/Qwen3-0.6B"
 _WINDOW = 160  # characters shown around the first difference of two renderings
@@ -96,9 +97,7 @@ def check_text(text: str) -> None:
 
 def show_difference(first: str, a: str, second: str, b: str) -> str:
     """Shows two texts around their first difference, one below the other."""
-    at = next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
+    at = first_difference(a, b)
     start = max(0, at - _WINDOW // 2)
     lines = [f"the same for {at:,} characters, then:"]
     for name, text in ((first, a), (second, b)):

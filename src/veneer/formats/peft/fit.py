@@ -33,6 +33,7 @@ from veneer.formats.peft.tensors import (
 )
 from veneer.formats.peft.text_names import within_language_model
 from veneer.linear import matrix_shape
+from veneer.wording import ranges
 
 
 def fit(
@@ -260,7 +261,7 @@ def group_by_layer(compared: Sequence[tuple[str, str, str]]) -> list[str]:
         )
     rows = []
     for (template, ours, theirs), numbers in sorted(groups.items(), key=lambda group: group[0]):
-        layers = _format_ranges([number for number in numbers if number is not None])
+        layers = ",".join(ranges(sorted(number for number in numbers if number is not None)))
         count = f"{len(numbers)} tensors" if len(numbers) > 1 else "1 tensor"
         rows.append((template.replace("#", layers, 1), f"adapter {ours}", f"model {theirs}", count))
     widths = [max(len(row[column]) for row in rows) for column in range(3)] if rows else []
@@ -270,14 +271,3 @@ def group_by_layer(compared: Sequence[tuple[str, str, str]]) -> list[str]:
         )
         for row in rows
     ]
-
-
-def _format_ranges(numbers: Sequence[int]) -> str:
-    """Formats 0, 1, 2, 5 as "0-2,5"."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

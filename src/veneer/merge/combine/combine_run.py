@@ -1,7 +1,7 @@
 """Combines adapter folders into one, with its lineage."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -44,14 +44,7 @@ class CombineReport:
     ranks: Mapping[str, int]
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "out": str(self.out),
-            "bytes": self.bytes,
-            "how": self.how,
-            "error": self.error,
-            "errors": dict(self.errors),
-            "ranks": dict(self.ranks),
-        }
+        return asdict(self) | {"out": str(self.out)}
 
 
 def combine_adapters(
