@@ -17,7 +17,7 @@ from veneer.formats.loading import load_adapter
 from veneer.formats.manifest import MANIFEST_NAME
 from veneer.library.adapter_folder import adapter_folder
 from veneer.library.names import said_of
-from veneer.library.objects import ADAPTER_FILES, Content, object_faults
+from veneer.library.objects import ADAPTER_FILES, Content, object_faults, total_bytes
 from veneer.library.records import ObjectFacts
 from veneer.models.frozen_base import FrozenBase
 
@@ -44,11 +44,7 @@ def examined(source: Path, base: FrozenBase | None) -> tuple[dict[str, Content],
             "base": base.name_or_path,
         }
         facts = facts.model_copy(update=update)
-    size = sum(
-        len(content) if isinstance(content, bytes) else content.stat().st_size
-        for content in files.values()
-    )
-    return files, facts.model_copy(update={"bytes": size})
+    return files, facts.model_copy(update={"bytes": total_bytes(files)})
 
 
 def facts_of(stored: StoredAdapter) -> ObjectFacts:
@@ -121,7 +117,11 @@ def entry_faults(
     """Lists what is wrong with a version: its bytes, tensors, facts, and its fit on its base."""
     if faults := object_faults(folder):
         return faults
-    faults = [f"{path.name} is not a file of an adapter" for path in _other_files(folder)]
+    faults = [
+        f"{path.name} is not a file of an adapter"
+        for path in sorted(folder.iterdir())
+        if path.name not in (*ADAPTER_FILES, MANIFEST)
+    ]
     try:
         stored = read_adapter(folder)
         if (actual := facts_of(stored)) != facts:
@@ -137,7 +137,3 @@ def entry_faults(
     except VeneerError as fault:
         faults += [fault.headline, *fault.faults]
     return faults
-
-
-def _other_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.name not in (*ADAPTER_FILES, MANIFEST))

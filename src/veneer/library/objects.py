@@ -48,6 +48,13 @@ def _size_and_hash(content: Content) -> dict[str, int | str]:
     return {"bytes": content.stat().st_size, "sha256": file_hash(content)}
 
 
+def total_bytes(files: Mapping[str, Content]) -> int:
+    return sum(
+        len(content) if isinstance(content, bytes) else content.stat().st_size
+        for content in files.values()
+    )
+
+
 def object_id(manifest: str | bytes) -> str:
     return hashlib.sha256(manifest.encode() if isinstance(manifest, str) else manifest).hexdigest()
 
@@ -124,11 +131,7 @@ def put(objects: Path, files: Mapping[str, Content]) -> str:
     """Copies files into the store unless it has them; returns their object's id."""
     manifest = manifest_text(files)
     object_hash = object_id(manifest)
-    needed = sum(
-        len(content) if isinstance(content, bytes) else content.stat().st_size
-        for content in files.values()
-    )
-    with receiving(objects, object_hash, needed) as partial:
+    with receiving(objects, object_hash, total_bytes(files)) as partial:
         if partial is not None:
             for name, content in files.items():
                 if isinstance(content, bytes):
