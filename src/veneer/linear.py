@@ -57,8 +57,7 @@ class TransposedLinear:
 
     @property
     def weight(self) -> Tensor:
-        weight: Tensor = self.module.weight
-        return weight
+        return self.module.weight
 
     @property
     def bias(self) -> Tensor | None:

@@ -125,8 +125,7 @@ class FirstMatch(Generic[Value]):
 
 def first_match(patterns: Mapping[str, Value], path: str, default: Value) -> Value:
     """Returns the value of the first matching pattern; the compiled patterns are cached."""
-    value: Value = _first_match(tuple(patterns.items())).of(path, default)
-    return value
+    return _first_match(tuple(patterns.items())).of(path, default)
 
 
 @functools.lru_cache(maxsize=16)

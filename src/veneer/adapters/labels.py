@@ -85,7 +85,6 @@ def probabilities(kind: HeadKind, outputs_NC: NDArray[np.float64]) -> NDArray[np
         return outputs_NC
     if kind == "label":
         powers = np.exp(outputs_NC - outputs_NC.max(axis=1, keepdims=True))
-        shares: NDArray[np.float64] = powers / powers.sum(axis=1, keepdims=True)
-        return shares
+        return powers / powers.sum(axis=1, keepdims=True)
     halves: NDArray[np.float64] = 0.5 * (1 + np.tanh(0.5 * outputs_NC))  # never overflows
     return halves

@@ -29,8 +29,7 @@ class TaughtPair:
     @property
     def prompt(self) -> list[int]:
         """Returns the ids in front of the last answer."""
-        ids: list[int] = self.student.ids[: self.student.prompt_length].tolist()
-        return ids
+        return self.student.ids[: self.student.prompt_length].tolist()
 
     @property
     def room(self) -> int:

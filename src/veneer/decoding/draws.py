@@ -178,8 +178,7 @@ def _draw_by_torch(
     peaks = logits_BV.gather(1, tokens[:, None])[:, 0]  # NaN for a row with a NaN
     if changed:
         tokens[changed] = _draw_changed(wide, [rows[n] for n in changed])
-    drawn: list[int] = torch.where(peaks.isfinite(), tokens, BROKEN).tolist()
-    return drawn
+    return torch.where(peaks.isfinite(), tokens, BROKEN).tolist()
 
 
 def _draw_changed(wide_BV: Tensor, rows: Sequence[Row]) -> Tensor:

@@ -85,8 +85,7 @@ class Lane:
     def _laid_out_adapter(self, adapter: Attachment) -> LaidOutAdapter:
         """Returns the adapter's factors, laid out once while it is loaded or an answer uses it."""
         if adapter.laid_out is not None:
-            laid_out: LaidOutAdapter = adapter.laid_out
-            return laid_out
+            return adapter.laid_out
         if (laid := self._laid_out.get(adapter)) is None:
             assert self._cache is not None
             laid = self._laid_out[adapter] = lay_out_factors(adapter, self._cache, self._base.dtype)

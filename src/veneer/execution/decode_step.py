@@ -270,8 +270,7 @@ def own_forward(model: PreTrainedModel) -> Run:
         )
         if take_states is not None:
             take_states(out.hidden_states[-1][0])
-        logits: Tensor = out.logits[0]
-        return logits
+        return out.logits[0]
 
     return run
 

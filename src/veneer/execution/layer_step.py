@@ -92,8 +92,7 @@ def _place(parts: dict[str, Any], norm: Norm | None) -> nn.Module | None:
 def _feed_forward(layer: DecoderLayer, feed: Any, x: Tensor) -> Tensor:
     gated = layer.feed_forward
     if gated is None or bare(feed) is not gated.module:
-        own: Tensor = feed(x[None])[0]
-        return own
+        return feed(x[None])[0]
     places = children_of(gated.module)
     outputs = _products(x, [places[name] for name in gated.inputs])
     gate, *up = outputs[0].split(gated.width, dim=-1) if gated.is_joined else outputs
@@ -178,8 +177,7 @@ def product(x: Tensor, place: Any) -> Tensor:
             if part[2] is not None
             else few_rows.product(x, *part[:2])
         )
-    out: Tensor = place(x[None])[0]
-    return out
+    return place(x[None])[0]
 
 
 def _products(x: Tensor, places: Sequence[nn.Module | None]) -> list[Tensor]:

@@ -48,8 +48,7 @@ class FileSettings(ABC):
 
     @property
     def base_model_name_or_path(self) -> str | None:
-        name: str | None = self.fields.base_model_name_or_path
-        return name
+        return self.fields.base_model_name_or_path
 
     @property
     def prefix_length(self) -> int:

@@ -84,10 +84,7 @@ def _cached(index: Path) -> dict[str, list[Any]]:
         stored = json.loads(text)
     except (OSError, ValueError):
         return {}
-    records: dict[str, list[Any]] = (
-        stored["records"] if stored["format_version"] == _VERSION else {}
-    )
-    return records
+    return stored["records"] if stored["format_version"] == _VERSION else {}
 
 
 def _write(index: Path, entries: dict[str, list[Any]]) -> None:

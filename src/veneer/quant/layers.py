@@ -62,8 +62,7 @@ class Holder(PackedModule):
             self._views, self._viewed = {}, viewed
         if key not in self._views:
             self._views[key] = make()
-        view: View = self._views[key]
-        return view
+        return self._views[key]
 
     def _part(self, name: str, key: str) -> Tensor:
         full_name = f"{name}_{key}" if key else name

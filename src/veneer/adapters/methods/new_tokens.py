@@ -39,8 +39,7 @@ class ExtendedEmbedding(_VocabularyModule):
         acting = self.routing.acting
         parts = {part.adapters: self.token_rows_of(part.adapters) for part in acting.parts}
         if not any(parts.values()):
-            unchanged: Tensor = self.base(input)
-            return unchanged
+            return self.base(input)
         plain: Tensor = self.base(
             input.clamp(max=unwrapped(self).get_parameter("weight").shape[0] - 1)
         )

@@ -114,8 +114,7 @@ class AdaptedModule(nn.Module):
         )
 
         def output(parameters: dict[str, Tensor]) -> Tensor:
-            y: Tensor = torch.func.functional_call(self.base, vectors | parameters, (x,))
-            return y
+            return torch.func.functional_call(self.base, vectors | parameters, (x,))
 
         outputs = [(output({"weight": value}), weight) for value, weight in trained["weight"]]
         return outputs[0][0] if stands_alone(outputs) else summed_change(output({}), outputs)

@@ -84,8 +84,7 @@ def described_config(
     ids = {
         name: id if isinstance(id, int) and 0 <= id < rows else None for name, id in tokens.items()
     }
-    config: PreTrainedConfig = CONFIG_MAPPING[family.model_type](**{**values, **ids})
-    return config
+    return CONFIG_MAPPING[family.model_type](**{**values, **ids})
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,7 @@ class _HeaderReader:
         return self.data[self.at - count : self.at]
 
     def number(self, form: str) -> int:
-        value: int = struct.unpack(form, self.take(struct.calcsize(form)))[0]
-        return value
+        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def count(self, what: str, most: int, *, least_bytes: int) -> int:
         """Reads a number of things that take at least `least_bytes` each."""

@@ -69,5 +69,4 @@ def config_from(fields: Mapping[str, Any]) -> PreTrainedConfig:
     class_fields = {
         name: value for name, value in fields.items() if name not in ("model_type", "dtype")
     }
-    config: PreTrainedConfig = AutoConfig.for_model(fields["model_type"], **class_fields)
-    return config
+    return AutoConfig.for_model(fields["model_type"], **class_fields)

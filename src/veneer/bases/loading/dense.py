@@ -26,5 +26,4 @@ def build_dense(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> P
         output_loading_info=True,
     )
     check_loaded(folder, model, info)
-    loaded: PreTrainedModel = model
-    return loaded
+    return model

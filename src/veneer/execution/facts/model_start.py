@@ -225,5 +225,4 @@ def _looked_up(embedding: nn.Embedding, table: Tensor) -> Tensor:
     small = copy.copy(embedding)
     small.padding_idx = None  # it may lie beyond this table, and changes gradients alone
     replace_parameters(small, {"weight": nn.Parameter(table, requires_grad=False)})
-    rows: Tensor = small.forward(torch.arange(len(table), device=table.device))
-    return rows
+    return small.forward(torch.arange(len(table), device=table.device))

@@ -104,8 +104,7 @@ def find_feed_forward(module: nn.Module) -> FeedForward | None:
     def computed(x: Tensor, kind: int) -> Tensor:
         outputs = torch.cat([project(x) for project in projections], dim=-1)
         gate, up = (outputs, None) if layers == 1 else outputs.chunk(2, dim=-1)
-        y: Tensor = down(gated(gate, up, kind))
-        return y
+        return down(gated(gate, up, kind))
 
     x = torch.linspace(-4, 4, 64, device="cpu")[None]
     for kind in ACTIVATIONS:

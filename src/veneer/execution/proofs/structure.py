@@ -89,8 +89,7 @@ def structure_proof(
     if key not in _PROOFS:
         with quiet():
             _PROOFS[key] = remember_proof(proof_name, kind, config, value_type, prove)
-    proof: Result = _PROOFS[key]
-    return proof
+    return _PROOFS[key]
 
 
 def remember_proof(

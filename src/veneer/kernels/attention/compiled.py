@@ -249,8 +249,7 @@ def document_starts(layout: Group) -> tuple[Tensor, Tensor]:
     """Returns the starts of the documents, and those of the prompt as the only document."""
     if "starts" not in layout.derived:
         layout.derived["starts"] = layout.starts, torch.tensor([0, layout.prompt])
-    starts: tuple[Tensor, Tensor] = layout.derived["starts"]
-    return starts
+    return layout.derived["starts"]
 
 
 def native_attention(

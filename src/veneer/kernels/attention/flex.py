@@ -43,8 +43,7 @@ _log = logging.getLogger("veneer.kernels")
 @cache
 def compiled() -> Attend:
     """Returns the compiled kernel. fullgraph: raises an error instead of running uncompiled."""
-    attend: Attend = torch.compile(torch_flex_attention, dynamic=True, fullgraph=True)
-    return attend
+    return torch.compile(torch_flex_attention, dynamic=True, fullgraph=True)
 
 
 def declined(

@@ -275,8 +275,7 @@ def rotary(
     rounded once, not after each product. Source: Su et al. 2021, arXiv:2104.09864.
     """
     apply: Any = _Rotary.apply
-    rotated: tuple[Tensor, Tensor] = apply(q, k, cos, sin, neighbours)
-    return rotated
+    return apply(q, k, cos, sin, neighbours)
 
 
 def rotary_reference(

@@ -199,8 +199,7 @@ def lora_linears(x: Tensor, layers: Sequence[LoRALinear]) -> tuple[Tensor, ...]:
     layers = [filled(layer, x) for layer in layers]
     factors = (factor for layer in layers for factor in (layer.A, layer.B, layer.bias))
     constants = tuple((layer.base, layer.scaling, layer.dropout) for layer in layers)
-    outputs: tuple[Tensor, ...] = apply(x, constants, *factors)
-    return outputs
+    return apply(x, constants, *factors)
 
 
 def lora_linear(

@@ -372,7 +372,7 @@ def _recomputed(
     from torch.utils.checkpoint import checkpoint
 
     rows = slice(start, start + CHUNK)
-    result: Tensor = checkpoint(
+    return checkpoint(
         function,
         h[rows],
         targets[rows],
@@ -381,4 +381,3 @@ def _recomputed(
         use_reentrant=False,
         preserve_rng_state=False,
     )
-    return result

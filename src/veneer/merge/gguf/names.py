@@ -47,8 +47,7 @@ class GGUFNames:
             if name.startswith("model.language")
             else name
         )
-        found: str | None = self._map.get_name(of_text, try_suffixes=(".weight", ".bias"))
-        return found
+        return self._map.get_name(of_text, try_suffixes=(".weight", ".bias"))
 
     def values(self, gguf_name: str, weight: Tensor) -> Tensor:
         """Returns a weight as the file holds it."""
