@@ -91,8 +91,7 @@ class LayersForward:
 
     @property
     def has_dense_head(self) -> bool:
-        head: Any = self.model.get_output_embeddings()
-        return type(unwrapped(head)) in DENSE
+        return type(unwrapped(self.model.get_output_embeddings())) in DENSE
 
     def logits(self, rows: Tensor, paged_step: PagedStep, kept: Tensor | None) -> Tensor:
         """Returns the logits (kept, V); kept None: of all rows. rows (2, N): ids and positions."""

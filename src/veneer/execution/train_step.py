@@ -175,8 +175,7 @@ class FusedLayer(StandIn):
         if block.has_feed_forward:
             return lora_block(hidden_states, block)
         h, m = lora_attention(hidden_states, block)
-        feed: Any = children_of(self.base)[FEED_FORWARD]
-        return h + feed(m)
+        return h + children_of(self.base)[FEED_FORWARD](m)
 
     def _block(
         self,

@@ -36,8 +36,7 @@ def loss_head(model: PreTrainedModel, scale: float, softcap: float | None) -> He
         return replace(
             plain_head, beside=TrainedHeadRows(tokens.rows, tokens.at, bias), columns=tokens.end
         )
-    weight: Any = head.weight
-    return AdaptedHead(weight, None, scale, softcap, module=head, rows=acting)
+    return AdaptedHead(head.weight, None, scale, softcap, module=head, rows=acting)
 
 
 def _wrappers(head: AdaptedModule) -> Iterator[Any]:

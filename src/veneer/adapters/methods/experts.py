@@ -266,8 +266,9 @@ def by_expert(
         parts = zip(x.split(sizes), numbers, rows, strict=True)
         return torch.cat([product(part, name, number, row) for part, number, row in parts])
 
-    apply: Any = _RowsOfExperts.apply
-    y = multiplied(gate(multiplied(apply(hidden, rows, sizes), "gate_up_proj")), "down_proj")
+    y = multiplied(
+        gate(multiplied(_RowsOfExperts.apply(hidden, rows, sizes), "gate_up_proj")), "down_proj"
+    )
     for (row, choice), part in zip(places, y.split(sizes), strict=True):
         weighted = part[: len(row)] * top_k_weights[row, choice, None]
         out = out.index_add_(0, row, weighted.to(out.dtype))

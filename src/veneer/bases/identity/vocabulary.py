@@ -56,5 +56,4 @@ def _merge_difference(first: PreTrainedTokenizerBase, second: PreTrainedTokenize
 
 def _merges(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """Returns the merges of a fast tokenizer in order; empty for models without merges."""
-    backend: Any = tokenizer.backend_tokenizer
-    return json.loads(backend.to_str())["model"].get("merges", [])
+    return json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges", [])

@@ -256,5 +256,4 @@ def native_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules
 ) -> Tensor:
     """Computes packed_attention of usable tensors: q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
-    apply: Any = _NativeAttention.apply
-    return apply(q, k, v, layout, rules)
+    return _NativeAttention.apply(q, k, v, layout, rules)

@@ -307,5 +307,4 @@ def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules, flash: FlashOps = ATEN
 ) -> Tensor:
     """packed_attention for inputs that `declined` does not refuse."""
-    apply: Any = _Flash.apply
-    return apply(q, k, v, rules.sinks, layout, rules, flash)
+    return _Flash.apply(q, k, v, rules.sinks, layout, rules, flash)

@@ -314,8 +314,7 @@ def plain_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules
 ) -> Tensor:
     """Computes packed_attention by batched products, even where another path is faster."""
-    apply: Any = _PackedAttention.apply
-    return apply(q, k, v, rules.sinks, layout, rules)
+    return _PackedAttention.apply(q, k, v, rules.sinks, layout, rules)
 
 
 def packed_attention_reference(

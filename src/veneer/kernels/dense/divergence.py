@@ -143,8 +143,7 @@ def frozen_head_divergence(
 ) -> Tensor:
     """Returns the divergence of every row, (M) float32 (float64 for float64), with a gradient of
     the student's hidden states h (M, D) alone."""
-    apply: Any = _FrozenHeadDivergence.apply
-    return apply(h, head, teacher, divergence)
+    return _FrozenHeadDivergence.apply(h, head, teacher, divergence)
 
 
 def trained_head_divergence(
@@ -170,8 +169,7 @@ def trained_head_divergence(
 
 def logit_divergence(student: Tensor, teacher: Tensor, divergence: Divergence) -> Tensor:
     """Returns the divergence of every row, (M), with a gradient of the student's logits (M, V)."""
-    apply: Any = _LogitDivergence.apply
-    return apply(student, teacher, divergence)
+    return _LogitDivergence.apply(student, teacher, divergence)
 
 
 def head_divergence_reference(

@@ -172,8 +172,7 @@ def dora_linear(
 ) -> Tensor:
     """x (..., I), A (R, I), B (O, R), magnitude (O), norm (O) by row_norms, bias (O) or None ->
     (..., O)."""
-    apply: Any = _DoRALinear.apply
-    return apply(x, A, B, magnitude, norm, bias, base, scaling, dropout)
+    return _DoRALinear.apply(x, A, B, magnitude, norm, bias, base, scaling, dropout)
 
 
 def dora_linear_reference(

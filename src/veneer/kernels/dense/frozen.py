@@ -132,5 +132,4 @@ class _FrozenProduct(torch.autograd.Function):
 
 def frozen_product(x: Tensor, bias: Tensor | None, base: FrozenLinear) -> Tensor:
     """Computes base.product with gradients of x and bias; saves neither x nor a decoded weight."""
-    apply: Any = _FrozenProduct.apply
-    return apply(x, bias, base)
+    return _FrozenProduct.apply(x, bias, base)

@@ -274,8 +274,7 @@ def rotary(
     cos, and of sin, are equal; on CUDA the first is read for both. By angles in float32 values are
     rounded once, not after each product. Source: Su et al. 2021, arXiv:2104.09864.
     """
-    apply: Any = _Rotary.apply
-    return apply(q, k, cos, sin, neighbours)
+    return _Rotary.apply(q, k, cos, sin, neighbours)
 
 
 def rotary_reference(
@@ -295,8 +294,7 @@ def rms_norm(
     alone. Source: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     assert is_wide or not offset
-    apply: Any = _RMSNorm.apply
-    return apply(x, weight, epsilon, offset, is_wide)
+    return _RMSNorm.apply(x, weight, epsilon, offset, is_wide)
 
 
 def rms_norm_reference(
@@ -320,8 +318,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -
 
     Source: Ba et al. 2016, arXiv:1607.06450.
     """
-    apply: Any = _LayerNorm.apply
-    return apply(x, weight, bias, epsilon)
+    return _LayerNorm.apply(x, weight, bias, epsilon)
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
@@ -336,8 +333,7 @@ def gated(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
 
     activation: a number of bindings/row_calls.py. Source: Shazeer 2020, arXiv:2002.05202.
     """
-    apply: Any = _Gate.apply
-    return apply(gate, up, activation)
+    return _Gate.apply(gate, up, activation)
 
 
 def gated_reference(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:

@@ -42,8 +42,7 @@ def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
     """x (..., I) after dropout: a new tensor, or x itself without dropout."""
     if dropout is None:
         return x
-    apply: Any = _DropoutFunction.apply
-    y: Tensor = apply(x.reshape(-1, x.shape[-1]), dropout)
+    y: Tensor = _DropoutFunction.apply(x.reshape(-1, x.shape[-1]), dropout)
     return y.view(x.shape)
 
 

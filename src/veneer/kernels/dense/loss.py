@@ -294,14 +294,16 @@ class _FrozenHeadNats(torch.autograd.Function):
 
 def frozen_head_loss(h: Tensor, targets: Tensor, head: Head, total: float) -> Tensor:
     """h (M, D), targets (M) int64 -> scalar, with gradients of h and of the rows beside W alone."""
-    apply: Any = _FrozenHeadLoss.apply
-    return apply(h, None if head.beside is None else head.beside.rows, targets, head, total)
+    return _FrozenHeadLoss.apply(
+        h, None if head.beside is None else head.beside.rows, targets, head, total
+    )
 
 
 def frozen_head_nats(h: Tensor, targets: Tensor, head: Head) -> Tensor:
     """Returns what head_nats returns, with gradients of h and of the rows beside W alone."""
-    apply: Any = _FrozenHeadNats.apply
-    return apply(h, None if head.beside is None else head.beside.rows, targets, head)
+    return _FrozenHeadNats.apply(
+        h, None if head.beside is None else head.beside.rows, targets, head
+    )
 
 
 @torch.no_grad()

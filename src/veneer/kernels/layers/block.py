@@ -193,8 +193,7 @@ def _existing_gradients(factors: Sequence[Any]) -> list[Tensor] | None:
 def lora_block(x: Tensor, block: Block) -> Tensor:
     """Computes y (1, M, D) of x (1, M, D). The block must be usable for x[0]."""
     assert block.has_feed_forward
-    apply: Any = _Block.apply
-    (y,) = apply(x, block, *block.factors())
+    (y,) = _Block.apply(x, block, *block.factors())
     return y
 
 
@@ -202,6 +201,5 @@ def lora_attention(x: Tensor, block: Block) -> tuple[Tensor, Tensor]:
     """Computes h and m (1, M, D) of x (1, M, D), for a block without a feed-forward block. The
     block must be usable for x[0]."""
     assert not block.has_feed_forward
-    apply: Any = _Block.apply
-    h, m = apply(x, block, *block.factors())
+    h, m = _Block.apply(x, block, *block.factors())
     return h, m
