@@ -409,6 +409,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "serve/protocols/tokens.py": ("serve/test_server.py",),
     "serve/runs.py": ("serve/http/test_watching.py",),
     "jobs/store.py": ("jobs/test_store.py",),
+    "jobs/suspension.py": ("jobs/test_suspension.py",),
     "serve/start.py": ("serve/engine/test_room.py", "serve/test_process.py"),
     "serve/http/guard.py": ("serve/http/test_guard.py",),
     "serve/http/keys.py": ("serve/http/test_guard.py",),

@@ -66,6 +66,9 @@ def test_a_trainer_is_suspended_while_any_request_waits_and_until_it_must_end(tm
         second.close()
         suspension.wait(10)
         assert not suspended()
+        start = time.monotonic()
+        suspension.wait(0.05)
+        assert time.monotonic() - start >= 0.05, "it waits again"
         with trainer_suspended(tmp_path):
             suspension.wait(10)
             assert suspended()
@@ -96,13 +99,22 @@ def test_a_trainer_runs_its_share_of_the_time_although_requests_wait(tmp_path):
         suspension.wait(30)
         suspension.wait(30)
         assert not suspended() and 0.2 <= time.monotonic() - start < 30
-    for share in (0.2, 0.5, 0.9):
-        budget, is_suspended_now, suspended_seconds = SuspensionBudget(share), False, 0.0
-        for _ in range(100_000):
-            is_suspended_now = budget.seconds > (0 if is_suspended_now else 0.1)
-            budget.count(0.01, suspended=is_suspended_now)
-            suspended_seconds += 0.01 * is_suspended_now
-        assert suspended_seconds / 1000 == pytest.approx(1 - share, abs=0.01)
+        for _ in range(10):
+            suspension.wait(0.01)
+            assert suspension._budget.seconds <= (time.monotonic() - start) * 0.05 / 0.95
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_a_budget_gives_training_its_share_in_periods_that_are_not_short(share):
+    budget, suspended, changes, suspended_seconds = SuspensionBudget(share), False, 0, 0.0
+    for _ in range(100_000):
+        allowed = budget.allows(suspended=suspended)
+        changes += allowed != suspended
+        suspended = allowed
+        budget.count(0.01, suspended=suspended)
+        suspended_seconds += 0.01 * suspended
+    assert suspended_seconds / 1000 == pytest.approx(1 - share, abs=0.01)
+    assert suspended_seconds / changes > 0.04
 
 
 def test_a_share_of_1_and_a_store_without_a_trainer_suspend_nothing(tmp_path):

@@ -67,6 +67,10 @@ class SuspensionBudget:
         change = -seconds if suspended else seconds * self._gain
         self.seconds = min(self.seconds + change, self._most)
 
+    def allows(self, *, suspended: bool) -> bool:
+        """Returns whether a suspended trainer may stay so, or a running one may be suspended."""
+        return self.seconds > (0 if suspended else LEAST_SECONDS)
+
 
 class Suspension:
     """Suspends and continues a trainer. Leaving its block continues the trainer.
@@ -115,8 +119,8 @@ class Suspension:
         now = time.monotonic()
         self._budget.count(now - self._last_count, suspended=self._is_suspended)
         self._last_count = now
-        least = 0 if self._is_suspended else LEAST_SECONDS
-        self._set_suspended(self._is_asked and self._budget.seconds > least)
+        is_allowed = self._budget.allows(suspended=self._is_suspended)
+        self._set_suspended(self._is_asked and is_allowed)
 
     def _set_suspended(self, is_suspended: bool) -> None:
         if is_suspended != self._is_suspended:
