@@ -13,7 +13,8 @@ class JobLimits:
 
     jobs        jobs that are kept, ended ones included
     waiting     jobs in the queue
-    disk_bytes  jobs, runs and uploaded files together; a run that goes beyond is stopped
+    disk_bytes  jobs, runs, uploaded files, exports and evaluations together; a run that goes
+                beyond is stopped
     files       uploaded files
     file_bytes  one uploaded file
     """

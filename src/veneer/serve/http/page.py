@@ -28,9 +28,8 @@ SCRIPTS = (
 TEACHING = (
     "steps",
     "upload",
-    "columns",
-    "findings",
     "row_step",
+    "findings",
     "settings",
     "document",
     "plan",

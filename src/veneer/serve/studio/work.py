@@ -37,6 +37,8 @@ MOST_WAITING = 20
 """Pieces of work that may wait."""
 MOST_RECORDS = 32
 """Records that a draft keeps."""
+MOST_ERROR = 4000
+"""Characters of an error that a record keeps."""
 INTERRUPTED = "The server ended before this did. Start it again."
 OPEN = ("waiting", "running")
 """States of work that has not ended."""
@@ -127,7 +129,8 @@ class WorkQueue:
         except Exception as fault:
             if not isinstance(fault, Refusal | VeneerError):
                 log.exception("a bug: %s", type(fault).__name__)
-            await self._save(key, work, state="failed", error=refusal_of(fault).message)
+            message = refusal_of(fault).message[:MOST_ERROR]
+            await self._save(key, work, state="failed", error=message)
 
     async def _save(self, key: WorkKey, work: Work, **changes: Any) -> None:
         work.record = work.record.model_copy(update=changes)
