@@ -101,7 +101,6 @@ class WorkQueue:
             raise QuotaError(f"{MOST_WAITING} exports and evaluations wait", [], "Try again later.")
         work = self._open[key] = Work(WorkRecord(request=dict(request), queued=time.time()))
         work.task = asyncio.create_task(self._do(key, work, function))
-
         work.task.add_done_callback(lambda task: self._open.pop(key, None))
 
     async def _do(self, key: WorkKey, work: Work, function: WorkFunction) -> None:
