@@ -139,7 +139,7 @@ class Trainer:
             if store.get(job_id).state != "running" or time.monotonic() > deadline:
                 raise RuntimeError(f"the job does not train: {store.get(job_id).error}")
             time.sleep(0.2)
-        pattern = f"veneer train .*{job_id}"
+        pattern = f"veneer.jobs.trainer .*{job_id}"
         found = subprocess.run(["pgrep", "-n", "-f", pattern], capture_output=True, text=True)
         self._pid = int(found.stdout)
 

@@ -17,7 +17,7 @@ from tests.support.tiny import save_tiny
 from veneer.errors import ConfigError, QuotaError, UnknownNameError
 from veneer.jobs.launch import AUTOGROUP, lower_priority
 from veneer.jobs.limits import JobLimits
-from veneer.jobs.queue import WAITS_FOR_DISK, next_in_turn
+from veneer.jobs.queue import WAITS_FOR_DISK, jobs_in_turn, start_together
 from veneer.jobs.record import DIED, JobRecord, TrainingJob
 from veneer.jobs.store import JobStore
 from veneer.jobs.suspension import trainer_suspended
@@ -74,7 +74,7 @@ def test_killed_trainer_and_killed_worker_are_failed_jobs_that_resume(store, bas
     settings = {"base": base, "steps": 100_000, "save_every": 1, "data": {"validation_share": 0}}
     job = store.create(settings, rows={"train": ROWS}, publish_as="tickets")
     assert job.state == "running"
-    trainer = f"veneer train .*{job.id}"
+    trainer = f"veneer.jobs.trainer .*{job.id}"
     wait_until(lambda: newest_process(trainer) is not None)
     os.kill(newest_process(trainer), signal.SIGKILL)  # while it loads
     job = wait_for(store, job.id, "failed")
@@ -114,7 +114,7 @@ def test_a_run_that_uses_up_the_disk_space_fails_and_resumes_when_there_is_room(
     assert store.resume(job.id).record.disk_bytes == store.limits.disk_bytes
     step = job.facts()["step"]
     wait_until(lambda: store.get(job.id).facts()["step"] > step)
-    pid = newest_process(f"veneer train .*{job.id}")
+    pid = newest_process(f"veneer.jobs.trainer .*{job.id}")
     with trainer_suspended(store.folder):
         wait_until(lambda: is_suspended(pid))
         store.cancel(job.id)
@@ -142,7 +142,9 @@ def test_jobs_wait_while_one_runs_and_change_their_state(busy_store, base):
         store.find("job")
     store.delete(job.id)
     assert [other.id for other in store.jobs()] == [running.id]
-    assert not store._start(job.id), "it was removed while another process read the queue"
+    assert not start_together(store.folder, [job]), (
+        "it was removed while another process read the queue"
+    )
     assert not job.folder.exists()
 
 
@@ -224,7 +226,7 @@ def test_owners_take_turns(tmp_path):
         return TrainingJob(record, state, None, tmp_path, tmp_path)
 
     jobs = [job("ann", 0, "done", started=5.0), job("ann", 1), job("ann", 2), job("bob", 3)]
-    assert next_in_turn(jobs) == "bob3"
+    assert [job.id for job in jobs_in_turn(jobs)] == ["bob3", "ann1", "ann2"]
     jobs[3] = replace(jobs[3], record=jobs[3].record.model_copy(update={"started": 9.0}))
-    assert next_in_turn(jobs) == "ann1"
-    assert next_in_turn(jobs[:1]) is None
+    assert [job.id for job in jobs_in_turn(jobs)] == ["ann1", "bob3", "ann2"]
+    assert jobs_in_turn(jobs[:1]) == []

@@ -17,6 +17,7 @@ import openai
 import pytest
 
 from tests.serve.server import BASE, running
+from tests.support.running_job import running_job
 from tests.support.tiny import save_tiny
 from veneer import api
 from veneer.adapters.config import Prefix
@@ -350,15 +351,16 @@ def test_the_end_of_a_running_job_is_estimated_by_its_last_steps(tmp_path):
     records += [{"kind": "step", "step": n, "loss": 1.0, "seconds": 50.0 * n} for n in (1, 2, 3)]
     records += [{"kind": "evaluation", "step": 3, "loss": 1.0, "seconds": 60.0}]
 
-    def estimated(count, state="running"):
+    def estimated(count, state="running", others=0):
         job.records_file.write_bytes(lines(records[:count]))
-        return job_object(replace(job, state=state))["estimated_finish"]
+        return job_object(replace(job, state=state), others=others)["estimated_finish"]
 
     assert estimated(1) is None and estimated(5, "paused") is None
     assert 0 <= estimated(3) - int(now) - 75 * 8 < 30
     assert 0 <= estimated(5) - int(now) - 120 * 7 < 30
+    assert 0 <= estimated(5, others=1) - int(now) - 120 * 14 < 30
     os.utime(job.records_file, (1, now - 120))
-    assert job_object(job)["estimated_finish"] is None, (
+    assert job_object(job, others=0)["estimated_finish"] is None, (
         "it was resumed, and no step has ended since"
     )
 
@@ -389,6 +391,14 @@ def test_jobs_from_elsewhere_are_listed_too(server, client):
     write_record(job.folder, job.record, started=1.0)  # a trainer ran, and died before its records
     listed = client.fine_tuning.jobs.retrieve(job.id)
     assert (listed.error.code, listed.error.param) == ("training_failed", None)
+
+
+def test_a_job_says_with_how_many_others_it_trains(server, client):
+    store = server.service.fine_tuning.store
+    with running_job(store), running_job(store):
+        running = [job for job in client.fine_tuning.jobs.list() if job.trains_with == 1]
+        assert len(running) == 2
+        assert client.fine_tuning.jobs.retrieve(running[0].id).trains_with == 1
 
 
 def test_a_finished_job_without_its_files_leaves_the_lists_whole(server, client):

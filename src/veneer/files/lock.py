@@ -66,6 +66,12 @@ def locked(
                 os.close(descriptor)  # unlocks
 
 
+def unlock(descriptor: int) -> None:
+    """Releases a lock that this process inherited, and those of its other processes with it."""
+    if sys.platform != "win32":
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
 def _is_current(path: Path, descriptor: int) -> bool:
     """Whether the locked file is still the one at `path`: its last holder may have removed it."""
     try:

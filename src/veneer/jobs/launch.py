@@ -1,8 +1,8 @@
-"""Starts the worker of a job, and the command of its trainer.
+"""Starts the worker of a job, or of jobs that train together; the environment of their trainer.
 
 The worker is a process of its own session: it survives the process that started it. It inherits
-the locked descriptor of the job's lock file and passes it to the trainer, so that the lock is held
-until both have ended.
+the locked descriptors of the jobs' lock files and passes them to the trainer, so that a lock is
+held until the job or both processes have ended.
 """
 
 from __future__ import annotations
@@ -53,27 +53,20 @@ def lower_priority(niceness: int) -> None:
             return
 
 
-def start_worker(store_folder: Path, job_id: str, folder: Path, descriptor: int) -> None:
-    """Starts the worker of a job in the background. descriptor: of the job's lock, held here."""
-    command = [*module_command("veneer.jobs.worker"), str(store_folder), job_id]
-    with explained(folder), (folder / LOG).open("ab") as log:
+def start_worker(store_folder: Path, descriptors: Mapping[str, int], log_folder: Path) -> None:
+    """Starts the worker of jobs in the background. descriptors: by id, of the jobs' locks, which
+    are held here"""
+    jobs = [f"{job_id}:{descriptor}" for job_id, descriptor in descriptors.items()]
+    with explained(log_folder), (log_folder / LOG).open("ab") as log:
         subprocess.Popen(
-            [*command, str(descriptor)],
+            [*module_command("veneer.jobs.worker"), str(store_folder), *jobs],
             env=environment_for(os.environ),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
-            pass_fds=(descriptor,),
+            pass_fds=tuple(descriptors.values()),
         )
-
-
-def trainer_command(run_file: Path, run_folder: Path) -> list[str]:
-    """Returns the command that starts a run, or continues one that has a run file."""
-    command = [*module_command("veneer"), "train", "--quiet"]
-    if (run_folder / "run.yaml").is_file():
-        return [*command, "--resume", str(run_folder)]
-    return [*command, str(run_file)]
 
 
 def trainer_environment(variables: Mapping[str, str], threads: int) -> dict[str, str]:

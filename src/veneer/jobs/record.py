@@ -2,6 +2,7 @@
 
     jobs/<id>/job.json      JobRecord; written by the process that holds jobs/<id>/.lock
     jobs/<id>/request       "pause" or "cancel", written by others while a worker holds the lock
+    jobs/<id>/outcome.json  how the training ended, written by the trainer for the worker
     runs/<id>/              the run's folder, written by the trainer
 
 A record says `running` until its worker has written something else. If the record says so and
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,11 +34,13 @@ OPEN: tuple[State, ...] = ("queued", "running", "stopping")
 """States of jobs that will go on by themselves."""
 RESUMABLE: tuple[State, ...] = ("paused", "failed")
 ENDED: tuple[State, ...] = ("done", "failed", "cancelled")
+AT_WORK: tuple[State, ...] = ("running", "stopping")
+"""States of jobs that a worker holds. All of them have the same worker."""
 DIED = (
     "The trainer's process ended without a result: the machine went down, or it was killed."
     " Resume the job to continue from its last checkpoint."
 )
-LOCK = ".lock"
+LOCK, REQUEST = ".lock", "request"
 LOCK_SECONDS = 5.0
 """Time to wait for a job's lock, which readers hold for microseconds."""
 ID_PREFIX = "ftjob-"
@@ -112,6 +116,18 @@ class TrainingJob:
         """Returns base, method, steps, step, loss and reason from the run's records; empty before
         the first record. A damaged file gives only an `error`."""
         return run_facts(self.run_folder) if self.records_file.is_file() else {}
+
+
+def jobs_beside(job: TrainingJob, jobs: Sequence[TrainingJob]) -> int:
+    """Counts the jobs of a store that train together with one of them."""
+    return sum(other.state in AT_WORK for other in jobs) - 1 if job.state in AT_WORK else 0
+
+
+def beside_words(others: int) -> str:
+    """Returns the end of a sentence that says with how many others a job trains."""
+    if others < 1:
+        return ""
+    return ", together with " + ("1 other" if others == 1 else f"{others} others")
 
 
 def new_id() -> str:

@@ -12,11 +12,12 @@
     store.pause(job.id)          # saves a checkpoint; resume continues from it
     store.resume(job.id), store.cancel(job.id), store.delete(job.id)
 
-`create` and `resume` queue a job; it starts at once if no other runs. One job trains at a time, and
-owners of jobs take turns. A worker (worker.py) starts the next job when it ends, so the queue needs
-no server; a server also calls `start_next` at its start and now and then, for jobs that a crash
-left in the queue. Every method reads or writes files: a server calls it beside its event loop. All
-methods may be called from many processes and threads at once.
+`create` and `resume` queue a job; it starts at once if no other runs. One trainer runs at a time,
+and owners of jobs take turns. A trainer computes the first job of the queue, together with those
+that can share its forwards and fit into memory. A worker (worker.py) starts the next trainer when
+it ends, so the queue needs no server; a server also calls `start_next` at its start and now and
+then, for jobs that a crash left in the queue. Every method reads or writes files: a server calls it
+beside its event loop. All methods may be called from many processes and threads at once.
 
     jobs/<id>/    job.json (record.py), run.yaml, rows, events.jsonl, trainer.log
     runs/<id>/    an ordinary run folder
@@ -41,7 +42,7 @@ from typing import Any
 import yaml
 
 from veneer.bases.names.named import refuse_unknown
-from veneer.errors import ConfigError, QuotaError, VeneerError
+from veneer.errors import ConfigError, QuotaError
 from veneer.files.atomic import atomic_folder, write_text
 from veneer.files.home import data_folder, expanded, name_of
 from veneer.files.lock import BusyError, locked
@@ -49,20 +50,23 @@ from veneer.files.partial import sweep, unfinished
 from veneer.files.strict_json import json_text
 from veneer.jobs.events import add_event, read_events
 from veneer.jobs.job_settings import RowPart, RowSource, copy_rows, row_file_name, with_places
-from veneer.jobs.launch import share_of_machine, start_worker
+from veneer.jobs.launch import share_of_machine
 from veneer.jobs.limits import JobLimits, folder_bytes
-from veneer.jobs.queue import next_in_turn, note_waiting
+from veneer.jobs.queue import jobs_in_turn, mark_failed, note_waiting, start_first
 from veneer.jobs.record import (
+    AT_WORK,
     DIED,
     ID_PREFIX,
     LOCK,
     LOCK_SECONDS,
+    REQUEST,
     RESUMABLE,
     JobRecord,
     State,
     StopRequest,
     TrainingJob,
     check_id,
+    jobs_beside,
     new_id,
     read_record,
     unknown_job,
@@ -144,10 +148,14 @@ class JobStore:
     def request(self, job_id: str) -> StopRequest | None:
         """Returns what the worker was asked to do and has not done yet."""
         try:
-            text = (self.job_folder(job_id) / "request").read_text(encoding="utf-8")
+            text = (self.job_folder(job_id) / REQUEST).read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
         return "cancel" if text == "cancel" else "pause"
+
+    def beside(self, job: TrainingJob) -> int:
+        """Counts the jobs that train together with this one."""
+        return jobs_beside(job, self.jobs()) if job.state in AT_WORK else 0
 
     def used_bytes(self) -> int:
         """Returns the bytes of all jobs, runs and uploaded files."""
@@ -224,7 +232,8 @@ class JobStore:
         return self.get(job_id)
 
     def start_next(self) -> TrainingJob | None:
-        """Starts the next job of the queue unless one runs. Returns the job that was started.
+        """Starts the next job of the queue unless one runs, and with it those that can share its
+        forwards. Returns the first of them.
 
         Jobs whose worker died are marked as failed. While the disk space is used up, none starts.
         """
@@ -234,17 +243,15 @@ class JobStore:
             jobs = self.jobs()
             for job in jobs:
                 if job.record.state == "running" and job.state == "failed":
-                    self._mark_failed(job.folder, DIED)
-            if any(job.state in ("running", "stopping") for job in jobs):
+                    mark_failed(job.folder, DIED)
+            if any(job.state in AT_WORK for job in jobs):
                 return None
-            if next_in_turn(jobs) is not None and self.limits.disk_fault(self.used_bytes()):
+            queue = jobs_in_turn(jobs)
+            if queue and self.limits.disk_fault(self.used_bytes()):
                 note_waiting(jobs)
                 return None
-            while (job_id := next_in_turn(jobs)) is not None:
-                if self._start(job_id):
-                    return self.get(job_id)
-                jobs = [job for job in jobs if job.id != job_id]
-        return None
+            job_id = start_first(self.folder, queue)
+        return None if job_id is None else self.get(job_id)
 
     def pause(self, job_id: str) -> TrainingJob:
         """Pauses a queued job, or asks the trainer to save a checkpoint and end."""
@@ -285,7 +292,7 @@ class JobStore:
         from veneer.training.state.folder import remove_run  # loads torch
 
         job = self.get(job_id)
-        if job.state in ("running", "stopping"):
+        if job.state in AT_WORK:
             raise ConfigError(f"job {job_id} is {job.state}", next_step="Pause or cancel it first.")
         with locked(job.folder / LOCK, wait_seconds=LOCK_SECONDS):
             remove_run(job.run_folder)
@@ -294,7 +301,7 @@ class JobStore:
         self.start_next()  # jobs may have waited for its disk space
 
     def drop_request(self, job_id: str) -> None:
-        (self.job_folder(job_id) / "request").unlink(missing_ok=True)
+        (self.job_folder(job_id) / REQUEST).unlink(missing_ok=True)
 
     # helpers
 
@@ -320,39 +327,10 @@ class JobStore:
             except BusyError:  # it was started meanwhile
                 pass
             job = self.get(job_id)
-        if job.state not in ("running", "stopping"):
+        if job.state not in AT_WORK:
             raise _not_possible(job_id, job.state, ended, (*idle_states, "running"))
-        write_text(job.folder / "request", request, replace=True)
+        write_text(job.folder / REQUEST, request, replace=True)
         return self.get(job_id)
-
-    def _mark_failed(self, folder: Path, error: str) -> None:
-        """Marks a job as failed whose record says `running` although it has no worker."""
-        try:
-            with locked(folder / LOCK, wait_seconds=LOCK_SECONDS):
-                if (record := read_record(folder)).state == "running":
-                    add_event(folder, error, "error")
-                    write_record(folder, record, state="failed", error=error, ended=time.time())
-        except VeneerError:  # removed, or resumed meanwhile
-            return
-
-    def _start(self, job_id: str) -> bool:
-        """Starts the worker of a queued job. Returns False if it is not queued any more."""
-        folder = self.job_folder(job_id)
-        if not (folder / "job.json").is_file():  # removed meanwhile
-            return False
-        try:
-            with locked(folder / LOCK, wait_seconds=LOCK_SECONDS) as descriptor:
-                record = read_record(folder)
-                if record.state != "queued":
-                    return False
-                self.drop_request(job_id)
-                write_record(folder, record, state="running", started=time.time(), error=None)
-                add_event(folder, "Fine-tuning job started")
-                start_worker(self.folder, job_id, folder, descriptor)
-        except VeneerError as fault:
-            self._mark_failed(folder, str(fault))
-            return False
-        return True
 
     def _check_room(self) -> None:
         """Raises QuotaError if a further job is beyond the limits."""

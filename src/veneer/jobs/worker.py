@@ -1,11 +1,13 @@
-"""The worker: runs the trainer of one job, publishes the adapter and writes the job's state.
+"""The worker: runs a trainer, publishes the adapters of its jobs and writes their states.
 
-    python -m veneer.jobs.worker STORE ID DESCRIPTOR
+    python -m veneer.jobs.worker STORE ID:DESCRIPTOR...
 
-It owns job.json until it ends (record.py). `veneer train` runs as its child, at lower priority, and
-is suspended while requests wait for their first token (suspension.py). A request to pause or
-cancel, or SIGTERM, asks the trainer to save a checkpoint and end; so does a store whose disk space
-is used up, and then the job fails. At its end the worker starts the next job of the queue.
+It owns job.json of each job until that job has ended (record.py). The trainer (trainer.py) runs as
+its child, at lower priority, is suspended while requests wait for their first token
+(suspension.py), and lets single jobs go. If all of its jobs are asked to pause or to be cancelled,
+at SIGTERM, and when the store's disk space is used up, the worker asks the trainer to save
+checkpoints and end; in the last case the jobs fail. At its end the worker starts the next jobs of
+the queue.
 """
 
 from __future__ import annotations
@@ -15,17 +17,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from veneer.child import end_with_parent
-from veneer.errors import RunInterrupted, VeneerError
+from veneer.child import end_with_parent, module_command
+from veneer.errors import VeneerError
 from veneer.files.atomic import write_text
+from veneer.files.lock import unlock
 from veneer.jobs.events import add_event
-from veneer.jobs.launch import LOG, lower_priority, trainer_command, trainer_environment
+from veneer.jobs.launch import LOG, lower_priority, trainer_environment
+from veneer.jobs.outcome import MOST_ERROR, Outcome, read_outcome
 from veneer.jobs.published import note_published
-from veneer.jobs.record import JobRecord, StopRequest, read_record, write_record
+from veneer.jobs.record import JobRecord, StoredState, read_record, write_record
 from veneer.jobs.results import RESULT, metrics_csv
 from veneer.jobs.run_facts import RECORDS
 from veneer.jobs.store import JobStore
@@ -36,93 +41,43 @@ from veneer.training.output.records import read_records
 POLL_SECONDS = 0.2
 DISK_SECONDS = 2.0
 """Time between two looks at the disk space that the store takes."""
-MOST_ERROR = 4000
-"""Bytes of the trainer's last messages that become the job's error."""
+WAITS_FOR_MEMORY = "The job waits: the jobs that train now leave no memory for it."
 
 
-class Worker:
-    """Runs one job to its end. The caller holds the job's lock."""
+class WorkerJob:
+    """Writes the state of one job. descriptor: of the job's lock, which is held until it ends"""
 
     def __init__(self, store: JobStore, job_id: str, descriptor: int) -> None:
         self.store, self.descriptor = store, descriptor
         self.folder, self.run_folder = store.job_folder(job_id), store.run_folder(job_id)
         self.record: JobRecord = read_record(self.folder)
-        self._signalled = False
-        self._next_look = 0.0
-        self._disk_fault: str | None = None
-        """Why the trainer is stopped, if the disk space is used up."""
+        self.has_ended = False
 
-    def run(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._note_signal)
-        try:
-            if (self.run_folder / "summary.json").is_file() or self._train():
-                self._publish()
-        except Exception as fault:
-            self._fail(f"{type(fault).__name__}: {fault}"[:MOST_ERROR])
+    @property
+    def is_asked_to_stop(self) -> bool:
+        return self.store.request(self.record.id) is not None
 
-    def _note_signal(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = True
-
-    def _request(self) -> StopRequest | None:
-        return self.store.request(self.record.id) or ("pause" if self._signalled else None)
-
-    def _disk_is_full(self) -> bool:
-        """Looks now and then whether the store takes more disk space than it may."""
-        if time.monotonic() >= self._next_look:
-            self._next_look = time.monotonic() + DISK_SECONDS
-            self._disk_fault = self.store.limits.disk_fault(self.store.used_bytes())
-        return self._disk_fault is not None
-
-    def _train(self) -> bool:
-        """Runs the trainer. Returns True if it has finished the run; otherwise writes the job's
-        state."""
-        log = self.folder / LOG
-        start = log.stat().st_size
-        with log.open("ab") as output:
-            trainer = subprocess.Popen(
-                trainer_command(self.folder / "run.yaml", self.run_folder),
-                env=trainer_environment(os.environ, self.record.threads),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=output,
-                pass_fds=(self.descriptor,),
-                process_group=0,
-                preexec_fn=self._begin_trainer,
-            )
-        is_ending = False
-        with Suspension(trainer.pid, self.store.folder, self.record.share) as suspension:
-            while trainer.poll() is None:
-                if not is_ending and (self._request() is not None or self._disk_is_full()):
-                    suspension.end()
-                    trainer.terminate()
-                    is_ending = True
-                suspension.wait(POLL_SECONDS)
-        request, code = self._request(), trainer.returncode
+    def end(self, outcome: Outcome, disk_fault: str | None = None) -> None:
+        """Writes the state after the training. disk_fault: why the trainer was stopped"""
+        request = self.store.request(self.record.id)
         if request == "cancel":
-            self._end("cancelled", "The job was cancelled")
-        elif code == 0:
-            return True
-        elif self._disk_fault is not None:
-            self._fail(
-                f"The run was stopped: {self._disk_fault}. Delete jobs or files, then resume the"
-                " job to continue from its last checkpoint."
+            self._write("cancelled", "The job was cancelled")
+        elif outcome.kind == "done":
+            self._publish()
+        elif outcome.kind == "failed":
+            self.fail(outcome.error)
+        elif disk_fault is not None:
+            self.fail(
+                f"The run was stopped: {disk_fault}. Delete jobs or files, then resume the job to"
+                " continue from its last checkpoint."
             )
-        elif code in (RunInterrupted.exit_code, -signal.SIGTERM):
-            self._end("paused", "The job was paused")
-        elif code < 0:
-            self._fail(
-                f"The trainer was killed by {signal.Signals(-code).name}; if nobody killed it, the"
-                " machine was out of memory. Resume the job to continue from its last checkpoint."
-            )
+        elif outcome.kind == "no_room" and request is None:
+            self._write("queued", WAITS_FOR_MEMORY, started=None, ended=None)
         else:
-            self._fail(_last_text(log, start) or f"The trainer ended with exit code {code}.")
-        return False
+            self._write("paused", "The job was paused")
 
-    def _begin_trainer(self) -> None:
-        """Lowers the trainer's priority, and ends it with its worker. Runs in the new process."""
-        end_with_parent()
-        lower_priority(self.record.niceness)
+    def fail(self, error: str) -> None:
+        self._write("failed", error, error=error)
 
     def _publish(self) -> None:
         """Adds the adapter to the library; the job is done."""
@@ -134,24 +89,131 @@ class Worker:
                 note_published(self.store.folder, entry)
                 adapter = entry.reference
             except VeneerError as fault:
-                self._fail(f"The adapter was trained, but not added to the library. {fault}")
+                self.fail(f"The adapter was trained, but not added to the library. {fault}")
                 return
             add_event(self.folder, f"New fine-tuned model created: {name}")
         records = read_records(self.run_folder / RECORDS)
         write_text(self.folder / RESULT, metrics_csv(records), replace=True)
-        self._end("done", "The job has successfully completed", adapter=adapter)
+        self._write("done", "The job has successfully completed", adapter=adapter)
 
-    def _end(self, state: str, message: str, **changes: str | None) -> None:
-        add_event(self.folder, message)
-        self._write(state=state, **changes)
-
-    def _fail(self, message: str) -> None:
-        add_event(self.folder, message, "error")
-        self._write(state="failed", error=message)
-
-    def _write(self, **changes: str | None) -> None:
+    def _write(self, state: StoredState, message: str, **changes: str | float | None) -> None:
+        """Writes the job's last state and event, and unlocks it."""
+        add_event(self.folder, message, "error" if state == "failed" else "info")
         self.store.drop_request(self.record.id)
-        self.record = write_record(self.folder, self.record, ended=time.time(), **changes)
+        changes = {"state": state, "ended": time.time(), **changes}
+        self.record = write_record(self.folder, self.record, **changes)
+        unlock(self.descriptor)
+        self.has_ended = True
+
+
+class Worker:
+    """Runs jobs of one trainer to their ends. The caller holds their locks."""
+
+    def __init__(self, store: JobStore, jobs: Sequence[WorkerJob]) -> None:
+        self.store, self.jobs = store, jobs
+        self._signalled = False
+        self._next_look = 0.0
+        self._disk_fault: str | None = None
+        """Why the trainer is stopped, if the disk space is used up."""
+
+    @property
+    def _open(self) -> list[WorkerJob]:
+        return [job for job in self.jobs if not job.has_ended]
+
+    def run(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._note_signal)
+        try:
+            for job in self.jobs:
+                if (job.run_folder / "summary.json").is_file():  # it was not published
+                    self._end(job, Outcome(kind="done"))
+            if self._open:
+                self._train()
+        except Exception as fault:
+            for job in self._open:
+                job.fail(_bug(fault))
+
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True
+
+    def _must_stop(self) -> bool:
+        """Returns whether the trainer has to end before its jobs have ended."""
+        asked = bool(self._open) and all(job.is_asked_to_stop for job in self._open)
+        return asked or self._signalled or self._disk_is_full()
+
+    def _disk_is_full(self) -> bool:
+        """Looks now and then whether the store takes more disk space than it may."""
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + DISK_SECONDS
+            self._disk_fault = self.store.limits.disk_fault(self.store.used_bytes())
+        return self._disk_fault is not None
+
+    def _train(self) -> None:
+        """Runs the trainer until it ends. Ends each job as soon as it has an outcome."""
+        first, log = self._open[0], self._open[0].folder / LOG
+        start = log.stat().st_size
+        with log.open("ab") as output:
+            trainer = subprocess.Popen(
+                [
+                    *module_command("veneer.jobs.trainer"),
+                    str(self.store.folder),
+                    *(job.record.id for job in self._open),
+                ],
+                env=trainer_environment(os.environ, first.record.threads),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=output,
+                pass_fds=[job.descriptor for job in self._open],
+                process_group=0,
+                preexec_fn=self._begin_trainer,
+            )
+        is_ending = False
+        with Suspension(trainer.pid, self.store.folder, first.record.share) as suspension:
+            while trainer.poll() is None:
+                self._end_those_with_outcome()
+                if not is_ending and self._must_stop():
+                    suspension.end()
+                    trainer.terminate()
+                    is_ending = True
+                suspension.wait(POLL_SECONDS)
+        self._end_those_with_outcome()
+        for job in self._open:
+            self._end(job, self._outcome_of(trainer.returncode, log, start))
+
+    def _begin_trainer(self) -> None:
+        """Lowers the trainer's priority, and ends it with its worker. Runs in the new process."""
+        end_with_parent()
+        lower_priority(self.jobs[0].record.niceness)
+
+    def _end_those_with_outcome(self) -> None:
+        for job in self._open:
+            if (outcome := read_outcome(job.folder)) is not None:
+                self._end(job, outcome)
+
+    def _end(self, job: WorkerJob, outcome: Outcome) -> None:
+        try:
+            job.end(outcome, self._disk_fault)
+        except Exception as fault:
+            job.fail(_bug(fault))
+
+    def _outcome_of(self, code: int, log: Path, start: int) -> Outcome:
+        """Returns the outcome of a job for which the trainer wrote none. The log is shown only if
+        all jobs have one owner, because it may quote rows."""
+        if code == -signal.SIGTERM:
+            return Outcome(kind="interrupted")
+        if code < 0:
+            error = (
+                f"The trainer was killed by {signal.Signals(-code).name}; if nobody killed it, the"
+                " machine was out of memory. Resume the job to continue from its last checkpoint."
+            )
+            return Outcome(kind="failed", error=error)
+        is_private = len({job.record.owner for job in self.jobs}) > 1
+        text = "" if is_private else _last_text(log, start)
+        return Outcome(kind="failed", error=text or f"The trainer ended with exit code {code}.")
+
+
+def _bug(fault: Exception) -> str:
+    return f"{type(fault).__name__}: {fault}"[:MOST_ERROR]
 
 
 def _last_text(log: Path, start: int) -> str:
@@ -161,12 +223,13 @@ def _last_text(log: Path, start: int) -> str:
         return file.read().decode("utf-8", "replace").strip()
 
 
-def main(folder: str, job_id: str, descriptor: str) -> None:
+def main(folder: str, *jobs: str) -> None:
     store = JobStore(folder)
-    if (disk_bytes := read_record(store.job_folder(job_id)).disk_bytes) is not None:
+    pairs = [job.split(":") for job in jobs]
+    worker_jobs = [WorkerJob(store, job_id, int(descriptor)) for job_id, descriptor in pairs]
+    if (disk_bytes := worker_jobs[0].record.disk_bytes) is not None:
         store.limits = replace(store.limits, disk_bytes=disk_bytes)
-    Worker(store, job_id, int(descriptor)).run()
-    os.close(int(descriptor))
+    Worker(store, worker_jobs).run()
     store.start_next()
 
 

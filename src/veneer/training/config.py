@@ -343,3 +343,16 @@ class RunConfig(StrictSettings):
                 " lora"
             )
         return self
+
+
+def like_begun(config: RunConfig, begun: RunConfig | None) -> RunConfig:
+    """Returns settings with base and dtype written as in the run file of another run, whose base
+    they share. begun: settings of that run; None if no run has begun"""
+    if begun is None:
+        return config
+    base, dtype = config.base, config.dtype
+    update = {
+        "base": begun.base if str(expanded(base).absolute()) == begun.base else base,
+        "dtype": begun.dtype if dtype == "auto" else dtype,
+    }
+    return config.model_copy(update=update)

@@ -93,6 +93,7 @@ class Loop:
             while self.trainees and not (interrupted or self.failed or self._ended()):
                 self._evaluate_and_save(self.step())
                 self.supervisor.review(self.trainees)
+                self._let_go()
                 if interrupted := self.world.any(interrupt.asked):
                     self.asked_to_stop = True
                     self._save_all()
@@ -219,9 +220,23 @@ class Loop:
         while self._open:
             self._evaluate_and_save(self._compute(Trainee.end_step))
         for trainee in list(self.trainees):
-            if trainee.saved_step != trainee.progress.step:
+            with self._leaves_on_error(trainee):
+                _save(trainee)
+
+    def _let_go(self) -> None:
+        """Removes the trainees that the supervisor lets go, after their step, with a
+        RunInterrupted."""
+        for trainee in list(self.trainees):
+            if not trainee.ended and trainee not in self._open and self.supervisor.lets_go(trainee):
                 with self._leaves_on_error(trainee):
-                    trainee.save()
+                    _save(trainee)
+                    raise _interrupted([trainee], {})
+
+
+def _save(trainee: Trainee) -> None:
+    """Saves a trainee unless it is saved at this step."""
+    if trainee.saved_step != trainee.progress.step:
+        trainee.save()
 
 
 def _try_forward_backward(micro_batches: Sequence[MicroBatch]) -> VeneerError | MemoryError | None:

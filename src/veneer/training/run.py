@@ -1,7 +1,8 @@
 """Trains one run, or several jobs that share a base and train in the same forwards.
 
     waiting   all jobs at the start; their folders are locked
-    training  as many as fit into memory, in their order. When one ends, the next ones join
+    training  as many as fit into memory, in their order. When one ends, the next ones join, unless
+              a supervisor says that jobs are independent: then those without room end at once
     ended     a job has its result, or the error that ended it
 
 What a job computes is in job.py and trainee.py; none of it depends on the other jobs.
@@ -14,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from veneer.data.files.writing import Record
-from veneer.errors import ConfigError, RunInterrupted, VeneerError
+from veneer.errors import BudgetFullError, ConfigError, RunInterrupted, VeneerError
 from veneer.execution.train_step import fused, one_node, replacements
 from veneer.models.checkpointing import checkpointed
 from veneer.training.announce import RunPlanner
@@ -64,11 +65,11 @@ def run_jobs(
 ) -> list[Result]:
     """Trains jobs in the same forwards until each has ended or failed; returns their results.
 
-    budget: most tokens in a forward of several jobs. supervisor: decides which jobs go on; with
-    one, all jobs begin at once. finished: called when a job has its result; an error that it
+    budget: most tokens in a forward of several jobs. supervisor: decides which jobs go on, and
+    whether they are independent. finished: called when a job has its result; an error that it
     raises becomes the job's, and it is called with that.
-    Raises ConfigError with the faults of all jobs that can begin before any of them starts,
-    RunInterrupted, and errors that concern all jobs.
+    Raises ConfigError with the faults of all jobs that can begin before any of them starts, unless
+    they are independent; RunInterrupted, and errors that concern all jobs.
     """
     require_common_settings([job.config for job in jobs], world)
     with ExitStack() as stack:
@@ -109,19 +110,23 @@ class _JointRun:
         self.running: dict[Trainee, JobRun] = {}
         self._runs, self._waiting = runs, deque(run for run in runs if not run.result)
         self._plan, self._world, self._supervisor = plan, world, supervisor
-        self._finished, self._has_begun = finished, False
+        self._independent = supervisor is not None and supervisor.independent
+        self._all_begin = supervisor is not None and not supervisor.independent
+        self._finished, self._has_begun = finished, self._independent
         self._shared = SharedBase()
         self._free: int | None = None
 
     def train(self, budget: int | None) -> None:
         """Trains until every run has its result."""
         prepared = self._prepare_fitting()
-        self._raise_faults()
+        self._refuse_faults()
         if self._supervisor is not None:
             self._supervisor.check([run.prepared.inputs for run in prepared])
         memory = self._plan_memory(prepared)
         self._begin(prepared, memory)
         self._has_begun = True
+        if self._independent:
+            self._refuse_waiting()
         is_planned = budget is None and memory is not None and len(self._runs) > 1
         if is_planned and memory is not None:
             budget = memory.tokens
@@ -152,12 +157,12 @@ class _JointRun:
     def _prepare_fitting(self) -> list[JobRun]:
         """Prepares waiting jobs, in their order, as long as memory is left for another.
 
-        With a supervisor, all jobs begin at once. A job with a fault has it as its result.
+        If all begin at once, memory does not count. A job with a fault has it as its result.
         """
         prepared: list[JobRun] = []
         while self._waiting:
             memories = self._memories(prepared)
-            if self._supervisor is None and memories and not has_room(memories, self._free):
+            if not self._all_begin and memories and not has_room(memories, self._free):
                 break
             run = self._waiting.popleft()
             try:
@@ -188,10 +193,11 @@ class _JointRun:
         held = sum(memory.values for memory in memories[1:])
         return plan_jobs(memories, (self._free or 0) - held if several else None)
 
-    def _raise_faults(self) -> None:
-        """Raises one error with those of all jobs that were opened and prepared."""
+    def _refuse_faults(self) -> None:
+        """Raises one error with those of all jobs that were opened and prepared, unless jobs are
+        independent."""
         faulty = [run for run in self._runs if isinstance(run.result, VeneerError)]
-        if faulty:
+        if faulty and not self._independent:
             raise ConfigError(
                 f"{len(faulty)} of {len(self._runs)} jobs cannot run, so none was started",
                 [
@@ -202,6 +208,12 @@ class _JointRun:
                 ],
                 "Correct these jobs, or leave them out.",
             )
+
+    def _refuse_waiting(self) -> None:
+        """Ends the jobs that found no room in memory."""
+        while self._waiting:
+            full = f"memory has no room for another job beside the {len(self.running)} that train"
+            self._fail(self._waiting.popleft(), BudgetFullError(full))
 
     def _begin(self, prepared: Sequence[JobRun], memory: JointMemory | None) -> list[Trainee]:
         """Opens the records of jobs and makes their trainees; returns these."""

@@ -4,7 +4,8 @@
     halving  at a rung the jobs are ranked by their lowest held-out loss, and the worse half stops
 
 The loop asks a supervisor after each round. A job that it stops leaves as after an early stop: it
-keeps its best values, and its summary names the reason.
+keeps its best values, and its summary names the reason. A job that it lets go saves a checkpoint,
+from which it can be resumed.
 """
 
 import math
@@ -22,7 +23,13 @@ FIRST_SHARE = 1 / 16
 
 
 class Supervisor:
-    """Decides which trainees of a loop go on. This one lets every trainee train to its end."""
+    """Decides which trainees of a loop go on. This one lets every trainee train to its end.
+
+    independent: whether each job stands by itself. If one cannot start, the others do; and jobs
+    that find no memory beside the others end with BudgetFullError. Otherwise all jobs begin at once
+    """
+
+    independent = False
 
     def check(self, jobs: Sequence[TrainingInputs]) -> None:
         """Raises ConfigError if it cannot decide between these jobs. Nothing is written yet."""
@@ -32,6 +39,10 @@ class Supervisor:
 
     def waits(self, trainee: Trainee) -> bool:
         """Returns whether the trainee may not begin its next step yet."""
+        return False
+
+    def lets_go(self, trainee: Trainee) -> bool:
+        """Returns whether the trainee saves a checkpoint and leaves before its end."""
         return False
 
     def review(self, trainees: Sequence[Trainee]) -> None:

@@ -145,7 +145,7 @@ def test_a_dropped_file_becomes_a_model_that_answers(server, tab, folder):
     drop_tickets(tab)
     tab.click("#go-method")
     tab.until("document.querySelector('[data-path=steps]') !== null")
-    for setting, value in {"steps": 300, "batch": 2, "evaluate_every": 100}.items():
+    for setting, value in {"steps": 400, "batch": 2, "evaluate_every": 100}.items():
         choose(tab, f"[data-path={setting}]", str(value))
     tab.until("document.querySelector('#method-plan .advice') !== null", WAIT)
     draft = server.http().get(f"{API}/drafts").json()["data"][0]
@@ -156,6 +156,9 @@ def test_a_dropped_file_becomes_a_model_that_answers(server, tab, folder):
     points = "(document.querySelector('#train-curve .line.a')?.getAttribute('points') ?? '').length"
     tab.until(f"{points} > 0", WAIT)
     assert tab.run("document.querySelector('#train-curve .line.base') !== null")
+    with running_job(server.service.fine_tuning.store):
+        together = "Training, together with 1 other job."
+        tab.until(f"document.querySelector('#train-state').textContent === {together!r}")
     tab.click("#train-stop")
     tab.until("!document.querySelector('#train-resume').hidden", WAIT)
     assert "checkpoint" in tab.text("#train-state")
@@ -163,7 +166,7 @@ def test_a_dropped_file_becomes_a_model_that_answers(server, tab, folder):
     tab.call("Page.reload")
     tab.click("#train-resume")  # a reload finds the run, at its step
     tab.until("!document.querySelector('#train-next').hidden", WAIT)
-    assert tab.text("#train-facts").startswith("300 of 300")
+    assert tab.text("#train-facts").startswith("400 of 400")
     assert tab.run(points) > stopped
     tab.click("#train-next")
     answers = "document.querySelectorAll('.judged .right, .judged .wrong').length === %d"

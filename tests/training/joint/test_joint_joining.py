@@ -1,5 +1,5 @@
 """Jobs that wait until others have ended: each is the run that it would be alone, and a fault of
-one that joins ends no other."""
+one that joins ends no other. Independent jobs: none waits, and each may leave and be resumed."""
 
 import os
 import signal
@@ -8,12 +8,13 @@ import weakref
 import pytest
 
 from tests.support.joint import JOBS, alone, assert_same_run, config, make_world, together
-from veneer.errors import ConfigError, RunInterrupted
+from veneer.errors import BudgetFullError, ConfigError, RunInterrupted
 from veneer.plan.probe import forecast
 from veneer.training import loop, run
 from veneer.training.output.screen import QuietScreen
 from veneer.training.run import Job, run_jobs
 from veneer.training.state.folder import resume_config
+from veneer.training.supervisor import Supervisor
 from veneer.training.trainee import Trainee
 
 NAMES = ("bottleneck", "targets", "dora", "batch", "dropout")  # of 3, 6, 6, 4 and 6 steps
@@ -110,4 +111,34 @@ def test_jobs_that_joined_and_jobs_that_waited_are_resumed(
     run_jobs([*begun, Job(configs[3], False, QuietScreen())], plan=forecast)
     for name in names:
         alone(world, tmp_path / "alone" / name, **common, **JOBS[name])
+        assert_same_run(tmp_path / name, tmp_path / "alone" / name)
+
+
+class Independent(Supervisor):
+    """Lets the job in the folder `dropout` go after its second step."""
+
+    independent = True
+
+    def lets_go(self, trainee):
+        return trainee.inputs.out.name == "dropout" and trainee.progress.step == 2
+
+
+def test_independent_jobs_fail_leave_and_find_no_room_by_themselves(room_for_two, world, tmp_path):
+    bad = {"method": {"name": "lora", "targets": ["nothing"]}}
+    jobs = {"bad": bad, "targets": JOBS["targets"], "dropout": JOBS["dropout"], "late": {}}
+    finished = []
+    failed, _, left, late = together(
+        [config(world, tmp_path / name, **job) for name, job in jobs.items()],
+        plan=forecast,
+        supervisor=Independent(),
+        finished=lambda job, result: finished.append(job.config.out.rpartition("/")[2]),
+    )
+    assert isinstance(failed, ConfigError) and "'nothing'" in str(failed)
+    assert isinstance(late, BudgetFullError) and not (tmp_path / "late").exists()
+    assert isinstance(left, RunInterrupted) and "stopped at step 2 of 6" in left.headline
+    assert str(tmp_path / "targets") not in str(left)
+    assert finished == ["bad", "late", "dropout", "targets"]
+    run_jobs([Job(resume_config(tmp_path / "dropout"), True, QuietScreen())])
+    for name in ("targets", "dropout"):
+        alone(world, tmp_path / "alone" / name, **JOBS[name])
         assert_same_run(tmp_path / name, tmp_path / "alone" / name)

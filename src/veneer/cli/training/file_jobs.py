@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,9 @@ from veneer.cli.config_file import read_run_config
 from veneer.data.files.places import absolute
 from veneer.data.teacher_text import absolute_path
 from veneer.errors import ConfigError, CorruptFileError
-from veneer.files.home import absolute_if_exists, expanded
+from veneer.files.home import absolute_if_exists
 from veneer.library.names import is_name, name_of_run
-from veneer.training.config import RunConfig
+from veneer.training.config import RunConfig, like_begun
 from veneer.training.output.loggers import flat
 
 if TYPE_CHECKING:
@@ -59,20 +59,8 @@ def begun_jobs(configs: Sequence[RunConfig]) -> list[FileJob]:
             faults,
             "Write the settings as they were, or give these runs another out.",
         )
-    return [_beside(job, jobs) for job in jobs]
-
-
-def _beside(job: FileJob, jobs: Sequence[FileJob]) -> FileJob:
-    """Writes a new job's base and dtype as jobs that have begun do: they share them."""
-    begun = next((other.config for other in jobs if other.resume), None)
-    if job.resume or begun is None:
-        return job
-    base, dtype = job.config.base, job.config.dtype
-    update = {
-        "base": begun.base if str(expanded(base).absolute()) == begun.base else base,
-        "dtype": begun.dtype if dtype == "auto" else dtype,
-    }
-    return FileJob(job.config.model_copy(update=update), resume=False)
+    first_begun = next((job.config for job in jobs if job.resume), None)
+    return [replace(job, config=like_begun(job.config, first_begun)) for job in jobs]
 
 
 def find_library(args: argparse.Namespace, configs: Sequence[RunConfig]) -> Library | None:

@@ -134,11 +134,13 @@ def _show(args: argparse.Namespace, store: JobStore) -> int:
     if args.json:
         print_json({**describe(job), "events": events})
         return 0
+    from veneer.jobs.record import beside_words
+
     facts = job.facts()
     steps = f"step {facts.get('step', 0)} of {facts['steps']}" if facts.get("steps") else ""
     lines = {
         "job": job.id,
-        "state": " · ".join(filter(None, (job.state, steps))),
+        "state": " · ".join(filter(None, (job.state, steps))) + beside_words(store.beside(job)),
         "loss": _loss(facts),
         "base": facts.get("base") or job.record.base,
         "method": facts.get("method"),

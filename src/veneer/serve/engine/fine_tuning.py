@@ -20,7 +20,7 @@ from veneer.data.files.sources import iterate_rows
 from veneer.errors import UnknownNameError, VeneerError
 from veneer.jobs.job_settings import RowPart
 from veneer.jobs.limits import JobLimits
-from veneer.jobs.record import TrainingJob
+from veneer.jobs.record import TrainingJob, jobs_beside
 from veneer.jobs.results import RESULT
 from veneer.jobs.store import TRAIN_SHARE, JobStore
 from veneer.jobs.uploads import UploadedFile, UploadStore
@@ -170,16 +170,15 @@ class FineTuning:
             for part, path in rows.items()
             for fault in row_faults(path, row_kind, PARAMS[part])
         ]
-        return job_object(
-            self.store.create(
-                settings,
-                rows=rows,
-                publish_as=_model_name(body.suffix),
-                owner=owner,
-                details=body.details(),
-                error="\n".join(faults[:MOST_FAULTS]) or None,
-            )
+        job = self.store.create(
+            settings,
+            rows=rows,
+            publish_as=_model_name(body.suffix),
+            owner=owner,
+            details=body.details(),
+            error="\n".join(faults[:MOST_FAULTS]) or None,
         )
+        return self.describe(job)
 
     def _settings(self, body: CreateJobBody) -> dict[str, Any]:
         """Returns the settings of a run. All rows are trained, and longer ones than the model has
@@ -208,7 +207,16 @@ class FineTuning:
     def change(self, job_id: str, change: Callable[[str], TrainingJob]) -> dict[str, Any]:
         """Changes a job's state: store.pause, resume or cancel. Refusal: 400, 404."""
         self.job(job_id)
-        return job_object(change(job_id))
+        return self.describe(change(job_id))
+
+    def describe(self, job: TrainingJob) -> dict[str, Any]:
+        """Returns the object of a job."""
+        return job_object(job, others=self.store.beside(job))
+
+    def describe_all(self) -> list[dict[str, Any]]:
+        """Returns the objects of all jobs, the newest first."""
+        jobs = self.store.jobs()
+        return [job_object(job, others=jobs_beside(job, jobs)) for job in jobs]
 
 
 def _run_config(settings: Mapping[str, Any]) -> RunConfig:

@@ -17,12 +17,7 @@ from veneer.serve.engine.service import Service
 from veneer.serve.http.app import Handler, caller_of, catch_errors, require_train
 from veneer.serve.http.json_body import parsed, read_body
 from veneer.serve.http.uploads import Arrivals, read_upload
-from veneer.serve.protocols.fine_tuning import (
-    CreateJobBody,
-    checkpoint_objects,
-    event_objects,
-    job_object,
-)
+from veneer.serve.protocols.fine_tuning import CreateJobBody, checkpoint_objects, event_objects
 from veneer.serve.refusals import Refusal, shutting_down
 
 FILES, JOBS = "/v1/files", "/v1/fine_tuning/jobs"
@@ -117,12 +112,12 @@ class _Routes:
             return JSONResponse(await use_jobs(lambda: fine_tuning.create(body, owner)))
 
         async def listed(request: Request) -> Response:
-            jobs = await use_jobs(lambda: [job_object(job) for job in store.jobs()])
-            return _page(request, jobs)
+            return _page(request, await use_jobs(fine_tuning.describe_all))
 
         async def retrieve(request: Request) -> Response:
             job_id = request.path_params["id"]
-            return JSONResponse(await use_jobs(lambda: job_object(fine_tuning.job(job_id))))
+            job = await use_jobs(lambda: fine_tuning.describe(fine_tuning.job(job_id)))
+            return JSONResponse(job)
 
         async def events(request: Request) -> Response:
             job_id = request.path_params["id"]

@@ -191,9 +191,9 @@ class CreateJobBody(Body):
         }
 
 
-def job_object(job: TrainingJob) -> dict[str, Any]:
+def job_object(job: TrainingJob, *, others: int) -> dict[str, Any]:
     """Describes a job as OpenAI's clients read it. Jobs that were not created through the API have
-    no training_file."""
+    no training_file. others: jobs that train together with it (trains_with, a field of Veneer)"""
     record, details = job.record, job.record.details
     facts = job.facts()
     is_done = job.state == "done"
@@ -223,17 +223,19 @@ def job_object(job: TrainingJob) -> dict[str, Any]:
         "metadata": details.get("metadata"),
         "integrations": [],
         "trained_tokens": _trained_tokens(job) if is_done else None,
-        "estimated_finish": _estimated_finish(job, facts),
+        "estimated_finish": _estimated_finish(job, facts, others),
         "user_provided_suffix": details.get("suffix"),
+        "trains_with": others,
     }
 
 
-def _estimated_finish(job: TrainingJob, facts: Mapping[str, Any]) -> int | None:
-    """Estimates when a running job ends; None before the first step since its start."""
+def _estimated_finish(job: TrainingJob, facts: Mapping[str, Any], others: int) -> int | None:
+    """Estimates when a running job ends; None before the first step since its start. A step's
+    seconds are the job's share of the time that it and the others took."""
     left, started, now = facts.get("seconds_left"), job.record.started or 0.0, time.time()
     if job.state != "running" or left is None or now - facts["idle_seconds"] < started:
         return None
-    return int(now + max(left - facts["idle_seconds"], 0))
+    return int(now + max(left * (1 + others) - facts["idle_seconds"], 0))
 
 
 def _error(job: TrainingJob) -> dict[str, Any] | None:

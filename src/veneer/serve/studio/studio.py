@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from veneer.data.examples import Capacity
 from veneer.data.load import DataSet
 from veneer.errors import QuotaError, UnknownNameError, VeneerError, hide_path
-from veneer.jobs.record import TrainingJob
+from veneer.jobs.record import AT_WORK, TrainingJob
 from veneer.library.library import Library
 from veneer.serve.engine.fine_tuning import FineTuning
 from veneer.serve.refusals import Refusal
@@ -219,15 +219,20 @@ class Studio:
         return {**job_records_after(job, after), "job": self._job_card(job)}
 
     def _job_card(self, job: TrainingJob) -> dict[str, Any]:
-        """Describes a job, with its base and how many jobs of the queue are before it."""
-        return {**job_card(job), "base": self.results.base(job), "ahead": self._jobs_ahead(job)}
+        """Describes a job, with its base, and how many jobs are before it or train with it."""
+        return {
+            **job_card(job),
+            "base": self.results.base(job),
+            "ahead": self._jobs_ahead(job),
+            "beside": self.jobs.beside(job),
+        }
 
     def _jobs_ahead(self, job: TrainingJob) -> int:
         """Returns how many jobs run or were queued before this one; 0 if it does not wait."""
         if job.state != "queued":
             return 0
         return sum(
-            queue_job.state in ("running", "stopping")
+            queue_job.state in AT_WORK
             or (queue_job.state == "queued" and queue_job.record.queued < job.record.queued)
             for queue_job in self.jobs.jobs()
         )

@@ -77,10 +77,13 @@ function showTrainingNow() {
 }
 
 function jobStatus(state) {
-  const jobsAhead = training.job?.ahead ?? 0;
-  const isBehind = state === "queued" && jobsAhead > 1;
-  return isBehind ? `Waiting: ${count(jobsAhead)} jobs are before it.` : (JOB_STATES[state] ?? "");
+  const { ahead = 0, beside = 0 } = training.job ?? {};
+  if (state === "queued" && ahead > 1) return `Waiting: ${count(ahead)} jobs are before it.`;
+  if (state === "running" && beside) return `Training, together with ${otherJobs(beside)}.`;
+  return JOB_STATES[state] ?? "";
 }
+
+const otherJobs = (number) => (number === 1 ? "1 other job" : `${count(number)} other jobs`);
 
 function planSummary() {
   const { base = "", method = "lora" } = lesson.draft.method;
@@ -101,7 +104,8 @@ function trainingFacts() {
   if (!last) return [];
   const recent = steps.slice(-RECENT);
   const seconds = sumOf(recent, "seconds");
-  const secondsLeft = ((start?.steps ?? last.step) - last.step) * (seconds / recent.length);
+  const jobs = 1 + (job?.beside ?? 0); // each counts its share of the seconds
+  const secondsLeft = ((start?.steps ?? last.step) - last.step) * (seconds / recent.length) * jobs;
   const losses = measuredLosses().map((record) => figure(record.loss));
   const stepsInAll = start?.steps ? ` of ${count(start.steps)}` : "";
   const facts = [[`${count(last.step)}${stepsInAll}`, "steps"]];

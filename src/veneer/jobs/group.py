@@ -1,0 +1,59 @@
+"""Which training jobs share the forwards of one trainer, and the settings that they train with.
+
+Loads torch, because the check of joint training does.
+"""
+
+from collections.abc import Sequence
+
+from veneer.errors import VeneerError
+from veneer.files.strict_json import read_yaml
+from veneer.jobs.record import JobRecord, TrainingJob
+from veneer.training.config import RunConfig, like_begun
+from veneer.training.coordination import require_common_settings
+from veneer.training.processes.world import ALONE
+from veneer.training.state.folder import resume_config
+
+
+def has_begun(job: TrainingJob) -> bool:
+    """Returns whether the run has a run file, from which it is resumed."""
+    return (job.run_folder / "run.yaml").is_file()
+
+
+def read_configs(jobs: Sequence[TrainingJob]) -> list[RunConfig]:
+    """Reads the settings of jobs that train together. Raises VeneerError."""
+    return _alike(jobs, [_read_config(job) for job in jobs])
+
+
+def share_first(jobs: Sequence[TrainingJob]) -> list[TrainingJob]:
+    """Returns the first job and those of the others that can share its forwards: joint training
+    accepts them, and their trainers would have the same threads, priority and share of the time."""
+    group, configs = list[TrainingJob](), list[RunConfig]()
+    for job in jobs:
+        try:
+            new_configs = [*configs, _read_config(job)]
+            require_common_settings(_alike([*group, job], new_configs), ALONE)
+        except VeneerError:
+            if not group:  # its trainer says what is wrong
+                return [job]
+            continue
+        if _process(job.record) == _process(jobs[0].record):
+            group.append(job)
+            configs = new_configs
+    return group
+
+
+def _read_config(job: TrainingJob) -> RunConfig:
+    if has_begun(job):
+        return resume_config(job.run_folder)
+    return RunConfig.of(read_yaml(job.run_file))
+
+
+def _alike(jobs: Sequence[TrainingJob], configs: Sequence[RunConfig]) -> list[RunConfig]:
+    """Writes what jobs share in the same way in all settings."""
+    begun = next((c for job, c in zip(jobs, configs, strict=True) if has_begun(job)), None)
+    return [like_begun(config, begun) for config in configs]
+
+
+def _process(record: JobRecord) -> tuple[int, int, float]:
+    """Returns what a trainer's process needs from a job's record."""
+    return record.threads, record.niceness, record.share

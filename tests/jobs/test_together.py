@@ -1,0 +1,110 @@
+"""Queued jobs that train together in one process: each keeps its state, results and checkpoints."""
+
+import os
+import signal
+
+import pytest
+
+from tests.jobs.test_store import newest_process, wait_for, wait_until
+from tests.support.joint import JOBS, alone, assert_same_run, make_world
+from tests.support.running_job import running_job
+from veneer.jobs.group import share_first
+from veneer.jobs.store import JobStore
+from veneer.training.state.checkpoint import numbers
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def store(tmp_path):
+    return JobStore(tmp_path / "jobs", library=tmp_path / "library", train_share=1)
+
+
+def settings(world, *, base="base", rows="rows", **changed):
+    """Returns the settings of tests.support.joint.config, without files."""
+    return {
+        "base": str(world / base),
+        "data": {"validation_share": 0.2},
+        "method": {"name": "lora", "rank": 2},
+        "steps": 6,
+        "batch": 3,
+        "evaluate_every": 2,
+        "learning_rate": 0.01,
+        "show_answers": False,
+        **changed,
+    }
+
+
+def trainer_of(job):
+    return newest_process(f"veneer.jobs.trainer .*{job.id}")
+
+
+def test_queued_jobs_of_one_base_train_as_one_process_and_learn_what_they_learn_alone(
+    store, world, tmp_path
+):
+    names, rows = ("lora", "targets"), {"train": world / "rows.jsonl"}
+    with running_job(store):
+        jobs = {
+            name: store.create(
+                settings(world, **JOBS[name]),
+                rows={"train": world / f"{JOBS[name].get('rows', 'rows')}.jsonl"},
+                publish_as=name,
+                owner=f"owner of {name}",
+            )
+            for name in names
+        }
+        bad = store.create(settings(world), rows={"train": [{"x": "no layout"}]})
+        other_base = store.create(settings(world, base="bf16"), rows=rows)
+        every_weight = store.create(settings(world, method="full"), rows=rows)
+    assert store.start_next().id == jobs["lora"].id
+    running = [*jobs.values(), bad]
+    assert [store.beside(store.get(job.id)) for job in (*running, other_base)] == [2, 2, 2, 0]
+    for waiting in (other_base, every_weight):
+        assert store.cancel(waiting.id).state == "cancelled"
+    wait_until(lambda: trainer_of(bad) is not None)
+    assert len({trainer_of(job) for job in running}) == 1
+    assert "train.jsonl cannot be trained on" in wait_for(store, bad.id, "failed").error
+    for name, job in jobs.items():
+        job = wait_for(store, job.id, "done")
+        messages = [event["message"] for event in store.events(job.id)]
+        assert "Fine-tuning job started, together with 2 others" in messages
+        assert not any("cannot be trained on" in message for message in messages)
+        assert job.record.adapter == f"{name}@1"
+        alone(world, tmp_path / name, **JOBS[name])
+        assert_same_run(job.run_folder, tmp_path / name)
+    assert (jobs["lora"].folder / "trainer.log").read_text() == ""
+
+
+def test_one_job_leaves_and_the_others_go_on_until_their_trainer_is_killed(store, world):
+    endless = settings(world, steps=100_000, save_every=1, evaluate_every=100_000)
+    rows = {"train": world / "rows.jsonl"}
+    with running_job(store):
+        first, second, third = (store.create(endless, rows=rows) for _ in range(3))
+
+    def step(job):
+        return store.get(job.id).facts().get("step", 0)
+
+    def steps_on(*jobs):
+        before = {job.id: step(job) for job in jobs}
+        wait_until(lambda: all(step(job) > before[job.id] for job in jobs))
+
+    store.start_next()
+    steps_on(first, second, third)
+    assert store.cancel(second.id).state == "stopping"
+    second = wait_for(store, second.id, "cancelled")
+    assert max(numbers(second.run_folder / "checkpoints")) == step(second)
+    steps_on(first, third)
+    assert store.beside(store.get(first.id)) == 1
+    store.delete(second.id)
+    os.kill(trainer_of(first), signal.SIGKILL)
+    for job in (first, third):
+        assert "killed by SIGKILL" in wait_for(store, job.id, "failed").error
+    with running_job(store):
+        new = store.create(settings(world), rows=rows)
+        queued = [new, store.resume(first.id), store.resume(third.id)]
+        assert share_first(queued) == queued, "resumed jobs and new ones"
+        for job in queued:
+            store.cancel(job.id)
