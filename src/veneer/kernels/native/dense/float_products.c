@@ -23,7 +23,7 @@ enum {
     DEPTH = 256,       /* values of a sum at once: a panel takes 16 KiB of the first cache */
     KEPT = 16,         /* panels at once: 256 KiB of the second cache */
     ROWS = 16 * HEIGHT, /* rows of x at once: 96 KiB of the second cache */
-    MEETING = 2048,    /* rows that lie so many bytes apart share few lines of the first cache */
+    MEETING = 4096,     /* rows that lie so many bytes apart share a line of the first cache */
 };
 
 #define INLINE_AVX2 static inline __attribute__((always_inline)) FOR_AVX2
@@ -77,9 +77,9 @@ static FOR_AVX2 void pack(const struct float_product *a, int64_t n, int64_t k, i
                 i < columns ? w[a->along ? done * row + i : i * row + done] : 0.0f;
 }
 
-/* y (R, SIDE), its rows `apart` values from each other, += x (R, depth) times a panel. */
+/* y (R, SIDE), its rows `apart` values from each other, [+]= x (R, depth) times a panel. */
 INLINE_AVX2 void multiply(const int R, const float *x, int64_t row, int64_t depth,
-                          const float *panel, float *y, int64_t apart) {
+                          const float *panel, float *y, int64_t apart, int add) {
     __m256 low[HEIGHT], high[HEIGHT];
     UNROLLED(6, r, R) low[r] = high[r] = _mm256_setzero_ps();
     for (int64_t k = 0; k < depth; k++) {
@@ -93,45 +93,49 @@ INLINE_AVX2 void multiply(const int R, const float *x, int64_t row, int64_t dept
     }
     UNROLLED(6, r, R) {
         float *to = y + r * apart;
-        _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), low[r]));
-        _mm256_storeu_ps(to + 8, _mm256_add_ps(_mm256_loadu_ps(to + 8), high[r]));
+        if (add) {
+            low[r] = _mm256_add_ps(_mm256_loadu_ps(to), low[r]);
+            high[r] = _mm256_add_ps(_mm256_loadu_ps(to + 8), high[r]);
+        }
+        _mm256_storeu_ps(to, low[r]);
+        _mm256_storeu_ps(to + 8, high[r]);
     }
 }
 
 static FOR_AVX2 void multiply_rows(int64_t rows, const float *x, int64_t row, int64_t depth,
-                                   const float *panel, float *y, int64_t apart) {
+                                   const float *panel, float *y, int64_t apart, int add) {
     switch (rows) {
-        CASE(1, multiply(1, x, row, depth, panel, y, apart))
-        CASE(2, multiply(2, x, row, depth, panel, y, apart))
-        CASE(3, multiply(3, x, row, depth, panel, y, apart))
-        CASE(4, multiply(4, x, row, depth, panel, y, apart))
-        CASE(5, multiply(5, x, row, depth, panel, y, apart))
-        CASE(6, multiply(6, x, row, depth, panel, y, apart))
+        CASE(1, multiply(1, x, row, depth, panel, y, apart, add))
+        CASE(2, multiply(2, x, row, depth, panel, y, apart, add))
+        CASE(3, multiply(3, x, row, depth, panel, y, apart, add))
+        CASE(4, multiply(4, x, row, depth, panel, y, apart, add))
+        CASE(5, multiply(5, x, row, depth, panel, y, apart, add))
+        CASE(6, multiply(6, x, row, depth, panel, y, apart, add))
     }
 }
 
 /* The same of one panel whose first column is n, for up to HEIGHT rows from `first` on. */
 static FOR_AVX2 void add_tile(const struct float_product *a, int64_t first, int64_t rows, int64_t n,
-                              const float *x, int64_t row, int64_t depth, const float *panel) {
+                              const float *x, int64_t row, int64_t depth, const float *panel,
+                              int add) {
     const int64_t columns = a->outs - n;
     float *y = a->y + first * a->apart + n;
     if (columns >= SIDE) {
-        multiply_rows(rows, x, row, depth, panel, y, a->apart);
+        multiply_rows(rows, x, row, depth, panel, y, a->apart, add);
         return;
     }
     float whole[HEIGHT * SIDE] = {0};
-    for (int64_t r = 0; r < rows; r++)
+    for (int64_t r = 0; add && r < rows; r++)
         memcpy(whole + r * SIDE, y + r * a->apart, (size_t)columns * sizeof(float));
-    multiply_rows(rows, x, row, depth, panel, whole, SIDE);
+    multiply_rows(rows, x, row, depth, panel, whole, SIDE, add);
     for (int64_t r = 0; r < rows; r++)
         memcpy(y + r * a->apart, whole + r * SIDE, (size_t)columns * sizeof(float));
 }
 
-/* What y holds before the first sums: bias, or 0, and what it was before. */
+/* Writes the bias to y, or adds it to what y holds. */
 static FOR_AVX2 void begin(const struct float_product *a, int64_t row, int64_t n, int64_t columns) {
     float *y = a->y + row * a->apart + n;
-    if (!a->add) memset(y, 0, (size_t)columns * sizeof(float));
-    for (int64_t i = 0; a->bias && i < columns; i++) y[i] += a->bias[n + i];
+    for (int64_t i = 0; i < columns; i++) y[i] = a->add ? y[i] + a->bias[n + i] : a->bias[n + i];
 }
 
 /* Rows [top, bottom) of y in panels [from, to). room: KEPT panels, then ROWS rows of x. */
@@ -142,7 +146,7 @@ static FOR_AVX2 void multiply_part(const struct float_product *a, int64_t top, i
     for (int64_t first = from; first < to; first += KEPT) {
         const int64_t panels = to - first < KEPT ? to - first : KEPT, n = first * SIDE;
         const int64_t end = (first + panels) * SIDE, columns = (end < a->outs ? end : a->outs) - n;
-        for (int64_t row = top; row < bottom; row++) begin(a, row, n, columns);
+        for (int64_t row = top; a->bias && row < bottom; row++) begin(a, row, n, columns);
         for (int64_t k = 0; k < a->width; k += DEPTH) {
             const int64_t depth = a->width - k < DEPTH ? a->width - k : DEPTH;
             for (int64_t i = 0; i < panels; i++)
@@ -157,7 +161,7 @@ static FOR_AVX2 void multiply_part(const struct float_product *a, int64_t top, i
                     for (int64_t r = 0; r < rows; r += HEIGHT)
                         add_tile(a, block + r, rows - r < HEIGHT ? rows - r : HEIGHT, n + i * SIDE,
                                  (meet ? copied : x) + r * apart, apart, depth,
-                                 room + i * DEPTH * SIDE);
+                                 room + i * DEPTH * SIDE, k > 0 || a->add || a->bias);
             }
         }
     }
