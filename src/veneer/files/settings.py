@@ -189,7 +189,7 @@ def explain_faults(
 
 def _path_of_error(detail: ErrorDetails, values: Mapping[str, Any]) -> KeyPath:
     """Returns the path of an error in the values, without pydantic's types and tags."""
-    node: Any = values
+    node = values
     path: list[str] = []
     for segment in map(str, detail["loc"]):
         if not isinstance(node, Mapping):

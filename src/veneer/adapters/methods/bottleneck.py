@@ -175,7 +175,7 @@ def find_blocks(modules: Mapping[str, nn.Module], config: Bottleneck) -> list[st
 
 def _language_model(model: nn.Module) -> nn.Module:
     """Returns the language model without vision or audio towers, whose layers look alike."""
-    get: Any = getattr(model, "get_decoder", None)
+    get = getattr(model, "get_decoder", None)
     return model if get is None else get()
 
 

@@ -65,7 +65,7 @@ class ExtendedHead(_VocabularyModule):
         plain: Tensor = self.base(input)
         if not any(parts.values()):
             return plain
-        bias: Any = parameters_of(unwrapped(self)).get("bias")
+        bias = parameters_of(unwrapped(self)).get("bias")
         if acting.whole is not None:
             rows = parts[acting.whole]
             assert rows is not None

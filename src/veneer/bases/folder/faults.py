@@ -137,10 +137,9 @@ def _logits_of_three_tokens(folder: Path, model: PreTrainedModel) -> torch.Tenso
     Training needs them without one, and xLSTM's cache is broken for most settings. Raises
     SourceError if modelling code fails: every weight is there, so the files are not damaged.
     """
-    run: Any = model
     ids = torch.zeros(1, 3, dtype=torch.long, device=model.device)
     try:
-        logits: torch.Tensor = run(input_ids=ids, use_cache=False).logits
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     except Exception as fault:  # modelling code may fail with anything
         if is_out_of_memory(fault):
             raise

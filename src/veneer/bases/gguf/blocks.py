@@ -15,7 +15,6 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -150,7 +149,7 @@ def _write(isolated: Path, header: Header, folder: Path) -> None:
             _DENSE,
         )
     tokenizer = rebuild_tokenizer(isolated, header.pre_tokenizer)
-    config: Any = file_config(header)
+    config = file_config(header)
     if header.architecture == "falcon" and config.new_decoder_architecture:
         raise SourceError(
             "the layers of this Falcon .gguf file cannot be held as blocks",
@@ -233,7 +232,7 @@ def _interleaved_heads(tensor: ReaderTensor, model: PreTrainedModel, header: Hea
     Source: LlamaModel.permute in
     https://github.com/ggml-org/llama.cpp/blob/master/convert_hf_to_gguf.py.
     """
-    config: Any = model.config
+    config = model.config
     if header.architecture != "llama":
         return 0
     if ".attn_q." in tensor.name:

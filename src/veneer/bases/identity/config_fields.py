@@ -247,7 +247,7 @@ def _is_default(
         above = above[name]
     above.pop(path[-1], None)
     try:
-        fields_without: Any = type(config)(**without).to_dict()
+        fields_without = type(config)(**without).to_dict()
     except Exception:  # a class may raise anything if the field is missing
         return False
     for name in path:

@@ -75,7 +75,7 @@ class LoaderWeight:
         along O."""
         weights = [item.weight for item in args[0]]
         dim = (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0)
-        kind: Any = type(weights[0])
+        kind = type(weights[0])
         axes = len(weights[0].shape)
         if issubclass(kind, FileWeight) and all(type(item) is kind for item in weights):
             try:

@@ -256,7 +256,7 @@ def _open_for_records(
             f"{path} exists", next_step="Choose another file: existing files are not overwritten."
         )
     with atomic_file(path) as partial:
-        opener: Any = gzip.open if path.suffix == ".gz" else open
+        opener = gzip.open if path.suffix == ".gz" else open
         with opener(partial, "wt", encoding="utf-8") as out:
             yield lambda record: print(json.dumps(record, ensure_ascii=False), file=out)
     published.append(path)

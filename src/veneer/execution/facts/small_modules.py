@@ -23,7 +23,7 @@ def small_linear(ins: int, outs: int, dtype: torch.dtype, seed: int) -> nn.Linea
 
 def with_children(module: nn.Module, children: Mapping[str, nn.Module]) -> Any:
     """Returns a copy of a module in which these children replace its own of the same names."""
-    small: Any = object.__new__(type(module))  # FSDP2's class calls __init__ where it is copied
+    small = object.__new__(type(module))  # FSDP2's class calls __init__ where it is copied
     vars(small).update(vars(module))
     replace_children(small, {**children_of(module), **children})
     return small

@@ -194,11 +194,10 @@ def _joined(A: Sequence[Tensor]) -> Tensor:
 def lora_linears(x: Tensor, layers: Sequence[LoRALinear]) -> tuple[Tensor, ...]:
     """x (..., I) through each layer: (..., O) in x's type. One node: x is read once, and its
     gradient is summed in place."""
-    apply: Any = _LoRALinears.apply
     layers = [filled(layer, x) for layer in layers]
     factors = (factor for layer in layers for factor in (layer.A, layer.B, layer.bias))
     constants = tuple((layer.base, layer.scaling, layer.dropout) for layer in layers)
-    return apply(x, constants, *factors)
+    return _LoRALinears.apply(x, constants, *factors)
 
 
 def lora_linear(

@@ -290,9 +290,8 @@ def linear_with_updates(
         return frozen_product(x_MI, bias, base)
     if torch.is_grad_enabled():
         bundles = plan.bundles(updates, x_MI.dtype, x_MI.device)
-        apply: Any = _WithUpdates.apply
         factors = [factor for update in updates for factor in update.layer.factors()]
-        return apply(x_MI, bias, base, tuple(updates), tuple(bundles), *factors)
+        return _WithUpdates.apply(x_MI, bias, base, tuple(updates), tuple(bundles), *factors)
     if all(update.dropout is None for update in updates):
         return plan.prepared(updates, x_MI.dtype, x_MI.device).product(x_MI, bias, base)
     y_MO = base.product(x_MI, bias)

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from pydantic import JsonValue
 from torch import Tensor, nn
@@ -64,7 +63,7 @@ def fit_adapter(stored: StoredAdapter, model: nn.Module) -> Fit:
     """Fits an adapter's files to a base or its skeleton. AdapterMismatchError if they do not
     fit.
     """
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()  # type: ignore[operator]
     parts = stored.split()
     fit = stored.file.fit(parts.method, model, head, weights_read_past(model))
     tokens = fit_tokens(stored.tokens, parts.tokens, model, head)

@@ -164,7 +164,7 @@ def _differences(
             " difference.",
         )
     modules = plain_modules(old)
-    head: Any = old.get_output_embeddings()
+    head = old.get_output_embeddings()
     tied = tied_names(old) if tied_names(new).keys() == tied_names(old).keys() else {}
     changes = _ExtractedUpdates()
     for name in base_tensors:
@@ -208,7 +208,7 @@ def _kept_values(
         return [], {}, {}
     old = base.model
     modules = plain_modules(old)
-    head: Any = old.get_output_embeddings()
+    head = old.get_output_embeddings()
     changed = {name.rpartition(".")[0] for name in changes.other_changes}
     trained = sorted(path for path in changed if path not in changes.cuts)
     for alias, source in tied_names(
