@@ -64,7 +64,7 @@ def resident() -> dict[str, int]:
 def build(count: int, folder: Path, base: str) -> Iterator[dict[str, Any]]:
     from veneer.bases.tokenizer import load_tokenizer
     from veneer.data.config import DataConfig
-    from veneer.data.encoder import Reading
+    from veneer.data.encoder import RowRules
     from veneer.data.large import training_data
     from veneer.data.template import rendering
     from veneer.models.capacity import configured_capacity
@@ -79,7 +79,7 @@ def build(count: int, folder: Path, base: str) -> Iterator[dict[str, Any]]:
     for way in ("build", "found"):
         before, start, begun = resident(), time.process_time(), time.perf_counter()
         beside = resource.getrusage(resource.RUSAGE_CHILDREN)
-        data = training_data(fields, Reading(2048, configured_capacity(config)), tokenizer)
+        data = training_data(fields, RowRules(2048, configured_capacity(config)), tokenizer)
         own, seconds = time.process_time() - start, time.perf_counter() - begun
         rendering._worker().close()  # its seconds are told when it has ended
         after = resource.getrusage(resource.RUSAGE_CHILDREN)

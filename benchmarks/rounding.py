@@ -15,7 +15,7 @@ from datetime import date
 import torch
 
 from veneer.adapters.placement.routing import Routing
-from veneer.data.encoder import Reading
+from veneer.data.encoder import RowRules
 from veneer.data.examples import Example
 from veneer.data.load import load_data
 from veneer.execution.train_step import fused, replacements
@@ -61,7 +61,7 @@ def main() -> None:
             base = load_base(args.base, dtype=dtype)
             settings = DataConfig(train=file, validation_share=0.0)
             data = load_data(
-                settings, Reading(8192, capacity_of(base)), base.tokenizer, today=date.today()
+                settings, RowRules(8192, capacity_of(base)), base.tokenizer, today=date.today()
             )
             found[name] = losses(base, list(data.train), args.batch, own=own)
         exact = found.pop("float32")

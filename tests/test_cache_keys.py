@@ -31,7 +31,7 @@ from veneer.comparison.execute import JobRunner
 from veneer.comparison.jobs import Outcome
 from veneer.comparison.plan import Candidate, Comparison
 from veneer.data import large
-from veneer.data.encoder import Reading
+from veneer.data.encoder import RowRules
 from veneer.data.examples import Capacity
 from veneer.data.files import downloads
 from veneer.data.split import BY_COUNT, BY_THRESHOLD
@@ -229,7 +229,7 @@ def _tokens_name(file: Path, **changed: Any) -> str:
         "held_out_by": BY_COUNT,
         **changed,
     }
-    return large._set_name(DataConfig.of(fields), Reading(**settings), template)
+    return large._set_name(DataConfig.of(fields), RowRules(**settings), template)
 
 
 def test_stored_tokens_depend_on_rows_settings_tokenizer_template_and_day(

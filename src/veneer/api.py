@@ -23,7 +23,7 @@ from veneer.comparison.jobs import JobExecutor
 from veneer.comparison.local import LocalExecutor
 from veneer.comparison.plan import DEFAULT_STEPS, Candidate, Comparison, prepare_rows
 from veneer.data.checks.check import refuse_beyond
-from veneer.data.encoder import Reading
+from veneer.data.encoder import RowRules
 from veneer.data.examples import Example, Row, RowRef, prompt_key
 from veneer.data.files.writing import Record
 from veneer.data.load import DataSet, checked_for, examine_closely
@@ -151,7 +151,7 @@ def check_data(
     )
     data_set = examine_closely(
         fields,
-        Reading(length, configured_capacity(config), Preamble(variables=variables or {})),
+        RowRules(length, configured_capacity(config), Preamble(variables=variables or {})),
         tokenizer,
     )
     return checked_for(data_set, activation, tokenizer), tokenizer

@@ -9,7 +9,7 @@ from typing import Any
 from veneer.adapters.preamble import Preamble
 from veneer.bases.tokenizer import load_tokenizer
 from veneer.data.checks.check import refuse_unreadable
-from veneer.data.encoder import Reading
+from veneer.data.encoder import RowRules
 from veneer.data.files.writing import Record
 from veneer.data.load import DataSet, examine_data
 from veneer.data.template.new_tokens import bring, extended, room_with
@@ -129,7 +129,7 @@ def run_rows(config: RunConfig) -> DataSet:
     tokens = bring(tokenizer, config.new_tokens, rows=capacity.tokens)
     data = examine_data(
         config.data.model_copy(update={"long_rows": "cut"}),
-        Reading(
+        RowRules(
             config.length,
             room_with(capacity, tokens),
             Preamble(variables=config.template.variables),

@@ -21,7 +21,7 @@ from veneer.cli.main import main
 from veneer.data import large
 from veneer.data.batching import RowSpans, by_length, equal_neighbours, plan_epoch
 from veneer.data.config import DataConfig
-from veneer.data.encoder import Reading
+from veneer.data.encoder import RowRules
 from veneer.data.examples import Capacity, Example, RowRef
 from veneer.data.files.columns import KtoLabels
 from veneer.data.files.on_disk import ExampleWriter, StoredExamples, representative_examples
@@ -75,7 +75,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
 
 
-READING = Reading(200, Capacity(1024, 272))
+RULES = RowRules(200, Capacity(1024, 272))
 
 
 def read(
@@ -83,7 +83,7 @@ def read(
 ) -> tuple[DataSet, DataSet]:
     data = DataConfig.of({"train": str(world / "a.jsonl"), "validation_share": 0.2, **fields})
     files = data.model_copy(update={"tokens": "files"})
-    return load_data(data, READING, tokenizer), training_data(files, READING, tokenizer, say=say)
+    return load_data(data, RULES, tokenizer), training_data(files, RULES, tokenizer, say=say)
 
 
 def plain(examples: Any) -> list[Any]:
@@ -127,7 +127,7 @@ def test_a_set_in_files_is_the_one_in_memory(
         DataConfig.of(
             {"train": str(world / "a.jsonl"), "validation_share": 0.2, **fields, "tokens": "files"}
         ),
-        READING,
+        RULES,
         tokenizer,
         say=said.append,
     )
@@ -143,17 +143,17 @@ def test_what_decides_the_tokens_decides_which_files_are_found(
     said: list[str] = []
     told = partial(training_data, tokenizer=tokenizer, say=said.append)
     data = DataConfig.of({"train": str(rows), "validation_share": 0.2, "tokens": "files"})
-    told(data, READING)
+    told(data, RULES)
     for changed in (
         data.model_copy(update={"train_on": "all"}),
         data.model_copy(update={"validation_share": 0.3}),
     ):
-        told(changed, READING)
-    told(data, replace(READING, length=199))
+        told(changed, RULES)
+    told(data, replace(RULES, length=199))
     rows.write_text(rows.read_text().replace("number 3 ", "number 4 "))
-    told(data, READING)
+    told(data, RULES)
     assert [line for line in said if "found" in line] == []
-    told(data, READING)
+    told(data, RULES)
     assert "found" in said[-1]
     (folder,) = {line.rpartition(" ")[2] for line in said[-1:]}
     tokens = Path(folder) / "train" / "tokens.i4"
@@ -161,7 +161,7 @@ def test_what_decides_the_tokens_decides_which_files_are_found(
     with pytest.raises(CorruptFileError, match="tokens"):
         StoredExamples(Path(folder) / "train")
     before = len(said)
-    told(data, READING)  # damaged: it is built anew
+    told(data, RULES)  # damaged: it is built anew
     assert "damaged" in said[before] and "into files once" in said[before + 1]
 
 
@@ -223,7 +223,7 @@ def test_rows_that_change_while_they_are_read_are_refused(
     monkeypatch.setattr(large, "read_data", edited_meanwhile)
     data = DataConfig.of({"train": str(rows), "validation_share": 0.2, "tokens": "files"})
     with pytest.raises(DataError, match="changed while"):
-        training_data(data, READING, tokenizer)
+        training_data(data, RULES, tokenizer)
     assert not list((large.tokens_folder()).glob("*/set.json"))
 
 
@@ -271,12 +271,12 @@ def test_rows_that_cannot_be_trained_on_are_refused_as_in_memory(
 ) -> None:
     with pytest.raises(DataError) as in_memory:
         load_data(
-            DataConfig.of({"train": str(world / "a.jsonl")}), replace(READING, length=20), tokenizer
+            DataConfig.of({"train": str(world / "a.jsonl")}), replace(RULES, length=20), tokenizer
         )
     with pytest.raises(DataError) as in_files:
         training_data(
             DataConfig.of({"train": str(world / "a.jsonl"), "tokens": "files"}),
-            replace(READING, length=20),
+            replace(RULES, length=20),
             tokenizer,
         )
     assert str(in_files.value) == str(in_memory.value)

@@ -18,7 +18,7 @@ from veneer.data import encoder
 from veneer.data import load as load_module
 from veneer.data.checks.check import render_sample
 from veneer.data.config import DataConfig
-from veneer.data.encoder import Reading
+from veneer.data.encoder import RowRules
 from veneer.data.examples import Capacity, Row, RowRef, row_key
 from veneer.data.load import DataSet, examine_data, load_data
 from veneer.data.split import BY_THRESHOLD, split_by_shares
@@ -66,8 +66,8 @@ def settings_of(train: Any, changes: dict[str, Any]) -> list[DataConfig]:
 def rest_of(changes: dict[str, Any]) -> dict[str, Any]:
     given = {**SETTINGS, "tokenizer": tiny_tokenizer(), **changes}
     rest = {name: value for name, value in given.items() if name not in DataConfig.model_fields}
-    asked = {field.name: rest.pop(field.name) for field in fields(Reading) if field.name in rest}
-    return {"reading": Reading(**asked), **rest}
+    asked = {field.name: rest.pop(field.name) for field in fields(RowRules) if field.name in rest}
+    return {"rules": RowRules(**asked), **rest}
 
 
 def load(train: Any, **changes: Any) -> DataSet:

@@ -25,7 +25,7 @@ from veneer.adapters.placement.routing import Routing
 from veneer.adapters.preamble import Preamble
 from veneer.data.batching import RowSpans, best_groups, make_batch, packed_rows, plan_epoch
 from veneer.data.config import DataConfig
-from veneer.data.encoder import Reading
+from veneer.data.encoder import RowRules
 from veneer.data.examples import Capacity, Problem
 from veneer.data.large import training_data
 from veneer.data.load import DataSet, examine_data, load_data
@@ -49,7 +49,7 @@ def loaded(
 ) -> DataSet:
     return (examine_data if examine else load_data)(
         DataConfig(train=path, validation_share=0.0),
-        Reading(2048, Capacity(), Preamble(variables=variables)),
+        RowRules(2048, Capacity(), Preamble(variables=variables)),
         reasoning_tokenizer(source),
     )
 
@@ -84,7 +84,7 @@ def test_equal_rows_in_a_row_stay_rows_of_their_own(tmp_path: Any) -> None:
     other = write(tmp_path / "other.jsonl", *texts[:2])
     sets: list[dict[str, Any]] = [{"path": path, "weight": 0.5}, {"path": other, "weight": 2.0}]
     data = DataConfig.of({"train": sets, "validation_share": 0.0})
-    asked = Reading(2048, Capacity()), reasoning_tokenizer(DROPS_EARLIER)
+    asked = RowRules(2048, Capacity()), reasoning_tokenizer(DROPS_EARLIER)
     memory = load_data(data, *asked)
     files = training_data(data.model_copy(update={"tokens": "files"}), *asked)
     for found in (memory, files):

@@ -11,7 +11,7 @@ from tests.support.joint import config
 from tests.support.tiny import save_tiny, tiny_tokenizer
 from veneer.adapters.labels import HeadSettings
 from veneer.data.config import DataConfig
-from veneer.data.encoder import Reading
+from veneer.data.encoder import RowRules
 from veneer.data.examples import Capacity, RowRef, prompt_key
 from veneer.data.files.labels import make_row
 from veneer.data.load import load_data
@@ -83,7 +83,7 @@ def test_the_prompt_of_a_document_is_its_query():
 def test_whole_queries_are_held_out(world):
     data = load_data(
         DataConfig.of({"train": str(world / "rows.jsonl"), "validation_share": 0.25}),
-        Reading(64, Capacity(), kind="labels", head=HeadSettings("rerank")),
+        RowRules(64, Capacity(), kind="labels", head=HeadSettings("rerank")),
         tiny_tokenizer(),
     )
     trained, held_out = (

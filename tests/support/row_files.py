@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.support.tiny import tiny_tokenizer
 from veneer.data.config import DataConfig
-from veneer.data.encoder import Reading
+from veneer.data.encoder import RowRules
 from veneer.data.examples import Capacity
 from veneer.data.files.sources import scan_rows
 from veneer.data.load import DataSet, load_data
@@ -23,7 +23,7 @@ def lines(rows: list[dict[str, Any]]) -> bytes:
 
 def loaded(train: Any, **more: Any) -> DataSet:
     data = DataConfig.of({"train": train, "validation_share": 0.0, **more})
-    return load_data(data, Reading(512, Capacity()), tiny_tokenizer())
+    return load_data(data, RowRules(512, Capacity()), tiny_tokenizer())
 
 
 def prompts(path: str, **more: Any) -> list[str]:

@@ -48,7 +48,7 @@ become arrays."""
 
 
 @dataclass(frozen=True)
-class Reading:
+class RowRules:
     """How rows become examples.
 
     length       longest row, tokens; data.long_rows says what happens to longer ones
@@ -83,7 +83,7 @@ class SetEncoder:
 
     data: DataConfig
     template: ChatTemplate
-    reading: Reading
+    rules: RowRules
     findings: Findings
     numbers: Iterator[int] = field(default_factory=count)
     """The next row's number. It tells rows apart; a hash of their content would merge equal
@@ -94,7 +94,7 @@ class SetEncoder:
         share = self.data.validation_share
         if self.data.validation_sets or not share:
             return lambda row: False
-        if self.reading.held_out_by == BY_THRESHOLD:
+        if self.rules.held_out_by == BY_THRESHOLD:
             return by_threshold(share)
         rows = self._rows(data_set)
         return split.hold_out((prompt_key(row) for row in rows if isinstance(row, Row)), share)
@@ -127,8 +127,8 @@ class SetEncoder:
             data_set.path,
             data_set.format or self.data.format,
             data_set.map or self.data.map,
-            self.reading.sets,
-            self.reading.kind,
+            self.rules.sets,
+            self.rules.kind,
         )
 
     def encode(self, rows: Sequence[Row], collector: ExampleCollector) -> None:
@@ -140,7 +140,7 @@ class SetEncoder:
         results = iter(
             self.template.encode_rows(list(chain(*conversations)), train_on=self.data.train_on)
         )
-        read_label = None if self.reading.head is None else label_reader(self.reading.head)
+        read_label = None if self.rules.head is None else label_reader(self.rules.head)
         for row, key, answers in zip(rows, keys, conversations, strict=True):
             encodings: list[list[EncodedRow]] = []
             problems: list[Problem] = []
@@ -160,7 +160,7 @@ class SetEncoder:
                     self._add_label(row, key, encodings[0][0], label, collector)
             elif row.others or row.liked is not None:
                 self._add_preference(row, key, answers, encodings, collector)
-            elif self.reading.teacher is not None:
+            elif self.rules.teacher is not None:
                 own, teacher = encodings
                 self._add_taught(answers[0], key, own, teacher, collector)
             elif parts := self._answer_parts(answers[0], key, encodings[0]):
@@ -168,14 +168,14 @@ class SetEncoder:
 
     def _conversations(self, row: Row) -> list[Row]:
         """Returns a row for each answer, or one for the student and one for the teacher."""
-        if self.reading.teacher is None:
+        if self.rules.teacher is None:
             return conversations_of(row)
-        return [row, self.reading.teacher.extend(row, has_template=bool(self.template.source))]
+        return [row, self.rules.teacher.extend(row, has_template=bool(self.template.source))]
 
     def _with_preamble(self, row: Row) -> Row:
         if not row.messages:
             return row
-        return replace(row, messages=self.reading.preamble.opening(row.messages))
+        return replace(row, messages=self.rules.preamble.opening(row.messages))
 
     def _add_preference(
         self,
@@ -229,7 +229,7 @@ class SetEncoder:
         collector: ExampleCollector,
     ) -> None:
         """Adds a row's examples, and one more for each of them, which the teacher reads."""
-        if fault := teacher_fault(row, encodings, teacher, self.reading.capacity.positions):
+        if fault := teacher_fault(row, encodings, teacher, self.rules.capacity.positions):
             self.findings.problems.append(row.ref.problem("D118", fault))
             return
         parts = self._answer_parts(row, key, encodings)
@@ -265,7 +265,7 @@ class SetEncoder:
 
         rows, kinds: of each example
         """
-        findings, length, long_rows = self.findings, self.reading.longest, self.data.long_rows
+        findings, length, long_rows = self.findings, self.rules.longest, self.data.long_rows
         whole = rows[-1]
         # All that findings need.
         reference = Row(whole.ref, [], text=None if whole.text is None else "")

@@ -26,7 +26,7 @@ from veneer.data.checks.check import CheckReport, refuse
 from veneer.data.checks.tally import Tally
 from veneer.data.collector import ExampleCollector, SetSize
 from veneer.data.config import DataConfig
-from veneer.data.encoder import Reading
+from veneer.data.encoder import RowRules
 from veneer.data.examples import Example, Problem, Row, RowRef
 from veneer.data.files.on_disk import ExampleWriter, StoredExamples
 from veneer.data.files.places import ResolvedSets
@@ -58,7 +58,7 @@ Say = Callable[[str], None]
 
 def training_data(
     data: DataConfig,
-    reading: Reading,
+    rules: RowRules,
     tokenizer: Any,
     *,
     today: date | None = None,
@@ -69,20 +69,20 @@ def training_data(
 
     `data.tokens` can force either. say: receives lines for the screen.
     """
-    one_each = reading.kind == "answers" and reading.teacher is None
+    one_each = rules.kind == "answers" and rules.teacher is None
     if not one_each and data.tokens == "files":
-        rows = reading.kind if reading.teacher is None else "a teacher"
+        rows = rules.kind if rules.teacher is None else "a teacher"
         raise ConfigError(
             f"tokens of {rows} cannot be kept in files", next_step="Set data.tokens to memory."
         )
-    if not one_each or not _uses_files(data, reading.sets):
-        return load_data(data, reading, tokenizer, today=today, resumes=resumes)
-    template = ChatTemplate(tokenizer, today=today, variables=reading.preamble.variables)
-    folder = tokens_folder() / _set_name(data, reading, template)
+    if not one_each or not _uses_files(data, rules.sets):
+        return load_data(data, rules, tokenizer, today=today, resumes=resumes)
+    template = ChatTemplate(tokenizer, today=today, variables=rules.preamble.variables)
+    folder = tokens_folder() / _set_name(data, rules, template)
     use(folder)  # protects it from removal while it is checked
     data_set = _load_if_valid(folder)
     if data_set is None:
-        data_set = _load_or_build(folder, data, reading, template, say)
+        data_set = _load_or_build(folder, data, rules, template, say)
     else:
         say(f"tokens found in {folder}")
     refuse(data_set.report, data.called, resumes=resumes)
@@ -105,14 +105,14 @@ def _uses_files(data: DataConfig, sets: ResolvedSets) -> bool:
     return total >= LARGE_BYTES
 
 
-def _set_name(data: DataConfig, reading: Reading, template: ChatTemplate) -> str:
+def _set_name(data: DataConfig, rules: RowRules, template: ChatTemplate) -> str:
     """Hashes everything that the tokens depend on."""
     files = [
         [
             data_set.model_dump(),
             [
                 [row_file.name, file_hash(row_file.path)]
-                for row_file in reading.sets.find_files(data_set.path)
+                for row_file in rules.sets.find_files(data_set.path)
                 if row_file.path.is_file()
             ],
         ]
@@ -125,15 +125,15 @@ def _set_name(data: DataConfig, reading: Reading, template: ChatTemplate) -> str
         "versions": [version(name) for name in ("veneer", "transformers", "tokenizers")],
         "sets": files,
         "held out": len(data.validation_sets),
-        "held out by": reading.held_out_by,
+        "held out by": rules.held_out_by,
         "settings": data.model_dump(mode="json", exclude=_IRRELEVANT_SETTINGS),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "template": template.source,
-        "told": [reading.preamble.system, dict(reading.preamble.variables)],
+        "told": [rules.preamble.system, dict(rules.preamble.variables)],
         "day": template.today.isoformat() if template.writes_date else None,
-        "length": reading.length,
-        "capacity": asdict(reading.capacity),
+        "length": rules.length,
+        "capacity": asdict(rules.capacity),
     }
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -161,7 +161,7 @@ class _FileCollector(ExampleCollector):
 
 
 def _load_or_build(
-    folder: Path, data: DataConfig, reading: Reading, template: ChatTemplate, say: Say
+    folder: Path, data: DataConfig, rules: RowRules, template: ChatTemplate, say: Say
 ) -> DataSet:
     """Builds the set, unless another process builds it first."""
     started = time.monotonic()
@@ -172,7 +172,7 @@ def _load_or_build(
         if folder.exists():
             say(f"tokens in {folder} are damaged")
         say(f"tokens of a large set are put into files once, in {folder}")
-        _build(folder, data, reading, template, say)
+        _build(folder, data, rules, template, say)
         data_set = _load_if_valid(folder)
         assert data_set is not None
         say(f"built in {time.monotonic() - started:.0f} s")
@@ -180,7 +180,7 @@ def _load_or_build(
 
 
 def _build(
-    folder: Path, data: DataConfig, reading: Reading, template: ChatTemplate, say: Say
+    folder: Path, data: DataConfig, rules: RowRules, template: ChatTemplate, say: Say
 ) -> None:
     started = last_message = time.monotonic()
 
@@ -194,9 +194,9 @@ def _build(
         training, validation = (
             _FileCollector.into(partial / name, template) for name in ("train", "validation")
         )
-        data_set = read_data(data, reading, template, training, validation, say=progress)
+        data_set = read_data(data, rules, template, training, validation, say=progress)
         (partial / DESCRIPTION).write_text(json.dumps(_as_json(data_set)), encoding="utf-8")
-        if _set_name(data, reading, template) != folder.name:
+        if _set_name(data, rules, template) != folder.name:
             raise DataError(
                 f"the rows of {data.called} changed while they were read",
                 next_step="Start again when nothing writes to them.",

@@ -24,7 +24,7 @@ from veneer.data.checks.closer import look_closer
 from veneer.data.checks.tally import Tally
 from veneer.data.collector import ExampleCollector, SetSize
 from veneer.data.config import DataConfig
-from veneer.data.encoder import Reading, SetEncoder
+from veneer.data.encoder import RowRules, SetEncoder
 from veneer.data.examples import Example, Problem, Row, grouped
 from veneer.data.files.labels import label_problems, with_labels
 from veneer.data.mismatched import add_mismatched
@@ -65,7 +65,7 @@ class DataSet:
 
 def load_data(
     data: DataConfig,
-    reading: Reading,
+    rules: RowRules,
     tokenizer: Any,
     *,
     today: date | None = None,
@@ -78,30 +78,30 @@ def load_data(
     purpose  what the rows are used for, as errors name it
     resumes  the run has started with these rows before
     """
-    data_set = examine_data(data, reading, tokenizer, today=today)
+    data_set = examine_data(data, rules, tokenizer, today=today)
     refuse(data_set.report, data.called, purpose, resumes=resumes)
     return data_set
 
 
 def examine_data(
-    data: DataConfig, reading: Reading, tokenizer: Any, *, today: date | None = None
+    data: DataConfig, rules: RowRules, tokenizer: Any, *, today: date | None = None
 ) -> DataSet:
     """Loads data like load_data, but reports faults and keeps the remaining rows.
 
     Raises DataError only if nothing can be checked: a set is not found, or the tokenizer is
     unusable.
     """
-    template = ChatTemplate(tokenizer, today=today, variables=reading.preamble.variables)
+    template = ChatTemplate(tokenizer, today=today, variables=rules.preamble.variables)
     training, validation = (ExampleCollector(Tally(frozenset(template.stop_ids))) for _ in range(2))
-    return read_data(data, reading, template, training, validation)
+    return read_data(data, rules, template, training, validation)
 
 
-def examine_closely(data: DataConfig, reading: Reading, tokenizer: Any) -> DataSet:
+def examine_closely(data: DataConfig, rules: RowRules, tokenizer: Any) -> DataSet:
     """Examines answers or pairs, and reports near-duplicates and personal data too.
 
     Raises what examine_data raises.
     """
-    data_set = examine_data(data, replace(reading, kind="any"), tokenizer)
+    data_set = examine_data(data, replace(rules, kind="any"), tokenizer)
     kept, held_out = (
         [row for row, example in zip(rows, examples, strict=True) if example.kind != "rejected"]
         for rows, examples in (
@@ -115,7 +115,7 @@ def examine_closely(data: DataConfig, reading: Reading, tokenizer: Any) -> DataS
 
 def read_data(
     data: DataConfig,
-    reading: Reading,
+    rules: RowRules,
     template: ChatTemplate,
     training: ExampleCollector,
     validation: ExampleCollector,
@@ -127,12 +127,12 @@ def read_data(
     say: called with the number of rows read so far. A set from which rows are held out is read
     twice, because the choice depends on all of its prompts.
     """
-    capacity, length, head = reading.capacity, reading.longest, reading.head
+    capacity, length, head = rules.capacity, rules.longest, rules.head
     findings, total, split = Findings(), 0, Split()
-    encoder = SetEncoder(data, template, reading, findings)
+    encoder = SetEncoder(data, template, rules, findings)
     if head is not None:
         head = with_labels(head, encoder.training_rows())
-        encoder = replace(encoder, reading=replace(reading, head=head))
+        encoder = replace(encoder, rules=replace(rules, head=head))
         findings.problems += label_problems(head, data.called)
     with _manual_collection() as collect:
         for data_set in data.train_sets:
@@ -160,7 +160,7 @@ def read_data(
     if template.writes_date and training.chats:
         message = f"the chat template writes the date: rows are tokenised as on {template.today}"
         findings.problems.append(Problem("D213", data.called, message, fatal=False))
-    if reading.kind == "ratings":
+    if rules.kind == "ratings":
         findings.problems += add_mismatched(training, length, spare=training.close())
         findings.problems += add_mismatched(validation, length, spare=training.close())
     train_examples, validation_examples = training.close(), validation.close()
@@ -177,7 +177,7 @@ def read_data(
         validation.tally,
         findings=findings,
         length=length,
-        by_model=length < reading.length,
+        by_model=length < rules.length,
         long_rows=data.long_rows,
         stop_tokens=[template.tokenizer.decode([number]) for number in template.stop_ids],
     )

@@ -11,7 +11,7 @@ from veneer.adapters.labels import HeadSettings
 from veneer.adapters.placement.acting import score_head_of
 from veneer.adapters.preamble import Preamble
 from veneer.data.config import DataConfig
-from veneer.data.encoder import Reading
+from veneer.data.encoder import RowRules
 from veneer.data.examples import Example, Row, RowKind, RowRef
 from veneer.data.files.writing import ROWS_NAME, Record, as_set, is_rows
 from veneer.data.load import DataSet, load_data
@@ -75,7 +75,7 @@ def load_row_set(
         )
         loaded = load_data(
             fields,
-            Reading(
+            RowRules(
                 options.length,
                 capacity_of(base),
                 preamble,

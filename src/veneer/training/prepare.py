@@ -20,7 +20,7 @@ from veneer.bases.folder.score_head import classifier_class
 from veneer.data.activation import refuse_without_activation
 from veneer.data.batching import RowSpans
 from veneer.data.checks.check import refuse_beyond
-from veneer.data.encoder import Reading
+from veneer.data.encoder import RowRules
 from veneer.data.examples import Example
 from veneer.data.large import training_data
 from veneer.data.load import DataSet
@@ -271,7 +271,7 @@ def _load_rows(
 ) -> DataSet:
     return training_data(
         config.data,
-        Reading(
+        RowRules(
             config.length,
             room_with(capacity_of(base), new_tokens),
             Preamble(variables=config.template.variables),

@@ -8,7 +8,7 @@ import pytest
 from tests.support.tiny import save_tiny, tiny_tokenizer
 from veneer.cli.main import main
 from veneer.data.config import DataConfig
-from veneer.data.encoder import Reading
+from veneer.data.encoder import RowRules
 from veneer.data.examples import Capacity, Example, RowFault, RowRef
 from veneer.data.files.layouts import detect
 from veneer.data.files.preferences import make_row
@@ -117,8 +117,8 @@ def examine(tmp_path, records, kind, *, length=200, **fields):
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     fields = {"train": str(file), "validation_share": 0.0, **fields}
     config = DataConfig.of(fields)
-    reading = Reading(length, Capacity(), kind=kind)
-    return examine_data(config, reading, tiny_tokenizer()), config, reading
+    rules = RowRules(length, Capacity(), kind=kind)
+    return examine_data(config, rules, tiny_tokenizer()), config, rules
 
 
 def test_the_answers_of_a_row_are_examples_with_one_prompt(tmp_path):
@@ -149,9 +149,9 @@ def test_another_label_is_another_set_and_another_row(tmp_path):
 
 
 def test_tokens_of_pairs_are_not_put_into_files(tmp_path):
-    _, config, reading = examine(tmp_path, [PAIRS["texts"]], "pairs", tokens="files")
+    _, config, rules = examine(tmp_path, [PAIRS["texts"]], "pairs", tokens="files")
     with pytest.raises(ConfigError, match="cannot be kept in files"):
-        training_data(config, reading, tiny_tokenizer())
+        training_data(config, rules, tiny_tokenizer())
 
 
 # mismatched answers, for kto

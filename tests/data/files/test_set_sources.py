@@ -20,7 +20,7 @@ from pyarrow import parquet
 from tests.support.row_files import QA, lines, loaded, prompts, records
 from tests.support.tiny import tiny_tokenizer
 from veneer.data.config import DataConfig
-from veneer.data.encoder import Reading
+from veneer.data.encoder import RowRules
 from veneer.data.examples import Capacity
 from veneer.data.files import places
 from veneer.data.files.sources import scan_rows
@@ -230,6 +230,6 @@ def test_a_run_downloads_a_set_whose_store_names_no_state_once(
         address = f"http://127.0.0.1:{server.server_port}/rows.jsonl"
         data = DataConfig.of({"train": address, "validation_share": 0.2, "tokens": tokens})
         for runs in (1, 2):
-            made = training_data(data, Reading(512, Capacity()), tiny_tokenizer())
+            made = training_data(data, RowRules(512, Capacity()), tiny_tokenizer())
             assert (len(made.train), len(made.validation), Served.downloads) == (32, 8, runs)
         server.shutdown()

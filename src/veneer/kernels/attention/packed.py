@@ -17,7 +17,7 @@ Shapes: H query heads, K key/value heads, G = H / K, N packed rows, D head size 
 values, if it differs), L longest document, P prompt, B batch.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -139,16 +139,21 @@ def _rows(grouped: Tensor, groups: int, start: int, stop: int) -> Tensor:
     return grouped.view(batch, groups, length, size)[:, :, start:stop].reshape(batch, -1, size)
 
 
+@dataclass(frozen=True)
 class _Rectangle:
     """A rectangle of attention: the prompt with itself, or all documents with prompt and
     themselves."""
 
-    def __init__(
-        self, rules: AttentionRules, q: Tensor, k: Tensor, v: Tensor, prompt: int, groups: int
-    ) -> None:
-        self.rules, self.prompt, self.groups = rules, prompt, groups
-        self.q, self.k, self.v = q, k, v
-        self.length = q.shape[1] // groups
+    rules: AttentionRules
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    prompt: int
+    groups: int
+
+    @property
+    def length(self) -> int:
+        return self.q.shape[1] // self.groups
 
     def _window_start(self, start: int) -> int:
         """Returns the first key that a row of this block sees; earlier keys are not multiplied."""

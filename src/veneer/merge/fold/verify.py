@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from veneer.adapters.placement.wrapping import AdaptedModule, unwrapped
 from veneer.bases.tokenizer import load_tokenizer
 from veneer.data.config import DataConfig
-from veneer.data.encoder import Reading
+from veneer.data.encoder import RowRules
 from veneer.data.load import load_data
 from veneer.models.capacity import capacity_of, configured_capacity
 from veneer.models.frozen_base import FrozenBase
@@ -85,7 +85,7 @@ def data_rows(base: str, data: str) -> list[list[int]]:
     tokenizer, config = load_tokenizer(base)
     rows = load_data(
         DataConfig.of({"train": data, "validation_share": 0.0}),
-        Reading(2048, configured_capacity(config)),
+        RowRules(2048, configured_capacity(config)),
         tokenizer,
         purpose="used for the check",
     )

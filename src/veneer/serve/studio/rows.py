@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from veneer.data.config import DataConfig
-from veneer.data.encoder import Reading
+from veneer.data.encoder import RowRules
 from veneer.data.examples import Capacity, Example, Format, Layout, Problem, Row, RowFault, RowRef
 from veneer.data.files.columns import ColumnRenames
 from veneer.data.files.layouts import NEEDS, detect, likely_columns
@@ -208,14 +208,14 @@ def column_names(file: RowFile) -> list[str]:
 def examine(file: RowFile, choices: RowChoices, *, tokenizer: Any, capacity: Capacity) -> DataSet:
     """Reads and encodes the rows as a run would, and reports what is wrong with them."""
     settings = DataConfig.of(data_settings(file, choices))
-    return examine_closely(settings, Reading(choices.length, capacity), tokenizer)
+    return examine_closely(settings, RowRules(choices.length, capacity), tokenizer)
 
 
 def examine_job(run_file: Path, *, tokenizer: Any, capacity: Capacity) -> DataSet:
     """Reads and encodes the rows of a job as its run file says."""
     settings = read_yaml(run_file)
-    reading = Reading(settings["length"], capacity)
-    return examine_closely(DataConfig.of(settings["data"]), reading, tokenizer)
+    rules = RowRules(settings["length"], capacity)
+    return examine_closely(DataConfig.of(settings["data"]), rules, tokenizer)
 
 
 def describe_check(file: RowFile, data_set: DataSet, tokenizer: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from datetime import date
 from veneer.adapters.preamble import Preamble
 from veneer.data.batching import used_length
 from veneer.data.config import DataConfig
-from veneer.data.encoder import Reading
+from veneer.data.encoder import RowRules
 from veneer.data.examples import Example
 from veneer.data.files.on_disk import lengths_of
 from veneer.data.load import load_data
@@ -88,7 +88,7 @@ def load_replay(
     longest = int(lengths_of(own).max())
     rows = load_data(
         DataConfig(train=settings.rows, validation_share=0.0, long_rows="cut"),
-        Reading(longest, capacity_of(base), Preamble(variables=config.template.variables)),
+        RowRules(longest, capacity_of(base), Preamble(variables=config.template.variables)),
         base.tokenizer,
         today=today,
         purpose="replayed",
