@@ -31,13 +31,13 @@ def end_with_parent() -> None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def typed_command(program: str = "veneer") -> str:
-    """Returns how a user in this folder calls a program of this installation: by name if found,
-    else by path."""
-    installed = Path(sys.executable).with_name(program)
-    on_path = shutil.which(program)
+def typed_command() -> str:
+    """Returns how a user in this folder calls this installation's `veneer`: by name if found, else
+    by path."""
+    installed = Path(sys.executable).with_name("veneer")
+    on_path = shutil.which("veneer")
     if not installed.exists() or (on_path and Path(on_path).resolve() == installed.resolve()):
-        return program
+        return "veneer"
     folder = Path.cwd()
     return shlex.quote(
         str(installed.relative_to(folder) if installed.is_relative_to(folder) else installed)

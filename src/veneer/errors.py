@@ -182,7 +182,7 @@ def hide_path(path: object, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def fits_memory(doing: str, faults: Sequence[str] = (), next_step: str = "") -> Iterator[None]:
+def fits_memory(doing: str, next_step: str = "") -> Iterator[None]:
     """Raises DoesNotFitError if the block runs out of memory. doing: the activity, for the
     message"""
     try:
@@ -192,4 +192,4 @@ def fits_memory(doing: str, faults: Sequence[str] = (), next_step: str = "") -> 
     except Exception as fault:
         if not is_out_of_memory(fault):
             raise
-        raise DoesNotFitError(f"out of memory {doing}", faults, next_step) from fault
+        raise DoesNotFitError(f"out of memory {doing}", next_step=next_step) from fault

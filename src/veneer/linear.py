@@ -15,10 +15,8 @@ from torch.nn import functional as F
 from veneer.kernels.dense import few_rows, products
 from veneer.kernels.dense.frozen import DenseLinear as DenseLinear
 from veneer.kernels.dense.frozen import FrozenLinear as FrozenLinear
-from veneer.kernels.dense.frozen import bias_gradient as bias_gradient
 from veneer.kernels.dense.frozen import frozen_product as frozen_product
 from veneer.kernels.dense.frozen import times as times
-from veneer.kernels.dense.frozen import writable as writable
 from veneer.private.torch import buffers_of, parameters_of
 
 

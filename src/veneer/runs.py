@@ -16,11 +16,6 @@ from veneer.data.template.new_tokens import bring, extended, room_with
 from veneer.errors import ConfigError, VeneerError
 from veneer.library.library import Library
 from veneer.library.names import name_of_run
-from veneer.merge.export.export_run import WeightSource as WeightSource
-from veneer.merge.export.export_run import export_adapter as export_adapter
-from veneer.merge.export.export_run import export_merged_gguf as export_merged_gguf
-from veneer.merge.export.export_run import export_ollama as export_ollama
-from veneer.merge.export.export_run import lint_adapter as lint_adapter
 from veneer.models.capacity import configured_capacity
 from veneer.plan.probe import fit_config, forecast
 from veneer.report.page import write_report
@@ -29,7 +24,6 @@ from veneer.training.job import Job
 from veneer.training.output.screen import Screen
 from veneer.training.processes.world import join_processes, world_of
 from veneer.training.run import run_jobs, run_training
-from veneer.training.state.folder import resume_config as resume_config
 from veneer.training.supervisor import Supervisor
 
 

@@ -13,9 +13,7 @@ from typing import Any
 from veneer.report.plots import Point, Series, line_chart
 from veneer.training.output.screen import (
     Facts,
-    LiveScreen,
-    PlainScreen,
-    QuietScreen,
+    Screen,
     StepFigures,
     end_lines,
     make_screen,
@@ -36,7 +34,7 @@ _STYLE = (
 )
 
 
-class NotebookScreen:
+class NotebookScreen(Screen):
     """Draws a run. show: replaces the HTML of this run's picture."""
 
     def __init__(
@@ -74,14 +72,9 @@ class NotebookScreen:
         self._lines.append("  " + shown(text))
         self._draw()
 
-    def failure(self, text: str) -> None:
-        self.message(text)
-
     def end(self, summary: Facts) -> None:
         self._lines += end_lines(summary)
         self._draw()
-
-    def close(self) -> None: ...
 
     def _draw(self) -> None:
         self._drawn = self._now()
@@ -112,7 +105,7 @@ class NotebookScreen:
         self._show(f"<div class=veneer>{''.join(parts)}</div>")
 
 
-def screen_here(*, quiet: bool) -> NotebookScreen | LiveScreen | PlainScreen | QuietScreen:
+def screen_here(*, quiet: bool) -> Screen:
     """Returns a NotebookScreen in a notebook, else the screen of make_screen."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     if quiet or not hasattr(shell, "kernel"):

@@ -34,9 +34,7 @@ if TYPE_CHECKING:
     from veneer.jobs.record import TrainingJob
     from veneer.jobs.store import JobStore
     from veneer.training.output.records import Record
-    from veneer.training.output.screen import LiveScreen, PlainScreen, QuietScreen
-
-    ClosableScreen = LiveScreen | PlainScreen | QuietScreen
+    from veneer.training.output.screen import Screen
 
 HEAD = ("JOB", "STATE", "STEP", "LOSS", "BASE", "NAME", "AGE")
 POLL_SECONDS = 0.5
@@ -189,7 +187,7 @@ def _follow(args: argparse.Namespace, store: JobStore) -> int:
     return 0
 
 
-def _follow_records(store: JobStore, job: TrainingJob, screen: ClosableScreen) -> TrainingJob:
+def _follow_records(store: JobStore, job: TrainingJob, screen: Screen) -> TrainingJob:
     """Shows the records of a job as they come; returns the job when it has stopped."""
     from veneer.jobs.record import OPEN
     from veneer.training.output.records import follow_records

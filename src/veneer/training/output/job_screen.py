@@ -20,6 +20,7 @@ from veneer.training.output.screen import (
     Facts,
     PlainScreen,
     QuietScreen,
+    Screen,
     StepFigures,
     start_lines,
 )
@@ -166,7 +167,7 @@ class SharedScreen(QuietScreen):
 
 def make_job_screens(
     names: Sequence[str], *, json: bool = False, quiet: bool = False
-) -> Sequence[JobScreen] | Sequence[QuietScreen]:
+) -> Sequence[Screen]:
     """Returns a screen for each job; on stderr if stdout is data."""
     if quiet:
         return [QuietScreen() for _ in names]

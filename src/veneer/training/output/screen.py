@@ -8,7 +8,7 @@ from data is shown as plain text, without markup or control characters.
 import time
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -40,8 +40,8 @@ QUESTION_CHARACTERS, ANSWER_CHARACTERS = (150, 400)  # of a sample
 PLAIN_SECONDS = 5.0  # time between plain lines
 
 
-class Screen(Protocol):
-    """Shows a run; every method returns at once."""
+class Screen:
+    """Shows a run; every method returns at once. A subclass shows what it overrides."""
 
     def start(self, info: Facts) -> None:
         """Shows the start record, with `paths`, lines that say how steps are computed."""
@@ -57,24 +57,16 @@ class Screen(Protocol):
 
     def failure(self, text: str) -> None:
         """Shows the headline of the error that ended a job, while others train on."""
+        self.message(text)
+
+    def close(self) -> None:
+        """Restores the terminal."""
 
 
-class QuietScreen:
+class QuietScreen(Screen):
     """Shows nothing."""
 
-    def start(self, info: Facts) -> None: ...
-
-    def step(self, record: Facts) -> None: ...
-
-    def evaluation(self, record: Facts) -> None: ...
-
-    def message(self, text: str) -> None: ...
-
-    def end(self, summary: Facts) -> None: ...
-
     def failure(self, text: str) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class StepFigures:
@@ -136,12 +128,13 @@ class StepFigures:
         return " · ".join(parts) + self.preference
 
 
-class PlainScreen:
+class PlainScreen(Screen):
     """Prints lines of text, for files, pipes and terminals that cannot redraw."""
+
+    _progress: StepFigures
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._progress: StepFigures | None = None
         self._last_line = 0.0
 
     def start(self, info: Facts) -> None:
@@ -150,7 +143,6 @@ class PlainScreen:
             self._print(line)
 
     def step(self, record: Facts) -> None:
-        assert self._progress is not None, "start comes first"
         self._progress.step(record)
         now = time.monotonic()
         at_an_end = (
@@ -162,7 +154,6 @@ class PlainScreen:
             self._print(self._step_line(self._progress))
 
     def evaluation(self, record: Facts) -> None:
-        assert self._progress is not None, "start comes first"
         self._print(evaluation_line(record, self._progress.evaluation))
         self._progress.evaluation = record["loss"]
         if sample := record.get("sample"):
@@ -172,14 +163,9 @@ class PlainScreen:
     def message(self, text: str) -> None:
         self._print("  " + shown(text))
 
-    def failure(self, text: str) -> None:
-        self.message(text)
-
     def end(self, summary: Facts) -> None:
         for line in end_lines(summary):
             self._print(line)
-
-    def close(self) -> None: ...
 
     def _step_line(self, progress: StepFigures) -> str:
         return f"  step {progress.done}/{progress.total} · {progress.figures()}"
@@ -188,12 +174,13 @@ class PlainScreen:
         self.console.print(Text(line), soft_wrap=True)
 
 
-class LiveScreen:
+class LiveScreen(Screen):
     """Redraws one region with bar and figures, and prints other lines above it."""
+
+    _progress: StepFigures
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._progress: StepFigures | None = None
         self._live: Live | None = None
 
     def start(self, info: Facts) -> None:
@@ -207,12 +194,11 @@ class LiveScreen:
         self._live.start()
 
     def step(self, record: Facts) -> None:
-        assert self._progress is not None and self._live is not None, "start comes first"
+        assert self._live is not None, "start comes first"
         self._progress.step(record)
         self._live.update(self._region(self._progress))
 
     def evaluation(self, record: Facts) -> None:
-        assert self._progress is not None, "start comes first"
         self.console.print(Text(evaluation_line(record, self._progress.evaluation)))
         self._progress.evaluation = record["loss"]
         if sample := record.get("sample"):
@@ -220,9 +206,6 @@ class LiveScreen:
 
     def message(self, text: str) -> None:
         self.console.print(Text("  " + shown(text), style="dim"))
-
-    def failure(self, text: str) -> None:
-        self.message(text)
 
     def end(self, summary: Facts) -> None:
         self.close()
@@ -252,9 +235,7 @@ class LiveScreen:
         return Group(bar, Text(folded("  " + figures, self.console.width)))
 
 
-def make_screen(
-    *, json: bool = False, quiet: bool = False
-) -> LiveScreen | PlainScreen | QuietScreen:
+def make_screen(*, json: bool = False, quiet: bool = False) -> Screen:
     """Returns the screen that fits: live on a terminal, else plain lines; on stderr if stdout is
     data.
     """
