@@ -9,11 +9,12 @@ from typing import Any
 
 from veneer.wording import clock, millions, size
 
+Figures = dict[str, Any]
 Method = dict[str, Any]
 NO_INTERVAL = "no interval"
 
 
-def conclude(figures: dict[str, Any]) -> list[str]:
+def conclude(figures: Figures) -> list[str]:
     """Returns the sentences of the conclusion, in reading order."""
     methods = [m for m in figures["methods"] if m["quality"]]
     sentences = [_failed(m) for m in figures["methods"] if m["failure"]]
@@ -249,7 +250,7 @@ def ends_text(
     return f"{written(ends[0], unit)} to {written(ends[1], unit)}" if ends else NO_INTERVAL
 
 
-def facts(method: Method, figures: dict[str, Any]) -> list[str]:
+def facts(method: Method, figures: Figures) -> list[str]:
     """Returns the cells of a method's row in the table of HEAD."""
     if method["failure"]:
         return [method["name"], method["failure"], "", "", "", "", "", "", ""]

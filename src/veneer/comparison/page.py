@@ -2,9 +2,17 @@
 
 from collections.abc import Sequence
 from html import escape
-from typing import Any
 
-from veneer.comparison.conclusion import HEAD, NO_INTERVAL, ends_text, facts, measure, quantity
+from veneer.comparison.conclusion import (
+    HEAD,
+    NO_INTERVAL,
+    Figures,
+    Method,
+    ends_text,
+    facts,
+    measure,
+    quantity,
+)
 from veneer.report.html import html_page, section, table
 from veneer.report.plots import Series, bars, line_chart, spans
 from veneer.report.scatter import ScatterMark, scatter_chart
@@ -12,7 +20,6 @@ from veneer.wording import clock, millions, percent, size
 
 COLOURS = ("#2456d6", "#c2580a", "#1f8a4c", "#8a3fc2", "#b3261e", "#0e7f93", "#8a6d00", "#5f6470")
 DARK = ("#7aa2ff", "#f0a052", "#5fd08a", "#c99af5", "#ff8a80", "#5fc9dc", "#dcc050", "#a8adb8")
-Method = dict[str, Any]
 FORGETTING_SHOWN = 0.1
 """Least width of the scale of forgetting, nats per token."""
 
@@ -46,7 +53,7 @@ def _method_style() -> str:
     )
 
 
-def make_page(figures: dict[str, Any]) -> str:
+def make_page(figures: Figures) -> str:
     """Returns the HTML text."""
     methods = figures["methods"]
     good = [(place, m) for place, m in enumerate(methods) if m["quality"]]
@@ -73,11 +80,11 @@ def _upper(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _title(figures: dict[str, Any]) -> str:
+def _title(figures: Figures) -> str:
     return " · ".join(m["name"] for m in figures["methods"])
 
 
-def _head(figures: dict[str, Any]) -> str:
+def _head(figures: Figures) -> str:
     budget = figures["budget"]
     effort = (
         f"{budget['steps']:,} steps"
@@ -106,7 +113,7 @@ def _keys(good: Sequence[tuple[int, Method]]) -> str:
     return f"<div class=keys>{keys}</div>"
 
 
-def _scatters(figures: dict[str, Any], good: Sequence[tuple[int, Method]]) -> str:
+def _scatters(figures: Figures, good: Sequence[tuple[int, Method]]) -> str:
     if not good:
         return ""
     primary = figures["primary"]
@@ -145,7 +152,7 @@ def _scatters(figures: dict[str, Any], good: Sequence[tuple[int, Method]]) -> st
     return f"{_keys(good)}<div class=plots>{''.join(charts)}</div>"
 
 
-def _measures(figures: dict[str, Any], good: Sequence[tuple[int, Method]]) -> str:
+def _measures(figures: Figures, good: Sequence[tuple[int, Method]]) -> str:
     if not good:
         return ""
     units = figures["units"]
@@ -163,7 +170,7 @@ def _measures(figures: dict[str, Any], good: Sequence[tuple[int, Method]]) -> st
     return table(head, rows, "wide-table")
 
 
-def _with_interval(figure: dict[str, Any], unit: str) -> str:
+def _with_interval(figure: Figures, unit: str) -> str:
     return f"{quantity(figure['value'], unit)} ({ends_text(figure['interval'], unit)})"
 
 
@@ -184,7 +191,7 @@ def _bars(rows: Sequence[tuple[int, str, float, str]]) -> str:
     return bars([(name, value, label, _colour(place)) for place, name, value, label in rows])
 
 
-def _forgetting(figures: dict[str, Any], good: Sequence[tuple[int, Method]]) -> str:
+def _forgetting(figures: Figures, good: Sequence[tuple[int, Method]]) -> str:
     measured = [(place, m["name"], m["forgetting"]) for place, m in good if m.get("forgetting")]
     if not measured:
         return ""
@@ -202,7 +209,7 @@ def _forgetting(figures: dict[str, Any], good: Sequence[tuple[int, Method]]) -> 
     return f"{spans(rows, FORGETTING_SHOWN)}<p>{escape(note)}</p>"
 
 
-def _disagreements(figures: dict[str, Any]) -> str:
+def _disagreements(figures: Figures) -> str:
     primary, cards = figures["primary"], []
     unit = figures["units"][primary]
     places = {m["name"]: place for place, m in enumerate(figures["methods"])}
@@ -244,7 +251,7 @@ def _search(methods: Sequence[Method]) -> str:
     return table(titles, rows, "wide-table")
 
 
-def _method_text(figures: dict[str, Any]) -> str:
+def _method_text(figures: Figures) -> str:
     shares = [
         f"{m['name']} trains {percent(m['trainable_parameters'], m['total_parameters'])} of the"
         " base's parameters"

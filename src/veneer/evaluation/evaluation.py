@@ -20,7 +20,7 @@ from veneer.evaluation.general import (
     general_examples,
     general_result,
 )
-from veneer.evaluation.intervals import Counts, interval
+from veneer.evaluation.intervals import Counts, Figures, interval
 from veneer.evaluation.label_figures import label_figures
 from veneer.evaluation.label_scores import Nats, label_scores
 from veneer.evaluation.labels import checked_labels, labels_of
@@ -77,7 +77,7 @@ def evaluate(
     *,
     nats: Nats,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> Figures:
     """Returns what `veneer evaluate` reports, ready for JSON.
 
         rows, tokens      rows evaluated; trained tokens that the loss is over
@@ -179,11 +179,11 @@ def _answer(
     nats: Nats,
     lines: list[Line],
     report: Progress,
-) -> dict[str, Any]:
+) -> Figures:
     """Adds to each line what the metrics need: references, the chosen label, the generated
     answer. Returns the figures of labels.
     """
-    figures: dict[str, Any] = {}
+    figures: Figures = {}
     for line, right in zip(lines, references or [[]] * len(lines), strict=True):
         line["references"] = right
     if labels:
@@ -216,9 +216,9 @@ def _answer(
 
 def _figures(
     losses: Counts, lines: list[Line], metrics: Sequence[Metric], prompts: Sequence[int]
-) -> dict[str, Any]:
+) -> Figures:
     loss = ratio(losses.sum(axis=0))
-    result: dict[str, Any] = {
+    result: Figures = {
         "rows": len(losses),
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
@@ -244,7 +244,7 @@ def _figures(
 
 def _general(
     base: FrozenBase, examples: Sequence[Example], owners: Sequence[int], nats: Nats
-) -> dict[str, Any]:
+) -> Figures:
     """Evaluates general text; with active adapters, also the base without them."""
     after = by_document(finite(nats(examples), examples), owners)
     before = None

@@ -15,7 +15,7 @@ import numpy as np
 
 from veneer.data.examples import Example, RowRef
 from veneer.errors import DataError
-from veneer.evaluation.intervals import Counts, interval, paired_difference
+from veneer.evaluation.intervals import Counts, Figures, interval, paired_difference
 from veneer.evaluation.metrics.metric import ratio
 
 BUILT_IN = "built-in"
@@ -83,12 +83,12 @@ def by_document(windows: Counts, owners: Sequence[int]) -> Counts:
     return np.stack([windows[np.asarray(owners) == number].sum(axis=0) for number in numbers])
 
 
-def general_result(after: Counts, before: Counts | None) -> dict[str, Any]:
+def general_result(after: Counts, before: Counts | None) -> Figures:
     """Returns loss and interval; with the base's, also before, and forgetting (after minus before).
 
     An interval is [low, high], None if a single document does not determine it.
     """
-    result: dict[str, Any] = {
+    result: Figures = {
         "loss": ratio(after.sum(axis=0)),
         "interval": interval(after, ratio),
         "tokens": int(after[:, 1].sum()),

@@ -7,14 +7,13 @@ Shapes: N rows, C outputs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from veneer.adapters.labels import HeadSettings
 from veneer.data.examples import Example
 from veneer.errors import RefusedError
-from veneer.evaluation.intervals import Counts, interval
+from veneer.evaluation.intervals import Counts, Figures, interval
 from veneer.evaluation.label_figures import label_figures
 from veneer.evaluation.metrics.metric import ratio
 from veneer.models.frozen_base import FrozenBase
@@ -46,7 +45,7 @@ def evaluate_head(
     *,
     batch: int,
     progress: Callable[[str, int, int], None] | None = None,
-) -> dict[str, Any]:
+) -> Figures:
     """Returns what `veneer evaluate` reports of the acting adapter's head, ready for JSON.
 
     prompts: a number for each row, equal for rows that depend on each other (prompt_key)
@@ -74,8 +73,8 @@ def evaluate_head(
     answers = AnswerBatch.without_reference(examples)
     ones = np.ones(len(examples))
     counts = {"loss": np.stack([objective.answer_losses(outputs.ravel(), answers), ones], axis=1)}
-    details: dict[str, Any] = {"kind": head.kind, "names": list(head.labels)}
-    result: dict[str, Any] = {"rows": len(examples), "units": {}, "intervals": {}}
+    details: Figures = {"kind": head.kind, "names": list(head.labels)}
+    result: Figures = {"rows": len(examples), "units": {}, "intervals": {}}
     if head.kind == "regression":
         errors = np.abs(outputs - targets_of(examples))[:, 0]
         counts["mean_error"] = np.stack([errors, ones], axis=1)
@@ -98,7 +97,7 @@ def evaluate_head(
     return {**result, "labels": details}
 
 
-def _add_ranking(result: dict[str, Any], of_queries: Mapping[str, Counts]) -> None:
+def _add_ranking(result: Figures, of_queries: Mapping[str, Counts]) -> None:
     """Enters the ranking figures and their intervals over queries into the result."""
     result["queries"] = int(of_queries["ndcg_at_10"][:, 1].sum())
     for name, counts in of_queries.items():
@@ -108,12 +107,12 @@ def _add_ranking(result: dict[str, Any], of_queries: Mapping[str, Counts]) -> No
 
 
 def _per_label(
-    result: dict[str, Any],
+    result: Figures,
     head: HeadSettings,
     outputs: Counts,
     examples: Sequence[Example],
     prompts: Sequence[int],
-) -> list[dict[str, Any]]:
+) -> list[Figures]:
     """Enters the macro F1 into the result; returns the figures of each label."""
     gets, has = chosen(head, outputs), marked(head, examples)
     scores = label_scores(gets, has)
@@ -142,7 +141,7 @@ def _per_label(
     return lines
 
 
-def _add_interval(result: dict[str, Any], name: str, ends: list[float] | None) -> None:
+def _add_interval(result: Figures, name: str, ends: list[float] | None) -> None:
     if ends is not None:
         result["intervals"][name] = ends
 

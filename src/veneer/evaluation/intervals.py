@@ -23,6 +23,7 @@ Survey Sampling.
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,8 @@ _TINY = 1e-300
 
 Counts = NDArray[np.float64]
 """(N, K): a line for each row; (K): their sum; (S, N, K): the same of several seeds."""
+Figures = dict[str, Any]
+"""Figures by name, ready for JSON."""
 OfTotals = Callable[[Counts], float]
 """A figure from the sums of counts (K)."""
 Ends = list[float]

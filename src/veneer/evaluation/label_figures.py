@@ -14,12 +14,11 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from veneer.evaluation.intervals import Counts
+from veneer.evaluation.intervals import Counts, Figures
 
 BINS = 10
 LEAST_ROWS = 20
@@ -79,7 +78,7 @@ def calibrate(scores_NL: Counts, right_NL: Right, keys: Sequence[int]) -> Calibr
     return Calibration(p_NL, (temperatures[0], temperatures[1]))
 
 
-def reliability(probabilities_NL: Counts, right_NL: Right) -> dict[str, Any]:
+def reliability(probabilities_NL: Counts, right_NL: Right) -> Figures:
     """Returns the ECE and the bins that have rows: low, high, rows, mean confidence, accuracy."""
     chosen = probabilities_NL.argmax(axis=1)
     confidence, is_right = probabilities_NL.max(axis=1), right_NL[np.arange(len(chosen)), chosen]
@@ -100,7 +99,7 @@ def reliability(probabilities_NL: Counts, right_NL: Right) -> dict[str, Any]:
     return {"ece": sum(distances) / len(chosen), "bins": bins}
 
 
-def confusion(right: Sequence[str], chosen: Sequence[str]) -> list[dict[str, Any]]:
+def confusion(right: Sequence[str], chosen: Sequence[str]) -> list[Figures]:
     """Returns the cells of the confusion matrix that have rows, the most frequent first."""
     cells = Counter(zip(right, chosen, strict=True))
     return [
@@ -114,7 +113,7 @@ def label_figures(
     labels: Sequence[str],
     references: Sequence[Sequence[str]],
     keys: Sequence[int],
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[Figures, list[Figures]]:
     """Returns the figures of an evaluation by labels, and the label and probability of each row.
 
     references: the right answers of each row; at least one of them is a label
@@ -128,7 +127,7 @@ def label_figures(
         label if right_NL[row, number] else labels[int(right_NL[row].argmax())]
         for row, (number, label) in enumerate(zip(numbers, chosen, strict=True))
     ]
-    figures: dict[str, Any] = {
+    figures: Figures = {
         "confusion": confusion(right, chosen),
         "uncalibrated": reliability(plain_NL, right_NL),
         "calibrated": None,

@@ -11,14 +11,13 @@ Source: Rafailov et al. 2023, arXiv:2305.18290: without beta, the rewards that d
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
 from veneer.data.batching import RowSpans
 from veneer.data.examples import Example, Row, prompt_key
 from veneer.evaluation.answers import finite
-from veneer.evaluation.intervals import Counts, interval
+from veneer.evaluation.intervals import Counts, Figures, interval
 from veneer.evaluation.metrics.metric import ratio
 from veneer.models.frozen_base import FrozenBase
 
@@ -33,7 +32,7 @@ def are_preferences(examples: Sequence[Example]) -> bool:
 
 def evaluate_preferences(
     base: FrozenBase, parts: Sequence[Row], examples: Sequence[Example], *, nats: Nats
-) -> dict[str, Any]:
+) -> Figures:
     """Returns what `veneer evaluate` reports of preferences, ready for JSON.
 
     parts: the row of each example, with its answer
@@ -56,7 +55,7 @@ def evaluate_preferences(
     best = np.array([row[0] for row in rows])
     rejected = np.array([row[1:].mean() for row in rows])
     tokens = [answer_nats[start:end, 1] for start, end in pairwise(starts)]
-    result: dict[str, Any] = {"rows": len(rows), "intervals": {}, "units": {"accuracy": "share"}}
+    result: Figures = {"rows": len(rows), "intervals": {}, "units": {"accuracy": "share"}}
     for name, values in (
         ("accuracy", np.array([_in_order(row) for row in rows])),
         ("margin", best - rejected),

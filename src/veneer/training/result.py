@@ -3,7 +3,6 @@
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from veneer.library.prompts import question_of, sample_prompts, write_prompts
 from veneer.models.frozen_base import FrozenBase
 from veneer.objectives.registry import make_objective
 from veneer.training.config import RunConfig
-from veneer.training.output.records import peak_memory_bytes
+from veneer.training.output.records import Record, peak_memory_bytes
 from veneer.training.state.progress import RunProgress
 
 
@@ -49,7 +48,7 @@ def run_manifest(
     )
 
 
-def _figures(config: RunConfig, progress: RunProgress) -> dict[str, Any]:
+def _figures(config: RunConfig, progress: RunProgress) -> Record:
     """Returns the objective's figures before step 1 and of the kept values; empty without any."""
     kept = progress.preference.get(str(progress.best_step))
     before = progress.preference.get("0")
@@ -59,7 +58,7 @@ def _figures(config: RunConfig, progress: RunProgress) -> dict[str, Any]:
 
 def write_trained_adapter(
     folder: Path, attachment: Attachment, manifest: Manifest, base: FrozenBase
-) -> dict[str, Any]:
+) -> Record:
     """Writes the adapter; returns its fields of summary.json."""
     written = write_adapter(folder, attachment, manifest, model=base.model, replace=True)
     return {
@@ -80,7 +79,7 @@ def write_prompt_sample(folder: Path, data: DataSet) -> None:
 
 def write_model(
     folder: Path, base: FrozenBase, state: dict[str, Tensor] | None, head: ScoreHead | None
-) -> dict[str, Any]:
+) -> Record:
     """Writes the whole model after full fine-tuning; returns its fields of summary.json.
 
     state: the weights of a sharded base. head: the score head that was trained with them
@@ -104,13 +103,13 @@ def write_model(
 def run_summary(
     config: RunConfig,
     base: FrozenBase,
-    start: dict[str, Any],
+    start: Record,
     progress: RunProgress,
     *,
     reason: str,
     held_out: HeldOut | None,
-    damaged_best: dict[str, Any] | None,
-) -> dict[str, Any]:
+    damaged_best: Record | None,
+) -> Record:
     """Returns the content of summary.json, without the fields of what was written."""
     seconds = progress.timed_seconds
     return {

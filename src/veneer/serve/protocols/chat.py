@@ -21,7 +21,15 @@ from veneer.serve.protocols.answers import (
     ToolCall,
     Usage,
 )
-from veneer.serve.protocols.body import NO_EFFECT, Length, NotSupported, Num, OnlyFalse, OnlyTrue
+from veneer.serve.protocols.body import (
+    NO_EFFECT,
+    Length,
+    NotSupported,
+    Num,
+    Object,
+    OnlyFalse,
+    OnlyTrue,
+)
 from veneer.serve.protocols.chunks import ChoiceWriter
 from veneer.serve.protocols.conversation import (
     Messages,
@@ -130,8 +138,8 @@ class ChatWriter(ChoiceWriter):
         super().__init__(head, request)
         self._call_counts: Counter[int] = Counter()
 
-    def answer_fields(self, answer: GeneratedAnswer) -> dict[str, Any]:
-        message: dict[str, Any] = {
+    def answer_fields(self, answer: GeneratedAnswer) -> Object:
+        message: Object = {
             "role": "assistant",
             "content": answer.text if answer.text or not answer.calls else None,
             "refusal": None,
@@ -140,10 +148,10 @@ class ChatWriter(ChoiceWriter):
             message["tool_calls"] = [_tool_call(call) for call in answer.calls]
         return {"message": message}
 
-    def text_fields(self, text: str) -> dict[str, Any]:
+    def text_fields(self, text: str) -> Object:
         return {"delta": {"content": text}}
 
-    def logprobs(self, tokens: Sequence[TokenLogprob], offset: int = 0) -> dict[str, Any]:
+    def logprobs(self, tokens: Sequence[TokenLogprob], offset: int = 0) -> Object:
         content = [
             {**_token(token), "top_logprobs": [*map(_token, token.alternatives)]}
             for token in tokens
@@ -169,7 +177,7 @@ class ChatWriter(ChoiceWriter):
             yield self.chunk(index, {"delta": {}}, None, delta.end, called)
 
 
-def _tool_call(call: ToolCall) -> dict[str, Any]:
+def _tool_call(call: ToolCall) -> Object:
     return {
         "id": call.id,
         "type": "function",
@@ -177,7 +185,7 @@ def _tool_call(call: ToolCall) -> dict[str, Any]:
     }
 
 
-def _token(token: TokenLogprob) -> dict[str, Any]:
+def _token(token: TokenLogprob) -> Object:
     return {"token": token.text, "logprob": token.logprob, "bytes": token.bytes}
 
 

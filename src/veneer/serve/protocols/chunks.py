@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from veneer.serve.protocols.answers import (
     DONE,
@@ -16,6 +16,7 @@ from veneer.serve.protocols.answers import (
     Usage,
     event,
 )
+from veneer.serve.protocols.body import Object
 from veneer.serve.protocols.request import GenerationRequest
 from veneer.serve.refusals import Refusal
 
@@ -34,19 +35,19 @@ class ChoiceWriter(AnswerWriter):
         self._text_events: dict[int, TextEvents] = {}
 
     @abstractmethod
-    def answer_fields(self, answer: GeneratedAnswer) -> dict[str, Any]:
+    def answer_fields(self, answer: GeneratedAnswer) -> Object:
         """Returns the fields of a choice that hold a whole answer."""
 
     @abstractmethod
-    def text_fields(self, text: str) -> dict[str, Any]:
+    def text_fields(self, text: str) -> Object:
         """Returns the fields of a choice that hold new text."""
 
     @abstractmethod
-    def logprobs(self, tokens: Sequence[TokenLogprob], offset: int = 0) -> dict[str, Any]:
+    def logprobs(self, tokens: Sequence[TokenLogprob], offset: int = 0) -> Object:
         """Writes the log probabilities of tokens. offset: where their text begins in the
         answer."""
 
-    def whole(self, answers: Sequence[GeneratedAnswer], usage: Usage) -> dict[str, Any]:
+    def whole(self, answers: Sequence[GeneratedAnswer], usage: Usage) -> Object:
         wanted = self.request.sampling.logprobs is not None
         choices = [
             _choice(
@@ -80,8 +81,8 @@ class ChoiceWriter(AnswerWriter):
     def chunk(
         self,
         index: int,
-        fields: dict[str, Any],
-        logprobs: dict[str, Any] | None = None,
+        fields: Object,
+        logprobs: Object | None = None,
         end: AnswerEnd | None = None,
         calls: Sequence[ToolCall] = (),
     ) -> str:
@@ -89,7 +90,7 @@ class ChoiceWriter(AnswerWriter):
         usage = {"usage": None} if self.request.stream_usage else {}
         return event({**self._about(self.chunk_kind), "choices": [choice], **usage})
 
-    def _about(self, kind: str) -> dict[str, Any]:
+    def _about(self, kind: str) -> Object:
         return {
             "id": self.head.id,
             "object": kind,
@@ -102,11 +103,11 @@ class ChoiceWriter(AnswerWriter):
 
 def _choice(
     index: int,
-    fields: dict[str, Any],
-    logprobs: dict[str, Any] | None,
+    fields: Object,
+    logprobs: Object | None,
     end: AnswerEnd | None,
     calls: Sequence[ToolCall],
-) -> dict[str, Any]:
+) -> Object:
     choice = {"index": index, **fields, "logprobs": logprobs, "finish_reason": None}
     if end is not None:
         reason = "length" if end.cut else "tool_calls" if calls else "stop"
@@ -114,7 +115,7 @@ def _choice(
     return choice
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
+def _usage(usage: Usage) -> Object:
     return {
         "prompt_tokens": usage.prompt,
         "completion_tokens": usage.new,

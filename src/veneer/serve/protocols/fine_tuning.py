@@ -25,7 +25,7 @@ from veneer.jobs.record import ENDED, ID_PREFIX, State, TrainingJob
 from veneer.jobs.results import RESULT, job_records
 from veneer.jobs.uploads import UploadedFile
 from veneer.serve.limits import MOST_NAME
-from veneer.serve.protocols.body import Body, EmptyList, Length, Num, OneOf
+from veneer.serve.protocols.body import Body, EmptyList, Length, Num, Object, OneOf
 from veneer.serve.protocols.faults import invalid
 from veneer.serve.refusals import Fault, brief, without_folders
 from veneer.training.state.checkpoint import numbers
@@ -162,10 +162,10 @@ class CreateJobBody(Body):
         supervised = None if self.method is None else self.method.supervised
         return (None if supervised is None else supervised.hyperparameters) or Hyperparameters()
 
-    def run_settings(self) -> dict[str, Any]:
+    def run_settings(self) -> Object:
         """Returns settings of a run file for all but base, rows and learning rate."""
         chosen = self.chosen
-        settings: dict[str, Any] = {"seed": self.seed, "show_answers": False}
+        settings: Object = {"seed": self.seed, "show_answers": False}
         if chosen.n_epochs != "auto":
             settings["epochs"] = chosen.n_epochs
         if chosen.batch_size != "auto":
@@ -177,7 +177,7 @@ class CreateJobBody(Body):
             settings["objective"] = {"name": "dpo", **beta}
         return settings
 
-    def details(self) -> dict[str, Any]:
+    def details(self) -> Object:
         """Returns what the job's object shows of the request."""
         chosen = self.chosen.model_dump()
         return {
@@ -191,7 +191,7 @@ class CreateJobBody(Body):
         }
 
 
-def job_object(job: TrainingJob, *, others: int) -> dict[str, Any]:
+def job_object(job: TrainingJob, *, others: int) -> Object:
     """Describes a job as OpenAI's clients read it. Jobs that were not created through the API have
     no training_file. others: jobs that train together with it (trains_with, a field of Veneer)"""
     record, details = job.record, job.record.details
@@ -238,7 +238,7 @@ def _estimated_finish(job: TrainingJob, facts: Mapping[str, Any], others: int) -
     return int(now + max(left * (1 + others) - facts["idle_seconds"], 0))
 
 
-def _error(job: TrainingJob) -> dict[str, Any] | None:
+def _error(job: TrainingJob) -> Object | None:
     if job.error is None:
         return None
     is_row_fault = job.record.started is None  # the server has read the rows, and no trainer ran
@@ -257,9 +257,9 @@ def _trained_tokens(job: TrainingJob) -> int | None:
     return tokens if isinstance(tokens, int) else 0
 
 
-def event_objects(job: TrainingJob, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def event_objects(job: TrainingJob, events: list[Object]) -> list[Object]:
     """Lists a job's events and the losses of its newest steps, the newest first."""
-    merged: list[tuple[float, str, str, str, dict[str, Any]]] = [
+    merged: list[tuple[float, str, str, str, Object]] = [
         (event["time"], "message", event["level"], event["message"], {}) for event in events
     ]
     clock, steps = job.record.started or job.record.created, 0
@@ -291,11 +291,11 @@ def event_objects(job: TrainingJob, events: list[dict[str, Any]]) -> list[dict[s
     return objects[::-1]
 
 
-def checkpoint_objects(job: TrainingJob) -> list[dict[str, Any]]:
+def checkpoint_objects(job: TrainingJob) -> list[Object]:
     """Lists the checkpoints on disk, the newest first. Only the one with the lowest held-out loss,
     or the last, is a model of the server, under the job's name; it is listed even if only its
     adapter is left."""
-    metrics_of: dict[int, dict[str, Any]] = {}
+    metrics_of: dict[int, Object] = {}
     best: int | None = None
     for record in job_records(job):
         if record["kind"] in ("step", "evaluation"):
@@ -333,12 +333,12 @@ def _checkpoint_times(job: TrainingJob, steps: Sequence[int]) -> Iterator[tuple[
             yield step, (job.run_folder / "checkpoints" / f"{step:06d}").stat().st_mtime
 
 
-def file_object(file: UploadedFile) -> dict[str, Any]:
+def file_object(file: UploadedFile) -> Object:
     """Describes an uploaded file."""
     return _file_object(file.id, file.name, file.bytes, file.created, "fine-tune")
 
 
-def result_file_object(job: TrainingJob) -> dict[str, Any]:
+def result_file_object(job: TrainingJob) -> Object:
     """Describes the result file of a job. Raises InputError if it was removed."""
     with explained(RESULT, reading=True):
         size = (job.folder / RESULT).stat().st_size
@@ -346,9 +346,7 @@ def result_file_object(job: TrainingJob) -> dict[str, Any]:
     return _file_object(result_file_id(job.id), RESULT, size, created, "fine-tune-results")
 
 
-def _file_object(
-    file_id: str, name: str, size_bytes: int, created: float, purpose: str
-) -> dict[str, Any]:
+def _file_object(file_id: str, name: str, size_bytes: int, created: float, purpose: str) -> Object:
     return {
         "object": "file",
         "id": file_id,

@@ -240,7 +240,7 @@ class MessageWriter(AnswerWriter):
         self._block, self._in_text, self._called = -1, False, False
         self._end: AnswerEnd | None = None
 
-    def whole(self, answers: Sequence[GeneratedAnswer], usage: Usage) -> dict[str, Any]:
+    def whole(self, answers: Sequence[GeneratedAnswer], usage: Usage) -> Object:
         (answer,) = answers
         content = [{"type": "text", "text": answer.text}] if answer.text else []
         content += [{**_tool_use(call), "input": _input(call)} for call in answer.calls]
@@ -280,11 +280,11 @@ class MessageWriter(AnswerWriter):
     def fail(self, refusal: Refusal) -> Iterator[str]:
         yield self._event("error", **refusal.body)
 
-    def _start(self, block: dict[str, Any]) -> str:
+    def _start(self, block: Object) -> str:
         self._block += 1
         return self._event("content_block_start", index=self._block, content_block=block)
 
-    def _delta(self, delta: dict[str, Any]) -> str:
+    def _delta(self, delta: Object) -> str:
         return self._event("content_block_delta", index=self._block, delta=delta)
 
     def _end_text(self) -> Iterator[str]:
@@ -295,13 +295,13 @@ class MessageWriter(AnswerWriter):
     def _event(self, kind: str, **values: Any) -> str:
         return event({"type": kind, **values}, kind)
 
-    def _about(self) -> dict[str, Any]:
+    def _about(self) -> Object:
         head = self.head
         about = {"id": head.id, "type": "message", "role": "assistant", "model": head.model}
         return {**about, **head.own_fields}
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
+def _usage(usage: Usage) -> Object:
     """Counts tokens. Cached tokens of the prompt are not counted as input tokens."""
     return {
         "input_tokens": usage.prompt - usage.cached,
@@ -311,7 +311,7 @@ def _usage(usage: Usage) -> dict[str, Any]:
     }
 
 
-def _tool_use(call: ToolCall) -> dict[str, Any]:
+def _tool_use(call: ToolCall) -> Object:
     return {"type": "tool_use", "id": call.id.replace("call_", "toolu_", 1), "name": call.name}
 
 

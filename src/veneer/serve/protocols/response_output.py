@@ -14,6 +14,7 @@ from veneer.serve.protocols.answers import (
     Usage,
     event,
 )
+from veneer.serve.protocols.body import Object
 from veneer.serve.protocols.request import GenerationRequest
 from veneer.serve.refusals import Refusal
 
@@ -25,12 +26,12 @@ class ResponseWriter(AnswerWriter):
     def __init__(self, head: ResponseHead, request: GenerationRequest) -> None:
         super().__init__(head, request)
         self._number = 0
-        self._output: list[dict[str, Any]] = []
+        self._output: list[Object] = []
         self._open: str | None = None  # the id of the message that text goes to
         self._text = ""
         self._end: AnswerEnd | None = None
 
-    def whole(self, answers: Sequence[GeneratedAnswer], usage: Usage) -> dict[str, Any]:
+    def whole(self, answers: Sequence[GeneratedAnswer], usage: Usage) -> Object:
         (answer,) = answers
         self._end = answer.end
         if answer.text or not answer.calls:
@@ -98,14 +99,14 @@ class ResponseWriter(AnswerWriter):
         yield self._event("response.output_item.done", output_index=len(self._output), item=item)
         self._output.append(item)
 
-    def _place(self) -> dict[str, Any]:
+    def _place(self) -> Object:
         return {"item_id": self._open, "output_index": len(self._output), "content_index": 0}
 
     def _event(self, kind: str, **values: Any) -> str:
         self._number += 1
         return event({"type": kind, "sequence_number": self._number - 1, **values}, kind)
 
-    def _response(self, usage: Usage | None) -> dict[str, Any]:
+    def _response(self, usage: Usage | None) -> Object:
         """Returns the response as it is now. usage: None while it is generated."""
         cut = self._end is not None and self._end.cut
         status = "in_progress" if usage is None else "incomplete" if cut else "completed"
@@ -134,7 +135,7 @@ class ResponseWriter(AnswerWriter):
         }
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
+def _usage(usage: Usage) -> Object:
     return {
         "input_tokens": usage.prompt,
         "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
@@ -144,7 +145,7 @@ def _usage(usage: Usage) -> dict[str, Any]:
     }
 
 
-def _message(id: str, text: str, status: str) -> dict[str, Any]:
+def _message(id: str, text: str, status: str) -> Object:
     return {
         "type": "message",
         "id": id,
@@ -154,11 +155,11 @@ def _message(id: str, text: str, status: str) -> dict[str, Any]:
     }
 
 
-def _part(text: str) -> dict[str, Any]:
+def _part(text: str) -> Object:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def _function_call(id: str, call: ToolCall) -> dict[str, Any]:
+def _function_call(id: str, call: ToolCall) -> Object:
     return {
         "type": "function_call",
         "id": id,
