@@ -10,7 +10,7 @@ print(base.generate("Where is my parcel?"))
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypedDict, Unpack, overload
 
 from veneer.adapters.placement.acting import check_answers
 from veneer.adapters.preamble import Preamble
@@ -238,16 +238,21 @@ def evaluate(
         )
 
 
+class ChooseOptions(TypedDict, total=False):
+    """The options of `choose` for one prompt or several."""
+
+    length_normalised: bool
+    system: str | None
+    variables: Mapping[str, Any] | None
+    batch: int
+
+
 @overload
 def choose(  # type: ignore[overload-overlap]  # str is a sequence of str
     base: Base,
     prompt: str | Sequence[Mapping[str, Any]],
     choices: Sequence[str],
-    *,
-    length_normalised: bool = False,
-    system: str | None = None,
-    variables: Mapping[str, Any] | None = None,
-    batch: int = 16,
+    **options: Unpack[ChooseOptions],
 ) -> dict[str, float]: ...
 
 
@@ -256,11 +261,7 @@ def choose(
     base: Base,
     prompt: Sequence[str] | Sequence[Sequence[Mapping[str, Any]]],
     choices: Sequence[str],
-    *,
-    length_normalised: bool = False,
-    system: str | None = None,
-    variables: Mapping[str, Any] | None = None,
-    batch: int = 16,
+    **options: Unpack[ChooseOptions],
 ) -> list[dict[str, float]]: ...
 
 

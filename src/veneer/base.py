@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypedDict, Unpack, overload
 
 from veneer.adapters.attach import check_settings
 from veneer.adapters.config import AdapterConfig
@@ -39,6 +39,32 @@ from veneer.training.own_loop.forward_queue import ForwardQueue
 from veneer.training.own_loop.state import TrainerOptions, choose_start
 from veneer.training.own_loop.trainer import Trainer, open_trainer
 from veneer.wording import html_table, millions
+
+
+class GenerateOptions(TypedDict, total=False):
+    """The options of `Base.generate` for any kind of prompt."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    system: str | None
+    variables: Mapping[str, Any] | None
+    lookup: LookupMode
+
+
+class ScoreOptions(TypedDict, total=False):
+    """The options of `Base.score` for one adapter or several."""
+
+    per_token: bool
+    system: str | None
+    variables: Mapping[str, Any] | None
+    length: int
+    format: str
+    train_on: str
+    columns: Mapping[str, str | None] | None
+    batch: int
+    progress: Callable[[int, int], None] | None
 
 
 @dataclass
@@ -254,28 +280,15 @@ class Base(FrozenBase):
         self,
         prompt: str | Sequence[Mapping[str, Any]],
         *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        system: str | None = None,
-        variables: Mapping[str, Any] | None = None,
-        lookup: LookupMode = "auto",
         on_text: Callable[[str], None] | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> Answer: ...
 
     @overload
     def generate(
         self,
         prompt: Sequence[str] | Sequence[Sequence[Mapping[str, Any]]],
-        *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        system: str | None = None,
-        variables: Mapping[str, Any] | None = None,
-        lookup: LookupMode = "auto",
+        **options: Unpack[GenerateOptions],
     ) -> list[Answer]: ...
 
     def generate(
@@ -320,15 +333,7 @@ class Base(FrozenBase):
         rows: str | Path | Iterable[Record] | Iterable[IdPair],
         *,
         adapter: str | None = None,
-        per_token: bool = False,
-        system: str | None = None,
-        variables: Mapping[str, Any] | None = None,
-        length: int = 2048,
-        format: str = "auto",
-        train_on: str = "assistant",
-        columns: Mapping[str, str | None] | None = None,
-        batch: int = 16,
-        progress: Callable[[int, int], None] | None = None,
+        **options: Unpack[ScoreOptions],
     ) -> list[Score]: ...
 
     @overload
@@ -337,15 +342,7 @@ class Base(FrozenBase):
         rows: str | Path | Iterable[Record] | Iterable[IdPair],
         *,
         adapter: Sequence[str | None],
-        per_token: bool = False,
-        system: str | None = None,
-        variables: Mapping[str, Any] | None = None,
-        length: int = 2048,
-        format: str = "auto",
-        train_on: str = "assistant",
-        columns: Mapping[str, str | None] | None = None,
-        batch: int = 16,
-        progress: Callable[[int, int], None] | None = None,
+        **options: Unpack[ScoreOptions],
     ) -> dict[str | None, list[Score]]: ...
 
     def score(
