@@ -124,11 +124,12 @@ class FineTuning:
         job = self._result_job(file_id)
         return self._uploaded_path(file_id) if job is None else job.folder / RESULT
 
-    def delete_file(self, file_id: str) -> None:
+    def delete_file(self, file_id: str) -> dict[str, Any]:
         if self._result_job(file_id) is not None:
             raise Refusal(400, "A result file is deleted with its job.", "file_id")
         self._uploaded(file_id)
         self.uploads.delete(file_id)
+        return {"id": file_id, "object": "file", "deleted": True}
 
     def _uploaded(self, file_id: str, param: str = "file_id") -> UploadedFile:
         try:

@@ -5,18 +5,20 @@ Every one of them needs a key with the scope `train`: files hold training rows. 
 """
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from veneer.jobs.record import TrainingJob
 from veneer.serve.engine.fine_tuning import FineTuning, page_of
 from veneer.serve.engine.service import Service
 from veneer.serve.http.app import Handler, caller_of, catch_errors, require_train
 from veneer.serve.http.json_body import parsed, read_body
 from veneer.serve.http.uploads import Arrivals, read_upload
+from veneer.serve.protocols.body import Object
 from veneer.serve.protocols.fine_tuning import CreateJobBody, checkpoint_objects, event_objects
 from veneer.serve.refusals import Refusal, shutting_down
 
@@ -49,7 +51,18 @@ class _Routes:
 
         return Route(path, catch_errors(answer), methods=[method])
 
-    # files
+    def _by_id(
+        self,
+        read: Callable[[str], Any],
+        respond: Callable[[Request, Any], Response] = lambda request, value: JSONResponse(value),
+    ) -> Handler:
+        """Makes a handler that reads or changes the object whose id is in the path."""
+
+        async def answer(request: Request) -> Response:
+            name = request.path_params["id"]
+            return respond(request, await self._service.use_jobs(lambda: read(name)))
+
+        return answer
 
     def of_files(self) -> list[Route]:
         fine_tuning, arrivals = self._fine_tuning, Arrivals()
@@ -72,34 +85,17 @@ class _Routes:
             kept = [file for file in files if purpose in (None, file["purpose"])]
             if request.query_params.get("order") == "asc":
                 kept.reverse()
-            limit = _limit(request, MOST_FILES_PAGE, MOST_FILES_PAGE)
-            return JSONResponse(page_of(kept, request.query_params.get("after"), limit))
-
-        async def retrieve(request: Request) -> Response:
-            file_id = request.path_params["id"]
-            return JSONResponse(await use_jobs(lambda: fine_tuning.file(file_id)))
-
-        async def content(request: Request) -> Response:
-            file_id = request.path_params["id"]
-            path = await use_jobs(lambda: fine_tuning.content(file_id))
-            # Never a type that a browser would show as a page of this server.
-            headers = {"x-content-type-options": "nosniff", "content-disposition": "attachment"}
-            return FileResponse(path, media_type="application/octet-stream", headers=headers)
-
-        async def delete(request: Request) -> Response:
-            file_id = request.path_params["id"]
-            await use_jobs(lambda: fine_tuning.delete_file(file_id))
-            return JSONResponse({"id": file_id, "object": "file", "deleted": True})
+            return _page(request, kept, MOST_FILES_PAGE, MOST_FILES_PAGE)
 
         return [
             self._route("POST", FILES, upload),
             self._route("GET", FILES, listed),
-            self._route("GET", FILES + "/{id}", retrieve),
-            self._route("GET", FILES + "/{id}/content", content),
-            self._route("DELETE", FILES + "/{id}", delete),
+            self._route("GET", FILES + "/{id}", self._by_id(fine_tuning.file)),
+            self._route(
+                "GET", FILES + "/{id}/content", self._by_id(fine_tuning.content, _attachment)
+            ),
+            self._route("DELETE", FILES + "/{id}", self._by_id(fine_tuning.delete_file)),
         ]
-
-    # jobs
 
     def of_jobs(self) -> list[Route]:
         fine_tuning, store = self._fine_tuning, self._fine_tuning.store
@@ -114,57 +110,49 @@ class _Routes:
         async def listed(request: Request) -> Response:
             return _page(request, await use_jobs(fine_tuning.describe_all))
 
-        async def retrieve(request: Request) -> Response:
-            job_id = request.path_params["id"]
-            job = await use_jobs(lambda: fine_tuning.describe(fine_tuning.job(job_id)))
-            return JSONResponse(job)
+        def retrieve(job_id: str) -> Object:
+            return fine_tuning.describe(fine_tuning.job(job_id))
 
-        async def events(request: Request) -> Response:
-            job_id = request.path_params["id"]
+        def events(job_id: str) -> list[Object]:
+            return event_objects(fine_tuning.job(job_id), store.events(job_id))
 
-            def read() -> list[dict[str, Any]]:
-                job = fine_tuning.job(job_id)
-                return event_objects(job, store.events(job_id))
-
-            return _page(request, await use_jobs(read))
-
-        async def checkpoints(request: Request) -> Response:
-            job_id = request.path_params["id"]
-            return _page(
-                request, await use_jobs(lambda: checkpoint_objects(fine_tuning.job(job_id)))
-            )
-
-        def change(action: Callable[[str], TrainingJob]) -> Handler:
-            async def answer(request: Request) -> Response:
-                job_id = request.path_params["id"]
-                return JSONResponse(await use_jobs(lambda: fine_tuning.change(job_id, action)))
-
-            return answer
+        def checkpoints(job_id: str) -> list[Object]:
+            return checkpoint_objects(fine_tuning.job(job_id))
 
         job = JOBS + "/{id}"
         return [
             self._route("POST", JOBS, create),
             self._route("GET", JOBS, listed),
-            self._route("GET", job, retrieve),
-            self._route("GET", job + "/events", events),
-            self._route("GET", job + "/checkpoints", checkpoints),
-            self._route("POST", job + "/cancel", change(store.cancel)),
-            self._route("POST", job + "/pause", change(store.pause)),
-            self._route("POST", job + "/resume", change(store.resume)),
+            self._route("GET", job, self._by_id(retrieve)),
+            self._route("GET", job + "/events", self._by_id(events, _page)),
+            self._route("GET", job + "/checkpoints", self._by_id(checkpoints, _page)),
+            *(
+                self._route(
+                    "POST", f"{job}/{name}", self._by_id(partial(fine_tuning.change, change=change))
+                )
+                for name, change in (
+                    ("cancel", store.cancel),
+                    ("pause", store.pause),
+                    ("resume", store.resume),
+                )
+            ),
         ]
 
 
-def _page(request: Request, objects: list[dict[str, Any]]) -> Response:
-    limit = _limit(request, PAGE, MOST_PAGE)
-    return JSONResponse(page_of(objects, request.query_params.get("after"), limit))
+def _attachment(request: Request, path: Path) -> Response:
+    """Sends a file, never as a type that a browser would show as a page of this server."""
+    headers = {"x-content-type-options": "nosniff", "content-disposition": "attachment"}
+    return FileResponse(path, media_type="application/octet-stream", headers=headers)
 
 
-def _limit(request: Request, default: int, most: int) -> int:
-    """Returns how many objects of a list are wanted. Refusal: 400."""
+def _page(
+    request: Request, objects: list[Object], default: int = PAGE, most: int = MOST_PAGE
+) -> Response:
+    """Sends as many objects of a list as are wanted. Refusal: 400."""
     text = request.query_params.get("limit", str(default))
     if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= most):
         raise Refusal(400, f"limit: is a whole number from 1 to {most:,}.", "limit")
-    return int(text)
+    return JSONResponse(page_of(objects, request.query_params.get("after"), int(text)))
 
 
 async def _not_served(request: Request) -> Response:
