@@ -8,8 +8,9 @@ steps are not lost by rounding.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ ALIGNMENT = 16
 """Values to which each parameter's start is aligned: 64 bytes, a cache line."""
 
 
-class FlatValues(Protocol):
+class FlatValues(ABC):
     """Presents the trained values to the loop, an optimizer and a checkpoint, whole or split over
     processes.
 
@@ -36,24 +37,38 @@ class FlatValues(Protocol):
     gradient: Tensor
     groups: list[tuple[float, slice]]
     apart: bool
+    _hooks: list[RemovableHandle]
 
+    @abstractmethod
     def publish(self) -> None:
         """Rounds the values into the parameters that the model computes with."""
 
     def release(self) -> None:
-        """Stops training, drops the gradient, and gives every parameter its own storage."""
+        """Stops training and drops the gradient."""
+        for hook in self._hooks:
+            hook.remove()
+        for parameter in self.parameters.values():
+            parameter.grad = None
+            parameter.requires_grad_(False)
+        self.values.grad = None
+        self.gradient = self.gradient.new_empty(0)
 
     def whole(self, own: Tensor) -> Tensor | SplitTensor:
         """Returns what a checkpoint holds of a tensor that an optimizer keeps."""
+        return own
 
     def fill(self, own: Tensor, stored: Tensor | None, world: World) -> None:
         """Copies a stored tensor into `own`, on every process. stored: what the leader has read."""
+        if stored is not None:
+            own.copy_(stored)
+        world.broadcast(own)
 
+    @abstractmethod
     def digest(self) -> str:
         """Returns a hash of what all processes should have in common, in hex."""
 
 
-class FlatParameters:
+class FlatParameters(FlatValues):
     """Holds all values and gradients in float32, with zeros between parameters for alignment.
 
     groups: (factor of the learning rate, slice of the buffer); values with the same factor are
@@ -73,8 +88,8 @@ class FlatParameters:
         self.gradient = torch.zeros_like(self.values.data)
         self.values.grad = self.gradient
         self._masters: list[tuple[nn.Parameter, Tensor]] = []
-        self._hooks: list[RemovableHandle] = []
-        self.groups: list[tuple[float, slice]] = []
+        self._hooks = []
+        self.groups = []
         offset = 0
         for (name, parameter), size in zip(self.parameters.items(), sizes, strict=True):
             if self.groups and self.groups[-1][0] == factors[name]:
@@ -102,25 +117,11 @@ class FlatParameters:
 
     def release(self) -> None:
         """Stops training, drops the gradient, and gives every parameter its own storage."""
-        for hook in self._hooks:
-            hook.remove()
-        for parameter in self.parameters.values():
-            parameter.grad = None
-            parameter.requires_grad_(False)
-        self.values.grad = None
-        self.gradient = self.gradient.new_empty(0)
+        super().release()
         for parameter in self.parameters.values():
             parameter.data = (
                 parameter.data.clone() if parameter.dtype == torch.float32 else parameter.data
             )
-
-    def whole(self, own: Tensor) -> Tensor:
-        return own
-
-    def fill(self, own: Tensor, stored: Tensor | None, world: World) -> None:
-        if stored is not None:
-            own.copy_(stored)
-        world.broadcast(own)
 
     def digest(self) -> str:
         return tensor_hash(self.values)
@@ -154,7 +155,7 @@ class FlatAdamW:
         for part, (_, place) in zip(self.parts, flat.groups, strict=True):
             part.grad = flat.gradient[place]
         groups = [{"params": [part]} for part in self.parts]
-        self.inner = torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay, fused=True)
+        self.inner: Any = torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay, fused=True)
         # torch allocates moments at the first step; if they do not fit, that must show before.
         self.inner.state.update({part: _no_moments(part) for part in self.parts})
 

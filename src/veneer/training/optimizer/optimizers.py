@@ -23,7 +23,7 @@ _PART = 2**30
 """Values that one call steps: the library's kernels index with 32 bits."""
 
 
-class AdamW8bit:
+class AdamW8bit(FlatAdamW):
     """Steps the flat buffer by bitsandbytes' AdamW8bit. Moments of up to 4,096 values are
     float32.
     """
@@ -34,19 +34,11 @@ class AdamW8bit:
         self.parts = [nn.Parameter(part) for part in values]
         for part, gradient in zip(self.parts, gradients, strict=True):
             part.grad = gradient
-        self.inner: Any = _library().optim.AdamW8bit(self.parts, lr=0.0, weight_decay=weight_decay)
+        self.inner = _library().optim.AdamW8bit(self.parts, lr=0.0, weight_decay=weight_decay)
         self.inner.check_overrides()
         self.inner.initialized = True
         for number, part in enumerate(self.parts):
             self.inner.init_state(self.inner.param_groups[0], part, 0, number)
-
-    def step(self, *, learning_rate: float, clip: float | None, norm: float) -> None:
-        if clip is not None and norm > clip:
-            self.flat.gradient.mul_(clip / norm)
-        self.inner.param_groups[0]["lr"] = learning_rate
-        self.inner.step()
-        self.flat.publish()
-        self.flat.gradient.zero_()
 
     def state(self) -> dict[str, Tensor]:
         """Returns the values, and per part the codes and scales of both moments and the step
@@ -69,9 +61,7 @@ class AdamW8bit:
                 moments[name] = int(stored) if name == "step" else stored.to(part.device).clone()
 
 
-def make_optimizer(
-    name: OptimizerName, flat: FlatValues, *, weight_decay: float
-) -> FlatAdamW | AdamW8bit:
+def make_optimizer(name: OptimizerName, flat: FlatValues, *, weight_decay: float) -> FlatAdamW:
     """Makes an optimizer. ConfigError if adamw8bit is not installed, or would need several
     rates.
     """

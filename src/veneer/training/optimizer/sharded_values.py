@@ -15,17 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from veneer.models.left_out import reached_weights
 from veneer.private.torch import convert_tensors
 from veneer.sharded import Sharding, gather_rows
-from veneer.training.optimizer.buffer import aligned_sizes, gradient_hook
+from veneer.training.optimizer.buffer import FlatValues, aligned_sizes, gradient_hook
 from veneer.training.processes.world import World
 from veneer.training.state.checkpoint import SplitTensor
 
 
-class ShardedValues:
+class ShardedValues(FlatValues):
     """Replaces FlatParameters. values, gradient: of this process's rows.
 
     size: of the values of all processes, as a checkpoint has it.
@@ -55,7 +54,7 @@ class ShardedValues:
         ]
         del shards
         self._take_masters(model)
-        self._hooks: list[RemovableHandle] = []
+        self._hooks = []
         for parameter, gradient in zip(
             self.parameters.values(), self._views(self.gradient), strict=True
         ):
@@ -103,14 +102,6 @@ class ShardedValues:
             if shard.data_ptr() != master.data_ptr():
                 shard.copy_(master)
 
-    def release(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(False)
-        self.values.grad = None
-        self.gradient = self.gradient.new_empty(0)
-
     def whole(self, own: Tensor) -> Tensor | SplitTensor:
         if own.shape != self.values.shape:
             return own
@@ -125,9 +116,7 @@ class ShardedValues:
 
     def fill(self, own: Tensor, stored: Tensor | None, world: World) -> None:
         if own.shape != self.values.shape:
-            if stored is not None:
-                own.copy_(stored)
-            world.broadcast(own)
+            super().fill(own, stored, world)
             return
         for offset, parameter, rows in zip(
             self._offsets, self.parameters.values(), self._views(own), strict=True
