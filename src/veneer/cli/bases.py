@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from veneer.models.frozen_base import FrozenBase
 
 
-def add_base(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+def add_base(parser: ArgumentParser, *, several: bool = False) -> None:
     """Adds --base, --adapter and the flags of how the base is loaded.
 
     several: --adapter takes several names, and args.adapter is a list
@@ -47,7 +47,7 @@ def add_base(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
     add_base_format(parser, "as the adapter was trained")
 
 
-def add_dtype(parser: argparse.ArgumentParser, default: str | None = "auto") -> None:
+def add_dtype(parser: ArgumentParser, default: str | None = "auto") -> None:
     add_value(
         parser,
         "--dtype",
@@ -58,7 +58,7 @@ def add_dtype(parser: argparse.ArgumentParser, default: str | None = "auto") -> 
     )
 
 
-def add_base_format(parser: argparse.ArgumentParser, default: str) -> None:
+def add_base_format(parser: ArgumentParser, default: str) -> None:
     """Adds --dtype, --quantize and --device. default: of --quantize, in words."""
     add_dtype(parser)
     add_value(
@@ -74,7 +74,7 @@ def add_base_format(parser: argparse.ArgumentParser, default: str) -> None:
     add_value(parser, "--device", "D", "cpu, cuda, cuda:1, ...; default: auto", default="auto")
 
 
-def load_base(args: argparse.Namespace) -> Base:
+def load_base(args: Namespace) -> Base:
     """Loads the base of --base, with the adapter of --adapter in use."""
     source, adapter = locate_base_and_adapter(args.base, args.adapter, args.library)
     quantize, keep_dense = resolve_weight_format(args.quantize, adapter, force_base=args.force_base)
@@ -85,7 +85,7 @@ def load_base(args: argparse.Namespace) -> Base:
 
 
 def load_bare_base(
-    source: str, args: argparse.Namespace, quantize: Quantize | None, keep_dense: Sequence[str] = ()
+    source: str, args: Namespace, quantize: Quantize | None, keep_dense: Sequence[str] = ()
 ) -> Base:
     """Loads a base without adapters by --dtype and --device; prints it if it was widened."""
     check_base(source)
@@ -147,7 +147,7 @@ def storage_dtype(dtype: str) -> Any:
     return "stored" if dtype == "auto" else dtype
 
 
-def load_plain_base(args: argparse.Namespace) -> FrozenBase | None:
+def load_plain_base(args: Namespace) -> FrozenBase | None:
     """Loads the base of --base on the CPU; None without --base."""
     if not args.base:
         return None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import gc
 import json
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,10 +49,10 @@ def pause_collection() -> Iterator[None]:
         atexit.register(gc.unfreeze)
 
 
-def add_action(actions: Any, name: str, help: str) -> argparse.ArgumentParser:
+def add_action(actions: Any, name: str, help: str) -> ArgumentParser:
     """Adds an action of a command; its help is also the first line of its own page."""
     description = help[0].upper() + help[1:] + "."
-    parser: argparse.ArgumentParser = actions.add_parser(
+    parser: ArgumentParser = actions.add_parser(
         name, help=help, description=description, allow_abbrev=False
     )
     return parser
@@ -86,7 +86,7 @@ def add_map(parser: Container) -> None:
     )
 
 
-def parse_columns(args: argparse.Namespace) -> dict[str, str | None]:
+def parse_columns(args: Namespace) -> dict[str, str | None]:
     """Parses --map COLUMN=NAME. ConfigError if one is malformed."""
     columns: dict[str, str | None] = {}
     for text in args.columns:
@@ -98,7 +98,7 @@ def parse_columns(args: argparse.Namespace) -> dict[str, str | None]:
     return columns
 
 
-def add_variables(parser: argparse.ArgumentParser, what: str = "") -> None:
+def add_variables(parser: ArgumentParser, what: str = "") -> None:
     add_repeated(
         parser,
         "--variable",
@@ -111,7 +111,7 @@ def add_variables(parser: argparse.ArgumentParser, what: str = "") -> None:
     )
 
 
-def add_preamble(parser: argparse.ArgumentParser) -> None:
+def add_preamble(parser: ArgumentParser) -> None:
     """Adds --system and --variable, whose defaults are those that the adapter was trained with."""
     add_value(
         parser,
@@ -125,7 +125,7 @@ def add_preamble(parser: argparse.ArgumentParser) -> None:
     add_variables(parser, "; default: as the adapter was trained")
 
 
-def parse_variables(args: argparse.Namespace) -> dict[str, Any]:
+def parse_variables(args: Namespace) -> dict[str, Any]:
     """Parses --variable NAME=VALUE, with YAML values. Raises ConfigError with all faults."""
     from veneer.adapters.preamble import check_variables
     from veneer.cli.config_file import UncheckedSettings, parse_yaml
@@ -143,7 +143,7 @@ def parse_variables(args: argparse.Namespace) -> dict[str, Any]:
     return variables
 
 
-def resolve_preamble(args: argparse.Namespace, base: Base) -> Preamble:
+def resolve_preamble(args: Namespace, base: Base) -> Preamble:
     """Returns the preamble of conversations with these flags; prints it if the adapter brings
     one."""
     preamble = base.preamble.overridden(args.system, parse_variables(args))
@@ -163,7 +163,7 @@ def resolve_preamble(args: argparse.Namespace, base: Base) -> Preamble:
     return preamble
 
 
-def add_card(parser: argparse.ArgumentParser) -> None:
+def add_card(parser: ArgumentParser) -> None:
     """Adds flags for what a model card shows beside the adapter's manifest."""
     add_value(
         parser,
@@ -177,11 +177,11 @@ def add_card(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_library(parser: argparse.ArgumentParser) -> None:
+def add_library(parser: ArgumentParser) -> None:
     add_value(parser, "--library", "DIR", "library folder; default: your own library")
 
 
-def add_data(parser: argparse.ArgumentParser, *others: str) -> None:
+def add_data(parser: ArgumentParser, *others: str) -> None:
     """Adds --length, --format, --train-on and other choices of `data` settings, with their help."""
     from veneer.cli.config_file import summarize_setting
     from veneer.training.config import DataConfig, RunConfig

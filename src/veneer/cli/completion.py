@@ -7,8 +7,8 @@ For instance:
   veneer completion fish > ~/.config/fish/completions/veneer.fish
 """
 
-import argparse
 import shlex
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -16,11 +16,11 @@ from veneer.cli.flags import add_value
 from veneer.private.argparse import actions_of, subparsers_of
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     add_value(parser, "shell", None, "your shell", choices=SHELLS)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     print(SHELLS[args.shell](collect_words()), end="")
     return 0
 
@@ -44,7 +44,7 @@ def collect_words() -> dict[str, CommandWords]:
 
     words: dict[str, CommandWords] = {}
     for name, about in COMMANDS.items():
-        parser = argparse.ArgumentParser(add_help=True)
+        parser = ArgumentParser(add_help=True)
         command_module(name).add_arguments(parser)
         words |= _words_of_parser(name, about, parser)
     words["train"].flags.update(_words_of_settings())
@@ -68,9 +68,7 @@ def _words_of_settings() -> dict[str, tuple[str, ...]]:
     }
 
 
-def _words_of_parser(
-    name: str, about: str, parser: argparse.ArgumentParser
-) -> dict[str, CommandWords]:
+def _words_of_parser(name: str, about: str, parser: ArgumentParser) -> dict[str, CommandWords]:
     flags: dict[str, tuple[str, ...]] = {}
     inner: dict[str, CommandWords] = {}
     actions: tuple[str, ...] = ()

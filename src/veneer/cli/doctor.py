@@ -1,9 +1,9 @@
 """Show versions, processor, memory, GPU, caches and extras, for a bug report. Changes nothing."""
 
-import argparse
 import os
 import platform
 import shutil
+from argparse import ArgumentParser, Namespace
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,11 @@ CPU_FLAGS = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     facts = find_facts()
     if args.json:
         print_json(facts)

@@ -8,9 +8,9 @@ For instance:
   veneer explain settings     all settings of a run
 """
 
-import argparse
 import re
 import tomllib
+from argparse import ArgumentParser, Namespace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ FIELDS = {"title": "", "cause": "why", "way": "how to fix", "example": "for inst
 FILE = Path(__file__).with_name("codes.toml")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     add_value(
         parser,
         "names",
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     all_codes = load_codes()
     entries_by_name = [_find_entries(name, all_codes) for name in args.names]
     if unknown := [

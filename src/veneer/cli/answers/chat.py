@@ -13,9 +13,9 @@ For a message of several lines, begin and end it with three double quotes.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
+from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any
 
 from veneer.cli.answers.generate import add_sampling, report_cut
@@ -33,14 +33,14 @@ FENCE = '"""'
 Messages = list[dict[str, Any]]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.usage = "veneer chat [--base B] [--adapter A] [--temperature T] ..."
     add_base(parser)
     add_preamble(parser)
     add_sampling(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     source = require_stdin()
     base = load_base(args)
     if base.tokenizer.chat_template is None:
@@ -83,7 +83,7 @@ def _print_status(text: str) -> None:
     print(shown(text), file=sys.stderr)
 
 
-def _switch_adapter(base: Base, name: str, args: argparse.Namespace) -> bool:
+def _switch_adapter(base: Base, name: str, args: Namespace) -> bool:
     """Switches to an adapter, or to the base alone for an empty name. False if that failed."""
     try:
         if name and name not in base.attachments:
@@ -123,7 +123,7 @@ def _start_messages(system: str | None) -> Messages:
     return [{"role": "system", "content": system}] if system is not None else []
 
 
-def _answer(base: Base, messages: Messages, args: argparse.Namespace) -> Messages:
+def _answer(base: Base, messages: Messages, args: Namespace) -> Messages:
     """Prints the answer and returns the conversation with it, without the question if it failed."""
     pieces: list[str] = []
     wrap = WordWrap(shutil.get_terminal_size().columns if sys.stdout.isatty() else None)

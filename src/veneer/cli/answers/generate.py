@@ -6,8 +6,8 @@ For instance:
   veneer generate --adapter runs/tickets < ticket.txt
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser, Namespace
 from typing import Any, TextIO
 
 from veneer.bounds import NEW_TOKENS, TEMPERATURE
@@ -26,7 +26,7 @@ from veneer.errors import InputError
 from veneer.wording import shown
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.usage = "veneer generate [--base B] [--adapter A] [--temperature T] ... [PROMPT]"
     add_value(parser, "prompt", "PROMPT", "the user's message; default: read from stdin", nargs="?")
     add_base(parser)
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
+def add_sampling(parser: ArgumentParser) -> None:
     """Adds --max-new-tokens and --temperature."""
     add_value(
         parser,
@@ -66,7 +66,7 @@ def _read_prompt(source: TextIO) -> str:
     return source.read()
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     prompt = args.prompt if args.prompt is not None else _read_prompt(require_stdin())
     if not prompt.strip():
         raise InputError("the prompt is empty", [], "Give it as an argument, or on stdin.")

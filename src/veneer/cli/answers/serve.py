@@ -12,7 +12,7 @@ name. docs/serve.md describes clients, fields and keys.
 
 from __future__ import annotations
 
-import argparse
+from argparse import ArgumentParser, Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from veneer.serve.start import ServeSettings
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.usage = "veneer serve --base B [--library DIR] [--port N] [--keys FILE] ..."
     add_value(parser, "--base", "B", "hub id, folder, .gguf file or named default")
     access = add_server_flags(parser)
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_value(where, "--cpus", "N", "CPUs per replica; default: an equal share", type=COUNT)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     if args.new_key:
         return make_key(args)
     if not args.base:
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _start_here(
-    args: argparse.Namespace, settings: ServeSettings, keys: ApiKeys, library: Library
+    args: Namespace, settings: ServeSettings, keys: ApiKeys, library: Library
 ) -> ListeningServer:
     """Starts a server in this process. Raises ConfigError for flags that need a cluster."""
     ray_flags = [
@@ -99,7 +99,7 @@ def _start_here(
 
 
 def _start_on_ray(
-    args: argparse.Namespace, settings: ServeSettings, keys: ApiKeys, library: Library
+    args: Namespace, settings: ServeSettings, keys: ApiKeys, library: Library
 ) -> ListeningServer:
     from veneer.files.home import name_of
     from veneer.serve.replicas.front import open_front

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,11 +54,11 @@ class ListeningServer:
     close: Callable[[], None] = lambda: None
 
 
-Start = Callable[[argparse.Namespace, "ServeSettings", "ApiKeys", "Library"], ListeningServer]
+Start = Callable[[Namespace, "ServeSettings", "ApiKeys", "Library"], ListeningServer]
 """Loads the base and opens the port."""
 
 
-def add_server_flags(parser: argparse.ArgumentParser, *, trains: bool = False) -> Container:
+def add_server_flags(parser: ArgumentParser, *, trains: bool = False) -> Container:
     """Adds the flags of a server, without its base and the place where it runs.
 
     trains: whether the server trains without --train. Returns the group of access flags.
@@ -176,7 +176,7 @@ def add_server_flags(parser: argparse.ArgumentParser, *, trains: bool = False) -
     return access
 
 
-def run_server(args: argparse.Namespace, start: Start) -> int:
+def run_server(args: Namespace, start: Start) -> int:
     """Serves until a signal."""
     _require_extra()
     check_base(args.base)
@@ -210,7 +210,7 @@ def run_server(args: argparse.Namespace, start: Start) -> int:
 
 
 def start_here(
-    args: argparse.Namespace, settings: ServeSettings, keys: ApiKeys, library: Library
+    args: Namespace, settings: ServeSettings, keys: ApiKeys, library: Library
 ) -> ListeningServer:
     """Starts a server in this process."""
     with pause_collection():
@@ -228,7 +228,7 @@ def start_here(
     return ListeningServer(server.server, server.socket, screen_lines)
 
 
-def _read_settings(args: argparse.Namespace) -> ServeSettings:
+def _read_settings(args: Namespace) -> ServeSettings:
     from veneer.decoding.schedule.limits import Limits
     from veneer.serve.start import ServeSettings
 
@@ -260,7 +260,7 @@ def _read_settings(args: argparse.Namespace) -> ServeSettings:
     )
 
 
-def _read_train_settings(args: argparse.Namespace) -> TrainSettings | None:
+def _read_train_settings(args: Namespace) -> TrainSettings | None:
     """Returns the settings of --train. Raises ConfigError for its flags without it."""
     names = [name for name in ("jobs", "jobs_mib", "train_share") if getattr(args, name)]
     if not args.train:
@@ -315,7 +315,7 @@ def describe(
     ]
 
 
-def make_key(args: argparse.Namespace) -> int:
+def make_key(args: Namespace) -> int:
     from veneer.serve.http.keys import new_key
 
     if not args.keys:

@@ -11,7 +11,7 @@ Open the address that it prints in a browser. docs/guides/studio.md shows the st
 
 from __future__ import annotations
 
-import argparse
+from argparse import ArgumentParser, Namespace
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 DEFAULT_BASE = next(iter(NAMED))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.usage = "veneer studio [--base B] [--library DIR] [--bases DIR] [--jobs DIR] ..."
     add_value(
         parser,
@@ -50,12 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     return run_server(args, _start_studio)
 
 
 def _start_studio(
-    args: argparse.Namespace, settings: ServeSettings, keys: ApiKeys, library: Library
+    args: Namespace, settings: ServeSettings, keys: ApiKeys, library: Library
 ) -> ListeningServer:
     folders = [expanded(folder) for folder in args.bases]
     if missing := [str(folder) for folder in folders if not folder.is_dir()]:

@@ -11,8 +11,8 @@ NAME is the newest version of a name; NAME@2 and NAME@tag are others.
 
 from __future__ import annotations
 
-import argparse
 import shlex
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
 
 PLACES = "a folder, hf://org/name, or a URL such as s3://bucket/folder; https:// is read-only"
 
-Run = Callable[[argparse.Namespace, "Library"], int]
+Run = Callable[[Namespace, "Library"], int]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     from veneer.cli.library.adapters_ls import add_ls
     from veneer.cli.library.adapters_show import add_diff, add_show
 
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
 
-    def action(name: str, run: Run, help: str) -> argparse.ArgumentParser:
+    def action(name: str, run: Run, help: str) -> ArgumentParser:
         action_parser = add_action(actions, name, help)
         action_parser.set_defaults(act=run)
         add_library(action_parser)
@@ -90,19 +90,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_switch(gc, "--yes", "delete them")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     from veneer.library.library import Library
 
     code: int = args.act(args, Library(args.library))
     return code
 
 
-def _add_base(parser: argparse.ArgumentParser, help: str) -> None:
+def _add_base(parser: ArgumentParser, help: str) -> None:
     add_value(parser, "--base", "B", help)
     add_dtype(parser)
 
 
-def _add(args: argparse.Namespace, library: Library) -> int:
+def _add(args: Namespace, library: Library) -> int:
     from veneer.library.names import is_reference
     from veneer.training.output.working import working
 
@@ -125,7 +125,7 @@ def _add(args: argparse.Namespace, library: Library) -> int:
     )
 
 
-def _print_added(entry: Entry, library: Library, args: argparse.Namespace, *, again: str) -> int:
+def _print_added(entry: Entry, library: Library, args: Namespace, *, again: str) -> int:
     if args.json:
         print_json(entry.to_dict())
         return 0
@@ -146,7 +146,7 @@ def _print_added(entry: Entry, library: Library, args: argparse.Namespace, *, ag
     return 0
 
 
-def _push(args: argparse.Namespace, library: Library) -> int:
+def _push(args: Namespace, library: Library) -> int:
     from veneer.library.remote.transfer import push
     from veneer.training.output.working import working
 
@@ -191,7 +191,7 @@ def _push(args: argparse.Namespace, library: Library) -> int:
     return 0
 
 
-def _pull(args: argparse.Namespace, library: Library) -> int:
+def _pull(args: Namespace, library: Library) -> int:
     from veneer.library.remote.transfer import pull
     from veneer.training.output.working import working
 
@@ -203,7 +203,7 @@ def _pull(args: argparse.Namespace, library: Library) -> int:
     return _print_added(entry, library, args, again=again)
 
 
-def _rm(args: argparse.Namespace, library: Library) -> int:
+def _rm(args: Namespace, library: Library) -> int:
     removed = library.remove(args.adapter)
     if args.json:
         print_json([entry.to_dict() for entry in removed])
@@ -218,7 +218,7 @@ def _rm(args: argparse.Namespace, library: Library) -> int:
     return 0
 
 
-def _tag(args: argparse.Namespace, library: Library) -> int:
+def _tag(args: Namespace, library: Library) -> int:
     if not args.tags and not args.remove and args.note is None:
         raise ConfigError("nothing to change", [], "Give tags, --remove TAG or --note TEXT.")
     entry = library.change(args.adapter, tag=args.tags, untag=args.remove, note=args.note)
@@ -231,7 +231,7 @@ def _tag(args: argparse.Namespace, library: Library) -> int:
     return 0
 
 
-def _rename(args: argparse.Namespace, library: Library) -> int:
+def _rename(args: Namespace, library: Library) -> int:
     library.rename(args.old, args.new)
     if args.json:
         print_json({"old": args.old, "new": args.new})
@@ -240,7 +240,7 @@ def _rename(args: argparse.Namespace, library: Library) -> int:
     return 0
 
 
-def _verify(args: argparse.Namespace, library: Library) -> int:
+def _verify(args: Namespace, library: Library) -> int:
     faults_by_reference = library.verify(
         args.adapter, base=_load_bases_as_trained(args) if args.base else None
     )
@@ -258,7 +258,7 @@ def _verify(args: argparse.Namespace, library: Library) -> int:
     return 4 if faulty else 0
 
 
-def _load_bases_as_trained(args: argparse.Namespace) -> Callable[[Path], FrozenBase]:
+def _load_bases_as_trained(args: Namespace) -> Callable[[Path], FrozenBase]:
     """Returns a function that loads --base in the format that an adapter was trained over.
 
     It keeps the last base for the next adapter.
@@ -284,7 +284,7 @@ def _load_bases_as_trained(args: argparse.Namespace) -> Callable[[Path], FrozenB
     return base_of
 
 
-def _gc(args: argparse.Namespace, library: Library) -> int:
+def _gc(args: Namespace, library: Library) -> int:
     unused = library.collect(keep=args.keep, apply=args.yes)
     if args.json:
         fields: dict[str, Any] = {

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from shutil import get_terminal_size
@@ -23,7 +23,7 @@ _SHRINK = {"NAME": 12, "BASE": 10, "TAGS": 6, "METRIC (95% INTERVAL)": 21}
 """Columns that shrink on a narrow screen, and their smallest widths."""
 
 
-def add_ls(action: Callable[..., argparse.ArgumentParser]) -> None:
+def add_ls(action: Callable[..., ArgumentParser]) -> None:
     from veneer.library.entry import SortKey
 
     ls = action("ls", _ls, "list adapters: the newest version of every name")
@@ -39,7 +39,7 @@ def add_ls(action: Callable[..., argparse.ArgumentParser]) -> None:
     )
 
 
-def _ls(args: argparse.Namespace, library: Library) -> int:
+def _ls(args: Namespace, library: Library) -> int:
     entries = library.entries(
         name=args.name,
         base=args.base,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import math
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 MAX_CELLS = 48  # layers on one line; in deeper models, neighbours share a cell
 
 
-def add_show(action: Callable[..., argparse.ArgumentParser]) -> None:
+def add_show(action: Callable[..., ArgumentParser]) -> None:
     show = action(
         "show", _show, "show one adapter: modules, ranks, size of the update by layer, lineage"
     )
@@ -35,7 +35,7 @@ def add_show(action: Callable[..., argparse.ArgumentParser]) -> None:
     add_dtype(show)
 
 
-def add_diff(action: Callable[..., argparse.ArgumentParser]) -> None:
+def add_diff(action: Callable[..., ArgumentParser]) -> None:
     diff = action(
         "diff", _diff, "compare two adapters: settings, and the angle between the updates"
     )
@@ -43,7 +43,7 @@ def add_diff(action: Callable[..., argparse.ArgumentParser]) -> None:
     add_value(diff, "other", "B")
 
 
-def _show(args: argparse.Namespace, library: Library) -> int:
+def _show(args: Namespace, library: Library) -> int:
     from veneer.formats.adapter import read_adapter
     from veneer.formats.norms import base_norms, updates
     from veneer.library.examination import facts_of
@@ -226,7 +226,7 @@ def _settings_texts(values: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _diff(args: argparse.Namespace, library: Library) -> int:
+def _diff(args: Namespace, library: Library) -> int:
     from veneer.formats.adapter import read_adapter
     from veneer.formats.norms import angle, updates
 

@@ -15,7 +15,7 @@ For instance:
 
 from __future__ import annotations
 
-import argparse
+from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
 from veneer.bounds import PART, RANK, SEED, WEIGHT
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 HOWS = ("cat", "linear", "svd", "ties", "dare", "magnitude")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.usage = "veneer combine A [A ...] [--weights W [W ...]] [--how METHOD] --out DIR ..."
     add_value(
         parser, "adapters", "A", "names in the library, or folders of adapters or runs", nargs="+"
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     check_new(args.out)
     base, _ = locate_base_and_adapter(args.base, args.adapters[0], args.library)
     adapters = pair_with_weights(args.adapters, args.weights, args.library)

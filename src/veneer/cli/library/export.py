@@ -17,8 +17,8 @@ For instance:
 
 from __future__ import annotations
 
-import argparse
 import shlex
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from veneer.merge.gguf.model import GGUFReport
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.usage = "veneer export A --to PROGRAM --out PATH [--merged] [--type TYPE] ..."
     add_value(parser, "adapter", "A", "name in the library, or folder of an adapter or a run")
     add_value(parser, "--to", None, "target program", choices=get_args(Program), required=True)
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     check_new(args.out)
     check_files([args.figures])
     base, folder = locate_base_and_adapter(args.base, args.adapter, args.library)
@@ -117,11 +117,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _is_whole_model(args: argparse.Namespace) -> bool:
+def _is_whole_model(args: Namespace) -> bool:
     return args.merged or args.to in WHOLE_MODEL
 
 
-def _export_model(args: argparse.Namespace, base: str, folder: Path, console: Console) -> int:
+def _export_model(args: Namespace, base: str, folder: Path, console: Console) -> int:
     from veneer.training.output.working import working
 
     quantize, keep_dense = resolve_weight_format(None, folder, force_base=args.force_base)
@@ -156,7 +156,7 @@ def _export_model(args: argparse.Namespace, base: str, folder: Path, console: Co
     return 0
 
 
-def _card(args: argparse.Namespace, base: str, folder: Path, serve: Sequence[str]) -> str | None:
+def _card(args: Namespace, base: str, folder: Path, serve: Sequence[str]) -> str | None:
     from veneer.report.card import card_for, figures_in
 
     ours = [] if _is_whole_model(args) else [f"veneer chat --adapter {shlex.quote(args.out)}"]
@@ -178,7 +178,7 @@ def _format_notes(notes: Sequence[str], serve: Sequence[str]) -> list[str]:
     ]
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: Namespace) -> None:
     faults = []
     if args.to in WHOLE_MODEL:
         faults += [f"--type {args.type}: whole models are {', '.join(get_args(ModelType))}"] * (

@@ -8,7 +8,7 @@ For instance:
 
 from __future__ import annotations
 
-import argparse
+from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
 from veneer.bounds import ENERGY, RANK
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from veneer.merge.combine.extract import ExtractReport
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     add_value(parser, "--base", "B", "base that the model was trained from", required=True)
     add_value(parser, "--model", "DIR", "folder of the fine-tuned model", required=True)
     add_value(parser, "--rank", "R", "rank of every update", type=RANK)
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     check_new(args.out)
     check_base(args.base)
     check_base(args.model)

@@ -5,7 +5,7 @@ For instance:
   veneer lint runs/tickets --for vllm
 """
 
-import argparse
+from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from typing import get_args
 
@@ -16,7 +16,7 @@ from veneer.cli.flags import add_value
 from veneer.merge.programs import Program
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     add_value(parser, "adapter", "A", "name in the library, or folder of an adapter or a run")
     parser.add_argument(
         "--for", dest="consumer", required=True, choices=get_args(Program), help="target program"
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     base, folder = locate_base_and_adapter(args.base, args.adapter, args.library)
     assert folder is not None
     check_base(base)

@@ -13,7 +13,7 @@ For instance:
 
 from __future__ import annotations
 
-import argparse
+from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
 from veneer.bounds import SEED, WEIGHT
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 DTYPES = ("bf16", "fp16", "fp32")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.usage = "veneer merge [--base B] --adapter A [A ...] [--weights W [W ...]] --out DIR ..."
     add_value(
         parser,
@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     check_new(args.out)
     base, folder = locate_base_and_adapter(args.base, args.adapter[0], args.library)
     adapters = pair_with_weights(args.adapter, args.weights, args.library)

@@ -9,7 +9,7 @@ Training over this folder gives the same bits as training with --quantize nf4; t
 are no longer needed.
 """
 
-import argparse
+from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 
 from veneer.cli.bases import add_dtype, storage_dtype
@@ -19,7 +19,7 @@ from veneer.cli.flags import add_repeated, add_value
 from veneer.quant.config import FOUR_BITS, formats_that
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     add_value(parser, "--base", "B", "hub id, folder or named default", required=True)
     add_value(parser, "--out", "DIR", "new folder for the base", required=True)
     add_value(
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     check_new(args.out)
     check_base(args.base)
     from veneer.training.output.working import working

@@ -16,7 +16,7 @@ training, they reduce forgetting.
 
 from __future__ import annotations
 
-import argparse
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 SAMPLE_CHARACTERS = 1200  # shown of one piece; longer ones lose their middle
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
     help = "check rows and show what is trained; exit code 4 if a run would refuse them"
     parser = add_action(actions, "check", help)
@@ -78,12 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(args: argparse.Namespace) -> int:
-    act: Callable[[argparse.Namespace], int] = args.act
+def run(args: Namespace) -> int:
+    act: Callable[[Namespace], int] = args.act
     return act(args)
 
 
-def _check(args: argparse.Namespace) -> int:
+def _check(args: Namespace) -> int:
     check_base(args.base)
     check_rows(args.data, args.validation)
     from veneer.training.output.working import working

@@ -1,8 +1,8 @@
 """Generates rows with the base (`veneer data replay`), to mix into training against forgetting."""
 
-import argparse
 import json
 import re
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ SHARE = 0.2
 """Share of an epoch for the generated rows, as measured in docs/benchmarks.md."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     add_value(parser, "--base", "B", "hub id, folder, .gguf file or named default", required=True)
     add_value(parser, "--out", "DIR", "new folder for answers.jsonl and texts.jsonl", required=True)
     add_value(
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     out = Path(args.out)
     check_base(args.base)
     check_new(out)

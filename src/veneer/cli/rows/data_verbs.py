@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,16 +16,16 @@ from veneer.wording import shown, size
 if TYPE_CHECKING:
     from veneer.data.files.writing import WriteReport
 
-Run = Callable[[argparse.Namespace], int]
+Run = Callable[[Namespace], int]
 
 
 def add_row_actions(actions: Any) -> None:
-    def verb(name: str, run: Run, help: str) -> argparse.ArgumentParser:
+    def verb(name: str, run: Run, help: str) -> ArgumentParser:
         action_parser = add_action(actions, name, help)
         action_parser.set_defaults(act=run)
         return action_parser
 
-    def reading(parser: argparse.ArgumentParser) -> None:
+    def reading(parser: ArgumentParser) -> None:
         from veneer.data.config import DataConfig
 
         formats = DataConfig.model_fields["format"]
@@ -88,13 +88,13 @@ def add_row_actions(actions: Any) -> None:
     add_json(gc)
 
 
-def _convert(args: argparse.Namespace) -> int:
+def _convert(args: Namespace) -> int:
     from veneer.data.files.writing import convert
 
     return _write_rows(args, lambda out, **how: convert(args.data, out, **how))
 
 
-def _split(args: argparse.Namespace) -> int:
+def _split(args: Namespace) -> int:
     from veneer.data.files.writing import split_rows
     from veneer.errors import ConfigError
 
@@ -106,7 +106,7 @@ def _split(args: argparse.Namespace) -> int:
     return _write_rows(args, lambda out, **how: split_rows(args.data, out, **shares, **how))
 
 
-def _sample(args: argparse.Namespace) -> int:
+def _sample(args: Namespace) -> int:
     from veneer.data.files.writing import sample_rows
 
     return _write_rows(
@@ -114,7 +114,7 @@ def _sample(args: argparse.Namespace) -> int:
     )
 
 
-def _write_rows(args: argparse.Namespace, write: Callable[..., WriteReport]) -> int:
+def _write_rows(args: Namespace, write: Callable[..., WriteReport]) -> int:
     written = write(
         Path(args.out), format=args.format, columns=parse_columns(args), leave_out=args.leave_out
     )
@@ -131,7 +131,7 @@ def _write_rows(args: argparse.Namespace, write: Callable[..., WriteReport]) -> 
     return 0
 
 
-def _gc(args: argparse.Namespace) -> int:
+def _gc(args: Namespace) -> int:
     from veneer.data.files.unused import find_unused, remove_unused
     from veneer.data.large import tokens_folder
 

@@ -15,8 +15,8 @@ learning rate, seed and folder. --on ray uses a cluster: docs/guides/ray.md.
 
 from __future__ import annotations
 
-import argparse
 import signal
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from veneer.comparison.jobs import JobExecutor
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.usage = (
         "veneer compare (--base B --data D --methods M,M | RUN.yaml RUN.yaml ...) --out DIR"
     )
@@ -134,7 +134,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     configs = _read_candidates(args)
     _check(args, configs)
     place = PLACES[args.on](args)
@@ -198,7 +198,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace, configs: Sequence[tuple[str, RunConfig]]) -> None:
+def _check(args: Namespace, configs: Sequence[tuple[str, RunConfig]]) -> None:
     """Checks what it can before torch is loaded."""
     from veneer.evaluation.labels import read_labels
     from veneer.evaluation.metrics.registry import find_metrics
@@ -215,7 +215,7 @@ def _check(args: argparse.Namespace, configs: Sequence[tuple[str, RunConfig]]) -
         read_labels(args.labels)
 
 
-def _run_here(args: argparse.Namespace) -> JobExecutor:
+def _run_here(args: Namespace) -> JobExecutor:
     """Returns this machine. Raises ConfigError for flags that need a cluster."""
     from veneer.comparison.local import LocalExecutor
 
@@ -231,7 +231,7 @@ def _run_here(args: argparse.Namespace) -> JobExecutor:
     return LocalExecutor()
 
 
-def _run_on_ray(args: argparse.Namespace) -> JobExecutor:
+def _run_on_ray(args: Namespace) -> JobExecutor:
     from veneer.comparison.ray_place import RayExecutor
 
     return RayExecutor(
@@ -239,10 +239,7 @@ def _run_on_ray(args: argparse.Namespace) -> JobExecutor:
     )
 
 
-PLACES: dict[str, Callable[[argparse.Namespace], JobExecutor]] = {
-    "here": _run_here,
-    "ray": _run_on_ray,
-}
+PLACES: dict[str, Callable[[Namespace], JobExecutor]] = {"here": _run_here, "ray": _run_on_ray}
 
 
 def _comparison_table(figures: dict[str, Any]) -> Table:
@@ -264,7 +261,7 @@ def _comparison_table(figures: dict[str, Any]) -> Table:
     return table
 
 
-def _read_candidates(args: argparse.Namespace) -> list[tuple[str, RunConfig]]:
+def _read_candidates(args: Namespace) -> list[tuple[str, RunConfig]]:
     """Reads (name, settings) of every candidate.
 
     Raises ConfigError with the faults of all candidates.
@@ -306,7 +303,7 @@ def _parse_rates(text: str) -> list[float]:
     parts = [part.partition("/") for part in _split_names(text)]
     try:
         return [RATIO(a) / RATIO(b or "1") for a, _, b in parts]
-    except argparse.ArgumentTypeError as fault:
+    except ArgumentTypeError as fault:
         raise ConfigError(
             f"--rates {text!r} is not a list of numbers", [str(fault)], "For instance 1/3,1,3."
         ) from None

@@ -4,8 +4,8 @@ Downloads a model of 135 M parameters and a public data set (about 100 MB, cache
 adapter on 300 rows, and shows held-out questions with the answers before and after.
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser, Namespace
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
@@ -17,7 +17,7 @@ WHOLE, SHORT = "runs/demo", "runs/demo-short"
 """Default folders of a full demo and of one with --steps."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     add_value(parser, "--out", "DIR", f"folder of the run; default: {WHOLE}, with --steps {SHORT}")
     add_value(
         parser,
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     from veneer.demo import run_demo
 
     out = args.out or (WHOLE if args.steps is None else SHORT)

@@ -15,7 +15,7 @@ itself, or --teacher, a base with the same tokenizer.
 objective.teacher.quantize=nf4.
 """
 
-import argparse
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from veneer.training.config import RunConfig
 ROWS_FILE = "rows.jsonl"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.usage = (
         "veneer distil --base B [--teacher B] [--prompt FILE | --document FILE] --out DIR"
         " [--method prefix] [--questions FILE] [--set path=value]"
@@ -103,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     check_base(args.base)
     check_base(args.teacher)
     check_files([args.prompt, args.document, args.questions])
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read_config(args: argparse.Namespace) -> RunConfig:
+def _read_config(args: Namespace) -> RunConfig:
     """Returns the settings of the run over the rows that are drawn."""
     objective: dict[str, Any] = {"name": "distil"}
     if (file := args.prompt or args.document) is not None:
@@ -160,7 +160,7 @@ def _read_config(args: argparse.Namespace) -> RunConfig:
 
 
 def _draw_rows(
-    args: argparse.Namespace, config: RunConfig, questions: Sequence[str], system: str | None
+    args: Namespace, config: RunConfig, questions: Sequence[str], system: str | None
 ) -> list[dict[str, Any]]:
     """Returns questions with the teacher's answers behind the prompt, without the prompt."""
     teacher, adapter = config.objective.teacher_base, config.objective.teacher_adapter

@@ -14,7 +14,7 @@ Metrics: exact_match, json_validity, field_f1, accuracy (picks the likeliest lab
 rouge1, rouge2, rougeL. A row may have `references`, a list of other correct answers.
 """
 
-import argparse
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from veneer.wording import cut, folded, number, shown, wrapped
 UNITS = {"loss": "nats a token", "tokens": "trained tokens", "cut_answers": "at --max-new-tokens"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.usage = (
         "veneer evaluate [--base B] [--adapter A] --data D [--metrics M,M] [--general] ..."
     )
@@ -109,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     from veneer.evaluation.labels import AUTO, read_labels, with_accuracy
     from veneer.evaluation.metrics.registry import find_metrics
     from veneer.evaluation.metrics.user_function import function_from_file
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _list_metrics(args: argparse.Namespace) -> list[str]:
+def _list_metrics(args: Namespace) -> list[str]:
     return [name for part in args.metrics.split(",") if (name := part.strip())] + args.metric
 
 

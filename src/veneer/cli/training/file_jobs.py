@@ -6,8 +6,8 @@ ask for others.
 
 from __future__ import annotations
 
-import argparse
 import json
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,7 +63,7 @@ def begun_jobs(configs: Sequence[RunConfig]) -> list[FileJob]:
     return [replace(job, config=like_begun(job.config, first_begun)) for job in jobs]
 
 
-def find_library(args: argparse.Namespace, configs: Sequence[RunConfig]) -> Library | None:
+def find_library(args: Namespace, configs: Sequence[RunConfig]) -> Library | None:
     """Returns the library of --library, None without it.
 
     Raises ConfigError if a run has no adapter, or no folder that gives the adapter a name.

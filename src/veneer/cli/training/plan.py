@@ -19,8 +19,8 @@ and it does not fit, or if jobs do not fit.
 
 from __future__ import annotations
 
-import argparse
 import re
+from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
 from veneer.bounds import BYTES, COUNT, EPOCHS, LENGTH, PRICE, PROCESSES, RANK, ROWS
@@ -53,7 +53,7 @@ UNITS = {
 DOES_NOT_FIT = 3
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.usage = (
         "veneer plan [RUN.yaml | --base B [--method M] [--data D]] [--memory 24GiB] [--compare]"
         " [--gpu NAME]"
@@ -149,7 +149,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     if args.probe:
         return run_probe(args)
     from veneer.training.output.working import working
@@ -205,7 +205,7 @@ def parse_size(text: str) -> int:
     return int(size_bytes)
 
 
-def read_question(args: argparse.Namespace, config: RunConfig) -> PlanQuestion:
+def read_question(args: Namespace, config: RunConfig) -> PlanQuestion:
     """Returns the question about this run that the flags ask."""
     memory = parse_size(args.memory) if args.memory else None
     bases = list_bases(args) or [config.base]
@@ -243,7 +243,7 @@ def read_question(args: argparse.Namespace, config: RunConfig) -> PlanQuestion:
     )
 
 
-def _read_run_file(args: argparse.Namespace) -> RunConfig | list[RunConfig]:
+def _read_run_file(args: Namespace) -> RunConfig | list[RunConfig]:
     """Returns the run of the file, or its jobs."""
     conflicting = [name for name in SETTINGS if getattr(args, name) is not None]
     conflicting += ["map"] * bool(args.columns) + ["write"] * bool(args.write)

@@ -1,7 +1,7 @@
 """Reads the run that the flags of `veneer plan` describe, and probes it."""
 
-import argparse
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,14 @@ SETTINGS = (
 """Flags that a run file replaces."""
 
 
-def list_bases(args: argparse.Namespace) -> list[str]:
+def list_bases(args: Namespace) -> list[str]:
     """Returns the bases of --models, else that of --base."""
     if args.models:
         return [name.strip() for name in args.models.split(",") if name.strip()]
     return [args.base] if args.base else []
 
 
-def read_flags(args: argparse.Namespace, *sets: str, out: str = "planned") -> RunConfig:
+def read_flags(args: Namespace, *sets: str, out: str = "planned") -> RunConfig:
     """Returns the run that the flags describe; without --data, its rows are not to be read."""
     if args.sets:
         raise ConfigError("--set needs a run file", next_step="veneer plan RUN.yaml --set ...")
@@ -61,7 +61,7 @@ def read_flags(args: argparse.Namespace, *sets: str, out: str = "planned") -> Ru
     return config.model_copy(update={"method": METHODS[config.method.name]().of_rank(args.rank)})
 
 
-def run_probe(args: argparse.Namespace) -> int:
+def run_probe(args: Namespace) -> int:
     """Runs one real step on the longest batch, and compares it with its plan."""
     if not args.base or not args.data:
         raise ConfigError("--probe needs real rows", next_step="Give --base and --data.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -20,7 +20,7 @@ ONE_RUN = ("compare", "kind", "merge", "html", "price")
 """Flags that ask for something about one run."""
 
 
-def refuse_flags(configs: Sequence[RunConfig], args: argparse.Namespace) -> None:
+def refuse_flags(configs: Sequence[RunConfig], args: Namespace) -> None:
     """Raises ConfigError for flags that jobs cannot take, and for jobs that cannot train
     together."""
     from veneer.training.coordination import require_common_settings
@@ -37,7 +37,7 @@ def refuse_flags(configs: Sequence[RunConfig], args: argparse.Namespace) -> None
 
 
 def print_jobs(
-    configs: Sequence[RunConfig], questions: Sequence[PlanQuestion], args: argparse.Namespace
+    configs: Sequence[RunConfig], questions: Sequence[PlanQuestion], args: Namespace
 ) -> bool:
     """Plans and prints jobs. Returns False if they cannot train together in this memory."""
     from veneer.plan.joint import plan_together

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -118,7 +118,7 @@ def _print_bar(console: Console, row: PlanRow, most: int) -> None:
     console.print(legend_text)
 
 
-def write_run_file(args: argparse.Namespace, answer: PlanAnswer) -> None:
+def write_run_file(args: Namespace, answer: PlanAnswer) -> None:
     """Writes the recommended run, or else the planned one with the changes that make it fit."""
     import yaml
 

@@ -5,19 +5,19 @@ For instance:
   veneer report runs/tickets
 """
 
-import argparse
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from veneer.cli.common import add_json, make_console, print_json
 from veneer.cli.flags import add_value
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     add_value(parser, "run", "RUN", "folder of a run", type=Path)
     add_json(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     from veneer.report.page import write_report
 
     written = write_report(args.run)

@@ -15,9 +15,9 @@ and `veneer studio`.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -42,14 +42,14 @@ PART_BYTES = 2**20
 EVENTS_SHOWN = 8
 LABEL_WIDTH = 10
 
-Action = Callable[[argparse.Namespace, "JobStore"], int]
+Action = Callable[[Namespace, "JobStore"], int]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.set_defaults(act=_list, jobs=None, json=False)
     actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions")
 
-    def action(name: str, act: Action, help: str) -> argparse.ArgumentParser:
+    def action(name: str, act: Action, help: str) -> ArgumentParser:
         action_parser = add_action(actions, name, help)
         action_parser.set_defaults(act=act)
         add_value(action_parser, "--jobs", "DIR", "folder of jobs; default: your own")
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_value(action(name, act, help), "job", "ID", "id of a job, or a part")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     from veneer.jobs.store import JobStore
 
     act: Action = args.act
@@ -93,7 +93,7 @@ def describe(job: TrainingJob) -> dict[str, Any]:
     }
 
 
-def _list(args: argparse.Namespace, store: JobStore) -> int:
+def _list(args: Namespace, store: JobStore) -> int:
     jobs = store.jobs()
     if args.json:
         print_json([describe(job) for job in jobs])
@@ -126,7 +126,7 @@ def _loss(facts: Mapping[str, Any]) -> str:
     return number(loss) if isinstance(loss, int | float) else ""
 
 
-def _show(args: argparse.Namespace, store: JobStore) -> int:
+def _show(args: Namespace, store: JobStore) -> int:
     job = store.find(args.job)
     events = store.events(job.id)
     if args.json:
@@ -165,7 +165,7 @@ def _print_event(event: dict[str, Any]) -> None:
         print(f"{when if number_of_line == 0 else '':<{len(when)}}  {line}")
 
 
-def _follow(args: argparse.Namespace, store: JobStore) -> int:
+def _follow(args: Namespace, store: JobStore) -> int:
     """Prints steps until the job ends. Raises RefusedError if it failed."""
     from veneer.training.output.screen import make_screen
 
@@ -219,18 +219,18 @@ def _follow_records(store: JobStore, job: TrainingJob, screen: Screen) -> Traini
             time.sleep(POLL_SECONDS)
 
 
-def _stop(args: argparse.Namespace, store: JobStore) -> int:
+def _stop(args: Namespace, store: JobStore) -> int:
     return _print_state(args, store.pause(store.find(args.job).id))
 
 
-def _resume(args: argparse.Namespace, store: JobStore) -> int:
+def _resume(args: Namespace, store: JobStore) -> int:
     job = store.find(args.job)
     if job.record.disk_bytes is not None:  # the server's limit, which this command does not know
         store.limits = replace(store.limits, disk_bytes=job.record.disk_bytes)
     return _print_state(args, store.resume(job.id))
 
 
-def _rm(args: argparse.Namespace, store: JobStore) -> int:
+def _rm(args: Namespace, store: JobStore) -> int:
     job = store.find(args.job)
     store.delete(job.id)
     if args.json:
@@ -240,7 +240,7 @@ def _rm(args: argparse.Namespace, store: JobStore) -> int:
     return 0
 
 
-def _print_state(args: argparse.Namespace, job: TrainingJob) -> int:
+def _print_state(args: Namespace, job: TrainingJob) -> int:
     if args.json:
         print_json(describe(job))
     else:

@@ -12,7 +12,7 @@ several adapters, these by adapter in `adapters`.
 
 from __future__ import annotations
 
-import argparse
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from veneer.evaluation.scores import Score
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.usage = "veneer score [--base B] [--adapter A ...] --data D --out FILE [--per-token] ..."
     add_value(parser, "--data", "D", "rows: .jsonl, .json, .csv or .parquet", required=True)
     add_value(parser, "--out", "FILE", "new file of scores, as JSONL", type=Path, required=True)
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     check_rows(args.data)
     check_new(args.out)
     names: list[str] = list(dict.fromkeys(args.adapter))
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load_base(args: argparse.Namespace, names: Sequence[str]) -> Base:
+def _load_base(args: Namespace, names: Sequence[str]) -> Base:
     """Loads the base of --base, or that of the first adapter, with every adapter."""
     source, folder = locate_base_and_adapter(args.base, names[0] if names else None, args.library)
     quantize, keep_dense = resolve_weight_format(args.quantize, folder, force_base=args.force_base)
@@ -113,9 +113,7 @@ def _lines(scores: Mapping[str | None, Sequence[Score]]) -> Iterator[dict[str, A
             yield {"row": of_row[0].row, "adapters": by_adapter}
 
 
-def _report(
-    args: argparse.Namespace, base: Base, scores: Mapping[str | None, Sequence[Score]]
-) -> None:
+def _report(args: Namespace, base: Base, scores: Mapping[str | None, Sequence[Score]]) -> None:
     totals = {
         name: {
             "rows": len(row_scores),

@@ -16,9 +16,9 @@ Flags override the run file, and --set overrides both.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from veneer.library.library import Library
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.usage = (
         "veneer train [RUN.yaml] [--base B --data D --out DIR] [--set path=value]"
         " [--sweep name=value,value] | --resume DIR"
@@ -150,14 +150,12 @@ def _add_setting(group: Group, name: str, placeholder: str | None) -> None:
     flag = "--" + name.replace("_", "-")
     help_text = summarize_setting(FLAGS[name]).replace("%", "%%")
     if placeholder is None:
-        group.add_argument(
-            flag, action=argparse.BooleanOptionalAction, default=None, help=help_text
-        )
+        group.add_argument(flag, action=BooleanOptionalAction, default=None, help=help_text)
     else:
         add_value(group, flag, placeholder, help_text)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     leads = os.environ.get("RANK", "0") == "0"
     # Rank 0 sends its settings to the other processes.
     jobs, are_several = _read_jobs(args) if leads else ([], False)
@@ -177,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
     return _train_run(next(iter(jobs), None), args, library)
 
 
-def _train_run(job: FileJob | None, args: argparse.Namespace, library: Library | None) -> int:
+def _train_run(job: FileJob | None, args: Namespace, library: Library | None) -> int:
     """Trains one run. job: None on processes other than the first."""
     leads, config = job is not None, None if job is None else job.config
     resume = job is not None and job.resume
@@ -224,7 +222,7 @@ def _launch_processes(processes: int) -> int:
     return launch(arguments, processes, os.environ)
 
 
-def _read_jobs(args: argparse.Namespace) -> tuple[list[FileJob], bool]:
+def _read_jobs(args: Namespace) -> tuple[list[FileJob], bool]:
     """Returns one run or several, and whether several were asked for."""
     flags: dict[str, Any] = {name: getattr(args, name) for name in FLAGS}
     if args.resume:
@@ -245,7 +243,7 @@ def _read_jobs(args: argparse.Namespace) -> tuple[list[FileJob], bool]:
     return (new_jobs if args.resume is None else begun_jobs)(configs), are_several
 
 
-def _refuse_without_sweep(args: argparse.Namespace) -> None:
+def _refuse_without_sweep(args: Namespace) -> None:
     """Raises ConfigError for flags that change a sweep, if there is none."""
     flags = [f"--{name}" for name in ("draws", "halving") if getattr(args, name)]
     if flags and args.sweep is None:
@@ -260,7 +258,7 @@ def _refuse_without_sweep(args: argparse.Namespace) -> None:
         )
 
 
-def _refuse_settings(args: argparse.Namespace, flags: Mapping[str, Any]) -> None:
+def _refuse_settings(args: Namespace, flags: Mapping[str, Any]) -> None:
     """Raises ConfigError if settings are given beside --resume."""
     conflicting = [
         "--" + name.replace("_", "-") for name, value in flags.items() if value is not None

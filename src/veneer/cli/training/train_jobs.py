@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
+from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,7 @@ Result = Mapping[str, Any] | VeneerError
 """The content of a job's summary.json, or the error that ended it."""
 
 
-def train_jobs(jobs: Sequence[FileJob], args: argparse.Namespace, library: Library | None) -> int:
+def train_jobs(jobs: Sequence[FileJob], args: Namespace, library: Library | None) -> int:
     """Trains all jobs that are not finished in the same forwards.
 
     Raises the faults of all jobs together, before any starts; those of single jobs afterwards,
@@ -80,7 +80,7 @@ def train_jobs(jobs: Sequence[FileJob], args: argparse.Namespace, library: Libra
 
 
 def _train(
-    names: Sequence[str], jobs: Sequence[FileJob], args: argparse.Namespace, library: Library | None
+    names: Sequence[str], jobs: Sequence[FileJob], args: Namespace, library: Library | None
 ) -> dict[str, Result]:
     """Trains jobs in the same forwards; returns their results by folder."""
     with pause_collection():
@@ -119,7 +119,7 @@ def _first_lines(
         )
 
 
-def _raise_failures(results: Mapping[str, Result], args: argparse.Namespace) -> None:
+def _raise_failures(results: Mapping[str, Result], args: Namespace) -> None:
     """Raises one error with those of all jobs that failed."""
     failed = {out: fault for out, fault in results.items() if isinstance(fault, VeneerError)}
     if failed:
@@ -131,7 +131,7 @@ def _raise_failures(results: Mapping[str, Result], args: argparse.Namespace) -> 
         )
 
 
-def _command_again(args: argparse.Namespace, folders: Iterable[str] = ()) -> str:
+def _command_again(args: Namespace, folders: Iterable[str] = ()) -> str:
     """Returns the command that goes on with the jobs that are not finished.
 
     folders: of these jobs, if only some can go on
@@ -176,7 +176,7 @@ def _print_results(
         console.print(line, soft_wrap=True)
 
 
-def refuse_flags(args: argparse.Namespace) -> None:
+def refuse_flags(args: Namespace) -> None:
     """Raises ConfigError for flags that several jobs cannot take."""
     if args.processes is not None or os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(

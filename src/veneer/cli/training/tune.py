@@ -13,8 +13,8 @@ command shows what it plans and asks before it starts. Ctrl-C keeps the best ada
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.usage = "veneer tune --base B --data D --out DIR [--minutes M] [--library L] [--yes]"
     add_value(parser, "--base", "B", "hub id, folder, .gguf file or named default", required=True)
     add_value(parser, "--data", "D", "rows: .jsonl, .json, .csv or .parquet", required=True)
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     out = Path(args.out)
     columns = parse_columns(args)
     asks = not args.yes
