@@ -31,7 +31,7 @@ from veneer.training.drawn_rows.replay import Replay
 from veneer.training.inputs import ForwardInputs, TrainingInputs
 from veneer.training.optimizer.offload import Offload, offload_for, offloaded
 from veneer.training.processes.assignment import assign_by_cost, group_by_cost
-from veneer.training.processes.reduce import KINDS, GradientSum
+from veneer.training.processes.reduce import KINDS
 from veneer.training.processes.world import World
 from veneer.training.teachers.teacher import Taught, predict_as_teachers, teacher_examples
 
@@ -86,7 +86,7 @@ class StepGradient:
     def __init__(self, inputs: TrainingInputs, world: World) -> None:
         self.inputs, self.world, self.forward = inputs, world, inputs.forward
         flat = inputs.flat
-        self.sum: GradientSum = KINDS[inputs.config.reduce](flat.gradient, world, apart=flat.apart)
+        self.sum = KINDS[inputs.config.reduce](flat.gradient, world, apart=flat.apart)
         weights = [*inputs.model.parameters(), *inputs.model.buffers(), flat.values]
         self.offload = offload_for(flat.values.device, weights) if inputs.config.offload else None
         self.rows: Sequence[int] = ()

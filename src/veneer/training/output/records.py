@@ -16,31 +16,20 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple
 
 from veneer.errors import CorruptFileError
 from veneer.files.atomic import write_text
 from veneer.files.nesting import TOO_DEEP, text_too_deep
 from veneer.files.strict_json import json_text
 from veneer.files.system_errors import explained
+from veneer.training.output.loggers import Logger
 
 Record = dict[str, Any]
 STEPPED = ("step", "evaluation")
 """Kinds of records that must name their step."""
 CHECKED_BYTES = 256
 """Bytes before a position that its checksum is over: most of a record."""
-
-
-class Listener(Protocol):
-    """Receives every record, and the end of the run (loggers.py)."""
-
-    def __call__(self, record: Mapping[str, Any]) -> None: ...
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def close(self) -> Callable[[], None]: ...
 
 
 class Records:
@@ -54,7 +43,7 @@ class Records:
         path: str | Path,
         *,
         resumed_step: int | None = None,
-        listeners: Sequence[Listener] = (),
+        listeners: Sequence[Logger] = (),
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.path, self._listeners, self._say = Path(path), list(listeners), say
@@ -99,7 +88,7 @@ class Records:
                 except Exception as fault:
                     self._report_failure(listener, fault)
 
-    def _report_failure(self, listener: Listener, fault: Exception) -> None:
+    def _report_failure(self, listener: Logger, fault: Exception) -> None:
         self.failed.append(f"{listener.name}: {type(fault).__name__}: {fault}"[:500])
         self._say(f"{self.failed[-1]}: nothing more is sent there")
 
