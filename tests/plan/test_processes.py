@@ -311,6 +311,21 @@ def test_new_tokens_are_counted_as_the_run_trains_them(place: Path, family: str)
     assert found.file_bytes == start["adapter_bytes"]
 
 
+def test_a_score_head_is_counted_as_the_run_trains_it(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": f"row {n}", "label": "even" if n % 2 == 0 else "odd"} for n in range(6)]
+    (place / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows_of_run = {"train": str(place / "labels.jsonl"), "validation_share": 0.0}
+    write_run(place, base=str(place / "base"), data=rows_of_run, objective="classify")
+    assert main(["plan", str(place / "run.yaml"), "--json"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)["plans"]
+    api.train_run(read_run(place), resume=False, screen=QuietScreen())
+    start = read_records(place / "run" / "metrics.jsonl")[0]
+    assert plan["trainable_parameters"] == start["trainable_parameters"]
+    assert plan["file_bytes"] == start["adapter_bytes"]
+
+
 def test_a_run_file_is_planned_for_several_processes(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

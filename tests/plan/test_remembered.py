@@ -14,6 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from veneer.adapters.config import LoRA
+from veneer.adapters.labels import HeadSettings
 from veneer.bases.loading.blueprint import named_size
 from veneer.cli import main as cli
 from veneer.execution.proofs.structure import Proven, remember_proof
@@ -257,6 +258,7 @@ def test_a_remembered_dry_run_is_the_dry_run(cache, monkeypatch):
         replace(step, optimizer="adamw8bit"),
         replace(step, on_cpu=False),
         replace(step, new_tokens=1),
+        replace(step, head=HeadSettings("label", ("yes", "no"))),
     ]
     for other in bases:
         found, noted = run(other), [*ran]

@@ -178,7 +178,7 @@ def load_base(
         not_read=parts_not_read(config, tensors, model),
     )
     if has_score_head(model_folder.folder):
-        score = read_score_head(model_folder.folder, tensors, head_width(base), base.device)
+        score = read_score_head(model_folder.folder, tensors, head_width(base.model), base.device)
         base.routing.switch(Acting.everywhere(attach_head(base, Full(), score, name=OWN_HEAD)))
     return base
 

@@ -3,6 +3,8 @@
 Full fine-tuning trains such a head with the base's weights; a folder that it wrote has one.
 """
 
+from transformers import PreTrainedModel
+
 from veneer.adapters.config import MethodConfig
 from veneer.adapters.labels import HeadSettings
 from veneer.adapters.placement.acting import Applied
@@ -16,15 +18,15 @@ OWN_HEAD = "score_head"
 """Name under which the head of a model folder is attached."""
 
 
-def head_width(base: FrozenBase) -> int:
+def head_width(model: PreTrainedModel) -> int:
     """Returns the width of the hidden states that the base's own head reads."""
-    head = base.model.get_output_embeddings()
+    head = model.get_output_embeddings()
     linear = None if head is None else frozen_linear(unwrapped(head))
-    return hidden_size(base.config) if linear is None else linear.in_features
+    return hidden_size(model.config) if linear is None else linear.in_features
 
 
 def fresh_head(base: FrozenBase, settings: HeadSettings) -> ScoreHead:
-    return ScoreHead.fresh(settings, hidden_size=head_width(base), device=base.device)
+    return ScoreHead.fresh(settings, hidden_size=head_width(base.model), device=base.device)
 
 
 def head_line(settings: HeadSettings) -> str:

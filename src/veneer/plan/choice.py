@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from veneer.adapters.config import MethodConfig
+from veneer.adapters.labels import HeadSettings
 from veneer.bases.compute import DtypeName
 from veneer.objectives.config import TeacherBase
 from veneer.quant.config import Quantize, weight_format
@@ -32,6 +33,7 @@ class Choice:
     reduce: ReduceKind = "plain"
     new_tokens: int = 0
     teacher: TeacherBase | None = None
+    head: HeadSettings | None = None
     processes: int = 1
 
     @classmethod
@@ -51,6 +53,7 @@ class Choice:
             reduce=config.reduce,
             new_tokens=len(config.new_tokens),
             teacher=config.objective.teacher_base,
+            head=config.objective.head,
             processes=processes,
         )
 

@@ -244,6 +244,7 @@ class Planner:
             self.dtype(choice),
             choice.optimizer,
             choice.new_tokens,
+            choice.head,
         )
 
     def _step(self, choice: Choice, rows: Sequence[Example]) -> Step:
@@ -258,6 +259,7 @@ class Planner:
             offload=choice.offload,
             new_tokens=choice.new_tokens,
             teacher=None if choice.teacher is None else self._teachers.model(choice.teacher),
+            head=choice.head,
             on_cpu=self.device == "cpu",
         )
 

@@ -224,10 +224,13 @@ def read_question(args: Namespace, config: RunConfig) -> PlanQuestion:
     if args.run or args.data:
         with pause_collection():
             from veneer import api
+            from veneer.objectives.labels import resolved
             from veneer.training.state.parents import with_parent_settings
 
         config = with_parent_settings(config)
         data = api.run_rows(config)
+        objective = resolved(config.objective, data.head)
+        config = config.model_copy(update={"objective": objective})
     return PlanQuestion(
         bases,
         Choice.of(config, args.processes),

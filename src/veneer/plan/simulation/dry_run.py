@@ -25,6 +25,7 @@ from veneer.adapters.placement.acting import TokenKeys
 from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.reads import weights_read_past
 from veneer.adapters.placement.routing import Routing
+from veneer.adapters.placement.score_head import ScoreHead
 from veneer.adapters.placement.token_rows import AddedTokens
 from veneer.bases.loading.from_config import build
 from veneer.errors import ConfigError
@@ -38,6 +39,7 @@ from veneer.kernels.bindings.library import planning, take_counts
 from veneer.kernels.layout import round_up
 from veneer.models.checkpointing import checkpointed
 from veneer.models.left_out import reached_weights
+from veneer.models.own_head import head_width
 from veneer.models.step import (
     ComputePaths,
     assume_paths,
@@ -193,6 +195,10 @@ def _install(
     if step.new_tokens:
         vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
         new_tokens = AddedTokens((), tuple(range(vocabulary, vocabulary + step.new_tokens)))
+    score = None
+    if step.head is not None:
+        device = next(model.parameters()).device
+        score = ScoreHead.fresh(step.head, hidden_size=head_width(model), device=device)
     attachment = attach(
         model,
         step.method,
@@ -200,6 +206,7 @@ def _install(
         routing=routing,
         head=head,
         tokens=new_tokens,
+        score=score,
         values_follow=next(model.parameters()).is_meta,  # there are none
         read_past=paths.read_past,
         idle=paths.idle,

@@ -148,6 +148,7 @@ def _base_key(step: Step) -> dict[str, Any] | None:
         "method": step.method.model_dump(mode="json"),
         "optimizer": step.optimizer,
         "new_tokens": step.new_tokens,
+        "outputs": 0 if step.head is None else step.head.num_outputs,
         "on_cpu": step.on_cpu,
         "threads": torch.get_num_threads(),
     }

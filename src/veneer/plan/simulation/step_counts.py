@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from veneer.adapters.config import MethodConfig
+from veneer.adapters.labels import HeadSettings
 from veneer.adapters.methods.targets import layer_number
 from veneer.bases.loading.blueprint import Blueprint
 from veneer.data.examples import Example
@@ -45,7 +46,8 @@ class TeacherModel:
 @dataclass(frozen=True)
 class Step:
     """Holds what decides a step's cost. base: its config or its blueprint. rows: of the
-    largest micro-batch. new_tokens: their number. teacher: None if the base is the teacher."""
+    largest micro-batch. new_tokens: their number. teacher: None if the base is the teacher. head:
+    that an adapter trains."""
 
     base: PreTrainedConfig | Blueprint
     dtype: torch.dtype
@@ -57,6 +59,7 @@ class Step:
     offload: bool = False
     new_tokens: int = 0
     teacher: TeacherModel | None = None
+    head: HeadSettings | None = None
     on_cpu: bool = True
     """True on this machine's processor, else on a GPU; kernels of both take less than plain
     torch.
