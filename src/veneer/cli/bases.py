@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.cli.common import add_library, make_console, pause_collection
+from veneer.cli.common import add_library, make_console, pause_collection, working
 from veneer.cli.early import check_base
 from veneer.cli.flags import add_switch, add_value
 from veneer.errors import ConfigError, SourceError
@@ -89,8 +89,6 @@ def load_bare_base(
 ) -> Base:
     """Loads a base without adapters by --dtype and --device; prints it if it was widened."""
     check_base(source)
-    from veneer.training.output.working import working
-
     with working(f"loading {source}"):
         with pause_collection():
             from veneer import api

@@ -8,7 +8,7 @@ import json
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, get_args
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from veneer.adapters.preamble import Preamble
     from veneer.base import Base
+    from veneer.training.output.working import ReportProgress
 
 
 def require_stdin() -> TextIO:
@@ -212,6 +213,13 @@ def add_data(parser: ArgumentParser, *others: str) -> None:
 def print_json(data: Mapping[str, Any] | Sequence[Any]) -> None:
     """Prints JSON on stdout; numbers that are not finite become null."""
     print(json.dumps(finite_or_null(data), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def working(label: str) -> AbstractContextManager[ReportProgress]:
+    """Shows progress until the block ends (training/output/working.py); imports rich."""
+    from veneer.training.output.working import working
+
+    return working(label)
 
 
 def make_console(*, json: bool = False, wraps: bool = False) -> Console:

@@ -20,6 +20,7 @@ from veneer.cli.common import (
     make_console,
     parse_variables,
     pause_collection,
+    working,
 )
 from veneer.cli.early import check_base
 from veneer.cli.flags import add_repeated, add_switch, add_value
@@ -181,7 +182,6 @@ def run_server(args: Namespace, start: Start) -> int:
     _require_extra()
     check_base(args.base)
     from veneer.library.library import Library
-    from veneer.training.output.working import working
 
     # Errors hide the library's path, and a relative path may equal a word of their text.
     library = Library(args.library and Path(args.library).resolve())

@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.bounds import COUNT
 from veneer.cli.bases import add_dtype, load_plain_base, resolve_weight_format, storage_dtype
-from veneer.cli.common import add_action, add_card, add_json, add_library, make_console, print_json
+from veneer.cli.common import (
+    add_action,
+    add_card,
+    add_json,
+    add_library,
+    make_console,
+    print_json,
+    working,
+)
 from veneer.cli.early import check_files
 from veneer.cli.flags import add_repeated, add_switch, add_value
 from veneer.errors import ConfigError
@@ -104,7 +112,6 @@ def _add_base(parser: ArgumentParser, help: str) -> None:
 
 def _add(args: Namespace, library: Library) -> int:
     from veneer.library.names import is_reference
-    from veneer.training.output.working import working
 
     name = args.name
     if name is None:
@@ -148,7 +155,6 @@ def _print_added(entry: Entry, library: Library, args: Namespace, *, again: str)
 
 def _push(args: Namespace, library: Library) -> int:
     from veneer.library.remote.transfer import push
-    from veneer.training.output.working import working
 
     check_files([args.figures])
 
@@ -193,7 +199,6 @@ def _push(args: Namespace, library: Library) -> int:
 
 def _pull(args: Namespace, library: Library) -> int:
     from veneer.library.remote.transfer import pull
-    from veneer.training.output.working import working
 
     with working(f"pulling from {args.place}"):
         entry = pull(library, args.place, args.adapter, name=args.name)

@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING
 
 from veneer.bounds import PART, RANK, SEED, WEIGHT
 from veneer.cli.bases import locate_base_and_adapter, pair_with_weights
-from veneer.cli.common import add_json, add_library, make_console, pause_collection, print_json
+from veneer.cli.common import (
+    add_json,
+    add_library,
+    make_console,
+    pause_collection,
+    print_json,
+    working,
+)
 from veneer.cli.early import check_base, check_new
 from veneer.cli.flags import add_value
 from veneer.wording import size
@@ -60,8 +67,6 @@ def run(args: Namespace) -> int:
     base, _ = locate_base_and_adapter(args.base, args.adapters[0], args.library)
     adapters = pair_with_weights(args.adapters, args.weights, args.library)
     check_base(base)
-    from veneer.training.output.working import working
-
     with working("combining"):
         with pause_collection():
             from veneer import api

@@ -32,6 +32,7 @@ from veneer.cli.common import (
     make_console,
     pause_collection,
     print_json,
+    working,
 )
 from veneer.cli.early import check_base, check_files, check_new
 from veneer.cli.flags import add_switch, add_value
@@ -86,8 +87,6 @@ def run(args: Namespace) -> int:
     base, folder = locate_base_and_adapter(args.base, args.adapter, args.library)
     _check(args)
     check_base(base)
-    from veneer.training.output.working import working
-
     console = make_console(json=args.json)
     assert folder is not None
     if _is_whole_model(args):
@@ -122,8 +121,6 @@ def _is_whole_model(args: Namespace) -> bool:
 
 
 def _export_model(args: Namespace, base: str, folder: Path, console: Console) -> int:
-    from veneer.training.output.working import working
-
     quantize, keep_dense = resolve_weight_format(None, folder, force_base=args.force_base)
     type: ModelType = args.type or "f16"
     with working(f"loading {base}") as tell:

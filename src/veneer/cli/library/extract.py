@@ -12,7 +12,7 @@ from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
 from veneer.bounds import ENERGY, RANK
-from veneer.cli.common import add_json, make_console, pause_collection, print_json
+from veneer.cli.common import add_json, make_console, pause_collection, print_json, working
 from veneer.cli.early import check_base, check_new
 from veneer.cli.flags import add_switch, add_value
 from veneer.wording import size
@@ -42,8 +42,6 @@ def run(args: Namespace) -> int:
     check_new(args.out)
     check_base(args.base)
     check_base(args.model)
-    from veneer.training.output.working import working
-
     with working("extracting"):
         with pause_collection():
             from veneer import api

@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING
 
 from veneer.bounds import SEED, WEIGHT
 from veneer.cli.bases import locate_base_and_adapter, pair_with_weights, resolve_weight_format
-from veneer.cli.common import add_json, add_library, make_console, pause_collection, print_json
+from veneer.cli.common import (
+    add_json,
+    add_library,
+    make_console,
+    pause_collection,
+    print_json,
+    working,
+)
 from veneer.cli.early import check_base, check_new, check_rows
 from veneer.cli.flags import add_switch, add_value
 from veneer.quant.config import FORMATS
@@ -96,8 +103,6 @@ def run(args: Namespace) -> int:
     quantize, keep_dense = resolve_weight_format(args.quantize, folder, force_base=args.force_base)
     check_base(base)
     check_rows(args.data)
-    from veneer.training.output.working import working
-
     with working("merging"):
         with pause_collection():
             from veneer import api

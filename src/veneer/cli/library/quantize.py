@@ -13,7 +13,7 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 
 from veneer.cli.bases import add_dtype, storage_dtype
-from veneer.cli.common import add_json, make_console, pause_collection, print_json
+from veneer.cli.common import add_json, make_console, pause_collection, print_json, working
 from veneer.cli.early import check_base, check_new
 from veneer.cli.flags import add_repeated, add_value
 from veneer.quant.config import FOUR_BITS, formats_that
@@ -40,8 +40,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     check_new(args.out)
     check_base(args.base)
-    from veneer.training.output.working import working
-
     with working(f"quantising {args.base}"):
         with pause_collection():
             from veneer import api

@@ -32,6 +32,7 @@ from veneer.cli.common import (
     parse_variables,
     pause_collection,
     print_json,
+    working,
 )
 from veneer.cli.early import check_base, check_rows
 from veneer.cli.explain import point_to_codes
@@ -86,8 +87,6 @@ def run(args: Namespace) -> int:
 def _check(args: Namespace) -> int:
     check_base(args.base)
     check_rows(args.data, args.validation)
-    from veneer.training.output.working import working
-
     with working(f"reading {args.data}"):
         with pause_collection():
             from veneer import api

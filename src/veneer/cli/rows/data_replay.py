@@ -8,7 +8,14 @@ from typing import Any
 
 from veneer.bounds import COUNT, NEW_TOKENS, SEED
 from veneer.cli.bases import add_base_format, load_bare_base
-from veneer.cli.common import add_json, add_variables, make_console, parse_variables, print_json
+from veneer.cli.common import (
+    add_json,
+    add_variables,
+    make_console,
+    parse_variables,
+    print_json,
+    working,
+)
 from veneer.cli.early import check_base, check_files, check_new
 from veneer.cli.flags import add_value
 from veneer.errors import ConfigError, DataError
@@ -62,7 +69,6 @@ def run(args: Namespace) -> int:
     from veneer.data.files.writing import write_records
     from veneer.decoding.replay import draw_replay
     from veneer.files.atomic import atomic_folder
-    from veneer.training.output.working import working
 
     with atomic_folder(out) as folder:
         with working("generating") as tell:

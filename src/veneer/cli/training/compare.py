@@ -29,6 +29,7 @@ from veneer.cli.common import (
     parse_columns,
     pause_collection,
     print_json,
+    working,
 )
 from veneer.cli.config_file import read_run_config
 from veneer.cli.early import check_files, check_new, check_rows, check_run, check_writable
@@ -138,8 +139,6 @@ def run(args: Namespace) -> int:
     configs = _read_candidates(args)
     _check(args, configs)
     place = PLACES[args.on](args)
-    from veneer.training.output.working import working
-
     with working("starting"):
         with pause_collection():
             from veneer import api

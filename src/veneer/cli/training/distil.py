@@ -23,7 +23,7 @@ from typing import Any
 from veneer.adapters.config import METHODS
 from veneer.bounds import COUNT, NEW_TOKENS, SEED, TEMPERATURE
 from veneer.cli.bases import add_base_format, load_bare_base
-from veneer.cli.common import add_json, pause_collection, print_json
+from veneer.cli.common import add_json, pause_collection, print_json, working
 from veneer.cli.config_file import FLAGS, read_settings, resolve_run
 from veneer.cli.early import check_base, check_files, check_place
 from veneer.cli.flags import add_repeated, add_switch, add_value
@@ -174,7 +174,6 @@ def _draw_rows(
     if questions and args.temperature == 0:  # the same question would get the same answer again
         count = min(count, len(questions))
     from veneer.decoding.replay import draw_answers
-    from veneer.training.output.working import working
 
     with working("generating") as tell:
         rows = draw_answers(

@@ -33,6 +33,7 @@ from veneer.cli.common import (
     pause_collection,
     print_json,
     resolve_preamble,
+    working,
 )
 from veneer.cli.early import check_files, check_rows, check_writable
 from veneer.cli.flags import add_repeated, add_switch, add_value
@@ -126,8 +127,6 @@ def run(args: Namespace) -> int:
     base = load_base(args)
     with pause_collection():
         from veneer import api
-    from veneer.training.output.working import working
-
     resolve_preamble(args, base)
     with working("evaluating") as show_progress:
         result = api.evaluate(

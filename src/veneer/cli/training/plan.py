@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from veneer.bounds import BYTES, COUNT, EPOCHS, LENGTH, PRICE, PROCESSES, RANK, ROWS
 from veneer.cli.bases import add_dtype
-from veneer.cli.common import add_json, add_map, make_console, pause_collection, print_json
+from veneer.cli.common import add_json, add_map, make_console, pause_collection, print_json, working
 from veneer.cli.config_file import read_settings, resolve_run
 from veneer.cli.early import check_plannable, check_rows, check_writable
 from veneer.cli.flags import add_repeated, add_switch, add_value
@@ -152,8 +152,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     if args.probe:
         return run_probe(args)
-    from veneer.training.output.working import working
-
     config = _read_run_file(args) if args.run else read_flags(args)
     if isinstance(config, list):
         from veneer.cli.training.plan_jobs import print_jobs, refuse_flags

@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from veneer.cli.common import make_console, print_json
+from veneer.cli.common import make_console, print_json, working
 from veneer.cli.training.train_jobs import short_names
 from veneer.errors import ConfigError
 from veneer.wording import clock, folded, millions, shown, size
@@ -41,7 +41,6 @@ def print_jobs(
 ) -> bool:
     """Plans and prints jobs. Returns False if they cannot train together in this memory."""
     from veneer.plan.joint import plan_together
-    from veneer.training.output.working import working
 
     with working(f"planning {len(configs)} jobs"):
         plan = plan_together(questions)

@@ -34,6 +34,7 @@ from veneer.cli.common import (
     parse_columns,
     parse_variables,
     print_json,
+    working,
 )
 from veneer.cli.early import check_new, check_rows
 from veneer.cli.flags import add_switch, add_value
@@ -71,7 +72,6 @@ def run(args: Namespace) -> int:
     scored: list[str | None] = [*names] or [None]
     base = _load_base(args, names)
     from veneer.data.files.writing import write_records
-    from veneer.training.output.working import working
 
     with working("scoring") as show_progress:
         scores = base.score(

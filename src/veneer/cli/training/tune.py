@@ -28,6 +28,7 @@ from veneer.cli.common import (
     parse_columns,
     pause_collection,
     print_json,
+    working,
 )
 from veneer.cli.early import check_base, check_rows
 from veneer.cli.flags import add_switch, add_value
@@ -79,8 +80,6 @@ def run(args: Namespace) -> int:
     refuse_unless_new(out)
     with locked_folder(out):
         pass
-    from veneer.training.output.working import working
-
     with working("checking"), pause_collection():
         from veneer.tuning.tune import tune
     console = make_console(json=True)
