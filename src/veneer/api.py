@@ -216,7 +216,7 @@ def evaluate(
             general=general,
             variables=preamble.variables,
         )
-        rows, examples = load_rows(
+        data_set = load_rows(
             base,
             data,
             RowOptions(length, format, train_on, columns or {}),
@@ -224,6 +224,7 @@ def evaluate(
             purpose="evaluated",
             kind="any",
         )
+        rows, examples = data_set.train_rows, list(data_set.train)
         if head is not None:
             prompts = [prompt_key(row) for row in rows]
             return Evaluation(

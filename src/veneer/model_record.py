@@ -5,8 +5,6 @@ type. A copy of a model begins with an empty record. What holds for every model 
 kept with the structure (execution/proofs/structure.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -38,7 +36,7 @@ class ModelRecord:
         self._parts[type(part)] = part
         return part
 
-    def __deepcopy__(self, memo: dict[int, object]) -> ModelRecord:
+    def __deepcopy__(self, memo: dict[int, object]) -> "ModelRecord":
         return ModelRecord()
 
 

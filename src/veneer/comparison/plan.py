@@ -1,7 +1,5 @@
 """What a comparison is: candidates, rows and budget, checked before anything runs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,7 +32,7 @@ class Candidate:
     name: str
     config: RunConfig
 
-    def over(self, files: RowFiles) -> Candidate:
+    def over(self, files: "RowFiles") -> "Candidate":
         """Returns the candidate with these files."""
         rows: dict[str, Any] = {"train": str(files.train), "validation": str(files.validation)}
         rows |= {"format": files.format, "map": {}}

@@ -12,7 +12,7 @@ from veneer.adapters.placement.acting import score_head_of
 from veneer.adapters.preamble import Preamble
 from veneer.data.config import DataConfig
 from veneer.data.encoder import RowRules
-from veneer.data.examples import Example, Row, RowKind, RowRef
+from veneer.data.examples import RowKind, RowRef
 from veneer.data.files.writing import ROWS_NAME, Record, as_set, is_rows
 from veneer.data.load import DataSet, load_data
 from veneer.data.teacher_text import TeacherText
@@ -31,20 +31,6 @@ class RowOptions:
 
 
 def load_rows(
-    base: FrozenBase,
-    data: str | Path | Iterable[Record],
-    options: RowOptions,
-    *,
-    preamble: Preamble,
-    purpose: str,
-    kind: RowKind = "answers",
-) -> tuple[list[Row], list[Example]]:
-    """Loads rows and their examples, in the same order. The arguments are those of load_row_set."""
-    loaded = load_row_set(base, data, options, preamble=preamble, purpose=purpose, kind=kind)
-    return loaded.train_rows, list(loaded.train)
-
-
-def load_row_set(
     base: FrozenBase,
     data: str | Path | Iterable[Record],
     options: RowOptions,

@@ -81,9 +81,8 @@ def score_rows(
             examples = next((known for other, known in examples_of if other == key), None)
             if examples is None:
                 if pairs is None:
-                    _, examples = load_rows(
-                        base, rows, options, preamble=preamble, purpose="scored"
-                    )
+                    loaded = load_rows(base, rows, options, preamble=preamble, purpose="scored")
+                    examples = list(loaded.train)
                 else:
                     examples = pair_examples(base, pairs, length=options.length)
                 examples_of.append((key, examples))

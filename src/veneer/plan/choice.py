@@ -1,7 +1,5 @@
 """A choice of settings to plan: those fields of a run that decide its memory and its time."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from veneer.adapters.config import MethodConfig
@@ -37,7 +35,7 @@ class Choice:
     processes: int = 1
 
     @classmethod
-    def of(cls, config: RunConfig, processes: int = 1) -> Choice:
+    def of(cls, config: RunConfig, processes: int = 1) -> "Choice":
         return cls(
             method=config.method,
             quantize=config.quantize,

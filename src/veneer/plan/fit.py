@@ -6,8 +6,6 @@ Changes are tried one at a time, then two together, then more, in the order of w
 first that fits is the answer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -36,6 +34,10 @@ class Change:
     setting: str
     says: str
     choice: Choice
+
+
+_Make = Callable[[Planner, Choice], Change | None]
+"""Makes a change of a choice; None if it changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -296,7 +298,6 @@ def _half_length(planner: Planner, choice: Choice) -> Change | None:
     return Change(f"length={half}", f"rows of at most {half} tokens", replace(choice, length=half))
 
 
-_Make = Callable[[Planner, Choice], Change | None]
 _CHANGES: tuple[_Make, ...] = (
     _smaller_micro_batch,
     _single_rows,

@@ -1,8 +1,6 @@
 """Screens of the runs of `veneer tune`: silent while settings are searched, then one line for each
 evaluation."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 
@@ -37,7 +35,7 @@ class JobProgress:
         if self._interrupt.asked and not self._has_begun:
             raise KeyboardInterrupt
 
-    def show_step(self, screen: JobScreen, record: Facts) -> None:
+    def show_step(self, screen: "JobScreen", record: Facts) -> None:
         self._has_begun = True
         if time.monotonic() - self._shown < LINE_SECONDS:
             return

@@ -112,8 +112,12 @@ class MetaMode(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        out = self._without_values(func, args, kwargs or {})
-        return func(*args, **(kwargs or {})) if out is None else out
+        return self.run(func, args, kwargs or {})
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs an operation, or answers in its place."""
+        out = self._without_values(func, args, kwargs)
+        return func(*args, **kwargs) if out is None else out
 
     def _without_values(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answers what depends on values: every expert gets an equal share of the tokens."""
@@ -181,20 +185,12 @@ class Tracker(MetaMode):
         self.live[old_label] -= size
         self.live[label] += size
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        out = self._without_values(func, args, kwargs or {})
-        if out is None:
-            out = func(*args, **(kwargs or {}))
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = super().run(func, args, kwargs)
         for leaf in out if isinstance(out, tuple | list) else (out,):
             if isinstance(leaf, Tensor):
                 self._add(leaf)
-        self._count_work(func, args, kwargs or {}, out)
+        self._count_work(func, args, kwargs, out)
         return out
 
     def _add(self, tensor: Tensor) -> None:

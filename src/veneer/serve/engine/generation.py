@@ -1,8 +1,6 @@
 """Runs one request: its prompts go to the engine, and its tokens come back as text, logprobs and
 calls of tools."""
 
-from __future__ import annotations
-
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Sequence
@@ -119,7 +117,7 @@ class Generation:
         self._prompt_starts: dict[int, _PromptStart] = {}  # by the number of the request
         self.style: CallStyle | None = None
 
-    async def __aenter__(self) -> Generation:
+    async def __aenter__(self) -> "Generation":
         """Queues all requests, or none. Refusal."""
         try:
             for number, request in enumerate(self._engine_requests):
@@ -220,7 +218,7 @@ class Generation:
             delta, text=start.text + delta.text, logprobs=(*start.logprobs, *delta.logprobs)
         )
 
-    def _prompt_start(self, update: TokenUpdate) -> _PromptStart:
+    def _prompt_start(self, update: TokenUpdate) -> "_PromptStart":
         prompt = self._request.prompts[update.request]
         ids = self._engine_requests[update.request].prompt
         sent_text = prompt.text if isinstance(prompt, TextPrompt) else None

@@ -11,8 +11,6 @@ touches a tensor, and the thread never a socket. An error in one request ends th
 forward too. An error of a whole step ends the requests in it, and the thread goes on.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import sys
@@ -104,7 +102,7 @@ class Inbox:
 class Ticket:
     """A submitted request, used on the event loop. Its updates go to `inbox` under `number`."""
 
-    def __init__(self, loop: EngineLoop, request: Request, inbox: Inbox, number: int) -> None:
+    def __init__(self, loop: "EngineLoop", request: Request, inbox: Inbox, number: int) -> None:
         self.request, self.inbox, self.number = request, inbox, number
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done once the request is queued; raises if it cannot be."""

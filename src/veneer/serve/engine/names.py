@@ -12,17 +12,18 @@ stay. Nothing here is a path.
 """
 
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any
 
 from veneer.decoding.schedule.block_names import Identity
 from veneer.errors import ConfigError, UnknownNameError, VeneerError, hide_path
 from veneer.library.entry import Entry
 from veneer.library.library import Library
 from veneer.library.names import is_name, is_reference, nearest
+from veneer.library.residents.residents import Residents
 from veneer.serve.limits import MAX_ALIASES
 from veneer.serve.refusals import Refusal, unknown_adapter, unknown_model
 
@@ -56,17 +57,6 @@ BASE_STAYS = (
 UNLOADED = "Success: LoRA adapter '{}' removed successfully."
 
 
-class ResidentAdapters(Protocol):
-    """The part of library/residents/residents.py that is used here. Its methods may raise a
-    VeneerError."""
-
-    def resolve(self, name: str, weight: float = 1.0) -> Identity: ...
-
-    def fits(self, entry: Entry) -> bool: ...
-
-    def unload(self, name: str, *, keep: Collection[str] = ()) -> bool: ...
-
-
 @dataclass(frozen=True)
 class ServedModel:
     """The model of a request.
@@ -90,7 +80,7 @@ class ModelNames:
         self,
         base_name: str,
         library: Library,
-        adapters: ResidentAdapters,
+        adapters: Residents,
         *,
         created: int = 0,
         positions: int | None = None,

@@ -1,7 +1,5 @@
 """Single tokens as text and as bytes, for logprobs."""
 
-from __future__ import annotations
-
 import re
 from functools import lru_cache
 from typing import Any
@@ -27,7 +25,7 @@ class TokenTexts:
             type(getattr(tokenizer.backend_tokenizer, "decoder", None))
         )
 
-    def with_tokens(self, tokens: tuple[str, ...]) -> TokenTexts:
+    def with_tokens(self, tokens: tuple[str, ...]) -> "TokenTexts":
         """Returns the texts of a tokenizer that has an adapter's new tokens too."""
         return self._extended(tokens) if tokens else self
 

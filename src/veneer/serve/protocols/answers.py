@@ -1,7 +1,5 @@
 """Answers as all protocols see them: deltas while they are generated, and whole answers."""
 
-from __future__ import annotations
-
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -26,7 +24,7 @@ class TokenLogprob(NamedTuple):
     text: str
     logprob: float | None
     bytes: list[int] | None = None
-    alternatives: tuple[TokenLogprob, ...] = ()
+    alternatives: "tuple[TokenLogprob, ...]" = ()
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,6 @@ A few jobs print lines of their own, each after the job's name. Many jobs share 
 each prints one line when it has ended or failed. No sample answers are shown.
 """
 
-from __future__ import annotations
-
 import re
 import time
 from collections.abc import Sequence
@@ -91,7 +89,7 @@ class JointProgress:
             self._messages.add(pattern)
             self._print(f"  {name}: {shown(text)}")
 
-    def ended(self, screen: SharedScreen, text: str) -> None:
+    def ended(self, screen: "SharedScreen", text: str) -> None:
         ended = sum(other.has_ended for other in self.screens)
         count = f"{ended} of {len(self.screens)}"
         self._print(f"  {screen.name.ljust(self._width)}  {text} · {count}")

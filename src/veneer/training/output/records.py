@@ -6,8 +6,6 @@ not end the run. Screens, loggers and the report read these records. Knows nothi
 computes.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -92,7 +90,7 @@ class Records:
         self.failed.append(f"{listener.name}: {type(fault).__name__}: {fault}"[:500])
         self._say(f"{self.failed[-1]}: nothing more is sent there")
 
-    def __enter__(self) -> Records:
+    def __enter__(self) -> "Records":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -108,7 +106,7 @@ class NoRecords:
 
     def sync(self) -> None: ...
 
-    def __enter__(self) -> NoRecords:
+    def __enter__(self) -> "NoRecords":
         return self
 
     def __exit__(self, *exception: object) -> None: ...

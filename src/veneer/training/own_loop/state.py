@@ -7,8 +7,6 @@ A new adapter is attached again by its settings and seed. One that existed befor
 `adapter/`. Then the values are those of state.safetensors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -73,7 +71,7 @@ class TrainerState:
         """Returns whether the reference is the adapter at its start, and not the base alone."""
         return self.options.parent is not None or bool(self.options.new_tokens)
 
-    def of_parent(self, content_hash: str) -> TrainerState:
+    def of_parent(self, content_hash: str) -> "TrainerState":
         """Names the adapter that training starts from; a resumed state keeps the name it has."""
         parent = self.options.parent or content_hash
         return replace(self, options=replace(self.options, parent=parent))

@@ -21,7 +21,7 @@ from veneer.data.files.writing import Record
 from veneer.data.template.user_prompt import UserPrompt
 from veneer.decoding.answers import Answer, answer_prompts
 from veneer.errors import ConfigError, VeneerError, fits_memory
-from veneer.evaluation.rows import RowOptions, load_row_set
+from veneer.evaluation.rows import RowOptions, load_rows
 from veneer.files.home import expanded
 from veneer.formats.adapter import manifest_for, read_adapter, write_adapter
 from veneer.formats.manifest import make_readable
@@ -119,7 +119,7 @@ class Trainer:
         row_source = [rows] if isinstance(rows, Mapping) else rows
         with base.routing.held(self._acting):
             capacity, tokenizer = capacity_of(base), base.acting_tokenizer
-            data = load_row_set(
+            data = load_rows(
                 base,
                 row_source,
                 RowOptions(length=self._options.length, train_on=self._options.train_on),
