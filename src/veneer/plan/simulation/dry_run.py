@@ -155,13 +155,9 @@ def dry_run(step: Step, facts: AttachedFacts | None = None) -> DryRun:
             run = _extrapolated(step, facts.depth, facts.period, facts.experts, facts.paths)
         if run is None:
             run = _run(step, build(step.config, step.dtype), facts.experts, paths=facts.paths)
-    run.static, run.base, run.file_bytes = dict(facts.static), facts.base, facts.file_bytes
-    run.trainable_parameters, run.total_parameters = (
-        facts.trainable_parameters,
-        facts.total_parameters,
-    )
-    run.modules_adapted, run.modules_total = facts.modules_adapted, facts.modules_total
-    return run
+    counted = ("trainable_parameters", "total_parameters", "modules_adapted", "modules_total")
+    figures = {name: getattr(facts, name) for name in (*counted, "base", "file_bytes")}
+    return replace(run, static=dict(facts.static), **figures)
 
 
 def _paths(step: Step, model: PreTrainedModel, depth: int, experts: int) -> ComputePaths:
