@@ -59,7 +59,9 @@ def test_queued_jobs_of_one_base_train_as_one_process_and_learn_what_they_learn_
         bad = store.create(settings(world), rows={"train": [{"x": "no layout"}]})
         other_base = store.create(settings(world, base="bf16"), rows=rows)
         every_weight = store.create(settings(world, method="full"), rows=rows)
-    assert store.start_next().id == jobs["lora"].id
+    (tmp_path / "link").symlink_to(store.folder)  # the next server finds the jobs by another path
+    linked = JobStore(tmp_path / "link", library=tmp_path / "library", train_share=1)
+    assert linked.start_next().id == jobs["lora"].id
     running = [*jobs.values(), bad]
     assert [store.beside(store.get(job.id)) for job in (*running, other_base)] == [2, 2, 2, 0]
     for waiting in (other_base, every_weight):
@@ -76,6 +78,20 @@ def test_queued_jobs_of_one_base_train_as_one_process_and_learn_what_they_learn_
         alone(world, tmp_path / name, **JOBS[name])
         assert_same_run(job.run_folder, tmp_path / name)
     assert (jobs["lora"].folder / "trainer.log").read_text() == ""
+
+
+def test_a_job_that_leaves_dtype_open_does_not_train_in_the_type_of_another(store, world):
+    rows = {"train": world / "rows.jsonl"}
+    with running_job(store):
+        begun, queued = (
+            store.create(settings(world, dtype=dtype), rows=rows) for dtype in ("bfloat16", "auto")
+        )
+        begun.run_folder.mkdir(parents=True)
+        (begun.run_folder / "run.yaml").write_bytes(begun.run_file.read_bytes())
+        assert share_first([begun, queued]) == [begun]
+        assert share_first([queued, begun]) == [queued]
+        for job in (begun, queued):
+            store.cancel(job.id)
 
 
 def test_one_job_leaves_and_the_others_go_on_until_their_trainer_is_killed(store, world):

@@ -26,11 +26,16 @@ def read_configs(jobs: Sequence[TrainingJob]) -> list[RunConfig]:
 
 def share_first(jobs: Sequence[TrainingJob]) -> list[TrainingJob]:
     """Returns the first job and those of the others that can share its forwards: joint training
-    accepts them, and their trainers would have the same threads, priority and share of the time."""
-    group, configs = list[TrainingJob](), list[RunConfig]()
+    accepts them, and their trainers would have the same threads, priority and share of the time.
+
+    Their settings must be alike as they were given too: otherwise a job with dtype auto would train
+    in the type that was chosen for another job, whose run has begun.
+    """
+    group, given, configs = list[TrainingJob](), list[RunConfig](), list[RunConfig]()
     for job in jobs:
         try:
-            new_configs = [*configs, _read_config(job)]
+            new_given, new_configs = [*given, _given_config(job)], [*configs, _read_config(job)]
+            require_common_settings(new_given, ALONE)
             require_common_settings(_alike([*group, job], new_configs), ALONE)
         except VeneerError:
             if not group:  # its trainer says what is wrong
@@ -38,13 +43,18 @@ def share_first(jobs: Sequence[TrainingJob]) -> list[TrainingJob]:
             continue
         if _process(job.record) == _process(jobs[0].record):
             group.append(job)
-            configs = new_configs
+            given, configs = new_given, new_configs
     return group
 
 
 def _read_config(job: TrainingJob) -> RunConfig:
     if has_begun(job):
         return resume_config(job.run_folder)
+    return _given_config(job)
+
+
+def _given_config(job: TrainingJob) -> RunConfig:
+    """Reads the settings with which the job was created."""
     return RunConfig.of(read_yaml(job.run_file))
 
 
