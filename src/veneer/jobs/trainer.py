@@ -39,14 +39,15 @@ class StopRequests(Supervisor):
 
 def train(store: JobStore, job_ids: Sequence[str]) -> None:
     """Trains jobs until each has its outcome."""
-    folders = {str(store.run_folder(job_id)): store.job_folder(job_id) for job_id in job_ids}
+    folders = {job_id: store.job_folder(job_id) for job_id in job_ids}
 
     def finish(job: Job, result: Result) -> None:
+        out = Path(job.config.out)  # another path than the store's if a link leads to the store
         if isinstance(result, VeneerError):
-            write_outcome(folders.pop(job.config.out), outcome_of(result))
+            write_outcome(folders.pop(out.name), outcome_of(result))
         else:
-            write_report(Path(job.config.out))
-            write_outcome(folders.pop(job.config.out), Outcome(kind="done"))
+            write_report(out)
+            write_outcome(folders.pop(out.name), Outcome(kind="done"))
 
     try:
         stored = [store.get(job_id) for job_id in job_ids]
@@ -56,7 +57,7 @@ def train(store: JobStore, job_ids: Sequence[str]) -> None:
         ]
         results = run_jobs(jobs, plan=forecast, supervisor=StopRequests(store), finished=finish)
         for job, result in zip(jobs, results, strict=True):
-            if job.config.out in folders:  # its folder could not be locked
+            if Path(job.config.out).name in folders:  # its folder could not be locked
                 finish(job, result)
     except Exception as fault:
         error = _user_error(fault)
