@@ -72,6 +72,10 @@ def test_a_trainer_is_suspended_while_any_request_waits_and_until_it_must_end(tm
         with trainer_suspended(tmp_path):
             suspension.wait(10)
             assert suspended()
+            suspension.release()
+            assert not suspended(), "the worker does something else"
+            suspension.wait(0.01)
+            assert suspended()
             suspension.end()
             assert not suspended()
             suspension.wait(0.01)

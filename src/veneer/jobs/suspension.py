@@ -108,6 +108,10 @@ class Suspension:
             self._pipe, self._is_asked = None, False
             self._path.unlink(missing_ok=True)
 
+    def release(self) -> None:
+        """Continues the trainer until the next `wait`, because its worker does something long."""
+        self._set_suspended(False)
+
     def wait(self, seconds: float) -> None:
         """Waits at most this time, and returns earlier if requests begin or end to wait. Suspends
         or continues the trainer then."""

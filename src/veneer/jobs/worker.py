@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -170,13 +170,16 @@ class Worker:
         is_ending = False
         with Suspension(trainer.pid, self.store.folder, first.record.share) as suspension:
             while trainer.poll() is None:
-                self._end_those_with_outcome()
+                for job, outcome in self._outcomes():
+                    suspension.release()  # publishing may wait for the library
+                    self._end(job, outcome)
                 if not is_ending and self._must_stop():
                     suspension.end()
                     trainer.terminate()
                     is_ending = True
                 suspension.wait(POLL_SECONDS)
-        self._end_those_with_outcome()
+        for job, outcome in self._outcomes():
+            self._end(job, outcome)
         for job in self._open:
             self._end(job, self._outcome_of(trainer.returncode, log, start))
 
@@ -185,10 +188,11 @@ class Worker:
         end_with_parent()
         lower_priority(self.jobs[0].record.niceness)
 
-    def _end_those_with_outcome(self) -> None:
+    def _outcomes(self) -> Iterator[tuple[WorkerJob, Outcome]]:
+        """Yields the open jobs that have an outcome, with it."""
         for job in self._open:
             if (outcome := read_outcome(job.folder)) is not None:
-                self._end(job, outcome)
+                yield job, outcome
 
     def _end(self, job: WorkerJob, outcome: Outcome) -> None:
         try:
