@@ -20,7 +20,7 @@ from veneer.cli.rows import data_replay
 from veneer.data.files.sources import scan_rows
 from veneer.data.template.template import ChatTemplate
 from veneer.decoding import generate, replay
-from veneer.decoding.replay import draw_replay
+from veneer.decoding.replay import draw_answers, draw_replay
 from veneer.errors import ConfigError, DataError
 from veneer.files.strict_json import read_json
 from veneer.training.config import RunConfig
@@ -100,6 +100,22 @@ def test_given_questions_are_each_asked_before_one_is_asked_again(base: veneer.B
         again = [row["messages"][-1]["content"] for row in found["answers"]]
         assert again[3:] != again[:2]
     assert variants[0] != variants[1]
+
+
+def test_no_question_is_asked_twice_for_its_likeliest_answer(base: veneer.Base) -> None:
+    template = ChatTemplate(base.tokenizer)
+    changes = "loop.index > 1 and messages[0]['content'] in ['def', 'mno']"
+    content = "message['content']"
+    base.tokenizer.chat_template = template.source.replace(
+        f"{content} }}}}", f"({content} | upper if {changes} else {content}) }}}}"
+    )
+    questions = ["abc", "def", "ghi", "jkl"]
+    rows = draw_answers(base, 9, questions=questions, temperature=0.0, max_new_tokens=8)
+    assert sorted(questions_of(rows)) == ["abc", "ghi", "jkl"]
+    rows = draw_answers(base, 3, questions=questions, temperature=0.0, max_new_tokens=8)
+    assert sorted(questions_of(rows)) == ["abc", "ghi", "jkl"], "another question replaces it"
+    with pytest.raises(ConfigError, match="generated 0 of 2 answers"):
+        draw_answers(base, 9, questions=["def", "mno"], temperature=0.0, max_new_tokens=8)
 
 
 def test_the_system_turn_stands_in_front_of_what_the_base_asks_itself(base: veneer.Base) -> None:

@@ -91,8 +91,9 @@ def draw_answers(
     """Returns rows of a question and the answer of the base with its adapters in use, each behind
     the system message if there is one.
 
-    temperature: of the answers; 0 takes the likeliest tokens. Questions are sampled at 1. The other
-    arguments and errors are those of draw_replay; a base without a chat template is refused.
+    temperature: of the answers; 0 takes the likeliest tokens, and asks no question of `questions`
+    twice, so there may be fewer rows. Questions are sampled at 1. The other arguments and errors
+    are those of draw_replay; a base without a chat template is refused.
     """
     template = ChatTemplate(base.tokenizer)
     if not template.source:
@@ -123,13 +124,19 @@ class _RowGenerator:
     questions_used: set[str] = field(default_factory=set)
 
     def answers(self, count: int, questions: Sequence[str]) -> Rows:
-        shuffled = cycle(random.Random(f"{self.seed} order").sample(questions, len(questions)))
+        order = random.Random(f"{self.seed} order").sample(questions, len(questions))
+        # The likeliest answer to a question that is asked again would be the same.
+        asks_once = bool(questions) and self.answer_temperature == 0
+        shuffled = iter(order) if asks_once else cycle(order)
+        count = min(count, len(order)) if asks_once else count
 
         def generate_answers(missing: int, round: int) -> Rows:
             if questions:
                 next_questions = list(islice(shuffled, missing))
             else:
                 next_questions = self._write_questions(missing, round)
+            if not next_questions:  # every question was asked
+                return []
             conversations = [self._opening(question) for question in next_questions]
             prompts = [self.template.encode_prompt(turns) for turns in conversations]
             answers = [
@@ -149,7 +156,7 @@ class _RowGenerator:
                 if text.split() == trained.split()
             ]
 
-        return _repeat(count, "answers", generate_answers)
+        return _repeat(count, "answers", generate_answers, least=1 if asks_once else count)
 
     def _row(self, turns: list[dict[str, Any]], text: str, cut: dict[str, bool]) -> dict[str, Any]:
         """Makes a row. If the prompt opens the reasoning, the row's answer begins with its mark."""
@@ -276,14 +283,16 @@ class _RowGenerator:
         return ((ids, len(ids) < limit) for ids, limit in zip(answers, limits, strict=True))
 
 
-def _repeat(count: int, what: str, generate_some: Callable[[int, int], list[T]]) -> list[T]:
+def _repeat(
+    count: int, what: str, generate_some: Callable[[int, int], list[T]], *, least: int | None = None
+) -> list[T]:
     """Calls generate_some(missing, round) until there are enough. ConfigError: after ROUNDS there
-    are not."""
+    are fewer than `least`, by default `count`."""
     results: list[T] = []
     for round in range(ROUNDS):
         if len(results) < count:
             results += generate_some(count - len(results), round)
-    if len(results) < count:
+    if len(results) < (count if least is None else least):
         raise ConfigError(
             f"this base generated {len(results):,} of {count:,} {what} in {ROUNDS} rounds",
             [

@@ -170,15 +170,12 @@ def _draw_rows(
         base = load_bare_base(teacher.base, args, teacher.quantize)
     if adapter is not None:
         base.use(base.load_adapter(adapter, name="teacher"))
-    count = args.rows
-    if questions and args.temperature == 0:  # the same question would get the same answer again
-        count = min(count, len(questions))
     from veneer.decoding.replay import draw_answers
 
     with working("generating") as tell:
         rows = draw_answers(
             base,
-            count,
+            args.rows,
             questions=questions,
             system=system,
             max_new_tokens=args.max_new_tokens,
