@@ -12,6 +12,7 @@ from tests.support.running_job import running_job
 from tests.support.tiny import save_tiny
 from veneer.api import load
 from veneer.errors import ConfigError, InputError, QuotaError
+from veneer.files.partial import unfinished
 from veneer.files.strict_json import read_yaml
 from veneer.jobs.limits import JobLimits
 from veneer.jobs.record import write_record
@@ -121,7 +122,9 @@ def test_an_export_without_room_and_one_that_fails_say_why(server, draft, folder
 
     leftover = folder / "jobs" / draft.replace(API, "").lstrip("/") / "export"
     leftover.mkdir()
-    results_of(server, folder)
+    with unfinished(folder / "jobs" / "drafts") as removed_draft:  # its removal was interrupted
+        (removed_draft / "export").mkdir(parents=True)
+        results_of(server, folder)
     assert not leftover.exists(), "a server removes exports that ended with an earlier one"
 
 

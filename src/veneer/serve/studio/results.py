@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from veneer.data.load import DataSet
-from veneer.errors import ConfigError, QuotaError
-from veneer.files.partial import remove
+from veneer.errors import ConfigError, QuotaError, VeneerError
+from veneer.files.partial import remove, sweep
 from veneer.files.strict_json import read_yaml
 from veneer.jobs.launch import share_of_machine
 from veneer.jobs.record import TrainingJob
@@ -82,12 +83,16 @@ class Results:
             COMMAND_SECONDS, share_of_machine(store.train_share), lambda: read(self._room)
         )
         self.work = WorkQueue(commands, drafts, read)
-        for folder in drafts.folder.glob(f"*/{EXPORT}"):
-            if export_report(folder) is None and not self._export_is_open(folder.parent.name):
-                remove(folder)  # of an export that ended with its server
+        sweep(drafts.folder)  # drafts whose removal was interrupted
+        for draft in drafts.all():
+            with suppress(VeneerError):  # a damaged report
+                self._remove_unfinished_export(draft.id)
 
-    def _export_is_open(self, draft_id: str) -> bool:
-        return bool(self.work.state(WorkKey(draft_id, EXPORT))["open"])
+    def _remove_unfinished_export(self, draft_id: str) -> None:
+        """Removes the files of an export that ended with its server."""
+        folder = self._drafts.place(draft_id) / EXPORT
+        if export_report(folder) is None and not self.work.state(WorkKey(draft_id, EXPORT))["open"]:
+            remove(folder)
 
     def job(self, draft_id: str) -> TrainingJob:
         """Finds the job of a draft. Refusal: 404."""
