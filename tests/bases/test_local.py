@@ -50,3 +50,24 @@ def test_a_base_is_found_without_reading_others(
     monkeypatch.setattr(local, "_model_bytes", lambda path: read.append(path) or 1)
     assert local_base("models/own", [models]) is not None
     assert read == [models / "own"]
+
+
+def test_what_is_no_base_hides_none_of_its_name_and_folders_are_listed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of org/own is in the hub's cache, and a second folder of this name holds notes."""
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "hub" / "models--org--own").mkdir(parents=True)
+    folders = [tmp_path / "first" / "org", tmp_path / "second" / "org"]
+    save_tiny(folders[0] / "own")
+    save_tiny(folders[0] / "small")
+    folders[1].mkdir(parents=True)
+    (folders[1] / "small").write_text("notes")
+    listed: list[Path] = []
+    iterate = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: listed.append(path) or iterate(path))
+    bases = local_bases(folders)
+    assert [base.name for base in bases] == ["org/own", "org/small"]
+    assert [listed.count(folder) for folder in folders] == [1, 1]
+    assert [local_base(base.name, folders) for base in bases] == bases

@@ -43,32 +43,40 @@ class LocalBase:
 
 def local_bases(folders: Sequence[Path] = ()) -> list[LocalBase]:
     """Lists the bases by name. folders: whose models and .gguf files are listed too."""
-    names = {*NAMED, *_hub_ids(), *_paths(folders)}
-    bases = [base for name in names if (base := local_base(name, folders)) is not None]
+    places = _places(folders)
+    bases = [base for name in places if (base := _base_at(name, places[name])) is not None]
     return sorted(bases, key=lambda base: base.name.lower())
 
 
 def local_base(name: str, folders: Sequence[Path] = ()) -> LocalBase | None:
     """Finds a base by its name, and reads no other; None if it is not on this machine."""
-    if name in NAMED:
-        size = _named_bytes(NAMED[name])
-        return None if size is None else LocalBase(name, name, size, name)
-    if name in _hub_ids():
-        size = _model_bytes(from_cache(name, None))
-        return None if size is None else LocalBase(name, name, size, name)
-    if (path := _paths(folders).get(name)) is None:
-        return None
-    is_file = path.suffix == ".gguf" and path.is_file()
-    size = path.stat().st_size if is_file else _model_bytes(path)
-    if size is None:
-        return None
-    return LocalBase(name, str(path.absolute()), size, path.name, path.parent.name)
+    return _base_at(name, _places(folders).get(name, []))
 
 
-def _paths(folders: Sequence[Path]) -> dict[str, Path]:
-    """Returns what lies in the folders, by FOLDER/NAME."""
-    existing = [folder for folder in folders if folder.is_dir()]
-    return {f"{folder.name}/{path.name}": path for folder in existing for path in folder.iterdir()}
+def _places(folders: Sequence[Path]) -> dict[str, list[Path | None]]:
+    """Returns where a base of each name may lie, first the place that counts. None: under the name
+    itself, of a default or of the hub."""
+    places: dict[str, list[Path | None]] = {name: [None] for name in (*NAMED, *_hub_ids())}
+    for folder in reversed(folders):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            places.setdefault(f"{folder.name}/{path.name}", []).append(path)
+    return places
+
+
+def _base_at(name: str, places: Sequence[Path | None]) -> LocalBase | None:
+    """Returns the base at the first of these places that holds one."""
+    for path in places:
+        if path is None:
+            named = NAMED.get(name)
+            size = _named_bytes(named) if named else _model_bytes(from_cache(name, None))
+            base = LocalBase(name, name, size or 0, name)
+        else:
+            is_file = path.suffix == ".gguf" and path.is_file()
+            size = path.stat().st_size if is_file else _model_bytes(path)
+            base = LocalBase(name, str(path.absolute()), size or 0, path.name, path.parent.name)
+        if size is not None:
+            return base
+    return None
 
 
 def _named_bytes(base: NamedBase) -> int | None:
