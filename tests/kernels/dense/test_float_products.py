@@ -66,8 +66,9 @@ def test_products_are_near_float64_and_a_rows_bits_are_its_own(rows, width, outs
 def test_multiply_takes_columns_of_wider_matrices():
     wide, factor, y = drawn(70, 48), drawn(100, 16), drawn(70, 100)
     d = wide[:, 16:32]
-    near(products.multiply(d, factor.T, torch.empty(70, 100)), d.double() @ factor.double().T)
-    near(products.multiply(d, factor.T, y.clone(), add=True), y + d.double() @ factor.double().T)
+    product = d.double() @ factor.double().T
+    near(products.multiply(d, factor.T, torch.empty(70, 100)), product)
+    near(products.multiply(d, factor.T, y.clone(), factor=3.0), y + 3 * product)
     out = torch.zeros(70, 48)
     products.multiply(y, factor, out[:, 16:32])
     near(out[:, 16:32].contiguous(), y.double() @ factor.double())

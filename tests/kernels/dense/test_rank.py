@@ -40,6 +40,14 @@ def test_each_product_is_torchs(rows, width, size):
     near(y, expected)
 
 
+def test_the_factor_of_an_update_applies_to_its_sums():
+    """Multiplied by it beforehand, these float16 values would be infinite."""
+    d, B = torch.full((20, 8), 40_000.0), torch.full((32, 8), 2**-10)
+    y = torch.zeros(20, 32, dtype=torch.float16)
+    rank.add_up(y, d.half(), B, 3.0)
+    assert torch.equal(y, torch.full_like(y, 937.5))
+
+
 @pytest.mark.skipif(not has_bf16(), reason="no bf16 arithmetic")
 @pytest.mark.parametrize(
     ("size", "width", "rows", "taken"),

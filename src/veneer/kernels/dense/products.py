@@ -4,7 +4,7 @@ it, in float32 on those with AVX2 alone.
     product(x, W, bias)       x W^T + bias        (M, I) x (O, I) -> (M, O)
     times(g, W, so_far)       so_far + g W        (M, O) x (O, I) -> (M, I)
     linear(x, W, bias)        the first, by this file, by few_rows.py or by torch
-    multiply(x, W, y)         y = x W, or y += x W, of any float32 matrices
+    multiply(x, W, y)         y = x W, or y += factor * x W, of any matrices
 
 Compiled for bf16 (native/dense/products.c) and float32 (float_products.c); sums are float32 and
 rounded once. A row's bits depend neither on its neighbours nor on the number of threads, and on
@@ -92,14 +92,19 @@ def _call_of(x: Tensor) -> Callable[..., None]:
     return dense_calls.float_product if x.dtype is torch.float32 else dense_calls.product
 
 
-def multiply(x: Tensor, matrix: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
-    """Computes out (M, O) = x (M, I) matrix (I, O), or adds it to out. All have the same type."""
-    if _takes_floats(x, matrix, out):
-        transposed = matrix.T.is_contiguous()
-        weight = matrix.T if transposed else matrix
-        dense_calls.float_product(x, weight, None, out, along=not transposed, add=add)
-        return out
-    return out.addmm_(x, matrix) if add else torch.mm(x, matrix, out=out)
+def multiply(x: Tensor, matrix: Tensor, out: Tensor, *, factor: float | None = None) -> Tensor:
+    """Computes out (M, O) = x (M, I) matrix (I, O), or adds that product to out, multiplied by the
+    factor. All have the same type."""
+    if not _takes_floats(x, matrix, out):
+        if factor is None:
+            return torch.mm(x, matrix, out=out)
+        return out.addmm_(x, matrix, alpha=factor)
+    transposed = matrix.T.is_contiguous()
+    weight = matrix.T if transposed else matrix
+    x = x if factor in (None, 1.0) else x * factor
+    adds = factor is not None
+    dense_calls.float_product(x, weight, None, out, along=not transposed, add=adds)
+    return out
 
 
 def _takes_floats(x: Tensor, matrix: Tensor, out: Tensor) -> bool:

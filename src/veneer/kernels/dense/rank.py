@@ -93,7 +93,7 @@ def add_up(
     if is_compiled(rank, width, y) and _has_pairs(d):
         rank_calls.rank_up(d, _readable(B), y, scale, _mask(dropout))
     elif dropout is None:
-        products.multiply(d if scale == 1.0 else d * scale, B.to(y.dtype).T, y, add=True)
+        products.multiply(d, B.to(y.dtype).T, y, factor=scale)
     else:
         y.add_(dropout.apply(d @ B.to(y.dtype).T), alpha=scale)
 
