@@ -55,11 +55,12 @@ RUN = (
         "quant/test_nf4.py",
         "kernels/dense/test_few_rows.py",
         "kernels/dense/test_products.py",
+        "kernels/dense/test_float_products.py",
     ),
     *(
         "kernels/attention/test_paged_attention.py",
         "kernels/tape/test_recorded.py",
-        "decoding/test_sampling.py",
+        "decoding/sampling/test_sampling.py",
     ),
     "decoding/test_direct.py::test_a_step_by_parts_gives_what_the_model_gives",
     "decoding/test_direct.py::test_what_an_adapter_does_is_done_by_parts_too",
@@ -98,8 +99,8 @@ LEFT_OUT = (
     ),
     "kernels/tape/test_recorded.py::test_a_recording_of_a_single_row_serves_any_number_of_rows[g",
     # thousands of the same draws
-    "decoding/test_sampling.py::test_every_number_has_the_ids_that_the_reference_gives_it",
-    "decoding/test_sampling.py::test_what_is_drawn_follows_the_distribution_that_is_meant",
+    "decoding/sampling/test_sampling.py::test_every_number_has_the_ids_that_the_reference_gives_it",
+    "decoding/sampling/test_sampling.py::test_what_is_drawn_follows_the_distribution_that_is_meant",
 )
 """Of RUN, by how their names begin: many or large cases of calls that others make."""
 OF_PAIRS = (
