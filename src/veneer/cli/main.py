@@ -48,7 +48,7 @@ GROUPS = {
         "train": "train an adapter, or all weights",
         "distil": "train an adapter that replaces a long prompt or a document",
         "tune": "search settings on your rows, train the best and judge it",
-        "runs": "list, follow, stop and resume training jobs of a server or the page",
+        "runs": "list, follow, stop and resume training jobs of a server or studio",
         "report": "rebuild the report of a run",
         "compare": "compare methods on your rows",
     },

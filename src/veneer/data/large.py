@@ -69,13 +69,13 @@ def training_data(
 
     `data.tokens` can force either. say: receives lines for the screen.
     """
-    one_each = rules.kind == "answers" and rules.teacher is None
-    if not one_each and data.tokens == "files":
+    can_be_stored = rules.kind == "answers" and rules.teacher is None
+    if not can_be_stored and data.tokens == "files":
         rows = rules.kind if rules.teacher is None else "a teacher"
         raise ConfigError(
             f"tokens of {rows} cannot be kept in files", next_step="Set data.tokens to memory."
         )
-    if not one_each or not _uses_files(data, rules.sets):
+    if not can_be_stored or not _uses_files(data, rules.sets):
         return load_data(data, rules, tokenizer, today=today, resumes=resumes)
     template = ChatTemplate(tokenizer, today=today, variables=rules.preamble.variables)
     folder = tokens_folder() / _set_name(data, rules, template)

@@ -67,7 +67,7 @@ def locked(
 
 
 def unlock(descriptor: int) -> None:
-    """Releases a lock that this process inherited, and those of its other processes with it."""
+    """Releases an inherited lock, for all processes that inherited it."""
     if sys.platform != "win32":
         fcntl.flock(descriptor, fcntl.LOCK_UN)
 

@@ -1,4 +1,4 @@
-"""Which training jobs share the forwards of one trainer, and the settings that they train with.
+"""Selects the jobs that train together in one trainer, and reads their settings.
 
 Loads torch, because the check of joint training does.
 """
@@ -25,8 +25,8 @@ def read_configs(jobs: Sequence[TrainingJob]) -> list[RunConfig]:
 
 
 def share_first(jobs: Sequence[TrainingJob]) -> list[TrainingJob]:
-    """Returns the first job and those of the others that can share its forwards: joint training
-    accepts them, and their trainers would have the same threads, priority and share of the time.
+    """Returns the first job and the later jobs that can train together with it: joint training
+    accepts them, and they ask for the same threads, priority and share.
 
     Their settings must be alike as they were given too: otherwise a job with dtype auto would train
     in the type that was chosen for another job, whose run has begun.
@@ -59,11 +59,11 @@ def _given_config(job: TrainingJob) -> RunConfig:
 
 
 def _alike(jobs: Sequence[TrainingJob], configs: Sequence[RunConfig]) -> list[RunConfig]:
-    """Writes what jobs share in the same way in all settings."""
+    """Returns the settings with base and dtype spelled alike, because joint training compares them."""
     begun = next((c for job, c in zip(jobs, configs, strict=True) if has_begun(job)), None)
     return [like_begun(config, begun) for config in configs]
 
 
 def _process(record: JobRecord) -> tuple[int, int, float]:
-    """Returns what a trainer's process needs from a job's record."""
+    """Returns the settings of a job that its trainer's process has as a whole."""
     return record.threads, record.niceness, record.share

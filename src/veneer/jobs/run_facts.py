@@ -49,7 +49,7 @@ def run_facts(folder: Path) -> dict[str, Any]:
 
 
 def _seconds_left(total: Any, records: Sequence[Record]) -> float | None:
-    """Estimates the time to the last of `total` steps by the time of these records."""
+    """Estimates the seconds to the end of `total` steps from the speed in these records."""
     steps = [record["step"] for record in records if record["kind"] == "step"]
     if not steps or type(total) is not int:
         return None

@@ -25,8 +25,7 @@ from typing import Self
 log = logging.getLogger("veneer.jobs")
 PIPE = ".waiting"
 PERIOD_SECONDS = 4.0
-"""Time in which a trainer that is suspended as long as possible is suspended and continued once.
-Shorter than the time that processes of a failed run have to end (training/processes/launch.py)."""
+"""Time of one suspension and the run after it, if requests always wait. Shorter than the time that processes of a failed run have to end (training/processes/launch.py)."""
 LEAST_SECONDS = 0.1
 """Budget below which no suspension begins."""
 _READ_BYTES = 4096

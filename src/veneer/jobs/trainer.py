@@ -26,7 +26,7 @@ from veneer.training.trainee import Trainee
 
 
 class StopRequests(Supervisor):
-    """Lets those jobs go that were asked to pause or to be cancelled."""
+    """Ends the training of jobs that were asked to pause or to be cancelled."""
 
     independent = True
 

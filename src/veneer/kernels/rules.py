@@ -1,5 +1,4 @@
-"""The rules by which attention weighs keys, softmax(softcap(scale q k^T) + mask, sink) v, and those
-of norms."""
+"""Rules of attention, softmax(softcap(scale q k^T) + mask, sink) v, and of norms."""
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
@@ -34,9 +33,9 @@ class AttentionRules:
         """
         pairs = 0
         for length in lengths:
-            most = self.window or before + length
-            rising = min(length, max(0, most - before))  # rows that see one key more than the last
-            pairs += rising * before + rising * (rising + 1) // 2 + (length - rising) * most
+            most_keys = self.window or before + length
+            rising = min(length, max(0, most_keys - before))  # rows that see one key more than the last
+            pairs += rising * before + rising * (rising + 1) // 2 + (length - rising) * most_keys
         return 2 * pairs * q.shape[1] * q.shape[2]
 
 

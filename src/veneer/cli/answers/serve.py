@@ -3,8 +3,9 @@
 For instance:
 
   veneer serve --base smollm2-135m
-  curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
-    -d '{"model": "smollm2-135m", "messages": [{"role": "user", "content": "Hello"}]}'
+  curl http://127.0.0.1:8000/v1/chat/completions \\
+    -H 'content-type: application/json' -d '{"model": "smollm2-135m",
+    "messages": [{"role": "user", "content": "Hello"}]}'
 
 Adapters that you add to the library are served without a restart; the adapter's name is the model
 name. docs/serve.md describes clients, fields and keys.

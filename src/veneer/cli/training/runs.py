@@ -1,16 +1,17 @@
-"""Show and steer training jobs: runs in processes of their own, which a server or the page started.
+"""List, follow, stop and resume the training jobs of `veneer serve --train` and `veneer studio`.
+
+Each job is a run in a process beside the server, and goes on if the server ends.
 
 For instance:
 
   veneer runs                    list the jobs
   veneer runs show 4f1c          settings, losses and events of a job
-  veneer runs follow 4f1c        its steps as they come; Ctrl-C stops only the display
+  veneer runs follow 4f1c        show its steps as they come
   veneer runs stop 4f1c          save a checkpoint and stop
   veneer runs resume 4f1c        continue from there
-  veneer runs rm 4f1c            delete a job that does not run, with its checkpoints
+  veneer runs rm 4f1c            delete a job and its checkpoints
 
-ID is a job's id, or a part of it that no other id has. Jobs are started by `veneer serve --train`
-and `veneer studio`.
+ID is a job's id, or a part of it that no other id has.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from veneer.kernels.dense import few_rows
 MAX_WIDTH_ON_TILES = 2048
 """Largest width of a sum on tiles: beyond it the second-level cache holds too few columns of W."""
 LEAST_ROWS = 16
-"""For fewer rows `multiply` leaves a product of float32 to torch."""
+"""Rows from which `multiply` computes float32 products with compiled code instead of torch."""
 
 
 def usable(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -108,7 +108,7 @@ def multiply(x: Tensor, matrix: Tensor, out: Tensor, *, factor: float | None = N
 
 
 def _takes_floats(x: Tensor, matrix: Tensor, out: Tensor) -> bool:
-    """True if the compiled product of float32 is the fast path for these."""
+    """Returns whether compiled code computes this float32 product faster than torch."""
     if len(x) < LEAST_ROWS or not matrix.numel() or not has_float_products():
         return False
     floats = all(t.dtype is torch.float32 and t.is_cpu for t in (x, matrix, out))

@@ -57,7 +57,7 @@ class Exchange(Response):
         self._start = time.monotonic()
         self._has_begun = False
         self._first_token_wait = ExitStack()
-        """Closed when the first token has come."""
+        """Suspends the trainer until it is closed, when the first token has come."""
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -12,7 +12,7 @@ from veneer.serve.refusals import Refusal, refusal_of
 EVERY_SECONDS = 0.7
 """Seconds between two looks."""
 SILENT_LOOKS = 20
-"""Looks without news until an event is sent all the same, so that proxies keep the connection."""
+"""Looks without news after which an event is sent anyway: proxies close silent connections."""
 
 
 @dataclass(frozen=True)

@@ -247,14 +247,15 @@ class Results:
 
     def _room(self) -> int:
         """Returns the bytes that exports and evaluations may still write. QuotaError: none."""
-        used, most = self._store.used_bytes(), self._store.limits.results_bytes
-        if used >= most:
+        used_bytes, limit_bytes = self._store.used_bytes(), self._store.limits.results_bytes
+        if used_bytes >= limit_bytes:
             raise QuotaError(
-                f"jobs and files take {used:,} bytes; exports and evaluations may fill {most:,}",
+                f"jobs and files take {used_bytes:,} bytes; exports and evaluations"
+                f" may fill {limit_bytes:,}",
                 [],
                 "Remove rows or exports first.",
             )
-        return most - used
+        return limit_bytes - used_bytes
 
     async def export(self, draft_id: str, body: ExportBody) -> dict[str, Any]:
         """Queues an export. One that fails or is stopped leaves no file."""

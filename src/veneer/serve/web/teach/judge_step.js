@@ -102,9 +102,9 @@ function showJudged() {
   });
   const countOf = ([, name], column) => `${count(right[column] ?? 0)} by ${name}`;
   const counts = judgedModels().map(countOf);
-  const worseText = worse ? ` The base was right and the adapter is not: ${count(worse)}.` : "";
+  const worseText = worse ? ` Only the base answers ${count(worse)} of them correctly.` : "";
   byId("judge-said").textContent = questions.length
-    ? `Of ${count(asked)} answers, equal to the expected one: ${counts.join(", ")}.${worseText}`
+    ? `Correct answers to ${count(asked)} questions: ${counts.join(", ")}.${worseText}`
     : "There are no held-out questions to ask.";
 }
 

@@ -8,11 +8,11 @@ const KINDS = {
   knowledge: "new knowledge",
 };
 const METHODS = {
-  lora: "lora: thin layers",
-  qlora: "qlora: thin layers over 4 bits",
-  dora: "dora: LoRA with lengths",
-  prefix: "prefix: trained beginnings",
-  bottleneck: "bottleneck: small layers between",
+  lora: "lora: low-rank updates",
+  qlora: "qlora: LoRA over a base in 4 bits",
+  dora: "dora: LoRA with trained magnitudes",
+  prefix: "prefix: trained keys and values",
+  bottleneck: "bottleneck: small added layers",
 };
 /** ends: stops the request for the last plan. */
 const planning = { ends: null };

@@ -63,11 +63,11 @@ function planParts({ plans: [plan], memory_bytes: memory, advice, notes }) {
   const facts = [
     [duration(plan.run_seconds), `for ${count(plan.steps ?? 0)} steps`],
     [count(Math.round(plan.tokens_per_second)), "tokens a second"],
-    [large(plan.trainable_parameters), `values trained of ${large(plan.total_parameters)}`],
-    [bytes(plan.file_bytes), "file of the result"],
+    [large(plan.trainable_parameters), `parameters trained, of ${large(plan.total_parameters)}`],
+    [bytes(plan.file_bytes), "size of the adapter"],
   ];
   const noteTexts = notes.map((note) => make("p", { className: "soft" }, note));
-  const title = make("summary", {}, "How this is known");
+  const title = make("summary", {}, "How these figures are estimated");
   const parts = [
     make("div", { className: "counts" }, ...figureCells(facts)),
     memoryFigure(plan, memory),

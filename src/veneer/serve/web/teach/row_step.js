@@ -63,7 +63,7 @@ function showColumnChoices() {
   const isMissing = (name) => !place.querySelector(`[data-name="${name}"]`).value;
   const missing = needed.filter(isMissing).map(columnTitle).join(" and ");
   byId("rows-reason").textContent = reason
-    ? `The layout is not recognised: ${reason}. Choose it.`
+    ? `The layout is not recognised: ${reason}. Choose one.`
     : missing && `Choose the column of ${missing}.`;
 }
 

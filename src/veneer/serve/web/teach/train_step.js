@@ -9,6 +9,7 @@ const JOB_STATES = {
   failed: "Training failed.",
   cancelled: "Training was cancelled.",
 };
+const TOGETHER = "Waiting jobs on the same base train together if they fit into memory.";
 /** States in which a run can be started. `new`: the draft has no job. */
 const STARTABLE = ["new", "failed", "cancelled", "done"];
 /**
@@ -78,7 +79,8 @@ function showTrainingNow() {
 
 function jobStatus(state) {
   const { ahead = 0, beside = 0 } = training.job ?? {};
-  if (state === "queued" && ahead > 1) return `Waiting: ${count(ahead)} jobs are before it.`;
+  if (state === "queued" && ahead > 1)
+    return `Waiting: ${count(ahead)} jobs are before it. ${TOGETHER}`;
   if (state === "running" && beside) return `Training, together with ${otherJobs(beside)}.`;
   return JOB_STATES[state] ?? "";
 }
