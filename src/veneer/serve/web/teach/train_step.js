@@ -49,7 +49,9 @@ function updateTraining({ job, records, start, next }) {
     else if (record.kind === "evaluation") training.evaluations.push(record);
   }
   Object.assign(training, { job, next });
+  const isChanged = lesson.draft.state !== job.state;
   lesson.draft.state = job.state;
+  if (isChanged) teachSafely(listDrafts); // it names the state
   showTraining();
   showSteps();
   return job.open;
