@@ -63,7 +63,7 @@ def test_queued_jobs_of_one_base_train_as_one_process_and_learn_what_they_learn_
     linked = JobStore(tmp_path / "link", library=tmp_path / "library", train_share=1)
     assert linked.start_next().id == jobs["lora"].id
     running = [*jobs.values(), bad]
-    assert [store.beside(store.get(job.id)) for job in (*running, other_base)] == [2, 2, 2, 0]
+    assert [store.num_together(store.get(job.id)) for job in (*running, other_base)] == [2, 2, 2, 0]
     for waiting in (other_base, every_weight):
         assert store.cancel(waiting.id).state == "cancelled"
     wait_until(lambda: trainer_of(bad) is not None)
@@ -113,7 +113,7 @@ def test_one_job_leaves_and_the_others_go_on_until_their_trainer_is_killed(store
     second = wait_for(store, second.id, "cancelled")
     assert max(numbers(second.run_folder / "checkpoints")) == step(second)
     steps_on(first, third)
-    assert store.beside(store.get(first.id)) == 1
+    assert store.num_together(store.get(first.id)) == 1
     store.delete(second.id)
     os.kill(trainer_of(first), signal.SIGKILL)
     for job in (first, third):

@@ -17,8 +17,8 @@ from veneer.jobs.record import (
     LOCK_SECONDS,
     REQUEST,
     TrainingJob,
-    beside_words,
     read_record,
+    together_words,
     write_record,
 )
 
@@ -68,14 +68,14 @@ def start_together(store_folder: Path, jobs: Sequence[TrainingJob]) -> list[str]
             for job in jobs:
                 if (descriptor := _lock_queued(job.folder, locks)) is not None:
                     started[job.id] = descriptor
-            now, beside = time.time(), beside_words(len(started) - 1)
+            now, together = time.time(), together_words(len(started) - 1)
             for job in jobs:
                 if job.id in started:
                     for name in (REQUEST, OUTCOME):
                         (job.folder / name).unlink(missing_ok=True)
                     record = read_record(job.folder)
                     write_record(job.folder, record, state="running", started=now, error=None)
-                    add_event(job.folder, f"Fine-tuning job started{beside}")
+                    add_event(job.folder, f"Fine-tuning job started{together}")
             if started:
                 start_worker(store_folder, started, store_folder / "jobs" / next(iter(started)))
     except VeneerError as fault:

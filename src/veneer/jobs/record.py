@@ -118,12 +118,12 @@ class TrainingJob:
         return run_facts(self.run_folder) if self.records_file.is_file() else {}
 
 
-def jobs_beside(job: TrainingJob, jobs: Sequence[TrainingJob]) -> int:
+def num_jobs_together(job: TrainingJob, jobs: Sequence[TrainingJob]) -> int:
     """Counts the jobs of a store that train together with one of them."""
     return sum(other.state in AT_WORK for other in jobs) - 1 if job.state in AT_WORK else 0
 
 
-def beside_words(others: int) -> str:
+def together_words(others: int) -> str:
     """Returns the end of a sentence that says with how many others a job trains."""
     if others < 1:
         return ""

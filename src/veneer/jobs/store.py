@@ -66,8 +66,8 @@ from veneer.jobs.record import (
     StopRequest,
     TrainingJob,
     check_id,
-    jobs_beside,
     new_id,
+    num_jobs_together,
     read_record,
     unknown_job,
     write_record,
@@ -153,9 +153,9 @@ class JobStore:
             return None
         return "cancel" if text == "cancel" else "pause"
 
-    def beside(self, job: TrainingJob) -> int:
+    def num_together(self, job: TrainingJob) -> int:
         """Counts the jobs that train together with this one."""
-        return jobs_beside(job, self.jobs()) if job.state in AT_WORK else 0
+        return num_jobs_together(job, self.jobs()) if job.state in AT_WORK else 0
 
     def used_bytes(self) -> int:
         """Returns the bytes of all jobs, runs and uploaded files."""

@@ -88,7 +88,9 @@ def add_server_flags(parser: ArgumentParser, *, trains: bool = False) -> Contain
     )
     add_repeated(parser, "--pin", "A", "always keep this adapter in memory")
     add_switch(
-        parser, "--auto", "send requests for model auto to the adapter whose training prompts are nearest"
+        parser,
+        "--auto",
+        "send requests for model auto to the adapter whose training prompts are nearest",
     )
     add_value(parser, "--runs", "DIR", "folder of runs to show on the page")
     add_base_format(parser, "as it is stored")

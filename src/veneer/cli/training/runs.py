@@ -133,13 +133,14 @@ def _show(args: Namespace, store: JobStore) -> int:
     if args.json:
         print_json({**describe(job), "events": events})
         return 0
-    from veneer.jobs.record import beside_words
+    from veneer.jobs.record import together_words
 
     facts = job.facts()
     steps = f"step {facts.get('step', 0)} of {facts['steps']}" if facts.get("steps") else ""
+    state = " · ".join(filter(None, (job.state, steps)))
     lines = {
         "job": job.id,
-        "state": " · ".join(filter(None, (job.state, steps))) + beside_words(store.beside(job)),
+        "state": state + together_words(store.num_together(job)),
         "loss": _loss(facts),
         "base": facts.get("base") or job.record.base,
         "method": facts.get("method"),

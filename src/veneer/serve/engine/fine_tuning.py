@@ -20,7 +20,7 @@ from veneer.data.files.sources import iterate_rows
 from veneer.errors import UnknownNameError, VeneerError
 from veneer.jobs.job_settings import RowPart
 from veneer.jobs.limits import JobLimits
-from veneer.jobs.record import TrainingJob, jobs_beside
+from veneer.jobs.record import TrainingJob, num_jobs_together
 from veneer.jobs.results import RESULT
 from veneer.jobs.store import TRAIN_SHARE, JobStore
 from veneer.jobs.uploads import UploadedFile, UploadStore
@@ -212,12 +212,12 @@ class FineTuning:
 
     def describe(self, job: TrainingJob) -> dict[str, Any]:
         """Returns the object of a job."""
-        return job_object(job, others=self.store.beside(job))
+        return job_object(job, others=self.store.num_together(job))
 
     def describe_all(self) -> list[dict[str, Any]]:
         """Returns the objects of all jobs, the newest first."""
         jobs = self.store.jobs()
-        return [job_object(job, others=jobs_beside(job, jobs)) for job in jobs]
+        return [job_object(job, others=num_jobs_together(job, jobs)) for job in jobs]
 
 
 def _run_config(settings: Mapping[str, Any]) -> RunConfig:

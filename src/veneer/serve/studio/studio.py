@@ -224,7 +224,7 @@ class Studio:
             **job_card(job),
             "base": self.results.base(job),
             "ahead": self._jobs_ahead(job),
-            "beside": self.jobs.beside(job),
+            "together": self.jobs.num_together(job),
         }
 
     def _jobs_ahead(self, job: TrainingJob) -> int:

@@ -80,10 +80,10 @@ function showTrainingNow() {
 }
 
 function jobStatus(state) {
-  const { ahead = 0, beside = 0 } = training.job ?? {};
+  const { ahead = 0, together = 0 } = training.job ?? {};
   if (state === "queued" && ahead > 1)
     return `Waiting: ${count(ahead)} jobs are before it. ${TOGETHER}`;
-  if (state === "running" && beside) return `Training, together with ${otherJobs(beside)}.`;
+  if (state === "running" && together) return `Training, together with ${otherJobs(together)}.`;
   return JOB_STATES[state] ?? "";
 }
 
@@ -108,7 +108,7 @@ function trainingFacts() {
   if (!last) return [];
   const recent = steps.slice(-RECENT);
   const seconds = sumOf(recent, "seconds");
-  const jobs = 1 + (job?.beside ?? 0); // each counts its share of the seconds
+  const jobs = 1 + (job?.together ?? 0); // each counts its share of the seconds
   const secondsLeft = ((start?.steps ?? last.step) - last.step) * (seconds / recent.length) * jobs;
   const losses = measuredLosses().map((record) => figure(record.loss));
   const stepsInAll = start?.steps ? ` of ${count(start.steps)}` : "";
