@@ -59,7 +59,7 @@ def _given_config(job: TrainingJob) -> RunConfig:
 
 
 def _alike(jobs: Sequence[TrainingJob], configs: Sequence[RunConfig]) -> list[RunConfig]:
-    """Returns the settings with base and dtype spelled alike, because joint training compares them."""
+    """Returns the settings with base and dtype spelled alike; joint training compares them."""
     begun = next((c for job, c in zip(jobs, configs, strict=True) if has_begun(job)), None)
     return [like_begun(config, begun) for config in configs]
 

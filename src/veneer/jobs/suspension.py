@@ -25,7 +25,8 @@ from typing import Self
 log = logging.getLogger("veneer.jobs")
 PIPE = ".waiting"
 PERIOD_SECONDS = 4.0
-"""Time of one suspension and the run after it, if requests always wait. Shorter than the time that processes of a failed run have to end (training/processes/launch.py)."""
+"""Time of one suspension and of the training after it, if requests always wait. Shorter than the
+time that processes of a failed run have to end (training/processes/launch.py)."""
 LEAST_SECONDS = 0.1
 """Budget below which no suspension begins."""
 _READ_BYTES = 4096

@@ -34,9 +34,7 @@ class AttentionRules:
         pairs = 0
         for length in lengths:
             most_keys = self.window or before + length
-            rising = min(
-                length, max(0, most_keys - before)
-            )  # rows that see one key more than the last
+            rising = min(length, max(0, most_keys - before))  # rows that see one key more each
             pairs += rising * before + rising * (rising + 1) // 2 + (length - rising) * most_keys
         return 2 * pairs * q.shape[1] * q.shape[2]
 
