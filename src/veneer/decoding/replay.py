@@ -88,8 +88,8 @@ def draw_answers(
     seed: int = 0,
     progress: Progress = lambda what, done, total: None,
 ) -> Rows:
-    """Returns rows of a question and the answer of the base with its adapters in use, each behind
-    the system message if there is one.
+    """Returns rows of a question and its answer by the base with its adapters in use. Each row
+    begins with the system message if there is one.
 
     temperature: of the answers; 0 takes the likeliest tokens, and asks no question of `questions`
     twice, so there may be fewer rows. Questions are sampled at 1. The other arguments and errors

@@ -54,8 +54,8 @@ VALUES: Mapping[str, Callable[[Example], int]] = {
     "row": lambda example: -1 if example.row is None else example.row,
     "line": lambda example: example.ref.line,
 }
-"""Values of an example, each a column: tokens that are computed (batching.py) and trained, and
-fields of Example; row is -1 for None."""
+"""Computes the integers of an example that are stored as columns. used: tokens that are computed
+(batching.py); row: -1 for None."""
 
 
 class ExampleWriter:
@@ -149,7 +149,7 @@ class StoredExamples(Sequence[Example]):
         return np.diff(self.column("start", 1))
 
     def column(self, name: str, more: int = 0) -> NDArray[Any]:
-        """Returns a column of COLUMNS for these examples, and of `more` behind them."""
+        """Returns a column of COLUMNS for these examples, and for `more` examples after them."""
         return self._columns[name][self._numbers.start : self._numbers.stop + more]
 
     def __len__(self) -> int:

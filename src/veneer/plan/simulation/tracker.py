@@ -115,7 +115,7 @@ class MetaMode(TorchDispatchMode):
         return self.run(func, args, kwargs or {})
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs an operation, or answers in its place."""
+        """Runs an operation, or returns its result without values."""
         out = self._without_values(func, args, kwargs)
         return func(*args, **kwargs) if out is None else out
 
