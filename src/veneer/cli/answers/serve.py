@@ -7,8 +7,8 @@ For instance:
     -H 'content-type: application/json' -d '{"model": "smollm2-135m",
     "messages": [{"role": "user", "content": "Hello"}]}'
 
-Adapters that you add to the library are served without a restart; the adapter's name is the model
-name. docs/serve.md describes clients, fields and keys.
+Adapters added to the library are served at once, under their names. docs/serve.md describes
+clients, fields and keys.
 """
 
 from __future__ import annotations

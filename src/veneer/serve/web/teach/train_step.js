@@ -162,6 +162,7 @@ async function changeJob(verb) {
     Object.assign(lesson.draft, { job: job.id, state: job.state });
     showTraining();
     showSteps();
+    await listDrafts(); // it names the state
   });
   if (isChanged) followJob();
 }
