@@ -55,7 +55,7 @@ class VeneerError(Exception):
 
 
 def fault_lines(fault: BaseException, most: int = 3) -> list[str]:
-    """Returns the first lines of another library's message, each behind the name of its class."""
+    """Returns the first lines of another library's message, each after the name of its class."""
     return [f"{type(fault).__name__}: {line}" for line in str(fault).splitlines()[:most]]
 
 

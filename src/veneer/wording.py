@@ -39,7 +39,7 @@ def first_lines(lines: Sequence[str], most: int) -> list[str]:
 
 
 def ranges(numbers: Iterable[int]) -> list[str]:
-    """Formats rising numbers: 0, 1, 2, 5 are 0-2 and 5."""
+    """Formats rising numbers: 0, 1, 2, 5 become 0-2 and 5."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:

@@ -119,7 +119,7 @@ class TrainingJob:
 
 
 def num_jobs_together(job: TrainingJob, jobs: Sequence[TrainingJob]) -> int:
-    """Counts the jobs of a store that train together with one of them."""
+    """Counts the jobs of a store that train together with this one."""
     return sum(other.state in AT_WORK for other in jobs) - 1 if job.state in AT_WORK else 0
 
 

@@ -7,9 +7,9 @@ For instance:
   veneer distil --base smollm2-135m --document handbook.md --method prefix --out runs/cartridge
   veneer distil --base smollm2-135m --teacher HuggingFaceTB/SmolLM2-1.7B-Instruct --out runs/small
 
-The teacher writes questions behind the prompt, unless --questions gives them, and answers them
-there: with the likeliest tokens, or sampled at --temperature. Then an adapter learns the teacher's
-distributions over these answers, without the prompt (objective distil). The teacher is the base
+With the prompt in front, the teacher writes questions, unless --questions gives them, and answers
+them with the likeliest tokens, or samples at --temperature. Then an adapter learns the teacher's
+distributions over these answers without the prompt (objective distil). The teacher is the base
 itself, or --teacher, a base with the same tokenizer.
 --set changes any setting of that run, for instance objective.divergence=reverse or
 objective.teacher.quantize=nf4.
