@@ -39,7 +39,7 @@ MOST_RECORDS = 32
 """Records that a draft keeps."""
 MOST_ERROR = 4000
 """Characters of an error that a record keeps."""
-INTERRUPTED = "Interrupted, because the server ended. The button starts it again."
+INTERRUPTED = "Interrupted, because the server ended. Start it again with the button."
 OPEN = ("waiting", "running")
 """States of work that has not ended."""
 
