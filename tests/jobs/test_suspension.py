@@ -83,6 +83,17 @@ def test_a_trainer_is_suspended_while_any_request_waits_and_until_it_must_end(tm
     assert not (tmp_path / PIPE).exists()
 
 
+def test_a_trainer_goes_on_when_its_pipe_is_deleted(tmp_path):
+    with suspension_of_a_trainer(tmp_path) as (suspension, suspended):
+        with trainer_suspended(tmp_path):
+            suspension.wait(10)
+            assert suspended()
+            (tmp_path / PIPE).unlink()
+        suspension.wait(10)
+        assert not suspended()
+        suspension.wait(0.01)
+
+
 def test_a_trainer_continues_when_the_server_is_killed(tmp_path):
     with suspension_of_a_trainer(tmp_path, share=0.01) as (suspension, suspended):
         server = subprocess.Popen([sys.executable, "-c", WAITING, tmp_path])

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 
@@ -122,5 +123,8 @@ def test_one_job_leaves_and_the_others_go_on_until_their_trainer_is_killed(store
         new = store.create(settings(world), rows=rows)
         queued = [new, store.resume(first.id), store.resume(third.id)]
         assert share_first(queued) == queued, "resumed jobs and new ones"
+        strange = replace(new, record=new.record.model_copy(update={"owner": "somebody else"}))
+        assert share_first([*queued, strange]) == queued, "failed jobs may fail again"
+        assert share_first([strange, *queued[1:]]) == [strange]
         for job in queued:
             store.cancel(job.id)

@@ -41,10 +41,16 @@ def share_first(jobs: Sequence[TrainingJob]) -> list[TrainingJob]:
             if not group:  # its trainer says what is wrong
                 return [job]
             continue
-        if _process(job.record) == _process(jobs[0].record):
+        if _process(job.record) == _process(jobs[0].record) and _may_share([*group, job]):
             group.append(job)
             given, configs = new_given, new_configs
     return group
+
+
+def _may_share(jobs: Sequence[TrainingJob]) -> bool:
+    """Returns whether the failure of one owner's job cannot end another owner's job again."""
+    has_failed = any(job.record.has_failed for job in jobs)
+    return not has_failed or len({job.record.owner for job in jobs}) == 1
 
 
 def _read_config(job: TrainingJob) -> RunConfig:

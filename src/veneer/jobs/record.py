@@ -80,6 +80,9 @@ class JobRecord(StrictSettings):
     adapter: str | None = None
     """Reference of the added adapter, such as tickets@2."""
     error: str | None = None
+    has_failed: bool = False
+    """It was resumed after it failed. From then on it shares a trainer only with jobs of its owner,
+    because what made it fail may end the trainer."""
     details: dict[str, JsonValue] = Field(default_factory=dict)
     """Values that the creator of the job keeps with it; not read here."""
 

@@ -281,6 +281,7 @@ class JobStore:
                 queued=time.time(),
                 ended=None,
                 error=None,
+                has_failed=record.has_failed or state == "failed",
                 disk_bytes=self.limits.disk_bytes,
             )
             add_event(job.folder, "The job was resumed")

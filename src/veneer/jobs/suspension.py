@@ -145,5 +145,7 @@ class Suspension:
             self._is_asked = True
             return
         self._is_asked = False
-        last_pipe, self._pipe = self._pipe, self._open()
+        last_pipe, self._pipe = self._pipe, None
+        with suppress(FileNotFoundError):  # somebody has deleted it
+            self._pipe = self._open()
         os.close(last_pipe)  # select would return at once from now on
