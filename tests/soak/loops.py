@@ -76,7 +76,7 @@ LOOPS = {
     ),
     "exchanges": Loop("library/test_residents.py", 60, 300),
     "schemas": Loop(
-        "decoding/test_grammar.py::test_a_sampled_answer_is_json_of_its_schema_unless_it_was_cut",
+        "decoding/sampling/test_grammar.py::test_a_sampled_answer_is_json_of_its_schema_unless_it_was_cut",
         1000,
         5000,
     ),
