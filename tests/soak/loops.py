@@ -25,6 +25,7 @@ def whole(test: str) -> Loop:
 
 KILLS, FILES = "soak/failures/test_kills.py", "soak/inputs/test_strangers_files.py"
 FAMILIES = "soak/models/test_families.py"
+GRAMMARS = "decoding/sampling/test_grammar.py"
 
 LOOPS = {
     "kills": Loop(
@@ -76,9 +77,7 @@ LOOPS = {
     ),
     "exchanges": Loop("library/test_residents.py", 60, 300),
     "schemas": Loop(
-        "decoding/sampling/test_grammar.py::test_a_sampled_answer_is_json_of_its_schema_unless_it_was_cut",
-        1000,
-        5000,
+        f"{GRAMMARS}::test_a_sampled_answer_is_json_of_its_schema_unless_it_was_cut", 1000, 5000
     ),
     "families": Loop(
         f"{FAMILIES}::test_every_family_agrees_with_transformers_and_peft_or_says_why_not", 6, 300
