@@ -9,6 +9,9 @@ from processes of their own, started one at a time. Jobs one after another diffe
 alone, so --singles of them are measured and their mean counts for all. With --sweep twelve learning
 rates and ranks train for equal steps, and once more with halving. The first round of a cell fills
 caches of plans and proofs, so take the second of --rounds 2. Wants a quiet machine.
+
+The bound of a cell is the speed of one job whose batch has the rows of all jobs, without shared
+prompts: each job computes its own. Jobs together can be no faster per row than that.
 """
 
 import argparse
@@ -108,7 +111,15 @@ def cell(args: argparse.Namespace, rows: list[Path]) -> dict[str, Any]:
     jobs = [settings(args, rows, seed=seed) for seed in range(args.jobs)]
     alone = one_after_another(jobs, args.singles)
     joint = measured(jobs)
-    return {"together": joint, "one after another": alone, **ratios(alone, joint)}
+    rows_of_all = {"batch": args.jobs * args.batch, "share_prompt": False}
+    bound = measured([settings(args, rows, **rows_of_all)])
+    return {
+        "together": joint,
+        "one after another": alone,
+        "one large batch": bound,
+        **ratios(alone, joint),
+        "bound of times faster steps": ratio(bound, alone, "examples_per_second"),
+    }
 
 
 def sweep(args: argparse.Namespace, rows: list[Path]) -> dict[str, Any]:
