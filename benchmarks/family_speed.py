@@ -72,6 +72,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": {"sliding_window": None},
     "phi": {},
     "gpt_neox": {},
+    "gpt2": {"n_inner": 1536},
+    "gpt_bigcode": {"n_inner": 1536},
+    "opt": {"ffn_dim": 1536, "word_embed_proj_dim": 576},
     "mixtral": {"intermediate_size": 768, "num_local_experts": 8, "num_experts_per_tok": 2},
     "qwen3_moe": {
         "head_dim": 64,

@@ -45,45 +45,6 @@ class FewRowsLinear(nn.Linear):
         return frozen_product(input, bias, DenseLinear(self))
 
 
-class TransposedLinear:
-    """W stored as (I, O): GPT-2's Conv1D; also an embedding, as a linear layer of one-hot
-    rows x."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module: Any = module
-        self.in_features, self.out_features = self.weight.shape
-
-    @property
-    def weight(self) -> Tensor:
-        return self.module.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return getattr(self.module, "bias", None)
-
-    @property
-    def device(self) -> torch.device:
-        return self.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weight.dtype
-
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        x_MI = x.reshape(-1, self.in_features)
-        y_MO = x_MI @ self.weight if bias is None else torch.addmm(bias, x_MI, self.weight)
-        return y_MO.view(*x.shape[:-1], self.out_features)
-
-    def input_gradient(self, grad: Tensor, so_far: Tensor | None = None) -> Tensor:
-        return times(grad, self.weight.T, so_far)
-
-    def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        return self.weight.detach().T.to(dtype)
-
-    def own_bias(self) -> Tensor | None:
-        return self.bias
-
-
 class SliceLinear:
     """One expert of a fused stack: W is a matrix of a 3-D parameter, (O, I) or, transposed,
     (I, O)."""
@@ -284,4 +245,4 @@ def frozen_linear(module: nn.Module) -> FrozenLinear | None:
         return module
     if isinstance(module, nn.Linear):
         return DenseLinear(module) if is_plain_linear(module) else None
-    return TransposedLinear(module) if is_transposed_linear(module) else None
+    return DenseLinear(module, is_transposed=True) if is_transposed_linear(module) else None

@@ -155,3 +155,13 @@ def test_the_last_huge_page_is_used_if_little_of_it_is_left_over(huge: float, la
     count = int(huge * pages.HUGE)
     room = pages.allocate(count)
     assert is_advised(room.data_ptr()) and is_advised(room.data_ptr() + count - 1) == last
+
+
+def test_transposed_weights_are_stored_by_rows_with_the_same_values(tmp_path):
+    folder = save_tiny(tmp_path, "gpt2")
+    file = load_file(folder / "model.safetensors")
+    block = load_base(str(folder), device="cpu").model.transformer.h[0]
+    for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+        weight = block.get_parameter(f"{name}.weight")
+        assert weight.T.is_contiguous()
+        assert torch.equal(weight, file[f"transformer.h.0.{name}.weight"])

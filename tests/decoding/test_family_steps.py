@@ -32,11 +32,13 @@ FAMILIES = [
     "starcoder2",
     "phi",
     "gpt_neox",
+    "gpt2",
 ]
 OUTPUTS = {
     "starcoder2": ["o_proj", "c_proj"],
     "phi": ["dense", "fc2"],
     "gpt_neox": ["dense", "dense_4h_to_h"],
+    "gpt2": ["c_proj"],
 }
 """Modules at the ends of the blocks, where they have other names."""
 NEW = 24

@@ -291,12 +291,15 @@ def tiny_base(
     family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
 ) -> FrozenBase:
     """A Base over tiny_model and tiny_tokenizer, as load_base would return it."""
+    from veneer.bases.loading.own_pages import reorder_transposed
     from veneer.models.frozen_base import (
         FrozenBase,
     )  # here, so that tests of lower layers load no more than they test
 
+    model = tiny_model(family, dtype, seed, **overrides)
+    reorder_transposed(model)
     return FrozenBase(
-        model=tiny_model(family, dtype, seed, **overrides),
+        model=model,
         tokenizer=tiny_tokenizer(),
         source=f"tiny-{family}",
         name_or_path=f"tiny-{family}",

@@ -26,6 +26,7 @@ from veneer.execution.facts.model_start import ModelStart, embedding_scale, find
 from veneer.execution.facts.part_facts import find_norm
 from veneer.execution.layer_step import (
     DENSE,
+    Branch,
     LayerAngles,
     add_norm,
     bare,
@@ -78,12 +79,16 @@ class LayersForward:
     def fits(self) -> bool:
         """Whether all parts are in their places and no prefix acts, which only the model's own
         forward reads."""
-        in_place = all(a is b.module for a, b in zip(self.inner.layers, self.layers, strict=True))
+        in_place = all(a is b.module for a, b in zip(self._places, self.layers, strict=True))
         return in_place and acting_prefix_length(self.model) == 0
 
     @property
     def _embedding(self) -> Any:
         return getattr(self.inner, self._start.names.embedding)
+
+    @property
+    def _places(self) -> Any:
+        return getattr(self.inner, self._start.names.layers)
 
     @property
     def _last_norm(self) -> Any:
@@ -99,12 +104,13 @@ class LayersForward:
         h_1ND = embedding(rows[:1])
         if self._start.scale != 1.0:
             h_1ND = h_1ND * self._start.scale
-        angles = self._start.angles(self.inner.rotary_emb, h_1ND, rows[1:])
-        inputs = [h_1ND[0], *(of_kind[0] for of_kind in angles)]
+        of_positions = self._start.of_positions(self.inner, h_1ND, rows[1:])
+        inputs = [h_1ND[0], *(values[0] for values in of_positions)]
         head = self.model.get_output_embeddings()
         with self.steps.leased() as free:
             if free:
-                beside = _keys_around(embedding) | _keys_around(head)
+                positions = getattr(self.inner, self._start.names.positions)
+                beside = _keys_around(embedding) | _keys_around(head) | _keys_around(positions)
                 states = self.steps.compute(
                     inputs, paged_step, self._layers, self._called, beside, self._ends
                 )
@@ -124,11 +130,8 @@ class LayersForward:
     def _ends(self) -> RecordedEnds | None:
         """Returns the embedding and the head; None if an adapter or a hook acts on them, or if they
         cannot be recorded."""
-        embedding, rotary, head = (
-            self._embedding,
-            self.inner.rotary_emb,
-            self.model.get_output_embeddings(),
-        )
+        embedding, head = self._embedding, self.model.get_output_embeddings()
+        positions: Any = getattr(self.inner, self._start.names.positions)
         table: Any = bare(embedding)
         if table is None or head is None or not isinstance(embedding, nn.Module):
             return None
@@ -138,24 +141,25 @@ class LayersForward:
         if scales[0] is None or operands is None or 1.0 not in scales:
             return None
         head_operands = Head(*operands, *self._logit_rules)
-        ends = Ends.of(table, scales[0] * scales[1], head_operands, rotary, self._start)
+        ends = Ends.of(table, scales[0] * scales[1], head_operands, self.inner, self._start)
         if ends is None:
             return None
-        modules = [*embedding.modules(), *head.modules(), *rotary.modules()]
-        beside = frozenset(_keys_around(embedding) | _keys_around(head))
-        return RecordedEnds(ends, Snapshot(modules, [self.model]), beside)
+        modules = [*embedding.modules(), *head.modules(), *positions.modules()]
+        keys = _keys_around(embedding) | _keys_around(head) | _keys_around(positions)
+        return RecordedEnds(ends, Snapshot(modules, [self.model]), frozenset(keys))
 
     def _layers(self, inputs: Inputs, paged_step: PagedStep) -> Tensor:
-        (h, *angles), branch = inputs, None
-        pairs = list(zip(angles[::2], angles[1::2], strict=True))
-        for layer, (kind, own) in zip(self.layers, self._start.of_layer, strict=True):
-            of_layer = LayerAngles(pairs[kind], pairs[own])
-            h, branch = compute_layer(layer, h, branch, of_layer, paged_step)
+        h, *of_positions = inputs
+        branch = Branch(of_positions[0], 1.0, None, None) if self._start.has_table else None
+        pairs = list(zip(of_positions[::2], of_positions[1::2], strict=False))
+        for layer, numbers in zip(self.layers, self._start.of_layer, strict=True):
+            angles = None if numbers is None else LayerAngles(*(pairs[n] for n in numbers))
+            h, branch = compute_layer(layer, h, branch, angles, paged_step)
         return add_norm(h, branch, self._last_norm, self.norm)[1]
 
     def _called(self) -> list[nn.Module]:
         """Returns all modules that `_layers` may call."""
-        return [self.inner, *self.inner.layers.modules(), *self._last_norm.modules()]
+        return [self.inner, *self._places.modules(), *self._last_norm.modules()]
 
 
 class DecodeStep:
@@ -281,9 +285,11 @@ def _take_apart(model: PreTrainedModel, logit_rules: LogitRules) -> LayersForwar
     places: Any = None if inner is None else unwrapped(inner)
     names = None if places is None else part_names(places)
     if names is None:
-        return f"{name} has no embedding, rotary module, layers or last norm of a usual name"
+        return f"{name} has no embedding, positions, layers or last norm of a usual name"
     layers = find_layers(model)
-    if [layer.module for layer in layers] != [unwrapped(place) for place in places.layers]:
+    if [layer.module for layer in layers] != [
+        unwrapped(place) for place in getattr(places, names.layers)
+    ]:
         return f"{name} has other layers than those of its decoder"
     if any(is_sharded(weight) for layer in layers for weight in layer.module.parameters()):
         return f"the layers of {name} are sharded: they are called whole"

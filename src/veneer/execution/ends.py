@@ -1,8 +1,9 @@
-"""The calls before and behind the layers of a step: embedding, rotary angles, output head. They are
+"""The calls before and behind the layers of a step: embedding, positions, output head. They are
 replayed together with those of the layers (recorded.py).
 
 Works if the embedding is a table times a number, the head a dense product, and a position's angles
-depend on the position alone. The model's own module computes the tables of angles. Shapes: N rows
+depend on the position alone. The model's own module computes the tables of angles; a table of
+positions is read where it is. Shapes: N rows
 of the step, D width, E head size, V ids, P positions.
 """
 
@@ -32,17 +33,17 @@ FIRST_POSITIONS = 512
 class Ends:
     """Records the calls around the layers, and fills in each step's ids and positions.
 
-    table   (V, D), whose rows are multiplied by `scale`
-    rotary  the model's module that computes cosines and sines (1, P, E) of each kind of `start`
+    table  (V, D), whose rows are multiplied by `scale`
+    inner  the decoder, whose module computes what depends on the positions alone
     """
 
     def __init__(
-        self, table: Tensor, scale: float, head: Head, rotary: nn.Module, start: ModelStart
+        self, table: Tensor, scale: float, head: Head, inner: nn.Module, start: ModelStart
     ) -> None:
         self._table, self._scale, self._head = table, scale, head
-        self._rotary, self._start = rotary, start
+        self._inner, self._start = inner, start
         self._positions = 0
-        self._angles: list[Tensor] = []
+        self._tables: list[Tensor] = []
         self._angle_structs: list[Any] = []
         self._logit_structs: list[Any] = []
         self._cap_structs: list[Any] = []
@@ -50,7 +51,7 @@ class Ends:
 
     @classmethod
     def of(
-        cls, embedding: nn.Embedding, scale: float, head: Head, rotary: Any, start: ModelStart
+        cls, embedding: nn.Embedding, scale: float, head: Head, inner: nn.Module, start: ModelStart
     ) -> Ends | None:
         """Returns None if these parts are of another kind.
 
@@ -58,30 +59,32 @@ class Ends:
         """
         table = embedding.weight
         plain = table.is_cpu and table.is_contiguous() and table.dtype is head.weight.dtype
-        kinds = getattr(rotary, "rope_type", None)
+        positions = getattr(inner, start.names.positions)
+        kinds = "default" if start.has_table else getattr(positions, "rope_type", None)
         kinds = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
         if not plain or not kinds <= INDEPENDENT_OF_LENGTH:
             return None
         weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
         own_head = Head(weight, bias, head.scale, head.softcap)
-        ends = cls(table.detach(), scale, own_head, rotary, start)
-        return ends if ends._extend_tables(FIRST_POSITIONS - 1) else None
+        ends = cls(table.detach(), scale, own_head, inner, start)
+        return ends if ends._extend_tables(0) else None
 
     def record(self, tape: StepTape, inputs: Sequence[Tensor], states: Tensor) -> bool:
         """Adds the calls before and behind the layers to a tape. Returns False if a tape cannot
         hold them all.
 
-        inputs: the first layer's, and the angles. states: (N, D), the last layer's output.
+        inputs: the embeddings, and what depends on positions. states: (N, D), the last layer's
+        output.
         """
         rows, most = len(states), tape.memory.most_rows
         self._ids = array("q", bytes(8 * most))
         ids = torch.frombuffer(self._ids, dtype=torch.int64)
         spans = torch.zeros(most, 5, dtype=torch.int64)
-        h, *angles = inputs
+        h, *of_positions = inputs
+        targets = _in_pairs(of_positions)
         with record_step(tape.memory) as before:
             step_calls.step_embed(ids[:rows], self._table, h, self._scale)
-            for n in range(0, len(angles), 2):
-                tables, own = self._angles[n : n + 2], angles[n : n + 2]
+            for tables, own in zip(_in_pairs(self._tables), targets, strict=True):
                 step_calls.step_angles(spans[:rows], *tables, *own)
         with record_step(tape.memory) as behind:
             logits = few_rows.product(states, self._head.weight, self._head.bias)
@@ -105,11 +108,9 @@ class Ends:
             return None
         self._ids[:rows] = array("q", ids)
         self._columns = spans.row_columns
-        for n, struct in enumerate(self._angle_structs):
+        for struct, tables in zip(self._angle_structs, _in_pairs(self._tables), strict=True):
             struct.spans = self._columns.data_ptr()
-            struct.cos_table, struct.sin_table = (
-                table.data_ptr() for table in self._angles[2 * n : 2 * n + 2]
-            )
+            struct.cos_table, struct.sin_table = (table.data_ptr() for table in tables)
         weight = self._head.weight
         logits = torch.empty(rows, len(weight), dtype=weight.dtype)
         put_at(self._logit_structs[0], logits)
@@ -119,19 +120,31 @@ class Ends:
 
     def _extend_tables(self, position: int) -> bool:
         """Computes tables up to a position. Returns False if a position's angles differ when they
-        are computed alone, or are of a type that heads are not rotated by."""
+        are computed alone, or are of a type that heads are not rotated by, or if the model has no
+        such position."""
+        if self._start.has_table:
+            table: Tensor = getattr(self._inner, self._start.names.positions).weight.detach()
+            self._tables, self._positions = [table], len(table)
+            return table.is_contiguous() and position < len(table)
         count = FIRST_POSITIONS
         while count <= position:
             count *= 2
         any_value = self._table[:1, None]
-        tables = self._start.angles(self._rotary, any_value, torch.arange(count)[None])
+        tables = self._start.of_positions(self._inner, any_value, torch.arange(count)[None])
         for alone in (0, count // 3, count - 1):
-            angles = self._start.angles(self._rotary, any_value, torch.tensor([[alone]]))
+            angles = self._start.of_positions(self._inner, any_value, torch.tensor([[alone]]))
             if not all(
                 torch.equal(angle[0, 0], table[0, alone])
                 for angle, table in zip(angles, tables, strict=True)
             ):
                 return False
-        self._angles, self._positions = [table[0].contiguous() for table in tables], count
+        self._tables, self._positions = [table[0].contiguous() for table in tables], count
         types = {self._table.dtype, torch.float32}
-        return all(table.dtype in types for table in self._angles)
+        return all(table.dtype in types for table in self._tables)
+
+
+def _in_pairs(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Returns cosines and sines of each kind; a single table twice, as one call copies two rows."""
+    if len(tensors) == 1:
+        return [(tensors[0], tensors[0])]
+    return list(zip(tensors[::2], tensors[1::2], strict=True))

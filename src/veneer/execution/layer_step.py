@@ -24,7 +24,7 @@ from veneer.execution.paged import PagedStep
 from veneer.kernels import rules
 from veneer.kernels.decoding import decoder_step
 from veneer.kernels.dense import few_rows
-from veneer.linear import FewRowsLinear
+from veneer.linear import FewRowsLinear, is_transposed_linear
 from veneer.private.torch import children_of, has_hooks, parameters_of
 
 DENSE = (nn.Linear, FewRowsLinear)
@@ -54,24 +54,24 @@ def compute_layer(
     layer: DecoderLayer,
     h: Tensor,
     branch: Branch | None,
-    angles: LayerAngles,
+    angles: LayerAngles | None,
     paged_step: PagedStep,
 ) -> tuple[Tensor, Branch | None]:
     """Returns (h, branch): the layer's output, and what is still to be added to it. The arguments
-    are what the layer before returns."""
+    are what the layer before returns. angles None: the model's layers get none."""
     if layer.unknown is not None or layer.attention is None:
         whole: Any = layer.module
         h, _ = add_norm(h, branch, None, None)
-        return whole(h[None], **_arguments_of(angles, paged_step))[0], None
+        return whole(h[None], **_arguments_of(h, angles, paged_step))[0], None
     parts = children_of(layer.module)
     before, after, before_feed_forward, after_feed_forward = layer.norms
     attention, feed = parts[layer.attention_name], parts[FEED_FORWARD]
     assert attention is not None and feed is not None
     h, x = add_norm(h, branch, _place(parts, before), before)
     if bare(attention) is layer.attention.module:
-        values = _attention(layer.attention, x, angles.of_kernels, paged_step)
+        values = _attention(layer.attention, x, angles, paged_step)
     else:
-        values = attention(hidden_states=x[None], **_arguments_of(angles, paged_step))[0][0]
+        values = attention(hidden_states=x[None], **_arguments_of(x, angles, paged_step))[0][0]
     scale = layer.residual_scale
     branch = Branch(values, scale, _place(parts, after), after)
     place = _place(parts, before_feed_forward)
@@ -100,22 +100,24 @@ def _feed_forward(layer: DecoderLayer, feed: Any, x: Tensor) -> Tensor:
     return product(values, places[gated.output])
 
 
-def _arguments_of(angles: LayerAngles, paged_step: PagedStep) -> dict[str, Any]:
-    """Returns the arguments of a layer's own code, without its rows."""
-    own = tuple(of_rows[None] for of_rows in angles.own)
-    mask = mask_of(paged_step, own[0].device)
-    return {"position_embeddings": own, "attention_mask": mask, "veneer_layout": paged_step}
+def _arguments_of(h: Tensor, angles: LayerAngles | None, paged_step: PagedStep) -> dict[str, Any]:
+    """Returns the arguments of a layer's own code, without its rows h."""
+    arguments = {"attention_mask": mask_of(paged_step, h.device), "veneer_layout": paged_step}
+    if angles is None:
+        return arguments
+    return arguments | {"position_embeddings": tuple(of_rows[None] for of_rows in angles.own)}
 
 
 def _attention(
-    facts: Attention, x: Tensor, angles: tuple[Tensor, Tensor], paged_step: PagedStep
+    facts: Attention, x: Tensor, angles: LayerAngles | None, paged_step: PagedStep
 ) -> Tensor:
     places, size = children_of(facts.module), facts.head_dim
     outputs = _products(x, [places[name] for name in facts.inputs])
     by_head = facts.is_by_head
     q, k, v = _split_by_head(outputs[0], size) if by_head else _heads(facts, outputs, places)
     if facts.rotation is not None:
-        decoder_step.rotate(q, k, *angles, neighbours=facts.rotation.neighbours)
+        assert angles is not None
+        decoder_step.rotate(q, k, *angles.of_kernels, neighbours=facts.rotation.neighbours)
     out = paged_step.attend(q, k, v, (), facts.rules)
     return product(out.flatten(1), places[facts.output])
 
@@ -163,9 +165,10 @@ def dense_operands(x: Tensor, place: nn.Module | None) -> tuple[Tensor, Tensor |
     """Returns weight and bias of a linear layer; None if few_rows does not compute its product
     with x."""
     linear: Any = bare(place)
-    if type(linear) not in DENSE or not few_rows.usable(x, linear.weight, linear.bias):
+    if type(linear) not in DENSE and (linear is None or not is_transposed_linear(linear)):
         return None
-    return linear.weight, linear.bias
+    weight = linear.weight if type(linear) in DENSE else linear.weight.T
+    return (weight, linear.bias) if few_rows.usable(x, weight, linear.bias) else None
 
 
 def product(x: Tensor, place: Any) -> Tensor:

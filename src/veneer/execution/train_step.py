@@ -9,6 +9,7 @@ several adapters, another attention), it calls its module.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -130,18 +131,19 @@ class FusedAttention(StandIn):
                 attention_mask=attention_mask,
                 **others,
             )
-        assert position_embeddings is not None
         inputs = hidden_states, position_embeddings, attention_mask
         return attend(self.facts, self.base, *inputs, **others)
 
     def takes(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> bool:
         """Whether this forward was proven: our attention, angles of the width and of a type that
-        the block takes."""
+        the block takes. A block that rotates nothing may get no angles."""
         block, rotation = self.base, self.facts.rotation
         width = self.facts.head_dim if rotation is None else rotation.size
         config = getattr(block, "config", None)
-        if position_embeddings is None or attention_of(config) != NAME or x.dim() != 3:
+        if attention_of(config) != NAME or x.dim() != 3:
             return False
+        if position_embeddings is None:
+            return rotation is None
         types = {x.dtype, torch.float32} if self.facts.takes_float32 else {x.dtype}
         return all(
             angles.dtype in types and angles.dim() == 3 and angles.shape[-1] == width
@@ -156,6 +158,8 @@ class FusedLayer(StandIn):
     def __init__(self, base: nn.Module, facts: DecoderLayer) -> None:
         super().__init__(base)
         self.facts, self.places = facts, module_rows(facts.module_widths)
+        _, *beside = signature(base.forward).parameters.values()
+        self.positional = [own.name for own in beside if own.kind is own.POSITIONAL_OR_KEYWORD]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the layer with its hooks, which gather it if it is sharded."""
@@ -169,7 +173,8 @@ class FusedLayer(StandIn):
     def _forward(
         self, own_code: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        block = None if args else self._block(hidden_states, **kwargs)
+        named = dict(zip(self.positional, args, strict=False))
+        block = None if len(named) < len(args) else self._block(hidden_states, **named, **kwargs)
         if block is None:
             return own_code(hidden_states, *args, **kwargs)
         if block.has_feed_forward:
@@ -186,7 +191,7 @@ class FusedLayer(StandIn):
         **others: Any,
     ) -> Block | None:
         attention = self._stand_in_of(self.facts.attention_name)
-        beside = (*CACHES, "veneer_prefix", "veneer_keys")
+        beside = (*CACHES, "encoder_hidden_states", "veneer_prefix", "veneer_keys")
         if not isinstance(veneer_layout, LayoutAttention) or any(
             others.get(name) is not None for name in beside
         ):
@@ -198,7 +203,6 @@ class FusedLayer(StandIn):
             return None
         if not attention.takes(x, position_embeddings):
             return None
-        assert position_embeddings is not None
         ends = accumulate((rows for rows, _ in layouts), initial=0)
         spans, x_MI = [slice(*ends_of_part) for ends_of_part in pairwise(ends)], x.detach()[0]
         modules, norms = self._linears(attention, x_MI, spans), self._norms(attention)
@@ -208,6 +212,7 @@ class FusedLayer(StandIn):
         assert heads is not None
         parts, rotation = list[BlockPart](), heads.rotation
         if rotation is not None:
+            assert position_embeddings is not None
             cos, sin = (
                 rotation.in_halves(angles[0]).contiguous() for angles in position_embeddings
             )

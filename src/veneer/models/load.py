@@ -32,7 +32,7 @@ from veneer.bases.identity.byte_hashes import hashes_of
 from veneer.bases.identity.fingerprint import earlier_fingerprint, fingerprint
 from veneer.bases.loading.builders import builder_for
 from veneer.bases.loading.dense import build_dense
-from veneer.bases.loading.own_pages import take_own_pages
+from veneer.bases.loading.own_pages import reorder_transposed, take_own_pages
 from veneer.bases.loading.streaming import Placed, build_packed, stores_single_experts
 from veneer.bases.loading.widen import widen
 from veneer.bases.names.sources import locate, locate_blocks
@@ -132,6 +132,8 @@ def load_base(
                 model = build(model_folder, config, read_as, place)
             else:
                 model = build_dense(model_folder.folder, config, read_as)
+            if place.type == "cpu":
+                reorder_transposed(model)
             if own_pages and not compute.widens and place.type == "cpu":
                 take_own_pages(model)
             hashes = None if sharding is not None else hashes_of(model)

@@ -16,7 +16,7 @@ from veneer.data.batching import prefix_keys
 from veneer.errors import ConfigError
 from veneer.kernels.dense.dora import dora_linear, dora_linear_reference, row_norms, row_squares
 from veneer.kernels.dense.dropout import Dropout
-from veneer.linear import DenseLinear, TransposedLinear, frozen_linear
+from veneer.linear import DenseLinear, frozen_linear
 
 M, I, O, R, SCALING = 7, 11, 5, 3, 0.6
 
@@ -179,7 +179,7 @@ def test_an_embedding_is_that_of_the_table_whose_columns_have_their_length(scale
     V, D = 13, 6
     table, A, B, magnitude = draw(V, D), draw(R, V), draw(D, R), draw(D) + 2
     table[:, 4] = B[4] = 0  # no length: its factor stays 1
-    base = TransposedLinear(torch.nn.Embedding.from_pretrained(table))
+    base = DenseLinear(torch.nn.Embedding.from_pretrained(table), is_transposed=True)
     layer = DoRALayer(LoRALayer("embedding", A, B, alpha=R * SCALING, rslora=False), base)
     assert layer.magnitude.shape == (D,) and layer.parts().keys() == {"A", "B", "magnitude"}
     torch.testing.assert_close(layer.magnitude, (table + SCALING * (B @ A).T).norm(dim=0).float())

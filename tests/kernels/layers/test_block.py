@@ -40,15 +40,15 @@ PARTLY_ROTATED = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary
 FAMILIES = [
     *("llama", "qwen2", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "olmo2", "exaone4"),
     *("phi3", "glm4", "cohere", "stablelm", "starcoder2", "phi", "granite"),
-    "gpt_neox",
+    *("gpt_neox", "gpt2"),
 ]
 """Norms of heads, of all heads, before and behind the parts, in float32; gates of GELU; layers
-without rotation, or with angles in float32."""
+without rotation, or with angles in float32; transposed weights."""
 
 
 MIXTURES = ["mixtral", "qwen3_moe"]
 """Families whose attention is one node, and whose experts are another."""
-OWN_SIZES = {"gpt_neox": {"rope_parameters": PARTLY_ROTATED}}
+OWN_SIZES = {"gpt_neox": {"rope_parameters": PARTLY_ROTATED}, "gpt2": {"n_inner": 96}}
 """Fields of a family's config beside SIZES."""
 OWN_NAMES = {
     "starcoder2": {"gate_proj": "c_fc", "up_proj": "c_fc", "down_proj": "c_proj"},
@@ -62,10 +62,15 @@ OWN_NAMES = {
         "down_proj": "dense_4h_to_h",
     },
 }
+OWN_NAMES["gpt2"] = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "c_attn"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "c_fc"),
+    **dict.fromkeys(("o_proj", "down_proj"), "c_proj"),
+}
 for names in (OWN_NAMES["phi3"], OWN_NAMES["glm4"]):
     names |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
 """Families with other names of modules: {name elsewhere: their name}."""
-IN_ANOTHER_ORDER = {"phi3", "glm4", "cohere", "phi"}
+IN_ANOTHER_ORDER = {"phi3", "glm4", "cohere", "phi", "gpt2"}
 """Families that add up gradients in another order than their parts: those of a factor that layers
 share, or of an input that both blocks read."""
 

@@ -629,11 +629,12 @@ def test_calls_are_made_again_of_fewer_and_more_rows_within_their_room():
 
 def test_tables_and_heads_that_c_cannot_read_are_no_ends():
     base = based()
-    embedding, rotary = base.model.model.embed_tokens, base.model.model.rotary_emb
-    head, start = Head(base.model.lm_head.weight), find_start(base.model.model)
+    inner = base.model.model
+    embedding = inner.embed_tokens
+    head, start = Head(base.model.lm_head.weight), find_start(inner)
 
     def ends_of(table, head=head):
-        return ends.Ends.of(table, 1.0, head, rotary, start)
+        return ends.Ends.of(table, 1.0, head, inner, start)
 
     assert ends_of(embedding) is not None
     turned, other = torch.nn.Embedding(*embedding.weight.shape), torch.nn.Embedding(4, 4)

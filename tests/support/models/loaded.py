@@ -21,6 +21,7 @@ from veneer.linear import FewRowsLinear
 
 ALLOWED: Mapping[str, str] = {
     r"requires_grad of .*": "a base is frozen",
+    r"stride of .*\.(c_attn|c_proj|c_fc)\.weight": "compiled products read a Conv1D by rows",
     "_veneer_record": "what is known of the model",
     r".*\.recurrent_states": "the state that a layer keeps of the last text it read",
     r"generation_config\.eos_token_id": (

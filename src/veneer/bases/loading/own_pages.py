@@ -1,4 +1,5 @@
-"""Copies a base's memory-mapped weights into memory of this process, contiguous, on huge pages.
+"""Copies a base's memory-mapped weights into memory of this process, contiguous, on huge pages;
+transposed ones in the order that compiled products read.
 
 Decoding reads all weights for each token, and reads them faster there. The process does not grow:
 the file's pages leave it as soon as each tensor is copied. But processes that map one file share
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from veneer.files.memory import container_bytes, memory
 from veneer.kernels.bindings import pages
+from veneer.linear import is_transposed_linear
 
 LINE = 64
 
@@ -50,6 +52,24 @@ def take_own_pages(model: nn.Module) -> int:
         release_pages(parameter)
         parameter.data = copy
     return total
+
+
+@torch.no_grad()
+def reorder_transposed(model: nn.Module) -> None:
+    """Stores the weight (I, O) of each Conv1D in memory as (O, I), as compiled products read it.
+
+    The parameters stay the same objects with the same values and shapes.
+    """
+    files = MappedFiles()
+    for module in model.modules():
+        if not is_transposed_linear(module):
+            continue
+        weight = module.get_parameter("weight")
+        if weight.is_cpu and weight.is_contiguous():
+            copy = weight.T.contiguous().T
+            if files.hold(weight):
+                release_pages(weight)
+            weight.data = copy
 
 
 def available_bytes() -> int:

@@ -29,6 +29,7 @@ from veneer.execution.facts.part_facts import find_norm
 from veneer.execution.facts.small_modules import (
     ROWS,
     WIDTH,
+    passes_values_on,
     random_rows,
     small_linear,
     with_children,
@@ -53,7 +54,7 @@ _ROTATIONS = (
 @torch.no_grad()
 def find_attention(block: Any) -> Attention | None:
     """Returns the facts of an attention block; None for any other module."""
-    names = {name for name, _ in block.named_children()}
+    names = {name for name, part in block.named_children() if not passes_values_on(part)}
     size = getattr(block, "head_dim", getattr(block, "head_size", None))
     inputs, output = names_in_attention(names)
     own, norm_names = {*inputs, output}, {*HEAD_NORMS} & names
@@ -73,7 +74,7 @@ def find_attention(block: Any) -> Attention | None:
     if len(norms) != len(modules) or len(linears) != len(views):
         return None
     outputs, attended = [view.out_features for view in linears[:-1]], linears[-1].in_features
-    if inputs == JOINED_QKV:
+    if inputs[0] in JOINED_QKV:
         both = sum(outputs) - attended
         outputs = [attended, both // 2, both - both // 2]
     if inputs == QKV_BY_HEAD:
@@ -110,7 +111,8 @@ def _confirm(facts: Attention, dtype: torch.dtype, width: int) -> Attention | No
     width."""
     block, parts = facts.module, dict[str, nn.Module]()
     for seed, name in enumerate((*facts.inputs, facts.output)):
-        own: Any = unwrapped(children_of(block)[name])
+        own = frozen_linear(unwrapped(children_of(block)[name]))
+        assert own is not None
         ins, outs = (own.in_features, WIDTH) if name == facts.output else (WIDTH, own.out_features)
         parts[name] = small_linear(ins, outs, dtype, seed)
     for norm in facts.norms:
@@ -155,7 +157,7 @@ def attend(
     facts: Attention,
     block: Any,
     hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
+    position_embeddings: tuple[Tensor, Tensor] | None,
     attention_mask: Tensor | None,
     **others: Any,
 ) -> tuple[Tensor, Any]:
@@ -174,6 +176,7 @@ def attend(
         k = block.k_norm(k.reshape(B, T, -1, k_norm.weight.numel()))
     q, k = q.reshape(B * T, -1, S), k.reshape(B * T, -1, S)
     if facts.rotation is not None:
+        assert position_embeddings is not None
         cos, sin = (
             facts.rotation.in_halves(angles).expand(B, T, -1).reshape(B * T, -1)
             for angles in position_embeddings

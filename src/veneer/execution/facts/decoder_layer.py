@@ -27,6 +27,7 @@ from veneer.execution.facts.layer_facts import (
 )
 from veneer.execution.facts.norm_places import Sums, find_places
 from veneer.execution.facts.part_facts import find_feed_forward, find_norm
+from veneer.execution.facts.small_modules import passes_values_on
 from veneer.execution.stand_in import StandIn
 from veneer.model_record import record_of
 from veneer.private.transformers import attention_of
@@ -93,11 +94,11 @@ def _find_layer(layer: nn.Module) -> DecoderLayer:
     parts = {name: unwrapped(child) for name, child in layer.named_children()}
     attention_name = next((name for name in ATTENTIONS if name in parts), ATTENTIONS[0])
     attention, feed = parts.pop(attention_name, layer), parts.pop(FEED_FORWARD, layer)
-    parts = {name: part for name, part in parts.items() if not _passes_values_on(part)}
-    children = {name for name, _ in attention.named_children()}
+    parts = {name: part for name, part in parts.items() if not passes_values_on(part)}
+    children = {name for name, part in attention.named_children() if not passes_values_on(part)}
     inputs, output = names_in_attention(children)
     usual = {*inputs, output}
-    beside = {name for name in parts if not name.endswith("norm")}
+    beside = {name for name in parts if not _is_norm(name)}
     if layer in (attention, feed):
         beside |= {attention_name, FEED_FORWARD} - {name for name, _ in layer.named_children()}
     if beside or children not in (usual, usual | set(HEAD_NORMS)):
@@ -118,6 +119,5 @@ def _find_layer(layer: nn.Module) -> DecoderLayer:
     return DecoderLayer(layer, sums.norms, heads, feed_forward, *adds, unknown, attention_name)
 
 
-def _passes_values_on(module: nn.Module) -> bool:
-    """Whether it is a dropout that drops nothing, now or ever: models stay in eval mode."""
-    return type(module) is nn.Dropout and not (module.training and module.p)
+def _is_norm(name: str) -> bool:
+    return name.endswith("norm") or name.startswith("ln_")

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, SILU
 from veneer.kernels.rules import AttentionRules
 
-ATTENTIONS, FEED_FORWARD = ("self_attn", "attention"), "mlp"
+ATTENTIONS, FEED_FORWARD = ("self_attn", "attention", "attn"), "mlp"
 """Names of the parts of a layer beside its norms."""
-QKV, OUTPUTS = ("q_proj", "k_proj", "v_proj"), ("o_proj", "dense")
+QKV, OUTPUTS = ("q_proj", "k_proj", "v_proj"), ("o_proj", "dense", "c_proj")
 HEAD_NORMS = ("q_norm", "k_norm")
 GATE_UP, DOWN = ("gate_proj", "up_proj"), "down_proj"
-JOINED_QKV, JOINED_GATE_UP = ("qkv_proj",), ("gate_up_proj",)
-"""Modules whose outputs are those of several layers, side by side."""
+JOINED_QKV, JOINED_GATE_UP = ("qkv_proj", "c_attn"), ("gate_up_proj",)
+"""Modules whose outputs are those of several layers, side by side. A block has one of them."""
 QKV_BY_HEAD = ("query_key_value",)
 """A module whose outputs are q, k and v of the first head, then those of the next one."""
 
@@ -32,8 +32,8 @@ ACTIVATIONS = (SILU, GELU_TANH, GELU_ERF)
 
 def names_in_attention(children: Container[str]) -> tuple[tuple[str, ...], str]:
     """Returns the names of the modules that compute q, k and v, and of the one that computes o."""
-    joined = (names for names in (JOINED_QKV, QKV_BY_HEAD) if names[0] in children)
-    inputs = next(joined, QKV)
+    joined = [(name,) for name in (*JOINED_QKV, *QKV_BY_HEAD) if name in children]
+    inputs = joined[0] if joined else QKV
     return inputs, next((name for name in OUTPUTS if name in children), OUTPUTS[0])
 
 
@@ -150,7 +150,7 @@ class Attention:
 
     @property
     def is_joined(self) -> bool:
-        return self.inputs == JOINED_QKV
+        return self.inputs[0] in JOINED_QKV
 
     @property
     def is_by_head(self) -> bool:

@@ -1,9 +1,9 @@
 """What a model does before its first layer, as data: the scale of its embeddings, and which cosines
-and sines each layer gets.
+and sines each layer gets, or which row of a table of positions is added to an embedding.
 
-Both are found by running the decoder's own code without its layers: recording modules take the
-places of its embedding, its rotary module, its layers and its last norm. Nothing is assumed of a
-family. Shapes: N rows, D width, E head size.
+It is found by running the decoder's own code without its layers: recording modules take the places
+of its embedding, its rotary module or table of positions, its layers and its last norm. Nothing is
+assumed of a family. Shapes: N rows, D width, E head size, P positions.
 """
 
 from __future__ import annotations
@@ -16,30 +16,34 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from veneer.adapters.placement.wrapping import unwrapped
 from veneer.execution.attention import packed_arguments
 from veneer.execution.facts.layer_facts import Rotation
 from veneer.execution.facts.small_modules import ROWS, with_children
 from veneer.private.torch import replace_parameters
 
-EMBEDDINGS = ("embed_tokens", "embed_in")
-LAST_NORMS = ("norm", "final_layernorm", "final_layer_norm")
+EMBEDDINGS = ("embed_tokens", "embed_in", "wte")
+LAST_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+LAYERS = ("layers", "h")
+POSITIONS = ("rotary_emb", "wpe")
+"""Names of the module that computes angles, and of the table of positions of models without it."""
 
 
 class PartNames(NamedTuple):
-    """Names of a decoder's embedding and of its last norm."""
+    """Names of the parts of a decoder. positions: its rotary module or its table of positions."""
 
     embedding: str
     norm: str
+    layers: str
+    positions: str
 
 
 def part_names(inner: nn.Module) -> PartNames | None:
-    """Returns the names in a decoder. Returns None if its embedding, last norm, rotary module or
-    layers have no usual name."""
+    """Returns the names in a decoder. Returns None if one of these parts has no usual name."""
     children = {name for name, child in inner.named_children() if child is not None}
-    if not {"rotary_emb", "layers"} <= children:
-        return None
     names = [
-        next((name for name in usual if name in children), "") for usual in (EMBEDDINGS, LAST_NORMS)
+        next((name for name in usual if name in children), "")
+        for usual in (EMBEDDINGS, LAST_NORMS, LAYERS, POSITIONS)
     ]
     return PartNames(*names) if all(names) else None
 
@@ -65,21 +69,33 @@ class AngleKind(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelStart:
-    """The input of the first layer is scale * embed_tokens(ids), rounded once.
+    """The input of the first layer is scale * embed_tokens(ids), rounded once, and then plus the
+    row of its position, if there is a table of positions.
 
     names     of the decoder's parts
     kinds     arguments of the rotary module, for each kind of angles
-    of_layer  numbers of the kinds that each layer gets: for the kernels, and for its own code
+    of_layer  numbers of the kinds that each layer gets: for the kernels, and for its own code; None
+              if it gets no angles
     """
 
     names: PartNames
     scale: float
     kinds: tuple[AngleKind, ...]
-    of_layer: tuple[tuple[int, int], ...]
+    of_layer: tuple[tuple[int, int] | None, ...]
 
-    def angles(self, rotary: Any, h_1ND: Tensor, positions_1N: Tensor) -> list[Tensor]:
-        """Returns cosines and sines (1, N, R) of each kind, in order."""
-        pairs = [kind.angles(rotary, h_1ND, positions_1N) for kind in self.kinds]
+    @property
+    def has_table(self) -> bool:
+        """Whether rows of a table of positions are added to the embeddings. Else layers get
+        angles."""
+        return not self.kinds
+
+    def of_positions(self, inner: nn.Module, h_1ND: Tensor, positions_1N: Tensor) -> list[Tensor]:
+        """Returns cosines and sines (1, N, R) of each kind, in order, or the rows (1, N, D) of the
+        table of positions."""
+        module: Any = getattr(inner, self.names.positions)
+        if self.has_table:
+            return [module(positions_1N)]
+        pairs = [kind.angles(module, h_1ND, positions_1N) for kind in self.kinds]
         return [angles for pair in pairs for angles in pair]
 
     def rotating(self, rotations: Sequence[Rotation | None]) -> ModelStart:
@@ -87,8 +103,12 @@ class ModelStart:
 
         rotations: of each layer; None: it takes the angles as they are
         """
-        kinds, of_layer = [*self.kinds], list[tuple[int, int]]()
-        for (_, own), rotation in zip(self.of_layer, rotations, strict=True):
+        if self.has_table:
+            return self
+        kinds, of_layer = [*self.kinds], list[tuple[int, int] | None]()
+        for numbers, rotation in zip(self.of_layer, rotations, strict=True):
+            assert numbers is not None
+            own = numbers[1]
             order = None if rotation is None or rotation.takes_halves else rotation
             kind = self.kinds[own]._replace(rotation=order)
             kinds += [] if kind in kinds else [kind]
@@ -96,8 +116,9 @@ class ModelStart:
         return replace(self, kinds=tuple(kinds), of_layer=tuple(of_layer))
 
 
-class _KnownEmbedding(nn.Module):
-    """Replaces an embedding: gives known rows (1, N, D), whatever the ids are."""
+class _KnownRows(nn.Module):
+    """Replaces an embedding or a table of positions: gives known rows (1, N, D), whatever the ids
+    are."""
 
     def __init__(self, rows_1ND: Tensor) -> None:
         super().__init__()
@@ -127,7 +148,7 @@ class _RecordingLayer(nn.Module):
     """Replaces a decoder layer: records its input and its angles, and gives its input."""
 
     def forward(
-        self, hidden_states: Tensor, *, position_embeddings: Any = None, **others: Any
+        self, hidden_states: Tensor, *beside: Any, position_embeddings: Any = None, **others: Any
     ) -> Tensor:
         self.input, self.angles = hidden_states, position_embeddings
         return hidden_states
@@ -142,22 +163,32 @@ def find_start(inner: nn.Module) -> ModelStart | None:
     table = inner.get_submodule(names.embedding).get_parameter("weight")
     device = table.device
     draw = torch.Generator().manual_seed(0)
-    random_rows = torch.randn(1, ROWS, table.shape[1], generator=draw).to(table.dtype).to(device)
+    random_rows, added_rows = (
+        torch.randn(1, ROWS, table.shape[1], generator=draw).to(table.dtype).to(device)
+        for _ in range(2)
+    )
+    has_table = isinstance(unwrapped(getattr(inner, names.positions)), nn.Embedding)
+    added = added_rows if has_table else None
     try:
         ones = torch.ones(1, ROWS, 4, device=device)
-        scale = float(_run(inner, names, ones)[0].input.flatten()[0])
-        layers = _run(inner, names, random_rows)
+        of_ones = _run(inner, names, ones, torch.zeros_like(ones) if has_table else None)
+        scale = float(of_ones[0].input.flatten()[0])
+        layers = _run(inner, names, random_rows, added)
     except Exception:  # modelling code may raise any, as in agreement.disagreement
         return None
-    kinds, of_layer = list[AngleKind](), list[tuple[int, int]]()
+    kinds, of_layer = list[AngleKind](), list[tuple[int, int] | None]()
     for layer in layers:
+        if has_table:
+            of_layer.append(None)
+            continue
         if layer.kind is None:
             return None
         kinds += [] if layer.kind in kinds else [layer.kind]
         number = kinds.index(layer.kind)
         of_layer.append((number, number))
     scaled = random_rows if scale == 1.0 else random_rows * scale
-    if not layers or not torch.equal(layers[0].input, scaled):
+    expected = scaled if added is None else scaled + added
+    if not layers or not torch.equal(layers[0].input, expected):
         return None
     return ModelStart(names, scale, tuple(kinds), tuple(of_layer))
 
@@ -168,12 +199,20 @@ class _LayerInput:
     kind: AngleKind | None
 
 
-def _run(inner: Any, names: PartNames, rows_1ND: Tensor) -> Sequence[_LayerInput]:
-    """Runs a decoder's own code without its layers on these embeddings."""
-    rotary = _RecordingRotary(inner.rotary_emb)
-    layers = nn.ModuleList([_RecordingLayer() for _ in inner.layers])
-    places = {names.embedding: _KnownEmbedding(rows_1ND), "rotary_emb": rotary, "layers": layers}
-    small = with_children(inner, {**places, names.norm: nn.Identity()})
+def _run(
+    inner: nn.Module, names: PartNames, rows_1ND: Tensor, added_1ND: Tensor | None
+) -> Sequence[_LayerInput]:
+    """Runs a decoder's own code without its layers on these embeddings. added_1ND: rows of its
+    table of positions."""
+    rotary = _RecordingRotary(getattr(inner, names.positions))
+    layers = nn.ModuleList([_RecordingLayer() for _ in getattr(inner, names.layers)])
+    places = {
+        names.embedding: _KnownRows(rows_1ND),
+        names.positions: rotary if added_1ND is None else _KnownRows(added_1ND),
+        names.layers: layers,
+        names.norm: nn.Identity(),
+    }
+    small = with_children(inner, places)
     count = rows_1ND.shape[1]
     positions = torch.arange(count, device=rows_1ND.device)[None]
     out = small.forward(

@@ -19,6 +19,7 @@ from veneer.execution.facts.layer_facts import (
 )
 from veneer.execution.facts.small_modules import (
     WIDTH,
+    passes_values_on,
     random_rows,
     small_linear,
     with_children,
@@ -82,7 +83,8 @@ def find_feed_forward(module: nn.Module) -> FeedForward | None:
     instance one that clips its values."""
     children = children_of(module)
     activation_name = next((name for name in ACTIVATION_NAMES if name in children), "")
-    activation, names = children.get(activation_name), [*children]
+    activation = children.get(activation_name)
+    names = [name for name, part in children.items() if not passes_values_on(part)]
     if not isinstance(activation, nn.Module) or any(True for _ in activation.parameters()):
         return None
     names.remove(activation_name)

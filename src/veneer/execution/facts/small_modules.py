@@ -41,6 +41,11 @@ def with_small_weight(module: nn.Module, device: str | None = None) -> tuple[nn.
     return small, weight
 
 
+def passes_values_on(module: nn.Module) -> bool:
+    """Whether it is a dropout that drops nothing, now or ever: models stay in eval mode."""
+    return type(module) is nn.Dropout and not (module.training and module.p)
+
+
 def random_rows(width: int, dtype: torch.dtype) -> Tensor:
     """Returns (ROWS, width) random values, from small to large rows, so that a part that clips
     values or adds a small one gives another result. In float16 all rows have one scale."""

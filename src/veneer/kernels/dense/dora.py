@@ -43,7 +43,7 @@ def row_norms(
     tokens.
     """
     A_RI, B_OR = A.to(base.dtype), B.to(base.dtype)
-    dense = isinstance(base, DenseLinear)
+    dense = isinstance(base, DenseLinear) and base.weight.is_contiguous()
     cross_OR = (
         rank.down(base.dense_weight(base.dtype), A_RI) if dense else base.product(A_RI, None).T
     )

@@ -7,6 +7,7 @@ weight formats do not know each other. Shapes: M rows (batch times tokens), I in
 out_features.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -53,28 +54,37 @@ class DivisibleLinear:
 
 
 class DenseLinear(DivisibleLinear):
-    """A frozen nn.Linear, which stores W as (O, I), or these rows of its W."""
+    """A frozen linear layer with a dense W, or these rows of its W.
 
-    def __init__(self, module: nn.Linear, rows: slice | None = None) -> None:
-        self.module, self.rows = module, rows
-        self.in_features, self.out_features = module.in_features, module.out_features
+    is_transposed  the module's parameter is (I, O), as GPT-2's Conv1D has it; otherwise (O, I)
+    """
+
+    def __init__(
+        self, module: nn.Module, rows: slice | None = None, *, is_transposed: bool = False
+    ) -> None:
+        self.module: Any = module
+        self.rows, self.is_transposed = rows, is_transposed
+        shape: Sequence[int] = module.get_parameter("weight").shape
+        self.out_features, self.in_features = shape[::-1] if is_transposed else shape
         if rows is not None:
-            self.out_features = len(range(*rows.indices(module.out_features)))
+            self.out_features = len(range(*rows.indices(self.out_features)))
 
     def output_rows(self, rows: slice) -> "DenseLinear":
-        return DenseLinear(self.module, rows)
+        return DenseLinear(self.module, rows, is_transposed=self.is_transposed)
 
     @property
     def weight(self) -> Tensor:
-        return self.module.weight if self.rows is None else self.module.weight[self.rows]
+        own: Tensor = self.module.weight
+        weight = own.T if self.is_transposed else own
+        return weight if self.rows is None else weight[self.rows]
 
     @property
     def device(self) -> torch.device:
-        return self.module.weight.device
+        return self.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.module.weight.dtype
+        return self.weight.dtype
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return products.linear(x, self.weight, bias)
@@ -86,7 +96,7 @@ class DenseLinear(DivisibleLinear):
         return self.weight.detach().to(dtype)
 
     def own_bias(self) -> Tensor | None:
-        bias: Tensor | None = self.module.bias
+        bias: Tensor | None = getattr(self.module, "bias", None)  # an embedding has none
         return bias if bias is None or self.rows is None else bias[self.rows]
 
 

@@ -67,17 +67,13 @@ class InferenceUpdates:
         Returns None if that is not all."""
         if self.alone or self.bundled or not isinstance(base, DenseLinear):
             return None
-        return (
-            (base.module.weight, bias, self.few)
-            if few_rows.usable(x_MI, base.module.weight, bias)
-            else None
-        )
+        return (base.weight, bias, self.few) if few_rows.usable(x_MI, base.weight, bias) else None
 
     def _with_few(self, x_MI: Tensor, bias: Tensor | None, base: FrozenLinear) -> Tensor:
         if self.few is None:
             return base.product(x_MI, bias)
-        if isinstance(base, DenseLinear) and few_rows.usable(x_MI, base.module.weight, bias):
-            return few_rows.updated(x_MI, [(base.module.weight, bias, self.few)])[0]
+        if isinstance(base, DenseLinear) and few_rows.usable(x_MI, base.weight, bias):
+            return few_rows.updated(x_MI, [(base.weight, bias, self.few)])[0]
         y_MO = base.product(x_MI, bias).contiguous()
         few_rows.add_updates(y_MO, x_MI, self.few)
         return y_MO
