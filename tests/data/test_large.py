@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from tests.support.helpers import ended_before_step
 from tests.support.tiny import save_tiny
@@ -32,7 +33,6 @@ from veneer.data.split import BY_THRESHOLD
 from veneer.errors import CorruptFileError, DataError
 from veneer.files.atomic import write_manifest
 from veneer.files.lock import locked
-from veneer.files.strict_tensors import read_tensors
 from veneer.models.load import load_base
 from veneer.training import config as config_module
 from veneer.training import prepare
@@ -306,7 +306,7 @@ def test_a_run_learns_the_same_bits_and_resumes_from_either(world: Path, tmp_pat
     file.write_text(file.read_text().replace("tokens: memory", "tokens: files"))
     assert main(["train", "--resume", str(tmp_path / "parts"), "--quiet"]) == 0
     found = [
-        read_tensors(tmp_path / n / "adapter" / "adapter_model.safetensors")
+        load_file(tmp_path / n / "adapter" / "adapter_model.safetensors")
         for n in ("memory", "files", "parts")
     ]
     for other in found[1:]:
@@ -369,7 +369,7 @@ def test_under_exact_sums_a_run_goes_on_with_as_many_rows_at_once_as_it_began_wi
     assert main(["train", "--resume", str(tmp_path / "run"), "--quiet"]) == 0
     run_training(run("now"), resume=False, screen=QuietScreen())
     whole, resumed, now = (
-        read_tensors(tmp_path / name / "adapter" / "adapter_model.safetensors")
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
         for name in ("whole", "run", "now")
     )
     assert all((whole[name] == resumed[name]).all() for name in whole)

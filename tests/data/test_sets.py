@@ -12,6 +12,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import veneer
 from tests.support.helpers import ended_before_step
@@ -21,7 +22,6 @@ from veneer.cli import main
 from veneer.data.batching import plan_epoch
 from veneer.data.mixture import Mixture, mix_sets
 from veneer.errors import ConfigError
-from veneer.files.strict_tensors import read_tensors
 from veneer.training.output.records import read_records
 from veneer.training.output.screen import QuietScreen
 from veneer.training.run import run_training
@@ -152,7 +152,7 @@ def test_a_run_over_sets_says_what_it_mixes_tells_their_losses_apart_and_resumes
         run_training(other, resume=False, screen=QuietScreen())
     run_training(resume_config(tmp_path / "b"), resume=True, screen=QuietScreen())
     first, second = (
-        read_tensors(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in "ab"
+        load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in "ab"
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
 

@@ -15,7 +15,7 @@ from veneer.errors import CorruptFileError, RefusedError, SourceError, UnsafeFil
 from veneer.files import strict_tensors
 from veneer.files.nesting import MAX_JSON_DEPTH
 from veneer.files.strict_json import read_json, read_model_json
-from veneer.files.strict_tensors import MAX_HEADER_BYTES, read_header, read_tensors
+from veneer.files.strict_tensors import MAX_HEADER_BYTES, read_header, read_tensor_file
 
 SMALL = save(
     {
@@ -40,7 +40,7 @@ def entry(dtype="F32", shape=(1,), begin=0, end=4) -> dict[str, object]:
 def read(tmp_path):
     def read_bytes(data: bytes):
         (tmp_path / "t.safetensors").write_bytes(data)
-        return read_tensors(tmp_path / "t.safetensors")
+        return read_tensor_file(tmp_path / "t.safetensors")[0]
 
     return read_bytes
 

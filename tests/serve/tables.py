@@ -10,8 +10,8 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
+from tests.serve.limit_table import LIMITS, Limit
 from veneer.serve.http.paths import BODIES
-from veneer.serve.limits import LIMITS, Limit
 from veneer.serve.protocols.body import NO_EFFECT, Body, NotSupported
 
 PAGE = Path(__file__).parents[2] / "docs" / "serve.md"

@@ -177,12 +177,6 @@ def _natural_numbers(values: Any) -> bool:
     )
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads every tensor of the file to the CPU, by name; all finite. Raises as read_header
-    does."""
-    return read_tensor_file(path)[0]
-
-
 def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], str]:
     """Reads the tensors, and the SHA-256 of exactly the bytes they come from, in hex.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import veneer
 from tests.support.helpers import ended_before_step
@@ -24,7 +25,6 @@ from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.sequence import Request
 from veneer.errors import AdapterMismatchError, ConfigError, RefusedError, VeneerError
 from veneer.files.strict_json import read_json
-from veneer.files.strict_tensors import read_tensors
 from veneer.formats.adapter import manifest_for, read_adapter, write_adapter
 from veneer.formats.loading import load_adapter
 from veneer.kernels.dense.loss import (
@@ -332,7 +332,7 @@ def test_a_resumed_run_learns_the_same_bits(world: Path, tmp_path: Path) -> None
         run_training(run_of(world, tmp_path / "parts"), resume=False, screen=QuietScreen())
     assert main.main(["train", "--resume", str(tmp_path / "parts"), "--quiet"]) == 0
     whole, parts = (
-        read_tensors(tmp_path / n / "adapter" / "adapter_model.safetensors")
+        load_file(tmp_path / n / "adapter" / "adapter_model.safetensors")
         for n in ("whole", "parts")
     )
     assert all(torch.equal(whole[name], parts[name]) for name in whole)

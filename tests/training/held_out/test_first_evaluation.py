@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import veneer
 from tests.support.tiny import save_tiny
 from veneer.execution.proofs import same_values
 from veneer.execution.stand_in import StandIn
 from veneer.files import remembered as memory
-from veneer.files.strict_tensors import read_tensors
 from veneer.training import trainee
 from veneer.training.config import RunConfig
 from veneer.training.held_out import first_evaluation
@@ -85,7 +85,7 @@ def test_another_rate_begins_with_what_the_first_run_found(
         in capsys.readouterr().out.partition("step 1/2")[0].rpartition("largest batch")[2]
     )
     weights = [
-        read_tensors(tmp_path / name / "adapter" / "adapter_model.safetensors")
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
         for name in ("first", "again")
     ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

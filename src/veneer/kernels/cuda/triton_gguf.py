@@ -18,12 +18,10 @@ from veneer.kernels.cuda.triton_numbers import DeviceKernel, rounded
 _VALUES = 1024
 
 # ggml's numbers of the formats, as in gguf.FORMATS
-_Q4_0 = tl.constexpr(2)
 _Q4_1 = tl.constexpr(3)
 _Q5_0 = tl.constexpr(6)
 _Q5_1 = tl.constexpr(7)
 _Q8_0 = tl.constexpr(8)
-_Q4_K = tl.constexpr(12)
 _Q5_K = tl.constexpr(13)
 _Q6_K = tl.constexpr(14)
 

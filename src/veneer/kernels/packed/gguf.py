@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from veneer.kernels.bindings import library as native
 from veneer.kernels.bindings import packed_calls
 from veneer.kernels.bindings.arguments import available
 from veneer.kernels.cuda import launch
@@ -91,20 +90,14 @@ def product(
 ) -> Tensor:
     """Returns x W^T + bias (M, O) in x's type; W is read once, as blocks, and never written out.
 
-    The weights are those that `dequantise` gives in x's type. If `multiplies_codes`, they are those
-    of `dequantise_reference`: x is multiplied with whole numbers, and scale and offset are applied
-    to the float32 sums.
+    The weights are those that `dequantise` gives in x's type. For a bfloat16 x, on AMX tiles or
+    with bf16 instructions, they are those of `dequantise_reference`: x is multiplied with whole
+    numbers, and scale and offset are applied to the float32 sums.
     """
     x_MI = x_MI.contiguous()
     y_MO = torch.empty(len(x_MI), len(blocks), dtype=x_MI.dtype)
     packed_calls.gguf_rows(FORMATS[kind].number, blocks, x_MI, y_MO, bias, most)
     return y_MO
-
-
-def multiplies_codes(dtype: torch.dtype) -> bool:
-    """True if products here round no weight: on AMX tiles (native/gguf/gguf_tiles.c), or where
-    registers multiply bf16 pairs (native/gguf/gguf_vectors.c)."""
-    return dtype is torch.bfloat16 and is_compiled() and native.has_bf16()
 
 
 def first_bad_block(blocks: Tensor, kind: Kind) -> tuple[int, int] | None:

@@ -18,7 +18,7 @@ Knows nothing of files.
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ from veneer.errors import ConfigError
 from veneer.merge.combine.low_rank import TruncatedUpdate, cut_dense, cut_factors, relative_error
 
 How = Literal["cat", "linear", "svd", "ties", "dare", "magnitude"]
-HOWS: tuple[How, ...] = get_args(How)
 _CHOOSES_RANK = ("svd", "ties", "dare", "magnitude")
 _PRUNES = ("ties", "dare", "magnitude")
 
