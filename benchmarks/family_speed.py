@@ -33,6 +33,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import veneer
+from tests.support.models.routed import batch_loss
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.data.batching import make_batch
@@ -41,7 +42,6 @@ from veneer.decoding.engine import Engine
 from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.sequence import Request
 from veneer.execution.train_step import FusedLayer, fused, replacements
-from veneer.models.step import batch_loss
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 49152,
@@ -139,7 +139,7 @@ class Trained:
     def loss(self) -> Tensor:
         total = float(self.batch.trained_tokens)
         with fused(self.model, self.stand_ins):
-            return batch_loss(self.model, self.paths, self.routing, self.batch, total=total)
+            return batch_loss(self, self.batch, total=total)
 
     def step(self, clock: Callable[[], float] = time.perf_counter) -> float:
         """Seconds of a forward and a backward."""

@@ -39,7 +39,7 @@ def alone(base: Base, examples: list[Example]) -> None:
             share_prompt=False,
             device=base.device,
         )
-        token_losses(base.model, base.paths, base.routing, batch)
+        token_losses(base, batch)
 
 
 def ways(base: Base, prompts: list[str], labels: list[str]) -> dict[str, Callable[[], object]]:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 import veneer
+from tests.support.models.routed import acting_on, batch_loss
 from veneer.adapters.config import LoRA
 from veneer.adapters.placement.acting import Acting, TokenKeys, in_turn
 from veneer.base import Base
@@ -29,7 +30,6 @@ from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.limits import Limits
 from veneer.decoding.schedule.sequence import Request
-from veneer.models.step import acting_on, batch_loss
 
 TOKENS = 32
 
@@ -123,7 +123,7 @@ def main() -> None:
 
     def train(acting: Acting) -> None:
         with base.routing.held(acting.drawing(TokenKeys(batch.dropout_rows, 0))):
-            loss = batch_loss(base.model, paths, base.routing, batch, total=100.0)
+            loss = batch_loss(base, batch, total=100.0)
             if loss.requires_grad:
                 loss.backward()
         for parameter in parameters:

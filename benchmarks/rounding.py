@@ -14,7 +14,7 @@ from datetime import date
 
 import torch
 
-from veneer.adapters.placement.routing import Routing
+from tests.support.models.routed import Routed, batch_loss
 from veneer.data.encoder import RowRules
 from veneer.data.examples import Example
 from veneer.data.load import load_data
@@ -22,7 +22,7 @@ from veneer.execution.train_step import fused, replacements
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.load import load_base
-from veneer.models.step import batch_loss, batch_of, parts_of
+from veneer.models.step import batch_of, parts_of
 from veneer.training.config import DataConfig
 
 
@@ -35,12 +35,10 @@ def losses(base: FrozenBase, examples: list[Example], batch: int, *, own: bool) 
     if own:
         base.model.set_attn_implementation("sdpa")
     with fused(base.model, {} if own else replacements(base.model)):
-        parts = parts_of(base.model, paths, examples, rows)
-        made = (batch_of(base.model, paths, examples, part, share_prompt=not own) for part in parts)
-        return [
-            batch_loss(base.model, paths, Routing(), one, total=float(one.trained_tokens)).item()
-            for one in made
-        ]
+        routed = Routed(base.model, paths)
+        parts = parts_of(routed, examples, rows)
+        made = (batch_of(routed, examples, part, share_prompt=not own) for part in parts)
+        return [batch_loss(routed, one, total=float(one.trained_tokens)).item() for one in made]
 
 
 def main() -> None:

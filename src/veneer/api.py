@@ -322,11 +322,11 @@ def choose(
 def _nats(base: FrozenBase, batch: int) -> Nats:
     """Returns a function that computes the nats of examples with the adapters in use."""
     check_answers(base.routing.acting.adapters)
-    paths, capacity, tokenizer = base.paths, capacity_of(base), base.acting_tokenizer
+    capacity, tokenizer = capacity_of(base), base.acting_tokenizer
 
     def nats(examples: Sequence[Example]) -> Counts:
         refuse_beyond("this cannot be computed", examples, capacity, tokenizer)
-        return example_nats(base.model, paths, examples, batch=batch, routing=base.routing)
+        return example_nats(base, examples, batch=batch)
 
     return nats
 

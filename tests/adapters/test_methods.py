@@ -17,6 +17,7 @@ import torch
 
 from tests.models.test_step import assert_same, loss_and_gradients, own_loss_and_gradients
 from tests.support.helpers import make_examples
+from tests.support.models.routed import Routed, batch_loss
 from tests.support.models.tiny_gguf import tiny, write_gguf
 from tests.support.tiny import save_tiny, tiny_base, tiny_model
 from veneer.adapters.attach import attach, detach
@@ -32,7 +33,7 @@ from veneer.linear import frozen_linear
 from veneer.merge.fold.fold import weight_changes
 from veneer.models.checkpointing import checkpointed
 from veneer.models.load import load_base
-from veneer.models.step import batch_loss, prepare
+from veneer.models.step import prepare
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 9, 139, 73, 5, 61, 2, 8, 44, 10, 11, 12]])
@@ -236,7 +237,7 @@ def test_checkpointing_changes_no_bit(row, dropout, family, dtype):
         with checkpointed(model, routing, on=on), routing.drawing(TokenKeys(batch.dropout_rows, 3)):
             for parameter in parameters:
                 parameter.requires_grad_(True).grad = None
-            loss = batch_loss(model, paths, routing, batch, total=7.0)
+            loss = batch_loss(Routed(model, paths, routing), batch, total=7.0)
             loss.backward()
             return loss, [p.grad for p in parameters]
 

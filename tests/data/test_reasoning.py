@@ -19,6 +19,7 @@ from tests.support.models.reasoning import (
     conversation,
     reasoning_tokenizer,
 )
+from tests.support.models.routed import Routed, batch_loss
 from tests.support.tiny import tiny_model
 from veneer.adapters.config import LoRA, Prefix
 from veneer.adapters.placement.routing import Routing
@@ -31,7 +32,7 @@ from veneer.data.large import training_data
 from veneer.data.load import DataSet, examine_data, load_data
 from veneer.errors import DataError
 from veneer.models.likelihood import example_nats
-from veneer.models.step import batch_loss, prepare
+from veneer.models.step import prepare
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -130,7 +131,7 @@ def test_groups_of_rows_give_the_loss_and_the_gradient_of_each_example_alone(
             parameter.grad = None
         for group in groups:
             batch = make_batch(group, packed=True, share_prompt=True, device=torch.device("cpu"))
-            batch_loss(model, paths, routing, batch, total=10.0).backward()
+            batch_loss(Routed(model, paths, routing), batch, total=10.0).backward()
         return [
             parameter.grad.clone()
             for parameter in made.parameters().values()
@@ -141,7 +142,7 @@ def test_groups_of_rows_give_the_loss_and_the_gradient_of_each_example_alone(
         gradient([data.train]), gradient([[e] for e in data.train]), strict=True
     ):
         assert torch.allclose(together, alone, rtol=1e-5, atol=1e-7)
-    nats = example_nats(model, paths, data.train, batch=3)
+    nats = example_nats(Routed(model, paths), data.train, batch=3)
     assert nats[:, 1].tolist() == [e.trained.sum() for e in data.train]
 
 

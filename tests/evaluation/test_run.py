@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.support.helpers import filled_lora, make_examples
+from tests.support.models.routed import Routed
 from tests.support.tiny import tiny_base
 from veneer.data.batching import make_batch
 from veneer.data.examples import Example, Row, RowRef
@@ -85,7 +86,7 @@ def run(
 
 def own_nats(base: FrozenBase) -> Any:
     paths = prepare(base.model)
-    return lambda examples: example_nats(base.model, paths, examples, batch=4)
+    return lambda examples: example_nats(Routed(base.model, paths), examples, batch=4)
 
 
 # --- answers ---
@@ -242,7 +243,7 @@ def test_further_references_of_a_row_count_too(base: FrozenBase) -> None:
 def test_nats_of_each_example_are_those_of_the_model_alone(family: str, batch: int) -> None:
     base = tiny_base(family)
     examples = make_examples(7)
-    found = example_nats(base.model, prepare(base.model), examples, batch=batch)
+    found = example_nats(Routed(base.model, prepare(base.model)), examples, batch=batch)
     for one, (nats, tokens) in zip(examples, found, strict=True):
         logits = (
             base.model(input_ids=torch.tensor(one.ids[None].astype(np.int64))).logits[0].double()

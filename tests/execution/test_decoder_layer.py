@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import rms_norm
 
 from tests.support.helpers import fill, make_examples
+from tests.support.models.routed import Routed, batch_loss
 from tests.support.tiny import tiny_base, tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
@@ -24,7 +25,7 @@ from veneer.execution.facts.small_modules import random_rows
 from veneer.execution.proofs.steps import read_and_continued
 from veneer.execution.train_step import FusedAttention, FusedLayer, fused, replacements
 from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, SILU
-from veneer.models.step import batch_loss, prepare
+from veneer.models.step import prepare
 
 WITH_ATTENTION = (FusedAttention, FusedLayer)
 PROMPTS = [list(range(30, 60)), [7, 90, 4], list(range(100, 117))]
@@ -191,7 +192,7 @@ def test_norms_of_heads_train_as_the_model_itself_does(dtype, trained):
     parameters = list(attachment.parameters().values())
 
     def measured():
-        loss = batch_loss(model, paths, routing, batch, total=float(batch.trained_tokens))
+        loss = batch_loss(Routed(model, paths, routing), batch, total=float(batch.trained_tokens))
         return [loss, *torch.autograd.grad(loss, parameters)]
 
     stand_ins = replacements(model)

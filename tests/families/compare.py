@@ -23,6 +23,7 @@ from tests.families.models import IDS, save_family
 from tests.families.page import GRADIENT, LOGITS, LOSS
 from tests.support.helpers import fill, make_examples
 from tests.support.models.loaded import differences
+from tests.support.models.routed import acting_on, batch_loss
 from veneer import api
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
@@ -38,7 +39,7 @@ from veneer.errors import RefusedError
 from veneer.execution.switches import forget_lengths
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.models.initial_values import begin
-from veneer.models.step import acting_on, batch_loss, batch_of, parts_of
+from veneer.models.step import batch_of, parts_of
 
 ADAPTERS = {"a": LoRA(rank=3, alpha=5), "b": LoRA(rank=2, alpha=3, rslora=True)}
 PROMPT_LENGTHS = (27, 4, 19, 38)
@@ -272,9 +273,9 @@ def one_step(trial: Trial) -> float:
     for parameter in base.attachments["a"].parameters().values():
         parameter.requires_grad_(True).grad = None
     base.use("a")
-    for part in parts_of(base.model, base.paths, examples, [list(range(len(examples)))]):
-        batch = batch_of(base.model, base.paths, examples, part, share_prompt=True)
-        nats_of_part = batch_loss(base.model, base.paths, base.routing, batch, total=total)
+    for part in parts_of(base, examples, [list(range(len(examples)))]):
+        batch = batch_of(base, examples, part, share_prompt=True)
+        nats_of_part = batch_loss(base, batch, total=total)
         nats_of_part.backward()
         value = value + nats_of_part.detach()
     return value.item()
@@ -392,7 +393,7 @@ def _several(trial: Trial) -> float:
         batch = make_groups(groups, packed=base.paths.packed, share_prompt=True, device=base.device)
         adapters = [() if name is None else ((base.attachments[name], 1.0),) for name in names]
         with base.routing.held(acting_on(batch, adapters)):
-            loss_of_part = batch_loss(base.model, base.paths, base.routing, batch, total=total)
+            loss_of_part = batch_loss(base, batch, total=total)
             if loss_of_part.requires_grad:
                 loss_of_part.backward()
         found += loss_of_part.item()

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tests.adapters.test_methods import BASES, METHODS, move, written
 from tests.support.accelerator import Accelerator, Mixed
 from tests.support.helpers import evaluation_loss, make_examples, merge_in_memory
+from tests.support.models.routed import batch_loss
 from veneer.adapters.config import LoRA
 from veneer.data.batching import make_batch
 from veneer.decoding import generate as answers
@@ -34,7 +35,6 @@ from veneer.models.checkpointing import checkpointed
 from veneer.models.initial_values import begin
 from veneer.models.likelihood import example_nats
 from veneer.models.load import load_base
-from veneer.models.step import batch_loss
 from veneer.training.config import RunConfig
 from veneer.training.inputs import TrainingInputs
 from veneer.training.loop import Loop
@@ -173,7 +173,7 @@ def evaluates_and_decodes(there, base, attachment, family):
     forward += PADDED.get(family, 0) // 2
     assert waits.counts == (1 + batches * chosen, batches * forward), waits
     with there.counting() as waits:
-        example_nats(base.model, base.paths, EXAMPLES, batch=4)  # these short ones are one batch
+        example_nats(base, EXAMPLES, batch=4)  # these short ones are one batch
     assert waits.counts[0] == 1 + chosen, waits
     if not base.paths.packed:
         if there.device.type == "cuda":  # transformers' loop asks torch itself for a stream of mps
@@ -279,7 +279,7 @@ def test_checkpointing_and_offload_wait_no_more_and_change_no_bit(method, family
                         EXAMPLES, packed=True, share_prompt=True, device=there.device
                     )
                     with offloaded(hooks if way == "offloaded" else None):
-                        loss = batch_loss(base.model, base.paths, base.routing, batch, total=9.0)
+                        loss = batch_loss(base, batch, total=9.0)
                     loss.backward()
                 found[way] = [p.grad for p in parameters]
                 again = choices(attachment) if way == "checkpointed" else 0

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from tests.support.helpers import evaluation_loss, make_examples
+from tests.support.models.routed import Routed, batch_loss
 from tests.support.tiny import tiny_base, tiny_model
 from veneer.adapters.placement.routing import Routing
 from veneer.decoding.engine import bytes_per_token
@@ -28,7 +29,7 @@ from veneer.execution.proofs.structure import proven
 from veneer.execution.switches import RopeSwitches, sides, switches
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.likelihood import example_nats
-from veneer.models.step import batch_loss, batch_of, parts_of, prepare
+from veneer.models.step import batch_of, parts_of, prepare
 
 CPU = torch.device("cpu")
 LONG = 16
@@ -155,7 +156,7 @@ def test_a_window_that_the_mask_alone_knows_is_never_lost(kind):
     expected = alone(model, examples)
     paths = prepare(model)
     assert not paths.packed and "differs" in paths.packed_reason
-    found = example_nats(model, paths, examples, batch=4)[:, 0]
+    found = example_nats(Routed(model, paths), examples, batch=4)[:, 0]
     assert found == pytest.approx(expected, rel=FP32)
     answers = generate(based(model), PROMPTS, max_new_tokens=8)
     assert answers == [reread(model, prompt, 8) for prompt in PROMPTS]
@@ -186,7 +187,9 @@ def test_a_window_that_the_interface_hands_on_stays_packed_whatever_its_length(f
     model, examples = tiny_model(family, sliding_window=LONG), make_examples(4, longest=50)
     expected, paths = alone(model, examples), prepare(model)
     assert paths.packed
-    assert example_nats(model, paths, examples, batch=4)[:, 0] == pytest.approx(expected, rel=FP32)
+    assert example_nats(Routed(model, paths), examples, batch=4)[:, 0] == pytest.approx(
+        expected, rel=FP32
+    )
 
 
 def test_dynamic_frequencies_are_those_of_the_tokens_that_are_read():
@@ -203,7 +206,7 @@ def test_dynamic_frequencies_are_those_of_the_tokens_that_are_read():
     logits = model(input_ids=ids, use_cache=False).logits[0]
     of_all = F.cross_entropy(logits[rows - 1], ids[0, rows], reduction="sum").item()
     paths = prepare(model)
-    found = example_nats(model, paths, [example], batch=1)[0, 0]
+    found = example_nats(Routed(model, paths), [example], batch=1)[0, 0]
     assert found == pytest.approx(expected, rel=FP32)
     assert 1e-4 < abs(of_all - expected) / expected < 1e-2
 
@@ -215,14 +218,14 @@ def test_a_row_gets_the_frequencies_of_its_own_length_whatever_stands_beside_it(
     paths, routing = prepare(model), Routing()
     assert paths.packed and kind in paths.lines[0].lower().replace("dynamic rope", "dynamic")
     for batch in (1, 3, 8):
-        assert example_nats(model, paths, examples, batch=batch)[:, 0] == pytest.approx(
+        assert example_nats(Routed(model, paths), examples, batch=batch)[:, 0] == pytest.approx(
             expected, rel=FP32
         )
         nats, _ = evaluation_loss(model, paths, routing, examples, batch=batch)
         assert nats == pytest.approx(sum(expected), rel=FP32)
-    parts = parts_of(model, paths, examples, [[3, 0, 5], [1, 2]])
-    trained = [batch_of(model, paths, examples, part, share_prompt=True) for part in parts]
-    loss = sum(batch_loss(model, paths, routing, one, total=1.0).item() for one in trained)
+    parts = parts_of(Routed(model, paths), examples, [[3, 0, 5], [1, 2]])
+    trained = [batch_of(Routed(model, paths), examples, part, share_prompt=True) for part in parts]
+    loss = sum(batch_loss(Routed(model, paths, routing), one, total=1.0).item() for one in trained)
     assert loss == pytest.approx(sum(expected[i] for i in (3, 0, 5, 1, 2)), rel=FP32)
 
 
@@ -255,7 +258,9 @@ def test_a_cap_on_logits_is_found_under_any_name_and_an_unknown_one_takes_whole_
     paths = prepare(model)
     assert (paths.softcap, paths.head_reason) == (7.0, None)
     expected, examples = alone(model, make_examples(3)), make_examples(3)
-    assert example_nats(model, paths, examples, batch=3)[:, 0] == pytest.approx(expected, rel=FP32)
+    assert example_nats(Routed(model, paths), examples, batch=3)[:, 0] == pytest.approx(
+        expected, rel=FP32
+    )
     monkeypatch.setattr(proof, "_PROOFS", {})
     monkeypatch.setattr(proof, "_softcaps", lambda _: [None])
     assert "not known" in prove_head(model)[2]
@@ -266,7 +271,7 @@ def test_hidden_states_of_another_type_than_the_head_take_whole_logits():
     model = made("mamba").to(torch.bfloat16)
     paths = prepare(model)
     assert "hidden states are torch.float32" in paths.head_reason
-    assert np.isfinite(example_nats(model, paths, make_examples(3), batch=3)).all()
+    assert np.isfinite(example_nats(Routed(model, paths), make_examples(3), batch=3)).all()
 
 
 @pytest.mark.parametrize("kind", ["llama4_text", "mllama_text_model"])
@@ -311,7 +316,7 @@ def test_a_structure_that_cannot_be_copied_takes_no_fast_path_and_says_so(monkey
         paths.lines[0].startswith("rows one by one: no small copy")
         and "whole logits" in paths.lines[1]
     )
-    assert example_nats(model, paths, examples, batch=3)[:, 0] == pytest.approx(
+    assert example_nats(Routed(model, paths), examples, batch=3)[:, 0] == pytest.approx(
         alone(model, examples), rel=FP32
     )
     assert len(generate(based(model), PROMPTS, max_new_tokens=3)) == len(PROMPTS)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests.support.helpers import fill
+from tests.support.models.routed import Routed
 from tests.support.tiny import tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import DoRA, LoRA, Prefix
@@ -48,10 +49,10 @@ def test_several_heads_in_one_forward_are_each_adapter_alone(batch_rows):
         ScoreRequest(routing.applied(((name, 1.0),)), examples[start:])
         for start, name in enumerate(METHODS)
     ]
-    together = score_texts(model, paths, routing, requests, batch_rows=batch_rows)
+    together = score_texts(Routed(model, paths, routing), requests, batch_rows=batch_rows)
     assert [outputs.shape for outputs in together] == [(4, 2), (3, 3), (2, 4)]
     for start, (name, outputs) in enumerate(zip(METHODS, together, strict=True)):
-        (own,) = score_texts(model, paths, routing, [requests[start]])
+        (own,) = score_texts(Routed(model, paths, routing), [requests[start]])
         assert outputs == pytest.approx(own, rel=0, abs=FLOAT32 * abs(own).max())
         applied = plain_routing.applied(((name, 1.0),))
         head = applied[0][0].score

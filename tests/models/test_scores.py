@@ -10,6 +10,7 @@ import torch
 from transformers import GraniteConfig, GraniteForCausalLM
 
 from tests.support.helpers import fill, make_examples
+from tests.support.models.routed import Routed
 from tests.support.tiny import tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, LoRA, Prefix
@@ -113,7 +114,7 @@ def test_log_probs_equal_the_reference_on_every_path(family, head, monkeypatch):
         paths = replace(paths, head_reason="a head of an unknown kind")
     examples = make_examples(5)
     request = ScoreRequest((), examples)
-    (computed,) = score_examples(model, paths, routing, [request])
+    (computed,) = score_examples(Routed(model, paths, routing), [request])
     assert_equal(computed, reference(family, [], None, examples))
 
 
@@ -132,7 +133,9 @@ def test_a_logit_scale_is_part_of_the_score():
     expected = plain_log_probs(deepcopy(model).double(), make_examples(4))
     paths = prepare(model)
     assert paths.head_reason is None and paths.scale == 4.0
-    (computed,) = score_examples(model, paths, Routing(), [ScoreRequest((), make_examples(4))])
+    (computed,) = score_examples(
+        Routed(model, paths, Routing()), [ScoreRequest((), make_examples(4))]
+    )
     assert_equal(computed, expected)
 
 
@@ -142,7 +145,7 @@ def test_a_batch_gives_every_target(share):
     routing.active = (("layers", 1.0),)
     examples = make_examples(6)
     batch = make_batch(examples, packed=True, share_prompt=share, device=CPU)
-    log_probs = target_log_probs(model, paths, routing, batch)
+    log_probs = target_log_probs(Routed(model, paths, routing), batch)
     expected = reference("llama", ["layers"], "layers", examples)
     assert not log_probs.requires_grad
     assert_equal([log_probs], [torch.cat(expected)])
@@ -175,7 +178,7 @@ def test_several_adapters_in_one_forward_score_as_each_does_alone(mix, tokens, m
         "veneer.models.scores.target_log_probs",
         lambda *args: forwards.append(args[-1]) or target_log_probs(*args),
     )
-    scores = score_examples(model, paths, routing, requests)
+    scores = score_examples(Routed(model, paths, routing), requests)
     assert (len(forwards) == 1) == (tokens == 8192)
     for name, examples, computed in zip(adapters, rows, scores, strict=True):
         assert_equal(computed, reference(family, names, name, examples))
@@ -187,8 +190,10 @@ def test_rows_that_may_not_share_a_forward_are_computed_apart():
     examples = make_examples(3)
     applied = routing.applied((("layers", 0.5),))
     requests = [ScoreRequest(applied, examples), ScoreRequest((), examples)]
-    together = score_examples(model, paths, routing, requests)
-    for ours, theirs in zip(together, score_examples(model, alone, routing, requests), strict=True):
+    together = score_examples(Routed(model, paths, routing), requests)
+    for ours, theirs in zip(
+        together, score_examples(Routed(model, alone, routing), requests), strict=True
+    ):
         assert_equal(ours, [score.log_probs.double() for score in theirs])
 
 
@@ -197,10 +202,10 @@ def test_a_joined_batch_says_which_adapter_acts_on_which_rows():
     applied = routing.applied((("layers", 1.0),))
     examples = make_examples(3)
     batch, acting = join_requests(
-        model, paths, [ScoreRequest(applied, examples), ScoreRequest((), examples)]
+        Routed(model, paths), [ScoreRequest(applied, examples), ScoreRequest((), examples)]
     )
     assert acting.rows == batch.ids.numel() and acting.adapters == [applied[0][0]]
-    _, same = join_requests(model, paths, [ScoreRequest(applied, examples)] * 2)
+    _, same = join_requests(Routed(model, paths), [ScoreRequest(applied, examples)] * 2)
     assert same.whole == applied and same != Acting()
 
 
@@ -220,7 +225,7 @@ def test_an_answer_is_greedy_if_greedy_decoding_writes_it(head):
         other[7] = (other[7] + 1) % 272
         mask = np.arange(9) >= 6
         examples += [replace(example, ids=row, trained=mask) for row in (ids, other)]
-    (scores,) = score_examples(model, paths, routing, [ScoreRequest((), examples)])
+    (scores,) = score_examples(Routed(model, paths, routing), [ScoreRequest((), examples)])
     assert [score.greedy for score in scores] == [True, False] * 4
 
 
@@ -233,7 +238,7 @@ def test_progress_counts_the_examples_of_all_requests(monkeypatch):
     def progress(done, total):
         calls.append((done, total))
 
-    score_examples(model, paths, routing, requests, batch_rows=2, progress=progress)
+    score_examples(Routed(model, paths, routing), requests, batch_rows=2, progress=progress)
     done = [count for count, _ in calls]
     assert {total for _, total in calls} == {7} and len(done) >= 4
     assert done == sorted(set(done)) and done[-1] == 7
@@ -241,5 +246,5 @@ def test_progress_counts_the_examples_of_all_requests(monkeypatch):
 
 def test_no_row_and_no_request_give_no_score():
     model, paths, routing = adapted("llama", torch.float32, [])
-    assert score_examples(model, paths, routing, []) == []
-    assert score_examples(model, paths, routing, [ScoreRequest((), [])]) == [[]]
+    assert score_examples(Routed(model, paths, routing), []) == []
+    assert score_examples(Routed(model, paths, routing), [ScoreRequest((), [])]) == [[]]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers.models.llama import modeling_llama
 
 from tests.support.helpers import evaluation_loss, fill, make_examples
+from tests.support.models.routed import Routed, batch_loss
 from tests.support.tiny import FAMILIES, tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import DoRA, LoRA
@@ -29,7 +30,7 @@ from veneer.linear import DenseLinear
 from veneer.models import likelihood
 from veneer.models import step as step_module
 from veneer.models.checkpointing import checkpointed
-from veneer.models.step import batch_loss, batch_of, part_nats, prepare, whole_logits
+from veneer.models.step import batch_of, part_nats, prepare, whole_logits
 
 CPU = torch.device("cpu")
 UNPACKED = {"bloom": "interface", "falcon": "interface"}
@@ -66,7 +67,7 @@ def loss_and_gradients(model, paths, routing, attachment, examples, *, share=Tru
             device=CPU,
             invocation=attachment.invocation,
         )
-        part = batch_loss(model, paths, routing, batch, total=total)
+        part = batch_loss(Routed(model, paths, routing), batch, total=total)
         part.backward()
         loss += part.item()
     return loss, [p.grad.clone() for p in parameters]
@@ -137,7 +138,7 @@ def test_checkpointing_changes_no_bit(family, dropout):
         with checkpointed(model, routing, on=on), routing.drawing(TokenKeys(batch.dropout_rows, 3)):
             for parameter in attachment.parameters().values():
                 parameter.requires_grad_(True).grad = None
-            loss = batch_loss(model, paths, routing, batch, total=7.0)
+            loss = batch_loss(Routed(model, paths, routing), batch, total=7.0)
             loss.backward()
             return loss, [p.grad for p in attachment.parameters().values()]
 
@@ -155,7 +156,7 @@ def test_checkpointed_layers_are_computed_again_as_they_were_on_whatever_thread_
             parameter.requires_grad_(True).grad = None
         with checkpointed(model, routing, on=True):
             with routing.drawing(TokenKeys(batch.dropout_rows, 3)):
-                loss = batch_loss(model, paths, routing, batch, total=7.0)
+                loss = batch_loss(Routed(model, paths, routing), batch, total=7.0)
                 if not behind:
                     loss.backward()
             if behind:  # by now nothing drops out any more here, and there nothing ever did
@@ -185,7 +186,7 @@ def test_dropout_acts_in_training_only_and_does_not_depend_on_the_batch(case, mo
     def loss_of(rows, step=0):
         batch = make_batch(rows, packed=True, share_prompt=True, device=CPU)
         with routing.drawing(TokenKeys(batch.dropout_rows, step)):
-            return batch_loss(model, paths, routing, batch, total=1.0).item()
+            return batch_loss(Routed(model, paths, routing), batch, total=1.0).item()
 
     together = loss_of(examples)
     total = sum(e.trained.sum() for e in examples)
@@ -208,9 +209,9 @@ def test_adapters_that_train_together_keep_their_dropout(case):
         )
     routing.active = (("a", 1.0), ("b", -0.5))
     batch = make_batch(make_examples(4), packed=True, share_prompt=True, device=CPU)
-    plain = batch_loss(model, paths, routing, batch, total=1.0).item()
+    plain = batch_loss(Routed(model, paths, routing), batch, total=1.0).item()
     with routing.drawing(TokenKeys(batch.dropout_rows, 0)):
-        assert batch_loss(model, paths, routing, batch, total=1.0).item() != pytest.approx(
+        assert batch_loss(Routed(model, paths, routing), batch, total=1.0).item() != pytest.approx(
             plain, rel=1e-3
         )
 
@@ -295,17 +296,18 @@ def test_evaluation_is_weighted_by_token_and_does_not_depend_on_the_batch(family
 def test_the_nats_of_each_example_are_those_that_it_has_alone(family, head):
     model, paths, routing, _ = adapted(family, **({"targets": ["lm_head"]} if head else {}))
     examples, parts = make_examples(7), [[0, 3, 2], [1], [6, 4, 5]]
-    found = part_nats(model, paths, routing, examples, parts)
+    found = part_nats(Routed(model, paths, routing), examples, parts)
     assert (
-        list(map(len, found)) == [3, 1, 3] and part_nats(model, paths, routing, examples, []) == []
+        list(map(len, found)) == [3, 1, 3]
+        and part_nats(Routed(model, paths, routing), examples, []) == []
     )
     for part, nats in zip(parts, found, strict=True):
         alone = [evaluation_loss(model, paths, routing, [examples[i]], batch=1)[0] for i in part]
         assert nats == pytest.approx(alone, rel=FP32)
-        batch = batch_of(model, paths, examples, part, share_prompt=True)
+        batch = batch_of(Routed(model, paths), examples, part, share_prompt=True)
         with torch.no_grad():
             assert sum(nats) == pytest.approx(
-                batch_loss(model, paths, routing, batch, total=1.0).item(), rel=FP32
+                batch_loss(Routed(model, paths, routing), batch, total=1.0).item(), rel=FP32
             )
 
 
@@ -404,16 +406,15 @@ def test_a_text_is_continued_alone_as_the_model_reads_it():
 
 def test_evaluation_computes_a_prompt_that_rows_share_once(monkeypatch):
     model, asked = tiny_model("llama"), []
-    for module in (step_module, likelihood):
-        monkeypatch.setattr(
-            module,
-            "make_batch",
-            lambda rows, **more: asked.append(make_batch(rows, **more)) or asked[-1],
-        )
+    monkeypatch.setattr(
+        step_module,
+        "make_batch",
+        lambda rows, **more: asked.append(make_batch(rows, **more)) or asked[-1],
+    )
     paths, examples = prepare(model), make_examples(4)
     asked.clear()
     evaluation_loss(model, paths, Routing(), examples, batch=4)
-    likelihood.example_nats(model, paths, examples, batch=4)
+    likelihood.example_nats(Routed(model, paths), examples, batch=4)
     assert len(asked) == 2
     for batch in asked:
         assert batch.computed_tokens < sum(len(e.ids) - 1 for e in examples)

@@ -180,7 +180,7 @@ def outputs_of(base, folder, texts):
 
         examples = text_examples(base, texts)
         parts = [list(range(len(texts)))]
-        return torch.tensor(part_outputs(base.model, base.paths, base.routing, examples, parts)[0])
+        return torch.tensor(part_outputs(base, examples, parts)[0])
     finally:
         base.use(None)
         base.detach(name)

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.helpers import make_examples
+from tests.support.models.routed import Routed, batch_loss
 from tests.support.sharding import absent_processes, shard_model
 from tests.support.tiny import save_tiny, tiny_model
 from veneer import api
@@ -32,7 +33,7 @@ from veneer.errors import ConfigError
 from veneer.kernels.layout import round_up
 from veneer.models.checkpointing import checkpointed
 from veneer.models.load import load_base
-from veneer.models.step import batch_loss, prepare
+from veneer.models.step import prepare
 from veneer.plan.choice import Choice
 from veneer.plan.fit import find_remedy
 from veneer.plan.machine import named_gpu
@@ -127,7 +128,7 @@ def test_the_gatherings_that_are_planned_are_those_of_a_step(checkpointing: bool
             for _ in range(3):
                 before = len(gathered)
                 with routing.drawing(TokenKeys(batch.dropout_rows, 0)):
-                    batch_loss(model, paths, routing, batch, total=1.0).backward()
+                    batch_loss(Routed(model, paths, routing), batch, total=1.0).backward()
                 counts.append(len(gathered) - before)
     run = Planner(Blueprint("tiny", model.config, torch.float32), idle_bytes=0).step_run(TINY)
     forecast = sent(run, 2, reduce="plain", shard=True, rounds=3)

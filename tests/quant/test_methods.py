@@ -8,6 +8,7 @@ import torch
 
 from tests.support.helpers import fill, make_examples
 from tests.support.models.packed import packed_and_dense, packed_modules
+from tests.support.models.routed import Routed, batch_loss
 from tests.support.tiny import save_tiny
 from veneer.adapters.attach import attach, detach
 from veneer.adapters.config import LoRA
@@ -17,7 +18,7 @@ from veneer.data.batching import make_batch
 from veneer.errors import ConfigError
 from veneer.models.checkpointing import checkpointed
 from veneer.models.load import load_base
-from veneer.models.step import batch_loss, prepare
+from veneer.models.step import prepare
 
 IDS = torch.tensor([[5, 80, 99, 7, 250, 31, 31, 80, 12, 0, 77, 140]])
 FAMILIES = ("llama", "qwen2", "gpt2", "mixtral", "qwen3_moe")
@@ -80,7 +81,7 @@ def step(model, routing, config, examples, *, packed, checkpoint=False):
         checkpointed(model, routing, on=checkpoint),
         routing.drawing(TokenKeys(batch.dropout_rows, 3)),
     ):
-        loss = batch_loss(model, paths, routing, batch, total=10.0)
+        loss = batch_loss(Routed(model, paths, routing), batch, total=10.0)
         loss.backward()
     return loss.item(), {name: p.grad for name, p in made.parameters().items()}
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.models.routed import Routed
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.cli import main
@@ -234,6 +235,6 @@ class Limited(nn.Module):
 def evaluation_loss(model, paths, routing, examples, *, batch):
     """(sum of nats, trained tokens) over all examples: token-weighted, so it does not depend on
     `batch`."""
-    parts = list(parts_of(model, paths, examples, by_length(examples, batch)))
+    parts = list(parts_of(Routed(model, paths), examples, by_length(examples, batch)))
     tokens = sum(int(example.trained.sum()) for example in examples)
-    return sum(map(sum, part_nats(model, paths, routing, examples, parts))), tokens
+    return sum(map(sum, part_nats(Routed(model, paths, routing), examples, parts))), tokens

@@ -13,13 +13,14 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from tests.support.helpers import make_examples
+from tests.support.models.routed import Routed, batch_loss
 from tests.support.tiny import tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import make_batch
 from veneer.errors import ConfigError
-from veneer.models.step import batch_loss, prepare
+from veneer.models.step import prepare
 from veneer.training.config import RunConfig
 from veneer.training.optimizer import offload
 from veneer.training.optimizer.offload import CudaCopyStreams, Offload, offload_for, offloaded
@@ -50,7 +51,7 @@ def gradients(dtype, *, moved, lanes=None, most=2**29):
     weights = [*model.parameters(), *model.buffers()]
     hooks = Offload(weights, moves="cpu", lanes=lanes, pending_bytes=most) if moved else None
     with offloaded(hooks):
-        loss = batch_loss(model, paths, routing, batch, total=1.0)
+        loss = batch_loss(Routed(model, paths, routing), batch, total=1.0)
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in attachment.parameters().items()}
 

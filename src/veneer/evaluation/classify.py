@@ -105,13 +105,7 @@ def _values(
         head = head_of(applied)
         examples = text_examples(base, texts)
         with fits_memory("while texts were classified", next_step="Take fewer at once (batch)."):
-            (outputs,) = score_texts(
-                base.model,
-                base.paths,
-                base.routing,
-                [ScoreRequest(applied, examples)],
-                batch_rows=batch,
-            )
+            (outputs,) = score_texts(base, [ScoreRequest(applied, examples)], batch_rows=batch)
     return head, probabilities(head.kind, outputs)
 
 

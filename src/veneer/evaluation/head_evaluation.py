@@ -61,9 +61,7 @@ def evaluate_head(
     applied = base.routing.acting.whole
     assert applied is not None
     (outputs,) = score_texts(
-        base.model,
-        base.paths,
-        base.routing,
+        base,
         [ScoreRequest(applied, examples)],
         batch_rows=batch,
         progress=lambda done, total: report("texts", done, total),

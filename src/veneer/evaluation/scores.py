@@ -89,9 +89,7 @@ def score_rows(
         requests.append(ScoreRequest(applied, examples))
     step = "Take fewer rows at once (batch), or fewer adapters."
     with fits_memory("while rows were scored", next_step=step):
-        scores = score_examples(
-            base.model, base.paths, base.routing, requests, batch_rows=batch_rows, progress=progress
-        )
+        scores = score_examples(base, requests, batch_rows=batch_rows, progress=progress)
     return [
         _row_scores(request.examples, values, per_token=per_token)
         for request, values in zip(requests, scores, strict=True)

@@ -11,15 +11,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
-from veneer.adapters.placement.acting import invocation_of
-from veneer.adapters.placement.routing import Routing
-from veneer.data.batching import Batch, by_length, make_batch
+from veneer.data.batching import Batch, by_length
 from veneer.data.examples import Example
-from veneer.execution.proofs.model import acting_prefix_length
 from veneer.kernels.wide import wide
-from veneer.models.step import ComputePaths, token_losses, whole_logits, within_batch
+from veneer.models.step import (
+    RoutedModel,
+    batch_of,
+    parts_of,
+    token_losses,
+    whole_logits,
+    within_batch,
+)
 
 SHORT_TOKENS = 8192
 """Most tokens of short examples in one batch, whatever `batch` says."""
@@ -27,54 +30,37 @@ SHORT_TOKENS = 8192
 
 @torch.no_grad()
 def example_nats(
-    model: PreTrainedModel,
-    paths: ComputePaths,
-    examples: Sequence[Example],
-    *,
-    batch: int,
-    routing: Routing | None = None,
+    base: RoutedModel, examples: Sequence[Example], *, batch: int
 ) -> NDArray[np.float64]:
     """Returns the summed nats of each example's trained tokens, and their number, (N, 2).
 
-    batch    examples per forward, of similar length; more if they are short. Results do not depend
-             on it.
-    routing  of the adapters that act; None: none acts
+    batch: examples per forward, of similar length; more if they are short. Results do not depend
+    on it.
     """
     results = np.zeros((len(examples), 2))
-    routing = Routing() if routing is None else routing
-    invocation = invocation_of(routing.acting.whole or ())
+    adapters = base.routing.acting.whole or ()
     longest = max((len(e.ids) for e in examples), default=1)
     batch = max(batch, SHORT_TOKENS // longest)
     for rows in by_length(examples, batch):
-        groups = paths.together([examples[i] for i in rows], acting_prefix_length(model))
-        for numbers in ([rows[i] for i in group] for group in groups):
-            packed_batch = make_batch(
-                [examples[i] for i in numbers],
-                packed=paths.packed,
-                share_prompt=True,
-                device=model.device,
-                invocation=invocation,
-            )
+        for numbers in parts_of(base, examples, [rows]):
+            packed_batch = batch_of(base, examples, numbers, share_prompt=True, adapters=adapters)
             counts = [examples[i].trained_tokens for i in numbers]
             sums = [
-                float(part.sum())
-                for part in token_nats(model, paths, routing, packed_batch).cpu().split(counts)
+                float(part.sum()) for part in token_nats(base, packed_batch).cpu().split(counts)
             ]
             results[numbers] = np.stack([sums, counts], axis=1)
     return results
 
 
-def token_nats(
-    model: PreTrainedModel, paths: ComputePaths, routing: Routing, batch: Batch
-) -> Tensor:
+def token_nats(base: RoutedModel, batch: Batch) -> Tensor:
     """Returns -log p of every target of the batch, (T) float64.
 
     The values are on the CPU if the device has no float64.
     """
-    if paths.head_reason is None:
-        return wide(token_losses(model, paths, routing, batch))
-    with within_batch(routing, batch):
-        return _nats(whole_logits(model, batch), batch.targets)
+    if base.paths.head_reason is None:
+        return wide(token_losses(base, batch))
+    with within_batch(base.routing, batch):
+        return _nats(whole_logits(base.model, batch), batch.targets)
 
 
 def _nats(logits: Tensor, targets: Tensor) -> Tensor:

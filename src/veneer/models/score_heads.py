@@ -14,13 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from veneer.adapters.placement.acting import Applied, score_head_of
-from veneer.adapters.placement.routing import Routing
 from veneer.adapters.placement.score_head import ScoreHead
 from veneer.data.batching import Batch
 from veneer.data.examples import Example
 from veneer.execution.attention import hidden_states
 from veneer.models.scores import ScoreRequest, joined_forwards
-from veneer.models.step import ComputePaths, batch_of
+from veneer.models.step import RoutedModel, batch_of
 
 
 @torch.no_grad()
@@ -37,17 +36,15 @@ def head_outputs(
 
 
 def part_outputs(
-    model: PreTrainedModel,
-    paths: ComputePaths,
-    routing: Routing,
-    examples: Sequence[Example],
-    parts: Sequence[Sequence[int]],
+    base: RoutedModel, examples: Sequence[Example], parts: Sequence[Sequence[int]]
 ) -> list[list[list[float]]]:
     """Returns the outputs (C) of the acting adapter's head for each example, part by part."""
-    assert routing.acting.whole is not None
-    score = _head_of(routing.acting.whole)
-    batches = (batch_of(model, paths, examples, part, share_prompt=True) for part in parts)
-    outputs = [head_outputs(model, batch, [(score, batch.trained_tokens)])[0] for batch in batches]
+    assert base.routing.acting.whole is not None
+    score = _head_of(base.routing.acting.whole)
+    batches = (batch_of(base, examples, part, share_prompt=True) for part in parts)
+    outputs = [
+        head_outputs(base.model, batch, [(score, batch.trained_tokens)])[0] for batch in batches
+    ]
     if not outputs:
         return []
     by_part = torch.cat(outputs).cpu().double().split([len(part) for part in parts])
@@ -55,9 +52,7 @@ def part_outputs(
 
 
 def score_texts(
-    model: PreTrainedModel,
-    paths: ComputePaths,
-    routing: Routing,
+    base: RoutedModel,
     requests: Sequence[ScoreRequest],
     *,
     batch_rows: int = 1,
@@ -76,10 +71,10 @@ def score_texts(
         for request, head in zip(requests, heads, strict=True)
     ]
     total, done = sum(len(request.examples) for request in requests), 0
-    for parts, batch, acting in joined_forwards(model, paths, routing, requests, batch_rows):
+    for parts, batch, acting in joined_forwards(base, requests, batch_rows):
         shares = [(heads[number], len(part)) for number, part in parts]
-        with routing.held(acting):
-            outputs = head_outputs(model, batch, shares)
+        with base.routing.held(acting):
+            outputs = head_outputs(base.model, batch, shares)
         for (number, part), values in zip(parts, outputs, strict=True):
             results[number][part] = values.cpu().double().numpy()
         done += len(batch.examples)

@@ -15,15 +15,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from veneer.adapters.placement.acting import Acting, Applied, in_turn
-from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import Batch, by_length, used_length
 from veneer.data.examples import Example
 from veneer.data.joint_batch import join_batches
 from veneer.execution.proofs.model import acting_prefix_length
-from veneer.models.step import ComputePaths, batch_of, parts_of, token_losses
+from veneer.models.step import RoutedModel, batch_of, parts_of, token_losses
 
 FORWARD_TOKENS = 8192
 """Most tokens of one forward, unless the rows that must be computed together have more."""
@@ -45,32 +43,23 @@ class AnswerScore(NamedTuple):
     greedy: bool
 
 
-def target_log_probs(
-    model: PreTrainedModel,
-    paths: ComputePaths,
-    routing: Routing,
-    batch: Batch,
-    likeliest: Tensor | None = None,
-) -> Tensor:
+def target_log_probs(base: RoutedModel, batch: Batch, likeliest: Tensor | None = None) -> Tensor:
     """Returns log p of every target of the batch, (T) float32, without a gradient.
 
     The adapters are those that the routing holds. A float64 model gives float64.
     likeliest: (T) int64, filled with the likeliest token in each target's place
     """
-    return token_losses(model, paths, routing, batch, likeliest).neg_()
+    return token_losses(base, batch, likeliest).neg_()
 
 
-def join_requests(
-    model: PreTrainedModel, paths: ComputePaths, requests: Sequence[ScoreRequest]
-) -> tuple[Batch, Acting]:
+def join_requests(base: RoutedModel, requests: Sequence[ScoreRequest]) -> tuple[Batch, Acting]:
     """Builds one batch of all requests, in order, and the adapters of its rows.
 
     The caller ensures that the paths allow these lengths in one forward (paths.together).
     """
     batches = [
         batch_of(
-            model,
-            paths,
+            base,
             request.examples,
             range(len(request.examples)),
             share_prompt=True,
@@ -84,9 +73,7 @@ def join_requests(
 
 
 def score_examples(
-    model: PreTrainedModel,
-    paths: ComputePaths,
-    routing: Routing,
+    base: RoutedModel,
     requests: Sequence[ScoreRequest],
     *,
     batch_rows: int = 1,
@@ -102,10 +89,10 @@ def score_examples(
     results = [[nothing] * len(request.examples) for request in requests]
     total = sum(len(request.examples) for request in requests)
     computed, done = [], 0
-    for parts, batch, acting in joined_forwards(model, paths, routing, requests, batch_rows):
+    for parts, batch, acting in joined_forwards(base, requests, batch_rows):
         likeliest = torch.empty_like(batch.targets)
-        with routing.held(acting):
-            log_probs = target_log_probs(model, paths, routing, batch, likeliest)
+        with base.routing.held(acting):
+            log_probs = target_log_probs(base, batch, likeliest)
         computed.append((parts, batch, log_probs, likeliest == batch.targets))
         done += len(batch.examples)
         if progress is not None:
@@ -126,37 +113,29 @@ Parts = list[tuple[int, list[int]]]
 
 
 def joined_forwards(
-    model: PreTrainedModel,
-    paths: ComputePaths,
-    routing: Routing,
-    requests: Sequence[ScoreRequest],
-    batch_rows: int,
+    base: RoutedModel, requests: Sequence[ScoreRequest], batch_rows: int
 ) -> Iterator[tuple[Parts, Batch, Acting]]:
     """Yields the parts of each forward, their batch, and the adapters of its rows."""
-    for parts in _divide(model, paths, routing, requests, batch_rows):
+    for parts in _divide(base, requests, batch_rows):
         chosen = [
             ScoreRequest(requests[number].adapters, [requests[number].examples[i] for i in part])
             for number, part in parts
         ]
-        yield parts, *join_requests(model, paths, chosen)
+        yield parts, *join_requests(base, chosen)
 
 
 def _divide(
-    model: PreTrainedModel,
-    paths: ComputePaths,
-    routing: Routing,
-    requests: Sequence[ScoreRequest],
-    batch_rows: int,
+    base: RoutedModel, requests: Sequence[ScoreRequest], batch_rows: int
 ) -> Iterator[Parts]:
     """Divides the examples of all requests into forwards."""
     longest = max((used_length(e) for request in requests for e in request.examples), default=1)
     batch_rows = max(batch_rows, FORWARD_TOKENS // (max(longest, 1) * max(len(requests), 1)))
     parts_by_request, prefix_lengths = [], []
     for request in requests:
-        with routing.held(Acting.everywhere(request.adapters)):
-            prefix_lengths.append(acting_prefix_length(model))
+        with base.routing.held(Acting.everywhere(request.adapters)):
+            prefix_lengths.append(acting_prefix_length(base.model))
             order = by_length(request.examples, batch_rows)
-            parts_by_request.append([*parts_of(model, paths, request.examples, order)])
+            parts_by_request.append([*parts_of(base, request.examples, order)])
     forward: Parts = []
     lengths: list[int] = []
     for parts in zip_longest(*parts_by_request):
@@ -165,7 +144,7 @@ def _divide(
                 continue
             own = [prefix_lengths[number] + used_length(requests[number].examples[i]) for i in part]
             fits = sum(lengths) + sum(own) <= FORWARD_TOKENS
-            if forward and not (fits and len(paths.groups_of_lengths(lengths + own)) == 1):
+            if forward and not (fits and len(base.paths.groups_of_lengths(lengths + own)) == 1):
                 yield forward
                 forward, lengths = [], []
             forward.append((number, part))

@@ -15,13 +15,13 @@ logits. That is slower but never wrong, and `ComputePaths.lines` says why.
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from veneer.adapters.placement.acting import Acting, Applied, in_turn, invocation_of, score_head_of
+from veneer.adapters.placement.acting import Acting, Applied, invocation_of, score_head_of
 from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import Batch, make_batch, used_length
 from veneer.data.examples import Example
@@ -106,6 +106,20 @@ class ComputePaths:
         return sides(lengths, self.switches)
 
 
+class RoutedModel(Protocol):
+    """A model, the paths of its forwards, and the routing of the adapters on it.
+
+    A FrozenBase is one, and so are the inputs of a training.
+    """
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+    @property
+    def paths(self) -> ComputePaths: ...
+    @property
+    def routing(self) -> Routing: ...
+
+
 def prepare(model: PreTrainedModel) -> ComputePaths:
     """Proves the fast paths on a model without adapters. The packed one stays switched on.
 
@@ -161,23 +175,11 @@ def keep_paths(model: PreTrainedModel, paths: ComputePaths) -> None:
         take_packed(model)
 
 
-def batch_loss(
-    model: PreTrainedModel, paths: ComputePaths, routing: Routing, batch: Batch, *, total: float
-) -> Tensor:
-    """Returns the summed cross-entropy (nats) of the trained tokens, divided by `total`, the number
-    of trained tokens of the step."""
-    return predictions(model, paths, routing, batch).cross_entropy(total)
-
-
-def predictions(
-    model: PreTrainedModel, paths: ComputePaths, routing: Routing, batch: Batch
-) -> Predictions:
+def predictions(base: RoutedModel, batch: Batch) -> Predictions:
     """Runs the model on a batch; returns its predictions of the batch's targets."""
-    if paths.head_reason is not None:
-        return LogitPredictions(_logits(model, routing, batch), batch.targets)
-    rows, linear = _predicting(
-        model, paths, routing, _states(model, routing, batch), batch.loss_rows
-    )
+    if base.paths.head_reason is not None:
+        return LogitPredictions(_logits(base, batch), batch.targets)
+    rows, linear = _predicting(base, _states(base, batch), batch.loss_rows)
     return _head_predictions(rows, batch.targets, linear)
 
 
@@ -191,11 +193,7 @@ class BatchShare:
 
 
 def batch_losses(
-    model: PreTrainedModel,
-    paths: ComputePaths,
-    routing: Routing,
-    batch: Batch,
-    shares: Sequence[BatchShare],
+    base: RoutedModel, batch: Batch, shares: Sequence[BatchShare]
 ) -> list[ObjectiveLoss]:
     """Returns the loss of each run in a batch of several, as for that run alone.
 
@@ -203,16 +201,12 @@ def batch_losses(
     """
     readers = [(share.adapters, share.targets) for share in shares]
     # Closed at once after an error in a loss, or the routing would change at any later moment.
-    with closing(predictions_of_runs(model, paths, routing, batch, readers)) as predicted:
+    with closing(predictions_of_runs(base, batch, readers)) as predicted:
         return [share.loss(own) for share, own in zip(shares, predicted, strict=True)]
 
 
 def predictions_of_runs(
-    model: PreTrainedModel,
-    paths: ComputePaths,
-    routing: Routing,
-    batch: Batch,
-    runs: Sequence[tuple[Applied, int]],
+    base: RoutedModel, batch: Batch, runs: Sequence[tuple[Applied, int]]
 ) -> Generator[Predictions, None, None]:
     """Yields the predictions of each run in a batch of several, while its adapters act everywhere.
 
@@ -221,10 +215,10 @@ def predictions_of_runs(
     counts = [targets for _, targets in runs]
     rows_of_runs, targets = batch.loss_rows.split(counts), batch.targets.split(counts)
     scores = [score_head_of(adapters) for adapters, _ in runs]
-    by_logits = [paths.head_reason is not None and score is None for score in scores]
-    logits = _logits(model, routing, batch).split(counts) if any(by_logits) else ()
-    states = None if all(by_logits) else _states(model, routing, batch)
-    keys = routing.acting.keys
+    by_logits = [base.paths.head_reason is not None and score is None for score in scores]
+    logits = _logits(base, batch).split(counts) if any(by_logits) else ()
+    states = None if all(by_logits) else _states(base, batch)
+    keys = base.routing.acting.keys
     for number, (adapters, _) in enumerate(runs):
         loss_rows, chosen, score = rows_of_runs[number], targets[number], scores[number]
         if states is None or by_logits[number]:
@@ -232,8 +226,8 @@ def predictions_of_runs(
         elif score is not None:
             yield ScorePredictions(states.index_select(0, loss_rows), score)
         else:
-            with routing.held(Acting.everywhere(adapters).drawing(keys)):
-                rows, linear = _predicting(model, paths, routing, states, loss_rows)
+            with base.routing.held(Acting.everywhere(adapters).drawing(keys)):
+                rows, linear = _predicting(base, states, loss_rows)
                 yield _head_predictions(rows, chosen, linear)
 
 
@@ -242,51 +236,41 @@ def _head_predictions(rows: Tensor, targets: Tensor, linear: Head) -> HeadPredic
 
 
 @torch.no_grad()
-def token_losses(
-    model: PreTrainedModel,
-    paths: ComputePaths,
-    routing: Routing,
-    batch: Batch,
-    likeliest: Tensor | None = None,
-) -> Tensor:
+def token_losses(base: RoutedModel, batch: Batch, likeliest: Tensor | None = None) -> Tensor:
     """Returns -log p of every target of the batch, (T), without a gradient.
 
     likeliest: (T) int64, filled with the likeliest token in each target's place
     """
-    if paths.head_reason is not None:
-        logits = _logits(model, routing, batch)
+    if base.paths.head_reason is not None:
+        logits = _logits(base, batch)
         if likeliest is not None:
             likeliest.copy_(logits.argmax(dim=-1))
         return LogitPredictions(logits, batch.targets).nats()
-    rows, linear = _predicting(
-        model, paths, routing, _states(model, routing, batch), batch.loss_rows
-    )
+    rows, linear = _predicting(base, _states(base, batch), batch.loss_rows)
     return head_nats(rows, batch.targets, linear, likeliest)
 
 
-def _predicting(
-    model: PreTrainedModel, paths: ComputePaths, routing: Routing, states: Tensor, loss_rows: Tensor
-) -> tuple[Tensor, Head]:
+def _predicting(base: RoutedModel, states: Tensor, loss_rows: Tensor) -> tuple[Tensor, Head]:
     """Returns the hidden states (T, D) of the rows that predict a trained token, and their head.
 
     states: (N, D) of all rows
     """
-    rows, linear = states.index_select(0, loss_rows), loss_head(model, paths.scale, paths.softcap)
+    linear = loss_head(base.model, base.paths.scale, base.paths.softcap)
     if isinstance(linear, AdaptedHead):
-        linear = replace(linear, rows=routing.acting.select(loss_rows))
-    return rows, linear
+        linear = replace(linear, rows=base.routing.acting.select(loss_rows))
+    return states.index_select(0, loss_rows), linear
 
 
-def _states(model: PreTrainedModel, routing: Routing, batch: Batch) -> Tensor:
+def _states(base: RoutedModel, batch: Batch) -> Tensor:
     """Computes the last hidden states (rows of the batch, D), with the adapters of each row."""
-    with within_batch(routing, batch):
-        return hidden_states(model, batch)
+    with within_batch(base.routing, batch):
+        return hidden_states(base.model, batch)
 
 
-def _logits(model: PreTrainedModel, routing: Routing, batch: Batch) -> Tensor:
+def _logits(base: RoutedModel, batch: Batch) -> Tensor:
     """Computes `whole_logits` with the adapters of each row."""
-    with within_batch(routing, batch):
-        return whole_logits(model, batch)
+    with within_batch(base.routing, batch):
+        return whole_logits(base.model, batch)
 
 
 def within_batch(routing: Routing, batch: Batch) -> AbstractContextManager[None]:
@@ -296,13 +280,6 @@ def within_batch(routing: Routing, batch: Batch) -> AbstractContextManager[None]
         return routing.held(acting.within(batch.active, batch.ids.numel()))
     assert not any(adapter.invocation for adapter in acting.adapters), "made without an activation"
     return nullcontext()
-
-
-def acting_on(batch: Batch, adapters: Sequence[Applied]) -> Acting:
-    """Returns what acts on a batch: the given adapters on each group's rows. Filler rows belong to
-    the last."""
-    filler = batch.ids.numel() - sum(batch.group_rows)
-    return in_turn(list(zip(batch.group_rows, adapters, strict=True))).padded(filler)
 
 
 def whole_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -316,20 +293,19 @@ def whole_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def parts_of(
-    model: PreTrainedModel,
-    paths: ComputePaths,
+    base: RoutedModel,
     examples: Sequence[Example] | Mapping[int, Example],
     rows: Iterable[list[int]],
 ) -> Iterator[list[int]]:
     """Divides each list of rows into the forwards that the paths require."""
     for numbers in rows:
-        for group in paths.together([examples[i] for i in numbers], acting_prefix_length(model)):
+        prefix_length = acting_prefix_length(base.model)
+        for group in base.paths.together([examples[i] for i in numbers], prefix_length):
             yield [numbers[i] for i in group]
 
 
 def batch_of(
-    model: PreTrainedModel,
-    paths: ComputePaths,
+    base: RoutedModel,
     examples: Sequence[Example],
     part: Sequence[int],
     *,
@@ -339,27 +315,22 @@ def batch_of(
     """Returns the batch of a part, on the model's device. adapters: that act on it"""
     return make_batch(
         [examples[i] for i in part],
-        packed=paths.packed,
+        packed=base.paths.packed,
         share_prompt=share_prompt,
-        device=next(model.parameters()).device,
+        device=next(base.model.parameters()).device,
         invocation=invocation_of(adapters),
     )
 
 
 def part_nats(
-    model: PreTrainedModel,
-    paths: ComputePaths,
-    routing: Routing,
-    examples: Sequence[Example],
-    parts: Sequence[Sequence[int]],
+    base: RoutedModel, examples: Sequence[Example], parts: Sequence[Sequence[int]]
 ) -> list[list[float]]:
     """Returns the summed nats (float64) of the trained tokens of each example, part by part."""
-    adapters = routing.acting.whole or ()
+    adapters = base.routing.acting.whole or ()
     batches = (
-        batch_of(model, paths, examples, part, share_prompt=True, adapters=adapters)
-        for part in parts
+        batch_of(base, examples, part, share_prompt=True, adapters=adapters) for part in parts
     )
-    nats = [token_losses(model, paths, routing, batch) for batch in batches]
+    nats = [token_losses(base, batch) for batch in batches]
     if not nats:
         return []
     counts = [examples[i].trained_tokens for part in parts for i in part]

@@ -127,7 +127,7 @@ class StepGradient:
         """Returns the replay rows of a step, divided into the forwards that the model requires."""
         inputs, examples, parts = self.inputs, replay.examples, replay.micro_batches(step)
         with inputs.routing.held(Acting.everywhere(inputs.adapters)):
-            forwards = list(parts_of(inputs.model, inputs.paths, examples, parts))
+            forwards = list(parts_of(inputs, examples, parts))
         return [[examples[number] for number in forward] for forward in forwards]
 
     def begin_again(self) -> None:
@@ -322,7 +322,7 @@ def forward_backward(micro_batches: Sequence[MicroBatch]) -> None:
     keys = TokenKeys.of_runs(batch.dropout_rows, draws)
     with inputs.routing.held(acting.drawing(keys)):
         with offloaded(gradients[0].offload):
-            losses = batch_losses(inputs.model, inputs.paths, inputs.routing, batch, shares)
+            losses = batch_losses(inputs, batch, shares)
         with adding_gradients_in_place():
             sum((share.loss for share in losses[1:]), start=losses[0].loss).backward()
     for gradient, micro_batch, result, part in zip(

@@ -52,8 +52,7 @@ class ForwardInputs:
     def batch(self, examples: Sequence[Example]) -> Batch:
         """Builds the batch of a forward over these examples alone."""
         return batch_of(
-            self.model,
-            self.paths,
+            self,
             examples,
             range(len(examples)),
             share_prompt=self.share_prompt,
@@ -178,7 +177,7 @@ class TrainingInputs:
                 micro_batch=config.rows_at_once,
                 packed=self.paths.packed,
                 share_prompt=config.share_prompt,
-                divide=lambda part: parts_of(self.model, self.paths, examples, [part]),
+                divide=lambda part: parts_of(self, examples, [part]),
             )
 
     @property

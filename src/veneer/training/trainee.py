@@ -255,7 +255,7 @@ class Trainee:
         )
         with self.acting():
             examples = {i: inputs.train[i] for i in inputs.rows.examples(rows)}
-            return list(parts_of(inputs.model, inputs.paths, {**examples, **overrides}, parts))
+            return list(parts_of(inputs, {**examples, **overrides}, parts))
 
     def next_lengths(self) -> list[int]:
         """Counts the tokens of each example of the next micro-batch, with those of a prefix."""

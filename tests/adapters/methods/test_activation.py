@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import veneer
 from tests.support.helpers import ended_before_step, fill, make_examples
 from tests.support.joint import config
+from tests.support.models.routed import batch_loss
 from tests.support.tiny import save_tiny, tiny_tokenizer
 from veneer.adapters.activation import activation_start
 from veneer.adapters.config import LoRA
@@ -23,7 +24,7 @@ from veneer.data.batching import shared_prompt
 from veneer.errors import ConfigError, DataError, RefusedError
 from veneer.files.strict_json import read_json
 from veneer.formats.adapter import manifest_for, read_adapter, write_adapter
-from veneer.models.step import batch_loss, batch_of
+from veneer.models.step import batch_of
 from veneer.training.config import RunConfig
 from veneer.training.output.screen import QuietScreen
 from veneer.training.run import run_training
@@ -105,15 +106,8 @@ def test_losses_and_gradients_are_pefts(family, world, tmp_path):
     for share in (True, False):
         for parameter in parameters.values():
             parameter.requires_grad_(True).grad = None
-        batch = batch_of(
-            base.model,
-            base.paths,
-            examples,
-            range(5),
-            share_prompt=share,
-            adapters=((adapter, 1.0),),
-        )
-        loss = batch_loss(base.model, base.paths, base.routing, batch, total=total)
+        batch = batch_of(base, examples, range(5), share_prompt=share, adapters=((adapter, 1.0),))
+        loss = batch_loss(base, batch, total=total)
         loss.backward()
         found.append((loss.item(), {name: p.grad for name, p in parameters.items()}))
     write_adapter(tmp_path / "a", adapter, manifest_for(base, method="lora"), model=base.model)

@@ -7,6 +7,7 @@ from transformers import DynamicCache
 
 from tests.models.test_step import assert_same, loss_and_gradients
 from tests.support.helpers import fill, make_examples
+from tests.support.models.routed import Routed, batch_loss
 from tests.support.tiny import (
     FAMILIES,
     MAX_POSITIONS,
@@ -27,7 +28,7 @@ from veneer.models.checkpointing import checkpointed
 from veneer.models.initial_values import begin
 from veneer.models.load import load_base
 from veneer.models.prefix_start import INSTRUCTION, choose_values
-from veneer.models.step import batch_loss, prepare
+from veneer.models.step import prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
 CPU = torch.device("cpu")
@@ -129,7 +130,7 @@ def test_checkpointing_changes_no_bit(family, projection):
         with checkpointed(model, routing, on=on):
             for parameter in attachment.parameters().values():
                 parameter.requires_grad_(True).grad = None
-            loss = batch_loss(model, paths, routing, batch, total=7.0)
+            loss = batch_loss(Routed(model, paths, routing), batch, total=7.0)
             loss.backward()
             return loss, [p.grad.clone() for p in attachment.parameters().values()]
 
@@ -149,7 +150,7 @@ def test_padded_rows_give_what_packed_rows_give():
     for parameter in parameters:
         parameter.grad = None
     batch = make_batch(examples, packed=False, share_prompt=False, device=CPU)
-    loss = batch_loss(model, paths, routing, batch, total=float(batch.trained_tokens))
+    loss = batch_loss(Routed(model, paths, routing), batch, total=float(batch.trained_tokens))
     loss.backward()
     assert_same((loss.item(), [p.grad for p in parameters]), packed)
 

@@ -8,6 +8,7 @@ import torch
 from tests.adapters.test_methods import move
 from tests.models.test_step import FP32, assert_same
 from tests.support.helpers import make_examples
+from tests.support.models.routed import Routed, acting_on, batch_loss
 from tests.support.tiny import tiny_model
 from tests.training.test_loop import make_job
 from tests.training.test_loop import run as train
@@ -16,7 +17,7 @@ from veneer.adapters.config import Bottleneck, DoRA, LoRA
 from veneer.adapters.placement.acting import TokenKeys
 from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import make_batch, make_groups, prefix_keys, shared_prompt
-from veneer.models.step import acting_on, batch_loss, prepare
+from veneer.models.step import prepare
 
 FLOAT32 = 1e-6
 """Lengths of rows and experts are computed in it."""
@@ -69,7 +70,7 @@ def given(family, methods, groups, *, alike=False):
         batch = make_groups(rows, packed=True, share_prompt=False, device=torch.device("cpu"))
         keys = TokenKeys(batch.dropout_rows, 3) if drops else None
         with torch.no_grad(), routing.held(acting_on(batch, adapters)), routing.drawing(keys):
-            return float(batch_loss(model, paths, routing, batch, total=10.0))
+            return float(batch_loss(Routed(model, paths, routing), batch, total=10.0))
 
     return loss, rows, adapters
 
@@ -153,7 +154,7 @@ def drawing(method, family="llama", examples=None):
             kinds = {"packed": True, "share_prompt": True, **laid}
             batch = make_batch([examples[i] for i in part], **kinds, device=torch.device("cpu"))
             with routing.drawing(TokenKeys(batch.dropout_rows, step, seed) if drops else None):
-                found = batch_loss(model, paths, routing, batch, total=10.0)
+                found = batch_loss(Routed(model, paths, routing), batch, total=10.0)
                 found.backward()
             loss, computed = loss + found.item(), computed + batch.computed_tokens
         return loss, [p.grad.clone() for p in parameters], computed

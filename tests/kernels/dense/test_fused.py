@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3nForCausalLM, Gemma3nTextConfig, OlmoConfig
 
 from tests.support.helpers import Limited, fill, make_examples
+from tests.support.models.routed import Routed, batch_loss
 from tests.support.tiny import save_tiny, tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import DoRA, LoRA
@@ -25,7 +26,7 @@ from veneer.kernels.dense import fused as kernels
 from veneer.kernels.dense.loss import Head, frozen_head_loss, head_loss_reference, head_nats
 from veneer.models.checkpointing import checkpointed
 from veneer.models.load import load_base
-from veneer.models.step import batch_loss, prepare
+from veneer.models.step import prepare
 
 BF16 = 2**-7  # half a unit of a bf16 value is 2**-9 of it; three roundings, and sums of them
 
@@ -310,7 +311,7 @@ def test_a_fused_model_has_the_losses_and_gradients_of_the_plain_one(family):
     parameters = list(attachment.parameters().values())
 
     def measured():
-        loss = batch_loss(model, paths, routing, batch, total=float(batch.trained_tokens))
+        loss = batch_loss(Routed(model, paths, routing), batch, total=float(batch.trained_tokens))
         return [loss, *torch.autograd.grad(loss, parameters)]
 
     plain = measured()
@@ -356,7 +357,7 @@ def test_modules_trained_in_full_are_computed_with_their_trained_values(family, 
     parameters = attachment.parameters()
 
     def measured(*given):
-        loss = batch_loss(model, paths, routing, batch, total=float(batch.trained_tokens))
+        loss = batch_loss(Routed(model, paths, routing), batch, total=float(batch.trained_tokens))
         return [loss, *torch.autograd.grad(loss, given)]
 
     plain = measured(*parameters.values())

@@ -10,6 +10,7 @@ from transformers.models.phi.modeling_phi import PhiDecoderLayer
 
 from tests.kernels.test_tiles import vectors
 from tests.support.helpers import fill, make_examples
+from tests.support.models.routed import batch_loss
 from tests.support.tiny import tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import DoRA, LoRA
@@ -21,7 +22,7 @@ from veneer.execution.train_step import FusedLayer, fused, replacements
 from veneer.kernels.bindings import library as native
 from veneer.kernels.layers import block, block_operands
 from veneer.models.checkpointing import checkpointed
-from veneer.models.step import BatchShare, batch_loss, batch_losses, prepare
+from veneer.models.step import BatchShare, batch_losses, prepare
 from veneer.objectives.objective import ObjectiveLoss
 from veneer.quant.layers import HeldLinear
 from veneer.quant.nf4 import quantize
@@ -126,9 +127,7 @@ class Trained:
         return self.routing.held(self.routing.acting.drawing(TokenKeys(keys, 3)))
 
     def measured(self):
-        loss = batch_loss(
-            self.model, self.paths, self.routing, self.batch, total=float(self.batch.trained_tokens)
-        )
+        loss = batch_loss(self, self.batch, total=float(self.batch.trained_tokens))
         return [loss, *torch.autograd.grad(loss, self.parameters)]
 
     def layers(self):
@@ -362,9 +361,7 @@ def test_gradients_are_added_where_they_lie_to_the_same_bits_and_told_to_who_wai
             trained.parameters[3].register_post_accumulate_grad_hook(told.append)
         total = float(trained.batch.trained_tokens)
         with block.adding_gradients_in_place():
-            batch_loss(
-                trained.model, trained.paths, trained.routing, trained.batch, total=total
-            ).backward()
+            batch_loss(trained, trained.batch, total=total).backward()
     assert len(told) == heard and all(taken)
     for each, gradient in zip(trained.parameters, expected, strict=True):
         assert torch.equal(each.grad, 1 + gradient)
@@ -375,9 +372,7 @@ def test_an_evaluation_has_the_bits_of_its_parts_too(taken, monkeypatch):
 
     def loss():
         with torch.no_grad(), fused(trained.model, replacements(trained.model)):
-            return batch_loss(
-                trained.model, trained.paths, trained.routing, trained.batch, total=1.0
-            )
+            return batch_loss(trained, trained.batch, total=1.0)
 
     ours = loss()
     assert taken == [True, True]
@@ -567,12 +562,7 @@ def test_rows_of_several_adapters_get_the_bits_of_each_alone(family, adding, tak
         for number in numbers:
             flats[number][1].gradient.zero_()
         with trained.routing.held(acting.drawing(TokenKeys.of_runs(joined.dropout_rows, keys))):
-            found = [
-                share.loss
-                for share in batch_losses(
-                    trained.model, trained.paths, trained.routing, joined, shares
-                )
-            ]
+            found = [share.loss for share in batch_losses(trained, joined, shares)]
             with block.adding_gradients_in_place() if adding else nullcontext():
                 sum(found[1:], start=found[0]).backward()
         return [

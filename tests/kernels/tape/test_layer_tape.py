@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests.support.helpers import fill, make_examples
+from tests.support.models.routed import batch_loss
 from tests.support.tiny import tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import DoRA, Full, LoRA
@@ -20,7 +21,7 @@ from veneer.kernels.layers import block, block_operands
 from veneer.kernels.tape import layer_tape
 from veneer.kernels.tape.tape import Tape, TapeCall
 from veneer.models.checkpointing import checkpointed
-from veneer.models.step import batch_loss, prepare
+from veneer.models.step import prepare
 from veneer.plan.simulation.dry_run import dry_run
 from veneer.plan.simulation.step_counts import Step
 from veneer.plan.workload import synthetic_rows
@@ -60,9 +61,7 @@ class Trained:
             self.routing.held(self.routing.acting.drawing(keys)),
         )
         with drawing, fused(self.model, found):
-            loss = batch_loss(
-                self.model, self.paths, self.routing, batch, total=float(batch.trained_tokens)
-            )
+            loss = batch_loss(self, batch, total=float(batch.trained_tokens))
             return [loss, *torch.autograd.grad(loss, self.parameters)]
 
 

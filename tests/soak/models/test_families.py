@@ -9,11 +9,12 @@ from tests.families.models import IDS, family_base, names
 from tests.families.page import PAGE, rows_of
 from tests.soak.counts import chosen
 from tests.support.helpers import fill, make_examples
+from tests.support.models.routed import batch_loss
 from veneer.adapters.config import LoRA
 from veneer.adapters.placement.acting import TokenKeys
 from veneer.models.checkpointing import checkpointed
 from veneer.models.initial_values import begin
-from veneer.models.step import batch_loss, batch_of, parts_of
+from veneer.models.step import batch_of, parts_of
 
 pytest.importorskip("peft")
 
@@ -58,10 +59,10 @@ def test_layers_with_a_state_are_adapted_and_checkpointing_changes_no_bit_of_the
             parameter.requires_grad_(True).grad = None
         loss = torch.zeros(())
         with checkpointed(base.model, base.routing, on=on):
-            for part in parts_of(base.model, base.paths, examples, [[0, 1, 2]]):
-                batch = batch_of(base.model, base.paths, examples, part, share_prompt=False)
+            for part in parts_of(base, examples, [[0, 1, 2]]):
+                batch = batch_of(base, examples, part, share_prompt=False)
                 with base.routing.drawing(TokenKeys(batch.dropout_rows, 3)):
-                    found = batch_loss(base.model, base.paths, base.routing, batch, total=7.0)
+                    found = batch_loss(base, batch, total=7.0)
                     found.backward()
                 loss = loss + found.detach()
         return loss, {name: p.grad.clone() for name, p in made.parameters().items()}

@@ -15,6 +15,7 @@ import torch
 from tests.adapters.test_methods import move
 from tests.soak.counts import rounds
 from tests.support.helpers import make_examples
+from tests.support.models.routed import Routed, acting_on, batch_loss
 from tests.support.tiny import tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import AdapterConfig, Bottleneck, DoRA, LoRA, Prefix
@@ -22,7 +23,7 @@ from veneer.adapters.placement.acting import Applied, TokenKeys
 from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import Batch, make_groups
 from veneer.errors import ConfigError
-from veneer.models.step import ComputePaths, acting_on, batch_loss, prepare, whole_logits
+from veneer.models.step import ComputePaths, prepare, whole_logits
 
 MIXTURES = ("mixtral", "qwen3_moe")
 """How many rows an expert gets depends on the others, and on that how its sums are rounded,
@@ -140,7 +141,7 @@ def computed(
         with torch.no_grad():
             said = whole_logits(model, batch)
         with routing.drawing(TokenKeys(batch.dropout_rows, 5) if drops else None):
-            loss = batch_loss(model, paths, routing, batch, total=10.0)
+            loss = batch_loss(Routed(model, paths, routing), batch, total=10.0)
             if loss.requires_grad:
                 loss.backward()
     return said, {"loss": loss.detach()} | gradients(routing)

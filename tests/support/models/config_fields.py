@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import veneer
 from tests.support.helpers import make_examples
+from tests.support.models.routed import batch_loss
 from tests.support.tiny import CHATML
 from veneer.adapters.config import LoRA
 from veneer.bases.config.model_class import model_class
@@ -42,7 +43,7 @@ from veneer.execution.proofs.small_copy import drawn, small_copy
 from veneer.execution.switches import forget_lengths
 from veneer.execution.train_step import fused, replacements
 from veneer.models.initial_values import begin
-from veneer.models.step import batch_loss, batch_of, parts_of
+from veneer.models.step import batch_of, parts_of
 
 IDS, LONGEST = 90, 44
 SAME, ALIKE = 1e-6, 1e-4
@@ -244,14 +245,9 @@ def _losses(base: Any, twin: Any) -> tuple[float, float]:
     made = begin(base, LoRA(rank=16, alpha=5), name="a").attachment
     base.routing.active = (("a", 1.0),)
     with fused(base.model, replacements(base.model)), torch.no_grad():
-        parts = parts_of(base.model, base.paths, examples, [list(range(len(examples)))])
-        batches = [
-            batch_of(base.model, base.paths, examples, part, share_prompt=True) for part in parts
-        ]
-        found = sum(
-            batch_loss(base.model, base.paths, base.routing, batch, total=total).item()
-            for batch in batches
-        )
+        parts = parts_of(base, examples, [list(range(len(examples)))])
+        batches = [batch_of(base, examples, part, share_prompt=True) for part in parts]
+        found = sum(batch_loss(base, batch, total=total).item() for batch in batches)
     del made
     base.routing.active = ()
     return expected / total, found

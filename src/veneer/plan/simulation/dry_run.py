@@ -61,7 +61,7 @@ from veneer.plan.simulation.step_counts import (
     DryRun,
     Step,
 )
-from veneer.plan.simulation.taught import SimulatedTeacher, build_teacher, step_loss, student_batch
+from veneer.plan.simulation.taught import SimulatedModel, build_teacher, step_loss, student_batch
 from veneer.plan.simulation.tracker import META, MetaMode, Parts, Tracker, Work, without_values
 from veneer.plan.simulation.weights import base_bytes
 from veneer.private.torch import storage_key
@@ -232,7 +232,8 @@ def _run(
     with device, MetaMode(experts=experts) if device == META else nullcontext():
         _, parameters = _install(model, step, routing, paths)
         other_base = None if step.teacher is None else build_teacher(step.teacher)
-    teacher = other_base or SimulatedTeacher(model, paths, routing)
+    student = SimulatedModel(model, paths, routing)
+    teacher = other_base or student
     fused_modules = replacements(model)  # by the paths that the adapter's wrappers leave
     with tracker:
         tracker.enter("prepare", label=VALUES)
@@ -266,7 +267,7 @@ def _run(
             hooks.callback(hook.remove)
             with routing.drawing(TokenKeys(batch.dropout_rows, 0)):
                 with _offloading(offload), without_values(type(model).__name__):
-                    own = predictions(model, paths, routing, batch)
+                    own = predictions(student, batch)
                     loss = step_loss(own, taught)
                 forward_shapes = len(tracker.work.of_libraries)
                 tracker.enter("backward", label=BACKWARD)

@@ -21,8 +21,8 @@ from veneer.plan.simulation.step_counts import Step, TeacherModel
 
 
 @dataclass(frozen=True)
-class SimulatedTeacher:
-    """Holds a teacher's model without storage: the student's own, or another base.
+class SimulatedModel:
+    """Holds a model without storage: the student's, or a teacher that is another base.
 
     is_other: whether it is another base
     """
@@ -45,16 +45,16 @@ class SimulatedTeacher:
     def predict(self, batch: Batch) -> Predictions:
         """Runs the base alone on the teacher's batch, as training/teachers/teacher.py does."""
         with self.routing.none():
-            return predictions(self.model, self.paths, self.routing, batch)
+            return predictions(self, batch)
 
 
-def build_teacher(teacher: TeacherModel) -> SimulatedTeacher:
+def build_teacher(teacher: TeacherModel) -> SimulatedModel:
     """Builds another base without storage; its weights are not counted."""
     model = build(teacher.base.config, teacher.dtype)
     structure(model)  # runs a small copy, which does not count
     paths = assume_paths(model)
     keep_paths(model, paths)
-    return SimulatedTeacher(model, paths, Routing(), is_other=True)
+    return SimulatedModel(model, paths, Routing(), is_other=True)
 
 
 def student_batch(step: Step, *, packed: bool, device: torch.device) -> Batch:

@@ -129,4 +129,4 @@ class Classifier:
         base = self._base
         self.forwards += 1
         most_rows = max(len(request.examples) for request in requests)
-        return score_texts(base.model, base.paths, base.routing, requests, batch_rows=most_rows)
+        return score_texts(base, requests, batch_rows=most_rows)

@@ -48,13 +48,13 @@ NatsOfParts = Callable[
 def example_nats(
     inputs: TrainingInputs, examples: Sequence[Example], parts: Sequence[Sequence[int]]
 ) -> list[list[float]]:
-    return part_nats(inputs.model, inputs.paths, inputs.routing, examples, parts)
+    return part_nats(inputs, examples, parts)
 
 
 def example_outputs(
     inputs: TrainingInputs, examples: Sequence[Example], parts: Sequence[Sequence[int]]
 ) -> list[list[list[float]]]:
-    return part_outputs(inputs.model, inputs.paths, inputs.routing, examples, parts)
+    return part_outputs(inputs, examples, parts)
 
 
 def _compute_of(objective: Objective) -> NatsOfParts:
@@ -75,7 +75,7 @@ def compute_nats(
     doing: as errors name it
     """
     order = by_length(examples, inputs.config.rows_at_once)
-    parts = list(parts_of(inputs.model, inputs.paths, examples, order))
+    parts = list(parts_of(inputs, examples, order))
     values = np.zeros((len(examples), inputs.objective.num_outputs or 1))
     with _evaluating(inputs, world, doing):
         examples_of_parts = ([examples[i] for i in part] for part in parts)

@@ -57,7 +57,7 @@ class TrainerGradient:
         forward, examples = self.forward, call.examples
         with forward.routing.held(Acting.everywhere(forward.adapters)):
             rows = [list(range(len(examples)))]
-            parts = list(parts_of(forward.model, forward.paths, examples, rows))
+            parts = list(parts_of(forward, examples, rows))
         if len(parts) > 1 and call.takes_all_rows:
             raise ConfigError(
                 f"{call.name} takes all rows of a call, and this base computes them in"

@@ -62,8 +62,8 @@ class StartReference:
         adapters = () if self.start is None else forward.adapters
         with forward.routing.held(Acting.everywhere(adapters)), self._first_values():
             groups = by_length(examples, ROWS_AT_ONCE)
-            parts = list(parts_of(forward.model, forward.paths, examples, groups))
-            nats = part_nats(forward.model, forward.paths, forward.routing, examples, parts)
+            parts = list(parts_of(forward, examples, groups))
+            nats = part_nats(forward, examples, parts)
         values = [0.0] * len(examples)
         for part, part_values in zip(parts, nats, strict=True):
             for number, value in zip(part, part_values, strict=True):

@@ -158,9 +158,7 @@ def _predict_on_one_base(taught: Sequence[Taught]) -> list[Predictions]:
     acting = in_turn([(n, adapters) for n, (adapters, _) in zip(rows, readers, strict=True)])
     first = forwards[0]
     with first.routing.held(acting):
-        computed = list(
-            predictions_of_runs(first.model, first.paths, first.routing, batch, readers)
-        )
+        computed = list(predictions_of_runs(first, batch, readers))
     sizes = [part.teacher.vocabulary for part in taught]
     return [
         predictions if size is None else predictions.of_first_tokens(size)
@@ -184,9 +182,7 @@ def _part_values(inputs: TrainingInputs, examples: Sequence[Example]) -> Iterato
     readers = [(forward.adapters, batch.trained_tokens)]
     acting = Acting.everywhere(forward.adapters)
     with forward.routing.held(acting), torch.no_grad():
-        (student,) = predictions_of_runs(
-            forward.model, forward.paths, forward.routing, batch, readers
-        )
+        (student,) = predictions_of_runs(forward, batch, readers)
         values = inputs.objective.target_values(student, teacher).cpu().double()
     sums = iter(values.split([example.trained_tokens for example in own]))
     for example in examples:
