@@ -1248,7 +1248,7 @@ def main() -> None:
             print(f"{number:4} {word:8} {mutation}", flush=True)
             args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     counts = {
-        word: sum(each["result"] == word for each in results)
+        word: sum(result["result"] == word for result in results)
         for word in ("caught", "survived", "unknown")
     }
     print(

@@ -260,7 +260,7 @@ def test_a_run_file_takes_an_edge_only_within_the_bounds(path, text):
     )
     model = model_of(method, path.split("."))
     (number,) = numbers_of(hints(model)[path.split(".")[-1]])
-    assert all(number.holds(each) for each in values)
+    assert all(number.holds(value) for value in values)
 
 
 @pytest.mark.parametrize(

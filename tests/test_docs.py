@@ -156,7 +156,7 @@ def missing_names(source: str) -> list[str]:
             "tests",
         ):
             there = import_module(node.module or "")
-            missing += [each.name for each in node.names if not _is_there(there, each.name)]
+            missing += [alias.name for alias in node.names if not _is_there(there, alias.name)]
         if (
             isinstance(node, ast.Attribute)
             and isinstance(node.value, ast.Name)

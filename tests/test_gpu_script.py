@@ -101,6 +101,6 @@ def test_its_items_find_all_tensors_on_a_device_that_is_no_cpu(monkeypatch):
         tape, at = Tape(there), replace(tiny, device=there.device)
         monkeypatch.setattr(forward, "recorder_here", lambda: tape)
         asked = ("2.1", "2.2", "2.4", "3.2", "4.3")
-        found = {each.name[:3]: each.run(at) for each in items(at) if each.name[:3] in asked}
+        found = {item.name[:3]: item.run(at) for item in items(at) if item.name[:3] in asked}
     assert len(found) == 5 and tape.replayed > tape.captured > 3
     assert found["2.4"]["adapters"]["graphs"]["graphs"] == 1 and found["4.3"]["answers_alike"] == 32

@@ -173,7 +173,7 @@ def test_a_run_file_names_files_so_that_they_are_found_from_any_folder(base, tmp
         "validation": "org/name",
     }
     found = with_absolute_paths(veneer.RunConfig(base="smollm2-135m", out="o", data=mixed))
-    assert [(each.path, each.name) for each in found.data.train_sets] == [
+    assert [(train_set.path, train_set.name) for train_set in found.data.train_sets] == [
         (str(tmp_path / "rows.jsonl"), "rows.jsonl"),
         (str(tmp_path / "more/*.jsonl"), "more"),
     ]
@@ -241,7 +241,7 @@ def test_load_adapter_takes_what_the_command_line_takes(run, base, tmp_path):
 def test_prompts_in_a_list_are_answered_as_one_alone_and_say_where_they_were_cut(base):
     loaded = veneer.load(base)
     prompts = ["one", [{"role": "user", "content": "two and more"}], "three"]
-    alone = [loaded.generate(each, max_new_tokens=4) for each in prompts]
+    alone = [loaded.generate(prompt, max_new_tokens=4) for prompt in prompts]
     together = loaded.generate(prompts, max_new_tokens=4)
     assert isinstance(together, list) and together == alone
     assert [each.cut_after for each in together] == [each.cut_after for each in alone]

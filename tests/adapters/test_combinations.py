@@ -475,7 +475,7 @@ def test_values_of_a_weighted_sum_train_as_those_of_the_dense_sum(case: InFull) 
 def test_the_docs_show_the_table() -> None:
     def shown(content: Content) -> str:
         cells = (content.adds_up, content.merges, content.combines)
-        return f"| {content.name} | " + " | ".join("yes" if each else "no" for each in cells) + " |"
+        return f"| {content.name} | " + " | ".join("yes" if cell else "no" for cell in cells) + " |"
 
     page = (ROOT / "docs" / "serve.md").read_text()
     assert "\n".join(map(shown, CONTENTS)) in page
@@ -484,8 +484,8 @@ def test_the_docs_show_the_table() -> None:
 def test_settings_say_their_contents() -> None:
     for content, config in MADE.items():
         assert content in (TOKENS, HEAD, *config.contents)
-        assert config.folds == all(each.merges for each in config.contents)
-    assert all(each.combines is False or each.adds_up for each in CONTENTS)
+        assert config.folds == all(content.merges for content in config.contents)
+    assert all(content.combines is False or content.adds_up for content in CONTENTS)
 
 
 def test_a_sum_over_another_base_is_not_combined(world: World, tmp_path: Path) -> None:

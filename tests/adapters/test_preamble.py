@@ -77,7 +77,7 @@ def test_a_run_that_goes_on_from_it_says_what_the_template_is_told(world, tmp_pa
         said = {"template": {"variables": variables}}
         veneer.train(str(world / "base"), rows, out=tmp_path / name, **settings, **said)
     manifests = [read_json(tmp_path / name / "adapter" / "veneer.json") for name in "bc"]
-    assert [each["template_variables"] for each in manifests] == [QUIET, {}]
+    assert [manifest["template_variables"] for manifest in manifests] == [QUIET, {}]
 
 
 def test_plain_text_beside_conversations_does_not_hide_their_system_turn(world, tmp_path):

@@ -44,7 +44,7 @@ def written(folder: Path, count: int, mib: int) -> Path:
 
 def in_files(module: nn.Module) -> list[bool]:
     files = own_pages.MappedFiles()
-    return [files.hold(each) for each in module.parameters()]
+    return [files.hold(parameter) for parameter in module.parameters()]
 
 
 def test_weights_keep_their_values_and_leave_the_file_for_whole_lines(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_weights_keep_their_values_and_leave_the_file_for_whole_lines(tmp_path: 
     assert take_own_pages(module) >= 3 * MIB
     assert in_files(module) == [False] * 3
     assert all(a is b for a, b in zip(module.parameters(), objects, strict=True))
-    assert all(each.data_ptr() % own_pages.LINE == 0 for each in module.parameters())
+    assert all(parameter.data_ptr() % own_pages.LINE == 0 for parameter in module.parameters())
     assert all(
         torch.equal(tensor, module.get_parameter(name)) for name, tensor in load_file(file).items()
     )

@@ -326,15 +326,19 @@ def test_it_answers_and_is_planned_as_any_base(folder):
         for method in (LoRA(rank=2), Full())
     )
     made = begin(base, LoRA(rank=2), name="a").attachment
-    assert lora.trainable_parameters == sum(each.numel() for each in made.parameters().values())
+    assert lora.trainable_parameters == sum(
+        parameter.numel() for parameter in made.parameters().values()
+    )
     assert lora.modules_adapted == len(made.layers)
     base.detach("a")
     beside = sum(
-        each.numel()
+        parameter.numel()
         for path in LEFT_OUT["gemma3"]
-        for each in base.model.get_submodule(path).parameters()
+        for parameter in base.model.get_submodule(path).parameters()
     )
-    assert beside and lora.total_parameters == sum(each.numel() for each in base.model.parameters())
+    assert beside and lora.total_parameters == sum(
+        parameter.numel() for parameter in base.model.parameters()
+    )
     assert full.trainable_parameters == full.total_parameters - beside
 
 

@@ -164,7 +164,7 @@ def test_every_setting_changes_under_set(path):
             if other != path
             if not other.startswith("objective.") or other.split(".")[1] in kind
         ]
-        assert [at(after, each) for each in others] == [at(before, each) for each in others]
+        assert [at(after, other) for other in others] == [at(before, other) for other in others]
 
 
 @pytest.mark.parametrize("flag", FLAGS)

@@ -59,9 +59,9 @@ def test_a_run_learns_the_same_bits_and_needs_the_same_memory(
         done = server.command_of(asked, lambda: None) if run is None else run(asked)
         assert done.code == 0, done.talk
         steps = [
-            each["loss"]
-            for each in read_records(tmp_path / name / "metrics.jsonl")
-            if each["kind"] == "step"
+            record["loss"]
+            for record in read_records(tmp_path / name / "metrics.jsonl")
+            if record["kind"] == "step"
         ]
         found[name] = json.loads(done.out), steps
     alone, forked = found["alone"][0], found["forked"][0]
@@ -140,7 +140,9 @@ def test_a_server_that_does_not_start_is_told_with_its_reason(
 
 
 def steps_of(run: Path) -> list[int]:
-    return [each["step"] for each in read_records(run / "metrics.jsonl") if each["kind"] == "step"]
+    return [
+        record["step"] for record in read_records(run / "metrics.jsonl") if record["kind"] == "step"
+    ]
 
 
 def waited(holds: Callable[[], bool]) -> None:

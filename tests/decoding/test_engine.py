@@ -432,8 +432,8 @@ def test_a_prefix_that_cannot_be_written_ends_those_behind_it_alone(monkeypatch)
     engine = Engine(base, budget_bytes=2**20, adapters=FixedAdapters(applied))
     identities = [(), (("prefix", 1.0),), LORA]
     asked = [
-        engine.add(Request(prompt=(5, 9, 1), max_new_tokens=NEW, adapter=each))[0]
-        for each in identities
+        engine.add(Request(prompt=(5, 9, 1), max_new_tokens=NEW, adapter=identity))[0]
+        for identity in identities
     ]
     fault = AdapterMismatchError("its keys are of another base")
     monkeypatch.setattr(PagedForward, "write", lambda *given: (_ for _ in ()).throw(fault))

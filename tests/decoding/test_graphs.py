@@ -103,7 +103,7 @@ def said(engine, asked):
     engine.run()
     assert all(answer.error is None for answer in made)
     return [answer.new for answer in made], [
-        each.logprob for answer in made for each in answer.logprobs
+        logprob.logprob for answer in made for logprob in answer.logprobs
     ]
 
 

@@ -62,7 +62,8 @@ def chances(base, applied, asked, limits):
     engine.run()
     assert all(answer.new == GIVEN for answer in made)
     return [
-        [{each.token: each.logprob, **dict(each.alternatives)} for each in a.logprobs] for a in made
+        [{logprob.token: logprob.logprob, **dict(logprob.alternatives)} for logprob in a.logprobs]
+        for a in made
     ]
 
 
@@ -139,7 +140,7 @@ def test_answers_of_the_base_and_of_loras_are_to_the_bit_those_that_they_are_alo
         )
         move(made, seed=number)
     names = [(), (("a", 1.0),), (("b", 0.7),), (("c", 1.0),), (("a", 0.5), ("b", 1.0))]
-    applied = {each: base.routing.applied(each) for each in names if each}
+    applied = {name: base.routing.applied(name) for name in names if name}
     draw = random.Random(seed)
     shared = [draw.randrange(4, 200) for _ in range(80)]
     asked = []
@@ -164,7 +165,7 @@ def test_answers_of_the_base_and_of_loras_are_to_the_bit_those_that_they_are_alo
         budget = places * bytes_per_token(base)
         engine = Engine(base, budget_bytes=budget, adapters=FixedAdapters(applied), limits=limits)
         assert engine.decode_step.not_by_parts is None
-        made = [engine.add(each)[0] for each in requests]
+        made = [engine.add(request)[0] for request in requests]
         engine.run()
         return [(each.new, each.logprobs) for each in made]
 
@@ -235,7 +236,7 @@ def test_answers_of_the_base_and_of_loras_keep_their_bits_beside_every_other_met
             limits=limits,
         )
         assert engine.decode_step.not_by_parts is None
-        made = [engine.add(each)[0] for each in requests]
+        made = [engine.add(request)[0] for request in requests]
         engine.run()
         assert not any(each.error for each in made)
         return [(each.new, each.logprobs) for each in made]

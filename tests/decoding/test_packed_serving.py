@@ -63,7 +63,7 @@ def test_an_engine_s_answers_are_those_alone_and_those_of_generate(name, tmp_pat
             seed=number,
         )
     names = [(), (("a", 1.0),), (("b", 0.7),), (("c", 1.0),)]
-    applied = {each: base.routing.applied(each) for each in names if each}
+    applied = {name: base.routing.applied(name) for name in names if name}
     asked = [(who, prompt) for prompt in PROMPTS for who in names]
 
     def answers(some, limits=None):

@@ -216,7 +216,8 @@ def test_the_command_writes_files_that_a_run_takes_as_it_says(
     (tmp_path / "ROWS.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 20)
     settings = yaml.safe_load(said[said.index("  data:") :])
     shares = [
-        one.share for one in RunConfig.of({**settings, "base": "b", "out": "o"}).data.train_sets
+        train_set.share
+        for train_set in RunConfig.of({**settings, "base": "b", "out": "o"}).data.train_sets
     ]
     assert shares == [None, 0.1, 0.1]
     veneer.train(str(folder), settings["data"]["train"], out="run", steps=2, batch=4)

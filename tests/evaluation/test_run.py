@@ -468,7 +468,8 @@ def test_every_line_that_is_no_prediction_is_named_and_the_bounds_of_its_numbers
 
     def read(*changes: dict[str, Any] | str) -> list[Any]:
         lines = [
-            each if isinstance(each, str) else json.dumps({**good, **each}) for each in changes
+            change if isinstance(change, str) else json.dumps({**good, **change})
+            for change in changes
         ]
         file.write_text("\n".join(lines) + "\n")
         return read_predictions(file)

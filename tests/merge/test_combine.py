@@ -316,7 +316,7 @@ def test_one_that_an_earlier_version_wrote_does_not_stand_between_two_of_differe
     ).earlier.to_dict()
     file.write_text(json.dumps(manifest))
     combine_adapters(
-        [(each, 1.0) for each in adapters[:2]],
+        [(adapter, 1.0) for adapter in adapters[:2]],
         Recipe("ties"),
         base=str(other),
         out=tmp_path / "both",
@@ -326,7 +326,7 @@ def test_one_that_an_earlier_version_wrote_does_not_stand_between_two_of_differe
         AdapterMismatchError, match=r"x and \S+y: config.json rms_norm_eps: 1e-06 against 0.01"
     ):
         combine_adapters(
-            [(each, 1.0) for each in adapters],
+            [(adapter, 1.0) for adapter in adapters],
             Recipe("ties"),
             base=str(other),
             out=tmp_path / "out",

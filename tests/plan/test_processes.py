@@ -414,7 +414,7 @@ def test_full_fine_tuning_in_shards_holds_a_part_of_what_an_optimizer_keeps(
         assert other.static[name] == one.static[name] // 4
     base = one.base
     rest = base.total - sum(base.layers)
-    buffers = sum(each.nbytes for each in tiny_model("llama_untied").buffers())
+    buffers = sum(buffer.nbytes for buffer in tiny_model("llama_untied").buffers())
     assert other.static["weights"] == pytest.approx(rest + buffers, abs=64 * 10)
     values = one.trainable_parameters
     assert planner.sent(parts).gradient == round(3 / 4 * 4 * values)  # one micro-batch each

@@ -106,8 +106,12 @@ def test_a_base_in_shards_answers_and_is_evaluated_as_a_whole_one(runs, name):
 
 def evaluations(out):
     """All that is said of each, but for how long it took."""
-    records = [each for each in read_records(out / "metrics.jsonl") if each["kind"] == "evaluation"]
-    return [{name: value for name, value in each.items() if name != "seconds"} for each in records]
+    records = [
+        record for record in read_records(out / "metrics.jsonl") if record["kind"] == "evaluation"
+    ]
+    return [
+        {name: value for name, value in record.items() if name != "seconds"} for record in records
+    ]
 
 
 def test_full_fine_tuning_in_parts_keeps_the_checkpoints_of_a_whole_one(runs):

@@ -261,10 +261,10 @@ def test_responses_and_messages_say_the_same_as_chat(server, client):
     lines = server.post("/v1/messages", {**body, "stream": True}).text.splitlines()
     data = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
     names = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
-    assert names == [each["type"] for each in data]
+    assert names == [row["type"] for row in data]
     assert names[0] == "message_start" and names[-2:] == ["message_delta", "message_stop"]
     assert (
-        "".join(each["delta"]["text"] for each in data if each["type"] == "content_block_delta")
+        "".join(event["delta"]["text"] for event in data if event["type"] == "content_block_delta")
         == text
     )
 

@@ -122,7 +122,7 @@ def start_veneer(arguments, *, stdout, stderr):
     The process."""
     process = CLEAN.Process(
         target=_be_veneer,
-        args=([str(each) for each in arguments], _Descriptor(stdout), _Descriptor(stderr)),
+        args=([str(argument) for argument in arguments], _Descriptor(stdout), _Descriptor(stderr)),
     )
     process.start()
     return process

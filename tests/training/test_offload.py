@@ -176,7 +176,7 @@ class Late:
                 if after is not None:
                     after()
                 ends = [each() if isinstance(each, weakref.ref) else each for each in (to, of)]
-                assert all(each is not None for each in ends), (
+                assert all(end is not None for end in ends), (
                     "memory was let go before its copy was over"
                 )
                 ends[0].copy_(ends[1])

@@ -251,7 +251,7 @@ def test_an_error_in_a_joint_forward_reaches_only_the_trainer_that_causes_it(
 
     def refusing(micro_batches):
         own(micro_batches)
-        if any(len(each.examples) == 2 for each in micro_batches):
+        if any(len(micro_batch.examples) == 2 for micro_batch in micro_batches):
             raise ConfigError("a module gets other rows")
 
     monkeypatch.setattr(forward_queue, "forward_backward", refusing)

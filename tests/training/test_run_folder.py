@@ -535,8 +535,10 @@ def test_a_removal_that_was_left_half_way_is_ended_by_the_next_one(tmp_path):
 
 def test_the_summary_counts_the_tokens_of_every_step(world, tmp_path):
     summary = run_training(config(world, tmp_path, steps=3), resume=False, screen=QuietScreen())
-    steps = [each for each in read_records(tmp_path / "metrics.jsonl") if each["kind"] == "step"]
-    assert summary["trained_tokens"] == sum(each["trained_tokens"] for each in steps) > 0
+    steps = [
+        record for record in read_records(tmp_path / "metrics.jsonl") if record["kind"] == "step"
+    ]
+    assert summary["trained_tokens"] == sum(step["trained_tokens"] for step in steps) > 0
 
 
 def test_a_removal_that_fails_half_way_leaves_no_checkpoint(tmp_path, monkeypatch):
@@ -634,7 +636,7 @@ def test_a_nul_or_half_a_character_in_an_answer_does_not_end_a_run(world, tmp_pa
 def test_what_could_not_be_written_at_the_end_is_refused_before_the_first_step(
     settings, world, tmp_path, capsys
 ):
-    arguments = [f"--set={each}" for each in settings]
+    arguments = [f"--set={setting}" for setting in settings]
     given = [
         "--base",
         str(world / "base"),

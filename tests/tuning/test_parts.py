@@ -28,7 +28,7 @@ def prompts(part):
 
 def test_parts_share_no_prompt_and_lose_no_row():
     all_rows = rows(200)
-    again = [row(each.messages[0]["content"], "no") for each in all_rows[:60]]
+    again = [row(other.messages[0]["content"], "no") for other in all_rows[:60]]
     parts = divide([*all_rows, *again], "d")
     sides = [parts.train, parts.search, parts.judge]
     assert parts.judge_groups == parts.judge_prompts == len(prompts(parts.judge))
@@ -41,7 +41,7 @@ def test_parts_share_no_prompt_and_lose_no_row():
 
 def test_similar_prompts_stay_together():
     all_rows = rows(100)
-    similar = [row(each.messages[0]["content"] + " please") for each in all_rows]
+    similar = [row(other.messages[0]["content"] + " please") for other in all_rows]
     parts = divide([*all_rows, *similar], "d")
     assert parts.by_likeness
     assert 2 * parts.judge_groups == parts.judge_prompts == len(parts.judge)

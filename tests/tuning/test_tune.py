@@ -119,7 +119,7 @@ def test_one_command_makes_an_adapter_a_verdict_and_a_page(files, tmp_path, shor
     assert len(result["verdict"]) == 5 and result["judging"]["metrics"] == ["field_f1"]
     assert result["judging"]["adapter"]["general"]["forgetting_interval"] is not None
     summaries = [read_json(path) for path in (out / "runs").glob("*/summary.json")]
-    reasons = sorted(each["reason"] for each in summaries)
+    reasons = sorted(summary["reason"] for summary in summaries)
     assert reasons == ["done", *["halving"] * 7]
     assert not list(out.rglob("checkpoints")) and not (out / "probe").exists()
     page = (out / "tune.html").read_text()

@@ -200,7 +200,7 @@ def test_a_thousand_loads_and_unloads_leave_nothing_behind(library):
 
     def objects() -> int:
         gc.collect()
-        return sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+        return sum(isinstance(value, torch.Tensor) for value in gc.get_objects())
 
     cycle(10)
     before = objects()

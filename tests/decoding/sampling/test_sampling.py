@@ -158,7 +158,7 @@ def test_the_likeliest_token_is_taken_where_nothing_is_left_to_chance():
         {"temperature": 1.0, "top_k": 1},
     ]
     settings.append({"temperature": 1.0, "top_p": 1e-30})
-    rows = [(asked(Sampling(**each)), []) for each in settings]
+    rows = [(asked(Sampling(**setting)), []) for setting in settings]
     assert draw(logits, rows) == logits.argmax(-1).tolist()
     assert draw(logits.bfloat16(), rows[:1] * 5) == logits.bfloat16().argmax(-1).tolist()
 

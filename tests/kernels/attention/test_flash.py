@@ -226,7 +226,7 @@ def test_torch_has_the_operators_with_the_arguments_that_are_given():
 def test_a_plan_counts_what_their_backward_holds_besides(heads, size, tiles):
     meta, (H, K), rows, sequences = torch.device("meta"), heads, 300, 5
     ends = torch.empty(sequences + 1, dtype=torch.int32, device=meta)
-    q, k = (torch.empty(rows, each, size, dtype=torch.bfloat16, device=meta) for each in heads)
+    q, k = (torch.empty(rows, head, size, dtype=torch.bfloat16, device=meta) for head in heads)
     out, entropy, state = flash.ATEN.forward(
         q, k, k, spans := SequenceEnds(ends, ends, 90, 90, True, None), 0.3
     )

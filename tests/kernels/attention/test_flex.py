@@ -50,7 +50,7 @@ def test_output_and_gradients_are_those_of_one_row_at_a_time(layout, window, sin
 
 def test_torchs_own_takes_what_it_is_given_and_answers_the_same():
     tensors, _ = case(*LONG["many blocks"], sinks=True, dtype=torch.float32)
-    q, k, v, sink = (each.detach() for each in tensors)
+    q, k, v, sink = (tensor.detach() for tensor in tensors)
     group, rules = Group(*LONG["many blocks"], CPU), AttentionRules(0.7, 100, 1.5, sink)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that it holds all scores where it is not compiled

@@ -104,7 +104,7 @@ def gradients(function, inputs, grad):
 @liger_type
 @pytest.mark.parametrize("kind", [SILU, GELU_TANH])
 def test_the_gates_are_their_references(kind, dtype, there):
-    gate, up, grad = (4 * each.to(dtype) for each in draws(0, *[(3, 700)] * 3))
+    gate, up, grad = (4 * tensor.to(dtype) for tensor in draws(0, *[(3, 700)] * 3))
     gate[0, :3] = torch.tensor([-200.0, 200.0, 0.0])
     out, found = gradients(
         partial(fused.gated, activation=kind), there.to(gate, up), there.to(grad)
@@ -121,7 +121,7 @@ def test_the_gates_are_their_references(kind, dtype, there):
 @liger_type
 @pytest.mark.parametrize("shape", [(5, 300), (2, 3, 64), (1, 7)], ids=str)
 def test_the_norm_is_its_reference(dtype, shape, there):
-    x, weight, grad = (each.to(dtype) for each in draws(1, shape, shape[-1:], shape))
+    x, weight, grad = (tensor.to(dtype) for tensor in draws(1, shape, shape[-1:], shape))
     out, found = gradients(
         lambda *given: fused.rms_norm(*given, 1e-5), there.to(x, weight + 1), there.to(grad)
     )
@@ -139,8 +139,8 @@ def test_the_norm_is_its_reference(dtype, shape, there):
 @pytest.mark.parametrize("size", [6, 32, 128])
 def test_the_rotation_is_its_reference(dtype, size, there):
     heads, key = (21, 3, size), (21, 1, size)
-    q, k, g, h = (each.to(dtype) for each in draws(3, heads, key, heads, key))
-    cos, sin = (each.repeat(1, 2).to(dtype) for each in draws(4, *[(21, size // 2)] * 2))
+    q, k, g, h = (tensor.to(dtype) for tensor in draws(3, heads, key, heads, key))
+    cos, sin = (tensor.repeat(1, 2).to(dtype) for tensor in draws(4, *[(21, size // 2)] * 2))
     before = q.clone(), k.clone()
     given = [each.requires_grad_() for each in there.to(q, k)]
     ours = fused.rotary(*given, *there.to(cos, sin))
@@ -159,7 +159,7 @@ def test_the_rotation_is_its_reference(dtype, size, there):
 @pytest.mark.parametrize("vocabulary", [5, 1000, 9001])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_the_loss_and_its_gradient_are_the_references(dtype, vocabulary, softcap, there):
-    h, weight = (each.to(dtype) for each in draws(2, (37, 24), (vocabulary, 24)))
+    h, weight = (tensor.to(dtype) for tensor in draws(2, (37, 24), (vocabulary, 24)))
     targets = torch.randint(0, vocabulary, (37,), generator=torch.Generator().manual_seed(0))
 
     def head(weight):
@@ -197,7 +197,7 @@ def test_logits_without_a_largest_and_targets_outside_of_them_make_a_loss_that_s
 @pytest.mark.parametrize("share", [0.1, 0.75])
 @pytest.mark.parametrize("key", [0, (0xFFFFFFFF << 32) | 0x80000001, 2**62 + 12345], ids=hex)
 def test_dropout_has_the_masks_and_bits_of_the_cpu(dtype, share, key, there):
-    (x,) = (each.to(dtype) for each in draws(4, (9, 1300)))
+    (x,) = (tensor.to(dtype) for tensor in draws(4, (9, 1300)))
     rows = torch.randint(
         -(2**63), 2**63 - 1, (9,), generator=torch.Generator().manual_seed(key % 1000)
     )
@@ -231,10 +231,10 @@ MIXES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mix", MIXES)
 def test_rows_with_adapters_of_their_own_are_those_of_the_plain_loop(mix, dtype, there):
-    x, weight = (each.to(dtype) for each in draws(6, (test_segments.LONG + 10, 24), (40, 24)))
+    x, weight = (tensor.to(dtype) for tensor in draws(6, (test_segments.LONG + 10, 24), (40, 24)))
     updates = test_segments.MIXES[mix]
     pairs = [
-        test_segments.Pair(*(each.detach().to(dtype) for each in u.layer.factors()))
+        test_segments.Pair(*(factor.detach().to(dtype) for factor in u.layer.factors()))
         for u in updates
     ]
 
@@ -279,7 +279,7 @@ def test_rows_with_adapters_of_their_own_are_those_of_the_plain_loop(mix, dtype,
 @pytest.mark.parametrize("double", [False, True])
 def test_weights_of_four_bits_are_decoded_and_multiplied_where_they_lie(double, there, monkeypatch):
     monkeypatch.setattr(launch, "works_on", lambda package, device: package == "triton")
-    x, weight = (each.bfloat16() for each in draws(7, (3, 64), (48, 64)))
+    x, weight = (tensor.bfloat16() for tensor in draws(7, (3, 64), (48, 64)))
     packed = nf4.quantize(weight, double=double)
     dense = nf4.dequantize(packed)
     moved = packed.holding({name: there.to(tensor) for name, tensor in packed.tensors.items()})
@@ -303,11 +303,11 @@ def test_single_tokens_over_tables_are_those_of_the_reference(case, dtype, there
         0.3, window=21 if case == "window" else None, softcap=2.0 if "cap" in case else None
     )
     sinks = torch.linspace(-1, 2, K * G).to(dtype) if "sinks" in case else None
-    q, k, v = (each.to(dtype) for each in draws(8, (5, K * G, D), (5, K, D), (5, K, E)))
+    q, k, v = (tensor.to(dtype) for tensor in draws(8, (5, K * G, D), (5, K, D), (5, K, E)))
     count = 40
     blocks = torch.stack([(torch.arange(count) * 5 + n).clamp_max(199) for n in range(5)])
     keys, values = (
-        each.to(dtype) for each in draws(9, (200, K, D, slots, 1), (200, K, slots, E, 1))
+        tensor.to(dtype) for tensor in draws(9, (200, K, D, slots, 1), (200, K, slots, E, 1))
     )
     at = torch.tensor(lengths)
 
@@ -375,7 +375,7 @@ def test_while_a_step_is_planned_nothing_is_launched_and_as_much_is_allocated(th
 
 
 def test_what_the_kernels_do_not_take_goes_the_plain_way(there):
-    wide = [each.double() for each in draws(5, (4, 24), (4, 24))]
+    wide = [tensor.double() for tensor in draws(5, (4, 24), (4, 24))]
     assert launch.kernels_for("triton_gguf", *there.to(*wide)) is None
     turned = there.to(wide[0].float()).T
     for tensor in (turned, wide[0].float()):

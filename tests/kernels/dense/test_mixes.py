@@ -80,7 +80,7 @@ def test_lists_are_those_that_each_layer_makes_for_itself(name, dtype):
             continue
         expected = Updates(given)
         theirs, ours = (words(each.address, len(each)) for each in (expected, found))
-        assert [each[:5] + each[6:] for each in ours] == [each[:5] + each[6:] for each in theirs]
+        assert [row[:5] + row[6:] for row in ours] == [row[:5] + row[6:] for row in theirs]
         assert [a[5] <= b[5] for a, b in zip(theirs, ours, strict=True)]
         assert (found.room, found.width, found.outs, found.dtype) == (
             expected.room,
@@ -154,7 +154,7 @@ def test_factors_are_laid_out_within_the_bytes_that_are_given_or_not_at_all():
         model, settings, name="a", routing=routing, head=model.get_output_embeddings()
     )
     needed = lay_out(attachment, torch.float32, torch.device("cpu"), 10**9)
-    assert needed >= sum(each.nbytes for each in attachment.parameters().values())
+    assert needed >= sum(parameter.nbytes for parameter in attachment.parameters().values())
     attachment.laid_out = None
     assert (
         lay_out(attachment, torch.float32, torch.device("cpu"), needed - 1) == 0

@@ -355,8 +355,8 @@ def test_gradients_are_added_where_they_lie_to_the_same_bits_and_told_to_who_wai
     found = replacements(trained.model)
     with trained.drawing(), fused(trained.model, found):
         expected = trained.measured()[1:]
-        for each in trained.parameters:
-            each.grad = torch.ones_like(each)
+        for parameter in trained.parameters:
+            parameter.grad = torch.ones_like(parameter)
         if heard:
             trained.parameters[3].register_post_accumulate_grad_hook(told.append)
         total = float(trained.batch.trained_tokens)

@@ -50,7 +50,7 @@ def events(protocol, failing=None, asked=ASKED):
         lines += stream.write(piece)
     lines += stream.fail(failing) if failing else stream.finish(USAGE)
     data = [line.partition("data: ")[2].strip() for line in "".join(lines).split("\n\n") if line]
-    return [json.loads(each) for each in data if each != "[DONE]"], data[-1] == "[DONE]"
+    return [json.loads(row) for row in data if row != "[DONE]"], data[-1] == "[DONE]"
 
 
 def test_chat_has_calls_beside_its_text():
@@ -61,21 +61,21 @@ def test_chat_has_calls_beside_its_text():
         (c.name, c.arguments) for c in CALLS
     ]
     data, done = events(chat)
-    chunks = [ChatCompletionChunk.model_validate(each) for each in data]
+    chunks = [ChatCompletionChunk.model_validate(row) for row in data]
     deltas = [chunk.choices[0] for chunk in chunks if chunk.choices]
-    assert "".join(each.delta.content or "" for each in deltas) == "Let me see." and done
-    made = [call for each in deltas for call in each.delta.tool_calls or ()]
+    assert "".join(choice.delta.content or "" for choice in deltas) == "Let me see." and done
+    made = [call for choice in deltas for call in choice.delta.tool_calls or ()]
     assert [(c.index, c.id, c.function.name) for c in made] == [
         (n, c.id, c.name) for n, c in enumerate(CALLS)
     ]
-    assert [each.finish_reason for each in deltas if each.finish_reason] == ["tool_calls"]
+    assert [choice.finish_reason for choice in deltas if choice.finish_reason] == ["tool_calls"]
     assert chunks[-1].usage.prompt_tokens_details.cached_tokens == 16 and not chunks[-1].choices
 
 
 @pytest.mark.parametrize("protocol", [chat, completions])
 def test_counts_are_streamed_to_those_who_asked_for_them_alone(protocol):
     with_counts, _ = events(protocol)
-    assert [each["usage"] is None for each in with_counts] == [True] * (len(with_counts) - 1) + [
+    assert [chunk["usage"] is None for chunk in with_counts] == [True] * (len(with_counts) - 1) + [
         False
     ]
     assert with_counts[-1]["choices"] == [] and with_counts[-1]["usage"]["completion_tokens"] == 9
@@ -92,8 +92,8 @@ def test_responses_have_an_item_for_each_call():
     last = Response.model_validate(data[-1]["response"])
     assert data[-1]["type"] == "response.completed"
     assert [item.type for item in last.output] == ["message", "function_call", "function_call"]
-    added = [each["output_index"] for each in data if each["type"] == "response.output_item.added"]
-    done = [each["output_index"] for each in data if each["type"] == "response.output_item.done"]
+    added = [row["output_index"] for row in data if row["type"] == "response.output_item.added"]
+    done = [row["output_index"] for row in data if row["type"] == "response.output_item.done"]
     assert added == done == [0, 1, 2]
 
 
@@ -103,8 +103,8 @@ def test_messages_have_a_block_for_each_call():
     assert found["content"][1]["input"] == {"city": "Bern"} and found["stop_reason"] == "tool_use"
     assert found["usage"]["input_tokens"] == 4 and found["usage"]["cache_read_input_tokens"] == 16
     data, _ = events(messages)
-    starts = [each["index"] for each in data if each["type"] == "content_block_start"]
-    stops = [each["index"] for each in data if each["type"] == "content_block_stop"]
+    starts = [row["index"] for row in data if row["type"] == "content_block_start"]
+    stops = [row["index"] for row in data if row["type"] == "content_block_stop"]
     assert starts == stops == [0, 1, 2]
     inputs = [
         e["delta"]["partial_json"]

@@ -82,7 +82,7 @@ def test_each_adapter_lives_in_one_place_and_is_asked_there(affinity, library):
                     assert found.status_code == 200, found.text
                     places.setdefault(name, set()).add(found.headers["x-replica"])
             time.sleep(0.1)
-        assert all(len(each) == 1 for each in places.values()), places
+        assert all(len(place) == 1 for place in places.values()), places
         assert in_memory(first) | in_memory(second) == set(NAMES) and not in_memory(
             first
         ) & in_memory(second)

@@ -68,10 +68,10 @@ class Two:
         """Nobody hears it, as where a replica begins later: requests bring it."""
 
     async def metrics(self) -> dict[str, str]:
-        return dict([await each.metrics() for each in self.replicas])
+        return dict([await replica.metrics() for replica in self.replicas])
 
     async def shown(self) -> dict[str, list[dict[str, Any]]]:
-        return dict([await each.shown() for each in self.replicas])
+        return dict([await replica.shown() for replica in self.replicas])
 
 
 @pytest.fixture(scope="module")

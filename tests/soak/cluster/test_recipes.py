@@ -137,8 +137,8 @@ def test_a_recipe_starts_one_run_of_two_processes(launcher: str, place: Path) ->
 def test_every_recipe_of_the_guide_is_tried() -> None:
     headings = re.findall(r"^## (.*)$", GUIDE, flags=re.MULTILINE)
     assert [
-        each
-        for each in headings
-        if each
+        heading
+        for heading in headings
+        if heading
         not in ("How it works", "A base in shards", "What to expect", "torchrun", "What was tested")
     ] == LAUNCHERS

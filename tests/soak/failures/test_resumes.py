@@ -55,7 +55,7 @@ def settings(chance, world):
         "prefix": ("gpt2", "gemma2", "mixtral", "bloom"),
     }
     refused = ("mixtral",) if method.get("init") == "olora" else refuse.get(name, ())
-    family = chance.choice([each for each in FAMILIES if each not in refused])
+    family = chance.choice([family for family in FAMILIES if family not in refused])
     batch = chance.choice([1, 2, 3, 5])
     return {
         "base": str(world / family),

@@ -175,10 +175,10 @@ def files_beside(random: Random, folder: Path, world: Path) -> list[str]:
         return [*line, "--general", str(random.choice([file, file, folder, folder / "missing"]))]
     if what == "against":
         lines = [
-            json.loads(each) for each in (world / "predictions.jsonl").read_text().splitlines()
+            json.loads(line) for line in (world / "predictions.jsonl").read_text().splitlines()
         ]
         lines[0] = mutated(random, lines[0], list(lines[1]))
-        file.write_bytes(b"\n".join(as_json(random, each) for each in lines))
+        file.write_bytes(b"\n".join(as_json(random, line) for line in lines))
         more = ["--metrics=exact_match"] if random.random() < 0.5 else []
         return [*line, "--against", str(file), *more]
     pattern = random.choice(

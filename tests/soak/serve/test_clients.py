@@ -106,8 +106,8 @@ class Client:
         data = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
         reasons = [
             choice["finish_reason"]
-            for each in data
-            for choice in each["choices"]
+            for row in data
+            for choice in row["choices"]
             if choice["finish_reason"]
         ]
         assert lines[-1] == "data: [DONE]" and reasons == ["length"] * body["n"], lines[-3:]
@@ -142,7 +142,7 @@ def test_whatever_clients_do_every_request_ends_once_and_all_is_let_go(tmp_path)
         assert float(values["veneer:adapter_bytes"]) <= float(values["veneer:adapter_budget_bytes"])
         assert 'status="5' not in text, text
         residents = server.service.residents.tiers.shown()
-        assert [each.holders for each in residents] == [0] * len(residents)
+        assert [resident.holders for resident in residents] == [0] * len(residents)
         server.ask_engine(lambda engine: engine.scheduler.blocks.check())
         assert server.service.loop.open_answers == 0
         print(

@@ -68,7 +68,7 @@ def test_what_an_adapter_took_comes_back_when_it_is_unloaded(tmp_path):
                 said.setdefault(content, found.json()["choices"][0]["text"])
                 == found.json()["choices"][0]["text"]
             )
-            seen.extend(weakref.ref(each) for each in server.base.attachments.values())
+            seen.extend(weakref.ref(attachment) for attachment in server.base.attachments.values())
             assert server.service.residents.tiers.used_bytes() > 0
             gone = http.post("/v1/unload_lora_adapter", json={"lora_name": name})
             assert gone.status_code == 200, gone.text

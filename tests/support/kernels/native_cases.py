@@ -561,7 +561,7 @@ def valid_calls(seed: int) -> list[Call]:
     others.append(_draw(rng))
     *normed, dropout = others[0]
     of_pairs += [*normed, *others[1], *block_cases(rng, filled)]
-    rest = [dropout, *(call for each in others[2:] for call in each)]
+    rest = [dropout, *(call for other in others[2:] for call in other)]
     return of_pairs + rest if native.has_bf16() else rest
 
 
@@ -619,5 +619,9 @@ def fuzz_calls(seed: int) -> tuple[int, int]:
         except REFUSED:
             refused += 1
         for name, value in arguments.items():
-            assert all(margins(each) for each in tensors(value)), (function.__name__, name, seed)
+            assert all(margins(tensor) for tensor in tensors(value)), (
+                function.__name__,
+                name,
+                seed,
+            )
     return refused, computed

@@ -46,18 +46,18 @@ class _Noting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         noted = tree_map(
             lambda each: self._noted(each) if isinstance(each, Tensor) else each, (args, kwargs)
         )
         out = func(*args, **kwargs)
         there = {_storage(each)._cdata for each in given}
         made: list[Tensor | None] = []
-        for each in tree_leaves(out):
-            fresh = isinstance(each, Tensor) and _storage(each)._cdata not in there
-            made.append(each if fresh else None)
+        for leaf in tree_leaves(out):
+            fresh = isinstance(leaf, Tensor) and _storage(leaf)._cdata not in there
+            made.append(leaf if fresh else None)
             if fresh:
-                self.own[_storage(each)._cdata] = _storage(each)
+                self.own[_storage(leaf)._cdata] = _storage(leaf)
         self.calls.append((func, noted, made))
         return out
 

@@ -67,7 +67,9 @@ def run(base: Path, out: Path, *, data: Any = None, **settings: Any) -> list[dic
     veneer.train(
         str(base), train, out=out, **{"steps": 2, "batch": 4, "learning_rate": 0.01, **settings}
     )
-    found = [each for each in read_records(out / "metrics.jsonl") if each["kind"] == "evaluation"]
+    found = [
+        record for record in read_records(out / "metrics.jsonl") if record["kind"] == "evaluation"
+    ]
     return [{name: value for name, value in each.items() if name != "seconds"} for each in found]
 
 

@@ -102,7 +102,7 @@ def test_what_is_kept_is_bounded_and_the_interval_of_many_rows_stays(sets: int) 
     assert len(sums) <= MOST_CELLS and sum(sums) == pytest.approx(sum(nats))
     found = cells.figures(None, sums)
     tokens = float(one.trained.sum())
-    ends = interval(np.array([[each, tokens] for each in nats]), ratio)
+    ends = interval(np.array([[loss, tokens] for loss in nats]), ratio)
     assert ends is not None and found.rows == count
     assert [found.loss.low, found.loss.high] == pytest.approx(ends, rel=0.01)
 
@@ -145,7 +145,11 @@ def test_a_run_keeps_the_loss_before_and_after_with_intervals_and_every_reader_s
     evaluations = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
-    losses = {each["step"]: each for each in evaluations if each["kind"] == "evaluation"}
+    losses = {
+        evaluation["step"]: evaluation
+        for evaluation in evaluations
+        if evaluation["kind"] == "evaluation"
+    }
     assert found.before.value == pytest.approx(losses[0]["loss"])
     assert (
         found.loss.value

@@ -110,7 +110,7 @@ def test_a_budget_of_tokens_changes_no_job_and_nobody_starves(budget, world, tmp
     own = loop.forward_backward
 
     def counted(micro_batches):
-        tokens = [sum(map(used_length, each.examples)) for each in micro_batches]
+        tokens = [sum(map(used_length, micro_batch.examples)) for micro_batch in micro_batches]
         sizes.append((len(tokens), sum(tokens)))
         own(micro_batches)
 

@@ -77,7 +77,7 @@ def test_an_error_in_a_joint_forward_ends_only_the_job_that_causes_it(
     forward_backward, sizes = loop.forward_backward, []
 
     def refusing(micro_batches):
-        folders = [each.gradient.inputs.out.name for each in micro_batches]
+        folders = [micro_batch.gradient.inputs.out.name for micro_batch in micro_batches]
         forward_backward(micro_batches)  # part of it may be in the buffers
         sizes.append(len(folders))
         is_late = micro_batches[0].gradient.step > 0

@@ -37,7 +37,7 @@ def poisoned(monkeypatch, *, seed, step):
     own_forward = loop.forward_backward
 
     def forward_backward(micro_batches):
-        gradients = [each.gradient for each in micro_batches]
+        gradients = [micro_batch.gradient for micro_batch in micro_batches]
         names_now[:] = [g.inputs.out for g in gradients]
         poisons.clear()
         poisons.update(
@@ -146,8 +146,8 @@ def test_a_job_that_does_not_fit_by_itself_leaves(step, world, tmp_path, monkeyp
     own = loop.forward_backward
 
     def forward_backward(micro_batches):
-        for each in micro_batches:
-            if each.gradient.inputs.config.seed == 3 and each.gradient.step == step:
+        for micro_batch in micro_batches:
+            if micro_batch.gradient.inputs.config.seed == 3 and micro_batch.gradient.step == step:
                 raise RuntimeError(NO_MEMORY)
         own(micro_batches)
 
