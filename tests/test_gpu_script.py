@@ -44,7 +44,7 @@ def test_every_item_runs_and_its_result_is_written(tried):
     assert done.returncode == 0, done.stdout + done.stderr
     results = {path.stem: json.loads(path.read_text()) for path in out.glob("[0-9]*.json")}
     assert len(results) == 35
-    assert not {name: each["error"] for name, each in results.items() if "error" in each}
+    assert not {name: result["error"] for name, result in results.items() if "error" in result}
     assert results["7.5"]["values"]["float32"] == {"repeated": True, "resumed": True}
     gathered = json.loads((out / "gpu.json").read_text())["measurements"]
     assert len(gathered) == 35

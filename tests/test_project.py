@@ -230,7 +230,7 @@ def classes_asked(source: str) -> list[tuple[int, str]]:
             found += [node.left, *node.comparators]
         elif isinstance(node, ast.MatchClass):
             found.append(node.cls)
-    named = [each for operand in found for each in ast.walk(operand)]
+    named = [node for operand in found for node in ast.walk(operand)]
     return [
         (n.lineno, getattr(n, "id", getattr(n, "attr", "")))
         for n in named
@@ -466,7 +466,9 @@ def long_cells(text: str) -> list[str]:
 
 def commit_ids(text: str) -> list[str]:
     found = re.findall(r"\b[0-9a-f]{7,40}\b", text)
-    return [each for each in found if not each.isdigit() and not each.isalpha()]  # a number, a word
+    return [
+        token for token in found if not token.isdigit() and not token.isalpha()
+    ]  # a number, a word
 
 
 def dead_links(page: Path, text: str) -> list[str]:

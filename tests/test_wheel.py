@@ -26,7 +26,7 @@ def files_of(folder: Path) -> set[str]:
     """Its source files; what was compiled or installed in place is none."""
     made = ("__pycache__", ".egg-info", "/_native.")
     paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    return {path for path in paths if not any(each in path for each in made)}
+    return {path for path in paths if not any(name in path for name in made)}
 
 
 def built(kind: str, source: Path, into: Path) -> Path:

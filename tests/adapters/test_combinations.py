@@ -142,7 +142,7 @@ def expected(world: World, cell: Cell) -> torch.Tensor:
     alone."""
     plain, base = world.plain, world.base
     stored = stored_tensors(plain.model)
-    before = {name: each.read().clone() for name, each in stored.items()}
+    before = {name: tensor.read().clone() for name, tensor in stored.items()}
     summed: dict[str, torch.Tensor] = {}
     beside: list[tuple[str, float]] = []
     for content, number, weight in cell:

@@ -35,8 +35,8 @@ def test_threads_that_load_at_once_get_the_bases_that_each_gets_alone(folders: l
     alone = [logits(folder) for folder in folders]
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(logits, folders * 8))
-    for number, each in enumerate(found):
-        assert torch.equal(each, alone[number % len(folders)])
+    for number, result in enumerate(found):
+        assert torch.equal(result, alone[number % len(folders)])
     assert torch.get_default_dtype() == torch.float32
     for folder, before in zip(
         folders, alone, strict=True

@@ -265,16 +265,16 @@ def test_it_is_planned_by_the_bytes_that_it_is_held_in(name, tmp_path):
     joined = (
         name == "fp8, experts"
     )  # gate and up by the model alone, where no block of scales goes over both
-    assert joined or [(each.name, each.shape) for each in sorted(told, key=lambda e: e.name)] == [
-        (each.name, each.shape) for each in sorted(held, key=lambda e: e.name)
-    ]
-    assert sum(each.bytes for each in told) == pytest.approx(
-        sum(each.bytes for each in held), rel=0.03 if joined else 0
+    assert joined or [
+        (tensor.name, tensor.shape) for tensor in sorted(told, key=lambda e: e.name)
+    ] == [(tensor.name, tensor.shape) for tensor in sorted(held, key=lambda e: e.name)]
+    assert sum(tensor.bytes for tensor in told) == pytest.approx(
+        sum(tensor.bytes for tensor in held), rel=0.03 if joined else 0
     )
     planner, choice = Planner(found), Choice(method=LoRA(rank=2), length=16)
     static = planner.step_run(choice).static
     assert static["weights"] == pytest.approx(num_bytes(base.model), rel=0.02 if joined else 2e-3)
-    largest = max(each.shape[-1] * each.shape[-2] for each in held)
+    largest = max(tensor.shape[-1] * tensor.shape[-2] for tensor in held)
     assert static["decoded weights"] * (1 + joined) == base.dtype.itemsize * largest
     assert (
         find_remedy(planner, choice, 10**6, lambda choice: 1.0) is None

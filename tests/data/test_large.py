@@ -257,7 +257,7 @@ def test_tokens_that_no_run_asks_for_are_shown_and_go_when_told(
     before = plain(old.train[:5])
     assert main(["data", "gc", "--yes"]) == 0
     assert not first.exists() and second.is_dir() and not lock_of(first).exists()
-    assert sorted(each.name for each in first.parent.iterdir()) == sorted(
+    assert sorted(path.name for path in first.parent.iterdir()) == sorted(
         [second.name, lock_of(second).name]
     )
     assert plain(old.train[:5]) == before  # whoever has opened them reads on

@@ -146,7 +146,7 @@ def test_a_prompt_is_never_on_two_sides_and_sets_are_held_out_each(tmp_path: Pat
     one = write(tmp_path / "one.jsonl", *(pair(f"q{n}") for n in range(100)))
     other = write(tmp_path / "other.jsonl", *(pair(f"q{n}", "b") for n in range(50, 150)))
     data = examine([{"path": one}, {"path": other}], validation_share=0.1)
-    assert [each.rows for each in data.held] == [10, 10] and [each.rows for each in data.sets] == [
+    assert [size.rows for size in data.held] == [10, 10] and [size.rows for size in data.sets] == [
         90,
         90,
     ]

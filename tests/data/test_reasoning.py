@@ -41,7 +41,9 @@ def test_ids_and_masks_equal_a_brute_force_rendering(name: str) -> None:
 
 
 def write(path: Any, *conversations: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps({"messages": each}) + "\n" for each in conversations))
+    path.write_text(
+        "".join(json.dumps({"messages": messages}) + "\n" for messages in conversations)
+    )
     return str(path)
 
 
@@ -101,7 +103,7 @@ def test_equal_rows_in_a_row_stay_rows_of_their_own(tmp_path: Any) -> None:
 def test_what_the_examples_of_a_row_begin_with_is_computed_once(tmp_path: Any) -> None:
     data = several(tmp_path)
     first = data.train[:3]
-    apart = sum(packed_rows([each], share_prompt=True) for each in first)
+    apart = sum(packed_rows([example], share_prompt=True) for example in first)
     assert packed_rows(first, share_prompt=True) < apart - 2 * 40
     groups = best_groups(data.train)
     assert [len(group) for group in groups] == [3, 1, 2]

@@ -201,7 +201,7 @@ def test_a_layer_is_a_handful_of_calls(monkeypatch):
         found = by_parts(base)
         with torch.no_grad(), Counted() as counted:
             read_and_continued(found.logits, [[5, 8, 1], [6, 2, 2]])
-        counts.append([each for each in counted.made if not any(word in each for word in MEMORY)])
+        counts.append([call for call in counted.made if not any(word in call for word in MEMORY)])
     assert counts[0] == counts[1]  # between views and fresh memory a layer calls nothing of torch's
 
 

@@ -218,7 +218,7 @@ def test_one_adapter_on_all_rows_is_prepared_once_while_it_answers():
         lane = engine.lanes.exact if identity == lora else engine.lanes.mixed
         acting = lane.acting[1]
         prepared = dict(acting.plan.kept)
-        factors = [each.few or each.alone or each.bundled for each in prepared.values()]
+        factors = [updates.few or updates.alone or updates.bundled for updates in prepared.values()]
         assert acting.whole == applied[identity] and any(factors) == (identity == lora)
         while not engine.scheduler.idle:
             engine.step(0.0)

@@ -167,9 +167,9 @@ def test_answers_of_the_base_and_of_loras_are_to_the_bit_those_that_they_are_alo
         assert engine.decode_step.not_by_parts is None
         made = [engine.add(request)[0] for request in requests]
         engine.run()
-        return [(each.new, each.logprobs) for each in made]
+        return [(sequence.new, sequence.logprobs) for sequence in made]
 
-    alone = [answers([each], Limits())[0] for each in asked]
+    alone = [answers([request], Limits())[0] for request in asked]
     assert answers(asked, Limits()) == alone
     assert answers(asked, Limits(rows=5, step_tokens=100, chunk_tokens=33)) == alone
     assert (
@@ -238,11 +238,11 @@ def test_answers_of_the_base_and_of_loras_keep_their_bits_beside_every_other_met
         assert engine.decode_step.not_by_parts is None
         made = [engine.add(request)[0] for request in requests]
         engine.run()
-        assert not any(each.error for each in made)
-        return [(each.new, each.logprobs) for each in made]
+        assert not any(sequence.error for sequence in made)
+        return [(sequence.new, sequence.logprobs) for sequence in made]
 
     asked = [request(exact[number % 3], number) for number in range(6)]
-    alone = [answers([each], Limits())[0] for each in asked]
+    alone = [answers([request], Limits())[0] for request in asked]
     for mix in (others, *([other] for other in others)):
         beside = [request(identity, number) for number, identity in enumerate(mix)]
         limits = draw.choice([Limits(), Limits(rows=6, step_tokens=100, chunk_tokens=33)])

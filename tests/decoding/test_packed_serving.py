@@ -79,7 +79,7 @@ def test_an_engine_s_answers_are_those_alone_and_those_of_generate(name, tmp_pat
             for w, p in some
         ]
         engine.run()
-        return [(each.new, [step.logprob for step in each.logprobs]) for each in made]
+        return [(sequence.new, [step.logprob for step in sequence.logprobs]) for sequence in made]
 
     together, chunks = (
         answers(asked),

@@ -475,7 +475,7 @@ def test_every_line_that_is_no_prediction_is_named_and_the_bounds_of_its_numbers
         return read_predictions(file)
 
     within = [{"tokens": 0}, {"tokens": 2**53 - 1}, {"nats": 2**53 - 1}, {"nats": 1 - 2**53}]
-    assert read(*within) == [{**good, **each} for each in within]
+    assert read(*within) == [{**good, **change} for change in within]
     for beyond in ({"tokens": -1}, {"tokens": 2**53}, {"nats": 2**53}, {"nats": -(2**53)}):
         with pytest.raises(DataError) as caught:
             read({}, "{", beyond)
@@ -518,7 +518,7 @@ def test_a_file_that_holds_no_predictions_is_refused_first(
         {"tokens": -1},
         {"tokens": 1.5},
     ]
-    lines = [json.dumps({**good, **each}) for each in wrong]
+    lines = [json.dumps({**good, **change}) for change in wrong]
     lines += [
         '{"row": "x"}',
         "[" * 600 + "]" * 600,

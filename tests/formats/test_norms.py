@@ -53,10 +53,12 @@ def test_norms_and_angles_are_those_of_the_dense_updates(tmp_path: Path, case):
     second, _ = updates(read_adapter(tmp_path / "other"))
     whole, whole_other = dense(one), dense(other)
     norms = sorted(update.norm() for update in first.values())
-    assert norms == pytest.approx(sorted(float(each.norm()) for each in whole.values()), rel=1e-5)
+    assert norms == pytest.approx(
+        sorted(float(tensor.norm()) for tensor in whole.values()), rel=1e-5
+    )
     dot = sum(float((whole[path] * whole_other[path]).sum()) for path in whole)
     sizes = [
-        math.sqrt(sum(float(each.norm()) ** 2 for each in all_.values()))
+        math.sqrt(sum(float(tensor.norm()) ** 2 for tensor in all_.values()))
         for all_ in (whole, whole_other)
     ]
     found = angle(first, second)

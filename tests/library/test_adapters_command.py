@@ -27,7 +27,7 @@ def test_every_action_prints_json_alone_on_stdout(library, sources, capsys):
 
     assert printed("add", str(sources / "a"), "--name", "x", "--tag", "best")["reference"] == "x@1"
     assert printed("add", str(sources / "b"))["reference"] == "b@1"
-    assert [each["name"] for each in printed("ls")] == ["b", "x"]
+    assert [entry["name"] for entry in printed("ls")] == ["b", "x"]
     shown = printed("show", "x")
     assert shown["modules"]["model.layers.0.self_attn.v_proj"]["scaling"] == 7 / 2
     assert shown["modules"]["model.layers.0.self_attn.v_proj"]["norm"] > 0
@@ -38,7 +38,7 @@ def test_every_action_prints_json_alone_on_stdout(library, sources, capsys):
     assert printed("tag", "b", "live")["tags"] == ["live"]
     assert printed("rename", "b", "c") == {"old": "b", "new": "c"}
     assert printed("verify")["checked"] == 2
-    assert [each["reference"] for each in printed("rm", "c")] == ["c@1"]
+    assert [entry["reference"] for entry in printed("rm", "c")] == ["c@1"]
     assert printed("gc", "--yes")["removed"] is True
 
 

@@ -149,7 +149,9 @@ class Served:
         return ended
 
     def tiers(self) -> dict[str, str]:
-        return {each.reference: each.tier.value for each in self.residents.tiers.shown()}
+        return {
+            resident.reference: resident.tier.value for resident in self.residents.tiers.shown()
+        }
 
     def quiet(self) -> None:
         """What is being read or taken off has been."""
@@ -273,9 +275,12 @@ def test_every_method_is_read_when_it_is_asked_for_and_answers_as_alone(library,
     for answer, name in asked.items():
         assert answer.answer == right(name), name
     shown = served.residents.tiers.shown()
-    assert {each.reference for each in shown} == {f"{name}@1" for name in METHODS}
-    assert all(each.tier is Tier.READY and not each.holders and not each.pinned for each in shown)
-    assert sum(each.bytes for each in shown) == served.residents.tiers.used_bytes()
+    assert {resident.reference for resident in shown} == {f"{name}@1" for name in METHODS}
+    assert all(
+        resident.tier is Tier.READY and not resident.holders and not resident.pinned
+        for resident in shown
+    )
+    assert sum(resident.bytes for resident in shown) == served.residents.tiers.used_bytes()
 
 
 def test_a_base_in_bf16_holds_factors_in_bf16_and_answers_as_with_those_of_the_file(tmp_path):
@@ -361,7 +366,7 @@ def test_the_least_recently_used_goes_and_what_is_pinned_stays(library, reads):
         served.add(name)
         served.run()
     assert set(served.tiers()) == {"a@1", "d@1"}
-    assert [each.pinned for each in served.residents.tiers.shown()] == [False, True]
+    assert [resident.pinned for resident in served.residents.tiers.shown()] == [False, True]
     served.residents.pin("d")
     with pytest.raises(BudgetFullError, match="pinned"):
         served.add("b")
@@ -447,9 +452,11 @@ def test_a_broken_adapter_ends_its_own_requests_and_is_not_read_again_at_once(
         with pytest.raises(CorruptFileError):
             served.add("a")
     assert reads[library.path("a").name] == 1
-    assert [each.error for each in served.residents.tiers.shown() if each.tier is Tier.FAILED] == [
-        bad.error
-    ]
+    assert [
+        resident.error
+        for resident in served.residents.tiers.shown()
+        if resident.tier is Tier.FAILED
+    ] == [bad.error]
     file.write_bytes(whole)
     served.now = 31.0
     again = served.add("a")
@@ -505,7 +512,9 @@ def test_versions_that_differ_in_their_manifest_alone_are_two(library, tmp_path)
     served.run()
     said = [served.residents.preamble(identity).system for identity in identities]
     assert said == ["Be brief.", "Be polite.", "Be brief.", "Be polite."]
-    assert {each.version for each in served.residents.tiers.shown()} == {manifest.content_hash}
+    assert {resident.version for resident in served.residents.tiers.shown()} == {
+        manifest.content_hash
+    }
 
 
 def test_a_version_in_flight_ends_as_it_began_and_goes_while_new_requests_get_the_new_one(
@@ -538,7 +547,7 @@ def test_a_pin_goes_along_with_its_name(library, tmp_path):
     for name in ("a", "b", "c", "d"):
         served.add(name)
         served.run()
-    assert {each.reference: each.pinned for each in served.residents.tiers.shown()} == {
+    assert {resident.reference: resident.pinned for resident in served.residents.tiers.shown()} == {
         "a@2": True,
         "d@1": False,
     }
@@ -568,7 +577,7 @@ def test_a_name_that_is_removed_while_it_is_pinned_leaves_no_pin(library, monkey
     with pytest.raises(UnknownNameError):
         residents.unpin("b")
     served.quiet()
-    assert not any(each.pinned for each in residents.tiers.shown())
+    assert not any(resident.pinned for resident in residents.tiers.shown())
 
 
 def test_a_name_that_is_removed_goes_when_its_request_has_ended(library, right):
@@ -590,8 +599,8 @@ def test_a_name_that_is_removed_goes_when_its_request_has_ended(library, right):
 def live() -> tuple[int, int]:
     gc.collect()
     everything = gc.get_objects()
-    found = [each for each in everything if type(each) is torch.nn.Parameter]
-    return sum(type(each) is Attachment for each in everything), len(found)
+    found = [value for value in everything if type(value) is torch.nn.Parameter]
+    return sum(type(value) is Attachment for value in everything), len(found)
 
 
 def test_what_is_unloaded_leaves_nothing_behind_however_often(library):
@@ -632,7 +641,7 @@ def test_what_is_unloaded_while_it_answers_ends_first(library, right):
     while not served.engine.scheduler.running:
         served.step()
     assert served.residents.unload("a") and served.tiers() == {"a@1": "ready"}
-    assert [each.holders for each in served.residents.tiers.shown()] == [1]
+    assert [resident.holders for resident in served.residents.tiers.shown()] == [1]
     served.run()
     served.quiet()
     assert answer.answer == right("a", 9) and served.tiers() == {}

@@ -43,7 +43,7 @@ class NewBytes(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in before:
                     self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.live = {key: each for key, each in self.live.items() if not each[0].expired()}
+        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self.live.values()))
         return made
 

@@ -86,7 +86,7 @@ def folder(tmp_path_factory):
         save_tiny(folder / family, family, max_position_embeddings=64)
     rows = [row("a"), row("b"), row("c" * 60), row("d"), row("e")]
     for name, some in {"rows": rows, "short": rows[:2] + rows[3:], "long": rows[2:3]}.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in some))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in some))
     return folder
 
 

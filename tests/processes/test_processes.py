@@ -365,9 +365,9 @@ def test_what_one_process_meets_ends_all_and_is_told_by_all(said):
     assert first.startswith("6 the run ends before its first step") and "process 1" in first
     found = said["others"]
     assert all(
-        each.startswith("2 the processes of this run do not have the same") for each in found
+        result.startswith("2 the processes of this run do not have the same") for result in found
     )
-    assert all("rows: process 0 has" in each for each in found)
+    assert all("rows: process 0 has" in result for result in found)
     first, second = said["."]
     assert first.startswith("2 ") and "not empty" in first
     assert second.startswith("6 the run ends at its folder")

@@ -249,7 +249,7 @@ def test_the_same_run_gives_the_same_page_and_leaves_no_other_file(tmp_path):
     folder = run_folder(tmp_path)
     first = write_report(folder).read_bytes()
     assert write_report(folder).read_bytes() == first
-    assert sorted(each.name for each in folder.iterdir()) == [
+    assert sorted(path.name for path in folder.iterdir()) == [
         "metrics.jsonl",
         "report.html",
         "run.yaml",

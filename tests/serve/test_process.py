@@ -169,7 +169,7 @@ def test_a_request_that_waits_for_anything_else_is_answered_503_when_the_server_
         while len(server.server.server_state.tasks) < len(asks):
             time.sleep(0.01)
         server.server.handle_exit(signal.SIGTERM, None)
-        answers = [each.result(30) for each in asked]
+        answers = [request.result(30) for request in asked]
     assert [answer.status_code for answer in answers] == [503] * len(asks)
     assert {answer.json()["error"]["code"] for answer in answers} == {"shutting_down"}
     assert not any(record.exc_info for record in caplog.records)

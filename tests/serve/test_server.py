@@ -853,8 +853,8 @@ def test_too_many_that_wait_are_told_when_to_come_again(library):
                     return 200, None, None
 
             found = list(pool.map(ask, range(12)))
-        refused = [each for each in found if each[0] != 200]
-        assert refused and all(each[:2] == (429, "1") for each in refused)
+        refused = [result for result in found if result[0] != 200]
+        assert refused and all(result[:2] == (429, "1") for result in refused)
         assert refused[0][2]["error"]["code"] == "queue_full"
         eventually(server, idle)
         assert (

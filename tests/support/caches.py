@@ -30,14 +30,14 @@ def properties() -> set[str]:
     found = set()
     for path in sorted(SOURCE.rglob("*.py")):
         module = path.relative_to(SOURCE).with_suffix("").as_posix().replace("/", ".")
-        for each in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(each, ast.ClassDef) and any(
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and any(
                 _name(mark) == "cached_property"
-                for function in each.body
+                for function in node.body
                 if isinstance(function, ast.FunctionDef)
                 for mark in function.decorator_list
             ):
-                found.add(f"{module}.{each.name}")
+                found.add(f"{module}.{node.name}")
     return found
 
 
@@ -56,17 +56,17 @@ def _name(node: ast.expr) -> str:
 def _decorated(tree: ast.Module) -> Iterator[str]:
     marks = {
         id(mark)
-        for each in ast.walk(tree)
-        if isinstance(each, ast.FunctionDef)
-        for mark in each.decorator_list
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+        for mark in node.decorator_list
     }
-    for each in ast.walk(tree):
-        if isinstance(each, ast.FunctionDef) and any(
-            _name(mark) in DECORATORS for mark in each.decorator_list
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and any(
+            _name(mark) in DECORATORS for mark in node.decorator_list
         ):
-            yield each.name
-        if isinstance(each, ast.Assign) and _is_wrapped(each.value) and id(each.value) not in marks:
-            yield _name(each.targets[0])
+            yield node.name
+        if isinstance(node, ast.Assign) and _is_wrapped(node.value) and id(node.value) not in marks:
+            yield _name(node.targets[0])
 
 
 def _is_wrapped(value: ast.expr) -> bool:
@@ -80,11 +80,11 @@ def _is_wrapped(value: ast.expr) -> bool:
 
 def _containers(tree: ast.Module) -> Iterator[str]:
     """Those that begin empty: somebody fills them."""
-    for each in tree.body:
-        if isinstance(each, ast.Assign | ast.AnnAssign) and each.value is not None:
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
             value, target = (
-                each.value,
-                each.targets[0] if isinstance(each, ast.Assign) else each.target,
+                node.value,
+                node.targets[0] if isinstance(node, ast.Assign) else node.target,
             )
             empty = isinstance(value, ast.Dict | ast.List) and not ast.unparse(value).strip("{}[]")
             called = isinstance(value, ast.Call) and not value.args and not value.keywords
@@ -93,13 +93,13 @@ def _containers(tree: ast.Module) -> Iterator[str]:
 
 
 def _on_disk(tree: ast.Module) -> Iterator[str]:
-    for each in ast.walk(tree):
-        if isinstance(each, ast.Call) and _name(each.func) in REMEMBERS and each.args:
-            kinds = [each.args[0].value] if isinstance(each.args[0], ast.Constant) else []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and _name(node.func) in REMEMBERS and node.args:
+            kinds = [node.args[0].value] if isinstance(node.args[0], ast.Constant) else []
             yield from (f"found/{kind}" for kind in kinds)
         if (
-            isinstance(each, ast.BinOp)
-            and isinstance(each.left, ast.Call)
-            and _name(each.left) == "cache_folder"
+            isinstance(node, ast.BinOp)
+            and isinstance(node.left, ast.Call)
+            and _name(node.left) == "cache_folder"
         ):
-            yield from [str(each.right.value)] if isinstance(each.right, ast.Constant) else []
+            yield from [str(node.right.value)] if isinstance(node.right, ast.Constant) else []

@@ -147,4 +147,4 @@ def collated(messages: list[dict[str, str]], system: str | None) -> list[dict[st
             found[-1] = {**message, "content": found[-1]["content"] + "\n\n" + message["content"]}
         else:
             found.append(message)
-    return [{"Role": each["role"], "Content": each["content"]} for each in found]
+    return [{"Role": message["role"], "Content": message["content"]} for message in found]

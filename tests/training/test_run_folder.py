@@ -266,7 +266,10 @@ def test_a_run_that_began_with_other_masks_of_dropout_is_refused_and_one_without
         tensors, state = checkpoint.load_checkpoint(path)
         assert state["origin"].pop("masks") == "prefix"
         save_checkpoint(
-            out / "checkpoints", 2, {name: each.clone() for name, each in tensors.items()}, state
+            out / "checkpoints",
+            2,
+            {name: tensor.clone() for name, tensor in tensors.items()},
+            state,
         )
 
     of_an_earlier_version(tmp_path / "drops", method={"name": "lora", "rank": 2, "dropout": 0.1})

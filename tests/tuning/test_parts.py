@@ -64,8 +64,8 @@ def test_a_conversation_stays_with_the_rows_that_are_its_beginning():
     beginnings = rows(100)
     hello = row("hello").messages
     longer = [
-        Row(ref=each.ref, messages=[*each.messages, *more.messages])
-        for each, more in zip(beginnings, rows(100, seed=1), strict=True)
+        Row(ref=beginning.ref, messages=[*beginning.messages, *more.messages])
+        for beginning, more in zip(beginnings, rows(100, seed=1), strict=True)
     ]
     parts = divide([*beginnings, *longer], "d")
     assert parts.by_likeness and min(len(parts.search), len(parts.judge)) >= 25

@@ -26,18 +26,20 @@ def search_seconds(plan, pace, count):
     """Seconds of training up to each rung, without what a joint forward saves."""
     seconds, running, before = 0.0, list(TRIED), 0.0
     for rung in plan.rungs:
-        for each in running:
-            row = pace.seconds_per_row[each.batch]
-            seconds += (rung - before) * plan.steps[each.batch] * each.batch * row
+        for candidate in running:
+            row = pace.seconds_per_row[candidate.batch]
+            seconds += (rung - before) * plan.steps[candidate.batch] * candidate.batch * row
         running, before = running[: len(running) // 2], rung
     return seconds
 
 
 def test_candidates_are_the_advice_and_its_neighbours():
-    assert len(TRIED) == len(set(TRIED)) == len({each.name for each in TRIED}) == 8
+    assert len(TRIED) == len(set(TRIED)) == len({candidate.name for candidate in TRIED}) == 8
     assert (TRIED[0].learning_rate, TRIED[0].rank, TRIED[0].batch) == (1.3e-3, 8, 8)
-    assert {each.batch for each in TRIED} == {2, 8} and {each.rank for each in TRIED} == {8, 32}
-    assert {each.learning_rate for each in TRIED} == {6.5e-4, 1.3e-3, 2.6e-3}
+    assert {candidate.batch for candidate in TRIED} == {2, 8} and {
+        candidate.rank for candidate in TRIED
+    } == {8, 32}
+    assert {candidate.learning_rate for candidate in TRIED} == {6.5e-4, 1.3e-3, 2.6e-3}
 
 
 def test_the_run_of_a_candidate_has_its_settings_and_those_of_every_search(tmp_path):

@@ -202,7 +202,7 @@ def test_answers_in_the_mix_are_those_alone(plain: Any, temperature: float) -> N
             for i in asked
         ]
         engine.run()
-        return [(each.error, each.answer) for each in made]
+        return [(sequence.error, sequence.answer) for sequence in made]
 
     identities = [*acting, ()]
     together = answers(identities)

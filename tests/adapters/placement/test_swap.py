@@ -231,7 +231,7 @@ def test_a_forward_sees_one_state_whole_while_others_switch(library):
     def forward() -> None:
         for _ in range(50):
             found = logits(base)
-            if not any(torch.equal(found, each) for each in known.values()):
+            if not any(torch.equal(found, tensor) for tensor in known.values()):
                 wrong.append(found)
 
     switcher = threading.Thread(target=switch)

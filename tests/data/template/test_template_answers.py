@@ -39,11 +39,14 @@ def examples_of(
     (found,) = coded.encode_rows([row(*messages)], train_on=train_on)
     assert isinstance(found, list)
     made = []
-    for each in found:
-        first = each.trained.index(True)
-        assert all(each.trained[first:])
+    for example in found:
+        first = example.trained.index(True)
+        assert all(example.trained[first:])
         made.append(
-            (coded.tokenizer.decode(each.ids[:first]), coded.tokenizer.decode(each.ids[first:]))
+            (
+                coded.tokenizer.decode(example.ids[:first]),
+                coded.tokenizer.decode(example.ids[first:]),
+            )
         )
     return made
 

@@ -208,7 +208,7 @@ def test_texts_that_differ_from_the_first_character_on_count_together(one_worker
     refused = [
         str(known) for known in conversation.rendered.values() if isinstance(known, TemplateFault)
     ]
-    assert refused and all("characters of this conversation" in each for each in refused)
+    assert refused and all("characters of this conversation" in fault for fault in refused)
 
 
 def test_many_conversations_are_under_way_at_once_and_a_hostile_one_costs_only_its_own(one_worker):
@@ -238,7 +238,7 @@ def test_rows_of_a_hostile_template_are_problems_not_a_hang(one_worker):
     template = ChatTemplate(tokenizer)
     rows = [Row(RowRef("f", n), MESSAGES) for n in range(40)]
     found = template.encode_rows(rows, train_on="assistant")
-    assert all(isinstance(each, Problem) and "stopped" in each.message for each in found)
+    assert all(isinstance(result, Problem) and "stopped" in result.message for result in found)
     with pytest.raises(DataError, match="stopped"):
         template.render(MESSAGES)
 

@@ -119,7 +119,7 @@ def test_what_is_drawn_follows_the_distribution_that_is_meant(cut):
         before += float(chances[i])
     expected = {i: count * float(chances[i] / chances[left].sum()) for i in left}
     assert set(rows) <= set(left)
-    square = sum((rows.count(i) - each) ** 2 / each for i, each in expected.items())
+    square = sum((rows.count(i) - count) ** 2 / count for i, count in expected.items())
     assert square < len(left) + 5 * math.sqrt(2 * len(left))
 
 
@@ -134,8 +134,8 @@ def test_a_row_draws_the_same_whatever_is_beside_it_and_another_choice_or_place_
         {"presence_penalty": 1.0},
     ]
     rows = [
-        (asked(Sampling(temperature=2.0, **each), seed=3), [4] * n)
-        for n, each in enumerate(settings)
+        (asked(Sampling(temperature=2.0, **setting), seed=3), [4] * n)
+        for n, setting in enumerate(settings)
     ]
     together = draw(logits, rows)
     assert together == [draw(logits[n : n + 1], rows[n : n + 1])[0] for n in range(6)]
@@ -258,7 +258,7 @@ def test_numbers_that_are_none_and_masks_that_allow_nothing_end_their_own_row_al
         (asked(sampling), []),
     ]
     *broken, forbidden, right = draw(logits, rows)
-    assert all(isinstance(each, DivergedError) for each in broken)
+    assert all(isinstance(fault, DivergedError) for fault in broken)
     assert isinstance(forbidden, ConfigError) and right == draw(logits[4:], rows[4:])[0]
 
 

@@ -173,7 +173,7 @@ def test_popular_adapters_do_not_starve_one_that_waits_for_a_place(starving):
     assert s.overtaken >= 3
     assert len(toy.ended) < 20
     toy.finish_all()
-    assert all(toy.right(each) for each in toy.ended)
+    assert all(toy.right(sequence) for sequence in toy.ended)
 
 
 @pytest.mark.parametrize(

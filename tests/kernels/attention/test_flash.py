@@ -106,7 +106,7 @@ def test_the_output_is_kept_once_by_attention_and_what_comes_behind(filler):
         )
     own = out.untyped_storage().data_ptr()
     assert [
-        each.untyped_storage().data_ptr() == own for each in kept if each.shape[1:] == (H, D)
+        tensor.untyped_storage().data_ptr() == own for tensor in kept if tensor.shape[1:] == (H, D)
     ] == [False, True]
 
 
@@ -217,7 +217,7 @@ def test_torch_has_the_operators_with_the_arguments_that_are_given():
         out, entropy, state = flash.ATEN.forward(q, k, k, spans, 0.3)
         assert out.shape == q.shape and entropy.shape == (4, 16) and entropy.dtype == torch.float32
         found = flash.ATEN.backward(out, (q, k, k), out, entropy, state, spans, 0.3)
-        assert [each.shape for each in found] == [q.shape, k.shape, k.shape]
+        assert [gradient.shape for gradient in found] == [q.shape, k.shape, k.shape]
 
 
 @pytest.mark.parametrize(
@@ -234,4 +234,4 @@ def test_a_plan_counts_what_their_backward_holds_besides(heads, size, tiles):
         found = flash.ATEN.backward(out, (q, k, k), out, entropy, state, spans, 0.3)
     apart = rows + 128 * sequences
     sums, expanded = apart * H * (tiles + 1) * 4, 0 if H == K else 2 * rows * H * size * 2
-    assert phase.peak_bytes == sums + expanded + sum(each.nbytes for each in found)
+    assert phase.peak_bytes == sums + expanded + sum(gradient.nbytes for gradient in found)

@@ -95,7 +95,7 @@ def both_ways(
     def run() -> None:
         found = function(*tensors)
         made = found if isinstance(found, tuple) else (found,)
-        torch.autograd.backward(made, [torch.ones_like(each) for each in made])
+        torch.autograd.backward(made, [torch.ones_like(tensor) for tensor in made])
 
     return called(run)
 

@@ -94,10 +94,10 @@ def near(found, exact, tolerance):
 
 
 def gradients(function, inputs, grad):
-    inputs = [each.detach().requires_grad_() for each in inputs]
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     out = function(*inputs)
     (out if grad is None else (out * grad).sum()).backward()
-    return out.detach(), [each.grad for each in inputs]
+    return out.detach(), [tensor.grad for tensor in inputs]
 
 
 @needs_liger
@@ -147,7 +147,7 @@ def test_the_rotation_is_its_reference(dtype, size, there):
     theirs = fused.rotary_reference(q.requires_grad_(), k.requires_grad_(), cos, sin)
     for (a, b), grads in ((ours, there.to(g, h)), (theirs, (g, h))):
         ((a * grads[0]).sum() + (b * grads[1]).sum()).backward()
-    pairs = zip((*ours, *(each.grad for each in given)), (*theirs, q.grad, k.grad), strict=True)
+    pairs = zip((*ours, *(tensor.grad for tensor in given)), (*theirs, q.grad, k.grad), strict=True)
     for one, other in pairs:
         near(one.detach(), other.detach().double(), 4 * TYPES[dtype])
     assert all(torch.equal(a.detach().cpu(), b) for a, b in zip(given, before, strict=True))

@@ -142,10 +142,10 @@ def test_gradients_are_put_where_they_are_wanted_to_the_same_bits(rows, width, s
         before = [
             torch.randn(width, size) if transposed else torch.randn(size, width) for size in sizes
         ]
-        outs = [each.clone() for each in before]
+        outs = [tensor.clone() for tensor in before]
         rank.put_gradients(outs, u, x, dropouts, transposed=transposed, add=add)
-        for out, old, each in zip(outs, before, plain, strict=True):
-            expected = each.T if transposed else each
+        for out, old, tensor in zip(outs, before, plain, strict=True):
+            expected = tensor.T if transposed else tensor
             assert torch.equal(out, old + expected if add else expected)
 
 

@@ -84,16 +84,16 @@ def test_whoever_sends_no_pieces_is_told_the_first_token_and_the_rest_at_the_end
             told = []
             while not told or not told[-1].ended:
                 assert (
-                    sum(len(each.tokens) for each in told) <= ticket.new_tokens
+                    sum(len(update.tokens) for update in told) <= ticket.new_tokens
                 )  # what usage counts is never behind
                 told += await inbox.next_updates()
             assert ticket.new_tokens == 30
-            return [each.tokens for each in told]
+            return [update.tokens for update in told]
         finally:
             await loop.close(1.0)
 
     told = asyncio.run(asked())
-    assert [len(each) for each in told] == ([1] * 30 if every_step else [1, 29])
+    assert [len(update) for update in told] == ([1] * 30 if every_step else [1, 29])
 
 
 @pytest.mark.parametrize("refused", [False, True])

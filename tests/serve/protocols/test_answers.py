@@ -80,7 +80,7 @@ def test_counts_are_streamed_to_those_who_asked_for_them_alone(protocol):
     ]
     assert with_counts[-1]["choices"] == [] and with_counts[-1]["usage"]["completion_tokens"] == 9
     without, done = events(protocol, asked=replace(ASKED, stream_usage=False))
-    assert done and all("usage" not in each and each["choices"] for each in without)
+    assert done and all("usage" not in chunk and chunk["choices"] for chunk in without)
 
 
 def test_responses_have_an_item_for_each_call():

@@ -60,7 +60,9 @@ def routed(affinity, urls):
 
 
 def in_memory(server):
-    return {each.reference.partition("@")[0] for each in server.service.residents.tiers.shown()}
+    return {
+        resident.reference.partition("@")[0] for resident in server.service.residents.tiers.shown()
+    }
 
 
 def ask(url, model, **more):
@@ -143,8 +145,8 @@ def test_where_one_server_goes_the_other_answers(affinity, library):
             except httpx.TransportError:
                 break
         found = [ask(url, name) for name in NAMES]
-        assert [each.status_code for each in found] == [200] * len(NAMES)
-        assert {each.headers["x-replica"] for each in found} == {first.url}
+        assert [result.status_code for result in found] == [200] * len(NAMES)
+        assert {result.headers["x-replica"] for result in found} == {first.url}
 
 
 def replica(affinity, url, metrics):

@@ -112,7 +112,7 @@ def test_a_replica_that_is_lost_costs_no_request_and_one_that_ends_drains(
         asked = [pool.submit(ask, url, ADAPTERS[n % 4]) for n in range(40)]
         time.sleep(0.5)
         lose(cluster, cluster.nodes[0])
-        answers = [each.result() for each in asked]
+        answers = [request.result() for request in asked]
     failed = [answer for answer in answers if answer.status_code != 200]
     assert not failed, [(answer.status_code, answer.text) for answer in failed]
     assert all(

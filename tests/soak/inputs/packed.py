@@ -31,7 +31,8 @@ def write_bnb(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     for name in [name for name in weights if name.endswith("_proj.weight")]:
         packed = file_tensors(name, quantize(weights.pop(name), name=name))
-        weights |= {key: each.clone() for key, each in packed.items()}  # tables are the same tensor
+        # Tables are the same tensor.
+        weights |= {key: tensor.clone() for key, tensor in packed.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
@@ -134,7 +135,7 @@ def spoil(random: Random, folder: Path) -> None:
         for _ in range(random.choice([1, 1, 2])):
             spoil_tensors(random, weights)
         save_file(
-            {name: each.contiguous() for name, each in weights.items()},
+            {name: weight.contiguous() for name, weight in weights.items()},
             file,
             metadata={"format": "pt"},
         )
@@ -177,8 +178,8 @@ def spoil_tensors(random: Random, weights: dict[str, Tensor]) -> None:
     )
     parts += sorted(
         name
-        for name, each in weights.items()
-        if each.dtype == torch.float8_e4m3fn or "proj" in name
+        for name, weight in weights.items()
+        if weight.dtype == torch.float8_e4m3fn or "proj" in name
     )
     if not parts:
         return

@@ -119,8 +119,8 @@ def for_a_group(routing: Routing, draw: random.Random) -> Applied:
 
 def gradients(routing: Routing) -> dict[str, torch.Tensor]:
     found = {}
-    for name, each in routing.attached.items():
-        for path, parameter in each.parameters().items():
+    for name, attachment in routing.attached.items():
+        for path, parameter in attachment.parameters().items():
             if parameter.grad is not None:
                 found[f"{name} {path}"] = parameter.grad
             parameter.grad = None

@@ -23,7 +23,7 @@ class Exact(FlashOps):
     def backward(self, grad, inputs, out, entropy, state, spans, scale):
         q, k, v = inputs
         assert len(state) == 2
-        d_q, d_k, d_v = (torch.zeros_like(each) for each in inputs)
+        d_q, d_k, d_v = (torch.zeros_like(tensor) for tensor in inputs)
         given = (grad * out).sum(-1).T  # (H, rows): of the whole row, whatever part of it this is
         for queries, keys in sequences(spans):
             scores = masked(q[queries], k[keys], spans, scale)

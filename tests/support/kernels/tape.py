@@ -51,7 +51,7 @@ class _Noting(TorchDispatchMode):
             lambda each: self._noted(each) if isinstance(each, Tensor) else each, (args, kwargs)
         )
         out = func(*args, **kwargs)
-        there = {_storage(each)._cdata for each in given}
+        there = {_storage(tensor)._cdata for tensor in given}
         made: list[Tensor | None] = []
         for leaf in tree_leaves(out):
             fresh = isinstance(leaf, Tensor) and _storage(leaf)._cdata not in there

@@ -95,7 +95,7 @@ def compiled_for(capability: int) -> Any:
         made = triton.compile(
             ASTSource(self, signature, constants, shared), target=target, options=options
         )
-        types = " ".join(each for each in signature.values() if each != "constexpr")
+        types = " ".join(kind for kind in signature.values() if kind != "constexpr")
         name, code = f"{self.fn.__module__}.{self.fn.__name__}", len(made.asm["cubin"])
         loads, stores = (widest(made.asm["ptx"], way) for way in ("ld", "st"))
         beside = f"{spilled(made.asm['cubin'])} spilled, {made.metadata.shared} shared"

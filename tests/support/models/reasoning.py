@@ -199,11 +199,11 @@ def _checked(
         before, whole = (tokenizer(text, add_special_tokens=False).input_ids for text in texts)
         assert template.encode_prompt(messages[:n], tools=tools) == before
         (own,) = [
-            each
-            for each in found
-            if each.ids[: len(whole)] == whole and all(each.trained[len(before) : len(whole)])
+            example
+            for example in found
+            if example.ids[: len(whole)] == whole and all(example.trained[len(before) : len(whole)])
         ]
         assert not own.trained[len(before) - 1]
         learnt += len(whole) - len(before)
-    assert learnt == sum(sum(each.trained) for each in found)
+    assert learnt == sum(sum(example.trained) for example in found)
     return "learnt"

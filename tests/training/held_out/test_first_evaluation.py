@@ -70,7 +70,9 @@ def run(base: Path, out: Path, *, data: Any = None, **settings: Any) -> list[dic
     found = [
         record for record in read_records(out / "metrics.jsonl") if record["kind"] == "evaluation"
     ]
-    return [{name: value for name, value in each.items() if name != "seconds"} for each in found]
+    return [
+        {name: value for name, value in result.items() if name != "seconds"} for result in found
+    ]
 
 
 def test_another_rate_begins_with_what_the_first_run_found(
