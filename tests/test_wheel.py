@@ -93,7 +93,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return commands
 
 
-def told(environment: Path, *command: str, at: Path) -> subprocess.CompletedProcess[str]:
+def run_command(environment: Path, *command: str, at: Path) -> subprocess.CompletedProcess[str]:
     """A command of the new environment, in a folder of its own, that knows nothing of this
     checkout."""
     own = {
@@ -122,18 +122,21 @@ def test_a_wheel_holds_every_file_of_the_package_and_one_serves_every_python(whe
 
 
 def test_a_fresh_environment_runs_what_the_wheel_brought(environment, tmp_path):
-    assert told(environment, "veneer", "--version", at=tmp_path).stdout == f"veneer {__version__}\n"
+    assert (
+        run_command(environment, "veneer", "--version", at=tmp_path).stdout
+        == f"veneer {__version__}\n"
+    )
     code = "import ctypes, pathlib, veneer; here = pathlib.Path(veneer.__file__).parent\n"
     code += (
         "print(*[ctypes.CDLL(str(k)).veneer_level() for k in here.glob('kernels/_native.*')], here)"
     )
-    *levels, place = told(environment, "python", "-c", code, at=tmp_path).stdout.split()
+    *levels, place = run_command(environment, "python", "-c", code, at=tmp_path).stdout.split()
     assert levels == ([] if native.library() is None else [str(native.level())])
     assert Path(place).is_relative_to(environment.parent)
 
 
 def test_the_demo_trains_and_answers_there(environment, tmp_path):
-    done = told(environment, "veneer", "demo", "--steps", STEPS, at=tmp_path)
+    done = run_command(environment, "veneer", "demo", "--steps", STEPS, at=tmp_path)
     if "the package index did not give" in done.stderr:
         pytest.skip(
             "the demo's model and data are not here, and the package index cannot be reached"

@@ -88,7 +88,7 @@ class CountingEngine:
 
 
 @cache
-def alone(number):
+def answer_alone(number):
     return CountingEngine().answers([request(number)])[0][0]
 
 
@@ -121,7 +121,7 @@ def test_greedy_answers_are_those_of_transformers_with_peft(number, tmp_path):
 def test_ten_adapters_over_one_document_compute_it_once():
     counting = CountingEngine()
     answers = counting.answers([request(number) for number in range(ADAPTERS)])
-    assert [new for new, _ in answers] == [alone(number) for number in range(ADAPTERS)]
+    assert [new for new, _ in answers] == [answer_alone(number) for number in range(ADAPTERS)]
     shared = len(LONG) // SIZE * SIZE
     assert [cached for _, cached in answers] == [0, *[shared] * (ADAPTERS - 1)]
     alone_tokens = len(prompt(0)) + NEW - 1
@@ -132,7 +132,7 @@ def test_the_bases_prompt_serves_an_adapter_and_the_other_way_round():
     counting = CountingEngine()
     ((base_answer, _),) = counting.answers([request(0, adapter=False)])
     ((answer, cached),) = counting.answers([request(0)])
-    assert answer == alone(0) != base_answer and cached == len(LONG) // SIZE * SIZE
+    assert answer == answer_alone(0) != base_answer and cached == len(LONG) // SIZE * SIZE
     counting = CountingEngine()
     counting.answers([request(0)])
     assert counting.answers([request(0, adapter=False)]) == [(base_answer, cached)]

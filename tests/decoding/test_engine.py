@@ -54,7 +54,7 @@ def with_adapters(family):
     return base, applied
 
 
-def alone(base, adapters, prompt):
+def generate_alone(base, adapters, prompt):
     with base.routing.held(Acting.everywhere(adapters)):
         settings = GenerationConfig(
             max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=258
@@ -96,7 +96,7 @@ def test_every_answer_is_the_one_that_its_request_gets_alone(family, narrow):
     assert set(ended) == set(asked) and len(ended) == len(asked)
     for answer, (identity, prompt) in asked.items():
         assert answer.reason is FinishReason.LENGTH
-        assert answer.answer == alone(base, applied.get(identity, ()), prompt)
+        assert answer.answer == generate_alone(base, applied.get(identity, ()), prompt)
     engine.scheduler.blocks.check()
 
 
@@ -116,7 +116,7 @@ def test_a_prompt_that_begins_as_one_before_is_read_from_there_on_and_by_its_own
     engine.run()
     assert [a.cached_tokens for a in (*first, *again)] == [0, 0, 32, 32, 0]
     for answer, identity in zip(again, ((), lora, (("dora", 1.0),)), strict=True):
-        assert answer.answer == alone(base, applied.get(identity, ()), [*start, 60])
+        assert answer.answer == generate_alone(base, applied.get(identity, ()), [*start, 60])
 
 
 def test_an_adapter_that_is_not_here_and_a_base_that_cannot_be_packed_are_refused():
@@ -145,7 +145,7 @@ DRAWS = [
 ]
 
 
-def answered(base, applied, asked, narrow):
+def run_engine(base, applied, asked, narrow):
     limits = Limits(rows=4, step_tokens=20, chunk_tokens=7) if narrow else Limits()
     engine = Engine(
         base,
@@ -173,12 +173,12 @@ def test_drawn_answers_do_not_depend_on_what_is_beside_them_nor_on_going_back():
         )
         for n, (identity, prompt) in enumerate(requests(applied))
     ]
-    together = answered(base, applied, asked, narrow=False)
-    again = answered(base, applied, asked, narrow=False)
+    together = run_engine(base, applied, asked, narrow=False)
+    again = run_engine(base, applied, asked, narrow=False)
     assert again == together
-    narrow = answered(base, applied, asked, narrow=True)
+    narrow = run_engine(base, applied, asked, narrow=True)
     for request, *found in zip(asked, together, narrow, strict=True):
-        (by_itself,) = answered(base, applied, [request], narrow=False)
+        (by_itself,) = run_engine(base, applied, [request], narrow=False)
         for wide, tight, one in zip(*found, by_itself, strict=True):
             assert wide[0] == tight[0] == one[0]
             assert len(wide[1]) == (NEW if request.sampling.logprobs else 0)
@@ -200,7 +200,7 @@ def test_a_cancelled_answer_keeps_its_tokens_and_its_blocks_are_free_with_the_ne
         engine.step(0.0) == [gone] and gone.reason is FinishReason.CANCELLED and len(gone.new) == 1
     )
     assert engine.scheduler.blocks.held_bytes <= held
-    assert engine.run() == [stays] and stays.answer == alone(base, (), [5, 9, 2])
+    assert engine.run() == [stays] and stays.answer == generate_alone(base, (), [5, 9, 2])
 
 
 def test_one_adapter_on_all_rows_is_prepared_once_while_it_answers():
@@ -224,7 +224,7 @@ def test_one_adapter_on_all_rows_is_prepared_once_while_it_answers():
             engine.step(0.0)
             assert lane.acting is None or lane.acting[1].plan.kept == prepared
         assert [a.answer for a in answers] == [
-            alone(base, applied[identity], [5, n]) for n in range(3)
+            generate_alone(base, applied[identity], [5, n]) for n in range(3)
         ]
 
 
@@ -246,10 +246,10 @@ def test_a_step_uses_no_update_that_was_prepared_for_other_spans():
         engine.cancel(answer)
     added = ask((), [9]), ask(head, range(20, 29))
     engine.run()
-    assert stays.new == alone(base, (), range(9))
+    assert stays.new == generate_alone(base, (), range(9))
     assert [answer.new for answer in added] == [
-        alone(base, (), [9]),
-        alone(base, applied[head], range(20, 29)),
+        generate_alone(base, (), [9]),
+        generate_alone(base, applied[head], range(20, 29)),
     ]
 
 
@@ -279,9 +279,9 @@ def test_where_memory_does_not_suffice_less_is_computed_at_once_and_every_answer
         Request(prompt=tuple(p), max_new_tokens=NEW, adapter=i, choices=2)
         for i, p in requests(applied)
     ]
-    expected = answered(base, applied, asked, narrow=False)
+    expected = run_engine(base, applied, asked, narrow=False)
     tried = out_of_memory_above(monkeypatch, 6)
-    assert answered(base, applied, asked, narrow=False) == expected
+    assert run_engine(base, applied, asked, narrow=False) == expected
     assert max(tried) > 6 >= min(tried)
 
 
@@ -303,7 +303,7 @@ def test_an_answer_that_does_not_fit_alone_ends_and_the_others_go_on(monkeypatch
         and isinstance(first.error, DoesNotFitError)
         and len(first.new) == 1
     )
-    assert engine.run() == [second] and second.answer == alone(base, (), [5, 9, 2])
+    assert engine.run() == [second] and second.answer == generate_alone(base, (), [5, 9, 2])
     engine.scheduler.blocks.check()
 
 
@@ -347,7 +347,7 @@ def test_logits_that_are_no_numbers_end_their_own_answer_alone():
         FinishReason.LENGTH,
     ]
     assert isinstance(asked[1].error, DivergedError) and not asked[1].new
-    assert asked[2].answer == alone(base, applied[dora], [5, 9, 1])
+    assert asked[2].answer == generate_alone(base, applied[dora], [5, 9, 1])
 
 
 def test_nothing_is_read_of_blocks_before_it_is_written(monkeypatch):
@@ -357,7 +357,7 @@ def test_nothing_is_read_of_blocks_before_it_is_written(monkeypatch):
         Request(prompt=tuple(p), max_new_tokens=NEW, adapter=i, choices=2)
         for i, p in requests(applied)
     ]
-    expected = answered(base, applied, asked, narrow=True)
+    expected = run_engine(base, applied, asked, narrow=True)
     empty = KeyValueBlocks.empty
 
     def spoiled(*given):
@@ -367,7 +367,7 @@ def test_nothing_is_read_of_blocks_before_it_is_written(monkeypatch):
         return made
 
     monkeypatch.setattr(KeyValueBlocks, "empty", spoiled)
-    assert answered(base, applied, asked, narrow=True) == expected
+    assert run_engine(base, applied, asked, narrow=True) == expected
 
 
 def test_nobody_holds_an_adapter_of_which_the_last_answer_has_ended():
@@ -420,7 +420,7 @@ def test_what_fails_in_a_forward_ends_its_own_answers_and_the_others_go_on(monke
                 bool(broken),
             )
         if not broken:
-            assert answers[0].answer == alone(base, (), list(prompt))
+            assert answers[0].answer == generate_alone(base, (), list(prompt))
     wrong = [tokens for tokens in tried if {200, 201} & set(tokens)]
     assert len(wrong) == 2 * (1 + 2), "together, then each alone; and their second choices so"
     assert engine.scheduler.blocks.held_bytes == 0
@@ -440,7 +440,9 @@ def test_a_prefix_that_cannot_be_written_ends_those_behind_it_alone(monkeypatch)
     engine.run()
     assert [answer.error for answer in asked] == [None, fault, None]
     for answer, each in zip(asked, identities, strict=True):
-        assert answer.error or answer.answer == alone(base, applied.get(each, ()), [5, 9, 1])
+        assert answer.error or answer.answer == generate_alone(
+            base, applied.get(each, ()), [5, 9, 1]
+        )
     assert engine.scheduler.blocks.held_bytes == 0
     engine.scheduler.blocks.check()
 
@@ -458,7 +460,9 @@ def test_rows_that_fail_only_together_are_computed_one_by_one(monkeypatch):
 
     monkeypatch.setattr(PagedForward, "logits", logits)
     engine.run()
-    assert [answer.answer for answer in asked] == [alone(base, (), [5, 9, n]) for n in (1, 2, 3)]
+    assert [answer.answer for answer in asked] == [
+        generate_alone(base, (), [5, 9, n]) for n in (1, 2, 3)
+    ]
 
 
 def test_after_a_step_that_failed_the_next_one_goes_on_as_if_there_had_been_none(monkeypatch):
@@ -470,7 +474,7 @@ def test_after_a_step_that_failed_the_next_one_goes_on_as_if_there_had_been_none
         patch.setattr(PagedForward, "rows", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             engine.step(0.0)
-    assert engine.run() == [answer] and answer.answer == alone(base, (), [5, 9, 2])
+    assert engine.run() == [answer] and answer.answer == generate_alone(base, (), [5, 9, 2])
 
 
 @pytest.mark.parametrize(
@@ -507,4 +511,4 @@ def test_a_stop_check_sees_each_token_once_also_where_a_step_is_computed_again(b
     )
     engine.run()
     assert failures and failing.reason is FinishReason.LENGTH and len(failing.new) == NEW
-    assert checked.new == alone(base, (), [5, 9])[:5] and seen[-1] == checked.new
+    assert checked.new == generate_alone(base, (), [5, 9])[:5] and seen[-1] == checked.new

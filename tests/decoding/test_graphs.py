@@ -90,7 +90,7 @@ def engine_of(monkeypatch, base, applied, recorder, **limits):
         )
 
 
-def said(engine, asked):
+def compute_answers(engine, asked):
     """Each answer's tokens and their chances."""
     made = [
         engine.add(
@@ -109,10 +109,10 @@ def said(engine, asked):
 
 def test_answers_are_those_that_are_launched_call_by_call(there, monkeypatch):
     pretended, base, applied = there
-    expected = said(engine_of(monkeypatch, base, applied, None), ASKED)
+    expected = compute_answers(engine_of(monkeypatch, base, applied, None), ASKED)
     tape = Tape(pretended)
     engine = engine_of(monkeypatch, base, applied, tape)
-    tokens, chances = said(engine, ASKED)
+    tokens, chances = compute_answers(engine, ASKED)
     assert tokens == expected[0] and chances == pytest.approx(expected[1], abs=1e-5)
     assert tape.replayed > tape.captured > 2 and not engine.lanes.exact.forward.graphs.refused
 
@@ -121,7 +121,7 @@ def test_rows_and_blocks_are_filled_up_so_that_there_are_few_graphs(there, monke
     pretended, base, _ = there
     tape = Tape(pretended)
     engine = engine_of(monkeypatch, base, {}, tape)
-    said(engine, [((), [5, 9 + n], 8 + n) for n in range(6)])
+    compute_answers(engine, [((), [5, 9 + n], 8 + n) for n in range(6)])
     assert {key[:2] for key in engine.lanes.exact.forward.graphs.kept} == {(8, 16 + graphs.HEAD)}
     assert tape.captured == 1
 
@@ -129,21 +129,21 @@ def test_rows_and_blocks_are_filled_up_so_that_there_are_few_graphs(there, monke
 def test_what_cannot_be_captured_is_launched_and_said_once(there, monkeypatch, caplog):
     pretended, base, applied = there
     tape, norm = Tape(pretended), type(base.model.model.norm)
-    expected = said(engine_of(monkeypatch, base, applied, None), ASKED[:2])
+    expected = compute_answers(engine_of(monkeypatch, base, applied, None), ASKED[:2])
     forward_of = norm.forward
     monkeypatch.setattr(
         norm, "forward", lambda self, x: forward_of(self, x * (1 if x.sum().item() else 2))
     )
     engine = engine_of(monkeypatch, base, applied, tape)
     with caplog.at_level(logging.WARNING, "veneer.decoding"):
-        assert said(engine, ASKED[:2])[0] == expected[0]
+        assert compute_answers(engine, ASKED[:2])[0] == expected[0]
     assert not tape.captured and engine.lanes.exact.forward.graphs.refused
     assert len(caplog.records) == 1 and "the host waits" in caplog.text
 
 
 def test_what_differs_when_it_is_replayed_is_not_taken(there, monkeypatch, caplog):
     pretended, base, applied = there
-    expected = said(engine_of(monkeypatch, base, applied, None), ASKED[:2])
+    expected = compute_answers(engine_of(monkeypatch, base, applied, None), ASKED[:2])
 
     class Wrong(Tape):
         def record(self, run):
@@ -151,7 +151,7 @@ def test_what_differs_when_it_is_replayed_is_not_taken(there, monkeypatch, caplo
             return lambda: right() + 1.0
 
     engine = engine_of(monkeypatch, base, applied, Wrong(pretended))
-    assert said(engine, ASKED[:2])[0] == expected[0]
+    assert compute_answers(engine, ASKED[:2])[0] == expected[0]
     assert "its graph differs" in caplog.text
 
 
@@ -159,16 +159,16 @@ def test_a_prefix_is_launched_call_by_call(there, monkeypatch):
     pretended, base, applied = there
     tape = Tape(pretended)
     engine = engine_of(monkeypatch, base, applied, tape)
-    assert len(said(engine, [(PREFIX, [5, 9, 30], 9)])[0][0]) == 9
+    assert len(compute_answers(engine, [(PREFIX, [5, 9, 30], 9)])[0][0]) == 9
     assert not tape.captured
 
 
 def test_graphs_of_adapters_that_nobody_uses_go_with_the_last_answer(there, monkeypatch):
     pretended, base, applied = there
     engine = engine_of(monkeypatch, base, applied, Tape(pretended))
-    said(engine, [(LORA, [5, 9], 9)])
+    compute_answers(engine, [(LORA, [5, 9], 9)])
     assert not engine.lanes.exact.forward.graphs.kept
-    said(engine, [((), [5, 9], 9)])
+    compute_answers(engine, [((), [5, 9], 9)])
     assert len(engine.lanes.exact.forward.graphs.kept) == 1
 
 

@@ -86,7 +86,7 @@ def test_fewer_than_two_choices_or_empty_ones_are_refused(base: Base, wrong: Any
 # figures
 
 
-def drawn(
+def draw_scores(
     rows: int, temperature: float, seed: int = 0
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Scores (rows, 4), and right labels that are drawn from them at a temperature."""
@@ -104,7 +104,7 @@ def test_probabilities_are_a_softmax_over_the_labels() -> None:
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_the_temperature_that_labels_were_drawn_with_is_found(temperature: float) -> None:
-    scores, right = drawn(20000, temperature)
+    scores, right = draw_scores(20000, temperature)
     assert fit_temperature(scores, right) == pytest.approx(temperature, rel=0.05)
     if temperature != 1:
         keys = range(len(scores))
@@ -115,7 +115,7 @@ def test_the_temperature_that_labels_were_drawn_with_is_found(temperature: float
 
 
 def test_a_row_is_calibrated_by_the_other_half_alone() -> None:
-    scores, right = drawn(100, 3.0)
+    scores, right = draw_scores(100, 3.0)
     keys = [2 * n + (n >= 50) for n in range(100)]
     found = calibrate(scores, right, keys)
     changed = right.copy()
@@ -128,7 +128,7 @@ def test_a_row_is_calibrated_by_the_other_half_alone() -> None:
 
 
 def test_too_few_rows_are_not_calibrated() -> None:
-    scores, right = drawn(60, 1.0)
+    scores, right = draw_scores(60, 1.0)
     assert calibrate(scores, right, [1] * 41 + [0] * 19) is None
     assert calibrate(scores, right, [1] * 40 + [0] * 20) is not None
 

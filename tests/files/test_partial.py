@@ -25,7 +25,7 @@ def _write_and_wait(place: Path) -> None:
         time.sleep(600)
 
 
-def begun(place: Path):
+def start_writer(place: Path):
     """A process that is writing in `place`, and the name of what it writes."""
     before = {path.name for path in place.iterdir()}
     process = FORK.Process(target=_write_and_wait, args=(place,))
@@ -40,7 +40,7 @@ def begun(place: Path):
 
 @pytest.fixture
 def writer(tmp_path):
-    process, name = begun(tmp_path)
+    process, name = start_writer(tmp_path)
     yield process, tmp_path / name
     process.kill()
     process.join()

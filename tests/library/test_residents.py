@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.adapters.test_methods import move
-from tests.decoding.test_engine import alone
+from tests.decoding.test_engine import generate_alone
 from tests.soak.counts import rounds
 from tests.support.adapter_files import IDS
 from tests.support.tiny import tiny_base
@@ -176,7 +176,7 @@ def right(made):
                 if name == "tiny"
                 else ((load_adapter(base, library.path(name), name=name), 1.0),)
             )
-            known[name] = alone(base, own, list(PROMPT))
+            known[name] = generate_alone(base, own, list(PROMPT))
         return known[name][:new]
 
     return answer

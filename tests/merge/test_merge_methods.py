@@ -24,7 +24,7 @@ RELATIVE = 2e-5
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 
 
-def made(folder, config, place, *, quantize=None, seed=1):
+def save_adapter(folder, config, place, *, quantize=None, seed=1):
     """An adapter with moved values as files, and what it answers on its base."""
     base = load_base(str(folder), quantize=quantize)
     prepare(base.model)
@@ -51,7 +51,9 @@ def folder(tmp_path):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
 def test_dora_merged_into_a_folder_answers_as_beside_its_base(family, quantize, tmp_path):
     folder = save_tiny(tmp_path / "base", family, **({} if family == "gpt2" else SIZES))
-    adapter, expected = made(folder, DoRA(rank=3, alpha=5.0), tmp_path / "a", quantize=quantize)
+    adapter, expected = save_adapter(
+        folder, DoRA(rank=3, alpha=5.0), tmp_path / "a", quantize=quantize
+    )
     ways = {"quantize": quantize, "into": "dequantised"} if quantize else {}
     report = merge_adapters(str(folder), [(adapter, 1.0)], out=tmp_path / "m", **ways)
     found = logits(load_base(str(tmp_path / "m")).model)
@@ -60,8 +62,8 @@ def test_dora_merged_into_a_folder_answers_as_beside_its_base(family, quantize, 
 
 
 def test_dora_and_lora_merged_together_add_up_with_their_weights(folder, tmp_path):
-    first, _ = made(folder, DoRA(rank=3, alpha=5.0), tmp_path / "a")
-    second, _ = made(
+    first, _ = save_adapter(folder, DoRA(rank=3, alpha=5.0), tmp_path / "a")
+    second, _ = save_adapter(
         folder, LoRA(rank=2, alpha=3.0, targets=["q_proj", "down_proj"]), tmp_path / "b", seed=2
     )
     base = load_base(str(folder))
@@ -76,7 +78,7 @@ def test_dora_and_lora_merged_together_add_up_with_their_weights(folder, tmp_pat
 
 def test_what_dora_refuses_names_the_way_and_the_way_works(folder, tmp_path):
     """Its update is no product of two factors; merged and extracted at full rank it is one."""
-    adapter, expected = made(folder, DoRA(rank=3, alpha=5.0), tmp_path / "a")
+    adapter, expected = save_adapter(folder, DoRA(rank=3, alpha=5.0), tmp_path / "a")
     with pytest.raises(RefusedError, match=r"DoRA magnitudes\n.*veneer extract"):
         combine_adapters(
             [(adapter, 1.0), (adapter, 1.0)], Recipe("cat"), base=str(folder), out=tmp_path / "c"
@@ -100,7 +102,7 @@ def test_what_dora_refuses_names_the_way_and_the_way_works(folder, tmp_path):
 
 @pytest.mark.parametrize("config", [Prefix(tokens=3, start="random"), Bottleneck(size=5)])
 def test_what_is_no_change_of_weights_is_refused_with_what_to_do_instead(config, folder, tmp_path):
-    adapter, _ = made(folder, config, tmp_path / "a")
+    adapter, _ = save_adapter(folder, config, tmp_path / "a")
     attempts = [
         lambda: merge_adapters(str(folder), [(adapter, 1.0)], out=tmp_path / "m"),
         lambda: export_merged_gguf([(adapter, 1.0)], base=str(folder), out=tmp_path / "m.gguf"),

@@ -109,7 +109,7 @@ def attached(there, base, config):
             base.detach("a")
 
 
-def a_loop(base, parameters, factors=None, **settings):
+def make_loop(base, parameters, factors=None, **settings):
     config = RunConfig(base="b", data="d", out="o", batch=4, micro_batch=4, **settings)
     job = TrainingInputs(
         model=base.model,
@@ -156,7 +156,7 @@ def expected_step(there, attachment, family):
 
 def trains_evaluates_and_decodes(there, base, config, family):
     with attached(there, base, config) as attachment:
-        loop = a_loop(base, attachment.parameters(), attachment.learning_rate_factors())
+        loop = make_loop(base, attachment.parameters(), attachment.learning_rate_factors())
         waits, expected = step_waits(there, loop), expected_step(there, attachment, family)
         assert waits.counts[0] == expected[0], waits
         assert waits.counts[1] == expected[1] or (
@@ -244,7 +244,7 @@ def own_base(there, family="llama", dtype=torch.float32):
 
 def test_full_fine_tuning_waits_as_an_adapter_does():
     with on("cuda") as there, own_base(there, dtype=torch.bfloat16) as base:
-        waits = step_waits(there, a_loop(base, dict(base.model.named_parameters())))
+        waits = step_waits(there, make_loop(base, dict(base.model.named_parameters())))
         assert waits.counts == (1, 0), waits
 
 
@@ -252,7 +252,7 @@ def test_sums_that_are_exact_wait_once_too():
     with on("cuda") as there:
         base = base_on(there, "llama")
         with attached(there, base, LoRA(rank=2)) as attachment:
-            waits = step_waits(there, a_loop(base, attachment.parameters(), reduce="exact"))
+            waits = step_waits(there, make_loop(base, attachment.parameters(), reduce="exact"))
             assert waits.counts == (1, 0), waits
 
 
@@ -385,7 +385,7 @@ def planted(there, base, config, monkeypatch, where, fault):
         return forward(self, fault(x), *others, **named)
 
     with attached(there, base, config) as attachment:
-        loop = a_loop(base, attachment.parameters())
+        loop = make_loop(base, attachment.parameters())
         loop.step()
         monkeypatch.setattr(where, "forward", wrong)
         with there.counting() as waits:

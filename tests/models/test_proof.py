@@ -86,7 +86,7 @@ ROTARY = {
 }
 
 
-def made(kind, **fields):
+def make_model(kind, **fields):
     """A small random model of a family that tests/support/tiny.py does not have."""
     config = CONFIG_MAPPING[kind](**{**SMALL, **fields})
     with torch.random.fork_rng(devices=[]):
@@ -114,7 +114,7 @@ def fresh(model):
             module.inv_freq.copy_(module.original_inv_freq)
 
 
-def alone(model, examples):
+def nats_alone(model, examples):
     """Nats of each row alone, by the model's own forward; read anew each time, as a fresh process
     would."""
     nats = []
@@ -137,7 +137,7 @@ def reread(model, prompt, new):
     return [token for token in ids[len(prompt) :] if token != 257]
 
 
-def answered(model, prompt, new):
+def generate_ids(model, prompt, new):
     settings = GenerationConfig(
         max_new_tokens=new, do_sample=False, eos_token_id=257, pad_token_id=258
     )
@@ -152,8 +152,8 @@ PROMPTS = [[(7 * i + j * j) % 250 for j in range(4 + 9 * i)] for i in range(4)] 
 
 @pytest.mark.parametrize("kind", MASKED)
 def test_a_window_that_the_mask_alone_knows_is_never_lost(kind):
-    model, examples = made(kind, **MASKED[kind]), make_examples(4, longest=50)
-    expected = alone(model, examples)
+    model, examples = make_model(kind, **MASKED[kind]), make_examples(4, longest=50)
+    expected = nats_alone(model, examples)
     paths = prepare(model)
     assert not paths.packed and "differs" in paths.packed_reason
     found = example_nats(Routed(model, paths), examples, batch=4)[:, 0]
@@ -185,7 +185,7 @@ def test_a_structure_is_proven_once_whatever_the_type_and_the_path(monkeypatch):
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3"])
 def test_a_window_that_the_interface_hands_on_stays_packed_whatever_its_length(family):
     model, examples = tiny_model(family, sliding_window=LONG), make_examples(4, longest=50)
-    expected, paths = alone(model, examples), prepare(model)
+    expected, paths = nats_alone(model, examples), prepare(model)
     assert paths.packed
     assert example_nats(Routed(model, paths), examples, batch=4)[:, 0] == pytest.approx(
         expected, rel=FP32
@@ -201,7 +201,7 @@ def test_dynamic_frequencies_are_those_of_the_tokens_that_are_read():
         torch.from_numpy(example.ids.astype(np.int64))[None],
     )
     assert (len(example.ids), rows[-1]) == (70, 69)
-    expected = alone(model, [example])[0]
+    expected = nats_alone(model, [example])[0]
     fresh(model)
     logits = model(input_ids=ids, use_cache=False).logits[0]
     of_all = F.cross_entropy(logits[rows - 1], ids[0, rows], reduction="sum").item()
@@ -214,7 +214,7 @@ def test_dynamic_frequencies_are_those_of_the_tokens_that_are_read():
 @pytest.mark.parametrize("kind", ROTARY)
 def test_a_row_gets_the_frequencies_of_its_own_length_whatever_stands_beside_it(kind):
     model, examples = rotary(kind), make_examples(8, longest=40)
-    expected = alone(model, examples)
+    expected = nats_alone(model, examples)
     paths, routing = prepare(model), Routing()
     assert paths.packed and kind in paths.lines[0].lower().replace("dynamic rope", "dynamic")
     for batch in (1, 3, 8):
@@ -232,7 +232,7 @@ def test_a_row_gets_the_frequencies_of_its_own_length_whatever_stands_beside_it(
 @pytest.mark.parametrize("kind", ROTARY)
 def test_an_answer_that_crosses_the_switch_is_the_one_given_alone(kind):
     base = based(rotary(kind))
-    expected = [answered(base.model, prompt, 8) for prompt in PROMPTS]
+    expected = [generate_ids(base.model, prompt, 8) for prompt in PROMPTS]
     assert generate(base, PROMPTS, max_new_tokens=8) == expected
     assert [
         generate(base, [prompt], max_new_tokens=8)[0] for prompt in reversed(PROMPTS)
@@ -254,10 +254,12 @@ def test_rows_go_together_on_one_side_of_a_switch():
 
 
 def test_a_cap_on_logits_is_found_under_any_name_and_an_unknown_one_takes_whole_logits(monkeypatch):
-    model = made("xlstm", num_heads=2, output_logit_soft_cap=7.0, qk_dim_factor=0.5, chunk_size=8)
+    model = make_model(
+        "xlstm", num_heads=2, output_logit_soft_cap=7.0, qk_dim_factor=0.5, chunk_size=8
+    )
     paths = prepare(model)
     assert (paths.softcap, paths.head_reason) == (7.0, None)
-    expected, examples = alone(model, make_examples(3)), make_examples(3)
+    expected, examples = nats_alone(model, make_examples(3)), make_examples(3)
     assert example_nats(Routed(model, paths), examples, batch=3)[:, 0] == pytest.approx(
         expected, rel=FP32
     )
@@ -268,7 +270,7 @@ def test_a_cap_on_logits_is_found_under_any_name_and_an_unknown_one_takes_whole_
 
 def test_hidden_states_of_another_type_than_the_head_take_whole_logits():
     """Mamba keeps its residuals in float32, and its own code casts them before the head."""
-    model = made("mamba").to(torch.bfloat16)
+    model = make_model("mamba").to(torch.bfloat16)
     paths = prepare(model)
     assert "hidden states are torch.float32" in paths.head_reason
     assert np.isfinite(example_nats(Routed(model, paths), make_examples(3), batch=3)).all()
@@ -279,7 +281,7 @@ def test_the_decoder_is_a_part_of_the_model_and_gives_hidden_states(kind):
     fields = {**MASKED["llama4_text"]} if kind == "llama4_text" else {"cross_attention_layers": []}
     config = CONFIG_MAPPING[kind](**{**SMALL, **fields})
     if kind == "llama4_text":
-        model = made(kind, **fields)
+        model = make_model(kind, **fields)
     else:
         from transformers import MllamaForCausalLM
 
@@ -296,7 +298,9 @@ def test_the_decoder_is_a_part_of_the_model_and_gives_hidden_states(kind):
 @pytest.mark.parametrize("kind", ["gemma3", "bert"])
 def test_a_model_that_sees_what_it_is_to_predict_is_refused(kind):
     model = (
-        tiny_model("gemma3", use_bidirectional_attention=True) if kind == "gemma3" else made("bert")
+        tiny_model("gemma3", use_bidirectional_attention=True)
+        if kind == "gemma3"
+        else make_model("bert")
     )
     with pytest.raises(SourceError, match="before it alone"):
         prepare(model)
@@ -317,16 +321,16 @@ def test_a_structure_that_cannot_be_copied_takes_no_fast_path_and_says_so(monkey
         and "whole logits" in paths.lines[1]
     )
     assert example_nats(Routed(model, paths), examples, batch=3)[:, 0] == pytest.approx(
-        alone(model, examples), rel=FP32
+        nats_alone(model, examples), rel=FP32
     )
     assert len(generate(based(model), PROMPTS, max_new_tokens=3)) == len(PROMPTS)
 
 
 def test_prompts_go_one_by_one_where_padding_on_the_left_changes_answers():
-    model = made("rwkv", attention_hidden_size=32, num_hidden_layers=2)
+    model = make_model("rwkv", attention_hidden_size=32, num_hidden_layers=2)
     assert loops(model).beside is not None
     answers = generate(based(model), PROMPTS, max_new_tokens=6)
-    assert answers == [answered(model, prompt, 6) for prompt in PROMPTS]
+    assert answers == [generate_ids(model, prompt, 6) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen2_moe", "jamba", "llama4_text"])
@@ -356,7 +360,7 @@ def test_the_copy_holds_settings_of_single_layers_at_their_layers(kind):
 
 def test_a_model_whose_layers_have_heads_of_different_sizes_answers_as_its_own_loop():
     types = ["sliding_attention", "full_attention"]
-    model = made(
+    model = make_model(
         "gemma4_text",
         layer_types=types,
         head_dim=8,
@@ -368,7 +372,7 @@ def test_a_model_whose_layers_have_heads_of_different_sizes_answers_as_its_own_l
     heads = model.config.num_key_value_heads
     assert bytes_per_token(based(model)) == 2 * 4 * heads * (8 + 16)
     assert generate(based(model), PROMPTS, max_new_tokens=6) == [
-        answered(model, prompt, 6) for prompt in PROMPTS
+        generate_ids(model, prompt, 6) for prompt in PROMPTS
     ]
 
 
@@ -440,7 +444,7 @@ def test_where_transformers_loop_does_not_give_what_whole_texts_give_they_are_re
         },
         "roberta": {"is_decoder": True, "pad_token_id": 1},
     }[kind]
-    model = made(kind, **fields)
+    model = make_model(kind, **fields)
     model.generation_config = GenerationConfig(eos_token_id=257)
     assert loops(model).cached is not None and loops(tiny_model("bloom")).cached is None
     seen = []

@@ -394,7 +394,7 @@ def test_the_command_answers_in_json_and_exits_3_where_it_does_not_fit(tmp_path,
     assert main([*line, "--memory", "600MB"]) == 3
 
 
-def of_flags(*flags):
+def parse_flags(*flags):
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     return read_flags(parser.parse_args(["--base", "b", *flags]))
@@ -402,7 +402,7 @@ def of_flags(*flags):
 
 @pytest.mark.parametrize("name", ["lora", "qlora", "dora"])
 def test_a_rank_is_planned_with_every_method_that_has_one(name):
-    config = of_flags("--method", name, "--rank", "8")
+    config = parse_flags("--method", name, "--rank", "8")
     assert (config.method.rank, config.method.alpha) == (8, 16.0)
     assert config.quantize == ("nf4" if name == "qlora" else None)
 
@@ -410,7 +410,7 @@ def test_a_rank_is_planned_with_every_method_that_has_one(name):
 @pytest.mark.parametrize("name", ["prefix", "bottleneck", "full"])
 def test_a_rank_of_a_method_without_one_is_refused(name):
     with pytest.raises(ConfigError, match="--rank"):
-        of_flags("--method", name, "--rank", "8")
+        parse_flags("--method", name, "--rank", "8")
 
 
 def test_a_lower_rank_is_offered_for_every_method_that_has_one(planner):

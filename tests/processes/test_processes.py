@@ -130,7 +130,7 @@ def started(jobs, processes, wait=WAIT):
                 process.wait()
 
 
-def told(jobs, processes):
+def run_processes(jobs, processes):
     """What each process says of each job; of one that dies its exit code stands behind."""
     found = []
     with started(jobs, processes) as waiting:
@@ -165,7 +165,7 @@ def alone(world):
     jobs = [
         {"config": settings(world, out / name, **own)} for name, own in {**HERE, **PLAIN}.items()
     ]
-    assert told(jobs, 1) == [["done"] * len(jobs)]
+    assert run_processes(jobs, 1) == [["done"] * len(jobs)]
     return out
 
 
@@ -199,7 +199,7 @@ def said(world, folders):
     stop = {"step": 2, "rank": 1, "does": "signal"}
     jobs["stopped"] = {"config": settings(world, world / "stopped", **unset), "at": stop}
     jobs["died"] = {"config": run, "at": {"step": 3, "rank": 1, "does": "die"}}
-    return dict(zip(jobs, zip(*told([*jobs.values()], 2), strict=True), strict=True))
+    return dict(zip(jobs, zip(*run_processes([*jobs.values()], 2), strict=True), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def three(world, said):
         {"config": settings(world, world / "stopped", **unset), "resume": True},
         {"config": settings(world, world / "died", **RUNS["lora"]), "resume": True},
     ]
-    assert told(jobs, 3) == [["done"] * 3] * 3
+    assert run_processes(jobs, 3) == [["done"] * 3] * 3
     return world
 
 
@@ -258,7 +258,7 @@ def test_four_processes_with_more_of_them_than_micro_batches_give_the_same_bits(
     out = world / "four"
     jobs = [{"config": settings(world, out / "lora", **RUNS["lora"])}]
     jobs += [{"config": {**settings(world, out / "few", **RUNS["prefix"]), "batch": 3}}]
-    assert told(jobs, 4) == [["done"] * 2] * 4
+    assert run_processes(jobs, 4) == [["done"] * 2] * 4
     one, other = values(alone / "lora"), values(out / "lora")
     assert all(one[key].equal(other[key]) for key in one)
     assert losses(alone / "lora") == losses(out / "lora")
@@ -269,13 +269,13 @@ def test_a_run_goes_on_with_another_number_of_processes(world, alone):
     out = world / "resumed"
     run = settings(world, out, **RUNS["lora"])
     stop = {"rank": 1, "does": "signal"}
-    first = told([{"config": run, "at": {"step": 1, **stop}}], 2)
+    first = run_processes([{"config": run, "at": {"step": 1, **stop}}], 2)
     assert all(said[0].startswith("130 stopped at step 1 of 4") for said in first)
-    second = told(
+    second = run_processes(
         [{"config": run, "resume": True, "at": {"step": 3, "rank": 0, "does": "signal"}}], 1
     )
     assert second[0][0].startswith("130 stopped at step 3 of 4")
-    assert told([{"config": run, "resume": True}], 4) == [["done"]] * 4
+    assert run_processes([{"config": run, "resume": True}], 4) == [["done"]] * 4
     one, other = values(alone / "lora"), values(out)
     assert all(one[key].equal(other[key]) for key in one)
     assert losses(alone / "lora") == losses(out)
@@ -341,7 +341,7 @@ def test_a_process_that_stands_still_ends_the_others_in_time_and_the_run_goes_on
     )
     assert "did not answer in time" in said and "gloo" not in said + err, err
     assert "VENEER_WAIT_SECONDS" in said and "--resume" in said
-    assert told([{"config": run, "resume": True}], 2) == [["done"]] * 2
+    assert run_processes([{"config": run, "resume": True}], 2) == [["done"]] * 2
     one, two = values(alone / "lora"), values(tmp_path / "run")
     assert all(one[key].equal(two[key]) for key in one)
     assert losses(alone / "lora") == losses(tmp_path / "run")

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from tests.processes.test_processes import RUNS, losses, settings, told, values, world
+from tests.processes.test_processes import RUNS, losses, run_processes, settings, values, world
 from tests.soak.counts import rounds
 from tests.support.models.packed_folders import write_gptq
 from tests.support.tiny import save_tiny
@@ -68,7 +68,7 @@ def said(world):
         for name, own in HERE.items()
     }
     alone = [job for name, job in whole.items() if name not in ON_TWO]
-    assert told(alone, 1) == [["done"] * len(alone)]
+    assert run_processes(alone, 1) == [["done"] * len(alone)]
     jobs = {f"whole {name}": whole[name] for name in HERE if name in ON_TWO}
     jobs |= {
         name: {"config": settings(world, world / "shards" / name, **own, shard=True)}
@@ -78,7 +78,7 @@ def said(world):
     for name in FAILING:
         run = settings(world, world / "failed" / name, **SHARDED[name], shard=True)
         jobs[f"failing {name}"] = {"config": run, "at": {"step": 1, "rank": 1, "does": "fail"}}
-    return dict(zip(jobs, zip(*told([*jobs.values()], 2), strict=True), strict=True))
+    return dict(zip(jobs, zip(*run_processes([*jobs.values()], 2), strict=True), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_full_fine_tuning_in_parts_keeps_the_checkpoints_of_a_whole_one(runs):
 def test_four_processes_with_a_round_that_is_not_full_give_the_same_bits(runs, name):
     out = runs / "four" / name
     run = settings(runs, out, **SHARDED[name], shard=True)
-    assert told([{"config": run}], 4) == [["done"]] * 4
+    assert run_processes([{"config": run}], 4) == [["done"]] * 4
     assert_alike(runs / "whole" / name, out, exact=name not in ON_TWO)
 
 
@@ -141,13 +141,15 @@ def test_a_run_goes_on_with_shards_and_without(runs, name):
     full fine-tuning depend on the processes."""
     out = runs / "resumed" / name
     run = {"config": settings(runs, out, **SHARDED[name], shard=True)}
-    first = told([{**run, "at": {"step": 1, "rank": 1, "does": "signal"}}], 2)
+    first = run_processes([{**run, "at": {"step": 1, "rank": 1, "does": "signal"}}], 2)
     assert all(said[0].startswith("130 stopped at step 1 of 4") for said in first)
     shard(out, on=False)
-    second = told([{**run, "resume": True, "at": {"step": 3, "rank": 0, "does": "signal"}}], 1)
+    second = run_processes(
+        [{**run, "resume": True, "at": {"step": 3, "rank": 0, "does": "signal"}}], 1
+    )
     assert second[0][0].startswith("130 stopped at step 3 of 4")
     shard(out, on=True)
-    assert told([{**run, "resume": True}], 4) == [["done"]] * 4
+    assert run_processes([{**run, "resume": True}], 4) == [["done"]] * 4
     assert_alike(runs / "whole" / name, out, exact=name not in ON_TWO)
 
 

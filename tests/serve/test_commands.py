@@ -31,7 +31,7 @@ def server(library):
         yield found
 
 
-def said(words, **environment):
+def output_of(words, **environment):
     kept = {"PATH": os.environ["PATH"], "HOME": environment.get("HOME", "/")}
     found = subprocess.run(
         words, capture_output=True, text=True, timeout=120, env={**kept, **environment}
@@ -65,14 +65,14 @@ def test_the_llm_command_asks_as_the_page_says(library, tmp_path, key):
                 and "`llm keys set veneer`" in PAGE.read_text()
             )
             yaml += "  api_key_name: veneer\n"
-            said([LLM, "keys", "set", "veneer", "--value", key], **place)
+            output_of([LLM, "keys", "set", "veneer", "--value", key], **place)
         (tmp_path / "extra-openai-models.yaml").write_text(yaml.replace(PORT, server.url))
         options = ["-o", "temperature", "0", "-o", "max_tokens", "12"]
         ask = [LLM, "-m", "tickets", "Where is my parcel?", *options]
         with running(library) as open_server:
             text = expected(open_server)["content"]
-        assert said([*ask, "--no-stream"], **place).strip() == text.strip()
-        assert said(ask, **place).strip() == text.strip()
+        assert output_of([*ask, "--no-stream"], **place).strip() == text.strip()
+        assert output_of(ask, **place).strip() == text.strip()
 
 
 @pytest.mark.skipif(CURL is None, reason="curl is not on the path")
@@ -93,5 +93,5 @@ def test_curl_asks_as_the_page_says(server):
             "-d",
             body.replace("smollm2-135m", BASE),
         ]
-        found = json.loads(said(words))
+        found = json.loads(output_of(words))
         assert found["object"] in ("chat.completion", "text_completion"), found

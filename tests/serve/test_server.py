@@ -437,12 +437,12 @@ def test_many_log_probabilities_are_spelled_once_and_beside_the_event_loop(
     body = {"model": BASE, "prompt": [[5] * 9, [6] * 9], "max_tokens": 2, "echo": True}
     body |= {"logprobs": 1, "n": 3, "temperature": 0, "stream": stream}
 
-    def answered():
+    def complete_choices():
         response = client.completions.create(**body)
         choices = [chunk.choices[0] for chunk in response] if stream else response.choices
         return sorted((c.index, c.text, repr(c.logprobs), c.finish_reason) for c in choices)
 
-    expected, spelled, threads = answered(), [], set()
+    expected, spelled, threads = complete_choices(), [], set()
 
     def observe(owner, name, record):
         function = getattr(owner, name)
@@ -461,7 +461,7 @@ def test_many_log_probabilities_are_spelled_once_and_beside_the_event_loop(
     observe(CompletionWriter, "logprobs", note_thread)
     for package in ("engine.generation", "http.exchange"):
         monkeypatch.setattr(f"veneer.serve.{package}.LARGE_LOGPROBS", 0)
-    assert answered() == expected
+    assert complete_choices() == expected
     assert threads == {"asyncio"}  # the threads of asyncio.to_thread
     assert len(spelled) == 2 * 8 + 2 * 3 * 2  # prompts once, and each answer's tokens
 

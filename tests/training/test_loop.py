@@ -482,7 +482,7 @@ def test_the_flat_step_is_torchs_adamw_on_the_separate_tensors():
 
 
 def test_parts_of_another_rate_are_stepped_at_it_and_a_checkpoint_continues_them():
-    def made():
+    def make_parameters():
         generator = torch.Generator().manual_seed(0)
         shapes = {"l.A": (3, 5), "l.B": (7, 3), "m.A": (3, 4), "m.B": (2, 3)}
         return {
@@ -493,7 +493,7 @@ def test_parts_of_another_rate_are_stepped_at_it_and_a_checkpoint_continues_them
         sum((p * (number + 1)).pow(3).sum() for p in parameters.values()).backward()
         optimizer.step(**how)
 
-    ours, theirs = made(), made()
+    ours, theirs = make_parameters(), make_parameters()
     factors = {name: 16.0 if name.endswith("B") else 1.0 for name in ours}
     flat = FlatParameters(ours, factors)
     assert [factor for factor, _ in flat.groups] == [1.0, 16.0]
@@ -505,7 +505,7 @@ def test_parts_of_another_rate_are_stepped_at_it_and_a_checkpoint_continues_them
     for number in range(4):
         if number == 2:  # as a resumed run: another buffer, the state of the first
             state = {name: value.clone() for name, value in optimizer.state().items()}
-            ours = made()
+            ours = make_parameters()
             flat = FlatParameters(ours, factors)
             optimizer = FlatAdamW(flat, weight_decay=0.1)
             optimizer.load(state)

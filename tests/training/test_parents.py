@@ -50,7 +50,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def made(world: Path, place: Path, config: Any, seed: int = 0) -> Path:
+def save_parent(world: Path, place: Path, config: Any, seed: int = 0) -> Path:
     base = veneer.load(str(world / "base"))
     adapter = base.attach(config, name="a", seed=seed)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def run_of(world: Path, out: Path, **fields: Any) -> RunConfig:
     return RunConfig.of({**own, **fields})
 
 
-def begun(world: Path, **fields: Any) -> tuple[Any, RunConfig, Any]:
+def begin_run(world: Path, **fields: Any) -> tuple[Any, RunConfig, Any]:
     """As a run begins; a plan knows the shapes of what would train, without a base."""
     base, asked = load_base(str(world / "base")), run_of(world, Path("out"), **fields)
     config, found = begin_adapter(base, asked, [], resumes=False)
@@ -93,8 +93,8 @@ def logits(base: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)
 def test_no_steps_change_no_bit(world: Path, tmp_path: Path, config: Any) -> None:
-    parent = made(world, tmp_path / "parent", config)
-    base, run, found = begun(world, from_adapter=str(parent))
+    parent = save_parent(world, tmp_path / "parent", config)
+    base, run, found = begin_run(world, from_adapter=str(parent))
     assert list(base.attachments) == ["trained"]
     write_adapter(
         tmp_path / "child",
@@ -120,11 +120,11 @@ def test_no_steps_change_no_bit(world: Path, tmp_path: Path, config: Any) -> Non
 def test_a_larger_rank_computes_the_same_and_has_more_to_train(
     world: Path, tmp_path: Path, config: Any, method: dict[str, Any]
 ) -> None:
-    parent = made(world, tmp_path / "parent", config)
+    parent = save_parent(world, tmp_path / "parent", config)
     before = load_base(str(world / "base"))
     load_adapter(before, parent, name="a")
     before.routing.active = (("a", 1.0),)
-    base, run, found = begun(
+    base, run, found = begin_run(
         world, from_adapter=str(parent), method={"name": config.name, **method}
     )
     assert run.method.update_rank == method["rank"]
@@ -135,8 +135,8 @@ def test_a_larger_rank_computes_the_same_and_has_more_to_train(
 def test_other_settings_of_the_method_are_taken_and_the_rest_is_the_adapters_own(
     world: Path, tmp_path: Path
 ) -> None:
-    parent = made(world, tmp_path / "parent", METHODS["lora"])
-    _, run, _ = begun(
+    parent = save_parent(world, tmp_path / "parent", METHODS["lora"])
+    _, run, _ = begin_run(
         world, from_adapter=str(parent), method={"name": "lora", "dropout": 0.0, "lr_ratio": 4.0}
     )
     found = run.method.model_dump(include={"rank", "alpha", "dropout", "lr_ratio"})
@@ -155,9 +155,9 @@ def test_other_settings_of_the_method_are_taken_and_the_rest_is_the_adapters_own
 def test_settings_with_which_it_cannot_go_on_are_refused(
     world: Path, tmp_path: Path, method: dict[str, Any], said: str
 ) -> None:
-    parent = made(world, tmp_path / "parent", METHODS["lora"])
+    parent = save_parent(world, tmp_path / "parent", METHODS["lora"])
     with pytest.raises(VeneerError) as caught:
-        begun(world, from_adapter=str(parent), method=method)
+        begin_run(world, from_adapter=str(parent), method=method)
     assert said in str(caught.value)
     with pytest.raises(ConfigError, match="from_adapter"):
         run_of(world, tmp_path, from_adapter=str(parent), method="full")
@@ -170,13 +170,13 @@ def test_the_weighted_sum_of_several_is_where_it_starts(
     world: Path, tmp_path: Path, trained: list[str]
 ) -> None:
     targets = ["q_proj", "down_proj"] if trained else "all-linear"
-    first = made(
+    first = save_parent(
         world,
         tmp_path / "a",
         LoRA(rank=2, alpha=3.0, targets=targets, train_modules=trained),
         seed=1,
     )
-    second = made(
+    second = save_parent(
         world,
         tmp_path / "b",
         LoRA(rank=3, alpha=5.0, targets=targets, train_modules=trained),
@@ -187,18 +187,18 @@ def test_the_weighted_sum_of_several_is_where_it_starts(
         load_adapter(before, folder, name=name)
     before.routing.active = (("a", 0.5), ("b", -0.25))
     parents = [{"adapter": str(first), "weight": 0.5}, {"adapter": str(second), "weight": -0.25}]
-    base, run, _ = begun(world, from_adapter=parents)
+    base, run, _ = begin_run(world, from_adapter=parents)
     assert torch.allclose(logits(base), logits(before), atol=1e-4, rtol=1e-4)
     assert run.method.update_rank == 5
-    base, run, _ = begun(world, from_adapter=parents, method={"name": "lora", "rank": 5})
+    base, run, _ = begin_run(world, from_adapter=parents, method={"name": "lora", "rank": 5})
     assert torch.allclose(logits(base), logits(before), atol=1e-4, rtol=1e-4)
 
 
 def test_a_run_that_goes_on_is_planned(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parent = made(world, tmp_path / "parent", METHODS["lora"])
-    _, _, found = begun(world, from_adapter=str(parent), method={"name": "lora", "rank": 8})
+    parent = save_parent(world, tmp_path / "parent", METHODS["lora"])
+    _, _, found = begin_run(world, from_adapter=str(parent), method={"name": "lora", "rank": 8})
     run = run_of(
         world,
         tmp_path / "run",
@@ -223,7 +223,7 @@ def test_an_adapter_of_pefts_goes_on_too(world: Path, tmp_path: Path) -> None:
     tuned = peft.get_peft_model(model, settings)
     fill([p for n, p in tuned.named_parameters() if "lora_" in n])
     tuned.save_pretrained(tmp_path / "peft")
-    base, run, found = begun(world, from_adapter=str(tmp_path / "peft"))
+    base, run, found = begin_run(world, from_adapter=str(tmp_path / "peft"))
     ids = torch.arange(20)[None] * 7 % 250
     with torch.no_grad():
         assert torch.allclose(logits(base), tuned(ids).logits, atol=1e-4, rtol=1e-4)
@@ -233,7 +233,7 @@ def test_an_adapter_of_pefts_goes_on_too(world: Path, tmp_path: Path) -> None:
 def test_a_second_stage_keeps_its_lineage_and_resumes_without_its_parent(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parent = made(world, tmp_path / "parent", METHODS["lora"])
+    parent = save_parent(world, tmp_path / "parent", METHODS["lora"])
     content = read_adapter(parent).content_hash
 
     class Told(QuietScreen):
@@ -259,7 +259,7 @@ def test_a_second_stage_keeps_its_lineage_and_resumes_without_its_parent(
 
 
 def test_the_command_takes_the_base_from_the_adapter(world: Path, tmp_path: Path) -> None:
-    parent = made(world, tmp_path / "parent", METHODS["lora"])
+    parent = save_parent(world, tmp_path / "parent", METHODS["lora"])
     command = [
         "train",
         "--from",
@@ -291,7 +291,7 @@ def test_the_command_takes_the_base_from_the_adapter(world: Path, tmp_path: Path
 def test_a_sum_that_a_run_refuses_is_not_planned(
     world: Path, tmp_path: Path, name: str, said: str
 ) -> None:
-    parent = made(
+    parent = save_parent(
         world,
         tmp_path / "parent",
         METHODS.get(name) or METHODS["lora"].model_copy(update={"bias": "all"}),

@@ -260,7 +260,7 @@ def test_a_state_of_another_version_is_refused_by_name(world, tmp_path, monkeypa
 def test_a_run_that_began_with_other_masks_of_dropout_is_refused_and_one_without_goes_on(
     world, tmp_path, monkeypatch
 ):
-    def of_an_earlier_version(out, **settings):
+    def write_run_of_earlier_version(out, **settings):
         train_and_die(world, out, at=2, monkeypatch=monkeypatch, **settings)
         path = out / "checkpoints" / "000002"
         tensors, state = checkpoint.load_checkpoint(path)
@@ -272,18 +272,20 @@ def test_a_run_that_began_with_other_masks_of_dropout_is_refused_and_one_without
             state,
         )
 
-    of_an_earlier_version(tmp_path / "drops", method={"name": "lora", "rank": 2, "dropout": 0.1})
+    write_run_of_earlier_version(
+        tmp_path / "drops", method={"name": "lora", "rank": 2, "dropout": 0.1}
+    )
     with pytest.raises(ConfigError, match="with other masks of dropout") as caught:
         resume(tmp_path / "drops")
     assert "masks then by row, now by prefix" in str(
         caught.value
     ) and "the version that began it" in str(caught.value)
     assert numbers(tmp_path / "drops" / "checkpoints") == [2] and caught.value.exit_code == 2
-    of_an_earlier_version(tmp_path / "plain", method={"name": "lora", "rank": 2})
+    write_run_of_earlier_version(tmp_path / "plain", method={"name": "lora", "rank": 2})
     assert resume(tmp_path / "plain")["steps"] == 6
 
 
-def as_the_first_layout_had_it(out, step):
+def rewrite_as_first_layout(out, step):
     """The checkpoint as versions wrote it that kept the progress, the day and the rows alone; and
     their run.yaml."""
     folder = out / "checkpoints"
@@ -305,7 +307,7 @@ def test_a_run_of_the_first_layout_goes_on_bit_for_bit_and_says_what_is_not_comp
     monkeypatch.setattr(prepare, "HELD_OUT_BY", BY_THRESHOLD)  # as that version held rows out
     train(world, tmp_path / "whole")
     train_and_die(world, tmp_path / "died", at=2, monkeypatch=monkeypatch)
-    as_the_first_layout_had_it(tmp_path / "died", 2)
+    rewrite_as_first_layout(tmp_path / "died", 2)
     hearing = Hearing()
     resume(tmp_path / "died", hearing)
     assert any("is not compared" in each for each in hearing.said)
@@ -318,7 +320,7 @@ def test_a_run_of_the_first_layout_goes_on_bit_for_bit_and_says_what_is_not_comp
 def test_a_run_of_the_first_layout_that_stops_again_goes_on_again(world, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "HELD_OUT_BY", BY_THRESHOLD)  # as that version held rows out
     train_and_die(world, tmp_path, at=2, monkeypatch=monkeypatch)
-    as_the_first_layout_had_it(tmp_path, 2)
+    rewrite_as_first_layout(tmp_path, 2)
     own = Trainee.save
 
     def save(self):

@@ -121,7 +121,7 @@ class Noting(Exact):
         return super().forward(q, k, v, spans, scale)
 
 
-def asked(layout, window):
+def noted_calls(layout, window):
     noting, (tensors, _) = Noting(), case(*layout, sinks=False)
     flash_attention(*tensors[:3], Group(*layout, CPU), AttentionRules(0.3, window), noting)
     return noting.calls
@@ -129,12 +129,12 @@ def asked(layout, window):
 
 def test_a_prompt_is_read_once_for_all_documents_and_of_a_window_only_what_it_reaches():
     layout = (6, (5, 1, 9))
-    assert asked(layout, None) == [(21, 21, True, None), (15, 6, False, None)]
-    assert asked(layout, 15) == asked(layout, None), "a window that hides nothing"
-    assert asked(layout, 4) == [(21, 6 + 3 * 3 + 15, True, 3)], (
+    assert noted_calls(layout, None) == [(21, 21, True, None), (15, 6, False, None)]
+    assert noted_calls(layout, 15) == noted_calls(layout, None), "a window that hides nothing"
+    assert noted_calls(layout, 4) == [(21, 6 + 3 * 3 + 15, True, 3)], (
         "the prompt's last three before each document"
     )
-    assert asked(layout, 1) == [(21, 21, True, 0)]
+    assert noted_calls(layout, 1) == [(21, 21, True, 0)]
 
 
 def test_every_layer_takes_the_same_spans(monkeypatch):

@@ -80,14 +80,14 @@ def test_what_is_written_is_what_would_be_sent(server, written, path):
 def test_an_answer_that_repeats_an_earlier_one_has_its_text_in_fewer_pieces(tmp_path):
     body = {"prompt": [97, 98, 99], "max_tokens": 60, "logprobs": 2}
 
-    def said(events):
+    def parse_events(events):
         bodies = [json.loads(event[len("data: ") :]) for event in events if "{" in event]
         choices = [choice for body in bodies for choice in body["choices"]]
         tokens = [token for c in choices if c["logprobs"] for token in c["logprobs"]["tokens"]]
         return "".join(choice["text"] for choice in choices), tokens, len(bodies)
 
     with running(Library(tmp_path / "adapters")) as server:
-        first, *_, last = [said(stream(server, "/v1/completions", body)) for _ in range(3)]
+        first, *_, last = [parse_events(stream(server, "/v1/completions", body)) for _ in range(3)]
     assert first[:2] == last[:2]
     assert last[2] < 0.7 * first[2]
 

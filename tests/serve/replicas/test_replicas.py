@@ -109,7 +109,7 @@ def chat(model: str = "tickets", **fields: Any) -> dict[str, Any]:
     return {"model": model, "messages": HELLO, "max_tokens": 6, "temperature": 0, **fields}
 
 
-async def said(client: httpx.AsyncClient, model: str, **fields: Any) -> str:
+async def ask(client: httpx.AsyncClient, model: str, **fields: Any) -> str:
     answer = await client.post("/v1/chat/completions", json=chat(model, **fields))
     assert answer.status_code == 200, answer.text
     return str(answer.json()["choices"][0]["message"]["content"])
@@ -117,8 +117,8 @@ async def said(client: httpx.AsyncClient, model: str, **fields: Any) -> str:
 
 def test_every_replica_answers_alike_and_hears_which_model_is_meant(served: ReplicaConfig) -> None:
     async def question(client: Any, two: Two, front: Frontend) -> None:
-        tickets = [await said(client, "tickets") for _ in range(2)]
-        bases = [await said(client, BASE) for _ in range(2)]
+        tickets = [await ask(client, "tickets") for _ in range(2)]
+        bases = [await ask(client, BASE) for _ in range(2)]
         assert tickets[0] == tickets[1] != bases[0] == bases[1]
         assert two.asked == [("one", "tickets"), ("two", "tickets"), ("one", BASE), ("two", BASE)]
         async with client.stream("POST", "/v1/chat/completions", json=chat(stream=True)) as stream:
@@ -140,9 +140,9 @@ def test_a_replica_that_is_lost_before_it_answers_is_not_noticed_and_one_lost_la
     served: ReplicaConfig,
 ) -> None:
     async def question(client: Any, two: Two, front: Frontend) -> None:
-        whole = await said(client, "tickets")
+        whole = await ask(client, "tickets")
         two.loses = 2
-        assert await said(client, "tickets") == whole
+        assert await ask(client, "tickets") == whole
         two.loses = 3
         lost = await client.post("/v1/chat/completions", json=chat())
         assert (lost.status_code, lost.json()["error"]["code"]) == (503, "replica_lost")
@@ -151,7 +151,7 @@ def test_a_replica_that_is_lost_before_it_answers_is_not_noticed_and_one_lost_la
         async with client.stream("POST", "/v1/chat/completions", json=chat(stream=True)) as stream:
             lines = [line async for line in stream.aiter_lines() if line]
         assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "replica_lost"
-        assert await said(client, "tickets") == whole
+        assert await ask(client, "tickets") == whole
 
     asking(served, question)
 
@@ -206,7 +206,7 @@ def test_all_that_only_an_administrator_may_ask_is_told_to_all_replicas(
 def test_metrics_are_those_of_every_replica_and_of_the_front(served: ReplicaConfig) -> None:
     async def question(client: Any, two: Two, front: Frontend) -> None:
         for _ in range(2):
-            await said(client, "tickets")
+            await ask(client, "tickets")
         lines = (await client.get("/metrics")).text.splitlines()
         for name in ("one", "two"):
             assert (

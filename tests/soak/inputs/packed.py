@@ -188,28 +188,28 @@ def spoil_tensors(random: Random, weights: dict[str, Tensor]) -> None:
     if what < 0.1:
         del weights[name]
     elif what < 0.25:
-        weights[name] = of_another_type(random, tensor)
+        weights[name] = change_type(random, tensor)
     elif what < 0.5:
-        weights[name] = of_another_shape(random, tensor)
+        weights[name] = change_shape(random, tensor)
     elif what < 0.7:
-        weights[name] = with_values(random, tensor)
+        weights[name] = change_values(random, tensor)
     elif what < 0.85:
         stem = next((name.removesuffix(part) for part in PARTS if name.endswith(part)), name)
         weights[stem + random.choice(PARTS)] = random.choice(
-            [tensor, of_another_shape(random, tensor)]
+            [tensor, change_shape(random, tensor)]
         ).clone()
     else:
         other = random.choice(sorted(weights))
         weights[name], weights[other] = weights[other], tensor
 
 
-def of_another_type(random: Random, tensor: Tensor) -> Tensor:
+def change_type(random: Random, tensor: Tensor) -> Tensor:
     if random.random() < 0.3 and tensor.dim():
         return tensor.contiguous().view(torch.uint8)
     return tensor.float().nan_to_num(0, 0, 0).to(random.choice(TYPES))
 
 
-def of_another_shape(random: Random, tensor: Tensor) -> Tensor:
+def change_shape(random: Random, tensor: Tensor) -> Tensor:
     ways = [
         tensor.flatten(),
         tensor.unsqueeze(0),
@@ -236,7 +236,7 @@ def of_another_shape(random: Random, tensor: Tensor) -> Tensor:
     return random.choice(ways).clone()
 
 
-def with_values(random: Random, tensor: Tensor) -> Tensor:
+def change_values(random: Random, tensor: Tensor) -> Tensor:
     """One value, or all, among those that its type can hold; or any bits."""
     flat = tensor.clone().reshape(-1)
     if not flat.numel():

@@ -49,7 +49,7 @@ TIE = 1e-5
 a token gets."""
 
 
-def a_method(draw: random.Random) -> AdapterConfig:
+def draw_method(draw: random.Random) -> AdapterConfig:
     rank, alpha = draw.randint(1, 9), draw.choice([1.0, 5.0, 16.0])
     dropout = draw.choice([0.0, 0.0, 0.4])
     some = {"rank": rank, "alpha": alpha, "dropout": dropout}
@@ -91,7 +91,7 @@ def some_adapters(model: torch.nn.Module, routing: Routing, draw: random.Random)
         try:
             made = attach(
                 model,
-                a_method(draw),
+                draw_method(draw),
                 name=f"a{number}",
                 routing=routing,
                 head=model.get_output_embeddings(),
@@ -104,16 +104,16 @@ def some_adapters(model: torch.nn.Module, routing: Routing, draw: random.Random)
             parameter.requires_grad_(True)
 
 
-def for_a_group(routing: Routing, draw: random.Random) -> Applied:
+def draw_adapters(routing: Routing, draw: random.Random) -> Applied:
     """None, one, or two with weights of their own; a prefix stands alone and whole."""
     chosen = draw.sample(
         list(routing.attached.values()), k=min(draw.choice([0, 1, 1, 2]), len(routing.attached))
     )
-    if sum(isinstance(each.config, Prefix) for each in chosen) > 1:
+    if sum(isinstance(adapter.config, Prefix) for adapter in chosen) > 1:
         chosen = chosen[:1]
     return tuple(
-        (each, 1.0 if isinstance(each.config, Prefix) else draw.choice([1.0, 0.5, -1.5]))
-        for each in chosen
+        (adapter, 1.0 if isinstance(adapter.config, Prefix) else draw.choice([1.0, 0.5, -1.5]))
+        for adapter in chosen
     )
 
 
@@ -186,7 +186,7 @@ def test_every_row_and_gradient_of_a_mix_is_what_it_is_alone(number):
     groups, adapters = [], []
     for _ in range(draw.randint(2, 5)):
         groups.append([examples.pop() for _ in range(min(draw.randint(1, 3), len(examples)))])
-        adapters.append(for_a_group(routing, draw))
+        adapters.append(draw_adapters(routing, draw))
         if not examples:
             break
     groups = [group for group in groups if group]

@@ -50,11 +50,11 @@ class Client:
                 )
             self.ended["published"] += 1
         elif chance < 0.16:
-            self.told(
+            self.check_status(
                 self.http.post("/v1/unload_lora_adapter", json={"lora_name": name}), (200, 404)
             )
         elif chance < 0.28:
-            self.told(
+            self.check_status(
                 self.http.post(
                     "/v1/load_lora_adapter", json={"lora_name": name, "lora_path": name}
                 ),
@@ -63,7 +63,7 @@ class Client:
         else:
             self.ask(self.random.choice([*NAMES, BASE, f"{BASE}:{name}", f"{name}@1"]))
 
-    def told(self, response, statuses):
+    def check_status(self, response, statuses):
         assert response.status_code in statuses, response.text
         self.ended[response.status_code] += 1
 
@@ -86,7 +86,7 @@ class Client:
             except httpx.TimeoutException:
                 self.ended["left"] += 1
                 return
-            self.told(found, (200, 404, 429))
+            self.check_status(found, (200, 404, 429))
             if found.status_code == 200:
                 choices = found.json()["choices"]
                 assert [choice["finish_reason"] for choice in choices] == ["length"] * body["n"]
@@ -95,7 +95,7 @@ class Client:
         with self.http.stream("POST", CHAT, json=body, timeout=120) as response:
             if response.status_code != 200:
                 response.read()
-                self.told(response, (404, 429))
+                self.check_status(response, (404, 429))
                 return
             lines, most = [], self.random.choice([1, 3, 10**6])
             for line in response.iter_lines():

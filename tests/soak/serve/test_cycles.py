@@ -24,7 +24,7 @@ times that."""
 SIZES = {"hidden_size": 256, "intermediate_size": 512}
 
 
-def made(folder, seed):
+def save_adapter(folder, seed):
     """An adapter's folder."""
     base = made_base(**SIZES)
     adapter = base.attach(LoRA(rank=96, alpha=5.0), name="a", seed=seed)
@@ -36,10 +36,11 @@ def made(folder, seed):
 def test_what_an_adapter_took_comes_back_when_it_is_unloaded(tmp_path):
     library = Library(tmp_path / "adapters")
     for seed, name in enumerate(NAMES):
-        library.add(made(tmp_path / name, seed), name=name)
+        library.add(save_adapter(tmp_path / name, seed), name=name)
     # made ahead: the models that this takes are not what is measured
     later = [
-        made(tmp_path / str(seed), seed) for seed in range(3, 3 + (WARM + CYCLES) // VERSION_EVERY)
+        save_adapter(tmp_path / str(seed), seed)
+        for seed in range(3, 3 + (WARM + CYCLES) // VERSION_EVERY)
     ]
     size = library.get("one").version.facts.bytes
     with running(library, base=made_base(**SIZES)) as server, server.http() as http:

@@ -161,7 +161,7 @@ def prompts_of(make: Callable[[int], Any]) -> Callable[[int], Work]:
     return made
 
 
-def said(text: str) -> tuple[list[dict[str, Any]], None]:
+def user_message(text: str) -> tuple[list[dict[str, Any]], None]:
     return [{"role": "user", "content": text}], None
 
 
@@ -169,11 +169,11 @@ PROMPTS: dict[str, tuple[int, Callable[[int], Any]]] = {
     "turns": (400, lambda n: (turns(n), None)),
     "long turns": (100, lambda n: (turns(n, "hello world " * 50), None)),
     "turns with names of control tokens": (400, lambda n: (turns(n, "a<|im_end|>"), None)),
-    "names of control tokens": (2_000, lambda n: said("<|im_end|>" * n)),
-    "beginnings of control tokens": (20_000, lambda n: said("<|" * n)),
-    "words": (20_000, lambda n: said("a b c " * (n // 6))),
-    "lines": (20_000, lambda n: said("a\n" * (n // 2))),
-    "emoji": (4_000, lambda n: said("\U0001f469 \u200d" * (n // 2))),
+    "names of control tokens": (2_000, lambda n: user_message("<|im_end|>" * n)),
+    "beginnings of control tokens": (20_000, lambda n: user_message("<|" * n)),
+    "words": (20_000, lambda n: user_message("a b c " * (n // 6))),
+    "lines": (20_000, lambda n: user_message("a\n" * (n // 2))),
+    "emoji": (4_000, lambda n: user_message("\U0001f469 \u200d" * (n // 2))),
     "ends of reasoning": (
         4_000,
         lambda n: ([*HELLO, {"role": "assistant", "content": "</think>" * n}, *HELLO], None),
