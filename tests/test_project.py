@@ -373,6 +373,16 @@ def test_a_private_part_would_be_found(line):
     )
 
 
+def test_importing_changes_nothing_elsewhere():
+    """No module calls anything for its effect, or writes into another's table, when imported."""
+    for path in SOURCES:
+        for statement in ast.parse(path.read_text()).body:
+            targets = statement.targets if isinstance(statement, ast.Assign) else []
+            writes = any(isinstance(target, ast.Subscript | ast.Attribute) for target in targets)
+            value = statement.value if isinstance(statement, ast.Expr) else None
+            assert not writes and not isinstance(value, ast.Call), f"{path}:{statement.lineno}"
+
+
 def test_every_module_imports():
     """import-linter says that none of them needs another to have been imported before."""
     optional = {"triton": "triton", "liger": "liger_kernel", "bitsandbytes": "bitsandbytes"}

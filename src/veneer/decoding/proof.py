@@ -79,7 +79,7 @@ def _decoding(model: PreTrainedModel) -> str | None:
     def run() -> float:
         model.set_attn_implementation(before)
         whole = [logits_alone(model, text) for text in texts]
-        model.set_attn_implementation(NAME)
+        take_packed(model)
         forget_lengths(model)
         return _continuation_difference(model, texts, split, whole)
 

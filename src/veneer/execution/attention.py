@@ -28,7 +28,6 @@ from veneer.kernels.attention.groups import Pair, grouped_attention
 from veneer.kernels.layout import BatchLayout
 from veneer.kernels.rules import AttentionRules
 from veneer.model_record import record_of
-from veneer.private.transformers import attention_of
 
 NAME = "veneer"
 
@@ -173,10 +172,6 @@ def _masked_attention(
     return (probabilities[..., : key.shape[2]] @ value).transpose(1, 2)
 
 
-AttentionInterface.register(NAME, attention_forward)
-AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
 @dataclass
 class LayoutAttention:
     """A layout as a BatchAttention. `calls` counts the attention layers that it reached."""
@@ -236,9 +231,10 @@ class DecoderPath:
 
 
 def take_packed(model: PreTrainedModel) -> None:
-    """Switches the model to packed attention, which was proven elsewhere."""
-    if attention_of(model.config) != NAME:
-        model.set_attn_implementation(NAME)
+    """Switches the model to packed attention, which transformers then knows by its name."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
 
 
 def decoder(model: PreTrainedModel) -> nn.Module | None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from veneer.adapters.placement.wrapping import AdaptedModule, unwrapped
 from veneer.execution.agreement import MODEL, difference, disagreement
-from veneer.execution.attention import NAME, decoder, packed_arguments
+from veneer.execution.attention import decoder, packed_arguments, take_packed
 from veneer.execution.ends import Ends
 from veneer.execution.facts.decoder_layer import find_layers
 from veneer.execution.facts.layer_facts import DecoderLayer, Norm
@@ -247,7 +247,7 @@ def _prove_on_copy(model: PreTrainedModel, logit_rules: LogitRules) -> str | Non
         copy = small_copy(type(model), model.config)
     except NoCopyError as fault:
         return str(fault).splitlines()[0]
-    copy.set_attn_implementation(NAME)
+    take_packed(copy)
     texts, forward = sample_texts(copy), _take_apart(copy, logit_rules)
     if isinstance(forward, str):
         return forward

@@ -191,9 +191,6 @@ class _Quantizer(HfQuantizer):
         return dense.T.contiguous() if transposed else dense
 
 
-AUTO_QUANTIZER_MAPPING[_NAME] = _Quantizer
-
-
 def _packable(model: PreTrainedModel) -> dict[str, str]:
     """Maps each weight that can be packed to the path of its module."""
     head = model.get_output_embeddings()
@@ -261,6 +258,7 @@ def build_packed(
     """
     weights = stored_weights(model_folder.folder, stored_tensors(weight_files(model_folder.folder)))
     settings = _QuantizerConfig(book, tuple(keep_dense), placed)
+    AUTO_QUANTIZER_MAPPING[_NAME] = _Quantizer
     model, info = model_class(config).from_pretrained(
         None,
         config=config,

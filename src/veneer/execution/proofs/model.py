@@ -14,7 +14,7 @@ from veneer.adapters.methods.prefix import PrefixedDecoder
 from veneer.adapters.methods.prefix_layer import tokens_in_front
 from veneer.errors import SourceError
 from veneer.execution.agreement import HEAD, MODEL, difference, disagreement
-from veneer.execution.attention import NAME, decoder, packed_states
+from veneer.execution.attention import decoder, packed_states, take_packed
 from veneer.execution.proofs.structure import Proven, no_seam, proven, unreached
 from veneer.kernels.dense.loss import Head
 from veneer.kernels.layout import BatchLayout
@@ -95,7 +95,7 @@ def _try_packing(model: PreTrainedModel, expected: Tensor | None) -> str | None:
     reached: list[int] = []
 
     def measure() -> float:
-        model.set_attn_implementation(NAME)
+        take_packed(model)
         states, calls = packed_states(model, ids[None], positions[None], layout)
         reached.append(calls)
         return 0.0 if expected is None else difference(states, expected)

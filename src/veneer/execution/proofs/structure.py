@@ -30,7 +30,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from veneer.adapters.placement.idle import places_without_gradient
 from veneer.bases.quiet_transformers import quiet
 from veneer.execution.agreement import SMALL_COPY, difference, disagreement
-from veneer.execution.attention import NAME, decoder, packed_states, padded_states
+from veneer.execution.attention import NAME, decoder, packed_states, padded_states, take_packed
 from veneer.execution.proofs.small_copy import SWITCH, VOCABULARY, NoCopyError, small_copy
 from veneer.execution.switches import forget_lengths, sides, switches
 from veneer.files.remembered import is_known, remember
@@ -228,7 +228,7 @@ def _why_not_packed(model: PreTrainedModel, texts: list[list[int]]) -> str | Non
         # The model's own attention gives the expected states, ours those to compare.
         model.set_attn_implementation(before)
         alone = [_states(model, row) for row in rows]
-        model.set_attn_implementation(NAME)
+        take_packed(model)
         forget_lengths(model)
         shared = SHARED if len(rows) > 1 else 0
         ids, positions = [*rows[0][:shared]], [*range(shared)]
@@ -244,7 +244,7 @@ def _why_not_packed(model: PreTrainedModel, texts: list[list[int]]) -> str | Non
         return difference(packed, expected)
 
     before = attention_of(model.config)
-    model.set_attn_implementation(NAME)
+    take_packed(model)
     if attention_of(model.config) != NAME:
         return f"{type(model).__name__} does not offer transformers' attention interface"
     reason = disagreement(model, "packed rows", lambda: _by_side(model, texts, run), LIMIT)
