@@ -231,9 +231,8 @@ def _run(
         keep_paths(model, paths)
     with device, MetaMode(experts=experts) if device == META else nullcontext():
         _, parameters = _install(model, step, routing, paths)
-        other_base = None if step.teacher is None else build_teacher(step.teacher)
-    student = SimulatedModel(model, paths, routing)
-    teacher = other_base or student
+        student = SimulatedModel(model, paths, routing)
+        teacher = student if step.teacher is None else build_teacher(step.teacher)
     fused_modules = replacements(model)  # by the paths that the adapter's wrappers leave
     with tracker:
         tracker.enter("prepare", label=VALUES)
