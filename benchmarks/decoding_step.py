@@ -43,7 +43,7 @@ from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.schedule.adapters import FixedAdapters, lay_out
 from veneer.decoding.schedule.block_names import Identity
 from veneer.decoding.schedule.sequence import Request
-from veneer.library.residents.memory import hold_as
+from veneer.library.residents.eviction import hold_as
 
 PROMPT, NEW, FEW = 64, 128, 8
 FORMATS: dict[str, Any] = {"bf16": None, "nf4": "nf4", "gguf": "gguf"}

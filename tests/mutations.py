@@ -353,7 +353,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "serve/test_server.py",
     ),
     "serve/protocols/completions.py": ("serve/protocols/test_fields.py", "serve/test_server.py"),
-    "serve/protocols/shapes.py": ("serve/protocols/test_fields.py",),
+    "serve/protocols/answer_formats.py": ("serve/protocols/test_fields.py",),
     "serve/protocols/tools.py": ("serve/protocols/test_tools.py",),
     "decoding/tool_calls/call_style.py": ("serve/protocols/test_tools.py",),
     "serve/engine/grammars.py": (
@@ -404,7 +404,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "serve/engine/metrics.py": ("serve/test_server.py", "serve/http/test_streams.py"),
     "serve/http/details.py": ("serve/http/test_page.py", "serve/test_server.py"),
-    "serve/engine/adapters.py": ("serve/test_server.py", "serve/engine/test_names.py"),
+    "serve/engine/vllm_adapters.py": ("serve/test_server.py", "serve/engine/test_names.py"),
     "serve/http/app.py": ("serve/test_server.py", "serve/test_docs.py"),
     "serve/protocols/tokens.py": ("serve/test_server.py",),
     "serve/runs.py": ("serve/http/test_watching.py",),
@@ -580,14 +580,14 @@ TESTS: dict[str, tuple[str, ...]] = {
         "merge/test_rounding.py",
     ),
     "merge/combine/extract.py": ("merge/test_extract.py",),
-    "merge/combine/adapters.py": ("merge/test_combine.py", "merge/test_merge_methods.py"),
+    "merge/combine/low_rank_adapters.py": ("merge/test_combine.py", "merge/test_merge_methods.py"),
     "formats/peft/tensors.py": (
         "formats/test_peft.py",
         "formats/test_adapter.py",
         "formats/test_writing.py",
         "formats/test_reading.py",
     ),
-    "formats/peft/fit.py": (
+    "formats/peft/fit_check.py": (
         "formats/test_adapter.py",
         "formats/test_writing.py",
         "formats/test_reading.py",

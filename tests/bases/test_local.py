@@ -6,8 +6,8 @@ import pytest
 from huggingface_hub import constants
 
 from tests.support.tiny import save_tiny
-from veneer.bases import local
-from veneer.bases.local import local_base, local_bases
+from veneer.bases import on_this_machine
+from veneer.bases.on_this_machine import local_base, local_bases
 
 
 def test_models_of_the_hub_cache_and_of_allowed_folders_are_listed_without_paths(
@@ -47,7 +47,7 @@ def test_a_base_is_found_without_reading_others(
     models, read = tmp_path / "models", []
     for name in ("own", "other"):
         (models / name).mkdir(parents=True)
-    monkeypatch.setattr(local, "_model_bytes", lambda path: read.append(path) or 1)
+    monkeypatch.setattr(on_this_machine, "_model_bytes", lambda path: read.append(path) or 1)
     assert local_base("models/own", [models]) is not None
     assert read == [models / "own"]
 

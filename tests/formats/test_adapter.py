@@ -31,7 +31,7 @@ from veneer.formats.adapter import manifest_for, read_adapter, write_adapter
 from veneer.formats.loading import load_adapter
 from veneer.formats.manifest import MANIFEST_NAME
 from veneer.formats.peft.config import CONFIG_NAME
-from veneer.formats.peft.fit import group_by_layer
+from veneer.formats.peft.fit_check import group_by_layer
 from veneer.models.frozen_base import FrozenBase
 
 

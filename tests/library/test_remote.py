@@ -22,7 +22,7 @@ from veneer.errors import (
 from veneer.files.atomic import MANIFEST
 from veneer.formats.adapter import WEIGHTS_NAME
 from veneer.library.library import Library
-from veneer.library.remote.place import FolderRemote
+from veneer.library.remote.remote import FolderRemote
 from veneer.library.remote.transfer import pull, push, remote_at
 
 fsspec = pytest.importorskip("fsspec")

@@ -40,7 +40,7 @@ from veneer.formats.manifest import MANIFEST_NAME, read_manifest
 from veneer.kernels.bindings import library as native
 from veneer.kernels.dense import few_rows
 from veneer.library.library import Library
-from veneer.library.residents import memory
+from veneer.library.residents import eviction
 from veneer.library.residents.limits import LoadLimits
 from veneer.library.residents.resident import Tier
 from veneer.library.residents.residents import Residents
@@ -187,7 +187,7 @@ def reads(monkeypatch):
     """How often each folder is read; `jammed` holds those whose disk hangs until `free` is set."""
     found = Counter()
     found.jammed, found.free = set(), threading.Event()
-    plain = memory.read_adapter
+    plain = eviction.read_adapter
 
     def read(folder):
         found[folder.name] += 1
@@ -195,7 +195,7 @@ def reads(monkeypatch):
             found.free.wait(60)
         return plain(folder)
 
-    monkeypatch.setattr(memory, "read_adapter", read)
+    monkeypatch.setattr(eviction, "read_adapter", read)
     yield found
     found.free.set()
 

@@ -9,7 +9,7 @@ from tests.support.joint import config, make_world, together
 from veneer.cli.main import main
 from veneer.objectives.config import TeacherBase
 from veneer.plan.joint import other_teachers
-from veneer.plan.schedule import JobLoad, simulate
+from veneer.plan.joint_forwards import JobLoad, simulate
 from veneer.plan.simulation.step_counts import TEACHER
 from veneer.runs import train_jobs
 from veneer.training import loop

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from veneer.report.jobs import CurvePoint, JobRecord, equal_tokens, ranked, short_title
+from veneer.report.many_jobs import CurvePoint, JobRecord, equal_tokens, ranked, short_title
 from veneer.report.parallel import Line, parallel_chart
 
 

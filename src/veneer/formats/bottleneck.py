@@ -23,7 +23,7 @@ from veneer.errors import ConfigError, CorruptFileError
 from veneer.files.strict_json import StoredModel, validated
 from veneer.formats.layout import AdapterFormat, FileSettings, Fit
 from veneer.formats.manifest import BaseIdentity
-from veneer.formats.peft.fit import group_by_layer
+from veneer.formats.peft.fit_check import group_by_layer
 from veneer.formats.peft.tensors import PREFIX
 
 PEFT_TYPE: Final = "VENEER_BOTTLENECK"

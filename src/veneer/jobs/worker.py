@@ -31,7 +31,7 @@ from veneer.jobs.launch import LOG, lower_priority, trainer_environment
 from veneer.jobs.outcome import MOST_ERROR, Outcome, read_outcome
 from veneer.jobs.published import note_published
 from veneer.jobs.record import JobRecord, StoredState, read_record, write_record
-from veneer.jobs.results import RESULT, metrics_csv
+from veneer.jobs.result_file import RESULT, metrics_csv
 from veneer.jobs.run_facts import RECORDS
 from veneer.jobs.store import JobStore
 from veneer.jobs.suspension import Suspension

@@ -19,7 +19,7 @@ from veneer.errors import ConfigError, DoesNotFitError
 from veneer.formats.loading import load_adapter
 from veneer.library.library import Library
 from veneer.library.names import nearest
-from veneer.library.residents.memory import (
+from veneer.library.residents.eviction import (
     MemoryEntry,
     bytes_needed,
     bytes_of,

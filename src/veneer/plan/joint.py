@@ -2,7 +2,7 @@
 
 Jobs share the base. A forward takes the rows of as many jobs as fit into memory. So the plan says
 what all rows at once need, what the smallest forwards need, and what a simulation of the training
-loop finds for this memory (schedule.py).
+loop finds for this memory (joint_forwards.py).
 """
 
 from collections import Counter
@@ -14,8 +14,8 @@ import torch
 
 from veneer.plan.ask import PlanAnswer, PlanQuestion, answer_question, idle_bytes_of
 from veneer.plan.estimate import LIBRARIES_BYTES, PROCESS, Estimate
+from veneer.plan.joint_forwards import JobLoad, JointSchedule, simulate
 from veneer.plan.machine import Machine, this_machine
-from veneer.plan.schedule import JobLoad, JointSchedule, simulate
 from veneer.plan.simulation.step_counts import GRADIENTS, MOMENTS, STATIC, SUMS, TEACHER, VALUES
 from veneer.plan.simulation.tracker import Shape, Work
 from veneer.plan.table import PlanRow

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from veneer.files.atomic import write_text
 from veneer.report.html import html_page, section, table
-from veneer.report.jobs import (
+from veneer.report.many_jobs import (
     JobRecord,
     different_settings,
     equal_tokens,

@@ -11,7 +11,7 @@ from typing import Any
 from veneer import api
 from veneer.data.examples import Row
 from veneer.evaluation.general import BUILT_IN
-from veneer.evaluation.metrics.choice import longest_answer, metrics_for
+from veneer.evaluation.metrics.fitting import longest_answer, metrics_for
 from veneer.quant.config import Quantize
 
 Progress = Callable[[str, int, int], None]

@@ -6,8 +6,8 @@ from html import escape
 from typing import Any
 
 from veneer.report.html import html_page, section, table
-from veneer.report.jobs import JobRecord
 from veneer.report.jobs_page import STYLE, job_sections
+from veneer.report.many_jobs import JobRecord
 from veneer.tuning.verdict import figure_text, verdict
 from veneer.wording import between, clock, number
 

@@ -33,7 +33,7 @@ from veneer.library.library import Library
 from veneer.library.names import check_name
 from veneer.library.prompts import NAME as PROMPTS
 from veneer.library.prompts import prompts_beside, write_prompts
-from veneer.report.jobs import JobRecord, ranked, read_job
+from veneer.report.many_jobs import JobRecord, ranked, read_job
 from veneer.training.config import RunConfig
 from veneer.training.output.records import read_records
 from veneer.training.output.screen import QuietScreen

@@ -15,7 +15,7 @@ from veneer.adapters.placement.wrapping import plain_modules
 from veneer.errors import ConfigError, RefusedError
 from veneer.formats.adapter import manifest_for, read_adapter, write_adapter
 from veneer.kernels.dense.frozen import DenseLinear
-from veneer.merge.combine.adapters import place
+from veneer.merge.combine.low_rank_adapters import place
 
 IDS = torch.tensor([[5, 9, 30, 7, 5, 61, 2, 8, 44, 10, 11, 12]])
 

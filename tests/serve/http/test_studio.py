@@ -24,7 +24,7 @@ from veneer.objectives.config import Distil
 from veneer.serve.engine.fine_tuning import TrainSettings
 from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
 from veneer.serve.studio.events import follow
-from veneer.serve.studio.rows import column_map
+from veneer.serve.studio.row_preview import column_map
 from veneer.serve.studio.training import job_look
 from veneer.training.config import RunConfig
 

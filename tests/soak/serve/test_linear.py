@@ -30,7 +30,7 @@ from veneer.decoding.text import TextStream
 from veneer.decoding.tool_calls.calls import CallReader
 from veneer.decoding.tool_calls.forms import ObjectCalls
 from veneer.errors import VeneerError
-from veneer.serve.engine import adapters
+from veneer.serve.engine import vllm_adapters
 from veneer.serve.engine.prompts import Prompts
 from veneer.serve.http.guard import Guard
 from veneer.serve.http.json_body import parsed
@@ -60,9 +60,9 @@ READ: dict[str, Callable[[dict[str, Any]], object]] = {
     "/detokenize": tokens.DetokenizeBody.read,
     "/v1/classify": lambda body: classification.ClassifyBody.read(body).texts(),
     "/v1/rerank": lambda body: classification.RerankBody.read(body).texts(),
-    "/v1/load_lora_adapter": adapters.LoadBody.read,
-    "/v1/unload_lora_adapter": adapters.UnloadBody.read,
-    "/v1/adapters/pin": adapters.PinBody.read,
+    "/v1/load_lora_adapter": vllm_adapters.LoadBody.read,
+    "/v1/unload_lora_adapter": vllm_adapters.UnloadBody.read,
+    "/v1/adapters/pin": vllm_adapters.PinBody.read,
 }
 CASES = cases()
 Work = Callable[[], object]

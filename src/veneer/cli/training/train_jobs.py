@@ -16,15 +16,6 @@ from veneer.cli.training.file_jobs import FileJob
 from veneer.errors import ConfigError, RunInterrupted, VeneerError
 from veneer.library.folder import default_folder
 from veneer.library.names import name_of_run
-from veneer.report.jobs import (
-    JobRecord,
-    different_settings,
-    equal_tokens,
-    have_same_held_out,
-    ranked,
-    read_job,
-    short_title,
-)
 from veneer.report.jobs_page import (
     RESULT_TITLES,
     result_cells,
@@ -32,6 +23,15 @@ from veneer.report.jobs_page import (
     tokens_note,
     tokens_title,
     write_sweep_page,
+)
+from veneer.report.many_jobs import (
+    JobRecord,
+    different_settings,
+    equal_tokens,
+    have_same_held_out,
+    ranked,
+    read_job,
+    short_title,
 )
 from veneer.training.config import RunConfig
 from veneer.training.output.console import log_console

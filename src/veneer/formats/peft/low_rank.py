@@ -13,7 +13,7 @@ from veneer.errors import CorruptFileError
 from veneer.formats.layout import AdapterFormat, FileSettings, Fit
 from veneer.formats.manifest import BaseIdentity
 from veneer.formats.peft.config import PeftLoRA, config_json, read_config
-from veneer.formats.peft.fit import fit
+from veneer.formats.peft.fit_check import fit
 from veneer.formats.peft.matching import peft_config
 from veneer.formats.peft.tensors import adapted_modules, file_tensors
 

@@ -23,7 +23,7 @@ from veneer.files.addresses import file_system
 from veneer.files.atomic import MANIFEST
 from veneer.files.strict_json import MAX_JSON_BYTES, parse_json
 from veneer.library.records import Record, Version, parse_record
-from veneer.library.remote.place import CHUNK_BYTES
+from veneer.library.remote.remote import CHUNK_BYTES
 
 _ATTEMPTS = 8
 _READ_ONLY = ("http", "https")

@@ -24,7 +24,7 @@ from veneer.library.entry import Entry
 from veneer.library.library import Library
 from veneer.library.names import check_name
 from veneer.library.objects import ADAPTER_FILES, put
-from veneer.library.remote.place import Transfer
+from veneer.library.remote.remote import Transfer
 
 _ADDRESS = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 MAX_BYTES = 20_000_000_000

@@ -1,6 +1,6 @@
 """Pushes and pulls versions: to a folder, an fsspec address, or a repository of the hub.
 
-    /folder, file://...          another library, under its own locks (library/remote/place.py)
+    /folder, file://...          another library, under its own locks (library/remote/remote.py)
     s3://, gcs://, ssh://, ...   the same layout at that address; http(s):// for reading
                                  (library/remote/fsspec_place.py)
     hf://org/name[@revision]     one adapter, in the repository's root, as PEFT reads it
@@ -17,7 +17,7 @@ from veneer.library.entry import Entry, chosen_version
 from veneer.library.library import Library
 from veneer.library.names import Reference, check_name, parse_reference
 from veneer.library.records import Version
-from veneer.library.remote.place import FolderRemote, Remote, Transfer, fetch_object
+from veneer.library.remote.remote import FolderRemote, Remote, Transfer, fetch_object
 
 CardOf = Callable[[Entry, Path], str | None]
 

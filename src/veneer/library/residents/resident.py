@@ -7,7 +7,7 @@ from pathlib import Path
 
 from veneer.adapters.placement.attachment import Attachment
 from veneer.errors import BudgetFullError, VeneerError
-from veneer.library.residents.memory import HELD_ITEM_BYTES, MemoryEntry
+from veneer.library.residents.eviction import HELD_ITEM_BYTES, MemoryEntry
 
 
 class Tier(Enum):

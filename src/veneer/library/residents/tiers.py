@@ -24,11 +24,11 @@ from veneer.bounds import BYTES, check_numbers
 from veneer.decoding.schedule.adapters import prefix_length
 from veneer.decoding.schedule.block_names import Identity
 from veneer.errors import BudgetFullError, ConfigError, SourceError, VeneerError
+from veneer.library.residents.attaching import LoadedAdapter, load_version
 from veneer.library.residents.demand import Demand, PendingLoad
+from veneer.library.residents.eviction import room_for
 from veneer.library.residents.limits import LoadLimits
 from veneer.library.residents.loaders import Loaders
-from veneer.library.residents.loading import LoadedAdapter, load_version
-from veneer.library.residents.memory import room_for
 from veneer.library.residents.resident import (
     Resident,
     ResidentStatus,

@@ -16,15 +16,15 @@ from veneer.bounds import check_weights
 from veneer.errors import AdapterMismatchError, ConfigError
 from veneer.formats.adapter import StoredAdapter, read_adapter, write_adapter
 from veneer.formats.same_base import base_differences
-from veneer.merge.combine.adapters import (
+from veneer.merge.combine.combine import FactorPair, Recipe, combine_updates, total_error
+from veneer.merge.combine.low_rank import relative_error
+from veneer.merge.combine.low_rank_adapters import (
     PlacedAdapter,
     attachment_of,
     common_base,
     place,
     with_lineage,
 )
-from veneer.merge.combine.combine import FactorPair, Recipe, combine_updates, total_error
-from veneer.merge.combine.low_rank import relative_error
 from veneer.merge.fold.fold import Trained, is_transposed_at, stored_tensors, trained_values
 from veneer.models.load import load_base
 from veneer.quant.config import Quantize

@@ -26,9 +26,9 @@ from veneer.errors import AdapterMismatchError, ConfigError, RefusedError
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.formats.loading import load_adapter
 from veneer.linear import frozen_linear, is_transposed_linear
-from veneer.merge.combine.adapters import attachment_of
 from veneer.merge.combine.combine import FactorPair
 from veneer.merge.combine.low_rank import TruncatedUpdate, cut_dense, relative_error
+from veneer.merge.combine.low_rank_adapters import attachment_of
 from veneer.merge.fold.fold import stored_tensors, tied_names
 from veneer.merge.fold.verify import LogitCheck, ReferenceLogits, compare, logits, text_rows
 from veneer.models.frozen_base import FrozenBase

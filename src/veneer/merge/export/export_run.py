@@ -17,7 +17,7 @@ from veneer.files.atomic import atomic_file, atomic_folder
 from veneer.formats.adapter import StoredAdapter, read_adapter
 from veneer.formats.manifest import CARD_NAME, MANIFEST_NAME
 from veneer.library.names import said_of
-from veneer.merge.combine.adapters import fit_adapter, place
+from veneer.merge.combine.low_rank_adapters import fit_adapter, place
 from veneer.merge.export.folders import ExportReport, OtherFiles, export_peft, export_vllm
 from veneer.merge.export.lint import LintFinding, lint, peft_refusal
 from veneer.merge.export.ollama import modelfile

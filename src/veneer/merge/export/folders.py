@@ -18,8 +18,13 @@ from veneer.formats.adapter import WEIGHTS_NAME, StoredAdapter, write_adapter
 from veneer.formats.manifest import MANIFEST_NAME
 from veneer.formats.peft.config import CONFIG_NAME
 from veneer.formats.peft.low_rank import LOW_RANK
-from veneer.merge.combine.adapters import PlacedAdapter, attachment_of, common_base, with_lineage
 from veneer.merge.combine.combine import FactorPair
+from veneer.merge.combine.low_rank_adapters import (
+    PlacedAdapter,
+    attachment_of,
+    common_base,
+    with_lineage,
+)
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values of --max-lora-rank, whose default is 16."""

@@ -17,7 +17,7 @@ from veneer.errors import VeneerError
 from veneer.formats.adapter import StoredAdapter
 from veneer.formats.manifest import MANIFEST_NAME
 from veneer.formats.peft.low_rank import LOW_RANK
-from veneer.merge.combine.adapters import PlacedAdapter, fit_adapter, place
+from veneer.merge.combine.low_rank_adapters import PlacedAdapter, fit_adapter, place
 from veneer.merge.export.folders import VLLM_DEFAULT_RANK, VLLM_RANKS
 from veneer.merge.gguf.adapter import gguf_adapter_faults
 from veneer.merge.gguf.names import names_of

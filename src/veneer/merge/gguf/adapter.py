@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from veneer.errors import RefusedError
-from veneer.merge.combine.adapters import PlacedAdapter
 from veneer.merge.combine.combine import FactorPair
+from veneer.merge.combine.low_rank_adapters import PlacedAdapter
 from veneer.merge.gguf.bytes import as_writable
 from veneer.merge.gguf.names import GGUFNames, names_of
 

@@ -21,7 +21,7 @@ from veneer.errors import UnknownNameError, VeneerError
 from veneer.jobs.job_settings import RowPart
 from veneer.jobs.limits import JobLimits
 from veneer.jobs.record import TrainingJob, num_jobs_together
-from veneer.jobs.results import RESULT
+from veneer.jobs.result_file import RESULT
 from veneer.jobs.store import TRAIN_SHARE, JobStore
 from veneer.jobs.uploads import UploadedFile, UploadStore
 from veneer.library.library import Library

@@ -14,9 +14,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from veneer.errors import VeneerError
-from veneer.serve.engine.adapters import LoadBody, PinBody, UnloadBody, card_of
 from veneer.serve.engine.metrics import MEDIA_TYPE
 from veneer.serve.engine.service import Service
+from veneer.serve.engine.vllm_adapters import LoadBody, PinBody, UnloadBody, card_of
 from veneer.serve.http.details import angle_between, details
 from veneer.serve.http.exchange import ClientGone, Exchange, unless_gone
 from veneer.serve.http.guard import error_response

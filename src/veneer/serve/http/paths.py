@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from veneer.serve.engine.adapters import LoadBody, PinBody, UnloadBody
+from veneer.serve.engine.vllm_adapters import LoadBody, PinBody, UnloadBody
 from veneer.serve.protocols import chat, completions, messages, responses
 from veneer.serve.protocols.answers import ApiProtocol
 from veneer.serve.protocols.body import Body

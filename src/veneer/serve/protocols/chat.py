@@ -12,6 +12,7 @@ from pydantic import Field
 
 from veneer.bounds import LOGPROBS
 from veneer.decoding.sampling.sampling import Sampling
+from veneer.serve.protocols.answer_formats import ShapedBody
 from veneer.serve.protocols.answers import (
     AnswerDelta,
     ApiProtocol,
@@ -39,7 +40,6 @@ from veneer.serve.protocols.conversation import (
 )
 from veneer.serve.protocols.request import GenerationRequest
 from veneer.serve.protocols.sampling_body import ChoicesBody, NewTokens
-from veneer.serve.protocols.shapes import ShapedBody
 from veneer.serve.protocols.tools import FunctionChoice, ToolChoice, Tools, required_call
 from veneer.serve.refusals import Fault
 

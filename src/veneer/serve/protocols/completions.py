@@ -12,6 +12,7 @@ from typing import Annotated, Any, cast
 from veneer.bounds import CHOICES, LOGPROBS, NEW_TOKENS, Number
 from veneer.decoding.sampling.sampling import Sampling
 from veneer.serve.limits import MOST_IDS, MOST_PROMPTS, MOST_TEXT
+from veneer.serve.protocols.answer_formats import ShapedBody
 from veneer.serve.protocols.answers import (
     AnswerDelta,
     ApiProtocol,
@@ -23,7 +24,6 @@ from veneer.serve.protocols.body import BY_TYPE, Length, NotSupported, Num, Only
 from veneer.serve.protocols.chunks import ChoiceWriter
 from veneer.serve.protocols.request import GenerationRequest, TextPrompt
 from veneer.serve.protocols.sampling_body import ChoicesBody, TokenId
-from veneer.serve.protocols.shapes import ShapedBody
 from veneer.serve.refusals import Fault
 
 _Text = Annotated[str, Length(1, MOST_TEXT)]

@@ -22,7 +22,7 @@ from veneer.errors import VeneerError
 from veneer.files.strict_json import read_json
 from veneer.files.system_errors import explained
 from veneer.jobs.record import ENDED, ID_PREFIX, State, TrainingJob
-from veneer.jobs.results import RESULT, job_records
+from veneer.jobs.result_file import RESULT, job_records
 from veneer.jobs.uploads import UploadedFile
 from veneer.serve.limits import MOST_NAME
 from veneer.serve.protocols.body import Body, EmptyList, Length, Num, Object, OneOf

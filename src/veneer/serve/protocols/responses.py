@@ -12,6 +12,7 @@ from pydantic import Field
 
 from veneer.bounds import Number
 from veneer.serve.limits import MOST_MESSAGES, MOST_PARTS, MOST_TEXT, MOST_TOOLS
+from veneer.serve.protocols.answer_formats import FlatFormat, format_shape
 from veneer.serve.protocols.answers import ApiProtocol
 from veneer.serve.protocols.body import (
     BY_TYPE,
@@ -40,7 +41,6 @@ from veneer.serve.protocols.conversation import (
 from veneer.serve.protocols.request import GenerationRequest
 from veneer.serve.protocols.response_output import ResponseWriter
 from veneer.serve.protocols.sampling_body import NewTokens, OpenAIBody
-from veneer.serve.protocols.shapes import FlatFormat, format_shape
 from veneer.serve.protocols.tools import (
     Arguments,
     ChoiceWord,

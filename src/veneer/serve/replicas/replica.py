@@ -24,7 +24,7 @@ from veneer.bases.compute import HeldAs
 from veneer.library.library import Library
 from veneer.models.load import load_base
 from veneer.quant.config import Quantize
-from veneer.serve.engine.adapters import card_of
+from veneer.serve.engine.vllm_adapters import card_of
 from veneer.serve.http.app import application
 from veneer.serve.http.json_body import parsed
 from veneer.serve.http.keys import Caller

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from veneer.bases.local import LocalBase, local_base, local_bases
+from veneer.bases.on_this_machine import LocalBase, local_base, local_bases
 from veneer.bases.tokenizer import load_tokenizer
 from veneer.data.examples import Capacity
 from veneer.models.capacity import capacity_of, configured_capacity

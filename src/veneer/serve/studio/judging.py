@@ -18,7 +18,7 @@ from veneer.data.examples import Row
 from veneer.data.files.writing import record_of
 from veneer.data.load import DataSet
 from veneer.errors import ConfigError
-from veneer.evaluation.metrics.choice import longest_answer, metrics_for
+from veneer.evaluation.metrics.fitting import longest_answer, metrics_for
 from veneer.evaluation.predictions import Line, read_predictions
 from veneer.files.atomic import write_text
 from veneer.files.strict_json import json_text, legible, read_json

@@ -47,7 +47,7 @@ from veneer.serve.studio.keeping import (
     trial_name,
     unpublish,
 )
-from veneer.serve.studio.rows import examine_job
+from veneer.serve.studio.row_preview import examine_job
 from veneer.serve.studio.training import base_name_of
 from veneer.serve.studio.work import FOLDER as WORK
 from veneer.serve.studio.work import RunFunction, WorkKey, WorkQueue

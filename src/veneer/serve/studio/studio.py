@@ -23,7 +23,7 @@ from veneer.serve.studio.documents import Document, remove_documents, store_docu
 from veneer.serve.studio.drafts import Draft, Drafts, public_name
 from veneer.serve.studio.plans import Plans, run_settings, with_names
 from veneer.serve.studio.results import Results
-from veneer.serve.studio.rows import (
+from veneer.serve.studio.row_preview import (
     count_records,
     data_settings,
     describe_check,

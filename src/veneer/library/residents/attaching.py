@@ -8,7 +8,7 @@ from veneer.errors import CorruptFileError, RefusedError, VeneerError, hide_path
 from veneer.files.home import name_of
 from veneer.formats.loading import load_adapter
 from veneer.kernels.bindings.library import end_helpers
-from veneer.library.residents.memory import bytes_needed, bytes_of, hold_as, read_version
+from veneer.library.residents.eviction import bytes_needed, bytes_of, hold_as, read_version
 from veneer.library.residents.resident import VersionFiles
 from veneer.models.frozen_base import FrozenBase
 
