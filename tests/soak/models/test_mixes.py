@@ -104,7 +104,7 @@ def some_adapters(model: torch.nn.Module, routing: Routing, draw: random.Random)
             parameter.requires_grad_(True)
 
 
-def draw_adapters(routing: Routing, draw: random.Random) -> Applied:
+def for_a_group(routing: Routing, draw: random.Random) -> Applied:
     """None, one, or two with weights of their own; a prefix stands alone and whole."""
     chosen = draw.sample(
         list(routing.attached.values()), k=min(draw.choice([0, 1, 1, 2]), len(routing.attached))
@@ -186,7 +186,7 @@ def test_every_row_and_gradient_of_a_mix_is_what_it_is_alone(number):
     groups, adapters = [], []
     for _ in range(draw.randint(2, 5)):
         groups.append([examples.pop() for _ in range(min(draw.randint(1, 3), len(examples)))])
-        adapters.append(draw_adapters(routing, draw))
+        adapters.append(for_a_group(routing, draw))
         if not examples:
             break
     groups = [group for group in groups if group]
