@@ -21,7 +21,7 @@ from veneer.bounds import LENGTH, NEW_TOKENS, ROWS, check_numbers
 from veneer.comparison.comparison import run_comparison
 from veneer.comparison.jobs import JobExecutor
 from veneer.comparison.local import LocalExecutor
-from veneer.comparison.plan import DEFAULT_STEPS, Candidate, Comparison, prepare_rows
+from veneer.comparison.plan import DEFAULT_STEPS, Candidate, Comparison, shared_rows
 from veneer.data.checks.check import refuse_beyond
 from veneer.data.encoder import RowRules
 from veneer.data.examples import Example, Row, RowRef, prompt_key
@@ -232,8 +232,8 @@ def evaluate(
             )
         nats = _nats(base, batch)
         if are_preferences(examples):
-            refuse_options(PREFERENCES_ONLY, of_answers)
-            return Evaluation(evaluate_preferences(base, rows, examples, nats=nats))
+            refuse_options(PREFERENCES_ONLY, {"metrics": metrics, "labels": labels})
+            return Evaluation(evaluate_preferences(base, rows, examples, choices, nats=nats))
         return Evaluation(
             evaluate_rows(base, rows, examples, choices, nats=nats, progress=progress)
         )
@@ -367,13 +367,7 @@ def compare(
         raise ConfigError("nothing to compare", next_step="Name methods, or give settings.")
     first = chosen[0].config
     with locked_folder(Path(out)):  # one comparison at a time in a folder
-        train, held_out = first.data.train, validation or first.data.validation
-        if not isinstance(train, str) or not (held_out is None or isinstance(held_out, str)):
-            raise ConfigError(
-                "methods are compared on one set of rows, and several are given",
-                next_step="Name one set.",
-            )
-        rows = prepare_rows(train, held_out, test, first.data.format, Path(out), first.data.map)
+        rows = shared_rows(chosen, validation, test, Path(out))
         comparison = Comparison(
             [candidate.over(rows) for candidate in chosen],
             first.base,

@@ -32,6 +32,7 @@ from veneer.comparison.pace import Pace
 from veneer.comparison.page import make_page
 from veneer.comparison.plan import Candidate, Comparison, prepare_rows
 from veneer.comparison.search import search
+from veneer.data.examples import prompt_key
 from veneer.data.files.sources import read_rows
 from veneer.errors import DataError, InputError, VeneerError
 from veneer.evaluation.metrics.metric import ratio
@@ -351,6 +352,42 @@ def test_rows_that_are_split_off_are_read_again_as_what_they_were(
     }
 
 
+PAIRS: dict[str, dict[str, Any]] = {
+    "pairs": {
+        "prompt": [
+            {"role": "user", "content": "hello"},
+            {"role": "assistant", "content": "hi"},
+            {"role": "user", "content": "say {}"},
+        ],
+        "chosen": "it is {}",
+        "rejected": "no",
+    },
+    "openai_pairs": {
+        "input": {"messages": [{"role": "user", "content": "say {}"}]},
+        "preferred_output": [{"role": "assistant", "content": "it is {}"}],
+        "non_preferred_output": [{"role": "assistant", "content": "no"}],
+    },
+    "ranked": {"prompt": "say {}", "ranked": ["it is {}", "it", "no"]},
+}
+
+
+@pytest.mark.parametrize("layout", PAIRS)
+def test_pairs_that_are_split_off_keep_their_answers_and_share_no_prompt(
+    tmp_path: Path, layout: Any
+) -> None:
+    source = tmp_path / "rows.jsonl"
+    lines = [json.dumps(PAIRS[layout]).replace("{}", str(n // 2)) for n in range(60)]
+    source.write_text("\n".join(lines))
+    files = prepare_rows(str(source), None, None, layout, tmp_path / "out", None, "pairs")
+    sides = [read_rows(file, kind="pairs") for file in (files.train, files.validation, files.test)]
+    answers = {
+        json.dumps([row.messages, row.others]) for row in read_rows(source, layout, kind="pairs")
+    }
+    assert {json.dumps([row.messages, row.others]) for side in sides for row in side} == answers
+    prompts = [{prompt_key(row) for row in side} for side in sides]
+    assert sum(map(len, prompts)) == 30 == len(set.union(*prompts))
+
+
 def test_what_a_prompt_says_is_not_learnt_after_it_was_split_off_either(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     row = {"prompt": [*turns, {"role": "user", "content": "{}"}], "completion": [turns[1]]}
@@ -392,6 +429,75 @@ def test_a_run_without_a_held_out_loss_is_told(tmp_path: Path) -> None:
             seeds=1,
             out=tmp_path / "out",
             general=str(rows),
+        )
+
+
+def test_methods_are_compared_over_pairs_by_the_preferred_answers(
+    compared: Any, tmp_path: Path
+) -> None:
+    _, arguments, _ = compared
+    rows = [{"prompt": f"q {n // 2}", "chosen": f"yes {n}", "rejected": "no"} for n in range(60)]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    shared: dict[str, Any] = {
+        "base": arguments["base"],
+        "data": str(data),
+        "out": "o",
+        "objective": {"name": "dpo", "beta": 0.5},
+    }
+    candidates = [
+        (f"r{rank}", RunConfig.of({**shared, "method": {"name": "lora", "rank": rank}}))
+        for rank in (2, 4)
+    ]
+    figures = veneer.compare(
+        candidates,
+        out=tmp_path / "out",
+        steps=3,
+        seeds=1,
+        rates=(30.0,),
+        general=arguments["general"],
+    )
+    assert figures["primary"] == "accuracy"
+    assert figures["units"] == {"accuracy": "share", "likelier": "share", "loss": "nats"}
+    untuned = figures["untuned"]
+    assert untuned["accuracy"]["value"] == 0.5
+    assert untuned["loss"]["value"] == pytest.approx(np.log(2))
+    for method in figures["methods"]:
+        run = tmp_path / "out" / method["runs"][0]
+        reported = json.loads((run / "evaluation.json").read_text())
+        accuracy, loss = method["quality"]["accuracy"], method["quality"]["loss"]
+        assert accuracy["seeds"][0] == pytest.approx(reported["accuracy"])
+        assert accuracy["value"] > 0.5 and loss["value"] < untuned["loss"]["value"]
+        assert accuracy["interval"][0] <= accuracy["value"] <= accuracy["interval"][1]
+        assert loss["interval"] is not None and method["forgetting"] is not None
+    assert "has the best accuracy" in " ".join(figures["conclusion"])
+    assert (
+        "share of rows whose preferred answer is likelier"
+        in (tmp_path / "out" / "comparison.html").read_text("utf-8").lower()
+    )
+
+
+@pytest.mark.parametrize(
+    ("objectives", "changed", "message"),
+    [
+        (["classify", "classify"], {}, "objective classify cannot be compared"),
+        (["dpo", "answers"], {}, "learn from the same rows"),
+        (["dpo", "orpo"], {"metrics": ("rougeL",)}, "leave metrics and labels out"),
+    ],
+)
+def test_objectives_that_cannot_be_compared_are_refused_by_name(
+    tmp_path: Path, objectives: list[str], changed: dict[str, Any], message: str
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 2)
+    shared = {"base": "b", "data": str(rows), "out": "o"}
+    candidates = [
+        (str(number), RunConfig.of({**shared, "objective": name}))
+        for number, name in enumerate(objectives)
+    ]
+    with pytest.raises(InputError, match=message):
+        veneer.compare(
+            candidates, out=tmp_path / "out", validation=str(rows), test=str(rows), **changed
         )
 
 

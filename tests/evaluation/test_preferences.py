@@ -9,6 +9,10 @@ import veneer
 from tests.support.tiny import save_tiny
 from veneer.cli.main import main
 from veneer.errors import DataError, RefusedError
+from veneer.evaluation.predictions import read_predictions
+from veneer.evaluation.preferences import objective_counts
+from veneer.objectives.config import DPO
+from veneer.objectives.preferences import DPOObjective
 
 PAIRS = [
     {"prompt": f"q {n}", "chosen": f"good {n}", "rejected": "bad " * (n % 3 + 1)} for n in range(9)
@@ -70,6 +74,41 @@ def test_a_list_counts_all_its_pairs(base):
     ]
     expected = np.mean([np.mean([a > b, a > c, b > c]) for a, b, c in scores])
     assert veneer.evaluate(base, RANKED)["accuracy"] == pytest.approx(expected)
+
+
+def test_predictions_of_another_evaluation_are_the_reference_and_general_text_is_measured(
+    base, tmp_path
+):
+    alone = veneer.evaluate(base, PAIRS, predictions=tmp_path / "base.jsonl")
+    with base.using("own"):
+        relative = veneer.evaluate(base, PAIRS)
+        result = veneer.evaluate(
+            base,
+            PAIRS,
+            general="built-in",
+            against=tmp_path / "base.jsonl",
+            predictions=tmp_path / "own.jsonl",
+        )
+    assert result["general"]["forgetting"] != 0
+    for name in ("accuracy", "likelier", "margin"):
+        assert result[name] == pytest.approx(relative[name], abs=1e-6)
+    against = result["against"]
+    assert against["accuracy"]["other"] == 0.5 and not result["against_base"]
+    assert against["likelier"]["other"] == alone["likelier"] == alone["accuracy"]
+    moved = result["likelier"] - alone["likelier"]
+    assert against["likelier"]["difference"] == pytest.approx(moved)
+    lines = read_predictions(tmp_path / "own.jsonl")
+    reference = read_predictions(tmp_path / "base.jsonl")
+    losses = objective_counts(lines, reference, DPOObjective(DPO(beta=0.3)))
+    margins = [
+        sum(sign * (theirs[0] - ours[0]) for sign, ours, theirs in zip((1, -1), *both, strict=True))
+        for both in (
+            (line["answers"], other["answers"])
+            for line, other in zip(lines, reference, strict=True)
+        )
+    ]
+    assert losses[:, 0] == pytest.approx(np.log1p(np.exp(-0.3 * np.array(margins))))
+    assert losses[:, 1].tolist() == [1.0] * len(PAIRS)
 
 
 def test_what_needs_one_answer_is_refused_and_the_command_shows_the_rest(base, tmp_path, capsys):

@@ -36,7 +36,7 @@ def run_comparison(comparison: Comparison, executor: JobExecutor, say: Say) -> d
     """
     comparison.out.mkdir(parents=True, exist_ok=True)
     layout = comparison.candidates[0].config.data.format
-    rows = read_rows(comparison.test, layout)
+    rows = read_rows(comparison.test, layout, kind=comparison.row_kind)
     _refuse_free_text(comparison, rows)
     width = hidden_size(load_skeleton(comparison.base).model.config)
     try:

@@ -224,6 +224,7 @@ def measure(name: str) -> str:
     """Returns the name of a metric in a sentence."""
     names = {
         "loss": "loss on the test rows",
+        "likelier": "share of rows whose preferred answer is likelier",
         "field_f1": "field F1",
         "bleu": "BLEU",
         "chrf": "chrF",

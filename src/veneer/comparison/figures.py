@@ -7,33 +7,22 @@ the best, between the same rows and seeds. Costs are those of the first run that
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from veneer.comparison.execute import FinishedRun
+from veneer.comparison.measures import Measure, TestMeasures, test_measures
 from veneer.comparison.plan import Candidate, Comparison
 from veneer.data.examples import Row, prompt_key
-from veneer.evaluation.intervals import Counts, OfTotals, interval, paired_difference
+from veneer.evaluation.intervals import Counts, interval, paired_difference
 from veneer.evaluation.metrics.metric import ratio
-from veneer.evaluation.predictions import Line, counts_of, loss_counts, read_predictions
+from veneer.evaluation.predictions import Line, read_predictions
 from veneer.training.output.records import read_records
 
 FORMAT_VERSION = 1
 DISAGREEMENTS = 5
 Figures = dict[str, Any]
-
-
-class Measure(NamedTuple):
-    """Computes a figure from sums of counts.
-
-    share: it is between 0 and 1. prompts: a number for each row, equal for rows with the same
-    prompt.
-    """
-
-    of_totals: OfTotals
-    share: bool
-    prompts: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -66,12 +55,9 @@ def make_figures(
     """Returns the content of comparison.json (docs/format.md). rows: the test rows, in the file's
     order.
     """
-    prompts = [prompt_key(row) for row in rows]
-    measures = {
-        metric.name: Measure(metric.of_totals, metric.unit == "share", prompts)
-        for metric in comparison.found
-    }
-    measures["loss"] = Measure(ratio, share=False, prompts=prompts)
+    base_lines = read_predictions(comparison.out / "base" / "predictions.jsonl")
+    test = test_measures(comparison, base_lines, [prompt_key(row) for row in rows])
+    measures, primary = test.measures, test.primary
     successful = [result for result in results if result.best is not None]
     lines = {
         result.candidate.name: [
@@ -79,9 +65,7 @@ def make_figures(
         ]
         for result in successful
     }
-    counts = {name: _counts(comparison, seeds) for name, seeds in lines.items()}
-    primary = comparison.found[0].name if comparison.found else "loss"
-    units = {metric.name: metric.unit for metric in comparison.found} | {"loss": "nats"}
+    counts = {name: _counts(test, seeds) for name, seeds in lines.items()}
     methods = [
         _method(result, base, counts.get(result.candidate.name), measures, comparison.out)
         for result in results
@@ -98,8 +82,7 @@ def make_figures(
                 if full_is_best
                 else _differences(own_counts, counts[full], measures)
             )
-    base_lines = read_predictions(comparison.out / "base" / "predictions.jsonl")
-    base_counts = _counts(comparison, [base_lines])
+    base_counts = _counts(test, [base_lines])
     return {
         "format_version": FORMAT_VERSION,
         "base": comparison.base,
@@ -111,7 +94,7 @@ def make_figures(
         "seeds": comparison.seeds,
         "budget": {"steps": comparison.steps, "seconds": comparison.seconds},
         "primary": primary,
-        "units": units,
+        "units": test.units,
         "best": best,
         "full": full,
         "untuned": {
@@ -119,18 +102,14 @@ def make_figures(
         },
         "untuned_general": base.get("general", {}).get("loss"),
         "methods": methods,
-        "disagreements": _disagreements(comparison, lines, rows, primary),
+        "disagreements": _disagreements(comparison, lines, counts, rows, test),
     }
 
 
-def _counts(comparison: Comparison, seeds: Sequence[Sequence[Line]]) -> dict[str, Counts]:
+def _counts(test: TestMeasures, seeds: Sequence[Sequence[Line]]) -> dict[str, Counts]:
     """Returns counts (S, N, K) of every measure."""
-    counts = {
-        metric.name: np.stack([counts_of(lines, metric) for lines in seeds])
-        for metric in comparison.found
-    }
-    counts["loss"] = np.stack([loss_counts(lines) for lines in seeds])
-    return counts
+    of_seeds = [test.counts(lines) for lines in seeds]
+    return {name: np.stack([counts[name] for counts in of_seeds]) for name in test.measures}
 
 
 def _figure(counts: Counts, measure: Measure) -> Figures:
@@ -275,8 +254,9 @@ def _best(methods: Sequence[Figures], primary: str) -> str | None:
 def _disagreements(
     comparison: Comparison,
     lines: Mapping[str, Sequence[Sequence[Line]]],
+    counts: Mapping[str, Mapping[str, Counts]],
     rows: Sequence[Row],
-    primary: str,
+    test: TestMeasures,
 ) -> list[Figures]:
     """Returns the rows on which the candidates (with seed 0) differ most, by the deciding
     measure.
@@ -284,17 +264,22 @@ def _disagreements(
     first = {name: seeds[0] for name, seeds in lines.items()}
     if len(first) < 2:
         return []
+    primary = test.primary
     field = (
         "label"
         if any(m.name == primary and m.needs == "label" for m in comparison.found)
         else "answer"
     )
+    values = {
+        name: [test.measures[primary].of_totals(row) for row in counts[name][primary][0]]
+        for name in first
+    }
     distances = []
     for number in range(len(rows)):
         candidate_lines = [line_list[number] for line_list in first.values()]
         losses = [line["nats"] / max(line["tokens"], 1) for line in candidate_lines]
-        values = losses if primary == "loss" else [line[primary] for line in candidate_lines]
-        distances.append((float(np.ptp(values)), float(np.ptp(losses))))
+        of_row = [of_rows[number] for of_rows in values.values()]
+        distances.append((float(np.ptp(of_row)), float(np.ptp(losses))))
     # Rows with equal values of the deciding measure are ordered by the loss of their answers.
     order = sorted(range(len(rows)), key=lambda n: distances[n], reverse=True)[:DISAGREEMENTS]
     return [
@@ -303,12 +288,7 @@ def _disagreements(
             "prompt": _question(rows[n]),
             "expected": _expected(rows[n]),
             "answers": {
-                name: {
-                    "text": line_list[n].get(field),
-                    "value": line_list[n]["nats"] / max(line_list[n]["tokens"], 1)
-                    if primary == "loss"
-                    else line_list[n][primary],
-                }
+                name: {"text": line_list[n].get(field), "value": values[name][n]}
                 for name, line_list in first.items()
             },
         }

@@ -182,7 +182,7 @@ def _curves(good: Sequence[tuple[int, Method]]) -> str:
         ],
         title="Held-out loss",
         x_label="step",
-        y_label="held-out loss, nats per trained token; best rate, seed 0",
+        y_label="held-out loss, nats; best rate, seed 0",
     )
 
 
@@ -215,13 +215,15 @@ def _disagreements(figures: Figures) -> str:
     places = {m["name"]: place for place, m in enumerate(figures["methods"])}
     for row in figures["disagreements"]:
         answers = row["answers"]
-        if all(answer["text"] is None for answer in answers.values()):  # ranked by loss: no answers
-            losses = [
+        if all(answer["text"] is None for answer in answers.values()):  # nothing was generated
+            values = [
                 (places[n], n, a["value"], quantity(a["value"], unit)) for n, a in answers.items()
             ]
-            right = f"<p>{escape(row['expected'])}</p><h4>Loss of this answer, nats per token</h4>"
+            is_loss = primary == "loss"
+            title = "Loss of this answer, nats per token" if is_loss else _upper(measure(primary))
+            right = f"<p>{escape(row['expected'])}</p><h4>{escape(title)}</h4>"
             cards.append(
-                f"<article><h3>{escape(row['prompt'])}</h3>{right}{_bars(losses)}</article>"
+                f"<article><h3>{escape(row['prompt'])}</h3>{right}{_bars(values)}</article>"
             )
             continue
         cells = [("expected", row["expected"], "")]

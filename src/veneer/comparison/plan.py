@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.bounds import COUNT, EXTENSIONS, NEW_TOKENS, RATIO, SECONDS, SEEDS, number_faults
-from veneer.data.examples import Layout, Row
+from veneer.data.examples import Layout, Row, RowKind
 from veneer.data.files.columns import ColumnMap
 from veneer.data.files.sources import read_rows
 from veneer.data.files.writing import record_of
@@ -17,7 +17,9 @@ from veneer.evaluation.general import BUILT_IN, general_documents
 from veneer.evaluation.labels import read_labels
 from veneer.evaluation.metrics.metric import Metric
 from veneer.evaluation.metrics.registry import find_metrics
+from veneer.evaluation.preferences import PREFERENCES_ONLY
 from veneer.files.atomic import write_text
+from veneer.objectives.config import AnyObjective
 from veneer.training.config import RunConfig
 
 DEFAULT_STEPS = 100
@@ -93,6 +95,8 @@ class Comparison:
             faults.append("the budget is either steps or seconds: give one")
         if not self.factors:
             faults.append("no factor of the learning rate is tried")
+        if self.row_kind == "pairs" and (self.metrics or self.labels):
+            faults.append(f"{PREFERENCES_ONLY}: leave metrics and labels out")
         if faults:
             raise ConfigError("this comparison cannot be run", faults)
         object.__setattr__(self, "found", find_metrics(self.metrics))
@@ -100,6 +104,37 @@ class Comparison:
             read_labels(self.labels)
         if self.general is not None:
             general_documents(self.general)
+
+    @property
+    def row_kind(self) -> RowKind:
+        """Returns what the rows hold."""
+        return self.candidates[0].config.objective.rows if self.candidates else "answers"
+
+    @property
+    def shared_objective(self) -> AnyObjective | None:
+        """Returns the objective with its settings; None if the candidates' differ."""
+        first, *others = [candidate.config.objective for candidate in self.candidates]
+        return first if all(objective == first for objective in others) else None
+
+
+def shared_row_kind(candidates: Sequence[Candidate]) -> RowKind:
+    """Returns what the rows of all candidates hold. Raises ConfigError if they differ, or if an
+    objective is not measured."""
+    objectives = {c.config.objective.name: c.config.objective for c in candidates}
+    if unmeasured := [name for name, objective in objectives.items() if not objective.measures]:
+        raise ConfigError(
+            f"objective {', '.join(unmeasured)} cannot be compared",
+            ["Comparisons measure answers and pairs."],
+            "Train with veneer train, and measure with veneer evaluate.",
+        )
+    kinds = {name: objective.rows for name, objective in objectives.items()}
+    if len(set(kinds.values())) > 1:
+        raise ConfigError(
+            "all candidates learn from the same rows",
+            [f"objective {name} needs {kind}" for name, kind in kinds.items()],
+            "Compare objectives over pairs, or over answers.",
+        )
+    return next(iter(kinds.values()))
 
 
 @dataclass(frozen=True)
@@ -112,6 +147,22 @@ class RowFiles:
     format: Layout
 
 
+def shared_rows(
+    candidates: Sequence[Candidate], validation: str | None, test: str | None, out: Path
+) -> RowFiles:
+    """Returns the files of rows that all candidates share: those of the first one, where no others
+    are given. Raises ConfigError if it has several sets."""
+    data = candidates[0].config.data
+    train, held_out = data.train, validation or data.validation
+    if not isinstance(train, str) or not (held_out is None or isinstance(held_out, str)):
+        raise ConfigError(
+            "methods are compared on one set of rows, and several are given",
+            next_step="Name one set.",
+        )
+    kind = shared_row_kind(candidates)
+    return prepare_rows(train, held_out, test, data.format, out, data.map, kind)
+
+
 def prepare_rows(
     data: str,
     validation: str | None,
@@ -119,12 +170,13 @@ def prepare_rows(
     format: Layout,
     out: Path,
     columns: ColumnMap | None = None,
+    kind: RowKind = "answers",
 ) -> RowFiles:
     """Returns the files of a comparison.
 
     Missing files are split off `data` by a hash of each row's prompt, so that a prompt is never on
-    two sides, and written to out/data as chat, prompt and completion, or text. If a format is
-    named, the given files are written there in the same way, because all three are read alike.
+    two sides, and written to out/data as chat, prompt and completion, text, or pairs. If a format
+    is named, the given files are written there in the same way, because all three are read alike.
     """
     if validation is not None and test is not None and not columns:
         return RowFiles(Path(data), Path(validation), Path(test), format)
@@ -141,7 +193,8 @@ def prepare_rows(
             overwritten,
             "Take another --out, or move the file.",
         )
-    sides = dict(zip(paths, _divided(data, given_files, format, columns), strict=True))
+    rows = read_rows(data, format, columns, kind)
+    sides = dict(zip(paths, _divided(rows, given_files), strict=True))
     too_small = [
         name for name, side in sides.items() if given_files.get(name) is None and len(side) < 2
     ]
@@ -153,7 +206,7 @@ def prepare_rows(
         )
     for name, file in given_files.items():
         if file is not None and (format != "auto" or columns):
-            sides[name] = read_rows(file, format, columns)
+            sides[name] = read_rows(file, format, columns, kind)
         elif file is not None:
             paths[name] = Path(file)
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,10 +218,9 @@ def prepare_rows(
 
 
 def _divided(
-    data: str, given_files: Mapping[str, str | None], format: Layout, columns: ColumnMap | None
+    rows: Sequence[Row], given_files: Mapping[str, str | None]
 ) -> tuple[list[Row], list[Row], list[Row]]:
     """Divides rows for training, validation and test; empty where a file is given."""
-    rows = read_rows(data, format, columns)
     shares = {"validation": VALIDATION_SHARE, "test": TEST_SHARE}
     train, validation, test = split_by_shares(
         rows, [0.0 if given_files[name] else share for name, share in shares.items()]

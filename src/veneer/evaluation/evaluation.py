@@ -102,10 +102,7 @@ def evaluate(
     _refuse_references(choices.metrics, rows, references)
     labels = _labels(choices, rows, references)
     other_lines = None if choices.against is None else read_predictions(choices.against)
-    general = None
-    if choices.general is not None:
-        documents, positions = general_documents(choices.general), capacity_of(base).positions
-        general = general_examples(documents, base.tokenizer, positions)
+    general = read_general(base, choices.general)
 
     losses = finite(nats(examples), examples)
     if not losses[:, 1].sum():
@@ -125,7 +122,7 @@ def evaluate(
     if labels:
         result["labels"] = {"own": not choices.labels, "names": labels, **of_labels}
     if general is not None:
-        result["general"] = _general(base, *general, nats)
+        result["general"] = evaluate_general(base, *general, nats)
     if other_lines is not None:
         matched_lines = matched(lines, other_lines, str(choices.against))
         result["against"] = {
@@ -242,7 +239,16 @@ def _figures(
     return result
 
 
-def _general(
+def read_general(
+    base: FrozenBase, source: str | None
+) -> tuple[Sequence[Example], Sequence[int]] | None:
+    """Returns windows of general text and the document of each. Raises DataError."""
+    if source is None:
+        return None
+    return general_examples(general_documents(source), base.tokenizer, capacity_of(base).positions)
+
+
+def evaluate_general(
     base: FrozenBase, examples: Sequence[Example], owners: Sequence[int], nats: Nats
 ) -> Figures:
     """Evaluates general text; with active adapters, also the base without them."""

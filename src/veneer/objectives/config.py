@@ -55,6 +55,8 @@ class ObjectiveConfig(StrictSettings):
     several        whether it reads several examples of a row, which one forward must compute
     share_of_rate  factor of the method's usual learning rate
     answers        whether the model writes answers
+    measures       what evaluations of its rows measure, by which `tune` and `compare` judge; the
+                   first one decides. Empty if they cannot judge it
     """
 
     rows: ClassVar[RowKind]
@@ -62,6 +64,7 @@ class ObjectiveConfig(StrictSettings):
     several: ClassVar[bool] = False
     share_of_rate: ClassVar[float] = 1.0
     answers: ClassVar[bool] = True
+    measures: ClassVar[tuple[str, ...]] = ("loss",)
 
     name: str = ""
     """Name in the run file; every objective has one."""
@@ -117,6 +120,7 @@ class PreferenceConfig(ObjectiveConfig):
 
     several: ClassVar[bool] = True
     share_of_rate: ClassVar[float] = 0.1
+    measures: ClassVar[tuple[str, ...]] = ("accuracy", "likelier")
 
 
 class _ReferenceConfig(PreferenceConfig):
@@ -157,6 +161,7 @@ class KTO(PreferenceConfig):
     """Learns from answers that are rated good or bad."""
 
     rows: ClassVar[RowKind] = "ratings"
+    measures: ClassVar[tuple[str, ...]] = ()
 
     name: Literal["kto"] = "kto"
     beta: Annotated[float, BETA] = 0.1
@@ -263,6 +268,7 @@ class Distil(ObjectiveConfig):
 class Classify(ObjectiveConfig):
     rows: ClassVar[RowKind] = "labels"
     answers: ClassVar[bool] = False
+    measures: ClassVar[tuple[str, ...]] = ()
 
     name: Literal["classify"] = "classify"
     kind: HeadKind = "label"

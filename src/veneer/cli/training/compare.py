@@ -5,6 +5,7 @@ For instance:
   veneer compare --base smollm2-135m --data tickets.jsonl --methods full,lora,prefix --out \\
       compare/tickets
   veneer compare a.yaml b.yaml --test held_out.jsonl --metrics field_f1 --seeds 3 --out compare/ab
+  veneer compare --base smollm2-135m --data pairs.jsonl --objective dpo --methods lora,dora --out c
 
 Every candidate gets the same rows and budget, a search for its learning rate, and --seeds runs.
 The rates of a search train together, and halving stops the worse half; full fine-tuning and
@@ -58,6 +59,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         "M,M",
         "methods, for instance full,lora,qlora,dora,prefix,bottleneck",
         default="",
+    )
+    add_value(
+        parser, "--objective", "O", "answers, or dpo, ipo or orpo over pairs; default: answers"
     )
     add_value(
         parser,
@@ -273,7 +277,12 @@ def _read_candidates(args: Namespace) -> list[tuple[str, RunConfig]]:
     candidates: list[tuple[str, RunConfig]] = []
     faults: list[str] = []
     for name in methods or args.runs:
-        flags = {"base": args.base, "data": args.data, "out": str(args.out)}
+        flags = {
+            "base": args.base,
+            "data": args.data,
+            "out": str(args.out),
+            "objective": args.objective,
+        }
         try:
             if methods:
                 candidates.append(

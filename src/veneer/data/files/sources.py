@@ -33,20 +33,26 @@ Records = Iterator[Record | Problem]
 
 
 def read_rows(
-    path: str | Path, format: str = "auto", columns: ColumnMap | None = None
+    path: str | Path,
+    format: str = "auto",
+    columns: ColumnMap | None = None,
+    kind: RowKind = "answers",
 ) -> list[Row]:
     """Reads all rows of the set. Raises DataError with every bad row.
 
-    format: a name of FORMATS, or auto
+    format: a name of FORMATS, or auto. kind: of the rows that are wanted
     """
-    rows, problems = scan_rows(path, format, columns)
+    rows, problems = scan_rows(path, format, columns, kind)
     if problems:
         raise refusal(f"{path} cannot be read as rows", problems)
     return rows
 
 
 def scan_rows(
-    path: str | Path, format: str = "auto", columns: ColumnMap | None = None
+    path: str | Path,
+    format: str = "auto",
+    columns: ColumnMap | None = None,
+    kind: RowKind = "answers",
 ) -> tuple[list[Row], list[Problem]]:
     """Reads the good rows of a set (places.py) and the problems of the others.
 
@@ -56,7 +62,7 @@ def scan_rows(
     rows: list[Row] = []
     problems: list[Problem] = []
     layouts = RowLayouts()
-    for row in iterate_rows(path, format, columns):
+    for row in iterate_rows(path, format, columns, kind=kind):
         if isinstance(row, Row):
             rows.append(row)
             layouts.add(row)

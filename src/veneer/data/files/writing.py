@@ -15,7 +15,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from veneer.data.examples import Problem, Row, grouped, prompt_key, refusal, row_key, sampling_key
+from veneer.data.examples import (
+    Format,
+    Problem,
+    Row,
+    grouped,
+    prompt_key,
+    refusal,
+    row_key,
+    sampling_key,
+)
 from veneer.data.files.columns import ColumnMap
 from veneer.data.files.sources import iterate_rows
 from veneer.data.split import part_of, parts_of_shares
@@ -90,24 +99,35 @@ ROWS_NAME = "rows"
 
 
 def record_of(row: Row) -> dict[str, Any]:
-    """Converts the row to a record of its layout; alpaca and ShareGPT become chat."""
+    """Converts the row to a record of its layout; alpaca and ShareGPT become chat, and OpenAI's
+    pairs become `pairs`."""
     end = {"unfinished": True} if row.unfinished else {}
     if row.text is not None:
         return {"text": row.text, **end}
     record: dict[str, Any] = {"messages": row.messages}
-    if row.format == "prompt_completion":  # a base without a chat template cannot use messages
+    # A base without a chat template cannot use messages.
+    if row.others or row.format == "prompt_completion":
         trained = (
             number
             for number, message in enumerate(row.messages)
             if message["role"] == "assistant" and message.get("weight") != 0
         )
-        answer = next(trained, len(row.messages) - 1)
-        record = {"prompt": row.messages[:answer], "completion": row.messages[answer:]}
+        start = next(trained, len(row.messages) - 1)
+        answers = [messages[start:] for messages in (row.messages, *row.others)]
+        record = {"prompt": row.messages[:start], **_answer_columns(row.format, answers)}
     if row.tools:
         record["tools"] = row.tools
     if row.references:
         record["references"] = list(row.references)
     return record | end
+
+
+def _answer_columns(format: Format, answers: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """Returns the columns for the answers to one prompt, the best first. format: of the row"""
+    if format == "ranked":
+        return {"ranked": answers}
+    names = ("completion",) if len(answers) == 1 else ("chosen", "rejected")
+    return dict(zip(names, answers, strict=True))
 
 
 @dataclass

@@ -31,8 +31,9 @@ def longest_answer(tokenizer: Any, rows: Sequence[Row]) -> int:
 
 
 def _answer(row: Row) -> str | None:
-    """Returns the last answer of a row; None if it has none, or a tool call."""
-    last = row.messages[-1] if row.messages else {}
+    """Returns the last answer of a row; None if it has none, a tool call, or several answers in
+    order of preference."""
+    last = row.messages[-1] if row.messages and not row.others else {}
     return None if last.get("tool_calls") else last.get("content")
 
 
