@@ -4,6 +4,7 @@ import pytest
 
 from veneer.adapters.config import LoRA
 from veneer.errors import ConfigError
+from veneer.objectives.config import Answers
 from veneer.training.supervisor import rung_steps
 from veneer.tuning.candidates import (
     EVALUATIONS,
@@ -17,7 +18,7 @@ from veneer.tuning.parts import PartFiles
 from veneer.tuning.schedule import MOST_EPOCHS, Pace, schedule
 from veneer.tuning.verdict import is_better, verdict
 
-ADVISED = AdvisedSettings(LoRA(rank=8, alpha=16), 1.3e-3, None, [])
+ADVISED = AdvisedSettings(Answers(), LoRA(rank=8, alpha=16), 1.3e-3, None, [])
 TRIED = candidates(ADVISED)
 PACE = Pace({2: 0.12, 8: 0.1}, evaluation=0.5, start=5.0)
 
@@ -97,14 +98,15 @@ def test_too_little_time_is_refused_with_what_is_needed():
 def result(interval, *, forgetting=(0.1, [0.05, 0.15]), interrupted=False, runner_up=0.02):
     judged = {
         "metrics": ["field_f1"],
+        "measures": ["loss", "field_f1"],
         "base": {"rows": 45, "loss": 2.0, "field_f1": 0.1},
         "adapter": {
             "loss": 1.0,
             "field_f1": 0.9,
             "units": {"field_f1": "share"},
             "against": {
-                "loss": {"difference": -1.0, "interval": interval},
-                "field_f1": {"difference": 0.8, "interval": [0.7, 0.9]},
+                "loss": {"other": 2.0, "difference": -1.0, "interval": interval},
+                "field_f1": {"other": 0.1, "difference": 0.8, "interval": [0.7, 0.9]},
             },
             "general": {
                 "before": 3.0,
@@ -152,6 +154,24 @@ def test_the_verdict_is_as_sure_as_its_interval(interval, better, words):
     assert words in lines[2] and "0.0200 higher" in lines[2]
     assert "field F1 10.0% → 90.0%" in lines[1] and "on 45 rows" in lines[1].lower()
     assert ("veneer chat --adapter runs/t" in lines[4]) == bool(better)
+
+
+@pytest.mark.parametrize(("sign", "better"), [(1, True), (-1, False)])
+def test_the_verdict_of_pairs_follows_from_their_accuracy(sign, better):
+    made = result([-1.2, -0.8])
+    gain = {"other": 0.5, "difference": sign * 0.3, "interval": sorted([sign * 0.2, sign * 0.4])}
+    likelier = {"other": 0.6, "difference": 0.1, "interval": [-0.1, 0.3]}
+    made["judging"] |= {"metrics": [], "measures": ["accuracy", "likelier"]}
+    made["judging"]["adapter"] |= {
+        "accuracy": 0.5 + sign * 0.3,
+        "likelier": 0.7,
+        "units": {"accuracy": "share", "likelier": "share"},
+        "against": {"accuracy": gain, "likelier": likelier},
+    }
+    lines = verdict(made)
+    assert is_better(made) is better
+    assert "preferred answer likelier in 60.0% → 70.0%" in lines[1]
+    assert f"the interval is {'above' if better else 'below'} zero" in lines[2]
 
 
 def test_the_verdict_is_not_sure_where_parts_may_have_similar_prompts():

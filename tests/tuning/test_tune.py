@@ -13,6 +13,7 @@ import torch
 import veneer
 from tests.support.tiny import save_tiny, tiny_tokenizer
 from veneer import api
+from veneer.cli.config_file import read_run_config
 from veneer.cli.main import main
 from veneer.errors import ConfigError, DataError, RunInterrupted
 from veneer.files.strict_json import read_json
@@ -21,7 +22,7 @@ from veneer.plan.ask import answer_question
 from veneer.training.trainee import Trainee
 from veneer.tuning import advice as advice_module
 from veneer.tuning import tune as tune_module
-from veneer.tuning.advice import VALUE_BYTES, ask_plan
+from veneer.tuning.advice import VALUE_BYTES, ask_plan, choose_objective
 from veneer.tuning.candidates import candidates
 from veneer.tuning.schedule import Schedule
 
@@ -129,6 +130,43 @@ def test_one_command_makes_an_adapter_a_verdict_and_a_page(files, tmp_path, shor
     veneer.load(files / "base").load_adapter(out, name="t")
 
 
+def test_pairs_are_tuned_by_dpo_and_judged_by_the_preferred_answers(files, tmp_path, monkeypatch):
+    plan = Schedule({2: 6, 8: 6}, [0.5], 1.0, 0.03, True)
+    monkeypatch.setattr(tune_module, "schedule", lambda *_: plan)
+    monkeypatch.setattr(tune_module, "candidates", lambda advised: candidates(advised)[:2])
+    out, chance = tmp_path / "preferred", random.Random(2)
+    rows = []
+    for number in range(30):
+        prompt = " ".join(chance.choices(WORDS, k=4)) + f" <{number:03}>"
+        for answer in ("yes", "yes please"):
+            rows.append({"prompt": prompt, "chosen": answer, "rejected": "no"})
+    lines = []
+    result = veneer.tune(files / "base", rows, out=out, say=lines.append)
+    assert "· dpo · lora" in lines[1] and result["judging"]["measures"] == ["accuracy", "likelier"]
+    parts = {name: marks(out / "data" / f"{name}.jsonl") for name in ("train", "search", "judge")}
+    assert sum(map(len, parts.values())) == 30 == len(set.union(*parts.values()))
+    configs = [read_run_config(str(file), {}, []) for file in (out / "runs").glob("*/run.yaml")]
+    assert len({config.objective.beta for config in configs}) == 1
+    assert max(config.learning_rate for config in configs) < 1e-2
+    judged = result["judging"]["adapter"]["against"]
+    assert judged["accuracy"]["other"] == 0.5 < result["judging"]["adapter"]["accuracy"]
+    assert result["judging"]["adapter"]["general"]["forgetting_interval"] is not None
+    verdict = result["verdict"]
+    assert len(verdict) == 5 and "accuracy 50.0% → " in verdict[1]
+    assert "preferred answer likelier in" in verdict[1] and "interval" in verdict[2]
+    assert "preferred answer likelier in" in (out / "tune.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("objective", "error"), [("kto", ConfigError), ("classify", ConfigError), ("ipo", DataError)]
+)
+def test_an_objective_that_does_not_fit_is_refused_by_name(objective, error, files, tmp_path):
+    rows = files / "rows.jsonl"
+    with pytest.raises(error, match="answers" if error is DataError else objective):
+        veneer.tune(files / "base", rows, out=tmp_path / "t", objective=objective)
+    assert not (tmp_path / "t").exists()
+
+
 def test_the_plan_advises_lora_and_counts_the_values_of_all_candidates(files, monkeypatch):
     base, answers = str(files / "base"), []
 
@@ -138,7 +176,7 @@ def test_the_plan_advises_lora_and_counts_the_values_of_all_candidates(files, mo
 
     monkeypatch.setattr(advice_module, "answer_question", observe)
     data, _ = api.check_data(str(files / "rows.jsonl"), base=base)
-    outlook = ask_plan(base, data)
+    outlook = ask_plan(base, data, choose_objective(None, data))
     advised = outlook.advised
     assert advised.method.alpha == 2 * advised.method.rank and advised.learning_rate > 0
     assert not any("not of" in reason for reason in advised.reasons)

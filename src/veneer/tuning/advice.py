@@ -2,10 +2,14 @@
 
 from dataclasses import dataclass
 
+from pydantic import TypeAdapter
+
 from veneer.adapters.config import LoRA
 from veneer.data.load import DataSet
-from veneer.errors import DoesNotFitError
+from veneer.errors import ConfigError, DoesNotFitError
+from veneer.evaluation.preferences import are_preferences
 from veneer.files.memory import memory
+from veneer.objectives.config import OBJECTIVES, AnyObjective
 from veneer.plan.ask import PlanQuestion, answer_question
 from veneer.plan.choice import Choice
 from veneer.plan.workload import Workload
@@ -16,6 +20,29 @@ from veneer.wording import size
 ALPHA_OF_RANK = 2
 VALUE_BYTES = 16
 """Bytes of a trained value with its gradient and moments."""
+
+
+OBJECTIVE_NAMES = tuple(
+    name
+    for name, objective in OBJECTIVES.items()
+    if objective.measures and not objective.has_teacher
+)
+"""Objectives that the command can search and judge, without further settings."""
+
+
+def choose_objective(name: str | None, data: DataSet) -> AnyObjective:
+    """Returns the objective of this name with its defaults; by default the one of the rows. Raises
+    ConfigError for an objective that cannot be judged here."""
+    if name is None:
+        name = "dpo" if are_preferences(data.train) else "answers"
+    if name not in OBJECTIVE_NAMES:
+        raise ConfigError(
+            f"tune has no objective {name}",
+            [f"objectives: {', '.join(OBJECTIVE_NAMES)}"],
+            "For other objectives: veneer train, then veneer evaluate.",
+        )
+    objective: AnyObjective = TypeAdapter(AnyObjective).validate_python({"name": name})
+    return objective
 
 
 @dataclass(frozen=True)
@@ -32,9 +59,9 @@ class Outlook:
         return f"about {size(self.memory_bytes)} (plan){free}"
 
 
-def ask_plan(base: str, data: DataSet) -> Outlook:
+def ask_plan(base: str, data: DataSet, objective: AnyObjective) -> Outlook:
     """Asks the plan for a start. Raises DoesNotFitError if LoRA does not fit on this machine."""
-    config = RunConfig.of({"base": base, "data": "rows", "out": "planned"})
+    config = RunConfig.of({"base": base, "data": "rows", "out": "planned", "objective": objective})
     question = PlanQuestion([base], Choice.of(config), Workload.of(config, data), kind="task")
     answer = answer_question(question)
     assert answer.advice is not None
@@ -48,8 +75,8 @@ def ask_plan(base: str, data: DataSet) -> Outlook:
     if rank is None:
         reasons.append(f"The search is over settings of LoRA, not of {advice.choice.method.name}.")
         rank, rate = LoRA().rank, LoRA().default_learning_rate(base_width(base))
-    method = LoRA(rank=rank, alpha=ALPHA_OF_RANK * rank)
-    advised = AdvisedSettings(method, rate, advice.choice.quantize, reasons)
+    method, rate = LoRA(rank=rank, alpha=ALPHA_OF_RANK * rank), rate * objective.share_of_rate
+    advised = AdvisedSettings(objective, method, rate, advice.choice.quantize, reasons)
     row = answer.rows[0]
     planned_rank = row.choice.method.update_rank or rank
     values = row.run.trainable_parameters / planned_rank

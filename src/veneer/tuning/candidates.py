@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.adapters.config import LoRA
+from veneer.objectives.config import AnyObjective
 from veneer.quant.config import Quantize
 from veneer.training.config import RunConfig
 from veneer.tuning.parts import PartFiles
@@ -39,8 +40,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class AdvisedSettings:
-    """What the plan advises for these rows and this machine. method: LoRA, in any case."""
+    """What the plan advises for these rows and this machine. objective: of all runs. method: LoRA,
+    in any case."""
 
+    objective: AnyObjective
     method: LoRA
     learning_rate: float
     quantize: Quantize | None
@@ -79,6 +82,7 @@ def run_config(
     fields: Mapping[str, Any] = {
         "base": base,
         "data": {"train": str(files.train), "validation": str(files.search)},
+        "objective": advised.objective,
         "method": method.model_copy(update={"rank": candidate.rank, "alpha": alpha}),
         "quantize": advised.quantize,
         "learning_rate": candidate.learning_rate,

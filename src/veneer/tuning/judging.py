@@ -1,7 +1,9 @@
 """Judges an adapter once: base and adapter on rows that nothing has seen, and forgetting.
 
-The loss is always compared. Answers are compared too where a metric fits them: field F1 for JSON,
-accuracy for a few short labels. Differences are over the same rows, with 95% intervals.
+The objective names what is measured (objectives/config.py): the loss of answers, or how often the
+preferred answer of a pair is the likelier one. Answers are compared too where a metric fits them:
+field F1 for JSON, accuracy for a few short labels. Differences are over the same rows, with 95%
+intervals.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +14,7 @@ from veneer import api
 from veneer.data.examples import Row
 from veneer.evaluation.general import BUILT_IN
 from veneer.evaluation.metrics.fitting import longest_answer, metrics_for
+from veneer.objectives.config import AnyObjective
 from veneer.quant.config import Quantize
 
 Progress = Callable[[str, int, int], None]
@@ -23,6 +26,7 @@ def judge(
     rows: Sequence[Row],
     file: Path,
     *,
+    objective: AnyObjective,
     quantize: Quantize | None,
     out: Path,
     progress: Progress,
@@ -50,4 +54,9 @@ def judge(
     untuned = measured("base", None, None)
     loaded.use(loaded.load_adapter(adapter, name="tuned"))
     tuned = measured("adapter", BUILT_IN, out / "base.jsonl")
-    return {"metrics": list(metrics), "base": untuned, "adapter": tuned}
+    return {
+        "metrics": list(metrics),
+        "measures": [*objective.measures, *metrics],
+        "base": untuned,
+        "adapter": tuned,
+    }

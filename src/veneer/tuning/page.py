@@ -8,7 +8,7 @@ from typing import Any
 from veneer.report.html import html_page, section, table
 from veneer.report.jobs_page import STYLE, job_sections
 from veneer.report.many_jobs import JobRecord
-from veneer.tuning.verdict import figure_text, verdict
+from veneer.tuning.verdict import figure_text, title, verdict
 from veneer.wording import between, clock, number
 
 NAME = "tune.html"
@@ -62,13 +62,13 @@ def _judging(judging: Mapping[str, Any] | None) -> str:
 
     lines = [
         [
-            name.replace("_", " "),
-            text(name, judging["base"][name]),
+            title(name),
+            text(name, against[name]["other"]),
             text(name, judging["adapter"][name]),
             signed(name, against[name]["difference"]),
             ends(name),
         ]
-        for name in ["loss", *judging["metrics"]]
+        for name in judging["measures"]
     ]
     general = judging["adapter"]["general"]
     low, high = general["forgetting_interval"] or (None, None)

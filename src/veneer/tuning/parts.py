@@ -43,6 +43,16 @@ class RowParts:
     judge_groups: int
     judge_prompts: int
 
+    def line(self, problems: int) -> str:
+        """Describes the parts. problems: number of notes of the check"""
+        total = len(self.train) + len(self.search) + len(self.judge)
+        notes = f" · {problems} note{'' if problems == 1 else 's'}: veneer data check"
+        alike = "" if self.by_likeness else " · many prompts are alike, and may be in several parts"
+        return (
+            f"{total:,} rows, {len(self.train):,} to train on, {len(self.search):,} to search"
+            f" with, {len(self.judge):,} to judge with{alike}{notes if problems else ''}"
+        )
+
 
 @dataclass(frozen=True)
 class PartFiles:

@@ -40,7 +40,7 @@ from veneer.training.output.screen import QuietScreen
 from veneer.training.state.interrupt import Interrupt
 from veneer.training.state.place import locked_folder, refuse_unless_new
 from veneer.training.supervisor import SuccessiveHalving
-from veneer.tuning.advice import Outlook, ask_plan
+from veneer.tuning.advice import Outlook, ask_plan, choose_objective
 from veneer.tuning.candidates import BATCHES, Candidate, candidates, run_config
 from veneer.tuning.judging import judge
 from veneer.tuning.page import NAME as PAGE
@@ -66,6 +66,7 @@ def tune(
     library: str | Path | None = None,
     minutes: float = 10.0,
     seed: int = 0,
+    objective: str | None = None,
     format: Layout = "auto",
     columns: ColumnMap | None = None,
     say: Say | None = None,
@@ -78,6 +79,7 @@ def tune(
     data      the name of a set of rows, or the rows themselves, each a dict
     library   a library that takes the adapter, under the name of the folder
     minutes   for the search and the training; the judging comes after it
+    objective its name; None: dpo for rows of pairs, else answers
     say       shows a line; confirm: asks whether to start, once the plan is shown
     progress  shows the judging
 
@@ -96,9 +98,10 @@ def tune(
         refuse_unless_new(folder)
         data_set, _ = api.check_data(name, base=str(base), format=format, columns=columns)
         refuse(data_set.report, name)
-        parts = divide(read_rows(name, format, columns), name)
-        say(_rows_line(name, parts, len(data_set.report.problems)))
-        outlook = ask_plan(str(base), data_set)
+        goal = choose_objective(objective, data_set)
+        parts = divide(read_rows(name, format, columns, goal.rows), name)
+        say(f"{name}: {parts.line(len(data_set.report.problems))}")
+        outlook = ask_plan(str(base), data_set, goal)
         for line in _plan_lines(str(base), outlook, minutes):
             say(line)
         if confirm is not None and not confirm():
@@ -123,16 +126,6 @@ def _write_result(folder: Path, result: dict[str, Any], jobs: Sequence[JobRecord
     write_text(folder / PAGE, make_page(result, jobs), replace=True)
 
 
-def _rows_line(name: str, parts: RowParts, problems: int) -> str:
-    total = len(parts.train) + len(parts.search) + len(parts.judge)
-    notes = f" · {problems} note{'' if problems == 1 else 's'}: veneer data check"
-    alike = "" if parts.by_likeness else " · many prompts are alike, and may be in several parts"
-    return (
-        f"{name}: {total:,} rows, {len(parts.train):,} to train on, {len(parts.search):,} to search"
-        f" with, {len(parts.judge):,} to judge with{alike}{notes if problems else ''}"
-    )
-
-
 def _plan_lines(base: str, outlook: Outlook, minutes: float) -> list[str]:
     advised, tried = outlook.advised, candidates(outlook.advised)
 
@@ -141,7 +134,8 @@ def _plan_lines(base: str, outlook: Outlook, minutes: float) -> list[str]:
 
     weights = f" over {advised.quantize}" if advised.quantize else ""
     return [
-        f"{base} · lora{weights} · {len(tried)} settings: learning rate {values('learning_rate')};"
+        f"{base} · {advised.objective.name} · lora{weights} · {len(tried)} settings: learning rate"
+        f" {values('learning_rate')};"
         f" rank {values('rank')}; batch {values('batch')}",
         f"time: {clock(60 * minutes)}, about a third for the search; judging comes after it",
         f"memory: {outlook.memory_line}",
@@ -191,6 +185,7 @@ class _TuneRuns:
                 "judge_groups": self.parts.judge_groups,
                 "judge_prompts": self.parts.judge_prompts,
             },
+            "objective": self.advised.objective.model_dump(mode="json"),
             "reasons": list(self.advised.reasons),
             "search": self._search_facts(search),
             "chosen": {"text": str(chosen), **asdict(chosen)},
@@ -269,6 +264,7 @@ class _TuneRuns:
             self.out / "adapter",
             self.parts.judge,
             self.files.judge,
+            objective=self.advised.objective,
             quantize=self.advised.quantize,
             out=self.out / "judging",
             progress=progress,

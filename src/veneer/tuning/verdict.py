@@ -51,20 +51,24 @@ def _judged(result: Result) -> list[str]:
     if judging is None:
         return ["Not judged: the rows to judge with have not been used."]
     rows, against = judging["base"]["rows"], judging["adapter"]["against"]
-    names = ["loss", *judging["metrics"]]
-    parts = [_change(name, judging, against[name]) for name in names]
+    parts = [_change(name, judging, against[name]) for name in judging["measures"]]
     return [f"On {rows} rows that nothing had seen: {'; '.join(parts)}."]
 
 
 def _change(name: str, judging: Mapping[str, Any], difference: Mapping[str, Any]) -> str:
     """Describes a figure of base and adapter, and the interval of the difference."""
     share = judging["adapter"]["units"].get(name) == "share"
-    before, after = judging["base"][name], judging["adapter"][name]
-    title = {"field_f1": "field F1"}.get(name, name.replace("_", " "))
+    before, after = difference["other"], judging["adapter"][name]
     return (
-        f"{title} {figure_text(before, share)} → {figure_text(after, share)} (difference"
+        f"{title(name)} {figure_text(before, share)} → {figure_text(after, share)} (difference"
         f" {_signed(difference['difference'], share)}, {_ends(difference['interval'], share)})"
     )
+
+
+def title(name: str) -> str:
+    """Returns the name of a measure in a sentence."""
+    titles = {"field_f1": "field F1", "likelier": "preferred answer likelier in"}
+    return titles.get(name, name.replace("_", " "))
 
 
 def figure_text(value: float, share: bool) -> str:
@@ -83,14 +87,22 @@ def _ends(ends: Sequence[float] | None, share: bool) -> str:
 
 
 def is_better(result: Result) -> bool | None:
-    """Returns whether the loss on the judging rows fell for sure; None if it was not judged, if the
-    interval holds zero, or if it is too narrow."""
+    """Returns whether the first measure of the judging rows is better for sure, a loss if it fell;
+    None if it was not judged, if the interval holds zero, or if it is too narrow."""
     if result["judging"] is None or _is_too_narrow(result):
         return None
-    ends = result["judging"]["adapter"]["against"]["loss"]["interval"]
+    primary = result["judging"]["measures"][0]
+    ends = result["judging"]["adapter"]["against"][primary]["interval"]
     if ends is None or ends[0] <= 0 <= ends[1]:
         return None
-    return bool(ends[1] < 0)
+    return bool((ends[1] < 0) == (primary == "loss"))
+
+
+def _side(result: Result) -> str:
+    """Says on which side of zero the interval of the first measure is."""
+    judging = result["judging"]
+    ends = judging["adapter"]["against"][judging["measures"][0]]["interval"]
+    return f"the interval is {'below' if ends[1] < 0 else 'above'} zero"
 
 
 def _is_too_narrow(result: Result) -> bool:
@@ -117,9 +129,9 @@ def _certainty(result: Result) -> str:
     elif better is None:
         sentence = "Not sure: the interval holds zero, so these rows cannot tell the two apart."
     elif better:
-        sentence = "Sure that it is better than the base on such rows: the interval is below zero."
+        sentence = f"Sure that it is better than the base on such rows: {_side(result)}."
     else:
-        sentence = "Sure that it is worse than the base on such rows: the interval is above zero."
+        sentence = f"Sure that it is worse than the base on such rows: {_side(result)}."
     if search["runner_up"] is None:
         return sentence
     runner_up = search["runner_up"]

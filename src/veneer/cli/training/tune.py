@@ -4,6 +4,7 @@ For instance:
 
   veneer tune --base smollm2-135m --data tickets.jsonl --out runs/tuned
   veneer tune --base smollm2-135m --data tickets.jsonl --out runs/tuned --minutes 30 --library lib
+  veneer tune --base smollm2-135m --data pairs.jsonl --out runs/preferred
 
 The rows are checked and divided into three parts: to train on, to search with, to judge with. Eight
 settings of LoRA around the plan's advice train together. The worse half stops, again and again, and
@@ -59,6 +60,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         "L",
         "library folder to add the adapter to, under the name of DIR; default: none",
     )
+    add_value(
+        parser,
+        "--objective",
+        "O",
+        "answers, dpo, ipo or orpo; default: dpo for rows of pairs, else answers",
+    )
     add_value(parser, "--seed", "N", "seed of the runs; default: 0", type=SEED, default=0)
     add_value(parser, "--format", "F", "format of the rows; default: auto", default="auto")
     add_map(parser)
@@ -95,6 +102,7 @@ def run(args: Namespace) -> int:
             library=args.library,
             minutes=args.minutes,
             seed=args.seed,
+            objective=args.objective,
             format=args.format,
             columns=columns,
             say=say,
