@@ -63,7 +63,7 @@ LOOPS = {
     "clients": Loop("soak/serve/test_clients.py", 60, 1000),
     "cycles": Loop("soak/serve/test_cycles.py", 300, 1000),
     "mixes": Loop("soak/models/test_mixes.py", 100, 10_000),
-    "engine": Loop("soak/decoding/test_engine_mixes.py", 50, 10_000),
+    "engine": Loop("soak/decoding/test_engine_mixes.py", 250, 10_000),
     "decoding": Loop("soak/decoding/test_decoding.py", 200, 5000),
     "tiers": Loop(
         "library/test_residents.py::test_any_traffic_ends_each_request_once_and_within_the_budget",
