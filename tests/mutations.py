@@ -280,7 +280,10 @@ TESTS: dict[str, tuple[str, ...]] = {
         "decoding/schedule/test_scheduler.py",
     ),
     "decoding/schedule/scheduler.py": ("decoding/schedule/test_scheduler.py",),
-    "decoding/schedule/step_plan.py": ("decoding/schedule/test_scheduler.py",),
+    "decoding/schedule/step_plan.py": (
+        "decoding/schedule/test_scheduler.py",
+        "decoding/schedule/test_prompt_scores.py",
+    ),
     "decoding/schedule/sequence.py": ("decoding/schedule/test_scheduler.py",),
     "decoding/continued.py": ("models/test_step.py", "decoding/schedule/test_scheduler.py"),
     "decoding/schedule/adapters.py": (
@@ -331,7 +334,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "decoding/text.py": ("decoding/test_text.py",),
     "serve/protocols/body.py": ("serve/protocols/test_fields.py",),
     "serve/protocols/faults.py": ("serve/protocols/test_fields.py",),
-    "serve/http/json_body.py": ("serve/protocols/test_fields.py",),
+    "serve/http/json_body.py": ("serve/protocols/test_fields.py", "serve/test_server.py"),
     "serve/protocols/sampling_body.py": ("serve/protocols/test_fields.py",),
     "serve/protocols/chunks.py": ("serve/protocols/test_answers.py", "serve/test_server.py"),
     "serve/protocols/chat.py": (

@@ -79,6 +79,7 @@ def test_the_adapter_whose_prompts_are_like_the_question_answers(server, path):
     for name in ALPHABETS:
         veneer = chosen(server, question(name), path)
         assert veneer["adapter"] == name and 0 <= veneer["margin"] < 2
+        assert veneer["margin"] == round(veneer["margin"], 4)
     veneer = chosen(server, GENERAL, path)
     assert veneer["adapter"] is None and veneer["margin"] < 0
 

@@ -8,7 +8,7 @@ import pytest
 from tests.serve.server import BASE, add_adapter, running
 from tests.serve.tables import PAGE, filled
 from veneer.library.library import Library
-from veneer.serve.http.paths import PATHS
+from veneer.serve.http.paths import BODIES, PATHS, openapi
 
 
 def test_the_tables_are_those_of_the_code():
@@ -20,6 +20,19 @@ def test_the_tables_are_those_of_the_code():
 def test_every_path_is_named():
     text = PAGE.read_text()
     assert [path for path in PATHS if path not in text] == []
+
+
+def test_the_openapi_document_requires_a_body_on_every_path_and_defines_its_fields():
+    document = openapi()
+    schemas = document["components"]["schemas"]
+    assert document["paths"].keys() == BODIES.keys()
+    for path, body_class in BODIES.items():
+        body = document["paths"][path]["post"]["requestBody"]
+        reference = body["content"]["application/json"]["schema"]["$ref"]
+        assert body["required"] is True
+        assert reference == f"#/components/schemas/{body_class.__name__}"
+    references = re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(document))
+    assert set(references) <= schemas.keys()
 
 
 @pytest.fixture(scope="module")

@@ -466,6 +466,24 @@ def test_many_log_probabilities_are_spelled_once_and_beside_the_event_loop(
     assert len(spelled) == 2 * 8 + 2 * 3 * 2  # prompts once, and each answer's tokens
 
 
+def test_answers_with_at_most_the_limit_of_log_probabilities_stay_in_the_event_loop(
+    client, monkeypatch
+):
+    threads, write = set(), CompletionWriter.logprobs
+
+    def note_thread(*arguments):
+        threads.add(threading.current_thread().name.partition("_")[0])
+        return write(*arguments)
+
+    monkeypatch.setattr(CompletionWriter, "logprobs", note_thread)
+    body = {"model": BASE, "prompt": [5] * 9, "max_tokens": 5, "n": 2, "logprobs": 0}
+    for limit, expected in ((10, False), (9, True)):
+        threads.clear()
+        monkeypatch.setattr("veneer.serve.http.exchange.LARGE_LOGPROBS", limit)
+        client.completions.create(**body, extra_body={"ignore_eos": True})
+        assert (threads == {"asyncio"}) == expected
+
+
 def test_a_prompt_without_an_answer_may_fill_all_positions(client):
     positions = made_base().model.config.max_position_embeddings
     body = {"model": BASE, "echo": True, "max_tokens": 0, "logprobs": 0}
