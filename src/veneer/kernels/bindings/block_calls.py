@@ -234,7 +234,7 @@ def norm_backward(
     grad_up: unused
     sides: RankFactors*3
     {_SIZES}
-    activation: 0..2
+    activation: 0..4
     body sides
     """,
     RankFactors=RankStruct,
@@ -267,7 +267,7 @@ def gate_forward(
     grad_up: bf16[rows, width]? words 4
     sides: RankFactors*3
     {_SIZES}
-    activation: 0..2
+    activation: 0..4
     body out, sides
     """,
     RankFactors=RankStruct,

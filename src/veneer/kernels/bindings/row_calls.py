@@ -12,7 +12,7 @@ from veneer.kernels.bindings.declarations import declare
 
 _READ = "x: T{rows * width}; weight: T[width];"
 _WRITTEN = "out: T{rows * width}; scale: f32[rows]; width: 1..;"
-SILU, GELU_TANH, GELU_ERF = range(3)
+SILU, GELU_TANH, GELU_ERF, RELU, RELU_SQUARED = range(5)
 """Numbers of activations: GELU by its formula with tanh, and by its definition."""
 
 
@@ -45,7 +45,7 @@ def rms_norm_backward(
 
 @declare(
     "veneer_gate_forward|veneer_gate_float_forward(*, registers = count / 16,"
-    " activation: int32 0..2)",
+    " activation: int32 0..4)",
     "gate: T{count}; up: T{count}?; grad: unused; out: T{count}; grad_gate, grad_up: unused",
 )
 def gate_forward(gate: Tensor, up: Tensor | None, out: Tensor, activation: int) -> None:
@@ -56,7 +56,7 @@ def gate_forward(gate: Tensor, up: Tensor | None, out: Tensor, activation: int) 
 
 @declare(
     "veneer_gate_backward|veneer_gate_float_backward(*, registers = count / 16,"
-    " activation: int32 0..2)",
+    " activation: int32 0..4)",
     "gate: T{count}; up: T{count}?; grad: T{count}; out: unused; grad_gate: T{count};"
     " grad_up: T{count}?",
 )
@@ -75,7 +75,7 @@ def gate_backward(
 
 
 def _check_gate(gate: Tensor, up: Tensor | None, activation: int) -> None:
-    if gate.dtype is torch.float32 and (up is None or activation == GELU_ERF):
+    if gate.dtype is torch.float32 and (up is None or activation >= GELU_ERF):
         raise CallError("a gate that C does not compute in float32")
 
 

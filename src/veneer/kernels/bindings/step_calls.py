@@ -95,7 +95,7 @@ def step_rotate(
     rows
     gate_row, up_row: 0..2**40
     width
-    activation: 0..2
+    activation: 0..4
     """,
 )
 def step_gate(

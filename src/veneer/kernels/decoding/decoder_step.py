@@ -119,7 +119,7 @@ def gate(gate_ND: Tensor, up_ND: Tensor | None, activation: int = SILU) -> Tenso
     """Returns activation(gate) * up, or without up activation(gate). Source: Shazeer 2020,
     arXiv:2002.05202, SwiGLU and GEGLU.
 
-    activation: SILU, GELU_TANH or GELU_ERF of bindings/row_calls.py
+    activation: a number of bindings/row_calls.py
     """
     if not _have_rows(gate_ND, up_ND):
         return gated_reference(gate_ND, up_ND, activation)

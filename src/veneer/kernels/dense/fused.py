@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from veneer.kernels.bindings import block_calls, row_calls
 from veneer.kernels.bindings.library import has_bf16, has_floats, on_cpu
 from veneer.kernels.bindings.rank_calls import PAIR_BYTES
-from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, SILU
+from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, RELU, RELU_SQUARED, SILU
 from veneer.kernels.cuda import launch
 from veneer.kernels.rules import Norm
 
@@ -121,7 +121,7 @@ def _liger_norms(x: Tensor, weight: Tensor, *gradients: Tensor) -> Any:
 
 def _liger_gates(gate: Tensor, up: Tensor, activation: int, *gradients: Tensor) -> Any:
     """Returns liger-kernel's functions if its gates take these tensors, else None."""
-    fits = gate.shape == up.shape and gate.shape[-1] <= MAX_WIDTH and activation != GELU_ERF
+    fits = gate.shape == up.shape and gate.shape[-1] <= MAX_WIDTH and activation < GELU_ERF
     return launch.kernels_for("liger_kernels", gate, up, *gradients) if fits else None
 
 
@@ -160,6 +160,8 @@ def activated(gate: Tensor, activation: int) -> Tensor:
     """Returns the activation of gate, by torch. activation: a number of bindings/row_calls.py."""
     if activation == SILU:
         return F.silu(gate)
+    if activation in (RELU, RELU_SQUARED):
+        return F.relu(gate) if activation == RELU else F.relu(gate).square()
     return F.gelu(gate, approximate="tanh" if activation == GELU_TANH else "none")
 
 
@@ -194,15 +196,19 @@ class _Gate(torch.autograd.Function):
             share = torch.sigmoid(gate)
             grad_up = None if up is None else grad * gate * share
             return grad_activated * share * (1 + gate * (1 - share)), grad_up, None
-        kind = "tanh" if activation == GELU_TANH else "none"
-        grad_gate = torch.ops.aten.gelu_backward(grad_activated, gate, approximate=kind)
+        if activation in (RELU, RELU_SQUARED):
+            slope = (gate > 0).to(gate.dtype) if activation == RELU else 2 * F.relu(gate)
+            grad_gate = grad_activated * slope
+        else:
+            kind = "tanh" if activation == GELU_TANH else "none"
+            grad_gate = torch.ops.aten.gelu_backward(grad_activated, gate, approximate=kind)
         return grad_gate, None if up is None else grad * activated(gate, activation), None
 
 
 def _is_compiled_gate(gate: Tensor, up: Tensor | None, activation: int, *gradients: Tensor) -> bool:
-    """True if the kernels take these: in float32 no plain activation, and no GELU by its
-    definition."""
-    if (up is None or activation == GELU_ERF) and gate.dtype is not torch.bfloat16:
+    """True if the kernels take these: in float32 no plain activation, and only SiLU and GELU by
+    its formula with tanh."""
+    if (up is None or activation >= GELU_ERF) and gate.dtype is not torch.bfloat16:
         return False
     others = gradients if up is None else (up, *gradients)
     alike = all(other.shape == gate.shape for other in others)

@@ -258,6 +258,8 @@ VENEER_INLINE void gate_gradients(const int activation, const struct gates *a, i
 GATES(silu, SILU)
 GATES(gelu_tanh, GELU_TANH)
 GATES(gelu_erf, GELU_ERF)
+GATES(relu, RELU)
+GATES(relu_squared, RELU_SQUARED)
 
 static void gates(struct gates *a, veneer_body body) {
     veneer_parallel_dealt(body, a, rank_blocks(a->rows), 1, 4);
@@ -265,7 +267,8 @@ static void gates(struct gates *a, veneer_body body) {
 }
 
 void veneer_block_gate_forward(struct gates *a) {
-    const veneer_body bodies[] = {silu_forward, gelu_tanh_forward, gelu_erf_forward};
+    const veneer_body bodies[] = {silu_forward, gelu_tanh_forward, gelu_erf_forward, relu_forward,
+                                  relu_squared_forward};
     pack_up(a->sides, a->rows, a->width);
     pack_up(a->sides + 1, a->rows, a->width);
     pack_down(a->sides + 2, a->rows, a->width);
@@ -273,7 +276,8 @@ void veneer_block_gate_forward(struct gates *a) {
 }
 
 void veneer_block_gate_backward(struct gates *a) {
-    const veneer_body bodies[] = {silu_backward, gelu_tanh_backward, gelu_erf_backward};
+    const veneer_body bodies[] = {silu_backward, gelu_tanh_backward, gelu_erf_backward,
+                                  relu_backward, relu_squared_backward};
     pack_down(a->sides, a->rows, a->width);
     pack_down(a->sides + 1, a->rows, a->width);
     pack_up(a->sides + 2, a->rows, a->width);

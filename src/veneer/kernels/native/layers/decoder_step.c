@@ -264,7 +264,10 @@ INLINE void gate_rows_of(const int bf16, const int activation, const struct step
             const float x = value_at(bf16, gate, i);
             const float y = activation == SILU        ? x * sigmoid(x)
                             : activation == GELU_TANH ? x * sigmoid(gelu_argument(x))
-                                                      : x * normal_share(x);
+                            : activation == GELU_ERF  ? x * normal_share(x)
+                            : x < 0.0f                ? 0.0f
+                            : activation == RELU      ? x
+                                                      : x * x;
             put(bf16, out, i, rounded(bf16, y) * (up == 0 ? 1.0f : value_at(bf16, up, i)));
         }
     }
@@ -273,7 +276,9 @@ INLINE void gate_rows_of(const int bf16, const int activation, const struct step
 INLINE void gate_rows(const int bf16, const struct step_gate *a, int64_t from, int64_t to) {
     if (a->activation == SILU) gate_rows_of(bf16, SILU, a, from, to);
     else if (a->activation == GELU_TANH) gate_rows_of(bf16, GELU_TANH, a, from, to);
-    else gate_rows_of(bf16, GELU_ERF, a, from, to);
+    else if (a->activation == GELU_ERF) gate_rows_of(bf16, GELU_ERF, a, from, to);
+    else if (a->activation == RELU) gate_rows_of(bf16, RELU, a, from, to);
+    else gate_rows_of(bf16, RELU_SQUARED, a, from, to);
 }
 
 /* To 2 units in the last place: near 0 by a polynomial, elsewhere by e^-2|x|. Source of the

@@ -63,13 +63,17 @@ struct gate {
 GATES(silu, SILU)
 GATES(gelu_tanh, GELU_TANH)
 GATES(gelu_erf, GELU_ERF)
+GATES(relu, RELU)
+GATES(relu_squared, RELU_SQUARED)
 
 void veneer_gate_forward(struct gate *a, int64_t runs, int activation) {
-    const veneer_body bodies[] = {silu_forward, gelu_tanh_forward, gelu_erf_forward};
+    const veneer_body bodies[] = {silu_forward, gelu_tanh_forward, gelu_erf_forward, relu_forward,
+                                  relu_squared_forward};
     veneer_parallel(bodies[activation], a, runs, 256);
 }
 void veneer_gate_backward(struct gate *a, int64_t runs, int activation) {
-    const veneer_body bodies[] = {silu_backward, gelu_tanh_backward, gelu_erf_backward};
+    const veneer_body bodies[] = {silu_backward, gelu_tanh_backward, gelu_erf_backward,
+                                  relu_backward, relu_squared_backward};
     veneer_parallel(bodies[activation], a, runs, 256);
 }
 

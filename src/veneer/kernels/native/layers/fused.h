@@ -169,6 +169,10 @@ VENEER_INLINE __m512 normal_share(__m512 x, __m512 *power) {
 VENEER_INLINE __m512 activation_share(const int activation, __m512 gate, __m512 *power) {
     if (activation == SILU) return sigmoid(gate);
     if (activation == GELU_ERF) return normal_share(gate, power);
+    if (activation == RELU_SQUARED) return _mm512_max_ps(gate, _mm512_setzero_ps());
+    if (activation == RELU)
+        return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(gate, _mm512_setzero_ps(), _CMP_GT_OQ),
+                                   _mm512_set1_ps(1.0f));
     const __m512 x = within(gate);
     return sigmoid(_mm512_mul_ps(x, _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(GELU_CUBIC),
                                                     _mm512_set1_ps(GELU_LINEAR))));
@@ -200,6 +204,8 @@ VENEER_INLINE void gated_gradient(const int activation, __m512 gate, __m512 up, 
     }
     if (activation == GELU_ERF)
         slope = _mm512_fmadd_ps(_mm512_mul_ps(gate, power), _mm512_set1_ps(0.3989422804f), s);
+    else if (activation == RELU) slope = s;
+    else if (activation == RELU_SQUARED) slope = _mm512_add_ps(s, s);
     else slope = _mm512_mul_ps(s, _mm512_fmadd_ps(run, _mm512_sub_ps(one, s), one));
     if (grad_up) bf16_store(grad_up, _mm512_mul_ps(g, _mm512_mul_ps(gate, s)));
     bf16_store(grad_gate, _mm512_mul_ps(_mm512_mul_ps(g, up), slope));
