@@ -33,12 +33,14 @@ FAMILIES = [
     "phi",
     "gpt_neox",
     "gpt2",
+    "opt",
 ]
 OUTPUTS = {
     "starcoder2": ["o_proj", "c_proj"],
     "phi": ["dense", "fc2"],
     "gpt_neox": ["dense", "dense_4h_to_h"],
     "gpt2": ["c_proj"],
+    "opt": ["out_proj", "fc2"],
 }
 """Modules at the ends of the blocks, where they have other names."""
 NEW = 24

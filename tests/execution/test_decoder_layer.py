@@ -24,7 +24,7 @@ from veneer.execution.facts.part_facts import find_feed_forward
 from veneer.execution.facts.small_modules import random_rows
 from veneer.execution.proofs.steps import read_and_continued
 from veneer.execution.train_step import FusedAttention, FusedLayer, fused, replacements
-from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, SILU
+from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, RELU, RELU_SQUARED, SILU
 from veneer.models.step import prepare
 
 WITH_ATTENTION = (FusedAttention, FusedLayer)
@@ -107,7 +107,14 @@ def test_rotations_and_joined_modules_are_found(family, rotation, heads, gates):
 
 
 @pytest.mark.parametrize(
-    ("activation", "gate"), [("gelu_pytorch_tanh", GELU_TANH), ("gelu", GELU_ERF), ("relu", None)]
+    ("activation", "gate"),
+    [
+        ("gelu_pytorch_tanh", GELU_TANH),
+        ("gelu", GELU_ERF),
+        ("relu", RELU),
+        ("relu2", RELU_SQUARED),
+        ("tanh", None),
+    ],
 )
 def test_a_gate_of_gelu_is_told_from_one_of_silu(activation, gate):
     layers = find_layers(prepared("llama", hidden_act=activation))
@@ -122,7 +129,9 @@ def test_heads_one_after_the_other_are_found():
     assert attention.widths == (32, 32, 32) and attention.output == "dense"
 
 
-@pytest.mark.parametrize(("family", "reason"), [("opt", "fc1"), ("deepseek_v3", "kv_a_proj")])
+@pytest.mark.parametrize(
+    ("family", "reason"), [("nemotron", "norms"), ("deepseek_v3", "kv_a_proj")]
+)
 def test_what_is_not_understood_says_why(family, reason):
     model = prepared(family)
     assert all(reason in layer.unknown for layer in find_layers(model))

@@ -56,8 +56,6 @@ Families that would need more than a description of their layers to become faste
 
 - **Falcon, BLOOM, MPT**: their code computes attention itself and does not offer transformers'
   attention interface. So rows are padded, and Veneer cannot give a layer its layout.
-- **OPT, BioGPT**: the layer itself holds the feed-forward block's parts, and OPT's activation is
-  ReLU, which the node does not compute.
 - **GPT-J, CodeGen**: each attention block computes its own angles from the positions.
 - **Hybrids** (Qwen3-Next, LFM2, Granite 4, Falcon-H1): layers without attention carry a state from
   token to token. A row of several documents would mix their states, so rows are padded, and a node

@@ -77,8 +77,10 @@ class LayersForward:
 
     @property
     def fits(self) -> bool:
-        """Whether all parts are in their places and no prefix acts, which only the model's own
-        forward reads."""
+        """Whether all parts are in their places, none acts on a table of positions that is read
+        past its module, and no prefix acts, which only the model's own forward reads."""
+        if self._start.first_row and bare(self._positions) is None:
+            return False
         in_place = all(a is b.module for a, b in zip(self._places, self.layers, strict=True))
         return in_place and acting_prefix_length(self.model) == 0
 
@@ -89,6 +91,10 @@ class LayersForward:
     @property
     def _places(self) -> Any:
         return getattr(self.inner, self._start.names.layers)
+
+    @property
+    def _positions(self) -> Any:
+        return getattr(self.inner, self._start.names.positions)
 
     @property
     def _last_norm(self) -> Any:
@@ -109,8 +115,8 @@ class LayersForward:
         head = self.model.get_output_embeddings()
         with self.steps.leased() as free:
             if free:
-                positions = getattr(self.inner, self._start.names.positions)
-                beside = _keys_around(embedding) | _keys_around(head) | _keys_around(positions)
+                outside = embedding, head, self._positions
+                beside = set().union(*map(_keys_around, outside))
                 states = self.steps.compute(
                     inputs, paged_step, self._layers, self._called, beside, self._ends
                 )
@@ -131,9 +137,8 @@ class LayersForward:
         """Returns the embedding and the head; None if an adapter or a hook acts on them, or if they
         cannot be recorded."""
         embedding, head = self._embedding, self.model.get_output_embeddings()
-        positions: Any = getattr(self.inner, self._start.names.positions)
         table: Any = bare(embedding)
-        if table is None or head is None or not isinstance(embedding, nn.Module):
+        if table is None or head is None or bare(self._positions) is None:
             return None
         scales = embedding_scale(table), self._start.scale
         operands = None if scales[0] is None else dense_operands(table.weight[:1], head)
@@ -144,9 +149,9 @@ class LayersForward:
         ends = Ends.of(table, scales[0] * scales[1], head_operands, self.inner, self._start)
         if ends is None:
             return None
-        modules = [*embedding.modules(), *head.modules(), *positions.modules()]
-        keys = _keys_around(embedding) | _keys_around(head) | _keys_around(positions)
-        return RecordedEnds(ends, Snapshot(modules, [self.model]), frozenset(keys))
+        modules = [*embedding.modules(), *head.modules(), *self._positions.modules()]
+        keys = frozenset[str]().union(*map(_keys_around, (embedding, head, self._positions)))
+        return RecordedEnds(ends, Snapshot(modules, [self.model]), keys)
 
     def _layers(self, inputs: Inputs, paged_step: PagedStep) -> Tensor:
         h, *of_positions = inputs

@@ -123,7 +123,7 @@ class Ends:
         are computed alone, or are of a type that heads are not rotated by, or if the model has no
         such position."""
         if self._start.has_table:
-            table: Tensor = getattr(self._inner, self._start.names.positions).weight.detach()
+            table = self._start.table(self._inner).detach()
             self._tables, self._positions = [table], len(table)
             return table.is_contiguous() and position < len(table)
         count = FIRST_POSITIONS

@@ -65,7 +65,8 @@ def compute_layer(
         return whole(h[None], **_arguments_of(h, angles, paged_step))[0], None
     parts = children_of(layer.module)
     before, after, before_feed_forward, after_feed_forward = layer.norms
-    attention, feed = parts[layer.attention_name], parts[FEED_FORWARD]
+    attention = parts[layer.attention_name]
+    feed = layer.module if layer.holds_feed_forward else parts[FEED_FORWARD]
     assert attention is not None and feed is not None
     h, x = add_norm(h, branch, _place(parts, before), before)
     if bare(attention) is layer.attention.module:
@@ -91,7 +92,7 @@ def _place(parts: dict[str, Any], norm: Norm | None) -> nn.Module | None:
 
 def _feed_forward(layer: DecoderLayer, feed: Any, x: Tensor) -> Tensor:
     gated = layer.feed_forward
-    if gated is None or bare(feed) is not gated.module:
+    if gated is None or not (layer.holds_feed_forward or bare(feed) is gated.module):
         return feed(x[None])[0]
     places = children_of(gated.module)
     outputs = _products(x, [places[name] for name in gated.inputs])
@@ -118,7 +119,7 @@ def _attention(
     if facts.rotation is not None:
         assert angles is not None
         decoder_step.rotate(q, k, *angles.of_kernels, neighbours=facts.rotation.neighbours)
-    out = paged_step.attend(q, k, v, (), facts.rules)
+    out = paged_step.attend(q, k, v, (), facts.kernel_rules)
     return product(out.flatten(1), places[facts.output])
 
 

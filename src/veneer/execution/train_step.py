@@ -227,7 +227,7 @@ class FusedLayer(StandIn):
         activation = SILU if gated is None else gated.activation
         sums = self.facts.is_parallel, self.facts.residual_scale
         kind = activation, neighbours, *sums, heads.is_by_head
-        block = Block(norms, parts, heads.head_dim, heads.rules, *kind)
+        block = Block(norms, parts, heads.head_dim, heads.kernel_rules, *kind)
         if not block.usable(x_MI):
             return None
         veneer_layout.calls += 1
@@ -244,10 +244,13 @@ class FusedLayer(StandIn):
         # Of the blocks themselves: a stand-in finds their attributes last.
         places = [getattr(attention.base, name) for name in (*heads.inputs, heads.output)]
         if feed_forward is not None:
-            if (gated := self._stand_in_of(FEED_FORWARD)) is None:
-                return None
+            block: Any = self.base
+            if not self.facts.holds_feed_forward:
+                if (gated := self._stand_in_of(FEED_FORWARD)) is None:
+                    return None
+                block = gated.base
             names = feed_forward.output, *feed_forward.inputs
-            places += [getattr(gated.base, name) for name in names]
+            places += [getattr(block, name) for name in names]
         for place in places:
             loras = part_loras(place, x_MI, spans)
             if loras is None:
@@ -323,11 +326,11 @@ def _is_one_node(path: str, layer: DecoderLayer, stand_ins: Mapping[str, StandIn
         return False
     attention_path = _path_within(f"{path}.{name}", layer.module, name, stand_ins)
     kinds: dict[str, type[StandIn]] = {attention_path: FusedAttention}
-    if gated is not None:
+    if gated is not None and not layer.holds_feed_forward:
         kinds[_path_within(f"{path}.{FEED_FORWARD}", layer.module, FEED_FORWARD, stand_ins)] = (
             FusedGate
         )
-    elif not _ends_with_a_norm(layer):
+    elif gated is None and not _ends_with_a_norm(layer):
         return False
     kinds |= {f"{path}.{norm.name}": FusedNorm for norm in layer.norms if norm is not None}
     kinds |= {f"{attention_path}.{norm.name}": FusedNorm for norm in heads.norms}

@@ -41,7 +41,7 @@ PARTLY_ROTATED = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary
 FAMILIES = [
     *("llama", "qwen2", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "olmo2", "exaone4"),
     *("phi3", "glm4", "cohere", "stablelm", "starcoder2", "phi", "granite"),
-    *("gpt_neox", "gpt2"),
+    *("gpt_neox", "gpt2", "opt"),
 ]
 """Norms of heads, of all heads, before and behind the parts, in float32; gates of GELU; layers
 without rotation, or with angles in float32; transposed weights."""
@@ -49,7 +49,15 @@ without rotation, or with angles in float32; transposed weights."""
 
 MIXTURES = ["mixtral", "qwen3_moe"]
 """Families whose attention is one node, and whose experts are another."""
-OWN_SIZES = {"gpt_neox": {"rope_parameters": PARTLY_ROTATED}, "gpt2": {"n_inner": 96}}
+OWN_SIZES = {
+    "gpt_neox": {"rope_parameters": PARTLY_ROTATED},
+    "gpt2": {"n_inner": 96},
+    "opt": {
+        "num_attention_heads": 8,
+        "word_embed_proj_dim": 128,
+        "ffn_dim": 96,
+    },  # heads of 16, whose scale is exact
+}
 """Fields of a family's config beside SIZES."""
 OWN_NAMES = {
     "starcoder2": {"gate_proj": "c_fc", "up_proj": "c_fc", "down_proj": "c_proj"},
@@ -63,6 +71,7 @@ OWN_NAMES = {
         "down_proj": "dense_4h_to_h",
     },
 }
+OWN_NAMES["opt"] = {"gate_proj": "fc1", "up_proj": "fc1", "down_proj": "fc2", "o_proj": "out_proj"}
 OWN_NAMES["gpt2"] = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "c_attn"),
     **dict.fromkeys(("gate_proj", "up_proj"), "c_fc"),

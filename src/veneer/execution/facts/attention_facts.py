@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, H query heads, K key heads, S head size, D hidden.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -135,6 +136,9 @@ def _confirm(facts: Attention, dtype: torch.dtype, width: int) -> Attention | No
         return (*out, *layout.heads, layout.rules)
 
     rules = own_code(dtype)[-1]
+    scales = [1.0]
+    if rules.scale == 1.0:  # then q may be scaled itself
+        scales += [own for own in vars(block).values() if type(own) is float and own != 1.0]
     if any(own is not rules.sinks for own in block.parameters(recurse=False)):
         return None
 
@@ -146,8 +150,9 @@ def _confirm(facts: Attention, dtype: torch.dtype, width: int) -> Attention | No
 
         return agrees(computed, lambda: own_code(angle_type), (), EXACT)
 
-    for rotation in (*(replace(kind, size=width) for kind in _ROTATIONS), None):
-        rotated = replace(facts, rules=rules, rotation=rotation)
+    rotations = (*(replace(kind, size=width) for kind in _ROTATIONS), None)
+    for scale, rotation in product(scales, rotations):
+        rotated = replace(facts, rules=rules, rotation=rotation, query_scale=scale)
         if agrees_with(rotated, dtype):
             return replace(rotated, takes_float32=agrees_with(rotated, torch.float32))
     return None
@@ -170,6 +175,8 @@ def attend(
         q, k, v = (part.flatten(-2) for part in by_head.unbind(-2))
     else:
         q, k, v = outputs[0].split(facts.widths, dim=-1) if facts.is_joined else outputs
+    if facts.query_scale != 1.0:
+        q = q * facts.query_scale
     if facts.norms:
         q_norm, k_norm = facts.norms
         q = block.q_norm(q.reshape(B, T, -1, q_norm.weight.numel()))

@@ -10,7 +10,8 @@ Knows nothing of adapters' values or of how a step is computed (train_step.py, d
 Norms and feed-forward blocks are found by part_facts.py, attention blocks by attention_facts.py.
 """
 
-from dataclasses import dataclass
+from collections import OrderedDict
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,8 +22,10 @@ from veneer.execution.facts.attention_facts import find_attention
 from veneer.execution.facts.layer_facts import (
     ATTENTIONS,
     FEED_FORWARD,
+    FEED_FORWARD_IN_LAYER,
     HEAD_NORMS,
     DecoderLayer,
+    FeedForward,
     names_in_attention,
 )
 from veneer.execution.facts.norm_places import Sums, find_places
@@ -93,22 +96,27 @@ def _own_module(place: nn.Module) -> nn.Module:
 def _find_layer(layer: nn.Module) -> DecoderLayer:
     parts = {name: unwrapped(child) for name, child in layer.named_children()}
     attention_name = next((name for name in ATTENTIONS if name in parts), ATTENTIONS[0])
-    attention, feed = parts.pop(attention_name, layer), parts.pop(FEED_FORWARD, layer)
+    attention = parts.pop(attention_name, layer)
+    feed_names: tuple[str, ...] = (FEED_FORWARD,)
+    feed = parts.pop(FEED_FORWARD, layer)
+    feed_forward = find_feed_forward(feed)
+    if feed is layer and (feed_forward := _held_feed_forward(layer)) is not None:
+        feed_names = FEED_FORWARD_IN_LAYER
+        parts = {name: part for name, part in parts.items() if name not in feed_names}
     parts = {name: part for name, part in parts.items() if not passes_values_on(part)}
     children = {name for name, part in attention.named_children() if not passes_values_on(part)}
     inputs, output = names_in_attention(children)
     usual = {*inputs, output}
     beside = {name for name in parts if not _is_norm(name)}
-    if layer in (attention, feed):
-        beside |= {attention_name, FEED_FORWARD} - {name for name, _ in layer.named_children()}
+    beside |= {attention_name, *feed_names} - {name for name, _ in layer.named_children()}
     if beside or children not in (usual, usual | set(HEAD_NORMS)):
         unusual = sorted(beside | (children ^ usual))
         return DecoderLayer(layer, unknown=f"it has other parts than Llama: {', '.join(unusual)}")
     norms = [norm for name, module in parts.items() if (norm := find_norm(module, name))]
     if len(norms) != len(parts):
         return DecoderLayer(layer, unknown="its norms are of no known kind")
-    heads, feed_forward = find_attention(attention), find_feed_forward(feed)
-    known_sums = find_places(layer, norms, attention_name)
+    heads = find_attention(attention)
+    known_sums = find_places(layer, norms, attention_name, feed_names)
     unknown = None
     if heads is None:
         unknown = "its attention block computes something else"
@@ -117,6 +125,16 @@ def _find_layer(layer: nn.Module) -> DecoderLayer:
     sums = known_sums or Sums()
     adds = sums.is_parallel, sums.residual_scale
     return DecoderLayer(layer, sums.norms, heads, feed_forward, *adds, unknown, attention_name)
+
+
+def _held_feed_forward(layer: nn.Module) -> FeedForward | None:
+    """Returns the facts of a plain feed-forward block whose parts the layer holds itself."""
+    children = dict(layer.named_children())
+    if not children.keys() >= {*FEED_FORWARD_IN_LAYER}:
+        return None
+    parts = OrderedDict((name, children[name]) for name in FEED_FORWARD_IN_LAYER)
+    block = find_feed_forward(nn.Sequential(parts))
+    return None if block is None else replace(block, module=layer)
 
 
 def _is_norm(name: str) -> bool:

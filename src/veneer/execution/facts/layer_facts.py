@@ -7,18 +7,18 @@ A parallel layer is y = x + attention(norm(x)) + feed_forward(norm(x)), by one n
 """
 
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, SILU
+from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, RELU, RELU_SQUARED, SILU
 from veneer.kernels.rules import AttentionRules
 
 ATTENTIONS, FEED_FORWARD = ("self_attn", "attention", "attn"), "mlp"
 """Names of the parts of a layer beside its norms."""
-QKV, OUTPUTS = ("q_proj", "k_proj", "v_proj"), ("o_proj", "dense", "c_proj")
+QKV, OUTPUTS = ("q_proj", "k_proj", "v_proj"), ("o_proj", "dense", "c_proj", "out_proj")
 HEAD_NORMS = ("q_norm", "k_norm")
 GATE_UP, DOWN = ("gate_proj", "up_proj"), "down_proj"
 JOINED_QKV, JOINED_GATE_UP = ("qkv_proj", "c_attn"), ("gate_up_proj",)
@@ -26,7 +26,10 @@ JOINED_QKV, JOINED_GATE_UP = ("qkv_proj", "c_attn"), ("gate_up_proj",)
 QKV_BY_HEAD = ("query_key_value",)
 """A module whose outputs are q, k and v of the first head, then those of the next one."""
 
-ACTIVATIONS = (SILU, GELU_TANH, GELU_ERF)
+FEED_FORWARD_IN_LAYER = ("fc1", "activation_fn", "fc2")
+"""Names of the modules of a plain feed-forward block that the layer holds itself, in order."""
+
+ACTIVATIONS = (SILU, GELU_TANH, GELU_ERF, RELU, RELU_SQUARED)
 """Numbers of the activations of gates (kernels/bindings/row_calls.py)."""
 
 
@@ -136,6 +139,8 @@ class Attention:
     takes_float32  cosines and sines may be float32 too; heads are rounded once after the rotation
     inputs         names of the modules that compute q, k and v: three, or one that joins them
     output         name of the module that computes o
+    query_scale    what q is multiplied by before its norm, and rounded; the kernels multiply scores
+                   by it (kernel_rules), which rounds less
     """
 
     module: nn.Module
@@ -147,6 +152,14 @@ class Attention:
     takes_float32: bool = False
     inputs: tuple[str, ...] = QKV
     output: str = OUTPUTS[0]
+    query_scale: float = 1.0
+
+    @property
+    def kernel_rules(self) -> AttentionRules:
+        """Returns the rules for q that is not multiplied by query_scale."""
+        if self.query_scale == 1.0:
+            return self.rules
+        return replace(self.rules, scale=self.rules.scale * self.query_scale)
 
     @property
     def is_joined(self) -> bool:
@@ -166,7 +179,8 @@ class DecoderLayer:
     """Describes what a decoder layer computes.
 
     attention_name  name of its attention block
-    feed_forward    None: its own module computes it
+    feed_forward    None: its own module computes it. Its module is the layer if the layer holds
+                    the parts of the block itself
     is_parallel     y = x + attention(n) + feed_forward(m), n = norm(x); m = norm(x) by the norm
                     before the feed-forward block, or n without such a norm
     residual_scale  what the output of each part is multiplied by before it is added
@@ -183,11 +197,17 @@ class DecoderLayer:
     attention_name: str = ATTENTIONS[0]
 
     @property
+    def holds_feed_forward(self) -> bool:
+        """Whether the layer holds the parts of its feed-forward block itself."""
+        return self.feed_forward is not None and self.feed_forward.module is self.module
+
+    @property
     def parts(self) -> list[Norm | FeedForward | Attention]:
         """Returns the parts of the layer that are understood."""
         within = () if self.attention is None else (self.attention, *self.attention.norms)
         norms = [norm for norm in self.norms if norm is not None]
-        return [*norms, *within, *(() if self.feed_forward is None else (self.feed_forward,))]
+        own = None if self.holds_feed_forward else self.feed_forward
+        return [*norms, *within, *(() if own is None else (own,))]
 
     @property
     def module_widths(self) -> list[tuple[int, ...]]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from veneer.adapters.placement.wrapping import unwrapped
 from veneer.execution.attention import packed_arguments
@@ -23,9 +24,9 @@ from veneer.execution.facts.small_modules import ROWS, with_children
 from veneer.private.torch import replace_parameters
 
 EMBEDDINGS = ("embed_tokens", "embed_in", "wte")
-LAST_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+LAST_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "layer_norm")
 LAYERS = ("layers", "h")
-POSITIONS = ("rotary_emb", "wpe")
+POSITIONS = ("rotary_emb", "wpe", "embed_positions")
 """Names of the module that computes angles, and of the table of positions of models without it."""
 
 
@@ -76,12 +77,14 @@ class ModelStart:
     kinds     arguments of the rotary module, for each kind of angles
     of_layer  numbers of the kinds that each layer gets: for the kernels, and for its own code; None
               if it gets no angles
+    first_row the row of position 0 in the table of positions
     """
 
     names: PartNames
     scale: float
     kinds: tuple[AngleKind, ...]
     of_layer: tuple[tuple[int, int] | None, ...]
+    first_row: int = 0
 
     @property
     def has_table(self) -> bool:
@@ -93,10 +96,17 @@ class ModelStart:
         """Returns cosines and sines (1, N, R) of each kind, in order, or the rows (1, N, D) of the
         table of positions."""
         module: Any = getattr(inner, self.names.positions)
+        if self.has_table and self.first_row:  # the module takes other arguments
+            return [F.embedding(positions_1N, self.table(inner))]
         if self.has_table:
             return [module(positions_1N)]
         pairs = [kind.angles(module, h_1ND, positions_1N) for kind in self.kinds]
         return [angles for pair in pairs for angles in pair]
+
+    def table(self, inner: nn.Module) -> Tensor:
+        """Returns the table of positions from position 0 on, (P, D)."""
+        module = unwrapped(getattr(inner, self.names.positions))
+        return module.get_parameter("weight")[self.first_row :]
 
     def rotating(self, rotations: Sequence[Rotation | None]) -> ModelStart:
         """Returns the same start with angles for each layer in the order of the kernels too.
@@ -124,7 +134,7 @@ class _KnownRows(nn.Module):
         super().__init__()
         self.rows = rows_1ND
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, *ids: Any, **others: Any) -> Tensor:
         return self.rows
 
 
@@ -167,7 +177,8 @@ def find_start(inner: nn.Module) -> ModelStart | None:
         torch.randn(1, ROWS, table.shape[1], generator=draw).to(table.dtype).to(device)
         for _ in range(2)
     )
-    has_table = isinstance(unwrapped(getattr(inner, names.positions)), nn.Embedding)
+    positions = unwrapped(getattr(inner, names.positions))
+    has_table = isinstance(positions, nn.Embedding)
     added = added_rows if has_table else None
     try:
         ones = torch.ones(1, ROWS, 4, device=device)
@@ -190,7 +201,8 @@ def find_start(inner: nn.Module) -> ModelStart | None:
     expected = scaled if added is None else scaled + added
     if not layers or not torch.equal(layers[0].input, expected):
         return None
-    return ModelStart(names, scale, tuple(kinds), tuple(of_layer))
+    first_row = getattr(positions, "offset", 0) if has_table else 0
+    return ModelStart(names, scale, tuple(kinds), tuple(of_layer), first_row)
 
 
 @dataclass(frozen=True)

@@ -44,19 +44,26 @@ class Sums(NamedTuple):
     residual_scale: float = 1.0
 
 
-def find_places(layer: nn.Module, norms: Sequence[Norm], attention: str) -> Sums | None:
+def find_places(
+    layer: nn.Module,
+    norms: Sequence[Norm],
+    attention: str,
+    feed_forward: Sequence[str] = (FEED_FORWARD,),
+) -> Sums | None:
     """Returns the places of a layer's norms, and how it adds up its parts, by running it with known
     parts. Returns None if it does not add up its parts as in layer_facts.py, or does not pass on
-    the arguments they need. attention: the name of its attention block."""
+    the arguments they need. attention: the name of its attention block. feed_forward: the name of
+    its feed-forward block, or those of the block's parts in order."""
     own: Mapping[str, Any] = {**parameters_of(layer), **buffers_of(layer)}
     if any(value is not None for value in own.values()) or len(norms) > len(LayerNorms._fields):
         return None
     called: list[str] = []
-    names = [attention, FEED_FORWARD, *(norm.name for norm in norms)]
+    names = [attention, *feed_forward, *(norm.name for norm in norms)]
     parts = {
         name: _KnownPart(number, name, called, returns_pair=name == attention)
         for number, name in enumerate(names, 1)
     }
+    feed = nn.Sequential(*(parts[name] for name in feed_forward))
     small = with_children(layer, parts)
     x = random_rows(WIDTH, torch.bfloat16)[None]
     angles, mask = (x, x), unused_mask(x.device)  # the mask leads to the layout too
@@ -71,14 +78,16 @@ def find_places(layer: nn.Module, norms: Sequence[Norm], attention: str) -> Sums
         own_code(x)
     except Exception:  # modelling code may raise any, as in agreement.disagreement
         return None
-    by_name, own_calls = {norm.name: norm for norm in norms}, tuple(called)
+    by_name = {norm.name: norm for norm in norms}
+    if (own_calls := _with_one_block(called, feed_forward)) is None:
+        return None
     if (own_norms := _parallel_norms(own_calls, by_name, attention)) is not None:
         of_attention, of_feed_forward = own_norms
 
         def parallel(x: Tensor, order: Sequence[int]) -> tuple[Any, ...]:
             n = parts[of_attention.name](x)
             m = n if of_feed_forward is None else parts[of_feed_forward.name](x)
-            terms = x, parts[attention](n)[0], parts[FEED_FORWARD](m)
+            terms = x, parts[attention](n)[0], feed(m)
             first, second, third = (terms[number] for number in order)
             return first + second + third, True
 
@@ -99,11 +108,21 @@ def find_places(layer: nn.Module, norms: Sequence[Norm], attention: str) -> Sums
                 nn.Identity() if norm is None else parts[norm.name] for norm in places
             )
             h = x + second(parts[attention](first(x))[0]) * scale
-            return h + fourth(parts[FEED_FORWARD](third(h))) * scale, True
+            return h + fourth(feed(third(h))) * scale, True
 
         if agrees(own_code, computed, (x,), EXACT):
             return Sums(places, residual_scale=scale)
     return None
+
+
+def _with_one_block(called: Sequence[str], feed_forward: Sequence[str]) -> tuple[str, ...] | None:
+    """Returns the calls with one for all parts of the feed-forward block. Returns None if these
+    were not called one after another."""
+    first = called.index(feed_forward[0]) if feed_forward[0] in called else 0
+    behind = first + len(feed_forward)
+    if [*called[first:behind]] != [*feed_forward]:
+        return None
+    return (*called[:first], FEED_FORWARD, *called[behind:])
 
 
 def _parallel_norms(
