@@ -102,7 +102,9 @@ def test_experts_are_called_as_they_are():
     assert differ(base, by_parts(base)) < BOUND[torch.float32]
 
 
-@pytest.mark.parametrize(("family", "reason"), [("deepseek_v3", "other parts"), ("bloom", "interface")])
+@pytest.mark.parametrize(
+    ("family", "reason"), [("deepseek_v3", "other parts"), ("bloom", "interface")]
+)
 def test_what_is_built_otherwise_says_why(family, reason):
     assert reason in forward_by_layers(based(family).model)
 
