@@ -28,8 +28,8 @@ from veneer.bases.folder.model_folder import ModelFolder, weight_files
 from veneer.bases.folder.score_head import has_score_head, read_score_head
 from veneer.bases.folder.stored_type import stored_type
 from veneer.bases.folder.tensor_files import StoredTensor, count_values_by_type, stored_tensors
-from veneer.bases.identity.byte_hashes import hashes_of
-from veneer.bases.identity.fingerprint import earlier_fingerprint, fingerprint
+from veneer.bases.identity.byte_hashes import ByteHashes, hashes_of
+from veneer.bases.identity.fingerprint import Fingerprint, earlier_fingerprint, fingerprint
 from veneer.bases.loading.builders import builder_for
 from veneer.bases.loading.dense import build_dense
 from veneer.bases.loading.own_pages import reorder_transposed, take_own_pages
@@ -101,21 +101,8 @@ def load_base(
         )
     model_folder, tensors, packed = _read_headers(source, quantize)
     stored = count_values_by_type(tensors)
-    if packed is not None:
-        name, _ = packed
-        if quantize not in (None, name):
-            raise ConfigError(
-                f"{model_folder.folder} holds its weights as {name}, not as {quantize}",
-                next_step="Leave quantize out: such a folder is read as it is.",
-            )
-        quantize, build = name, partial(build_packed, book=None)
-    elif weight_format(quantize).from_folder:
-        raise ConfigError(
-            f"{model_folder.folder} does not hold its weights as {quantize}, and Veneer cannot"
-            " convert weights to it",
-            next_step=f"Leave quantize out, or take {FOUR_BITS}.",
-        )
-    elif build is None and stores_single_experts(tensors):
+    quantize = _check_format(model_folder, quantize, None if packed is None else packed[0])
+    if packed is not None or (build is None and stores_single_experts(tensors)):
         build = partial(build_packed, book=None)
     compute = choose(stored_type(model_folder.folder, stored, packed, dtype), dtype, place)
     if sharding is not None:
@@ -146,14 +133,7 @@ def load_base(
                     next_step="Leave shard out: every process then holds the whole base.",
                 )
             model.eval()
-            if sharding is None and not compute.widens:
-                snapshot_values(model, hashes)
-            identity = as_held = fingerprint(model, hashes)
-            if compute.widens:
-                widen(model, compute.held)
-                if sharding is None:
-                    snapshot_values(model)
-                as_held = earlier_fingerprint(model)
+            identity, as_held = _identify_and_widen(model, compute, hashes)
             if model.generation_config is not None:
                 check_generation(model_folder.folder, model.generation_config)
             check_vocabulary(model_folder.folder, tokenizer, model)
@@ -183,6 +163,43 @@ def load_base(
         score = read_score_head(model_folder.folder, tensors, head_width(base.model), base.device)
         base.routing.switch(Acting.everywhere(attach_head(base, Full(), score, name=OWN_HEAD)))
     return base
+
+
+def _check_format(
+    model_folder: ModelFolder, wanted: Quantize | None, stored: Quantize | None
+) -> Quantize | None:
+    """Returns the format of the base in memory. Raises ConfigError if the folder's weights cannot
+    be held as wanted."""
+    if stored is not None:
+        if wanted not in (None, stored):
+            raise ConfigError(
+                f"{model_folder.folder} holds its weights as {stored}, not as {wanted}",
+                next_step="Leave quantize out: such a folder is read as it is.",
+            )
+        return stored
+    if weight_format(wanted).from_folder:
+        raise ConfigError(
+            f"{model_folder.folder} does not hold its weights as {wanted}, and Veneer cannot"
+            " convert weights to it",
+            next_step=f"Leave quantize out, or take {FOUR_BITS}.",
+        )
+    return wanted
+
+
+def _identify_and_widen(
+    model: PreTrainedModel, compute: Compute, hashes: ByteHashes | None
+) -> tuple[Fingerprint, Fingerprint]:
+    """Returns the fingerprints of the stored values and of those that are held. hashes: of the
+    stored values; None if the model is sharded."""
+    if hashes is not None and not compute.widens:
+        snapshot_values(model, hashes)
+    identity = as_held = fingerprint(model, hashes)
+    if compute.widens:
+        widen(model, compute.held)
+        if hashes is not None:
+            snapshot_values(model)
+        as_held = earlier_fingerprint(model)
+    return identity, as_held
 
 
 def _take_layers(sharding: Sharding, dtype: torch.dtype) -> Placed:

@@ -148,20 +148,9 @@ def prepare_run(
     or would not be the one that was started.
     """
     if started is not None:
-        check_settings(started, config)
-        check_masks(started, config)
-        if started.settings is None:
-            say(
-                "an earlier version began this run and kept no fingerprint of its base: it is not"
-                " compared"
-            )
+        _check_start(started, config, say)
     shared = shared or SharedBase()
-    if shared.loaded is not None:
-        base, idle_bytes = shared.loaded
-    else:
-        idle_bytes = process_memory_bytes()
-        base = load_on_all_processes(config, _base_dtype(config, started), world)
-        reset_peak_memory(str(base.device))
+    base, idle_bytes = shared.loaded or _load_base(config, started, world)
     teacher_base = load_teacher_base(config, base, world, shared.teacher_bases)
     config = config.model_copy(update={"dtype": base.compute.name})
     base.routing.active = ()
@@ -180,10 +169,8 @@ def prepare_run(
             *(config.data, config.length, config.new_tokens, config.template, day, started),
             *(config.objective.rows, teacher_text, config.objective.head),
         )
-        same_rows = [run.rows for run in shared.runs if run.rows_key == rows_key]
-        if same_rows:
-            rows = same_rows[0]
-        else:
+        rows = next((run.rows for run in shared.runs if run.rows_key == rows_key), None)
+        if rows is None:
             rows = _load_rows(config, base, new_tokens, teacher_text, day, started, say)
         student_examples = rows.train if teacher_text is None else _student_examples(rows.train)
         data, replay = rows, load_replay(config, base, student_examples, day)
@@ -243,15 +230,30 @@ def prepare_run(
     )
 
 
+def _check_start(started: Origin, config: RunConfig, say: Callable[[str], None]) -> None:
+    """Raises ConfigError if a resumed run has other settings than it started with."""
+    check_settings(started, config)
+    check_masks(started, config)
+    if started.settings is None:
+        say(
+            "an earlier version began this run and kept no fingerprint of its base: it is not"
+            " compared"
+        )
+
+
+def _load_base(config: RunConfig, started: Origin | None, world: World) -> tuple[FrozenBase, int]:
+    """Loads the base; returns also the memory that the process held before."""
+    idle_bytes = process_memory_bytes()
+    # Versions without settings in a checkpoint trained in the stored type.
+    is_old = started is not None and started.settings is None
+    dtype: HeldAs = "stored" if is_old and config.dtype == "auto" else config.dtype
+    base = load_on_all_processes(config, dtype, world)
+    reset_peak_memory(str(base.device))
+    return base, idle_bytes
+
+
 def _student_examples(examples: Sequence[Example]) -> list[Example]:
     return [example for example in examples if example.kind != "teacher"]
-
-
-def _base_dtype(config: RunConfig, started: Origin | None) -> HeldAs:
-    """Chooses the base's type: versions without settings in a checkpoint trained in the stored
-    one."""
-    unknown = started is not None and started.settings is None
-    return "stored" if unknown and config.dtype == "auto" else config.dtype
 
 
 def _first_day(started: Origin | None, world: World) -> date:
