@@ -73,16 +73,16 @@ def _words_of_parser(name: str, about: str, parser: ArgumentParser) -> dict[str,
     inner: dict[str, CommandWords] = {}
     actions: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
-    for each in actions_of(parser):
-        if (subparsers := subparsers_of(each)) is not None:
+    for argument in actions_of(parser):
+        if (subparsers := subparsers_of(argument)) is not None:
             for action, about_action, subparser in subparsers:
                 inner |= _words_of_parser(f"{name} {action}", about_action, subparser)
-            actions = tuple(each.choices or ())
-        elif each.option_strings:
-            known = tuple(map(str, each.choices or ()))
-            flags |= {flag: known for flag in each.option_strings if flag.startswith("--")}
+            actions = tuple(argument.choices or ())
+        elif argument.option_strings:
+            known = tuple(map(str, argument.choices or ()))
+            flags |= {flag: known for flag in argument.option_strings if flag.startswith("--")}
         else:
-            choices += tuple(map(str, each.choices or ()))
+            choices += tuple(map(str, argument.choices or ()))
     return {name: CommandWords(about, flags, actions, choices), **inner}
 
 

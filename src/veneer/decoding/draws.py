@@ -290,8 +290,8 @@ def prompt_chances(
     for start in range(0, len(tokens), SCORED_ROWS):
         chunk = tokens[start : start + SCORED_ROWS]
         rows = logits_BV[start : start + len(chunk)]
-        found = _chances(rows, [alternatives] * len(chunk), chunk)
-        chances += [chance for chance in found if chance is not None]
+        of_rows = _chances(rows, [alternatives] * len(chunk), chunk)
+        chances += [chance for chance in of_rows if chance is not None]
     return chances
 
 

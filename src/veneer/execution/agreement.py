@@ -97,7 +97,7 @@ def agrees(
         pair = [ours(*inputs), theirs(*inputs)]
     except Exception:  # modelling code may raise any, as in `disagreement`
         return False
-    outputs = [each if isinstance(each, tuple) else (each,) for each in pair]
+    outputs = [result if isinstance(result, tuple) else (result,) for result in pair]
     return len(outputs[0]) == len(outputs[1]) and all(
         _same(a, b, tolerance) for a, b in zip(*outputs, strict=True)
     )

@@ -217,10 +217,10 @@ def _keys_around(module: nn.Module) -> set[str]:
 def forward_by_layers(model: PreTrainedModel) -> LayersForward | str:
     """Returns a forward by the layers of a model that decodes over blocks (decoding/proof.py), or
     why there is none. To be called while no adapter acts on the model."""
-    found = structure(model)
-    if found.packed is not None:
-        return found.packed
-    logit_rules = found.scale, found.softcap
+    known = structure(model)
+    if known.packed is not None:
+        return known.packed
+    logit_rules = known.scale, known.softcap
     if not decoder_step.usable(next(model.parameters())):
         return "its numbers are of a type or on a device for which no kernels are compiled"
     reason = structure_proof(

@@ -26,16 +26,16 @@ class StandIn(nn.Module):
 @contextmanager
 def put_aside(model: nn.Module) -> Iterator[None]:
     """Within the block every stand-in of the model is replaced by its own module."""
-    found = [
+    stand_ins = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
         if isinstance(child, StandIn)
     ]
-    for parent, name, child in found:
+    for parent, name, child in stand_ins:
         setattr(parent, name, child.base)
     try:
         yield
     finally:
-        for parent, name, child in found:
+        for parent, name, child in stand_ins:
             setattr(parent, name, child)

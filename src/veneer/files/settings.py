@@ -119,7 +119,7 @@ def setting_paths(model: type[BaseModel]) -> list[KeyPath]:
     all_paths: dict[KeyPath, None] = {}
     for name in model.model_fields:
         nested_paths: list[KeyPath] = [
-            (name, each) for part in inner.get(name, []) for each in part.model_fields
+            (name, field) for part in inner.get(name, []) for field in part.model_fields
         ]
         all_paths.update(dict.fromkeys(nested_paths or [(name,)]))
     return list(all_paths)

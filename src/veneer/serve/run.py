@@ -19,7 +19,7 @@ from veneer.serve.http.keys import ApiKeys
 
 
 def check_reach(host: str, keys: ApiKeys) -> None:
-    """ConfigError: other machines reach the server, and no API key is required."""
+    """Raises ConfigError if other machines reach the server without an API key."""
     if not is_loopback(host) and not keys:
         raise ConfigError(
             f"{host} is reached from other machines, and no API key is required",

@@ -71,5 +71,5 @@ def leading_directions(
     """
     together = rows.float() if kept is None else torch.cat([kept, rows.float()])
     _, S, Vh = randomised_svd(together, rank=rank, iterations=2, generator=generator)
-    found = S[:, None] * Vh
-    return F.pad(found, (0, 0, 0, rank - len(found)))  # fewer rows than directions asked for
+    directions = S[:, None] * Vh
+    return F.pad(directions, (0, 0, 0, rank - len(directions)))  # there may be fewer rows

@@ -119,7 +119,7 @@ def _print_sample(
 
     from veneer.data.checks.check import render_sample
 
-    matching = [each for each in examples if line is None or each.ref.line == line]
+    matching = [example for example in examples if line is None or example.ref.line == line]
     if not matching:
         if line is None:
             return

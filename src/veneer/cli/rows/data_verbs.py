@@ -120,7 +120,7 @@ def _write_rows(args: Namespace, write: Callable[..., WriteReport]) -> int:
     )
     if args.json:
         print_json(
-            {"rows": written.rows, "problems": [each.to_dict() for each in written.problems]}
+            {"rows": written.rows, "problems": [problem.to_dict() for problem in written.problems]}
         )
         return 0
     console = make_console()

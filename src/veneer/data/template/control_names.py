@@ -91,8 +91,8 @@ class Sentinels:
         def hidden(value: Any, names: ControlNames) -> Any:
             nonlocal count
             if isinstance(value, str):
-                text, found = self._replace_names(value, names)
-                count += found
+                text, replaced = self._replace_names(value, names)
+                count += replaced
                 return text
             if isinstance(value, dict):
                 return {hidden(key, names): hidden(item, names) for key, item in value.items()}

@@ -171,8 +171,10 @@ class _Rectangle:
             heads = sinks.view(-1, self.groups).repeat(q.shape[0] * self.groups // sinks.numel(), 1)
             sinks = heads.repeat_interleave(rows, dim=1)[..., None]
         place, groups = self.prompt + start, self.groups
-        found = _probabilities(q, k, sinks, self.rules, first=first, place=place, groups=groups)
-        return q, k, v, *found
+        return (
+            *(q, k, v),
+            *_probabilities(q, k, sinks, self.rules, first=first, place=place, groups=groups),
+        )
 
     def forward(self, sinks: Tensor | None) -> Tensor:
         out = self.q.new_empty(*self.q.shape[:2], self.v.shape[2])

@@ -143,7 +143,7 @@ class _DoRALinear(torch.autograd.Function):
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
-    """ConfigError where the model added into y, which belongs to backward too."""
+    """Returns the saved tensors. Raises ConfigError if the model added into y, which is one."""
     try:
         saved: tuple[Any, ...] = ctx.saved_tensors
     except RuntimeError as fault:

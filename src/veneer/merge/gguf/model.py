@@ -247,7 +247,7 @@ def _survivals(
 ) -> dict[str, Survival]:
     """Measures how much of each update is left in the values that a finished file decodes to."""
     tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
-    found = {}
+    survivals = {}
     for name, change in changes.items():
         gguf_name = str(where.of(name))
         own = stored[name].read().float().cpu()
@@ -255,10 +255,10 @@ def _survivals(
         decoded = torch.from_numpy(
             np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
         )
-        found[name] = survival(
+        survivals[name] = survival(
             where.values(gguf_name, own), where.values(gguf_name, new), decoded.view(new.shape)
         )
-    return found
+    return survivals
 
 
 def _copy_metadata(writer: GGUFWriter, source: Path) -> None:

@@ -68,7 +68,7 @@ class GGUFNames:
 
 
 def names_of(config: PreTrainedConfig) -> GGUFNames:
-    """RefusedError for families whose files are not known here."""
+    """Returns the names of a family. Raises RefusedError if its files are not known here."""
     config = config.get_text_config()
     kind = config.model_type
     if kind not in _ARCHITECTURES:

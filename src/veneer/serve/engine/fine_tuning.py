@@ -199,7 +199,7 @@ class FineTuning:
         return settings
 
     def job(self, job_id: str) -> TrainingJob:
-        """Refusal: 404."""
+        """Returns a job. Raises Refusal 404 for an unknown one."""
         try:
             return self.store.get(job_id)
         except UnknownNameError:

@@ -139,7 +139,7 @@ class ModelNames:
         return reference
 
     def _refuse_auto(self, name: str, param: str) -> None:
-        """Refusal: 400, the name is AUTO, which is chosen for answers alone."""
+        """Raises Refusal 400 if the name is AUTO, which is chosen for answers alone."""
         if self._has_auto and name == AUTO:
             raise Refusal(400, NOT_AUTO.format(param, self.base_name), param)
 
@@ -171,7 +171,7 @@ class ModelNames:
         return [self._base_card(), *(self._card(name, entry) for name, entry in self.entries())]
 
     def card(self, name: str) -> dict[str, Any]:
-        """Refusal: 404."""
+        """Returns the card of a model. Raises Refusal 404 for an unknown one."""
         return self._base_card() if name == self.base_name else self._card(name, self.entry(name))
 
     def entries(self) -> Iterator[tuple[str, Entry]]:

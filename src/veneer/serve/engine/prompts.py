@@ -121,7 +121,7 @@ class Prompts:
             self._waiting -= 1
 
     def encode(self, prompt: Prompt, preamble: Preamble = NONE) -> list[int]:
-        """Refusal, DataError."""
+        """Encodes a prompt. Raises Refusal, DataError."""
         if isinstance(prompt, ChatPrompt):
             return self._chat(prompt, preamble)
         if prompt.ids is not None:

@@ -297,6 +297,6 @@ def caller_of(request: Request) -> Caller:
 
 
 def require_train(request: Request) -> None:
-    """Refusal: 403, the caller's key may not train."""
+    """Raises Refusal 403 if the caller's key may not train."""
     if not caller_of(request).may_train:
         raise Refusal(403, "This key may not train, or read training data.", code="wrong_scope")

@@ -164,7 +164,7 @@ class ApiProtocol:
     writer: type[AnswerWriter]
 
     def read(self, body: Any) -> GenerationRequest:
-        """Refusal: 400 with all that is wrong with the body."""
+        """Reads a body. Raises Refusal 400 with all of its faults."""
         return self.body.read(body).generation_request()
 
 

@@ -38,7 +38,7 @@ def publish(store_folder: Path, library: Library, job: TrainingJob, name: str) -
 
 
 def check_may_keep(store_folder: Path, library: Library, name: str) -> None:
-    """Refusal: 403, the library has an adapter of this name that no job has published."""
+    """Raises Refusal 403 if the library has an adapter of this name that no job published."""
     if not may_publish(store_folder, library, name):
         raise Refusal(
             403,

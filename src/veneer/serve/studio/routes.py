@@ -202,7 +202,7 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
 
 
 def _check_upload(request: Request) -> None:
-    """Refusal: 403 without the scope to train, 415 for a type that a form can send."""
+    """Raises Refusal 403 without the scope to train, 415 for a type that a form can send."""
     require_train(request)
     if media_type(request) != BYTES_TYPE:
         raise Refusal(415, f"Send the file with content-type: {BYTES_TYPE}.")
