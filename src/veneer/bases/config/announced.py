@@ -38,7 +38,8 @@ BUILT_EXTRA = 2**26
 _LAYERS = re.compile(r"(n|num)(_hidden|_decoder|_encoder)?_layers?|(de|en)coder_layers|block_count")
 _PARTS = re.compile(r".*(^|_)(layers?|blocks?|experts?|heads?|(expert|head|block)_count(_kv)?)")
 _SIZES = re.compile(
-    r"(.*_)?(size|dim|length|positions|position_embeddings|embd|inner|rank)|n_ctx|d_(model|ff|inner|state|conv)|dimension_count"
+    r"(.*_)?(size|dim|length|positions|position_embeddings|embd|inner|rank)"
+    r"|n_ctx|d_(model|ff|inner|state|conv)|dimension_count"
 )
 _SPANS = re.compile(r"(.*_)?(chunk|window)_(size|length)")
 """Sizes of chunks and windows, where -1 means none, as in Phi-4's audio tower."""

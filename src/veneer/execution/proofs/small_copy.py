@@ -50,7 +50,8 @@ _PLACES = re.compile(
 )
 _HEADS = re.compile(r"(^|_)(n_head|heads|heads_per_layer|query_groups)$")
 _WIDTH = re.compile(
-    r"hidden_size|n_embd|d_model|embed_proj|embedding_size|lru_width|emb_dim|dim_model|d_ssm|^embedding_dim$"
+    r"hidden_size|n_embd|d_model|embed_proj|embedding_size|lru_width|emb_dim|dim_model|d_ssm"
+    r"|^embedding_dim$"
 )
 _INNER = re.compile(r"intermediate|ffn|dff|dim_ff|feed_forward_size|n_inner|d_inner")
 _EXPERTS = re.compile(r"(num|n)(_\w+)?_experts$|expert_num$")

@@ -21,7 +21,8 @@ from veneer.formats.peft.matching import strengths
 from veneer.formats.peft.tensors import Modules, Slot, flat_factors, slot_of, tensor_names
 
 _OLD_NAME = re.compile(
-    r"(?P<module>(?P<block>.+)\.experts\.(?P<expert>\d+)\.(?P<part>w[123]|gate_proj|up_proj|down_proj))"
+    r"(?P<module>(?P<block>.+)\.experts\.(?P<expert>\d+)"
+    r"\.(?P<part>w[123]|gate_proj|up_proj|down_proj))"
     r"\.lora_(?P<factor>[AB])\.weight"
 )
 _PARTS = {

@@ -19,7 +19,7 @@ class _StreamWrapper(io.TextIOBase):
         self.stream = stream
 
     @property
-    def encoding(self) -> str:  # type: ignore[override]  # an attribute there, which cannot be given
+    def encoding(self) -> str:  # type: ignore[override]  # an attribute of the base class
         return self.stream.encoding
 
     @property
