@@ -26,6 +26,8 @@ from gguf import (
 )
 from torch import Tensor
 
+from veneer.adapters.placement.token_rows import NewTokens
+from veneer.bases.gguf.rope import Factors
 from veneer.data.template.new_tokens import extended
 from veneer.errors import RefusedError
 from veneer.files.atomic import atomic_file
@@ -39,7 +41,7 @@ from veneer.merge.fold.fold import (
 )
 from veneer.merge.fold.folder import LEAST_SURVIVAL
 from veneer.merge.fold.rounding import Survival, SurvivalReport, survival, total
-from veneer.merge.fold.tokens import refuse_tokens, tokens_of, with_rows
+from veneer.merge.fold.tokens import WeightChanges, refuse_tokens, tokens_of, with_rows
 from veneer.merge.gguf.bytes import as_writable
 from veneer.merge.gguf.hyperparameters import rope_factors, write_hyperparameters
 from veneer.merge.gguf.names import GGUFNames, names_of
@@ -74,6 +76,17 @@ class GGUFReport(SurvivalReport):
     serve: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Weights:
+    """Holds the weights of a file by their names in the base: as the base stores them, what
+    adapters change, the types in the file, and the names in the file."""
+
+    stored: Mapping[str, SourceTensor]
+    changes: WeightChanges
+    kinds: Mapping[str, GGMLQuantizationType]
+    names: GGUFNames
+
+
 def write_gguf_model(
     base: FrozenBase,
     names: Sequence[tuple[str, float]],
@@ -104,89 +117,30 @@ def write_gguf_model(
     base.routing.active = ()
     for name, _ in names:
         base.detach(name)
-    gguf_names = names_of(base.config)
-    tied = tied_names(base.model)
-    untied = names_to_untie(tied, changes)
-    stored = stored_tensors(base.model)
-    if tokens is not None:
-        stored, changes = with_rows(stored, changes, tokens, tied)
-    stored = {
-        tensor_name: tensor
-        for tensor_name, tensor in stored.items()
-        if tensor_name not in tied or tensor_name in untied
-    }
-    if base.config.get_text_config() is not base.config:  # towers have no place in the file
-        left_out = tuple(f"{path}." for path in base.paths.left_out)
-        stored = {
-            tensor_name: tensor
-            for tensor_name, tensor in stored.items()
-            if not tensor_name.startswith(left_out)
-        }
-    if unnamed := [name for name in stored if gguf_names.of(name) is None]:
-        raise RefusedError(
-            "these weights have no place in a .gguf file",
-            unnamed[:8],
-            "Merge into a folder (veneer merge) and use llama.cpp's convert_hf_to_gguf.py on it.",
-        )
-    kinds = {name: _kind(tensor, type) for name, tensor in stored.items()}
-    survivals: dict[str, Survival] = {}
-    own_errors: list[float] = []  # ||stored - W||^2 of each changed weight
+    weights, report = _weights_of(base, changes, tokens, type), progress or (lambda *_: None)
     with atomic_file(out) as partial:
-        writer = GGUFWriter(partial, gguf_names.architecture)
+        writer = GGUFWriter(partial, weights.names.architecture)
         if source_file is not None:
             _copy_metadata(writer, source_file)
         else:
             shapes = {
-                str(gguf_names.of(name)): tuple(tensor.shape) for name, tensor in stored.items()
+                str(weights.names.of(name)): tuple(tensor.shape)
+                for name, tensor in weights.stored.items()
             }
-            write_hyperparameters(writer, base.config.get_text_config(), gguf_names, shapes)
+            write_hyperparameters(writer, base.config.get_text_config(), weights.names, shapes)
             ids = shapes["token_embd.weight"][0]
             write_tokenizer(writer, extended(base.tokenizer, tokens.texts if tokens else ()), ids)
         writer.add_file_type(_FILE_TYPES.get(type, LlamaFileType.MOSTLY_F16))
         writer.add_quantization_version(2)
-        factors = list(rope_factors(base.config.get_text_config()))
-        for divisors in factors:
-            writer.add_tensor_info(
-                "rope_freqs.weight", divisors.shape, divisors.dtype, divisors.nbytes
-            )
-        _announce(writer, stored, kinds, gguf_names)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for divisors in factors:
-            writer.write_tensor_data(as_writable(divisors))
-        for count, (name, tensor) in enumerate(stored.items()):
-            if progress is not None:
-                progress(f"writing {type}", count, len(stored))
-            value, change, gguf_name = (
-                tensor.read().float().cpu(),
-                changes.get(name),
-                str(gguf_names.of(name)),
-            )
-            merged = value if change is None else change(value)
-            data, decoded = _encoded(gguf_names.values(gguf_name, merged), kinds[name])
-            if bool(decoded.isinf().any()):
-                raise RefusedError(
-                    f"{gguf_name} has a value of {float(merged.abs().max()):.4g}, which"
-                    f" {kinds[name].name} cannot hold",
-                    next_step=(
-                        "Merge into a folder (veneer merge) and convert that to bf16 with"
-                        " llama.cpp's converter."
-                    ),
-                )
-            writer.write_tensor_data(as_writable(data))
-            if change is not None:  # in the file's row order, which does not matter to sums
-                base_data = gguf_names.values(gguf_name, value)
-                survivals[name] = survival(base_data, gguf_names.values(gguf_name, merged), decoded)
-                own_errors.append(
-                    float(wide(_encoded(base_data, kinds[name])[1] - base_data).square().sum())
-                )
+        _write_header(writer, weights, list(rope_factors(base.config.get_text_config())))
+        survivals, own_error = _write_weights(
+            writer, weights, lambda done: report(f"writing {type}", done, len(weights.stored))
+        )
         writer.close()
         if type in BY_LLAMA_CPP:
-            if progress is not None:
-                progress(f"llama-quantize, {type}", 0, 0)
+            report(f"llama-quantize, {type}", 0, 0)
             quantise(partial, type)
-            survivals = _survivals(partial, stored, changes, gguf_names)
+            survivals = _survivals(partial, weights)
         overall = total(survivals.values())
         if abs(1 - overall.share) > 1 - least_survival:
             raise RefusedError(
@@ -195,13 +149,82 @@ def write_gguf_model(
                 [f"the update is {overall.relative_size:.2g} of the weights' size"],
                 "Take --type f16, or export the adapter alone: llama.cpp adds it at run time.",
             )
-    f16 = sum(kind == GGMLQuantizationType.F16 for kind in kinds.values()) if type == "q8_0" else 0
-    rounding = (
-        (sum(own_errors) / overall.weight) ** 0.5
-        if overall.weight and type not in BY_LLAMA_CPP
-        else None
-    )
+    f16 = list(weights.kinds.values()).count(GGMLQuantizationType.F16) if type == "q8_0" else 0
+    is_ours = overall.weight and type not in BY_LLAMA_CPP
+    rounding = (own_error / overall.weight) ** 0.5 if is_ours else None
     return GGUFReport(Path(out), Path(out).stat().st_size, type, survivals, f16, rounding)
+
+
+def _weights_of(
+    base: FrozenBase, changes: WeightChanges, tokens: NewTokens | None, type: ModelType
+) -> _Weights:
+    """Chooses the weights of the file. Raises RefusedError for those without a place in it."""
+    names, tied = names_of(base.config), tied_names(base.model)
+    untied, stored = names_to_untie(tied, changes), stored_tensors(base.model)
+    if tokens is not None:
+        stored, changes = with_rows(stored, changes, tokens, tied)
+    # Towers have no place in the file.
+    has_towers = base.config.get_text_config() is not base.config
+    left_out = tuple(f"{path}." for path in base.paths.left_out) if has_towers else ()
+    stored = {
+        name: tensor
+        for name, tensor in stored.items()
+        if (name not in tied or name in untied) and not name.startswith(left_out)
+    }
+    if unnamed := [name for name in stored if names.of(name) is None]:
+        raise RefusedError(
+            "these weights have no place in a .gguf file",
+            unnamed[:8],
+            "Merge into a folder (veneer merge) and use llama.cpp's convert_hf_to_gguf.py on it.",
+        )
+    kinds = {name: _kind(tensor, type) for name, tensor in stored.items()}
+    return _Weights(stored, changes, kinds, names)
+
+
+def _write_header(writer: GGUFWriter, weights: _Weights, factors: Sequence[Factors]) -> None:
+    """Writes all metadata, and the factors of rotation, which are the first tensors."""
+    for divisors in factors:
+        writer.add_tensor_info("rope_freqs.weight", divisors.shape, divisors.dtype, divisors.nbytes)
+    _announce(writer, weights)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for divisors in factors:
+        writer.write_tensor_data(as_writable(divisors))
+
+
+def _write_weights(
+    writer: GGUFWriter, weights: _Weights, report: Callable[[int], None]
+) -> tuple[dict[str, Survival], float]:
+    """Writes the weights one by one. Returns how much of each update is left, and the sum of
+    ||stored - W||^2 of the changed weights."""
+    survivals: dict[str, Survival] = {}
+    own_errors: list[float] = []
+    for done, (name, tensor) in enumerate(weights.stored.items()):
+        report(done)
+        kind, change, gguf_name = (
+            weights.kinds[name],
+            weights.changes.get(name),
+            str(weights.names.of(name)),
+        )
+        value = tensor.read().float().cpu()
+        merged = value if change is None else change(value)
+        data, decoded = _encoded(weights.names.values(gguf_name, merged), kind)
+        if bool(decoded.isinf().any()):
+            raise RefusedError(
+                f"{gguf_name} has a value of {float(merged.abs().max()):.4g}, which {kind.name}"
+                " cannot hold",
+                next_step=(
+                    "Merge into a folder (veneer merge) and convert that to bf16 with"
+                    " llama.cpp's converter."
+                ),
+            )
+        writer.write_tensor_data(as_writable(data))
+        if change is not None:  # in the file's row order, which does not matter to sums
+            own = weights.names.values(gguf_name, value)
+            survivals[name] = survival(own, weights.names.values(gguf_name, merged), decoded)
+            own_errors.append(float(wide(_encoded(own, kind)[1] - own).square().sum()))
+    return survivals, sum(own_errors)
 
 
 def _kind(stored: SourceTensor, type: ModelType) -> GGMLQuantizationType:
@@ -212,26 +235,20 @@ def _kind(stored: SourceTensor, type: ModelType) -> GGMLQuantizationType:
     return GGMLQuantizationType.F16
 
 
-def _announce(
-    writer: GGUFWriter,
-    stored: Mapping[str, SourceTensor],
-    kinds: Mapping[str, GGMLQuantizationType],
-    where: GGUFNames,
-) -> None:
-    for name, s in stored.items():
-        kind, shape = kinds[name], tuple(s.shape)
+def _announce(writer: GGUFWriter, weights: _Weights) -> None:
+    for name, tensor in weights.stored.items():
+        gguf_name, kind = str(weights.names.of(name)), weights.kinds[name]
+        shape = tuple(tensor.shape)
         if kind == GGMLQuantizationType.Q8_0:
             row = shape[-1] // _BLOCK * 34
             shape_in_bytes = (*shape[:-1], row)
             size = int(np.prod(shape_in_bytes))
             writer.add_tensor_info(
-                str(where.of(name)), shape_in_bytes, np.dtype(np.uint8), size, raw_dtype=kind
+                gguf_name, shape_in_bytes, np.dtype(np.uint8), size, raw_dtype=kind
             )
         else:
             dtype = np.dtype(np.float32 if kind == GGMLQuantizationType.F32 else np.float16)
-            writer.add_tensor_info(
-                str(where.of(name)), shape, dtype, int(np.prod(shape)) * dtype.itemsize
-            )
+            writer.add_tensor_info(gguf_name, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
 
 
 def _encoded(values: Tensor, kind: GGMLQuantizationType) -> tuple[np.ndarray[Any, Any], Tensor]:
@@ -242,27 +259,27 @@ def _encoded(values: Tensor, kind: GGMLQuantizationType) -> tuple[np.ndarray[Any
     )
 
 
-def _survivals(
-    file: Path, stored: Mapping[str, SourceTensor], changes: Mapping[str, Any], where: GGUFNames
-) -> dict[str, Survival]:
+def _survivals(file: Path, weights: _Weights) -> dict[str, Survival]:
     """Measures how much of each update is left in the values that a finished file decodes to."""
     tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     survivals = {}
-    for name, change in changes.items():
-        gguf_name = str(where.of(name))
-        own = stored[name].read().float().cpu()
+    for name, change in weights.changes.items():
+        gguf_name = str(weights.names.of(name))
+        own = weights.stored[name].read().float().cpu()
         new, tensor = change(own), tensors[gguf_name]
         decoded = torch.from_numpy(
             np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
         )
         survivals[name] = survival(
-            where.values(gguf_name, own), where.values(gguf_name, new), decoded.view(new.shape)
+            weights.names.values(gguf_name, own),
+            weights.names.values(gguf_name, new),
+            decoded.view(new.shape),
         )
     return survivals
 
 
 def _copy_metadata(writer: GGUFWriter, source: Path) -> None:
-    """Everything the base's file says, but what is about its own types."""
+    """Copies everything that the base's file says, but what is about its own types."""
     for name, entry in GGUFReader(source).fields.items():
         if name.startswith(_NOT_COPIED):
             continue
