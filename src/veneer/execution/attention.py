@@ -266,8 +266,8 @@ def _find_decoder(model: PreTrainedModel) -> nn.Module | None:
 def packed_states(
     model: PreTrainedModel, ids: Tensor, positions: Tensor, layout: BatchLayout
 ) -> tuple[Tensor, int]:
-    """(1, N) ids and positions of a layout -> (N, D) last hidden states, and how many layers were
-    reached."""
+    """Returns the last hidden states (N, D) of ids and positions (1, N), and the number of layers
+    that the layout reached."""
     inner, attention = decoder(model), LayoutAttention(layout)
     assert inner is not None
     out = inner(input_ids=ids, **packed_arguments(positions, attention))
@@ -275,7 +275,7 @@ def packed_states(
 
 
 def padded_states(model: PreTrainedModel, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-    """(B, L) right-padded ids -> (B, L, D) last hidden states, by transformers' own attention."""
+    """Returns the last hidden states (B, L, D) of right-padded ids by transformers' attention."""
     inner = decoder(model)
     assert inner is not None
     takes_positions = "position_ids" in inspect.signature(inner.forward).parameters
@@ -284,7 +284,7 @@ def padded_states(model: PreTrainedModel, ids: Tensor, positions: Tensor, mask: 
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """(rows of the batch, D) last hidden states."""
+    """Returns the last hidden states (rows of the batch, D)."""
     forget_lengths(model)
     if batch.layout is not None:
         return packed_states(model, batch.ids, batch.positions, batch.layout)[0]

@@ -181,7 +181,7 @@ class AdaptedLinear(AdaptedModule):
         return y
 
     def _product_by_part(self, x: Tensor, acting: Acting) -> Tensor:
-        """(M, I) -> (M, O): one product of all rows with W, and the updates of each part's rows."""
+        """Multiplies all rows with W at once; adds the updates of each part. (M, I) -> (M, O)."""
         keys, cache = acting.keys, acting.plan
         layer_rows = self.key, x.dtype, acting.rows_of_parts(len(x))
         may_cache = keys is None and not torch.is_grad_enabled()

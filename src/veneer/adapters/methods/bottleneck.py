@@ -76,7 +76,7 @@ class BottleneckLayer:
         raise ConfigError("a bottleneck layer cannot be merged", next_step=BOTTLENECKS.instead)
 
     def update(self, x: Tensor, keys: TokenKeys | None) -> Tensor:
-        """(..., D) -> (..., D): the update before scaling. keys: one dropout key per row."""
+        """Computes the update before scaling, (..., D). keys: one dropout key per row."""
         part = self._parts
         if "norm_weight" in part:
             wide = torch.promote_types(x.dtype, torch.float32)

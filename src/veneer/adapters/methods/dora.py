@@ -69,7 +69,7 @@ class DoRALayer:
     def looked_up(
         self, ids: Tensor, plain: Tensor, table: FrozenLinear, *, scale: float | Tensor
     ) -> Tensor:
-        """(factor - 1) * plain + factor * LoRA's change: exactly 0 for a fresh layer."""
+        """Returns (factor - 1) * plain + factor * LoRA's change, exactly 0 for a fresh layer."""
         change = self.low_rank.looked_up(ids, plain, table, scale=scale)
         factor = row_factor(self.magnitude, self.norm(table))
         return ((factor - 1) * plain + factor * change).to(plain.dtype)
@@ -80,7 +80,7 @@ class DoRALayer:
     def change(
         self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None
     ) -> Tensor:
-        """(factor - 1) * plain + factor * LoRA's change."""
+        """Returns (factor - 1) * plain + factor * LoRA's change."""
         change = self.low_rank.change(x, plain, base, keys)
         factor = row_factor(self.magnitude, self.norm(base))
         return ((factor - 1) * plain + factor * change).to(plain.dtype)

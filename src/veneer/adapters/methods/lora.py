@@ -39,12 +39,12 @@ from veneer.linear import FrozenLinear
 
 
 def low_rank_update(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """B A x: what LoRA adds to W x, before its scaling. x (..., I), A (R, I), B (O, R)."""
+    """Returns B A x, which LoRA scales and adds to W x. x (..., I), A (R, I), B (O, R)."""
     return F.linear(F.linear(x, A), B)
 
 
 def low_rank_matrix(A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """scaling * B A: what LoRA adds to W (O, I); of experts (E, O, I)."""
+    """Returns scaling * B A, which LoRA adds to W (O, I); of experts (E, O, I)."""
     return scaling * (B @ A)
 
 

@@ -148,7 +148,7 @@ class PrefixLayer:
         return self.start if self.projection is None else self.start + self.projection()
 
     def keys(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """(K, V) of every layer with a prefix, each (M, K, D), in the base's type."""
+        """Returns keys and values of every layer with a prefix, (M, K, D), in the base's type."""
         slices = (
             self.values()
             .to(self.dtype)

@@ -78,20 +78,20 @@ def _hide(scores: Tensor, own: int, window: int | None) -> None:
 
 
 def _grouped(rows: Tensor, kv_heads: int) -> Tensor:
-    """(docs, L, H, D) -> (docs * K, G * L, D): the query heads of a key head, one below another."""
+    """Stacks the query heads of each key head: (docs, L, H, D) -> (docs * K, G * L, D)."""
     docs, length, heads, size = rows.shape
     split = rows.view(docs, length, kv_heads, heads // kv_heads, size)
     return split.permute(0, 2, 3, 1, 4).reshape(docs * kv_heads, -1, size)
 
 
 def _ungrouped(rows: Tensor, docs: int, kv_heads: int, length: int) -> Tensor:
-    """(docs * K, G * L, D) -> (docs, L, H, D), the inverse of _grouped."""
+    """Inverts _grouped: (docs * K, G * L, D) -> (docs, L, H, D)."""
     split = rows.view(docs, kv_heads, -1, length, rows.shape[-1])
     return split.permute(0, 3, 1, 2, 4).reshape(docs, length, -1, rows.shape[-1])
 
 
 def _square(rows: Tensor, layout: Group) -> Tensor:
-    """(N, heads, D) -> (docs, L, heads, D), without the prompt."""
+    """Cuts out the documents, padded to one length: (N, heads, D) -> (docs, L, heads, D)."""
     documents = rows[layout.prompt : layout.rows]
     if layout.to_square is not None:
         documents = documents.index_select(0, layout.to_square)
@@ -99,15 +99,15 @@ def _square(rows: Tensor, layout: Group) -> Tensor:
 
 
 def _square_gradient(square: Tensor, layout: Group) -> Tensor:
-    """(docs, L, heads, D) of an output or a gradient -> (sum of L, heads, D), without padding."""
+    """Drops the padding of documents: (docs, L, heads, D) -> (sum of L, heads, D)."""
     flat = square.reshape(-1, *square.shape[2:])
     return flat if layout.from_square is None else flat.index_select(0, layout.from_square)
 
 
 def _keys(rows: Tensor, layout: Group) -> Tensor:
-    """(N, K, D) -> (docs * K, keys, D): the prompt's keys, then those of a document, then zeros.
+    """Joins the prompt's keys and each document's: (N, K, D) -> (docs * K, keys, D).
 
-    The zeros fill up a multiple of 32: softmax over another width is 1.6 times slower on a CPU.
+    Zeros fill up a multiple of 32: softmax over another width is 1.6 times slower on a CPU.
     """
     square = _square(rows, layout)
     docs, length, heads, size = square.shape
@@ -119,7 +119,7 @@ def _keys(rows: Tensor, layout: Group) -> Tensor:
 
 
 def _prompt_keys(rows: Tensor, layout: Group) -> Tensor:
-    """(N, K, D) -> (K, keys, D): the prompt's keys, then zeros up to a multiple of 32."""
+    """Cuts out the prompt's keys, with zeros up to a multiple of 32: (N, K, D) -> (K, keys, D)."""
     keys = rows.new_zeros(rows.shape[1], round_up(layout.prompt), rows.shape[2])
     keys[:, : layout.prompt] = rows[: layout.prompt].transpose(0, 1)
     return keys
@@ -131,7 +131,7 @@ def _blocks(length: int) -> list[tuple[int, int]]:
 
 
 def _rows(grouped: Tensor, groups: int, start: int, stop: int) -> Tensor:
-    """(B, G * L, D) -> (B, G * rows, D): rows start..stop of every group."""
+    """Cuts rows start..stop out of every group: (B, G * L, D) -> (B, G * rows, D)."""
     length = grouped.shape[1] // groups
     if start == 0 and stop == length:
         return grouped

@@ -36,7 +36,7 @@ def _mix(value: Tensor) -> Tensor:
 
 
 def keep_mask(rows: Tensor, columns: int, *, key: int, dropout: float) -> Tensor:
-    """(N) row keys -> (N, columns) bool, True with probability 1 - dropout.
+    """Draws (N, columns) bool from row keys (N), True with probability 1 - dropout.
 
     `key` holds the seed, the step and the module.
     """

@@ -99,7 +99,7 @@ def products(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., I) W^T + bias, by `product` if it is fast and needs no gradient, else by torch."""
+    """Computes x W^T + bias by `product` if that is fast and needs no gradient, else by torch."""
     if not usable(x, weight, bias) or (torch.is_grad_enabled() and wants_gradient(x, weight, bias)):
         return F.linear(x, weight, bias)
     y_MO = product(x.view(-1, weight.shape[1]), weight, bias)

@@ -28,13 +28,13 @@ class FrozenLinear(Protocol):
         """Returns the type of x and of the products."""
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """(..., I) -> (..., O), a fresh tensor that the caller may write to.
+        """Computes x W^T + bias, (..., O), a fresh tensor that the caller may write to.
 
         `bias` replaces the layer's own.
         """
 
     def input_gradient(self, grad: Tensor, so_far: Tensor | None = None) -> Tensor:
-        """(M, O) -> (M, I), a fresh tensor, or `so_far` after adding to it in place."""
+        """Computes dy W, (M, I): a fresh tensor, or `so_far` after adding to it in place."""
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """Returns W as (O, I) in `dtype`. The caller must not write to it."""

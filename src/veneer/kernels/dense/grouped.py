@@ -49,7 +49,7 @@ class CudaBundle:
         return cls(tuple(numbers), tuple(rows), tables[0], tables[1], kernels)
 
     def stacked(self, x: Tensor) -> Tensor:
-        """x (M, K) with contiguous rows."""
+        """Returns x (M, K) with contiguous rows."""
         return x if x.stride(1) == 1 else x.contiguous()
 
     def padded(self, x: Tensor, pieces: Sequence[Tensor]) -> Tensor:

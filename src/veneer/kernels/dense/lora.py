@@ -39,7 +39,7 @@ class _DropoutFunction(torch.autograd.Function):
 
 
 def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
-    """x (..., I) after dropout: a new tensor, or x itself without dropout."""
+    """Returns x (..., I) after dropout: a new tensor, or x itself without dropout."""
     if dropout is None:
         return x
     y: Tensor = _DropoutFunction.apply(x.reshape(-1, x.shape[-1]), dropout)

@@ -293,7 +293,7 @@ class _FrozenHeadNats(torch.autograd.Function):
 
 
 def frozen_head_loss(h: Tensor, targets: Tensor, head: Head, total: float) -> Tensor:
-    """h (M, D), targets (M) int64 -> scalar, with gradients of h and of the rows beside W alone."""
+    """Returns the loss of h (M, D) for targets (M); only h and the rows beside W get gradients."""
     return _FrozenHeadLoss.apply(
         h, None if head.beside is None else head.beside.rows, targets, head, total
     )

@@ -62,7 +62,7 @@ def _fits(x: Tensor, weight: Tensor, width: int, others: tuple[Tensor, ...]) -> 
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """x (..., I) -> (..., O) of usable tensors, without a gradient.
+    """Computes x W^T + bias, (..., O), of usable tensors without a gradient.
 
     out: (M, O), which is written instead of a fresh tensor.
     """

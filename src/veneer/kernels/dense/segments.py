@@ -281,7 +281,7 @@ def linear_with_updates(
     updates: Sequence[RowUpdate],
     plan: UpdateCache,
 ) -> Tensor:
-    """(M, I) -> (M, O) in x's type; gradients go to x, bias and every factor."""
+    """Returns (M, O) in x's type; gradients go to x, bias and every factor."""
     if not updates:
         return frozen_product(x_MI, bias, base)
     if torch.is_grad_enabled():

@@ -148,7 +148,7 @@ def _four_bits_offset(b: Tensor) -> Unpacked:
 
 
 def _fifth_bit(four_bytes: Tensor) -> Tensor:
-    """(N, 4) -> (N, 32): bit i of the little-endian word, shifted to bit 4."""
+    """Spreads the bits of little-endian words, each shifted to bit 4: (N, 4) -> (N, 32)."""
     places = torch.arange(8, dtype=torch.uint8, device=four_bytes.device)
     return ((four_bytes.unsqueeze(-1) >> places) & 1).flatten(1) << 4
 
@@ -166,7 +166,7 @@ def _eight_bits(b: Tensor) -> Unpacked:
 
 
 def _six_bit_scales(b: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, 12) -> eight scales and eight minima, each of 6 bits."""
+    """Decodes eight scales and eight minima of 6 bits each from (N, 12)."""
     low, high, rest = b[:, :4], b[:, 4:8], b[:, 8:]
     scales = torch.cat([low & 63, (rest & 15) | (low >> 6) << 4], dim=1)
     return scales.float(), torch.cat([high & 63, (rest >> 4) | (high >> 6) << 4], dim=1).float()
