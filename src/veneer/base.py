@@ -104,7 +104,7 @@ class Base(FrozenBase):
 
     @property
     def adapter_budget_bytes(self) -> int | None:
-        """Limit of the bytes of all loaded adapters; None: no limit.
+        """Limits the bytes of all loaded adapters; None: no limit.
 
         Beyond it, the least recently used adapters from the library are evicted, except those that
         are in use, pinned or changed.

@@ -135,7 +135,7 @@ def bash(words: Mapping[str, CommandWords]) -> str:
 
 
 def zsh(words: Mapping[str, CommandWords]) -> str:
-    """bash's, which zsh runs."""
+    """Returns bash's completion, which zsh runs."""
     return "autoload -Uz compinit bashcompinit && compinit && bashcompinit\n" + bash(words)
 
 

@@ -332,7 +332,7 @@ def _hash(value: Any) -> str:
 
 
 def _hash_of(file: Path) -> str | None:
-    """SHA-256 of the file, in hex. Returns None if there is no file."""
+    """Returns the SHA-256 of the file, in hex. Returns None if there is no file."""
     return file_hash(file) if file.is_file() else None
 
 

@@ -57,7 +57,7 @@ class TextStream:
         self.stopped = False
 
     def push_all(self, tokens: Sequence[int]) -> str:
-        """Like `push` for each token, but decodes once if no character is incomplete."""
+        """Does what `push` does for each token, but decodes once if no character is incomplete."""
         if len(tokens) > 1 and not self.stopped:
             text = self._text_of([*self._context, *self._waiting, *tokens])[
                 len(self._context_text) :

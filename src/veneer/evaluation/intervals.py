@@ -50,9 +50,9 @@ def interval(
     prompts: Sequence[int] | None = None,
     level: float = LEVEL,
 ) -> Ends | None:
-    """[low, high] of the figure. counts (N, K), N at least 1; or (S, N, K): runs that differ in
-    their seed, on the same rows, and the interval is then over seeds too. One seed says nothing of
-    what another would change.
+    """Returns [low, high] of the figure. counts (N, K), N at least 1; or (S, N, K): runs that
+    differ in their seed, on the same rows, and the interval is then over seeds too. One seed says
+    nothing of what another would change.
 
     share    the figure lies between 0 and 1. A mean of rows that are all 0 or 1 is a share by
              itself

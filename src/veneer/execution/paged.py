@@ -93,7 +93,7 @@ class PagedStep:
         prefix: Sequence[tuple[slice, Pair | None]],
         rules: AttentionRules,
     ) -> Tensor:
-        """Write the rows' keys and values, and attend: (N, H, E). A prefix is in its blocks."""
+        """Writes the rows' keys and values, and attends: (N, H, E). A prefix is in its blocks."""
         stored = self.keys.layer(self.calls, key_NKD, value_NKD)
         self.calls += 1
         return paged_attention(

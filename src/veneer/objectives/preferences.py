@@ -61,7 +61,7 @@ class AnswerLogProbs:
 
     @property
     def ratios(self) -> Tensor:
-        """r of each answer."""
+        """Returns r of each answer."""
         return self.log_probs - self.reference
 
     def of_kind(self, *kinds: AnswerKind) -> Tensor:
@@ -243,7 +243,7 @@ class ORPOObjective(PairObjective):
         self.config = config
 
     def answer_scores(self, answers: AnswerLogProbs) -> Tensor:
-        """log odds of an answer: P / (1 - P), where log P is the mean over its tokens."""
+        """Returns the log of an answer's odds P / (1 - P); log P is the mean over its tokens."""
         mean = (answers.log_probs / answers.tokens).clamp(max=-1e-9)  # P = 1 has no odds
         return mean - torch.log(-torch.expm1(mean))
 

@@ -238,7 +238,7 @@ class Planner:
         return run.in_shards(choice.processes) if choice.in_shards else run
 
     def _base_key(self, choice: Choice) -> tuple[object, ...]:
-        """Key of the AttachedFacts of a choice."""
+        """Returns the key of the AttachedFacts of a choice."""
         return (
             choice.method.model_dump_json(),
             self.dtype(choice),

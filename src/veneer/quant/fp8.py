@@ -67,14 +67,14 @@ class FP8(FileWeight):
 
 
 def _as_half(bits: Tensor) -> Tensor:
-    """float16 with the values times 2^-8: sign, exponent and fraction in their places, zero bits
-    behind; exact, for numbers below the normal ones too. Ten times as fast as torch's conversion on
-    a CPU without AVX-512."""
+    """Returns float16 with the values times 2^-8: sign, exponent and fraction in their places, zero
+    bits behind; exact, for numbers below the normal ones too. Ten times as fast as torch's
+    conversion on a CPU without AVX-512."""
     wide = bits.view(torch.int8).to(torch.int16)  # the sign above all
     return wide.bitwise_left_shift_(7).bitwise_and_(~0x4000).view(torch.float16)
 
 
 def first_nan(bits: Tensor) -> list[int] | None:
-    """Place of the first value that is no number; E4M3 has no infinities."""
+    """Returns the place of the first value that is no number; E4M3 has no infinities."""
     bad = (bits & _NAN) == _NAN
     return bad.nonzero()[0].tolist() if bad.any() else None

@@ -53,6 +53,6 @@ class Int4(FileWeight):
 
 
 def packed_columns(codes_OI: Tensor) -> Tensor:
-    """uint8 (..., O, I) of 0 to 15 -> (..., O, I / 2)."""
+    """Packs uint8 (..., O, I) of 0 to 15 -> (..., O, I / 2)."""
     pairs = codes_OI.unflatten(-1, (-1, 2))
     return pairs[..., 0] | pairs[..., 1] << 4

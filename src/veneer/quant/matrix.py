@@ -41,7 +41,7 @@ class PackedMatrix(DivisibleLinear):
         return self.blocks.packed.device
 
     def _decoded(self, dtype: torch.dtype) -> Tensor:
-        """W (O, I), decoded into the shared buffer."""
+        """Returns W (O, I), decoded into the shared buffer."""
         O, I = self.out_features, self.in_features
         rows, columns = (I, O) if self.transposed else (O, I)
         stored = scratch(rows, columns, dtype=dtype, device=self.device)

@@ -71,7 +71,7 @@ def high_first(codes: Tensor) -> Tensor:
 @cache
 @torch.inference_mode(mode=False)
 def _powers() -> Tensor:
-    """(256) float32: 2^(i - 127); the last stands for no number and is not used."""
+    """Returns (256) float32: 2^(i - 127); the last stands for no number and is not used."""
     powers = torch.ldexp(torch.ones(256, device="cpu"), torch.arange(256, device="cpu") - 127)
     powers[255] = 0.0
     return powers

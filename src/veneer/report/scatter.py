@@ -28,8 +28,8 @@ class ScatterMark:
 
 
 def scatter_chart(marks: Sequence[ScatterMark], *, title: str, x_label: str, y_label: str) -> str:
-    """HTML of a figure: its title and the two drawings. The x axis counts in powers of ten where
-    the values need it.
+    """Returns the HTML of a figure: its title and the two drawings. The x axis counts in powers of
+    ten where the values need it.
 
     y values are in the units of the axis: percent as 0 to 100. Empty without marks.
     """

@@ -264,7 +264,7 @@ def _finish_trial(trainee: Trainee) -> None:
 def _interrupted(
     trainees: Sequence[Trainee], failed: Mapping[Trainee, VeneerError]
 ) -> RunInterrupted:
-    """The error after an interrupt. failed: trainees whose errors nobody has seen yet"""
+    """Returns the error after an interrupt. failed: trainees whose errors nobody has seen yet"""
     folders = " ".join(str(trainee.inputs.out) for trainee in trainees)
     places = [f"step {t.progress.step} of {t.inputs.steps}" for t in trainees]
     if len(trainees) == 1:

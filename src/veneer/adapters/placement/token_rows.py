@@ -69,7 +69,7 @@ class TokenRows:
         return plain.index_copy(-1, self.at, z)
 
     def of_bias(self, bias: Tensor) -> Tensor:
-        """(n) the base's bias of these ids, 0 where it has none."""
+        """Returns the base's bias (n) of these ids, 0 where it has none."""
         known = self.at < len(bias)
         return torch.where(
             known, bias[self.at.clamp(max=len(bias) - 1)], torch.zeros_like(bias[:1])

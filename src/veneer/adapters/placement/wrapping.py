@@ -103,7 +103,7 @@ class AdaptedModule(nn.Module):
         return self.summed(self.trained(adapters))
 
     def output_sum(self, trained: Trained, x: Tensor) -> Tensor:
-        """base(x) + sum of weight * (base with the trained weight(x) - base(x)).
+        """Returns base(x) + sum of weight * (base with the trained weight(x) - base(x)).
 
         All terms use the summed vectors (a bias). The module must be linear in its `weight`, and
         `trained` must have values for it. Outputs are summed, because summing the weights of a head
@@ -159,7 +159,7 @@ class SwappedModule(AdaptedModule):
 
 
 def key_of(kind: type[AdaptedModule], path: str) -> str:
-    """Key of a wrapper. Two wrappers of different kinds may have the same path."""
+    """Returns the key of a wrapper. Two wrappers of different kinds may have the same path."""
     return f"{kind.__name__} {path}"
 
 

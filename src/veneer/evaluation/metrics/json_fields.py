@@ -42,7 +42,7 @@ class FieldCounts:
 
 
 def field_counts(expected: str, answer: str) -> FieldCounts:
-    """Compare two JSON texts field by field.
+    """Compares two JSON texts field by field.
 
     A field is a path and its value: `{"a": {"b": 1}, "c": [2, 3]}` has a.b = 1, c[0] = 2 and c[1] =
     3. An empty object or list is a value. Numbers are equal by value (1 is 1.0), texts to the
@@ -82,15 +82,15 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def field_line(answer: str, references: Sequence[str]) -> tuple[float, float]:
-    """[matched, expected + answered] against the reference that it agrees with best."""
+    """Returns [matched, expected + answered] against the reference that it agrees with best."""
     every = [field_counts(reference, answer) for reference in references]
     lines = [(float(c.matched), float(c.expected + c.answered)) for c in every]
     return max(lines, key=lambda line: line[0] / line[1] if line[1] else 0.0)
 
 
 def field_f1(totals: Counts) -> float:
-    """Micro F1 over all fields of all answers: 2 matched / (expected + answered); 0 without any
-    field."""
+    """Computes micro F1 over all fields of all answers: 2 matched / (expected + answered); 0
+    without any field."""
     return float(2 * totals[0] / totals[1]) if totals[1] else 0.0
 
 

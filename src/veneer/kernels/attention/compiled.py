@@ -186,7 +186,8 @@ def packed_forward(
     *,
     out: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Aligned rows -> output (N, H, D), zeros on filler, and the log-sum-exps for backward.
+    """Returns the output (N, H, D) of aligned rows, zeros on filler, and the log-sum-exps for
+    backward.
 
     out: the output is written there instead of to a fresh tensor
     """

@@ -90,8 +90,8 @@ class SequenceEnds:
 
 
 def _summed(rows: int, sequences: int, heads: int, size: int) -> tuple[int, int, int]:
-    """Shape of backward's float32 sums of query gradients, with padding rows between sequences and
-    heads as wide as its tiles."""
+    """Returns the shape of backward's float32 sums of query gradients, with padding rows between
+    sequences and heads as wide as its tiles."""
     return (
         rows + 128 * sequences,
         heads,
@@ -100,8 +100,8 @@ def _summed(rows: int, sequences: int, heads: int, size: int) -> tuple[int, int,
 
 
 def _held_by_backward(q: Tensor, k: Tensor, spans: SequenceEnds) -> tuple[Tensor, ...]:
-    """Temporary tensors of the backward kernel, for planning: the sums, one float per row and head,
-    and key and value gradients of each query head."""
+    """Returns the temporary tensors of the backward kernel, for planning: the sums, one float per
+    row and head, and key and value gradients of each query head."""
     sums = q.new_empty(
         _summed(len(q), len(spans.query_ends) - 1, *q.shape[1:]), dtype=torch.float32
     )
@@ -145,7 +145,7 @@ ATEN = FlashOps()
 
 
 def declined(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules) -> str | None:
-    """Why the flash kernels do not take these. None if they do."""
+    """Says why the flash kernels do not take these. None if they do."""
     if not on_cuda(q):
         return "not on CUDA"
     if rules.softcap is not None:
@@ -306,5 +306,5 @@ def _filled(rows: Tensor, like: Tensor) -> Tensor:
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules, flash: FlashOps = ATEN
 ) -> Tensor:
-    """packed_attention for inputs that `declined` does not refuse."""
+    """Computes packed_attention for inputs that `declined` does not refuse."""
     return _Flash.apply(q, k, v, rules.sinks, layout, rules, flash)

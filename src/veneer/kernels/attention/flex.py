@@ -195,8 +195,8 @@ def flex_packed_attention(
     rules: AttentionRules,
     attend: Attend | None = None,
 ) -> Tensor:
-    """packed_attention for inputs that `declined` does not refuse. attend: replaces the compiled
-    kernel."""
+    """Computes packed_attention for inputs that `declined` does not refuse. attend: replaces the
+    compiled kernel."""
     assert rules.softcap is not None
     key = "flex", rules.window, q.device
     if key not in layout.derived:

@@ -27,8 +27,8 @@ def grouped_attention(
     prefixes: Sequence[Pair | None],
     rules: AttentionRules,
 ) -> Tensor:
-    """q (N, H, D), k (N, K, D), v (N, K, E), a prefix for each group -> (N, H, E), zeros on
-    filler."""
+    """Attends: q (N, H, D), k (N, K, D), v (N, K, E), a prefix for each group -> (N, H, E), zeros
+    on filler."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, group: Group, prefix: Pair | None) -> Tensor:
         if prefix is None:

@@ -45,8 +45,9 @@ def _probabilities(
     place: int,
     groups: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """q (B, G * rows, D), k (B, keys, D) -> probabilities (B, G * rows, keys, + 1 with sinks), and
-    the tanh of the soft cap. Sinks are trained values, so they come with the tensors.
+    """Computes softmax: q (B, G * rows, D), k (B, keys, D) -> probabilities (B, G * rows, keys, + 1
+    with sinks), and the tanh of the soft cap. Sinks are trained values, so they come with the
+    tensors.
 
     Row i of every group is at position place + i, the keys are at `first` and behind it.
     """
@@ -305,7 +306,7 @@ class _PackedAttention(torch.autograd.Function):
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules
 ) -> Tensor:
-    """q (N, H, D), k (N, K, D), v (N, K, E) -> (N, H, E)."""
+    """Attends: q (N, H, D), k (N, K, D), v (N, K, E) -> (N, H, E)."""
     if usable(q, k, v, rules):
         return native_attention(q, k, v, layout, rules)
     if declined(q, k, v, layout, rules) is None:

@@ -29,7 +29,7 @@ _ENTROPY_WARPS = 32
 
 
 def norm_forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """x (..., D), weight (D) -> y, and the float32 that each row was multiplied by (M)."""
+    """Normalises: x (..., D), weight (D) -> y, and the float32 factor of each row (M)."""
     if x.is_meta:
         rows = x.numel() // x.shape[-1]
         return torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
@@ -50,7 +50,7 @@ def norm_backward(
 
 
 def gate_forward(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
-    """gate and up of one shape and type -> the gated values."""
+    """Multiplies: gate and up of one shape and type -> the gated values."""
     if gate.is_meta:
         return torch.empty_like(gate)
     return (geglu_forward if gelu else swiglu_forward)(gate, up)[2]
@@ -65,7 +65,7 @@ def gate_backward(gate: Tensor, up: Tensor, grad: Tensor, gelu: bool) -> tuple[T
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> tuple[Tensor, Tensor]:
-    """q (M, H, D), k (M, K, D), cos and sin (M, D) -> q and k turned, or turned back."""
+    """Rotates q (M, H, D) and k (M, K, D) by cos and sin (M, D), or back."""
     copies = q.clone(), k.clone()
     if q.is_meta:
         return copies
@@ -77,7 +77,8 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> tup
 
 
 def entropy(z: Tensor, targets: Tensor, writes: bool) -> Tensor:
-    """z (at least M, V), targets (M) int64 -> losses (M) float32; `writes` makes z its gradient.
+    """Computes cross-entropy: z (at least M, V), targets (M) int64 -> losses (M) float32; `writes`
+    makes z its gradient.
 
     The kernel reads z at each target without a check. A target outside of z makes its loss nan,
     which stops the run.

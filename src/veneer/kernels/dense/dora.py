@@ -55,14 +55,14 @@ def row_norms(
 
 
 def row_squares(base: FrozenLinear) -> Tensor:
-    """||W||^2 by rows, (O) float32."""
+    """Computes ||W||^2 by rows, (O) float32."""
     weight = base.dense_weight(base.dtype)
     wide = torch.promote_types(weight.dtype, torch.float32)
     return torch.linalg.vector_norm(weight, dim=1, dtype=wide).float().square()
 
 
 def row_factor(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """magnitude / norm, (O); 1 where a row has no length."""
+    """Returns magnitude / norm, (O); 1 where a row has no length."""
     real = norm > 0
     return torch.where(real, magnitude / torch.where(real, norm, 1.0), 1.0)
 
@@ -170,8 +170,8 @@ def dora_linear(
     scaling: float,
     dropout: Dropout | None = None,
 ) -> Tensor:
-    """x (..., I), A (R, I), B (O, R), magnitude (O), norm (O) by row_norms, bias (O) or None ->
-    (..., O)."""
+    """Computes DoRA: x (..., I), A (R, I), B (O, R), magnitude (O), norm (O) by row_norms, bias (O)
+    or None -> (..., O)."""
     return _DoRALinear.apply(x, A, B, magnitude, norm, bias, base, scaling, dropout)
 
 

@@ -46,7 +46,8 @@ def keep_mask(rows: Tensor, columns: int, *, key: int, dropout: float) -> Tensor
 
 
 def drop_out(x: Tensor, rows: Tensor, *, key: int, dropout: float) -> Tensor:
-    """x (N, I), rows (N) row keys -> x / (1 - dropout) where keep_mask keeps, 0 elsewhere.
+    """Applies dropout: x (N, I), rows (N) row keys -> x / (1 - dropout) where keep_mask keeps, 0
+    elsewhere.
 
     Returns a fresh tensor of x's type. It has no gradient: a node of the graph calls this again on
     the gradient. Raises ValueError unless every row has one key.

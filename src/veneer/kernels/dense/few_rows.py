@@ -83,7 +83,8 @@ def usable(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 
 def product(x_MI: Tensor, weight: Tensor, bias: Tensor | None, *, level: int = ANY_LEVEL) -> Tensor:
-    """x W^T + bias, (M, O) in x's type. All float32 or all bf16, on a CPU, without a gradient."""
+    """Computes x W^T + bias, (M, O) in x's type. All float32 or all bf16, on a CPU, without a
+    gradient."""
     y_MO = torch.empty(x_MI.shape[0], weight.shape[0], dtype=x_MI.dtype)
     dense_calls.few_rows(x_MI, ((weight, bias, y_MO),), level)
     return y_MO
@@ -92,7 +93,7 @@ def product(x_MI: Tensor, weight: Tensor, bias: Tensor | None, *, level: int = A
 def products(
     x_MI: Tensor, parts: Sequence[tuple[Tensor, Tensor | None]], *, level: int = ANY_LEVEL
 ) -> list[Tensor]:
-    """`product` with each (W, bias), in one call."""
+    """Computes `product` with each (W, bias), in one call."""
     outputs = [torch.empty(x_MI.shape[0], weight.shape[0], dtype=x_MI.dtype) for weight, _ in parts]
     dense_calls.few_rows(x_MI, [(*part, y) for part, y in zip(parts, outputs, strict=True)], level)
     return outputs

@@ -273,8 +273,8 @@ def _rotate_half(x: Tensor) -> Tensor:
 def rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, neighbours: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """q (M, H, D), k (M, K, D), cos and sin (M, R), which get no gradient -> q and k, the first R
-    dimensions of each head rotated.
+    """Rotates: q (M, H, D), k (M, K, D), cos and sin (M, R), which get no gradient -> q and k, the
+    first R dimensions of each head rotated.
 
     Dimension i is rotated with R / 2 + i, or 2 i with 2 i + 1 (neighbours). Both halves of a row of
     cos, and of sin, are equal; on CUDA the first is read for both. By angles in float32 values are
@@ -294,7 +294,7 @@ def rotary_reference(
 def rms_norm(
     x: Tensor, weight: Tensor, epsilon: float, *, offset: float = 0.0, is_wide: bool = False
 ) -> Tensor:
-    """x (..., D), weight (D) -> (..., D) in x's type.
+    """Normalises: x (..., D), weight (D) -> (..., D) in x's type.
 
     A wide norm is multiplied by the weight in float32 and rounded once; an offset is of such norms
     alone. Source: Zhang and Sennrich 2019, arXiv:1910.07467.
@@ -319,8 +319,8 @@ def takes_layer_norm(x: Tensor, *values: Tensor) -> bool:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
-    """x (..., D), weight and bias (D), which are frozen -> weight * (x - mean) / deviation + bias,
-    rounded once. The kernels must take them (`takes_layer_norm`).
+    """Normalises: x (..., D), weight and bias (D), which are frozen -> weight * (x - mean) /
+    deviation + bias, rounded once. The kernels must take them (`takes_layer_norm`).
 
     Source: Ba et al. 2016, arXiv:1607.06450.
     """
@@ -335,7 +335,7 @@ def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon
 
 
 def gated(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
-    """gate and up of one shape -> activation(gate) * up; without up, activation(gate).
+    """Multiplies: gate and up of one shape -> activation(gate) * up; without up, activation(gate).
 
     activation: a number of bindings/row_calls.py. Source: Shazeer 2020, arXiv:2002.05202.
     """

@@ -192,7 +192,7 @@ def _joined(A: Sequence[Tensor]) -> Tensor:
 
 
 def lora_linears(x: Tensor, layers: Sequence[LoRALinear]) -> tuple[Tensor, ...]:
-    """x (..., I) through each layer: (..., O) in x's type. One node: x is read once, and its
+    """Computes each layer of x (..., I): (..., O) in x's type. One node: x is read once, and its
     gradient is summed in place."""
     layers = [filled(layer, x) for layer in layers]
     factors = (factor for layer in layers for factor in (layer.A, layer.B, layer.bias))

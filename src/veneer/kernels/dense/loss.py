@@ -180,7 +180,8 @@ def _check_targets(z: Tensor, targets: Tensor) -> None:
 
 
 def _hidden_gradient(d_z: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
-    """d_z (M, columns) -> the gradient of h (M, D), and the columns of the rows beside W.
+    """Returns the gradient of h (M, D) from d_z (M, columns), and the columns of the rows
+    beside W.
 
     d_z is overwritten.
     """

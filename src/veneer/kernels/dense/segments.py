@@ -52,7 +52,7 @@ class InferenceUpdates:
     few: few_rows.Updates | None = None
 
     def product(self, x_MI: Tensor, bias: Tensor | None, base: FrozenLinear) -> Tensor:
-        """x W^T + bias + all updates: (M, I) -> (M, O)."""
+        """Computes x W^T + bias + all updates: (M, I) -> (M, O)."""
         y_MO = self._with_few(x_MI, bias, base)
         for rows, A_RI, B_OR, scaling in self.alone:
             add_update(y_MO[rows], x_MI[rows], A_RI, B_OR, scaling, None)

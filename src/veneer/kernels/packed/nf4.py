@@ -200,7 +200,8 @@ def has_product(weights: NF4Blocks, x: Tensor, *, start: int = 0) -> bool:
 
 
 def product(weights: NF4Blocks, x: Tensor, outs: int, *, start: int = 0, level: int = -1) -> Tensor:
-    """x (M, I) -> x W^T (M, outs) in x's type, W being `outs` rows of I elements from `start` on.
+    """Computes x (M, I) -> x W^T (M, outs) in x's type, W being `outs` rows of I elements from
+    `start` on.
 
     Only where has_product says so. Weights are those that dequantize gives in x's type; products
     and sums are float32.

@@ -58,7 +58,7 @@ class GGUFNames:
         )
 
     def rows(self, gguf_name: str, rows: Tensor) -> Tensor:
-        """`rows` (O, ...) of a weight, a bias or a lora_b in the order of the file."""
+        """Returns `rows` (O, ...) of a weight, a bias or a lora_b in the order of the file."""
         last = gguf_name.split(".")[-2]
         heads = {"attn_q": self.query_heads, "attn_k": self.key_heads}.get(last)
         if not self.reordered or heads is None:

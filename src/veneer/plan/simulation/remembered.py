@@ -137,7 +137,7 @@ def _identity(config: PreTrainedConfig) -> str | None:
 
 
 def _base_key(step: Step) -> dict[str, Any] | None:
-    """Key of a step's AttachedFacts; None if the config cannot be identified."""
+    """Returns the key of a step's AttachedFacts; None if the config cannot be identified."""
     base = step.base
     identity = config_facts(base).identity if isinstance(base, Blueprint) else _identity(base)
     if identity is None:
