@@ -214,8 +214,7 @@ def read_settings(file: str | Path | None) -> UncheckedSettings:
 
 
 def parse_yaml(text: str, name: str, settings: UncheckedSettings) -> Any:
-    """yaml.safe_load, with duplicate keys and aliases refused and the lines of the keys
-    remembered."""
+    """Parses YAML by safe_load; refuses duplicate keys and aliases; records the keys' lines."""
     try:
         if fault := yaml_fault(text):
             raise ConfigError(f"{name}{fault}")
