@@ -50,6 +50,12 @@ def short(monkeypatch):
     monkeypatch.setattr(tune_module, "schedule", lambda *_: plan)
 
 
+@pytest.fixture
+def unmeasured(short, monkeypatch):
+    """Short runs without the steps that measure the time, which no plan reads here."""
+    monkeypatch.setattr(tune_module._TuneRuns, "_measure", lambda self: None)
+
+
 @contextmanager
 def recorded_batches():
     """Yields a list to which the text of every tensor of token ids is added that a module gets."""
@@ -105,7 +111,7 @@ def test_rows_that_judge_reach_no_forward_before_the_end(files, tmp_path, short,
     assert not any(mark in afterwards for mark in training | searching)
 
 
-def test_one_command_makes_an_adapter_a_verdict_and_a_page(files, tmp_path, short, capsys):
+def test_one_command_makes_an_adapter_a_verdict_and_a_page(files, tmp_path, unmeasured, capsys):
     out, library = tmp_path / "tickets", tmp_path / "lib"
     command = ["tune", "--base", files / "base", "--data", files / "rows.jsonl", "--out", out]
     assert main([*map(str, command), "--library", str(library), "--yes"]) == 0
@@ -130,7 +136,9 @@ def test_one_command_makes_an_adapter_a_verdict_and_a_page(files, tmp_path, shor
     veneer.load(files / "base").load_adapter(out, name="t")
 
 
-def test_pairs_are_tuned_by_dpo_and_judged_by_the_preferred_answers(files, tmp_path, monkeypatch):
+def test_pairs_are_tuned_by_dpo_and_judged_by_the_preferred_answers(
+    files, tmp_path, unmeasured, monkeypatch
+):
     plan = Schedule({2: 6, 8: 6}, [0.5], 1.0, 0.03, True)
     monkeypatch.setattr(tune_module, "schedule", lambda *_: plan)
     monkeypatch.setattr(tune_module, "candidates", lambda advised: candidates(advised)[:2])
@@ -191,7 +199,7 @@ def test_the_plan_advises_lora_and_counts_the_values_of_all_candidates(files, mo
     )
 
 
-def test_the_verdict_is_not_sure_over_rows_of_similar_prompts(files, tmp_path, short):
+def test_the_verdict_is_not_sure_over_rows_of_similar_prompts(files, tmp_path, unmeasured):
     rows = [json.loads(line) for line in (files / "rows.jsonl").read_text().splitlines()]
     rows = [{**row, "prompt": row["prompt"] + mark} for row in rows for mark in ["", "?", "!", "."]]
     result = veneer.tune(files / "base", rows, out=tmp_path / "similar")
@@ -199,7 +207,7 @@ def test_the_verdict_is_not_sure_over_rows_of_similar_prompts(files, tmp_path, s
     assert result["verdict"][2].startswith("Not sure: the 36 prompts are only 9 groups")
 
 
-def test_an_interrupt_keeps_the_best_so_far(files, tmp_path, short, monkeypatch, capsys):
+def test_an_interrupt_keeps_the_best_so_far(files, tmp_path, unmeasured, monkeypatch, capsys):
     out, own = tmp_path / "tuned", Trainee.begin_step
 
     def begin_step(self):
@@ -221,7 +229,9 @@ def test_an_interrupt_keeps_the_best_so_far(files, tmp_path, short, monkeypatch,
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_a_judging_that_ends_early_leaves_the_result(fault, files, tmp_path, short, monkeypatch):
+def test_a_judging_that_ends_early_leaves_the_result(
+    fault, files, tmp_path, unmeasured, monkeypatch
+):
     def judge(*arguments, **keywords):
         raise fault
 
@@ -263,7 +273,7 @@ def test_measured_times_plan_a_real_search(files, tmp_path):
     assert result["run"]["steps"] >= 8
 
 
-def test_a_second_interrupt_names_the_runs_that_can_go_on(files, tmp_path, short, monkeypatch):
+def test_a_second_interrupt_names_the_runs_that_can_go_on(files, tmp_path, unmeasured, monkeypatch):
     own, out = Trainee.begin_step, tmp_path / "t"
 
     def begin_step(self):
