@@ -49,7 +49,11 @@ TESTS: dict[str, tuple[str, ...]] = {
         "models/test_step.py",
         "adapters/placement/test_masks.py",
     ),
-    "kernels/dense/lora.py": ("kernels/test_references.py", "kernels/layers/test_block.py"),
+    "kernels/dense/lora.py": (
+        "kernels/test_references.py",
+        "kernels/layers/test_block.py",
+        "adapters/placement/test_masks.py",
+    ),
     "kernels/dense/dora.py": ("adapters/methods/test_dora.py",),
     "kernels/dense/loss.py": (
         "kernels/test_references.py",
@@ -190,6 +194,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "kernels/layers/test_block.py",
     ),
     "kernels/attention/groups.py": (
+        "kernels/attention/test_groups.py",
         "adapters/placement/test_masks.py",
         "kernels/dense/test_fused.py",
     ),
@@ -294,7 +299,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "decoding/answers.py": ("decoding/test_decode.py",),
     "decoding/prompt_states.py": ("decoding/schedule/test_prompt_states.py",),
-    "decoding/schedule/block_names.py": ("decoding/schedule/test_blocks.py",),
+    "decoding/schedule/block_names.py": (
+        "decoding/schedule/test_block_names.py",
+        "decoding/schedule/test_blocks.py",
+    ),
     "decoding/lanes.py": ("kernels/tape/test_recorded.py",),
     "execution/recorded.py": ("kernels/tape/test_recorded.py", "decoding/test_direct.py"),
     "execution/ends.py": ("kernels/tape/test_recorded.py", "decoding/test_direct.py"),
@@ -319,7 +327,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "decoding/draws.py": ("decoding/sampling/test_sampling.py",),
     "decoding/sampling/grammar.py": ("decoding/sampling/test_grammar.py",),
     "decoding/sampling/json_check.py": ("decoding/sampling/test_grammar.py",),
-    "execution/decode_step.py": ("decoding/test_direct.py",),
+    "execution/decode_step.py": ("decoding/test_direct.py", "kernels/tape/test_recorded.py"),
     "execution/layer_step.py": ("decoding/test_direct.py", "decoding/test_family_steps.py"),
     "execution/facts/model_start.py": ("kernels/tape/test_recorded.py", "decoding/test_direct.py"),
     "execution/paged.py": ("decoding/test_engine.py",),
@@ -375,7 +383,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "serve/protocols/conversation.py": ("serve/protocols/test_fields.py",),
     "serve/protocols/classification.py": ("serve/test_classification.py",),
-    "serve/protocols/request.py": ("serve/protocols/test_answers.py",),
+    "serve/protocols/request.py": ("serve/protocols/test_answers.py", "serve/test_server.py"),
     **dict.fromkeys(
         (
             "serve/engine/fine_tuning.py",
