@@ -75,6 +75,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_inner": 1536},
     "gpt_bigcode": {"n_inner": 1536},
     "opt": {"ffn_dim": 1536, "word_embed_proj_dim": 576},
+    "biogpt": {},
+    "arcee": {},
     "mixtral": {"intermediate_size": 768, "num_local_experts": 8, "num_experts_per_tok": 2},
     "qwen3_moe": {
         "head_dim": 64,

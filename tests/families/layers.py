@@ -60,6 +60,7 @@ Families that would need more than a description of their layers to become faste
 - **Hybrids** (Qwen3-Next, LFM2, Granite 4, Falcon-H1): layers without attention carry a state from
   token to token. A row of several documents would mix their states, so rows are padded, and a node
   computes packed rows alone.
+- **Nemotron, OLMo, nanochat**: their norms add 1 to the weight of a LayerNorm, or have no weight.
 """
 
 
