@@ -64,15 +64,15 @@ NATIVE = setup.py $(wildcard src/veneer/kernels/native/*/*)
 
 $(VENV)/.ready: pyproject.toml $(NATIVE) | $(BIN)/python
 	@echo "Setting up $(VENV): PyTorch, transformers and the compiled kernels. This takes some minutes."
-	$(BIN)/python -m pip install --editable .
+	$(BIN)/python -m pip install --editable . --no-compile
 	@touch $@
 
 $(VENV)/.ready-dev: pyproject.toml $(NATIVE) | $(BIN)/python
 	@echo "Setting up $(VENV) with the tools for checks and tests. This takes some minutes."
-	$(BIN)/python -m pip install --editable '.[dev]'
+	$(BIN)/python -m pip install --editable '.[dev]' --no-compile
 	@touch $(VENV)/.ready $@
 
 # 350 MB more, for loops that start clusters.
 $(VENV)/.ready-soak: pyproject.toml $(NATIVE) | $(BIN)/python
-	$(BIN)/python -m pip install --editable '.[dev,ray]'
+	$(BIN)/python -m pip install --editable '.[dev,ray]' --no-compile
 	@touch $(VENV)/.ready $(VENV)/.ready-dev $@
