@@ -14,6 +14,7 @@ from tests.support.tiny import VOCAB_SIZE, save_letters, save_tiny, tiny_model, 
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.adapters.placement.routing import Routing
+from veneer.api import load
 from veneer.bases.loading.from_config import blueprint
 from veneer.cli import main
 from veneer.errors import ConfigError
@@ -24,6 +25,7 @@ from veneer.plan.planner import Planner
 from veneer.plan.probe import forecast
 from veneer.plan.simulation.dry_run import dry_run
 from veneer.plan.simulation.step_counts import TEACHER, Step, TeacherModel
+from veneer.training import run
 from veneer.training.config import RunConfig
 from veneer.training.gradient import StepGradient, forward_backward
 from veneer.training.inputs import ForwardInputs, Teacher, TrainingInputs
@@ -133,6 +135,20 @@ def test_a_run_learns_and_resumes_to_the_bit_and_names_its_teacher(world, tmp_pa
         )
     run_training(resumed, resume=True, screen=QuietScreen())
     assert_same_run(tmp_path / "part", tmp_path / "whole", tolerance=0.0)
+
+
+def test_memory_for_another_job_is_what_the_base_of_its_teacher_leaves(
+    world, tmp_path, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(run, "free_bytes", lambda device: 10**6)
+    monkeypatch.setattr(run, "has_room", lambda jobs, free: asked.append(free) or True)
+    jobs = {"plain": {}, "a": taught_by(world), "b": taught_by(world), "c": {}}
+    together(
+        [config(world, tmp_path / n, steps=1, **job) for n, job in jobs.items()], plan=forecast
+    )
+    weights = sum(p.nbytes for p in load(world / "larger").model.parameters())
+    assert asked == [10**6 - weights] * 3  # the second asks before the teacher is loaded
 
 
 def test_jobs_with_and_without_a_larger_teacher_are_what_they_are_alone(world, tmp_path):

@@ -1,19 +1,16 @@
 """The plan of jobs that train together, beside what joint training does."""
 
 import json
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 
 from tests.support.joint import config, make_world, together
 from veneer.cli.main import main
-from veneer.objectives.config import TeacherBase
-from veneer.plan.joint import other_teachers
 from veneer.plan.joint_forwards import JobLoad, simulate
-from veneer.plan.simulation.step_counts import TEACHER
 from veneer.runs import train_jobs
 from veneer.training import loop
-from veneer.training.budget import JobMemory
+from veneer.training.budget import JobMemory, other_teachers, plan_jobs
 from veneer.training.output.records import read_records
 from veneer.training.output.screen import QuietScreen
 
@@ -114,14 +111,22 @@ def test_a_fleet_is_planned_as_its_run_plans_it(world, tmp_path, capsys):
     assert start["planned_memory_bytes"] == pytest.approx(schedule["peak"], rel=0.25)
 
 
-def test_the_base_of_a_teacher_that_the_first_job_lacks_counts_once():
-    def row(base, size):
-        teacher = None if base is None else TeacherBase(base=base)
-        run = SimpleNamespace(static={TEACHER: size})
-        return SimpleNamespace(
-            choice=SimpleNamespace(teacher=teacher), estimate=SimpleNamespace(run=run)
-        )
+def taught(base, size):
+    return replace(MEMORY, teacher_base=(base, None, "auto"), teacher=size)
 
-    assert other_teachers([row("a", 100), row("a", 130), row("b", 70), row("b", 60)]) == 70
-    assert other_teachers([row(None, 0), row("a", 100)]) == 100
-    assert other_teachers([row("a", 100)]) == 0
+
+def test_the_base_of_a_teacher_that_the_first_job_lacks_counts_once():
+    a, b = taught("a", 100), taught("b", 70)
+    assert other_teachers([a, taught("a", 130), b, taught("b", 60)]) == 70
+    assert other_teachers([MEMORY, a]) == 100
+    assert other_teachers([a]) == 0
+    assert plan_jobs([MEMORY, a], None).peak == plan_jobs([MEMORY, MEMORY], None).peak + 100
+
+
+def test_a_job_waits_until_there_is_room_for_the_base_of_its_teacher():
+    jobs = [load(10), replace(load(10), memory=taught("a", 100))]
+    held = round((2 * 100 + 200) / 0.8)  # values and optimizers of two jobs, and a step
+    assert simulate([load(10)] * 2, held).training == 2
+    assert simulate(jobs, held + 99).training == 1
+    both = simulate(jobs, held + 100)
+    assert both.training == 2 and both.peak == simulate([load(10)] * 2, held).peak + 100

@@ -19,6 +19,9 @@ from veneer.errors import ConfigError
 from veneer.files.settings import StrictSettings
 from veneer.quant.config import Quantize
 
+TeacherWeights = tuple[str, str | None, str]
+"""Name, weight format and type of a teacher's base."""
+
 
 class TeacherBase(StrictSettings):
     """Names another base as the teacher; its tokenizer has the vocabulary of the student's."""
@@ -34,6 +37,12 @@ class TeacherBase(StrictSettings):
     begins."""
     digest: str | None = None
     """Digest of its fingerprint, filled in when the run begins."""
+
+    @property
+    def weights(self) -> TeacherWeights:
+        """Returns what decides its weights: teachers of one process with equal values share
+        them."""
+        return self.base, self.quantize, self.dtype
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from veneer.objectives.config import TeacherBase
 from veneer.plan.ask import PlanAnswer, PlanQuestion, answer_question, idle_bytes_of
 from veneer.plan.estimate import LIBRARIES_BYTES, PROCESS, Estimate
 from veneer.plan.joint_forwards import JobLoad, JointSchedule, simulate
@@ -22,9 +23,8 @@ from veneer.plan.table import PlanRow
 from veneer.training.budget import JobMemory, plan_jobs
 
 
-def job_memory(estimate: Estimate, tokens: int) -> JobMemory:
-    """Divides a job's peak into what a step holds and what stays. tokens: of its largest
-    micro-batch."""
+def job_memory(estimate: Estimate, teacher: TeacherBase | None) -> JobMemory:
+    """Divides a job's peak into what a step holds and what stays. teacher: another base."""
     static = estimate.run.static
     stays = sum(static.get(label, 0) for label in STATIC)
     if PROCESS in estimate.parts:
@@ -32,9 +32,11 @@ def job_memory(estimate: Estimate, tokens: int) -> JobMemory:
     return JobMemory(
         peak=estimate.peak_bytes,
         step=max(estimate.peak_bytes - stays, 0),
-        tokens=tokens,
+        tokens=estimate.run.computed_tokens,
         values=static[VALUES] + static[GRADIENTS],
         optimizer=static[MOMENTS] + static.get(SUMS, 0),
+        teacher=static.get(TEACHER, 0),
+        teacher_base=None if teacher is None else teacher.weights,
     )
 
 
@@ -85,8 +87,7 @@ def plan_together(questions: Sequence[PlanQuestion]) -> JointPlan:
     idle_bytes = idle_bytes_of(questions[0])  # of the process that trains all of them
     answers = [answer_question(question, idle_bytes=idle_bytes) for question in questions]
     rows = [answer.rows[0] for answer in answers]
-    jobs = [job_memory(row.estimate, row.estimate.run.computed_tokens) for row in rows]
-    jobs[0] = replace(jobs[0], peak=jobs[0].peak + other_teachers(rows))
+    jobs = [job_memory(row.estimate, row.choice.teacher) for row in rows]
     outside = max(row.estimate.needed_bytes - row.estimate.peak_bytes for row in rows)
     seconds = [row.run_seconds for row in rows]
     known = [value for value in seconds if value is not None]
@@ -103,16 +104,6 @@ def plan_together(questions: Sequence[PlanQuestion]) -> JointPlan:
         run_seconds=sum(known) if len(known) == len(seconds) else None,
         schedule=_schedule(answers[0].machine, rows, jobs, free) if is_known else None,
     )
-
-
-def other_teachers(rows: Sequence[PlanRow]) -> int:
-    """Returns the bytes of the teachers' bases that the first job lacks; each base counts once."""
-    sizes: dict[object, int] = {}
-    for row in rows:
-        teacher = row.choice.teacher
-        key = None if teacher is None else (teacher.base, teacher.quantize, teacher.dtype)
-        sizes[key] = max(sizes.get(key, 0), row.estimate.run.static.get(TEACHER, 0))
-    return sum(list(sizes.values())[1:])
 
 
 def _schedule(

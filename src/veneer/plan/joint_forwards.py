@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from veneer.training.budget import JobMemory, has_room, plan_jobs
+from veneer.training.budget import JobMemory, has_room, other_teachers, plan_jobs
 
 MOST_FORWARDS = 20_000
 """Micro-batches that are simulated; more are scaled down, which changes the figures little."""
@@ -106,7 +106,7 @@ class _Simulation:
         """Lets jobs that wait begin, in their order, as long as memory is left for another."""
         while self._waiting:
             memories = [self._loads[job].memory for job in self._running]
-            if memories and not has_room(memories, self._free):
+            if memories and not has_room(memories, self._free_with(self._begun + 1)):
                 break
             self._running.append(self._waiting.popleft())
         self.training = max(self.training, len(self._running))
@@ -114,12 +114,23 @@ class _Simulation:
             memories = [self._loads[job].memory for job in self._running]
             held = sum(memory.values for memory in memories[1:])
             several = len(self._loads) > 1 and self._free is not None
-            plan = plan_jobs(memories, (self._free or 0) - held if several else None)
+            free = self._free_with(self._begun)
+            plan = plan_jobs(memories, (free or 0) - held if several else None)
             self.peak = max(self.peak, plan.peak)
             limits = [
                 limit for limit in (self._budget, self._limit or plan.tokens) if limit is not None
             ]
             self._budget = min(limits, default=None)
+
+    @property
+    def _begun(self) -> int:
+        return len(self._loads) - len(self._waiting)
+
+    def _free_with(self, begun: int) -> int | None:
+        """Returns the memory that is left once the bases of the teachers of the jobs begun are
+        loaded."""
+        memories = [load.memory for load in self._loads[:begun]]
+        return None if self._free is None else self._free - other_teachers(memories)
 
     def _step(self) -> list[int]:
         """Computes forwards until a job's step is done; returns the jobs that have ended."""

@@ -15,10 +15,13 @@ from veneer.bases.loading.from_config import blueprint
 from veneer.data.examples import Example
 from veneer.data.load import DataSet
 from veneer.errors import DoesNotFitError
+from veneer.objectives.config import TeacherBase
 from veneer.plan.choice import Choice
+from veneer.plan.estimate import Device
 from veneer.plan.fit import find_remedy, nearest
 from veneer.plan.joint import job_memory
 from veneer.plan.planner import Planner
+from veneer.plan.simulation.teacher_weights import PlannedTeachers
 from veneer.plan.workload import Workload
 from veneer.quant.weight import PackedSize
 from veneer.training.announce import RunForecast
@@ -35,13 +38,11 @@ def fit_config(
     Raises DoesNotFitError if nothing helps. Times are compared by FLOP, which suffices to order
     changes.
     """
-    cuda = config.device.startswith("cuda") or (
-        config.device == "auto" and torch.cuda.is_available()
-    )
+    on_cuda = config.device == "auto" and torch.cuda.is_available()
     planner = Planner(
         blueprint(config.base),
         Workload.of(config, data),
-        device="cuda" if cuda else "cpu",
+        device="cuda" if on_cuda else _planned_device(config.device),
         idle_bytes=process_memory_bytes(),
     )
     choice = Choice.of(config, processes)
@@ -78,39 +79,47 @@ def fit_config(
     return RunConfig.model_validate(values), lines
 
 
-def forecast(
-    config: RunConfig,
-    model_config: PreTrainedConfig,
-    dtype: torch.dtype,
-    data: DataSet,
-    *,
-    largest: Sequence[Sequence[Example]],
-    idle_bytes: int,
-    device: str,
-    processes: int,
-    packed: tuple[PackedSize, ...] = (),
-) -> RunForecast:
-    """Forecasts a run for training/run.py.
+class Forecast:
+    """Forecasts runs for training/run.py."""
 
-    largest: micro-batches of the run that may be the largest; empty: those of the rows. idle_bytes:
-    memory before the base was loaded. packed: packed weights of the base.
-    """
-    planner = Planner(
-        Blueprint(config.base, model_config, dtype, packed=packed),
-        Workload.of(config, data, largest),
-        device="cuda" if device.startswith("cuda") else "cpu",
-        idle_bytes=idle_bytes,
-    )
-    choice = replace(Choice.of(config, processes), dtype=NAMES[dtype])
-    index, estimate = planner.largest_estimate(choice)
-    traffic = planner.sent(choice)
-    memory = job_memory(estimate, estimate.run.computed_tokens)
-    return RunForecast(
-        estimate.peak_bytes,
-        index,
-        traffic.gradient,
-        traffic.layers,
-        memory.step,
-        values=memory.values,
-        optimizer=memory.optimizer,
-    )
+    def __call__(
+        self,
+        config: RunConfig,
+        model_config: PreTrainedConfig,
+        dtype: torch.dtype,
+        data: DataSet,
+        *,
+        largest: Sequence[Sequence[Example]],
+        idle_bytes: int,
+        device: str,
+        processes: int,
+        packed: tuple[PackedSize, ...] = (),
+    ) -> RunForecast:
+        """Forecasts a run.
+
+        largest: micro-batches of the run that may be the largest; empty: those of the rows.
+        idle_bytes: memory before the base was loaded. packed: packed weights of the base.
+        """
+        planner = Planner(
+            Blueprint(config.base, model_config, dtype, packed=packed),
+            Workload.of(config, data, largest),
+            device=_planned_device(device),
+            idle_bytes=idle_bytes,
+        )
+        choice = replace(Choice.of(config, processes), dtype=NAMES[dtype])
+        index, estimate = planner.largest_estimate(choice)
+        traffic = planner.sent(choice)
+        memory = job_memory(estimate, config.objective.teacher_base)
+        return RunForecast(memory, index, traffic.gradient, traffic.layers)
+
+    def teacher_bytes(self, teacher: TeacherBase, device: str) -> int:
+        """Counts the bytes of a teacher's weights, before they are loaded."""
+        weights = PlannedTeachers(_planned_device(device)).weights(teacher)
+        return weights.total - weights.packing[0]
+
+
+forecast = Forecast()
+
+
+def _planned_device(device: str) -> Device:
+    return "cuda" if device.startswith("cuda") else "cpu"

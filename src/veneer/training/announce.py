@@ -13,13 +13,15 @@ from transformers import PreTrainedConfig
 from veneer.bases.identity.weight_table import packed_sizes, weight_line
 from veneer.data.examples import Example
 from veneer.data.load import DataSet
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, VeneerError
 from veneer.execution.facts.decoder_layer import unknown_layers
 from veneer.execution.train_step import replacements
 from veneer.formats.adapter import adapter_file_bytes
 from veneer.linear import num_parameters
 from veneer.models.own_head import head_line
+from veneer.objectives.config import TeacherBase
 from veneer.quant.weight import PackedSize
+from veneer.training.budget import JobMemory
 from veneer.training.config import RunConfig
 from veneer.training.coordination import shard_lines
 from veneer.training.output.screen import Screen
@@ -27,28 +29,27 @@ from veneer.training.prepare import PreparedRun
 from veneer.training.processes.world import World
 from veneer.wording import percent, size
 
+UNPLANNED = (RuntimeError, NotImplementedError, TypeError)
+"""Errors of a model whose code looks at values, which a plan does not have."""
+
 
 @dataclass(frozen=True)
 class RunForecast:
-    """Predicts, for each process, its peak memory and the bytes it sends in a step.
+    """Predicts, for each process, its memory and the bytes it sends in a step.
 
     largest: index of the micro-batch that needs the most memory, of those that may be the largest.
     gradient, layers: bytes sent in a step, for the gradient and for sharded layers.
-    step: bytes of the peak that only a step holds, without what stays between steps.
-    values, optimizer: bytes that stay for trained values with gradients, and for the optimizer.
     """
 
-    peak: int
+    memory: JobMemory
     largest: int
-    gradient: int = 0
-    layers: int = 0
-    step: int = 0
-    values: int = 0
-    optimizer: int = 0
+    gradient: int
+    layers: int
 
 
 class RunPlanner(Protocol):
-    """Forecasts a run on this data (plan/probe.py), from the base's config and dtype."""
+    """Forecasts a run on this data (plan/probe.py), from the base's config and dtype, and the bytes
+    of a teacher's base that is not loaded yet."""
 
     def __call__(
         self,
@@ -63,6 +64,8 @@ class RunPlanner(Protocol):
         processes: int,
         packed: tuple[PackedSize, ...],
     ) -> RunForecast: ...
+
+    def teacher_bytes(self, teacher: TeacherBase, device: str) -> int: ...
 
 
 def forecast_run(
@@ -85,9 +88,18 @@ def forecast_run(
         )
     except ConfigError as fault:  # the model's code looks at values; it can train all the same
         screen.message(f"no plan of its memory: {fault.headline}")
-    except (RuntimeError, NotImplementedError, TypeError) as fault:
+    except UNPLANNED as fault:
         screen.message(f"no plan of its memory: {type(fault).__name__}: {str(fault)[:80]}")
     return None
+
+
+def teacher_bytes(planner: RunPlanner, teacher: TeacherBase, device: str) -> int:
+    """Counts the bytes of a teacher's base; returns 0 for a base that cannot be read or planned,
+    whose job fails or has no forecast."""
+    try:
+        return planner.teacher_bytes(teacher, device)
+    except (VeneerError, *UNPLANNED):
+        return 0
 
 
 def start_record(
@@ -203,6 +215,6 @@ def _process_lines(run: PreparedRun, forecast: RunForecast | None, world: World)
 def forecast_line(forecast: RunForecast) -> str:
     layers = f" and {size(forecast.layers)} of layers" if forecast.layers else ""
     return (
-        f"planned: each holds {size(forecast.peak)} and sends {size(forecast.gradient)} of"
+        f"planned: each holds {size(forecast.memory.peak)} and sends {size(forecast.gradient)} of"
         f" gradient{layers} a step"
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from veneer.files.memory import container_bytes, memory
+from veneer.objectives.config import TeacherWeights
 from veneer.training.output.records import process_memory_bytes
 
 FREE_SHARE = 0.8
@@ -25,6 +26,8 @@ class JobMemory:
     tokens     number of tokens of that micro-batch
     values     the part of trained values and their gradients, which are allocated already
     optimizer  the part of the optimizer's moments and sums, which are allocated later
+    teacher    the part of its teacher's weights
+    teacher_base  the teacher's base, whose weights jobs share; None: the student's base
     """
 
     peak: int
@@ -32,6 +35,8 @@ class JobMemory:
     tokens: int
     values: int
     optimizer: int
+    teacher: int = 0
+    teacher_base: TeacherWeights | None = None
 
 
 @dataclass(frozen=True)
@@ -55,16 +60,24 @@ def plan_jobs(jobs: Sequence[JobMemory], free: int | None) -> JointMemory:
     all_tokens = sum(job.tokens for job in jobs)
     largest_step = max(job.step for job in jobs)
     joint_step = bytes_per_token * (all_tokens if tokens is None else min(tokens, all_tokens))
-    others = sum(job.values + job.optimizer for job in jobs[1:])
+    others = sum(job.values + job.optimizer for job in jobs[1:]) + other_teachers(jobs)
     peak = jobs[0].peak - jobs[0].step + others + max(largest_step, round(joint_step))
     return JointMemory(peak, tokens)
+
+
+def other_teachers(jobs: Sequence[JobMemory]) -> int:
+    """Returns the bytes of the teachers' bases that the first job lacks; each base counts once."""
+    sizes: dict[TeacherWeights | None, int] = {}
+    for job in jobs:
+        sizes[job.teacher_base] = max(sizes.get(job.teacher_base, 0), job.teacher)
+    return sum(list(sizes.values())[1:])
 
 
 def has_room(jobs: Sequence[JobMemory], free: int | None) -> bool:
     """Returns whether another job, as large as the largest of these, fits beside them.
 
-    free: memory that was left when only the base was loaded, None if unknown. The largest
-    micro-batch must fit, too.
+    free: memory that is left when only the bases are loaded, with that of the other job's teacher;
+    None if unknown. The largest micro-batch must fit, too.
     """
     held = [job.values + job.optimizer for job in jobs]
     step = max(job.step for job in jobs)

@@ -8,7 +8,7 @@ The folder of a job is what it would be if the job ran alone.
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ class JobRun:
         if forecast is None:
             return None
         tokens = sum(used_length(inputs.longest_train[i]) for i in inputs.largest[0])
-        return JobMemory(forecast.peak, forecast.step, tokens, forecast.values, forecast.optimizer)
+        return replace(forecast.memory, tokens=tokens)
 
     def announce(self, planned: int | None) -> None:
         """Records and shows the start. planned: bytes of the peak of all runs together."""

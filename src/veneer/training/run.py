@@ -18,7 +18,8 @@ from veneer.data.files.writing import Record
 from veneer.errors import BudgetFullError, ConfigError, RunInterrupted, VeneerError
 from veneer.execution.train_step import fused, one_node, replacements
 from veneer.models.checkpointing import checkpointed
-from veneer.training.announce import RunPlanner
+from veneer.objectives.config import TeacherBase
+from veneer.training.announce import RunPlanner, teacher_bytes
 from veneer.training.budget import JobMemory, JointMemory, free_bytes, has_room, plan_jobs
 from veneer.training.config import RunConfig
 from veneer.training.coordination import require_common_settings
@@ -96,7 +97,7 @@ class _JointRun:
     """Jobs that train together, and those that wait for memory.
 
     running: jobs in training, by trainee. free: memory that was left when the first of them was
-    prepared, in bytes; None if unknown
+    prepared, without the teachers' bases that later ones loaded, in bytes; None if unknown
     """
 
     def __init__(
@@ -161,8 +162,9 @@ class _JointRun:
         """
         prepared: list[JobRun] = []
         while self._waiting:
-            memories = self._memories(prepared)
-            if not self._all_begin and memories and not has_room(memories, self._free):
+            memories, num_teachers = self._memories(prepared), len(self._shared.teacher_bases)
+            free = self._free_beside_teacher(self._waiting[0].job.config.objective.teacher_base)
+            if not self._all_begin and memories and not has_room(memories, free):
                 break
             run = self._waiting.popleft()
             try:
@@ -174,10 +176,21 @@ class _JointRun:
                 self._fail(run, fault)
             else:
                 prepared.append(run)
-                if self._free is None:
-                    self._free = free_bytes(run.prepared.base.device)
                 self._shared.add(run.prepared)
+            if len(self._shared.teacher_bases) > num_teachers:
+                self._free = free
+            if self._free is None and prepared:
+                self._free = free_bytes(prepared[0].prepared.base.device)
         return prepared
+
+    def _free_beside_teacher(self, teacher: TeacherBase | None) -> int | None:
+        """Returns the memory that is left once the base of a job's teacher is loaded, too."""
+        if teacher is None or teacher.weights in self._shared.teacher_bases:
+            return self._free
+        if self._free is None or self._plan is None or self._shared.loaded is None:
+            return self._free
+        base, _ = self._shared.loaded
+        return self._free - teacher_bytes(self._plan, teacher, str(base.device))
 
     def _memories(self, prepared: Sequence[JobRun]) -> list[JobMemory] | None:
         """Returns the plans of the jobs in training and of those prepared; None if one lacks."""

@@ -17,7 +17,7 @@ from veneer.files.home import absolute_if_exists
 from veneer.formats.adapter import StoredAdapter
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
-from veneer.objectives.config import TeacherBase
+from veneer.objectives.config import TeacherBase, TeacherWeights
 from veneer.training.config import RunConfig
 from veneer.training.coordination import load_on_all_processes
 from veneer.training.inputs import ForwardInputs, Teacher
@@ -33,8 +33,8 @@ class LoadedTeacherBase:
     settings: TeacherBase
 
 
-TeacherBases = dict[tuple[str, str | None, str], FrozenBase]
-"""Loaded bases of teachers by name, weight format and type; jobs share them."""
+TeacherBases = dict[TeacherWeights, FrozenBase]
+"""Loaded bases of teachers; jobs share them."""
 
 
 def load_teacher_base(
@@ -48,13 +48,12 @@ def load_teacher_base(
     settings = config.objective.teacher_base
     if settings is None:
         return None
-    key = settings.base, settings.quantize, settings.dtype
-    if key not in loaded:
+    if settings.weights not in loaded:
         of_teacher: dict[str, object] = {"base": settings.base, "quantize": settings.quantize}
-        loaded[key] = load_on_all_processes(
+        loaded[settings.weights] = load_on_all_processes(
             config.model_copy(update=of_teacher | {"keep_dense": []}), settings.dtype, world
         )
-    base = loaded[key]
+    base = loaded[settings.weights]
     if faults := vocabulary_differences(student.tokenizer, base.tokenizer):
         raise ConfigError(
             f"{settings.base} cannot teach {config.base}: their tokenizers differ",
