@@ -2,6 +2,7 @@
 adapters."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tests.support.helpers import make_examples
 from tests.support.tiny import FAMILIES, tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, Full, LoRA, Prefix
+from veneer.adapters.labels import HeadSettings
 from veneer.adapters.placement.routing import Routing
 from veneer.bases.loading.blueprint import Blueprint
 from veneer.bases.loading.from_config import blueprint, build
@@ -22,7 +24,7 @@ from veneer.plan.estimate import estimate
 from veneer.plan.simulation import dry_run as module
 from veneer.plan.simulation.depth import period_of
 from veneer.plan.simulation.dry_run import dry_run
-from veneer.plan.simulation.step_counts import Step
+from veneer.plan.simulation.step_counts import GRADIENTS, MOMENTS, VALUES, Step
 from veneer.plan.simulation.tracker import Tracker
 from veneer.plan.workload import synthetic_rows
 from veneer.training.optimizer.buffer import FlatAdamW, FlatParameters
@@ -367,3 +369,13 @@ def test_a_plan_for_cuda_holds_no_scores_and_counts_what_flash_kernels_compute()
     each = length * (length + 1) * config.num_attention_heads * 16
     assert runs["flash"].work.products[module.COMPILED] == (2 + 5) * each * config.num_hidden_layers
     assert not runs["plain"].work.products[module.COMPILED]
+
+
+def test_a_head_that_trains_with_every_weight_counts():
+    model = tiny_model("llama")
+    step = step_of(model, Full(), synthetic_rows(2, 24))
+    plain, headed = dry_run(step), dry_run(replace(step, head=HeadSettings("label", ("a", "b"))))
+    values = 2 * model.config.hidden_size
+    assert headed.trainable_parameters == plain.trainable_parameters + values
+    for label, size in ((VALUES, 4), (GRADIENTS, 4), (MOMENTS, 8)):
+        assert headed.static[label] == pytest.approx(plain.static[label] + size * values, abs=64)

@@ -34,6 +34,7 @@ from veneer.kernels.layout import round_up
 from veneer.models.checkpointing import checkpointed
 from veneer.models.load import load_base
 from veneer.models.step import prepare
+from veneer.objectives.config import OwnAnswersConfig
 from veneer.plan.choice import Choice
 from veneer.plan.fit import find_remedy
 from veneer.plan.machine import named_gpu
@@ -418,3 +419,18 @@ def test_full_fine_tuning_in_shards_holds_a_part_of_what_an_optimizer_keeps(
     assert other.static["weights"] == pytest.approx(rest + buffers, abs=64 * 10)
     values = one.trainable_parameters
     assert planner.sent(parts).gradient == round(3 / 4 * 4 * values)  # one micro-batch each
+
+
+def test_a_step_takes_the_time_of_the_students_own_answers(planner: Planner) -> None:
+    gpu = named_gpu("H100")
+
+    def answers(share: float, tokens: int, processes: int = 1) -> float:
+        own = OwnAnswersConfig(share, tokens)
+        time = planner.step_time(replace(TINY, own_answers=own, processes=processes), gpu)
+        assert time.seconds == pytest.approx(time.compute + time.wait + time.answers, rel=1e-3)
+        return time.answers
+
+    assert planner.step_time(TINY, gpu).answers == 0
+    assert answers(0.5, 20) < answers(1.0, 20) < 2 * answers(0.5, 20), "weights are read once"
+    assert answers(0.5, 40) == pytest.approx(2 * answers(0.5, 20), rel=0.2)
+    assert answers(0.5, 20, processes=2) == answers(0.5, 20), "one process writes for all"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from veneer.adapters.config import MethodConfig
 from veneer.adapters.labels import HeadSettings
 from veneer.bases.compute import DtypeName
-from veneer.objectives.config import TeacherBase
+from veneer.objectives.config import OwnAnswersConfig, TeacherBase
 from veneer.quant.config import Quantize, weight_format
 from veneer.training.config import OptimizerName, RunConfig, rows_at_once
 from veneer.training.processes.reduce import ReduceKind
@@ -32,6 +32,7 @@ class Choice:
     new_tokens: int = 0
     teacher: TeacherBase | None = None
     head: HeadSettings | None = None
+    own_answers: OwnAnswersConfig | None = None
     processes: int = 1
 
     @classmethod
@@ -52,6 +53,7 @@ class Choice:
             new_tokens=len(config.new_tokens),
             teacher=config.objective.teacher_base,
             head=config.objective.head,
+            own_answers=config.objective.own_answers_config,
             processes=processes,
         )
 

@@ -104,7 +104,7 @@ def compiled_kernels(run: DryRun, sizes: int, draws: int = 0) -> int:
         row_counts = min(run.computed_tokens // STEP // 2, draws) + PROOF_SIZES
         grouped = (len(shapes) - plain) * row_counts
     else:
-        trained = run.trainable_parameters == run.total_parameters
+        trained = run.trainable_parameters >= run.total_parameters
         row_counts = min(draws // DRAWS_PER_SIZE, run.computed_tokens)
         grouped = (
             (GROUPED_SHAPES_TRAINED if trained else GROUPED_SHAPES) * row_counts

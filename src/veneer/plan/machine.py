@@ -81,6 +81,17 @@ GPUS = {
 
 
 @dataclass(frozen=True)
+class AnswerWork:
+    """Describes the answers that a model writes together before a step, each of `tokens` tokens."""
+
+    answers: float
+    prompt_tokens: float
+    tokens: int
+    parameters: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
 class Machine:
     """Holds the speed of a machine. rate: of a product (rows, inner, columns).
 
@@ -109,6 +120,15 @@ class Machine:
         return (products + other_seconds) / (
             self.replayed_share if work.replayed_layers else self.share
         )
+
+    def answer_seconds(self, work: AnswerWork) -> float:
+        """Predicts the seconds of answers: each token reads all weights once, and each token of a
+        prompt or an answer takes two FLOP per weight."""
+        width = max(1, round(work.parameters**0.5))
+        rate = self.rate((max(1, round(work.answers)), width, width))
+        flops = 2 * work.parameters * work.answers * (work.prompt_tokens + work.tokens)
+        read_bytes = work.weight_bytes * work.tokens
+        return (flops / rate + read_bytes / self.bytes_per_second) / self.share
 
 
 def named_gpu(name: str) -> Machine:

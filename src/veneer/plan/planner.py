@@ -24,7 +24,7 @@ from veneer.plan.estimate import (
     estimate,
     scaled,
 )
-from veneer.plan.machine import Machine
+from veneer.plan.machine import AnswerWork, Machine
 from veneer.plan.simulation.remembered import (
     ConfigFacts,
     config_facts,
@@ -32,7 +32,7 @@ from veneer.plan.simulation.remembered import (
     remember_run,
     rows_digest,
 )
-from veneer.plan.simulation.step_counts import DryRun, Step
+from veneer.plan.simulation.step_counts import WEIGHTS, DryRun, Step
 from veneer.plan.simulation.teacher_weights import PlannedTeachers, prompt_bytes
 from veneer.plan.spread import StepTime, StepTraffic, longest_share, sent, step_time
 from veneer.plan.workload import Workload
@@ -166,15 +166,25 @@ class Planner:
     def step_time(self, choice: Choice, machine: Machine) -> StepTime:
         """Predicts the seconds of a step by part."""
         epoch = self.workload.epoch(choice)
-        single_seconds = (
-            machine.seconds(self._run(choice, epoch.usual).work)
-            * choice.batch
-            / choice.rows_at_once
-        )
+        run = self._run(choice, epoch.usual)
+        single_seconds = machine.seconds(run.work) * choice.batch / choice.rows_at_once
+        answers = 0.0
+        if choice.own_answers is not None:
+            prompts = [len(row.ids) - row.trained_tokens for row in epoch.usual]
+            work = AnswerWork(
+                answers=choice.own_answers.share * choice.batch,
+                prompt_tokens=sum(prompts) / len(prompts),
+                tokens=choice.own_answers.tokens,
+                parameters=run.total_parameters,
+                weight_bytes=run.static[WEIGHTS],
+            )
+            answers = machine.answer_seconds(work)
         if choice.processes == 1:
-            return StepTime(single_seconds)
+            return StepTime(single_seconds, answers=answers)
         share = longest_share(epoch.costs, choice.processes, together=choice.in_shards)
-        return step_time(single_seconds, share, choice.processes, self.sent(choice), machine.link)
+        traffic = self.sent(choice)
+        time = step_time(single_seconds, share, choice.processes, traffic, machine.link)
+        return replace(time, answers=answers)
 
     def sent(self, choice: Choice) -> StepTraffic:
         """Predicts what each process sends in a step."""

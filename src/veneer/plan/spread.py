@@ -52,22 +52,23 @@ class StepTraffic:
 @dataclass(frozen=True)
 class StepTime:
     """Divides the seconds of a step, at a process with a mean share. wait: for the slowest
-    process.
+    process. answers: in which one process writes the student's own answers.
     """
 
     compute: float
     wait: float = 0.0
     reduce: float = 0.0
     gather: float = 0.0
+    answers: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return self.compute + self.wait + self.reduce + self.gather
+        return self.compute + self.wait + self.reduce + self.gather + self.answers
 
     @property
     def efficiency(self) -> float:
         """Returns the share of the time that a single process would compute, too."""
-        return self.compute / self.seconds
+        return (self.compute + self.answers) / self.seconds
 
 
 def sent(
@@ -78,7 +79,7 @@ def sent(
         return StepTraffic()
     ring, small = 2 * (processes - 1), SMALL_SUMS
     runs = run.base.runs(processes) if shard else []
-    in_parts = shard and run.trainable_parameters == run.total_parameters
+    in_parts = shard and run.trainable_parameters >= run.total_parameters
     outside = (run.base.total - sum(run.base.layers)) // processes
     gathered = [*runs, *runs, *([outside] if in_parts else [])]
     times = rounds * (processes - 1) if in_parts else ring

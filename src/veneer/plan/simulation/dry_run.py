@@ -184,17 +184,21 @@ def _install(
 ) -> tuple[Attachment | None, dict[str, nn.Parameter]]:
     """Attaches what trains, as in training/prepare.py."""
     refuse_untrainable(model, paths)
+    score: ScoreHead | None = None
+    if step.head is not None:
+        device = next(model.parameters()).device
+        score = ScoreHead.fresh(step.head, hidden_size=head_width(model), device=device)
     if step.method.trains_base:
-        return None, reached_weights(model, paths.left_out)
+        trained_head = Attachment("planned", step.method, score=score)
+        if score is not None:
+            routing.enter(model, "planned", trained_head)
+            routing.active = (("planned", 1.0),)
+        return None, {**reached_weights(model, paths.left_out), **trained_head.parameters()}
     assert isinstance(step.method, AdapterConfig)
     head, new_tokens = model.get_output_embeddings(), None
     if step.new_tokens:
         vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
         new_tokens = AddedTokens((), tuple(range(vocabulary, vocabulary + step.new_tokens)))
-    score = None
-    if step.head is not None:
-        device = next(model.parameters()).device
-        score = ScoreHead.fresh(step.head, hidden_size=head_width(model), device=device)
     attachment = attach(
         model,
         step.method,
@@ -306,12 +310,9 @@ def _offloading(offload: PlannedOffload | None) -> AbstractContextManager[Any]:
 
 
 def moment_bytes(values: int, optimizer: OptimizerName) -> int:
-    """Counts AdamW's moments: two float32 a value. In 8 bits: two bytes a value, two scales per
-    256.
-    """
-    if optimizer == "adamw8bit" and values >= 4096:
-        return 2 * values + 8 * -(-values // 256)
-    return 8 * values
+    """Counts AdamW's moments: 8 bytes a value; in 8 bits 2, and two float32 scales per 256."""
+    in_8_bits = optimizer == "adamw8bit" and values >= 4096
+    return 2 * values + 8 * -(-values // 256) if in_8_bits else 8 * values
 
 
 def _static(
@@ -388,8 +389,7 @@ def _extrapolated(
     ]
     end_bytes = [run.phases[0].end_bytes for run in runs]
     linear = end_bytes[2] - end_bytes[1] == end_bytes[1] - end_bytes[0]
-    # The most that anything grows by: a moment that grew by less could be overtaken at a greater
-    # depth.
+    # The most that anything grows by: a moment that grew by less could be overtaken deeper down.
     for phase_one, phase_two in zip(one.phases[:3], two.phases[:3], strict=True):
         linear &= phase_two.peak_bytes - phase_one.peak_bytes >= end_bytes[1] - end_bytes[0]
     phases = [phase for phase in grown if phase is not None]
