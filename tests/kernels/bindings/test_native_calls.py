@@ -23,6 +23,7 @@ from veneer.kernels.bindings import (
 )
 from veneer.kernels.bindings import library as native
 from veneer.kernels.bindings.arguments import CallError
+from veneer.kernels.bindings.checks import _expression
 from veneer.kernels.packed import nf4
 from veneer.kernels.tape import tape
 from veneer.quant.nf4 import quantize
@@ -214,3 +215,16 @@ def test_a_plan_leaves_the_kernels_as_they_were():
         nf4.dequantize(weight.blocks, torch.full((640,), 7.0))
     assert torch.equal(nf4.dequantize(weight.blocks, torch.full((640,), 7.0)), expected)
     assert torch.equal(quantize(torch.ones(64)).packed, torch.full((32,), 255, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("text", "python"),
+    [
+        ("a * b / c", "_divide(a * b, c)"),
+        ("a / (b * c) + T", "_divide(a, b * c) + T_number"),
+        ("rows / 2 / T", "_divide(_divide(rows, 2), T_number)"),
+        (" 2 * width ", "2 * width"),
+    ],
+)
+def test_an_expression_of_a_declaration_keeps_the_order_of_its_operations(text, python):
+    assert _expression(text) == python

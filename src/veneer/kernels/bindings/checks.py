@@ -27,6 +27,7 @@ the generated function: _GLOBALS, and the helpers that declarations.py passes.
 To read this file, begin with `generate_call`, then `_checks`.
 """
 
+import ast
 import ctypes
 import re
 from collections.abc import Callable, Iterable
@@ -93,7 +94,19 @@ def _expression(text: str) -> str:
     """Translates an expression of a declaration. A type variable such as T stands for its number in
     C, and a division refuses a remainder."""
     text = re.sub(rf"\b([{''.join(VARIABLES)}])\b", r"\1_number", text.strip())
-    return re.sub(r"(\w+) / (\w+|\([^()]*\))", r"_divide(\1, \2)", text)
+    if "/" not in text:
+        return text
+    return ast.unparse(_CheckedDivisions().visit(ast.parse(text, mode="eval")))
+
+
+class _CheckedDivisions(ast.NodeTransformer):
+    """Replaces `a / b` by `_divide(a, b)`."""
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        self.generic_visit(node)
+        if not isinstance(node.op, ast.Div):
+            return node
+        return ast.Call(ast.Name("_divide"), [node.left, node.right], [])
 
 
 def _refuse_unless(entry: Entry, *tests: str) -> str:
