@@ -113,7 +113,8 @@ def gradient(u: Tensor, x: Tensor, scale: float = 1.0, *, dropout: Dropout | Non
         if wide:
             product = torch.mm(u.T, x, out_dtype=torch.float32)
         else:
-            product = products.multiply(u.T.contiguous(), x, x.new_empty(rank, x.shape[1]))
+            rows = u.T.contiguous() if u.is_cpu else u.T  # compiled products read rows
+            product = products.multiply(rows, x, x.new_empty(rank, x.shape[1]))
         return product if scale == 1.0 else product.mul_(scale)
     out = torch.empty(rank, x.shape[1], dtype=torch.float32, device=x.device)
     rank_calls.rank_gradient(u, x, [out], scale, _mask(dropout), transposed=False, add=False)
