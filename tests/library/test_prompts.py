@@ -9,6 +9,7 @@ from tests.support.tiny import save_tiny
 from veneer.cli.main import main
 from veneer.errors import CorruptFileError
 from veneer.library.prompts import (
+    MAX_BYTES,
     MOST_CHARACTERS,
     MOST_PROMPTS,
     NAME,
@@ -75,11 +76,25 @@ def test_prompts_go_with_their_object(library, run):
     assert list(library.folder.glob("prompts/*")) == []
 
 
-@pytest.mark.parametrize("prompts", ["all", ["x" * (MOST_CHARACTERS + 1)], ["x"] * 17])
-def test_a_damaged_file_of_prompts_is_refused_before_anything_is_added(library, run, prompts):
-    (run / NAME).write_text(json.dumps({"format_version": 1, "prompts": prompts}))
-    with pytest.raises(CorruptFileError, match="not a file of prompts"):
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ('"all"', "not a file of prompts"),
+        (json.dumps(["x" * (MOST_CHARACTERS + 1)]), "not a file of prompts"),
+        (json.dumps(["x"] * 17), "not a file of prompts"),
+        ('["cut off', "not valid JSON"),
+        ('["' + "x" * MAX_BYTES, "more than 1,000,000 bytes"),
+    ],
+    ids=["text", "long", "many", "cut", "large"],
+)
+def test_a_damaged_file_of_prompts_is_refused_before_anything_is_added(
+    library, run, prompts, message
+):
+    text = (run / NAME).read_text()
+    (run / NAME).write_text(text[: text.index("[")] + prompts + "}")
+    with pytest.raises(CorruptFileError, match=message) as refused:
         library.add(run, name="x")
+    assert str(run / NAME) in refused.value.headline and "remove it" in refused.value.next_step
     assert library.all_names() == []
 
 

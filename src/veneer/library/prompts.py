@@ -8,13 +8,14 @@ Both are {"format_version": 1, "prompts": [...]}. The texts are no part of the a
 this library, and neither push nor export copies them. Knows nothing of how they are compared.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from veneer.errors import VeneerError
+from veneer.errors import CorruptFileError, VeneerError
 from veneer.files.atomic import write_text
 from veneer.files.strict_json import StoredModel, json_text, read_json, validated
 
@@ -24,6 +25,11 @@ MOST_PROMPTS = 16
 MOST_CHARACTERS = 1000
 """Characters of a question that are kept and compared."""
 MAX_BYTES = 1_000_000
+BEGINNING = rb'\s*\{\s*"format_version"'
+REMOVE = (
+    "Copy the file again, or remove it: the adapter works without, but model: auto of a server does"
+    " not know its training prompts."
+)
 
 
 class PromptSample(StoredModel):
@@ -66,26 +72,27 @@ def read_prompts(file: Path) -> list[str]:
     file."""
     if not file.is_file():
         return []
-    stored = read_json(file, max_bytes=MAX_BYTES)
+    try:
+        stored = read_json(file, max_bytes=MAX_BYTES)
+    except VeneerError as fault:
+        raise CorruptFileError(fault.headline, fault.faults, REMOVE) from fault
     headline = f"{file} is not a file of prompts that Veneer wrote"
-    return validated(
-        PromptSample, stored, headline, "Remove it: the adapter works without."
-    ).prompts
+    return validated(PromptSample, stored, headline, REMOVE).prompts
 
 
 def prompts_beside(adapter: Path) -> list[str]:
-    """Returns the prompts that a run wrote beside its adapter's folder. CorruptFileError.
+    """Returns the prompts that a run wrote beside its adapter's folder. CorruptFileError: they are
+    damaged; without them `model: auto` would choose other adapters, so they are not ignored.
 
-    Another program's file of the same name is left alone: it has none of the fields.
+    Another program's file of the same name is left alone: it does not begin as ours.
     """
     file = adapter.parent / NAME
-    if adapter.name != "adapter" or not _has_our_fields(file):
-        return []
-    return read_prompts(file)
+    return read_prompts(file) if adapter.name == "adapter" and _is_ours(file) else []
 
 
-def _has_our_fields(file: Path) -> bool:
+def _is_ours(file: Path) -> bool:
     try:
-        return read_json(file, max_bytes=MAX_BYTES).keys() >= PromptSample.model_fields.keys()
-    except VeneerError:
+        with file.open("rb") as content:
+            return re.match(BEGINNING, content.read(40)) is not None
+    except OSError:
         return False
