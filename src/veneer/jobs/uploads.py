@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from veneer.data.examples import RowFault
+from veneer.data.files import parquet
 from veneer.data.files.places import PACKED
 from veneer.data.files.sources import open_decompressed
 from veneer.errors import DataError, QuotaError, UnknownNameError
@@ -122,23 +123,31 @@ class UploadStore:
         return size
 
     def _check_unpacked(self, path: Path) -> None:
-        """Raises QuotaError if a compressed file holds more than an uploaded one may: 1 GiB of
-        empty lines is 1 MiB of gzip. A damaged file passes; its rows are refused later."""
-        if path.suffix not in PACKED:
-            return
-        size, most = 0, self.limits.file_bytes
+        """Raises QuotaError if a compressed file or one of Parquet holds more than an uploaded one
+        may: 1 GiB of empty lines is 1 MiB of gzip. A damaged file passes; its rows are refused
+        later."""
+        most = self.limits.file_bytes
         try:
             with open_decompressed(path, path.name) as file:
-                while size <= most and (chunk := file.read(CHUNK_BYTES)):
-                    size += len(chunk)
+                is_larger = _holds_more_than(file, path.suffix, most)
         except (OSError, EOFError, zlib.error, RowFault):
             return
-        if size > most:
+        if is_larger:
             raise QuotaError(
                 f"the file holds more than {most:,} bytes when it is unpacked",
                 [],
                 "Upload it in parts.",
             )
+
+
+def _holds_more_than(file: BinaryIO, suffix: str, most: int) -> bool:
+    """Returns whether a file holds more bytes than this once it is unpacked."""
+    if suffix == ".parquet":
+        return parquet.holds_more_than(file, most)
+    size = 0
+    while suffix in PACKED and size <= most and (chunk := file.read(CHUNK_BYTES)):
+        size += len(chunk)
+    return size > most
 
 
 def unknown_file(file_id: str) -> UnknownNameError:

@@ -3,8 +3,10 @@ there."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from veneer.data.examples import Problem, refusal
-from veneer.data.files import sources
+from veneer.data.files import parquet, sources
 from veneer.data.files.sources import read_rows, scan_rows
 from veneer.errors import DataError
 
@@ -249,6 +251,65 @@ def test_two_columns_of_one_name_are_refused_in_parquet_too(tmp_path: Path) -> N
     parquet.write_table(table, tmp_path / "rows.parquet")
     with pytest.raises(DataError, match=r"D105 .*two columns are called 'prompt'"):
         read_rows(tmp_path / "rows.parquet")
+
+
+def test_a_small_parquet_file_with_large_rows_takes_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet as writer
+
+    monkeypatch.setattr(parquet, "MAX_LINE_BYTES", 2**20)
+    monkeypatch.setattr(parquet, "BATCH_BYTES", 2**20)
+    answer = {"role": "assistant", "content": "So."}
+    turn = {"role": "user", "content": "x" * 2**13}  # stored once, named by every row
+    rows = [[turn, answer], [turn] * 200, *([[turn, answer]] * 900)]
+    writer.write_table(pyarrow.table({"messages": rows}), path := tmp_path / "rows.parquet")
+    assert path.stat().st_size < 2**16
+    kept: list[Any] = []
+    tracemalloc.start()
+    for row in sources.iterate_rows(path):
+        kept.append((row.code, row.lines) if isinstance(row, Problem) else len(row.messages))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept == [2, ("D106", (2,)), *([2] * 900)] and peak < 5 * 2**20
+    with path.open("rb") as file:
+        assert parquet.holds_more_than(file, 2**23)
+        assert not parquet.holds_more_than(file, 2**24)
+
+
+@pytest.mark.parametrize(
+    ("bound", "value", "message"),
+    [
+        ("MAX_PARQUET_ROWS", 3, "the file has 4 rows, the limit is 3"),
+        ("MAX_GROUP_VALUES", 3, "'prompt' of row group 1 has 4 values, the limit is 3"),
+        ("MAX_UNPACKED_RATIO", 1, "'prompt' of row group 1 unpacks"),
+    ],
+)
+def test_a_row_group_that_unpacks_to_too_much_is_refused_by_its_metadata(
+    bound: str, value: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet as writer
+
+    monkeypatch.setattr(parquet, "MIN_UNPACKED_BYTES", 0)
+    monkeypatch.setattr(parquet, bound, value)
+    table = pyarrow.table({"prompt": ["x" * 1000 + str(n) for n in range(4)]})
+    writer.write_table(table, tmp_path / "rows.parquet", use_dictionary=False)
+    with pytest.raises(DataError, match=message):
+        read_rows(tmp_path / "rows.parquet")
+
+
+def test_a_json_file_that_unpacks_to_too_much_or_is_nested_too_deeply_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="nested deeper than 64 levels"):
+        read_rows(tmp_path / "rows.json")
+    monkeypatch.setattr(sources, "MAX_JSON_FILE_BYTES", 1000)
+    (tmp_path / "rows.json.gz").write_bytes(gzip.compress(b"[" + b" " * 1000 + b"]"))
+    with pytest.raises(DataError, match=r"holds more than 1,000 bytes.*\n.*jsonl"):
+        read_rows(tmp_path / "rows.json.gz")
 
 
 def test_a_file_that_is_not_parquet_is_refused(tmp_path: Path) -> None:

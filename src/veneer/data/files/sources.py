@@ -3,7 +3,8 @@
 Every broken row is reported, not only the first: `scan_rows` returns them beside the good rows,
 `read_rows` raises one error that lists them. Lines of .jsonl and .csv are streamed, and a line
 longer than MAX_LINE_BYTES is skipped without being held in memory; a .json file is read whole.
-places.py finds the files of a set. Knows nothing of tokenizers.
+records.py bounds what is read, parquet.py reads Parquet files. places.py finds the files of a set.
+Knows nothing of tokenizers.
 """
 
 import csv
@@ -19,17 +20,14 @@ from veneer.data.files.columns import ColumnMap, ColumnRenames, KtoLabels
 from veneer.data.files.json_text import JSONText, whole_value
 from veneer.data.files.labels import make_row
 from veneer.data.files.layouts import RowLayouts, detect, format_of
+from veneer.data.files.parquet import read_parquet
 from veneer.data.files.places import PACKED, ResolvedSets, RowFile, kind_of
-from veneer.files.nesting import TOO_DEEP, too_deep
+from veneer.data.files.records import MAX_JSON_FILE_BYTES, MAX_LINE_BYTES, Records
 
-MAX_LINE_BYTES = 16 * 2**20
 READABLE_KINDS = (
     '.jsonl (one JSON object a line), .json (a list of objects, or {"data": [...]}), .csv (with a'
     " header), .parquet"
 )
-
-Record = tuple[int, dict[str, Any]]
-Records = Iterator[Record | Problem]
 
 
 def read_rows(
@@ -122,7 +120,7 @@ def iterate_records(row_file: RowFile) -> Records:
         ".ndjson": _jsonl,
         ".json": _json,
         ".csv": _csv,
-        ".parquet": _parquet,
+        ".parquet": read_parquet,
     }
     kind = kind_of(file)
     compressed = Path(file).suffix.lower() in PACKED
@@ -235,7 +233,11 @@ def _kind(value: Any) -> str:
 def _json(stream: BinaryIO, file: str) -> Records:
     number = 0
     try:
-        json_text = JSONText(_utf8(stream.read().removeprefix(b"\xef\xbb\xbf")))
+        content = stream.read(MAX_JSON_FILE_BYTES + 1)
+        if len(content) > MAX_JSON_FILE_BYTES:
+            message = f"the file holds more than {MAX_JSON_FILE_BYTES:,} bytes, and is read whole"
+            raise RowFault("D106", message, "Write the rows as .jsonl, which is read by lines.")
+        json_text = JSONText(_utf8(content.removeprefix(b"\xef\xbb\xbf")))
         at = json_text.skip(0)
         if json_text.after(at) == "{":
             at = _find_data(json_text, at)
@@ -345,53 +347,3 @@ def _header(fields: list[str]) -> list[str]:
                 "D105", f"the columns seem to be separated by {name}", "Save the file with commas."
             )
     return fields
-
-
-def _parquet(stream: BinaryIO, file: str) -> Records:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        step = "pip install 'veneer[parquet]'"
-        yield Problem("D100", file, "reading Parquet needs the package pyarrow", next_step=step)
-        return
-    number = 0
-    try:
-        table = parquet.ParquetFile(stream)
-        names = table.schema_arrow.names
-        if duplicates := sorted({name for name in names if names.count(name) > 1}):
-            yield Problem(
-                "D105", file, f"two columns are called {', '.join(map(repr, duplicates))}"
-            )
-            return
-        for batch in table.iter_batches(batch_size=1024):
-            for record in _times_as_numbers(batch).to_pylist():
-                number += 1
-                if too_deep(record):
-                    yield Problem("D103", file, TOO_DEEP, (number,))
-                else:
-                    yield number, _without_nulls(record)
-    except (pyarrow.ArrowException, ValueError) as error:
-        yield Problem("D100", file, f"the Parquet file cannot be read: {error}")
-
-
-def _times_as_numbers(batch: Any) -> Any:
-    """Converts times to numbers: Python's times cover neither every nanosecond nor every year."""
-    from pyarrow import RecordBatch, int32, int64, types
-
-    columns = [
-        (
-            column.view(int32() if column.type.bit_width == 32 else int64())
-            if types.is_temporal(column.type) and column.type.bit_width in (32, 64)
-            else column
-        )
-        for column in batch.columns
-    ]
-    return RecordBatch.from_arrays(columns, names=batch.schema.names)
-
-
-def _without_nulls(value: Any) -> Any:
-    """Removes nulls: Parquet fills every struct up to the union of all rows' keys."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,27 @@
+"""Records of row files, and the bounds of what is read.
+
+A small file may hold more than any memory: compressed text, a column that names one long value of
+its dictionary in every row, lists of a million values.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from veneer.data.examples import Problem
+
+Record = tuple[int, dict[str, Any]]
+"""The line or number of a row, and its values by column."""
+Records = Iterator[Record | Problem]
+
+MAX_LINE_BYTES = 16 * 2**20
+"""Bytes of a line of .jsonl or .csv, and of the values of a Parquet row."""
+MAX_JSON_FILE_BYTES = 2**30
+"""Bytes of a .json file, unpacked: it is read whole."""
+MAX_PARQUET_ROWS = 2**30
+MAX_GROUP_VALUES = 2**28
+"""Values of a column in one row group of a Parquet file, in the lists of all rows."""
+MAX_UNPACKED_RATIO, MIN_UNPACKED_BYTES = 1000, 2**28
+"""Bytes to which each byte of a column of a row group may unpack, if they are more than
+MIN_UNPACKED_BYTES: text rarely shrinks to a hundredth."""
+BATCH_ROWS, BATCH_BYTES = 1024, 64 * 2**20
+"""Most rows and bytes that become Python values at a time."""
