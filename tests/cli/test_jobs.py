@@ -11,8 +11,10 @@ from tests.support.tiny import save_tiny
 from veneer.cli.config_file import read_settings
 from veneer.cli.job_settings import read_jobs
 from veneer.cli.main import main
+from veneer.cli.training.file_jobs import begun_jobs
 from veneer.cli.training.train_jobs import short_names
 from veneer.errors import ConfigError
+from veneer.training.config import RunConfig
 from veneer.training.trainee import Trainee
 
 ABOVE = {
@@ -328,3 +330,19 @@ def test_jobs_are_planned_each_and_together(tmp_path, capsys):
     file.write_text(yaml.safe_dump({"base": str(base), "data": data, "steps": 6, "jobs": jobs}))
     assert main(["plan", str(file)]) == 2
     assert "dtype" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "chosen"), [("auto", "bfloat16"), ("bfloat16", "auto")])
+def test_a_type_left_open_is_that_of_a_begun_run_only_if_that_run_left_it_open(
+    given, chosen, tmp_path
+):
+    base = save_tiny(tmp_path / "tiny")
+    begun, new = (
+        RunConfig(base=str(base), data="d", out=str(tmp_path / name), dtype=dtype)
+        for name, dtype in (("begun", given), ("new", "auto"))
+    )
+    (tmp_path / "begun").mkdir()
+    settings = begun.model_dump(mode="json", exclude={"out"}) | {"dtype": "bfloat16"}
+    (tmp_path / "begun" / "run.yaml").write_text(yaml.safe_dump(settings))
+    jobs = begun_jobs([begun, new])
+    assert [(job.resume, job.config.dtype) for job in jobs] == [(True, "bfloat16"), (False, chosen)]

@@ -17,11 +17,13 @@ from tests.support.tiny import save_tiny
 from veneer.errors import ConfigError, QuotaError, UnknownNameError
 from veneer.jobs.launch import AUTOGROUP, lower_priority
 from veneer.jobs.limits import JobLimits
+from veneer.jobs.outcome import Outcome
 from veneer.jobs.queue import WAITS_FOR_DISK, jobs_in_turn, start_together
-from veneer.jobs.record import DIED, JobRecord, TrainingJob
+from veneer.jobs.record import JobRecord, TrainingJob
 from veneer.jobs.store import JobStore
 from veneer.jobs.suspension import trainer_suspended
 from veneer.jobs.uploads import UploadStore
+from veneer.jobs.worker import RESUME, WorkerJob, trainer_outcome
 from veneer.training.state.checkpoint import numbers
 
 ROWS = [
@@ -70,35 +72,17 @@ def newest_process(pattern):
     return int(output) if output else None
 
 
-def test_killed_trainer_and_killed_worker_are_failed_jobs_that_resume(store, base):
+def test_a_killed_trainer_and_used_up_disk_space_are_failures_that_resume(store, base):
     settings = {"base": base, "steps": 100_000, "save_every": 1, "data": {"validation_share": 0}}
+    store.limits = JobLimits(disk_bytes=100_000)
     job = store.create(settings, rows={"train": ROWS}, publish_as="tickets")
     assert job.state == "running"
     trainer = f"veneer.jobs.trainer .*{job.id}"
     wait_until(lambda: newest_process(trainer) is not None)
     os.kill(newest_process(trainer), signal.SIGKILL)  # while it loads
     job = wait_for(store, job.id, "failed")
-    assert "killed by SIGKILL" in job.error
-
+    assert "was killed, probably" in job.error and RESUME in job.error
     assert store.resume(job.id).state == "running"
-    wait_until(lambda: store.get(job.id).facts().get("step", 0) >= 2)
-    with trainer_suspended(store.folder):
-        wait_until(lambda: is_suspended(newest_process(trainer)))
-        os.kill(newest_process(f"veneer.jobs.worker .*{job.id}"), signal.SIGKILL)
-        job = wait_for(store, job.id, "failed")  # the trainer saved a checkpoint and ended too
-    assert job.error == DIED and job.record.state == "running"
-    assert max(numbers(job.run_folder / "checkpoints")) >= 2
-    assert store.start_next() is None
-    assert store.get(job.id).record.state == "failed"
-    assert [event["level"] for event in store.events(job.id)].count("error") == 2
-    store.delete(job.id)
-    assert store.jobs() == [] and not job.run_folder.exists()
-
-
-def test_a_run_that_uses_up_the_disk_space_fails_and_resumes_when_there_is_room(store, base):
-    settings = {"base": base, "steps": 100_000, "save_every": 1, "data": {"validation_share": 0}}
-    store.limits = JobLimits(disk_bytes=100_000)
-    job = store.create(settings, rows={"train": ROWS})
     waiting = store.create(settings, rows={"train": ROWS})
     job = wait_for(store, job.id, "failed")
     assert "the limit is 100,000" in job.error and "Delete jobs or files" in job.error
@@ -114,12 +98,29 @@ def test_a_run_that_uses_up_the_disk_space_fails_and_resumes_when_there_is_room(
     assert store.resume(job.id).record.disk_bytes == store.limits.disk_bytes
     step = job.facts()["step"]
     wait_until(lambda: store.get(job.id).facts()["step"] > step)
-    pid = newest_process(f"veneer.jobs.trainer .*{job.id}")
+    pid = newest_process(trainer)
     with trainer_suspended(store.folder):
         wait_until(lambda: is_suspended(pid))
         store.cancel(job.id)
         job = wait_for(store, job.id, "cancelled")
     assert max(numbers(job.run_folder / "checkpoints")) == job.facts()["step"]
+    assert [event["level"] for event in store.events(job.id)].count("error") == 2
+    store.delete(job.id)
+    assert [other.id for other in store.jobs()] == [waiting.id] and not job.run_folder.exists()
+
+
+def test_the_end_of_a_trainer_is_told_in_a_sentence_that_names_the_log(busy_store, base):
+    job = busy_store.create({"base": base}, rows={"train": ROWS})
+    first = WorkerJob(busy_store, job.id, 0, is_shared=True)
+    place = f"The log is jobs/{job.id}/trainer.log in the folder of jobs."
+    for code, words in {
+        1: f"An error in Veneer ended the trainer (exit code 1). {place}",
+        -signal.SIGSEGV: f"The trainer crashed with signal SIGSEGV. {place}",
+        -signal.SIGRTMIN - 1: f"The trainer crashed with signal {signal.SIGRTMIN + 1}. {place}",
+    }.items():
+        assert trainer_outcome(code, first) == Outcome(kind="crashed", error=words)
+    assert trainer_outcome(-signal.SIGTERM, first) == Outcome(kind="interrupted")
+    busy_store.cancel(job.id)
 
 
 def test_jobs_wait_while_one_runs_and_change_their_state(busy_store, base):
@@ -149,11 +150,20 @@ def test_jobs_wait_while_one_runs_and_change_their_state(busy_store, base):
 
 
 def test_a_compressed_file_is_bounded_by_what_it_holds(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
     uploads = UploadStore(tmp_path, JobLimits(file_bytes=10_000))
     packed = gzip.compress(b"\n" * 20_000)
     with pytest.raises(QuotaError, match=r"more than 10,000 bytes when it is unpacked"):
         uploads.add(BytesIO(packed), name="rows.jsonl.gz")
     assert uploads.files() == [] and list(uploads.folder.iterdir()) == []
+    table = BytesIO()
+    parquet.write_table(
+        pyarrow.table({"prompt": ["x" * 1000] * 20, "completion": ["y"] * 20}), table
+    )
+    with pytest.raises(QuotaError, match=r"more than 10,000 bytes when it is unpacked"):
+        uploads.add(BytesIO(table.getvalue()), name="rows.parquet")
     assert uploads.add(BytesIO(packed[:20]), name="rows.jsonl.gz").bytes == 20  # a job says more
     assert uploads.add(BytesIO(gzip.compress(b"{}")), name="rows.jsonl.gz").bytes > 0
 

@@ -8,9 +8,13 @@ import pytest
 
 from tests.jobs.test_store import newest_process, wait_for, wait_until
 from tests.support.joint import JOBS, alone, assert_same_run, make_world
+from tests.support.processes import is_suspended
 from tests.support.running_job import running_job
 from veneer.jobs.group import share_first
+from veneer.jobs.record import DIED
 from veneer.jobs.store import JobStore
+from veneer.jobs.suspension import trainer_suspended
+from veneer.jobs.worker import TRIED_ALONE
 from veneer.training.state.checkpoint import numbers
 
 
@@ -95,7 +99,15 @@ def test_a_job_that_leaves_dtype_open_does_not_train_in_the_type_of_another(stor
             store.cancel(job.id)
 
 
-def test_one_job_leaves_and_the_others_go_on_until_their_trainer_is_killed(store, world):
+def changed(job, **record):
+    return replace(job, record=job.record.model_copy(update=record))
+
+
+def test_one_job_leaves_and_after_a_crash_each_of_the_others_is_tried_alone(
+    store, world, monkeypatch
+):
+    monkeypatch.setattr("veneer.jobs.store.share_of_machine", lambda share: (1, 0))  # not slower
+    store.train_share = 0.5
     endless = settings(world, steps=100_000, save_every=1, evaluate_every=100_000)
     rows = {"train": world / "rows.jsonl"}
     with running_job(store):
@@ -117,14 +129,30 @@ def test_one_job_leaves_and_the_others_go_on_until_their_trainer_is_killed(store
     assert store.num_together(store.get(first.id)) == 1
     store.delete(second.id)
     os.kill(trainer_of(first), signal.SIGKILL)
-    for job in (first, third):
-        assert "killed by SIGKILL" in wait_for(store, job.id, "failed").error
+    wait_until(lambda: TRIED_ALONE in store.events(third.id)[-1]["message"])
+    wait_until(lambda: store.get(first.id).state == "running" and trainer_of(first) is not None)
+    assert store.get(third.id).state == "queued" and store.num_together(store.get(first.id)) == 0
+    assert store.pause(third.id).state == "paused"
+    steps_on(first)
+    with trainer_suspended(store.folder):
+        wait_until(lambda: is_suspended(trainer_of(first)))
+        os.kill(newest_process(f"veneer.jobs.worker .*{first.id}"), signal.SIGKILL)
+        first = wait_for(store, first.id, "failed")  # the trainer saved a checkpoint and ended too
+    assert first.error == DIED and first.record.state == "running"
+    assert store.start_next() is None
+    assert store.get(first.id).record.state == "failed"
     with running_job(store):
-        new = store.create(settings(world), rows=rows)
-        queued = [new, store.resume(first.id), store.resume(third.id)]
-        assert share_first(queued) == queued, "resumed jobs and new ones"
-        strange = replace(new, record=new.record.model_copy(update={"owner": "somebody else"}))
-        assert share_first([*queued, strange]) == queued, "failed jobs may fail again"
-        assert share_first([strange, *queued[1:]]) == [strange]
-        for job in queued:
+        new, first, third = (
+            store.create(settings(world), rows=rows),
+            store.resume(first.id),
+            store.resume(third.id),
+        )
+        assert share_first([new, first, third]) == [new], "the others are tried alone"
+        assert share_first([first, new]) == [first]
+        failed = changed(third, alone=False, has_failed=True)
+        assert share_first([new, failed]) == [new, failed], "a new job and a resumed one"
+        strange = changed(new, owner="somebody else")
+        assert share_first([new, failed, strange]) == [new, failed], "it may fail again"
+        assert share_first([strange, failed]) == [strange]
+        for job in (new, first, third):
             store.cancel(job.id)

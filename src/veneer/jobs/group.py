@@ -20,37 +20,37 @@ def has_begun(job: TrainingJob) -> bool:
 
 
 def read_configs(jobs: Sequence[TrainingJob]) -> list[RunConfig]:
-    """Reads the settings of jobs that train together. Raises VeneerError."""
-    return _alike(jobs, [_read_config(job) for job in jobs])
+    """Reads the settings of jobs that train together, with base and dtype spelled alike: joint
+    training compares them. Raises VeneerError."""
+    configs = [_read_config(job) for job in jobs]
+    begun = next((n for n, job in enumerate(jobs) if has_begun(job)), None)
+    if begun is None:
+        return configs
+    given = _given_config(jobs[begun])
+    return [like_begun(config, given, configs[begun]) for config in configs]
 
 
 def share_first(jobs: Sequence[TrainingJob]) -> list[TrainingJob]:
     """Returns the first job and the later jobs that can train together with it: joint training
-    accepts them, and they ask for the same threads, priority and share.
-
-    Their settings must be alike as they were given too: otherwise a job with dtype auto would train
-    in the type that was chosen for another job, whose run has begun.
-    """
-    group, given, configs = list[TrainingJob](), list[RunConfig](), list[RunConfig]()
-    for job in jobs:
+    accepts them, and they ask for the same threads, priority and share."""
+    group = list(jobs[:1])
+    for job in jobs[1:]:
         try:
-            new_given, new_configs = [*given, _given_config(job)], [*configs, _read_config(job)]
-            require_common_settings(new_given, ALONE)
-            require_common_settings(_alike([*group, job], new_configs), ALONE)
-        except VeneerError:
-            if not group:  # its trainer says what is wrong
-                return [job]
+            require_common_settings(read_configs([*group, job]), ALONE)
+        except VeneerError:  # if the first has a fault, its trainer says so
             continue
         if _process(job.record) == _process(jobs[0].record) and _may_share([*group, job]):
             group.append(job)
-            given, configs = new_given, new_configs
     return group
 
 
 def _may_share(jobs: Sequence[TrainingJob]) -> bool:
-    """Returns whether the failure of one owner's job cannot end another owner's job again."""
-    has_failed = any(job.record.has_failed for job in jobs)
-    return not has_failed or len({job.record.owner for job in jobs}) == 1
+    """Returns whether no job is tried alone, and the failure of one owner's job cannot end another
+    owner's job again."""
+    records = [job.record for job in jobs]
+    has_failed = any(record.has_failed for record in records)
+    several_owners = len({record.owner for record in records}) > 1
+    return not any(record.alone for record in records) and not (has_failed and several_owners)
 
 
 def _read_config(job: TrainingJob) -> RunConfig:
@@ -62,12 +62,6 @@ def _read_config(job: TrainingJob) -> RunConfig:
 def _given_config(job: TrainingJob) -> RunConfig:
     """Reads the settings with which the job was created."""
     return RunConfig.of(read_yaml(job.run_file))
-
-
-def _alike(jobs: Sequence[TrainingJob], configs: Sequence[RunConfig]) -> list[RunConfig]:
-    """Returns the settings with base and dtype spelled alike; joint training compares them."""
-    begun = next((c for job, c in zip(jobs, configs, strict=True) if has_begun(job)), None)
-    return [like_begun(config, begun) for config in configs]
 
 
 def _process(record: JobRecord) -> tuple[int, int, float]:

@@ -26,9 +26,10 @@ class Outcome(StrictSettings):
     interrupted  a checkpoint was saved, if the run had begun
     no_room      memory had no room for the job beside those that train
     failed       error says why
+    crashed      the trainer ended, which another of its jobs may have caused; error says how
     """
 
-    kind: Literal["done", "interrupted", "no_room", "failed"]
+    kind: Literal["done", "interrupted", "no_room", "failed", "crashed"]
     error: str = ""
 
 

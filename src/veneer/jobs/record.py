@@ -83,6 +83,8 @@ class JobRecord(StrictSettings):
     has_failed: bool = False
     """It was resumed after it failed. From then on it shares a trainer only with jobs of its owner,
     because what made it fail may end the trainer."""
+    alone: bool = False
+    """It shares no trainer, because the one that it shared with other jobs crashed."""
     details: dict[str, JsonValue] = Field(default_factory=dict)
     """Values that the creator of the job keeps with it; not read here."""
 

@@ -63,8 +63,11 @@ def train(store: JobStore, job_ids: Sequence[str]) -> None:
         error = _user_error(fault)
         if error is None:
             raise
+        outcome = outcome_of(error)
+        if isinstance(error, DoesNotFitError):  # each may fit alone
+            outcome = outcome.model_copy(update={"kind": "crashed"})
         for folder in folders.values():
-            write_outcome(folder, outcome_of(error))
+            write_outcome(folder, outcome)
 
 
 def _user_error(fault: Exception) -> VeneerError | None:

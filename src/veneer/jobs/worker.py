@@ -17,18 +17,18 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import FrameType
 
 from veneer.child import end_with_parent, module_command
 from veneer.errors import VeneerError
 from veneer.files.atomic import write_text
 from veneer.files.lock import unlock
-from veneer.jobs.events import add_event
+from veneer.jobs.events import Level, add_event
 from veneer.jobs.launch import LOG, lower_priority, trainer_environment
-from veneer.jobs.outcome import MOST_ERROR, Outcome, read_outcome
+from veneer.jobs.outcome import Outcome, read_outcome
 from veneer.jobs.published import note_published
 from veneer.jobs.record import JobRecord, StoredState, read_record, write_record
 from veneer.jobs.result_file import RESULT, metrics_csv
@@ -41,14 +41,20 @@ from veneer.training.output.records import read_records
 POLL_SECONDS = 0.2
 DISK_SECONDS = 2.0
 """Time between two looks at the disk space that the store takes."""
+RESUME = "Resume the job to continue from its last checkpoint."
+TRIED_ALONE = "Other jobs shared this trainer, so the job is tried once more, alone."
 WAITS_FOR_MEMORY = "The job waits: the jobs that train now leave no memory for it."
 
 
 class WorkerJob:
-    """Writes the state of one job. descriptor: of the job's lock, which is held until it ends"""
+    """Writes the state of one job.
 
-    def __init__(self, store: JobStore, job_id: str, descriptor: int) -> None:
-        self.store, self.descriptor = store, descriptor
+    descriptor: of the job's lock, which is held until it ends. is_shared: whether it shares the
+    trainer with other jobs
+    """
+
+    def __init__(self, store: JobStore, job_id: str, descriptor: int, *, is_shared: bool) -> None:
+        self.store, self.descriptor, self.is_shared = store, descriptor, is_shared
         self.folder, self.run_folder = store.job_folder(job_id), store.run_folder(job_id)
         self.record: JobRecord = read_record(self.folder)
         self.has_ended = False
@@ -64,7 +70,9 @@ class WorkerJob:
             self._write("cancelled", "The job was cancelled")
         elif outcome.kind == "done":
             self._publish()
-        elif outcome.kind == "failed":
+        elif outcome.kind == "crashed" and self.is_shared and disk_fault is None:
+            self._try_alone(outcome.error, is_asked_to_pause=request is not None)
+        elif outcome.kind in ("failed", "crashed"):
             self.fail(outcome.error)
         elif disk_fault is not None:
             self.fail(
@@ -78,6 +86,11 @@ class WorkerJob:
 
     def fail(self, error: str) -> None:
         self._write("failed", error, error=error)
+
+    def _try_alone(self, error: str, *, is_asked_to_pause: bool) -> None:
+        """Queues the job again, or pauses it. Another job may have ended the trainer."""
+        message = f"{error} {TRIED_ALONE}"
+        self._write("paused" if is_asked_to_pause else "queued", message, alone=True, level="warn")
 
     def _publish(self) -> None:
         """Adds the adapter to the library; the job is done."""
@@ -96,9 +109,11 @@ class WorkerJob:
         write_text(self.folder / RESULT, metrics_csv(records), replace=True)
         self._write("done", "The job has successfully completed", adapter=adapter)
 
-    def _write(self, state: StoredState, message: str, **changes: str | float | None) -> None:
+    def _write(
+        self, state: StoredState, message: str, level: Level = "info", **changes: str | float | None
+    ) -> None:
         """Writes the job's last state and event, and unlocks it."""
-        add_event(self.folder, message, "error" if state == "failed" else "info")
+        add_event(self.folder, message, "error" if state == "failed" else level)
         self.store.drop_request(self.record.id)
         changes = {"state": state, "ended": time.time(), **changes}
         self.record = write_record(self.folder, self.record, **changes)
@@ -131,7 +146,7 @@ class Worker:
                 self._train()
         except Exception as fault:
             for job in self._open:
-                job.fail(_bug(fault))
+                job.fail(self._log(fault))
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
@@ -150,9 +165,8 @@ class Worker:
 
     def _train(self) -> None:
         """Runs the trainer until it ends. Ends each job as soon as it has an outcome."""
-        first, log = self._open[0], self._open[0].folder / LOG
-        start = log.stat().st_size
-        with log.open("ab") as output:
+        first = self._open[0]
+        with (first.folder / LOG).open("ab") as output:
             trainer = subprocess.Popen(
                 [
                     *module_command("veneer.jobs.trainer"),
@@ -181,7 +195,7 @@ class Worker:
         for job, outcome in self._outcomes():
             self._end(job, outcome)
         for job in self._open:
-            self._end(job, self._outcome_of(trainer.returncode, log, start))
+            self._end(job, trainer_outcome(trainer.returncode, first))
 
     def _begin_trainer(self) -> None:
         """Lowers the trainer's priority, and ends it with its worker. Runs in the new process."""
@@ -198,39 +212,46 @@ class Worker:
         try:
             job.end(outcome, self._disk_fault)
         except Exception as fault:
-            job.fail(_bug(fault))
+            job.fail(self._log(fault))
 
-    def _outcome_of(self, code: int, log: Path, start: int) -> Outcome:
-        """Returns the outcome of a job for which the trainer wrote none. The log is shown only if
-        all jobs have one owner, because it may quote rows."""
-        if code == -signal.SIGTERM:
-            return Outcome(kind="interrupted")
-        if code < 0:
-            error = (
-                f"The trainer was killed by {signal.Signals(-code).name}; if nobody killed it, the"
-                " machine was out of memory. Resume the job to continue from its last checkpoint."
-            )
-            return Outcome(kind="failed", error=error)
-        is_private = len({job.record.owner for job in self.jobs}) > 1
-        text = "" if is_private else _last_text(log, start)
-        return Outcome(kind="failed", error=text or f"The trainer ended with exit code {code}.")
+    def _log(self, fault: Exception) -> str:
+        """Prints the traceback of an error of Veneer's into the log; returns what the user sees."""
+        traceback.print_exception(fault)
+        return f"An error in Veneer ended the job's worker. {_log_place(self.jobs[0])}"
 
 
-def _bug(fault: Exception) -> str:
-    return f"{type(fault).__name__}: {fault}"[:MOST_ERROR]
+def trainer_outcome(code: int, first: WorkerJob) -> Outcome:
+    """Returns the outcome of jobs for which the trainer wrote none. The log is not quoted: it may
+    hold rows of another owner. first: the job whose folder has the log"""
+    if code == -signal.SIGTERM:
+        return Outcome(kind="interrupted")
+    if code == -signal.SIGKILL:
+        reason = "The trainer was killed, probably by the system because memory ran out (SIGKILL)."
+    elif code < 0:
+        reason = f"The trainer crashed with signal {_signal_name(-code)}."
+    else:
+        reason = f"An error in Veneer ended the trainer (exit code {code})."
+    if code != -signal.SIGKILL:
+        reason += f" {_log_place(first)}"
+    return Outcome(kind="crashed", error=reason if first.is_shared else f"{reason} {RESUME}")
 
 
-def _last_text(log: Path, start: int) -> str:
-    """Returns the end of the log's text, at most MOST_ERROR bytes and none before `start`."""
-    with log.open("rb") as file:
-        file.seek(max(start, log.stat().st_size - MOST_ERROR))
-        return file.read().decode("utf-8", "replace").strip()
+def _log_place(first: WorkerJob) -> str:
+    return f"The log is jobs/{first.record.id}/{LOG} in the folder of jobs."
+
+
+def _signal_name(number: int) -> str:
+    names = {one.value: one.name for one in signal.Signals}  # real-time signals have no name
+    return names.get(number, str(number))
 
 
 def main(folder: str, *jobs: str) -> None:
     store = JobStore(folder)
     pairs = [job.split(":") for job in jobs]
-    worker_jobs = [WorkerJob(store, job_id, int(descriptor)) for job_id, descriptor in pairs]
+    worker_jobs = [
+        WorkerJob(store, job_id, int(descriptor), is_shared=len(pairs) > 1)
+        for job_id, descriptor in pairs
+    ]
     if (disk_bytes := worker_jobs[0].record.disk_bytes) is not None:
         store.limits = replace(store.limits, disk_bytes=disk_bytes)
     Worker(store, worker_jobs).run()

@@ -345,14 +345,15 @@ class RunConfig(StrictSettings):
         return self
 
 
-def like_begun(config: RunConfig, begun: RunConfig | None) -> RunConfig:
-    """Returns settings with base and dtype written as in the run file of another run, whose base
-    they share. begun: settings of that run; None if no run has begun"""
-    if begun is None:
-        return config
+def like_begun(config: RunConfig, given: RunConfig, begun: RunConfig) -> RunConfig:
+    """Returns settings with base and dtype written as in the folder of a run that has begun, whose
+    base they share. A type that is left open becomes that run's only if that run left it open too.
+
+    given: settings with which that run was started. begun: those in its folder
+    """
     base, dtype = config.base, config.dtype
     update = {
         "base": begun.base if str(expanded(base).absolute()) == begun.base else base,
-        "dtype": begun.dtype if dtype == "auto" else dtype,
+        "dtype": begun.dtype if dtype == given.dtype == "auto" else dtype,
     }
     return config.model_copy(update=update)

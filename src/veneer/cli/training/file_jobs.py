@@ -59,8 +59,10 @@ def begun_jobs(configs: Sequence[RunConfig]) -> list[FileJob]:
             faults,
             "Write the settings as they were, or give these runs another out.",
         )
-    first_begun = next((job.config for job in jobs if job.resume), None)
-    return [replace(job, config=like_begun(job.config, first_begun)) for job in jobs]
+    pairs = zip(configs, jobs, strict=True)
+    if (pair := next(((given, job.config) for given, job in pairs if job.resume), None)) is None:
+        return jobs
+    return [replace(job, config=like_begun(job.config, *pair)) for job in jobs]
 
 
 def find_library(args: Namespace, configs: Sequence[RunConfig]) -> Library | None:
