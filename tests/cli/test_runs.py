@@ -47,6 +47,10 @@ def test_jobs_are_listed_shown_and_deleted(job, capsys):
     assert head.split() == ["JOB", "STATE", "STEP", "LOSS", "BASE", "NAME", "AGE"]
     assert line.split() == [job.id, "failed", "2/4", "1.00", "tiny", "tickets", "0", "min"]
     assert len(line) <= 80
+    assert runs(job) == runs(job, "--json") == 0, "the action may be left out"
+    assert json.loads(capsys.readouterr().out.removeprefix(f"{head}\n{line}\n"))[0]["id"] == job.id
+    assert main(["runs", "--json", "--jobs", str(job.folder.parent.parent), "show", job.id]) == 0
+    assert json.loads(capsys.readouterr().out)["id"] == job.id, "flags may stand before the action"
     assert runs(job, "show", job.id[-5:]) == 0
     screen = capsys.readouterr().out
     assert "failed · step 2 of 4" in screen and "out of memory" in screen

@@ -59,8 +59,9 @@ def add_action(actions: Any, name: str, help: str) -> ArgumentParser:
     return parser
 
 
-def add_json(parser: Container) -> None:
-    add_switch(parser, "--json", "print the result as JSON on stdout, messages on stderr")
+def add_json(parser: Container, *, default: Any = False) -> None:
+    message = "print the result as JSON on stdout, messages on stderr"
+    add_switch(parser, "--json", message, default=default)
 
 
 def add_lookup(parser: Container) -> None:

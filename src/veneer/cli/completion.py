@@ -3,7 +3,7 @@
 For instance:
 
   veneer completion bash > ~/.local/share/bash-completion/completions/veneer
-  veneer completion zsh  > ~/.veneer.zsh; echo 'source ~/.veneer.zsh' >> ~/.zshrc
+  veneer completion zsh > ~/.veneer.zsh; echo 'source ~/.veneer.zsh' >> ~/.zshrc
   veneer completion fish > ~/.config/fish/completions/veneer.fish
 """
 

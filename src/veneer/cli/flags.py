@@ -37,7 +37,7 @@ def add_value(
     action.required = required or (not action.option_strings and action.required)
 
 
-def add_switch(parser: Container, name: str, help: str, *, default: bool | None = False) -> None:
+def add_switch(parser: Container, name: str, help: str, *, default: Any = False) -> None:
     """Adds a flag without a value, which is true if it is given."""
     parser.add_argument(name, action="store_true", default=default, help=help)
 

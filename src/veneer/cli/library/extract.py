@@ -2,7 +2,8 @@
 
 For instance:
 
-  veneer extract --base smollm2-135m --model runs/full/model --rank 32 --out extracted
+  veneer extract --base smollm2-135m --model runs/full/model --rank 32 \\
+      --out extracted
   veneer extract --base B --model DIR --energy 0.9 --keep --out extracted
 """
 

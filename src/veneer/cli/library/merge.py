@@ -7,8 +7,10 @@ refused and nothing is written.
 For instance:
 
   veneer merge --adapter runs/tickets --out merged
-  veneer merge --base B --adapter A1 A2 --weights 1 -0.5 --out merged --dtype fp16
-  veneer merge --base B --quantize nf4 --into dequantised --adapter A --out merged
+  veneer merge --base B --adapter A1 A2 --weights 1 -0.5 --out merged \\
+      --dtype fp16
+  veneer merge --base B --quantize nf4 --into dequantised --adapter A \\
+      --out merged
 """
 
 from __future__ import annotations

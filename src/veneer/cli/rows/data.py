@@ -3,7 +3,8 @@
 For instance:
 
   veneer data check tickets.jsonl --base smollm2-135m
-  veneer data convert old.csv --map question=prompt --map answer=completion --out rows.jsonl
+  veneer data convert old.csv --map question=prompt --map answer=completion \\
+      --out rows.jsonl
   veneer data split rows.jsonl --out rows --validation 0.05 --test 0.1
   veneer data sample org/name 2000 --out general.jsonl
   veneer data replay --base smollm2-135m --out replay

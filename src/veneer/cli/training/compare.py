@@ -2,10 +2,12 @@
 
 For instance:
 
-  veneer compare --base smollm2-135m --data tickets.jsonl --methods full,lora,prefix --out \\
-      compare/tickets
-  veneer compare a.yaml b.yaml --test held_out.jsonl --metrics field_f1 --seeds 3 --out compare/ab
-  veneer compare --base smollm2-135m --data pairs.jsonl --objective dpo --methods lora,dora --out c
+  veneer compare --base smollm2-135m --data tickets.jsonl \\
+      --methods full,lora,prefix --out compare/tickets
+  veneer compare a.yaml b.yaml --test held_out.jsonl --metrics field_f1 \\
+      --seeds 3 --out compare/ab
+  veneer compare --base smollm2-135m --data pairs.jsonl --objective dpo \\
+      --methods lora,dora --out c
 
 Every candidate gets the same rows and budget, a search for its learning rate, and --seeds runs.
 The rates of a search train together, and halving stops the worse half; full fine-tuning and

@@ -3,9 +3,12 @@
 For instance:
 
   veneer distil --base smollm2-135m --prompt support.txt --out runs/support
-  veneer distil --base smollm2-135m --document handbook.md --questions asked.txt --out runs/handbook
-  veneer distil --base smollm2-135m --document handbook.md --method prefix --out runs/cartridge
-  veneer distil --base smollm2-135m --teacher HuggingFaceTB/SmolLM2-1.7B-Instruct --out runs/small
+  veneer distil --base smollm2-135m --document handbook.md \\
+      --questions asked.txt --out runs/handbook
+  veneer distil --base smollm2-135m --document handbook.md --method prefix \\
+      --out runs/cartridge
+  veneer distil --base smollm2-135m \\
+      --teacher HuggingFaceTB/SmolLM2-1.7B-Instruct --out runs/small
 
 With the prompt in front, the teacher writes questions, unless --questions gives them, and answers
 them with the likeliest tokens, or samples at --temperature. Then an adapter learns the teacher's

@@ -4,11 +4,16 @@ forgetting.
 For instance:
 
   veneer evaluate --base smollm2-135m --data held_out.jsonl
-  veneer evaluate --adapter runs/tickets --data held_out.jsonl --metrics exact_match,field_f1
-  veneer evaluate --adapter runs/intents --data held_out.jsonl --labels intents.txt
-  veneer evaluate --adapter runs/sums --data sums.jsonl --metric 'regex:####\\s*(-?[0-9.]+)'
-  veneer evaluate --adapter runs/sums --data sums.jsonl --metric score.py:closeness --general
-  veneer evaluate --adapter runs/b --data D --predictions b.jsonl --against a.jsonl
+  veneer evaluate --adapter runs/tickets --data held_out.jsonl \\
+      --metrics exact_match,field_f1
+  veneer evaluate --adapter runs/intents --data held_out.jsonl \\
+      --labels intents.txt
+  veneer evaluate --adapter runs/sums --data sums.jsonl \\
+      --metric 'regex:####\\s*(-?[0-9.]+)'
+  veneer evaluate --adapter runs/sums --data sums.jsonl \\
+      --metric score.py:closeness --general
+  veneer evaluate --adapter runs/b --data D --predictions b.jsonl \\
+      --against a.jsonl
 
 Metrics: exact_match, json_validity, field_f1, accuracy (picks the likeliest label), bleu, chrf,
 rouge1, rouge2, rougeL. A row may have `references`, a list of other correct answers.

@@ -4,12 +4,14 @@ For instance:
 
   veneer plan --base llama-70b --method lora --length 2048 --batch 1 --gpu H100
   veneer plan --base smollm2-135m --data tickets.jsonl --compare --memory 8GiB
-  veneer plan --base smollm2-135m --data tickets.jsonl --kind format --write run.yaml
+  veneer plan --base smollm2-135m --data tickets.jsonl --kind format \\
+      --write run.yaml
   veneer plan --models llama-3.2-1b,qwen3-4b,llama-70b --gpu H100 --batch 1
   veneer plan --base smollm2-135m --data tickets.jsonl --probe
   veneer plan RUN.yaml --processes 4 --link 10Gb/s
   veneer plan JOBS.yaml
-  veneer plan --base llama-70b --batch 8 --gpu H100 --processes 8 --shard --link 200Gb/s
+  veneer plan --base llama-70b --batch 8 --gpu H100 --processes 8 --shard \\
+      --link 200Gb/s
 
 RUN.yaml is planned with its own settings and rows. If it lists `jobs:`, each is planned, and all
 together, as `veneer train` would train them. --base is a folder, a .gguf file, a hub id (only

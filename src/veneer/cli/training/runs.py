@@ -4,7 +4,7 @@ Each job is a run in a process beside the server, and goes on if the server ends
 
 For instance:
 
-  veneer runs                    list the jobs
+  veneer runs --jobs jobs        list the jobs of a folder; default: your own
   veneer runs show 4f1c          settings, losses and events of a job
   veneer runs follow 4f1c        show its steps as they come
   veneer runs stop 4f1c          save a checkpoint and stop
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -47,14 +47,14 @@ Action = Callable[[Namespace, "JobStore"], int]
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.set_defaults(act=_list, jobs=None, json=False)
+    parser.set_defaults(act=_list)
+    _add_common(parser)
     actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions")
 
     def action(name: str, act: Action, help: str) -> ArgumentParser:
         action_parser = add_action(actions, name, help)
         action_parser.set_defaults(act=act)
-        add_value(action_parser, "--jobs", "DIR", "folder of jobs; default: your own")
-        add_json(action_parser)
+        _add_common(action_parser, default=SUPPRESS)  # keeps flags before the action
         return action_parser
 
     action("list", _list, "list the jobs, the newest first; the default")
@@ -66,6 +66,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         ("rm", _rm, "delete a job that does not run; an adapter in the library stays"),
     ):
         add_value(action(name, act, help), "job", "ID", "id of a job, or a part")
+
+
+def _add_common(parser: ArgumentParser, *, default: Any = None) -> None:
+    add_value(parser, "--jobs", "DIR", "folder of jobs; default: your own", default=default)
+    add_json(parser, default=default)
 
 
 def run(args: Namespace) -> int:

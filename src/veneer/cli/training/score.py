@@ -3,8 +3,10 @@
 For instance:
 
   veneer score --base smollm2-135m --data rows.jsonl --out scores.jsonl
-  veneer score --data rows.jsonl --adapter tickets@1 tickets@2 --out scores.jsonl
-  veneer score --data rows.jsonl --adapter runs/tickets --per-token --out scores.jsonl
+  veneer score --data rows.jsonl --adapter tickets@1 tickets@2 \\
+      --out scores.jsonl
+  veneer score --data rows.jsonl --adapter runs/tickets --per-token \\
+      --out scores.jsonl
 
 The output has a line for each row: row, sum, mean (nats, higher is likelier) and tokens; with
 several adapters, these by adapter in `adapters`.

@@ -3,7 +3,8 @@
 For instance:
 
   veneer tune --base smollm2-135m --data tickets.jsonl --out runs/tuned
-  veneer tune --base smollm2-135m --data tickets.jsonl --out runs/tuned --minutes 30 --library lib
+  veneer tune --base smollm2-135m --data tickets.jsonl --out runs/tuned \\
+      --minutes 30 --library lib
   veneer tune --base smollm2-135m --data pairs.jsonl --out runs/preferred
 
 The rows are checked and divided into three parts: to train on, to search with, to judge with. Eight
