@@ -50,6 +50,27 @@ def test_a_product_is_torchs(dtype, level, rows):
         )
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("width", "outs"), [(1, 1), (7, 5), (33, 9), (161, 130)])
+def test_a_weight_in_bf16_gives_the_bits_of_the_same_weight_in_float32(level, width, outs):
+    """One to seventeen rows, beside a weight in float32, and with updates of some rows."""
+    weight, bias = drawn(torch.bfloat16, outs, width), drawn(torch.float32, outs)
+    other, wide = drawn(torch.float32, 6, width), weight.float()
+    A, B = drawn(torch.float32, 3, width), drawn(torch.float32, outs, 3)
+    factors = few_rows.laid_out([(A, B)], torch.float32)[0]
+    for rows in range(1, 18):
+        x = drawn(torch.float32, rows, width)
+        updates = few_rows.Updates([(slice(0, rows), factors, 0.5)])
+        for function, more in ((few_rows.products, ()), (few_rows.updated, (updates,))):
+            none = (None,) * len(more)
+            ours, theirs = (
+                function(x, [(w, bias, *more), (other, None, *none)], level=level)
+                for w in (weight, wide)
+            )
+            assert all(map(torch.equal, ours, theirs))
+        near(few_rows.product(x, weight, bias, level=level), F.linear(x, wide, bias))
+
+
 @each_type
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("width", [31, 576])

@@ -63,6 +63,25 @@ def test_products_are_near_float64_and_a_rows_bits_are_its_own(rows, width, outs
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize(("rows", "width", "outs"), [(1, 577, 130), (17, 96, 40), *SHAPES])
+def test_a_weight_in_bf16_gives_the_bits_of_the_same_weight_in_float32(rows, width, outs):
+    x, weight, bias, grad = (
+        drawn(*shape) for shape in ((rows, width), (outs, width), (outs,), (rows, outs))
+    )
+    narrow = weight.bfloat16()
+    wide = narrow.float()
+    for own_bias in (None, bias):
+        ours, theirs = (products.product(x, w, own_bias) for w in (narrow, wide))
+        assert torch.equal(ours, theirs)
+        near(ours, F.linear(*(None if t is None else t.double() for t in (x, wide, own_bias))))
+    for so_far in (None, x):
+        ours, theirs = (
+            products.times(grad, w, None if so_far is None else so_far.clone())
+            for w in (narrow, wide)
+        )
+        assert torch.equal(ours, theirs)
+
+
 def test_multiply_takes_columns_of_wider_matrices():
     wide, factor, y = drawn(70, 48), drawn(100, 16), drawn(70, 100)
     d = wide[:, 16:32]
@@ -78,7 +97,7 @@ def test_multiply_takes_columns_of_wider_matrices():
 def test_other_processors_and_small_weights_take_torchs():
     x, weight = drawn(80, 576), drawn(128, 576)
     assert products.usable(x, weight)
-    assert not products.usable(x, weight[:8]) and not products.usable(x, weight.bfloat16())
+    assert not products.usable(x, weight[:8]) and not products.usable(x, weight.half())
     for name in ("plain", "avx512"):
         with limited(name):
             assert not products.usable(x, weight) or native.level() == 2

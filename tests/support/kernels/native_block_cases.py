@@ -68,6 +68,7 @@ def block_cases(
         name: filled(torch.float32, *value.shape) if torch.is_tensor(value) else value
         for name, value in whole.items()
     }
+    in_float["weight"] = filled(rng.choice([torch.float32, BF16]), *whole["weight"].shape)
     splits, documents, kv_heads = rng.randint(1, 3), rng.randint(1, 3), rng.randint(1, 3)
     of_keys = (rows, kv_heads, 8 * rng.randint(1, 3))
     shared = filled(torch.float32, 2, *of_keys)

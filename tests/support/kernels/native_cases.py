@@ -370,7 +370,8 @@ def _dense(rng: random.Random) -> list[Call]:
     for _ in range(rng.randint(1, 3)):
         outs = rng.randint(1, 11)
         bias = rng.choice([None, filled(dtype, outs)])
-        parts.append((filled(dtype, outs, width), bias, filled(dtype, rows, outs)))
+        weight = filled(rng.choice([dtype, BF16]), outs, width)
+        parts.append((weight, bias, filled(dtype, rows, outs)))
     x = filled(dtype, rows, width + 3)[:, rng.randint(0, 3) :][:, :width]
     level = rng.choice([0, 2, 3, 4, 5])
     weight, updates = parts[0][0], []
@@ -512,7 +513,7 @@ def _step(rng: random.Random) -> list[Call]:
             step_calls.step_embed,
             {
                 "ids": filled(torch.int64, rows),
-                "table": filled(dtype, 16, width),
+                "table": filled(rng.choice([dtype, BF16]), 16, width),
                 "h": out,
                 "scale": 3.0,
                 "level": level,

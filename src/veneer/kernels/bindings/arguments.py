@@ -98,6 +98,16 @@ def at(tensor: Tensor, dtype: torch.dtype, *shape: int, words: int = 1) -> int:
     return address
 
 
+def is_narrow(x: Tensor, weight: Tensor) -> bool:
+    """Returns whether the weight is bf16 and x float32. Raises CallError for other types that
+    differ."""
+    if weight.dtype is x.dtype:
+        return False
+    if weight.dtype is not BF16 or x.dtype is not FP32:
+        raise CallError(f"a weight of {weight.dtype} where x is {x.dtype}")
+    return True
+
+
 def number(value: int, least: int = 0, most: int = 2**62) -> int:
     if type(value) is not int or not least <= value <= most:
         raise CallError(f"{value!r} where C takes a whole number from {least} to {most}")

@@ -59,6 +59,7 @@ VARIABLES = {
     "F": (torch.float32, torch.bfloat16),
     "V": (torch.float32, torch.bfloat16, torch.float16),
     "S": (torch.float32, torch.uint8),
+    "W": (torch.float32, torch.bfloat16),
 }
 """Type variables, which a tensor sets, and the types that each may be."""
 TENSOR = re.compile(

@@ -15,7 +15,7 @@ first, may check more, and may replace parameters. checks.py generates the funct
 
     bf16[rows, width]   a tensor of this type and shape, without gaps. The first tensor that names a
                         size sets it. `rows@apart` allows gaps, and sets the stride `apart`
-    T[rows]  F  V       a type that the first tensor with this letter sets; `= T`: its number in C
+    T[rows]  F  V  W    a type that the first tensor with this letter sets; `= T`: its number in C
     T{count}            a tensor of this many values, in any shape; may set a size
     T[rows]?            None is allowed: NULL
     f32[n] words 4      C reads words of 4 bytes: addresses and strides are multiples

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from veneer.kernels.bindings import pages
-from veneer.kernels.bindings.arguments import BF16, BYTES, FP32, CallError, at, number
+from veneer.kernels.bindings.arguments import BF16, BYTES, FP32, CallError, at, is_narrow, number
 from veneer.kernels.bindings.checks import Values
 from veneer.kernels.bindings.declarations import declare, declare_structure, structure
 
@@ -36,13 +36,14 @@ TYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
 
 
 _SIZES = "width: 1..; apart; type = T: int32"
-_PART = "w: T[outs, width]; bias: T[outs]?; y: T[rows, outs]; outs: 1.."
+_PART = "w: W[outs, width]; bias: T[outs]?; y: T[rows, outs]; outs: 1..; narrow: flag"
 _Part = structure("Part", _PART)
 
 
-@declare_structure(_Part, f"{_PART}; check x: T[rows@apart, width]")
-def _part(x: Tensor, w: Tensor, bias: Tensor | None, y: Tensor) -> None:
+@declare_structure(_Part, f"{_PART}; check x: T[rows@apart, width]; body narrow")
+def _part(x: Tensor, w: Tensor, bias: Tensor | None, y: Tensor) -> Values:
     """Describes a product with x."""
+    return {"narrow": is_narrow(x, w)}
 
 
 @declare(
@@ -63,8 +64,9 @@ def few_rows(
 ) -> Values:
     """Computes y = x (M, I) W^T + bias for each part: (W (O, I), bias (O) or None, y (M, O)).
 
-    All are float32, or all bf16. Rows of x may have gaps between them; M from 1 to 2^20. level: the
-    newest instructions that are used: 5 AMX tiles, 4 bf16 pairs, 3 AVX-512, 2 AVX2, 0 plain C.
+    All are float32, or all bf16, or W alone is bf16. Rows of x may have gaps between them; M from 1
+    to 2^20. level: the newest instructions that are used: 5 AMX tiles, 4 bf16 pairs, 3 AVX-512,
+    2 AVX2, 0 plain C.
     Raises MemoryError if there is no memory for the rows of x that tiles multiply.
     """
     array = (_Part * number(len(parts), 1, MOST_PARTS))(*[_part(x, *part) for part in parts])
@@ -105,23 +107,23 @@ def product(
     "veneer_product_float(*)",
     f"""
     x: f32[rows@row, width]
-    w: f32{{outs * width}}
+    w: W{{outs * width}}
     bias: f32[outs]?
     y: f32[rows@apart, outs]
     rows: 1..{MOST_PRODUCT_ROWS}
     width, outs: 1..
     row, apart
-    along, add: flag
-    body w
+    along, add, narrow: flag
+    body w, narrow
     """,
     fails=CallError("no AVX2 here"),
 )
 def float_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, *, along: bool, add: bool
 ) -> Values:
-    """Computes what `product` computes, in float32. Rows of x and y may have gaps between them
-    (native/dense/float_products.c). Raises CallError without AVX2."""
-    return _weight(x, weight, y, along)
+    """Computes what `product` computes, in float32; W may be bf16. Rows of x and y may have gaps
+    between them (native/dense/float_products.c). Raises CallError without AVX2."""
+    return {**_weight(x, weight, y, along), "narrow": is_narrow(x, weight)}
 
 
 def _weight(x: Tensor, weight: Tensor, y: Tensor, along: bool) -> Values:
@@ -137,12 +139,13 @@ def _weight(x: Tensor, weight: Tensor, y: Tensor, along: bool) -> Values:
 
 _Update = structure("Update", "A, B: pointer; first, rows, rank, turn; scale: float")
 _UPDATED_PART = """
-    w: T[outs, width]?
+    w: W[outs, width]?
     bias: T[outs]?
     y: T[rows, outs]
     updates: pointer
     outs: 1..
     count
+    narrow: flag
 """
 _UpdatedPart = structure("UpdatedPart", _UPDATED_PART)
 _Factors = structure(
@@ -297,7 +300,8 @@ Part = tuple[Tensor | None, Tensor | None, Updates | None, Tensor]
 
 
 @declare_structure(
-    _UpdatedPart, f"{_UPDATED_PART} check x: T[rows@apart, width]; body updates, bias, count"
+    _UpdatedPart,
+    f"{_UPDATED_PART} check x: T[rows@apart, width]; body updates, bias, count, narrow",
 )
 def _updated_part(
     x: Tensor, w: Tensor | None, bias: Tensor | None, updates: Updates | None, y: Tensor
@@ -313,6 +317,7 @@ def _updated_part(
         "updates": updates.address if updates else None,
         "bias": None if w is None else bias,
         "count": len(updates or ()),
+        "narrow": w is not None and is_narrow(x, w),
     }
 
 

@@ -7,7 +7,7 @@ heads, E head size, V ids, P positions.
 
 from torch import Tensor
 
-from veneer.kernels.bindings.arguments import CallError, number
+from veneer.kernels.bindings.arguments import CallError, is_narrow, number
 from veneer.kernels.bindings.checks import Values
 from veneer.kernels.bindings.declarations import declare
 from veneer.kernels.bindings.row_calls import SILU
@@ -118,20 +118,22 @@ def step_cap(x: Tensor, scale: float, cap: float, level: int = ANY_LEVEL) -> Non
     "veneer_step_embed(*, T, level: int32 0..3)",
     """
     ids: i64[rows] below entries
-    table: T[entries, width]
+    table: W[entries, width]
     h: T[rows, width]
     rows: 1..
     width
+    narrow: flag
     scale: float
     kept tensors: object
-    body tensors
+    body tensors, narrow
     """,
 )
 def step_embed(
     ids: Tensor, table: Tensor, h: Tensor, scale: float, level: int = ANY_LEVEL
 ) -> Values:
-    """Computes h (N, D) = scale * the rows of table (V, D) with these ids (N)."""
-    return {"tensors": (ids, table)}
+    """Computes h (N, D) = scale * the rows of table (V, D) with these ids (N). The table may be
+    bf16 where h is float32."""
+    return {"tensors": (ids, table), "narrow": is_narrow(h, table)}
 
 
 @declare(

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.kernels.bindings.library import chunk_starts, on_cpu
+from veneer.kernels.dense.frozen import times
 from veneer.kernels.dense.loss import Head, wide_type
 from veneer.kernels.layout import round_up
 
@@ -227,7 +228,7 @@ class _FrozenHeadDivergence(torch.autograd.Function):
             values[rows], d_z = divergence.with_gradient(z_student, z_teacher)
             if head.softcap is not None:
                 d_z = d_z * (1 - (z_student.to(d_z.dtype) / head.softcap) ** 2)
-            grad[rows] = (d_z.to(h.dtype) @ head.weight).mul_(head.scale)
+            grad[rows] = times(d_z.to(h.dtype), head.weight, None).mul_(head.scale)
         ctx.save_for_backward(grad)
         return values
 

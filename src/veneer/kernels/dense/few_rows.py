@@ -6,10 +6,11 @@
         factor is read once
     any_rows()                 a block in which these take any number of rows
 
-Compiled for bf16 and float32 (native/dense/few_rows.c; with AMX few_rows_tiles.c). W is read once;
-sums are float32 and rounded once, with the bias included. The bits of a row do not depend on other
-rows or on the number of threads. Above MOST_ROWS other products may be faster, so these are used
-only where equal bits matter. Shapes: M rows, I in_features, O out_features; A (R, I), B (O, R).
+Compiled for bf16 and float32, and for float32 with W in bf16, which becomes float32 as it is read
+(native/dense/few_rows.c; with AMX few_rows_tiles.c). W is read once; sums are float32 and rounded
+once, with the bias included. The bits of a row do not depend on other rows or on the number of
+threads. Above MOST_ROWS other products may be faster, so these are used only where equal bits
+matter. Shapes: M rows, I in_features, O out_features; A (R, I), B (O, R).
 """
 
 import threading
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 from veneer.kernels.bindings import dense_calls
 from veneer.kernels.bindings import library as native
+from veneer.kernels.bindings.arguments import BF16, FP32
 from veneer.kernels.bindings.dense_calls import Factors as Factors
 from veneer.kernels.bindings.dense_calls import Updates as Updates
 from veneer.kernels.bindings.dense_calls import laid_out as laid_out
@@ -68,23 +70,33 @@ def _is_compiled() -> bool:
     return native.has_vectors()
 
 
+def multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Whether the types of x and W have compiled products: one type, or W in bf16 with float32."""
+    return weight.dtype is x.dtype or (x.dtype is FP32 and weight.dtype is BF16)
+
+
+def widened(weight: Tensor, x: Tensor) -> Tensor:
+    """Returns W for torch's products with x, which take one type alone: a copy in float32 if W is
+    in bf16 and x in float32."""
+    return weight.float() if weight.dtype is not x.dtype and multiplies(x, weight) else weight
+
+
 def usable(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `product` is the fast way for contiguous x (..., I) with W (O, I) and bias."""
     if not x.is_cpu or (weight.numel() < LEAST_VALUES and not _FLAGS.any_rows):
         return False
     if not takes(x.numel() // weight.shape[1], MOST_ROWS):
         return False
-    dtype = x.dtype
-    if dtype is not torch.bfloat16 and dtype is not torch.float32:
+    if (x.dtype is not BF16 and x.dtype is not FP32) or not multiplies(x, weight):
         return False
     tensors = (weight,) if bias is None else (weight, bias)
-    fits = all(t.dtype is dtype and t.is_cpu and t.is_contiguous() for t in tensors)
-    return fits and x.shape[-1] == weight.shape[1] and x.is_contiguous() and _is_compiled()
+    fits = all(t.is_cpu and t.is_contiguous() for t in tensors)
+    fits = fits and (bias is None or bias.dtype is x.dtype) and x.shape[-1] == weight.shape[1]
+    return fits and x.is_contiguous() and _is_compiled()
 
 
 def product(x_MI: Tensor, weight: Tensor, bias: Tensor | None, *, level: int = ANY_LEVEL) -> Tensor:
-    """Computes x W^T + bias, (M, O) in x's type. All float32 or all bf16, on a CPU, without a
-    gradient."""
+    """Computes x W^T + bias, (M, O) in x's type. Requires `usable`, for any number of rows."""
     y_MO = torch.empty(x_MI.shape[0], weight.shape[0], dtype=x_MI.dtype)
     dense_calls.few_rows(x_MI, ((weight, bias, y_MO),), level)
     return y_MO
@@ -102,7 +114,7 @@ def products(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Computes x W^T + bias by `product` if that is fast and needs no gradient, else by torch."""
     if not usable(x, weight, bias) or (torch.is_grad_enabled() and wants_gradient(x, weight, bias)):
-        return F.linear(x, weight, bias)
+        return F.linear(x, widened(weight, x), bias)
     y_MO = product(x.view(-1, weight.shape[1]), weight, bias)
     return y_MO.view(*x.shape[:-1], weight.shape[0])
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from veneer.kernels.dense import products
+from veneer.kernels.dense import few_rows, products
 
 
 class FrozenLinear(Protocol):
@@ -70,7 +70,7 @@ class DenseLinear(DivisibleLinear):
             self.out_features = len(range(*rows.indices(self.out_features)))
 
     def output_rows(self, rows: slice) -> "DenseLinear":
-        return DenseLinear(self.module, rows, is_transposed=self.is_transposed)
+        return type(self)(self.module, rows, is_transposed=self.is_transposed)
 
     @property
     def weight(self) -> Tensor:
@@ -100,6 +100,14 @@ class DenseLinear(DivisibleLinear):
         return bias if bias is None or self.rows is None else bias[self.rows]
 
 
+class WidenedDense(DenseLinear):
+    """A frozen nn.Linear that is multiplied in float32 where its weight is bf16."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.module.weight.dtype, torch.float32)
+
+
 def times(grad: Tensor, weight: Tensor, so_far: Tensor | None) -> Tensor:
     """Returns so_far (M, I) + grad (M, O) W (O, I), added in place and rounded once.
 
@@ -107,6 +115,7 @@ def times(grad: Tensor, weight: Tensor, so_far: Tensor | None) -> Tensor:
     """
     if products.times_usable(grad, weight, so_far):
         return products.times(grad, weight, so_far)
+    weight = few_rows.widened(weight, grad)
     return grad @ weight if so_far is None else torch.addmm(so_far, grad, weight, out=so_far)
 
 

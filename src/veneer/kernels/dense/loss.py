@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from veneer.kernels.bindings import row_calls
 from veneer.kernels.bindings.library import chunk_starts, on_cpu
 from veneer.kernels.cuda import launch
-from veneer.kernels.dense import products
+from veneer.kernels.dense import few_rows, products
 from veneer.kernels.dense.frozen import times
 from veneer.kernels.dense.fused import compiled, in_one_pass
 from veneer.kernels.layout import round_up
@@ -81,7 +81,7 @@ class Head:
         return max(self.columns, self.weight.shape[0])
 
     def logits(self, h: Tensor) -> Tensor:
-        z = F.linear(h, self.weight, self.bias)
+        z = F.linear(h, few_rows.widened(self.weight, h), self.bias)
         if self.beside is not None:
             z = F.pad(z, (0, self.width - z.shape[-1])).index_copy(
                 -1, self.beside.at, self.beside.logits(h)
@@ -102,9 +102,9 @@ class Head:
         if own.is_contiguous() and products.usable(h, self.weight, self.bias):
             products.product(h, self.weight, self.bias, own)
         elif self.bias is None:
-            torch.mm(h, self.weight.t(), out=own)
+            torch.mm(h, few_rows.widened(self.weight, h).t(), out=own)
         else:
-            torch.addmm(self.bias, h, self.weight.t(), out=own)
+            torch.addmm(self.bias, h, few_rows.widened(self.weight, h).t(), out=own)
         if self.beside is not None:
             out.index_copy_(1, self.beside.at, self.beside.logits(h))
         if self.scale != 1.0:
@@ -190,7 +190,8 @@ def _hidden_gradient(d_z: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
         return times(own, head.weight, None), None
     columns = d_z.index_select(1, head.beside.at)
     d_z.index_fill_(1, head.beside.at, 0)  # these columns of W were replaced
-    return (own @ head.weight).addmm_(columns, head.beside.rows.to(d_z.dtype)), columns
+    weight = few_rows.widened(head.weight, own)
+    return (own @ weight).addmm_(columns, head.beside.rows.to(d_z.dtype)), columns
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ it, in float32 on those with AVX2 alone.
     linear(x, W, bias)        the first, by this file, by few_rows.py or by torch
     multiply(x, W, y)         y = x W, or y += factor * x W, of any matrices
 
-Compiled for bf16 (native/dense/products.c) and float32 (float_products.c); sums are float32 and
-rounded once. A row's bits depend neither on its neighbours nor on the number of threads, and on
-tiles (AMX) they equal those of few_rows.py. oneDNN's product leaves all threads but one idle for
-many shapes on tiles (with two threads: 640 rows of 576 to 576, or of 1,536 to 576) and shares the
-rows of other shapes unevenly. Shapes: M rows, I in_features, O out_features.
+Compiled for bf16 (native/dense/products.c) and float32 (float_products.c), where W may be bf16 and
+becomes float32 as it is read; sums are float32 and rounded once. A row's bits depend neither on its
+neighbours nor on the number of threads, and on tiles (AMX) they equal those of few_rows.py.
+oneDNN's product leaves all threads but one idle for many shapes on tiles (with two threads: 640
+rows of 576 to 576, or of 1,536 to 576) and shares the rows of other shapes unevenly. Shapes: M
+rows, I in_features, O out_features.
 """
 
 from collections.abc import Callable
@@ -47,12 +48,16 @@ def times_usable(grad: Tensor, weight: Tensor, so_far: Tensor | None) -> bool:
 
 
 def _fits(x: Tensor, weight: Tensor, width: int, others: tuple[Tensor, ...]) -> bool:
-    if not few_rows.MOST_ROWS * width < x.numel() <= dense_calls.MOST_PRODUCT_ROWS * width:
+    # For few rows too, torch would need a copy of W in x's type.
+    above = few_rows.MOST_ROWS if weight.dtype is x.dtype else 0
+    if not above * width < x.numel() <= dense_calls.MOST_PRODUCT_ROWS * width:
         return False
     if weight.numel() < few_rows.LEAST_VALUES or torch.compiler.is_compiling():
         return False
     tensors = (x, weight, *others)
-    if not all(t.dtype is x.dtype and on_cpu(t) and t.is_contiguous() for t in tensors):
+    if not all(on_cpu(t) and t.is_contiguous() for t in tensors):
+        return False
+    if not few_rows.multiplies(x, weight) or any(t.dtype is not x.dtype for t in others):
         return False
     if x.dtype is torch.float32:
         return has_float_products()

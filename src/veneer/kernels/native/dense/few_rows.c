@@ -40,8 +40,12 @@ INLINE void blocks_within(const struct piece *part, int64_t before, int64_t star
     *end = stop - before >= blocks * cost ? blocks : (stop - before + cost - 1) / cost;
 }
 
+INLINE int type_of(const struct pieces *all, const struct piece *part) {
+    return part->narrow ? FEW_WIDENED : all->type;
+}
+
 INLINE int64_t row_bytes(const struct pieces *all, const struct piece *part) {
-    return part->width * (all->type == FEW_FP32 ? 4 : 2);
+    return part->width * few_bytes(type_of_weight(type_of(all, part)));
 }
 
 /* Blocks of W that the nearest cache has room for beside a few rows of x, where more than these go
@@ -53,7 +57,7 @@ INLINE int64_t group_of(const struct pieces *all, const struct piece *part) {
 
 /* Rows of x that the second cache has room for. */
 INLINE int64_t rows_of(const struct pieces *all, const struct piece *part) {
-    const int64_t fit = FAR / row_bytes(all, part);
+    const int64_t fit = FAR / (part->width * few_bytes(all->type));
     return fit < GROUPED ? GROUPED : fit;
 }
 
@@ -195,6 +199,7 @@ INLINE FOR_AVX2 __m256 some_256(const char *p, int64_t count, int type) {
 }
 
 /* bf16 pairs, multiplied as they lie */
+#define PAIRS
 #define NAME(x) x##_pairs
 #define TARGET FOR_AVX512_BF16
 #define VALUES 32
@@ -252,6 +257,7 @@ INLINE value_pairs some_halves(const char *from, int64_t count) {
     return vreinterpretq_bf16_u16(vld1q_u16(halves));
 }
 
+#define PAIRS
 #define NAME(x) x##_pairs
 #define TARGET FOR_BFDOT
 #define VALUES 8
@@ -321,7 +327,7 @@ enum { MOST_PARTS = 16 }; /* kernels/bindings/dense_calls.py knows it too */
 struct few_rows_part {
     const void *w, *bias;
     void *y;
-    int64_t outs;
+    int64_t outs, narrow;
 };
 
 /* x (rows, width); y (rows, outs) of each of the `count` parts. */
@@ -338,7 +344,7 @@ int veneer_few_rows(const struct few_rows *call, int most) {
     for (int64_t i = 0; i < call->count; i++) {
         const struct few_rows_part *part = call->parts + i;
         of[i] = (struct piece){call->x,     part->w,    part->bias,  part->y, call->rows,
-                               call->width, part->outs, call->apart, NULL};
+                               call->width, part->outs, call->apart, NULL,    part->narrow};
     }
     return veneer_pieces(of, call->count, call->type, most, NULL);
 }

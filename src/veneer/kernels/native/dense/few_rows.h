@@ -5,7 +5,9 @@
 #include "bits.h"
 #include "levels.h"
 
-enum { FEW_FP32 = 0, FEW_BF16 = 1 };
+/* Types of x, W, bias and y. FEW_WIDENED: W is bf16, and what is read of it becomes float32, the type
+   of the others. */
+enum { FEW_FP32 = 0, FEW_BF16 = 1, FEW_WIDENED = 2 };
 
 #define ALONE (1 << 15) /* values of W that are not worth a second thread, where rows are few */
 #define TURNS 8         /* runs of a thread: memory is not equally quick for both */
@@ -18,12 +20,13 @@ enum { FEW_FP32 = 0, FEW_BF16 = 1 };
 typedef void (*row_decoder)(const void *packed, int64_t first, int64_t count, void *out);
 
 /* y (rows, outs) = x W^T + bias. W (outs, width), or what decode makes of w; bias (outs) or NULL;
-   the rows of x lie `apart` values from one another. */
+   the rows of x lie `apart` values from one another. narrow: W is bf16 and the rest float32. */
 struct piece {
     const void *x, *w, *bias;
     void *y;
     int64_t rows, width, outs, apart;
     row_decoder decode;
+    int64_t narrow;
 };
 
 /* The pieces, which do not meet in y; all read rows of one x, of the same width and as far apart.
@@ -37,6 +40,11 @@ int veneer_tiled_pieces(const struct piece *of, int64_t count, struct behind *be
 /* 5: tiles, and 4: products of bf16 pairs, of that type alone; 3 AVX-512, 2 AVX2, 0 plain C; `most`
  * at most. */
 int veneer_few_level(int type, int most);
+
+/* The types of x, bias and y, and of W. */
+INLINE int type_of_values(const int type) { return type == FEW_WIDENED ? FEW_FP32 : type; }
+INLINE int type_of_weight(const int type) { return type == FEW_WIDENED ? FEW_BF16 : type; }
+INLINE int few_bytes(const int type) { return type == FEW_FP32 ? 4 : 2; }
 
 typedef float f4v __attribute__((vector_size(16)));
 typedef uint32_t u4v __attribute__((vector_size(16)));

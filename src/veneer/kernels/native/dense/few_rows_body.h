@@ -2,7 +2,8 @@
    names, TARGET their compiler option. A register holds LANES sums, and VALUES values of x or of W;
    at most MOST rows of x go together. LOAD and LOAD_SOME read a register, the second the first few
    values and zeros behind them; MULTIPLY adds products to sums, TOTAL adds up the lanes of four of
-   them; STORE_ROWS, where there is one, does so for four rows of x and stores them. */
+   them; STORE_ROWS, where there is one, does so for four rows of x and stores them. PAIRS: pairs of
+   bf16 are multiplied, so x and W have one type. */
 
 /* Four rows of W, from `block` on, against `rows` rows of x from `first` on. fetch: so many lines
    of what will be read soon are asked for in each step. Where nothing but reading takes time a
@@ -11,8 +12,11 @@
 INLINE TARGET void NAME(tile)(const struct piece *part, const int type, const int rows,
                               const int fetch, const int asks, const char *block, const char *soon,
                               int64_t first, int64_t out, const char *later, int64_t each) {
-    const int size = type == FEW_FP32 ? 4 : 2, twice = fetch == 4 && VALUES * size == LINE;
-    const int64_t left = part->outs - out, step = part->width * size, apart = part->apart * size;
+    const int values = type_of_values(type), weights = type_of_weight(type);
+    const int size = few_bytes(weights), of_x_size = few_bytes(values);
+    const int twice = fetch == 4 && VALUES * size == LINE;
+    const int64_t left = part->outs - out, step = part->width * size;
+    const int64_t apart = part->apart * of_x_size;
     const char *x = (const char *)part->x + first * apart, *w[4];
     for (int r = 0; r < 4; r++)
         w[r] = block + (r < left ? r : left - 1) * step; /* none behind the last */
@@ -23,13 +27,13 @@ INLINE TARGET void NAME(tile)(const struct piece *part, const int type, const in
         for (int64_t i = 0; asks && i < each; i++, later += LINE)
             __builtin_prefetch(later, 0, SECOND);
         UNROLLED(4, r, 4) {
-            of_w[r] = LOAD(w[r] + k * size, type);
+            of_w[r] = LOAD(w[r] + k * size, weights);
             if (r < fetch) __builtin_prefetch(soon + (k / VALUES * fetch + r) * LINE, 0, SECOND);
             if (r < fetch && twice)
                 __builtin_prefetch(soon + (k / VALUES * fetch + r) * LINE + AHEAD, 0, SECOND);
         }
         UNROLLED(6, m, rows) {
-            NAME(value) of_x = LOAD(x + m * apart + k * size, type);
+            NAME(value) of_x = LOAD(x + m * apart + k * of_x_size, values);
             UNROLLED(4, r, 4) sums[m][r] = MULTIPLY(sums[m][r], of_x, of_w[r]);
         }
     }
@@ -37,26 +41,26 @@ INLINE TARGET void NAME(tile)(const struct piece *part, const int type, const in
         const int64_t some = part->width - k;
         NAME(value) of_w[4];
         UNROLLED(4, r, 4) {
-            of_w[r] = LOAD_SOME(w[r] + k * size, some, type);
+            of_w[r] = LOAD_SOME(w[r] + k * size, some, weights);
             if (r < fetch) __builtin_prefetch(soon + (k / VALUES * fetch + r) * LINE, 0, SECOND);
         }
         UNROLLED(6, m, rows) {
-            NAME(value) of_x = LOAD_SOME(x + m * apart + k * size, some, type);
+            NAME(value) of_x = LOAD_SOME(x + m * apart + k * of_x_size, some, values);
             UNROLLED(4, r, 4) sums[m][r] = MULTIPLY(sums[m][r], of_x, of_w[r]);
         }
     }
 #ifdef STORE_ROWS
     if (rows >= 4 && left >= 4) {
-        STORE_ROWS(part, type, first, out, sums);
+        STORE_ROWS(part, values, first, out, sums);
 #pragma GCC unroll 6
         for (int m = 4; m < rows; m++)
-            store_totals(part, type, first + m, out, 4,
+            store_totals(part, values, first + m, out, 4,
                          TOTAL(sums[m][0], sums[m][1], sums[m][2], sums[m][3]));
         return;
     }
 #endif
     UNROLLED(6, m, rows)
-        store_totals(part, type, first + m, out, left < 4 ? left : 4,
+        store_totals(part, values, first + m, out, left < 4 ? left : 4,
                      TOTAL(sums[m][0], sums[m][1], sums[m][2], sums[m][3]));
 }
 
@@ -87,7 +91,7 @@ INLINE TARGET void NAME(group)(const struct pieces *all, const struct piece *par
                                const char *rows, int64_t number, int64_t count, int64_t from,
                                int64_t to, int fetch, struct later *later) {
     const int64_t turns = (to - from + MOST - 1) / MOST,
-                  bytes = 4 * part->width * (type == FEW_FP32 ? 4 : 2);
+                  bytes = 4 * part->width * few_bytes(type_of_weight(type));
     const int64_t turns_of_fetch = !fetch ? 0 : turns > 1 ? 2 : 1, idle = turns - turns_of_fetch;
     for (int64_t turn = 0, first = from; turn < turns; turn++) {
         const int64_t next = from + (to - from) * (turn + 1) / turns;
@@ -116,9 +120,13 @@ static TARGET __attribute__((noinline)) void
 NAME(asking_group)(const struct pieces *all, const struct piece *part, const char *rows,
                    int64_t number, int64_t count, int64_t from, int64_t to, int fetch,
                    struct later *later) {
-    if (all->type == FEW_FP32)
+    if (type_of(all, part) == FEW_FP32)
         NAME(group)(all, part, FEW_FP32, rows, number, count, from, to, fetch, later);
-    else NAME(group)(all, part, FEW_BF16, rows, number, count, from, to, fetch, later);
+    else if (type_of(all, part) == FEW_BF16)
+        NAME(group)(all, part, FEW_BF16, rows, number, count, from, to, fetch, later);
+#ifndef PAIRS
+    else NAME(group)(all, part, FEW_WIDENED, rows, number, count, from, to, fetch, later);
+#endif
 }
 
 /* The blocks whose costs begin within [start, stop), all of them in a row. */
@@ -151,9 +159,13 @@ static TARGET void NAME(few_rows)(void *arguments, int64_t start, int64_t stop) 
                 }
                 if (later.lines > 0 && to - from > 2 * MOST)
                     NAME(asking_group)(all, part, rows, block, count, from, to, fetch, &later);
-                else if (all->type == FEW_FP32)
+                else if (type_of(all, part) == FEW_FP32)
                     NAME(group)(all, part, FEW_FP32, rows, block, count, from, to, fetch, NULL);
-                else NAME(group)(all, part, FEW_BF16, rows, block, count, from, to, fetch, NULL);
+                else if (type_of(all, part) == FEW_BF16)
+                    NAME(group)(all, part, FEW_BF16, rows, block, count, from, to, fetch, NULL);
+#ifndef PAIRS
+                else NAME(group)(all, part, FEW_WIDENED, rows, block, count, from, to, fetch, NULL);
+#endif
             }
         }
         before += blocks_of(part) * cost_of(part);
@@ -167,6 +179,7 @@ static TARGET void NAME(few_rows)(void *arguments, int64_t start, int64_t stop) 
 #undef NAME
 #undef TARGET
 #undef VALUES
+#undef PAIRS
 #undef MOST
 #undef LOAD
 #undef LOAD_SOME

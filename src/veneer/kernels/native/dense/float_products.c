@@ -1,15 +1,19 @@
 /* Products of many rows in float32, on processors with AVX2: see kernels/dense/products.py. A panel
    is 16 columns of W, copied side by side for DEPTH values of a sum. It stays in the first cache
    while rows of x go by, read where they lie. Sums of DEPTH products are added to y in their order.
-   So a row's bits depend neither on the rows and columns beside it nor on the number of threads. */
+   So a row's bits depend neither on the rows and columns beside it nor on the number of threads. W in
+   bf16 becomes float32 while it is copied: the bits are those of W in float32. */
+#include "bits.h"
 #include "levels.h"
 
-/* As in products.c. The rows of x and of y lie `row` and `apart` values from each other.
-   kernels/bindings/dense_calls.py has the same fields. */
+/* As in products.c. The rows of x and of y lie `row` and `apart` values from each other. narrow: W is
+   bf16. kernels/bindings/dense_calls.py has the same fields. */
 struct float_product {
-    const float *x, *w, *bias;
+    const float *x;
+    const void *w;
+    const float *bias;
     float *y;
-    int64_t rows, width, outs, row, apart, along, add;
+    int64_t rows, width, outs, row, apart, along, add, narrow;
 };
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -47,34 +51,58 @@ INLINE_AVX2 void transpose(const __m256 *rows, float *to) {
     }
 }
 
+/* Values of W from number `at` on, in float32. */
+INLINE_AVX2 __m256 eight_of(const void *w, int64_t at, const int narrow) {
+    if (!narrow) return _mm256_loadu_ps((const float *)w + at);
+    const __m128i halves = _mm_loadu_si128((const __m128i *)((const uint16_t *)w + at));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+
+INLINE_AVX2 float one_of(const void *w, int64_t at, const int narrow) {
+    if (!narrow) return ((const float *)w)[at];
+    return float_of_bits((uint32_t)((const uint16_t *)w)[at] << 16);
+}
+
+INLINE_AVX2 void ask_for(const void *w, int64_t at, const int narrow) {
+    _mm_prefetch((const char *)w + at * (narrow ? 2 : 4), _MM_HINT_T1);
+}
+
 /* Columns [n, n + SIDE) of W for values [k, k + depth) of the sums -> to (depth, SIDE), with zeros
    behind the last column. Asks for what the next panel reads. */
-static FOR_AVX2 void pack(const struct float_product *a, int64_t n, int64_t k, int64_t depth,
-                          float *to) {
+INLINE_AVX2 void pack(const int narrow, const struct float_product *a, int64_t n, int64_t k,
+                      int64_t depth, float *to) {
     const int64_t columns = a->outs - n < SIDE ? a->outs - n : SIDE;
-    const int64_t row = a->along ? a->outs : a->width;
-    const float *w = a->w + (a->along ? k * row + n : n * row + k);
-    const float *next = n + 2 * SIDE <= a->outs ? w + (a->along ? SIDE : SIDE * row) : w;
+    const int64_t row = a->along ? a->outs : a->width, line = narrow ? 32 : 16;
+    const int64_t start = a->along ? k * row + n : n * row + k;
+    const int64_t next =
+        n + 2 * SIDE <= a->outs ? start + (a->along ? SIDE : SIDE * row) : start;
     int64_t done = 0;
     for (; columns == SIDE && a->along && done < depth; done++) {
-        _mm_prefetch((const char *)(next + done * row), _MM_HINT_T1);
+        ask_for(a->w, next + done * row, narrow);
         UNROLLED(2, i, 2)
-            _mm256_store_ps(to + done * SIDE + 8 * i, _mm256_loadu_ps(w + done * row + 8 * i));
+            _mm256_store_ps(to + done * SIDE + 8 * i,
+                            eight_of(a->w, start + done * row + 8 * i, narrow));
     }
     for (; columns == SIDE && done + 8 <= depth; done += 8)
         for (int64_t i = 0; i < SIDE; i += 8) {
             __m256 rows[8];
             UNROLLED(8, r, 8) {
-                rows[r] = _mm256_loadu_ps(w + (i + r) * row + done);
-                if (done % 16 == 0)
-                    _mm_prefetch((const char *)(next + (i + r) * row + done), _MM_HINT_T1);
+                rows[r] = eight_of(a->w, start + (i + r) * row + done, narrow);
+                if (done % line == 0) ask_for(a->w, next + (i + r) * row + done, narrow);
             }
             transpose(rows, to + done * SIDE + i);
         }
     for (; done < depth; done++)
-        for (int64_t i = 0; i < SIDE; i++)
-            to[done * SIDE + i] =
-                i < columns ? w[a->along ? done * row + i : i * row + done] : 0.0f;
+        for (int64_t i = 0; i < SIDE; i++) {
+            const int64_t at = start + (a->along ? done * row + i : i * row + done);
+            to[done * SIDE + i] = i < columns ? one_of(a->w, at, narrow) : 0.0f;
+        }
+}
+
+static FOR_AVX2 void pack_panel(const struct float_product *a, int64_t n, int64_t k, int64_t depth,
+                                float *to) {
+    if (a->narrow) pack(1, a, n, k, depth, to);
+    else pack(0, a, n, k, depth, to);
 }
 
 /* y (R, SIDE), its rows `apart` values from each other, [+]= x (R, depth) times a panel. */
@@ -150,7 +178,7 @@ static FOR_AVX2 void multiply_part(const struct float_product *a, int64_t top, i
         for (int64_t k = 0; k < a->width; k += DEPTH) {
             const int64_t depth = a->width - k < DEPTH ? a->width - k : DEPTH;
             for (int64_t i = 0; i < panels; i++)
-                pack(a, n + i * SIDE, k, depth, room + i * DEPTH * SIDE);
+                pack_panel(a, n + i * SIDE, k, depth, room + i * DEPTH * SIDE);
             for (int64_t block = top; block < bottom; block += ROWS) {
                 const int64_t rows = bottom - block < ROWS ? bottom - block : ROWS;
                 const float *x = a->x + block * a->row + k;

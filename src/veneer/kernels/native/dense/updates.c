@@ -290,7 +290,8 @@ int veneer_few_rows_updated(const struct few_rows_updated *call, int most) {
          part++) {
         if (part->w != NULL)
             of[pieces++] = (struct piece){call->x,     part->w,    part->bias,  part->y, call->rows,
-                                          call->width, part->outs, call->apart, NULL};
+                                          call->width, part->outs, call->apart, NULL,
+                                          part->narrow};
         for (int64_t i = 0; i < part->count; i++)
             updates += (part->updates[i].rows + CHUNK - 1) / CHUNK;
     }

@@ -18,7 +18,7 @@ struct few_rows_updated_part {
     const void *w, *bias;
     void *y;
     const struct few_rows_update *updates;
-    int64_t outs, count;
+    int64_t outs, count, narrow;
 };
 
 /* The parts share x. down: room for each update's rows times its rank. */

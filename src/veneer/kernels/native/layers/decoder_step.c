@@ -63,7 +63,7 @@ struct step_embed {
     const int64_t *ids;
     const void *table;
     void *h;
-    int64_t rows, width;
+    int64_t rows, width, narrow; /* narrow: the table is bf16 */
     float scale;
 };
 
@@ -305,10 +305,13 @@ INLINE void cap_runs(const int bf16, const struct step_cap *a, int64_t from, int
 }
 
 INLINE void embed_rows(const int bf16, const struct step_embed *a, int64_t from, int64_t to) {
-    for (int64_t row = from; row < to; row++)
+    const int halves = bf16 || a->narrow;
+    for (int64_t row = from; row < to; row++) {
+        void *h = (void *)row_of(bf16, a->h, row, a->width);
+        const void *values = row_of(halves, a->table, a->ids[row], a->width);
         for (int64_t i = 0; i < a->width; i++)
-            put(bf16, (void *)row_of(bf16, a->h, row, a->width), i,
-                value_at(bf16, row_of(bf16, a->table, a->ids[row], a->width), i) * a->scale);
+            put(bf16, h, i, value_at(halves, values, i) * a->scale);
+    }
 }
 
 #define OF_BOTH_TYPES(body)                                                                        \
