@@ -116,7 +116,7 @@ def write_quantized(base: Base, out: str | Path) -> WrittenBase:
     """
     if base.compute.widens and base.compute.times is not None:
         raise ConfigError(
-            f"{base.source} was widened to float32 for speed: its dense weights would take"
+            f"{base.source} computes in float32 for speed: dense weights that it widened would take"
             " twice the bytes on disk",
             next_step="Load it with dtype stored, then write it.",
         )

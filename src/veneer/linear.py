@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from veneer.kernels.dense import few_rows, products
 from veneer.kernels.dense.frozen import DenseLinear as DenseLinear
 from veneer.kernels.dense.frozen import FrozenLinear as FrozenLinear
+from veneer.kernels.dense.frozen import WidenedDense as WidenedDense
 from veneer.kernels.dense.frozen import frozen_product as frozen_product
 from veneer.kernels.dense.frozen import times as times
 from veneer.private.torch import buffers_of, parameters_of
@@ -43,6 +44,47 @@ class FewRowsLinear(nn.Linear):
         if weight.requires_grad or not fast:
             return F.linear(input, weight, bias)
         return frozen_product(input, bias, DenseLinear(self))
+
+
+class WidenedLinear(FewRowsLinear):
+    """An nn.Linear whose weight is held in bf16 and multiplied in float32: products widen it as
+    they read it. Conversion to another type makes it a FewRowsLinear of that type."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = parameters_of(self)["weight"], parameters_of(self)["bias"]
+        assert weight is not None
+        if weight.dtype is input.dtype:
+            return super().forward(input)
+        if torch.is_grad_enabled() and few_rows.wants_gradient(input, bias):
+            return frozen_product(input, bias, WidenedDense(self))
+        return products.linear(input, weight, bias)
+
+
+class WidenedEmbedding(nn.Embedding):
+    """An nn.Embedding whose table is held in bf16 and looked up in float32."""
+
+    @classmethod
+    def of(cls, module: nn.Embedding) -> Self:
+        """Makes one with the same table, under the same name."""
+        embedding = cls.__new__(cls)
+        embedding.__dict__.update(module.__dict__)
+        return embedding
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).to(embedding_type(self))
+
+
+def embedding_type(module: nn.Module) -> torch.dtype:
+    """Returns the type of the rows that an embedding gives."""
+    own_type = module.get_parameter("weight").dtype
+    is_widened = isinstance(module, WidenedEmbedding)
+    return torch.promote_types(own_type, torch.float32) if is_widened else own_type
+
+
+def embedding_as_linear(module: nn.Module) -> DenseLinear:
+    """Returns an embedding as a linear layer of one-hot rows x."""
+    kind = WidenedDense if isinstance(module, WidenedEmbedding) else DenseLinear
+    return kind(module, is_transposed=True)
 
 
 class SliceLinear:
@@ -243,6 +285,8 @@ def frozen_linear(module: nn.Module) -> FrozenLinear | None:
     """Returns the frozen view of a module, or None if it is no linear layer."""
     if isinstance(module, PackedLinear):
         return module
+    if isinstance(module, WidenedLinear):
+        return WidenedDense(module)
     if isinstance(module, nn.Linear):
         return DenseLinear(module) if is_plain_linear(module) else None
     return DenseLinear(module, is_transposed=True) if is_transposed_linear(module) else None

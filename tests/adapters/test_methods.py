@@ -15,6 +15,7 @@ import gguf
 import pytest
 import torch
 
+from tests.kernels.test_tiles import limited
 from tests.models.test_step import assert_same, loss_and_gradients, own_loss_and_gradients
 from tests.support.helpers import make_examples
 from tests.support.models.routed import Routed, batch_loss
@@ -90,6 +91,7 @@ BASES = {
     "llama nf4": ("llama nf4", torch.float32),
     "gpt2 nf4": ("gpt2 nf4", torch.bfloat16),
     "llama gguf": ("llama gguf", torch.float32),
+    "llama narrow": ("llama narrow", torch.float32),
 }
 every_method = pytest.mark.parametrize("row", METHODS.values(), ids=METHODS)
 every_base = pytest.mark.parametrize(("family", "dtype"), BASES.values(), ids=BASES)
@@ -103,14 +105,21 @@ def written(family):
     if family == "llama gguf":
         path = Path(folder.name) / "tiny.gguf"
         return write_gguf(path, tiny("llama"), "llama", kind=gguf.GGMLQuantizationType.Q8_0)
-    return save_tiny(Path(folder.name) / "base", family.split()[0])
+    kind, held = family.split()
+    return save_tiny(
+        Path(folder.name) / "base", kind, torch.bfloat16 if held == "narrow" else torch.float32
+    )
 
 
 def base_of(family, dtype):
-    """The base of a row of the table: dense, or held packed as its last word says; its fast paths
-    proven."""
+    """The base of a row of the table: dense, or held packed as its last word says, or in bf16 under
+    products in float32; its fast paths proven."""
     if " " not in family:
         base = tiny_base(family, dtype)
+    elif family.endswith("narrow"):
+        with limited("avx2"):
+            base = load_base(str(written(family)), dtype="float32")
+        assert base.compute.narrow and base.dtype == torch.float32
     else:
         name = str(dtype).removeprefix("torch.")
         base = load_base(str(written(family)), dtype=name, quantize=family.split()[1])

@@ -3,7 +3,8 @@
 Many processors have no products of bf16 or float16 numbers. There torch's products are up to a
 hundred times slower than in float32, and a training step takes minutes. So on a CPU one product is
 timed in both types, forward and backward, in a few milliseconds (about ten more if it is slow).
-Widening to float32 is exact: it is the same base (bases/identity/fingerprint.py).
+Widening to float32 is exact: it is the same base (bases/identity/fingerprint.py). Where compiled
+products read bf16 weights and widen them as they read, frozen weights stay in bf16 in memory.
 
 Not known here: the weights themselves.
 """
@@ -17,6 +18,7 @@ from typing import Literal
 import torch
 
 from veneer.files.process_wide import ALONE
+from veneer.kernels.bindings.library import has_float_products
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 HeldAs = DtypeName | Literal["stored"]
@@ -42,13 +44,18 @@ ROUNDS, ENOUGH_SECONDS = 7, 0.03
 class Compute:
     """The chosen type of a base's weights.
 
-    stored: type of most values in the files; held: type in memory and in products; times: duration
-    of a product in the stored type relative to float32 on this machine; None: not measured
+    stored  type of most values in the files
+    held    type of products and of what they give
+    times   duration of a product in the stored type relative to float32 on this machine; None: not
+            measured
+    narrow  whether frozen weights stay in the stored type in memory, and products widen them as
+            they read
     """
 
     stored: torch.dtype
     held: torch.dtype
     times: float | None = None
+    narrow: bool = False
 
     @property
     def name(self) -> DtypeName:
@@ -56,7 +63,7 @@ class Compute:
 
     @property
     def widens(self) -> bool:
-        """Whether the weights are held in float32 and stored in another type."""
+        """Whether the weights are multiplied in float32 and stored in another type."""
         return self.held == torch.float32 and self.held != self.stored
 
     @property
@@ -72,6 +79,8 @@ class Compute:
             f"in {stored} a product takes about {times} times as long as in float32 on this"
             " processor"
         )
+        if self.narrow:
+            return f"dtype float32, weights in {stored} in memory: {measured}"
         if self.widens:
             return f"dtype float32, twice the bytes of the stored {stored}: {measured}"
         return f"dtype {stored}, as stored: {measured}"
@@ -79,12 +88,17 @@ class Compute:
 
 def choose(stored: torch.dtype, requested: HeldAs, device: torch.device) -> Compute:
     """Chooses the type. requested: auto decides on a CPU only; any other name is followed"""
+    times = None
     if requested in DTYPES:
-        return Compute(stored, DTYPES[requested])
-    if requested == "stored" or device.type != "cpu" or stored == torch.float32:
-        return Compute(stored, stored)
-    times = times_float32(stored)
-    return Compute(stored, torch.float32 if times > SLOW else stored, times)
+        held = DTYPES[requested]
+    elif requested == "stored" or device.type != "cpu" or stored == torch.float32:
+        held = stored
+    else:
+        times = times_float32(stored)
+        held = torch.float32 if times > SLOW else stored
+    reads_stored = device.type == "cpu" and has_float_products()
+    narrow = reads_stored and (stored, held) == (torch.bfloat16, torch.float32)
+    return Compute(stored, held, times, narrow)
 
 
 @cache

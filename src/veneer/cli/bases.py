@@ -87,7 +87,7 @@ def load_base(args: Namespace) -> Base:
 def load_bare_base(
     source: str, args: Namespace, quantize: Quantize | None, keep_dense: Sequence[str] = ()
 ) -> Base:
-    """Loads a base without adapters by --dtype and --device; prints it if it was widened."""
+    """Loads a base without adapters by --dtype and --device; prints its type if it was widened."""
     check_base(source)
     with working(f"loading {source}"):
         with pause_collection():

@@ -110,7 +110,8 @@ def find_facts() -> dict[str, dict[str, Any]]:
             "our kernels use": _kernels(),
         },
         "products": {
-            f"{name} takes": f"{choice.times:.2g} times as long as float32: held as {choice.name}"
+            f"{name} takes": f"{choice.times:.2g} times as long as float32: "
+            + ("multiplied as float32" if choice.narrow else f"held as {choice.name}")
             for name in ("bfloat16", "float16")
             if (choice := choose(DTYPES[name], "auto", torch.device("cpu"))).times is not None
         },

@@ -141,7 +141,7 @@ class LayersForward:
         if table is None or head is None or bare(self._positions) is None:
             return None
         scales = embedding_scale(table), self._start.scale
-        operands = None if scales[0] is None else dense_operands(table.weight[:1], head)
+        operands = None if scales[0] is None else dense_operands(first_row(table), head)
         # Two scales are two roundings.
         if scales[0] is None or operands is None or 1.0 not in scales:
             return None
@@ -202,6 +202,11 @@ class DecodeStep:
         """Drops references to adapters of earlier steps."""
         if self._parts is not None:
             self._parts.steps.drop_references()
+
+
+def first_row(embedding: nn.Embedding) -> Tensor:
+    """Returns what an embedding gives for the first id, (1, D)."""
+    return embedding(torch.zeros(1, dtype=torch.int64, device=embedding.weight.device))
 
 
 def _keys_around(module: nn.Module) -> set[str]:

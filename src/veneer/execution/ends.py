@@ -24,6 +24,7 @@ from veneer.kernels.decoding import decoder_step
 from veneer.kernels.dense import few_rows
 from veneer.kernels.dense.loss import Head
 from veneer.kernels.tape.step_tape import StepTape, record_step
+from veneer.linear import embedding_type
 
 INDEPENDENT_OF_LENGTH = {"default", "linear", "llama3", "yarn"}
 """Kinds of rotary angles (transformers' rope_type) that do not depend on the text's length."""
@@ -33,14 +34,20 @@ FIRST_POSITIONS = 512
 class Ends:
     """Records the calls around the layers, and fills in each step's ids and positions.
 
-    table  (V, D), whose rows are multiplied by `scale`
+    table  (V, D), whose rows are multiplied by `scale` and given in `dtype`
     inner  the decoder, whose module computes what depends on the positions alone
     """
 
     def __init__(
-        self, table: Tensor, scale: float, head: Head, inner: nn.Module, start: ModelStart
+        self,
+        table: Tensor,
+        dtype: torch.dtype,
+        scale: float,
+        head: Head,
+        inner: nn.Module,
+        start: ModelStart,
     ) -> None:
-        self._table, self._scale, self._head = table, scale, head
+        self._table, self._dtype, self._scale, self._head = table, dtype, scale, head
         self._inner, self._start = inner, start
         self._positions = 0
         self._tables: list[Tensor] = []
@@ -58,7 +65,9 @@ class Ends:
         embedding: the base's own module. head: a product that few_rows computes.
         """
         table = embedding.weight
-        plain = table.is_cpu and table.is_contiguous() and table.dtype is head.weight.dtype
+        row = table.new_empty(0, dtype=embedding_type(embedding))
+        plain = table.is_cpu and table.is_contiguous()
+        plain = plain and all(few_rows.multiplies(row, values) for values in (table, head.weight))
         positions = getattr(inner, start.names.positions)
         kinds = "default" if start.has_table else getattr(positions, "rope_type", None)
         kinds = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
@@ -66,7 +75,7 @@ class Ends:
             return None
         weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
         own_head = Head(weight, bias, head.scale, head.softcap)
-        ends = cls(table.detach(), scale, own_head, inner, start)
+        ends = cls(table.detach(), row.dtype, scale, own_head, inner, start)
         return ends if ends._extend_tables(0) else None
 
     def record(self, tape: StepTape, inputs: Sequence[Tensor], states: Tensor) -> bool:
@@ -112,7 +121,7 @@ class Ends:
             struct.spans = self._columns.data_ptr()
             struct.cos_table, struct.sin_table = (table.data_ptr() for table in tables)
         weight = self._head.weight
-        logits = torch.empty(rows, len(weight), dtype=weight.dtype)
+        logits = torch.empty(rows, len(weight), dtype=self._dtype)
         put_at(self._logit_structs[0], logits)
         for struct in self._cap_structs:
             struct.x = logits.data_ptr()
@@ -123,13 +132,13 @@ class Ends:
         are computed alone, or are of a type that heads are not rotated by, or if the model has no
         such position."""
         if self._start.has_table:
-            table = self._start.table(self._inner).detach()
+            table = self._start.table(self._inner).detach().to(self._dtype)
             self._tables, self._positions = [table], len(table)
             return table.is_contiguous() and position < len(table)
         count = FIRST_POSITIONS
         while count <= position:
             count *= 2
-        any_value = self._table[:1, None]
+        any_value = self._table[:1, None].to(self._dtype)
         tables = self._start.of_positions(self._inner, any_value, torch.arange(count)[None])
         for alone in (0, count // 3, count - 1):
             angles = self._start.of_positions(self._inner, any_value, torch.tensor([[alone]]))
@@ -139,7 +148,7 @@ class Ends:
             ):
                 return False
         self._tables, self._positions = [table[0].contiguous() for table in tables], count
-        types = {self._table.dtype, torch.float32}
+        types = {self._dtype, torch.float32}
         return all(table.dtype in types for table in self._tables)
 
 

@@ -24,10 +24,10 @@ from veneer.execution.paged import PagedStep
 from veneer.kernels import rules
 from veneer.kernels.decoding import decoder_step
 from veneer.kernels.dense import few_rows
-from veneer.linear import FewRowsLinear, is_transposed_linear
+from veneer.linear import FewRowsLinear, WidenedLinear, is_transposed_linear
 from veneer.private.torch import children_of, has_hooks, parameters_of
 
-DENSE = (nn.Linear, FewRowsLinear)
+DENSE = (nn.Linear, FewRowsLinear, WidenedLinear)
 """Modules whose products few_rows computes."""
 
 

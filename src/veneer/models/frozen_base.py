@@ -47,8 +47,8 @@ class FrozenBase:
     name_or_path  hub id or local folder: what an adapter's base_model_name_or_path says
     revision      the commit of a hub base; None for a local one
     quantize      the format its linear layers are held in; None: dense
-    compute       the type its values are stored in, and the one they are held and multiplied in; by
-                  default the model's
+    compute       the type its values are stored in, the one they are multiplied in, and which of
+                  them they are held in; by default the model's
     identity      its fingerprint as it was read, before anything was widened; by default the
                   model's as it stands
     as_held       what versions that did not widen wrote of a base loaded in float32: the
@@ -120,7 +120,8 @@ class FrozenBase:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.dtype
+        """Returns the type of products and of what they give."""
+        return self.compute.held if self.compute.narrow else self.model.dtype
 
     @property
     def config(self) -> PreTrainedConfig:

@@ -1,7 +1,8 @@
 """Loads the base that a user named: finds it, checks it, reads, freezes and fingerprints it.
 
 Weights are read in the type in which they are stored, so that the fingerprint is that of the stored
-values, and then widened if that computes faster (bases/compute.py). A model file that would leave a
+values, and then widened if that computes faster (bases/compute.py): by products that read them, or
+in memory. A model file that would leave a
 weight at random values is refused.
 
 Not known here: where models come from (bases/names/sources.py), what a config may say
@@ -11,6 +12,7 @@ bases/loading/dense.py).
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -54,6 +56,7 @@ from veneer.execution.proofs.same_values import remember_by_values, snapshot_val
 from veneer.models.checkpointing import give_back
 from veneer.models.few_rows import take_few_rows
 from veneer.models.frozen_base import FrozenBase
+from veneer.models.narrow import keep_narrow
 from veneer.models.own_head import OWN_HEAD, attach_head, head_width
 from veneer.private.transformers import mark_initialized
 from veneer.quant.config import FOUR_BITS, Quantize, weight_format
@@ -69,6 +72,7 @@ def load_base(
     keep_dense: Sequence[str] = (),
     sharding: Sharding | None = None,
     own_pages: bool = False,
+    trains: bool = False,
 ) -> FrozenBase:
     """Loads the frozen base that `source` names (sources.locate), with tokenizer and fingerprint.
 
@@ -84,6 +88,7 @@ def load_base(
     own_pages   copies weights that are mapped from files into this process's memory
                 (bases/loading/own_pages.py), for a process that reads them often, alone on its
                 machine
+    trains      whether the base's own weights will train: all are then held in the type of products
 
     Raises SourceError (not found, not a causal LM, no fast tokenizer), UnsafeFileError (pickles,
     code), CorruptFileError (damaged, missing or misshapen weights), DoesNotFitError (memory),
@@ -105,6 +110,8 @@ def load_base(
     if packed is not None or (build is None and stores_single_experts(tensors)):
         build = partial(build_packed, book=None)
     compute = choose(stored_type(model_folder.folder, stored, packed, dtype), dtype, place)
+    if sharding is not None or trains:
+        compute = replace(compute, narrow=False)
     if sharding is not None:
         layer_by_layer: Any = build or partial(build_packed, book=None)
         build = partial(layer_by_layer, placed=_take_layers(sharding, compute.held))
@@ -121,7 +128,7 @@ def load_base(
                 model = build_dense(model_folder.folder, config, read_as)
             if place.type == "cpu":
                 reorder_transposed(model)
-            if own_pages and not compute.widens and place.type == "cpu":
+            if own_pages and (compute.narrow or not compute.widens) and place.type == "cpu":
                 take_own_pages(model)
             hashes = None if sharding is not None else hashes_of(model)
             if build is None:
@@ -133,7 +140,7 @@ def load_base(
                     next_step="Leave shard out: every process then holds the whole base.",
                 )
             model.eval()
-            identity, as_held = _identify_and_widen(model, compute, hashes)
+            identity, as_held, compute = _identify_and_widen(model, compute, hashes)
             if model.generation_config is not None:
                 check_generation(model_folder.folder, model.generation_config)
             check_vocabulary(model_folder.folder, tokenizer, model)
@@ -188,18 +195,20 @@ def _check_format(
 
 def _identify_and_widen(
     model: PreTrainedModel, compute: Compute, hashes: ByteHashes | None
-) -> tuple[Fingerprint, Fingerprint]:
-    """Returns the fingerprints of the stored values and of those that are held. hashes: of the
-    stored values; None if the model is sharded."""
+) -> tuple[Fingerprint, Fingerprint, Compute]:
+    """Returns the fingerprints of the stored values and of those in the type of products, and how
+    weights are held. hashes: of the stored values; None if the model is sharded."""
     if hashes is not None and not compute.widens:
         snapshot_values(model, hashes)
     identity = as_held = fingerprint(model, hashes)
     if compute.widens:
-        widen(model, compute.held)
+        as_held = earlier_fingerprint(model, compute.held)
+        kept = keep_narrow(model) if compute.narrow else []
+        compute = replace(compute, narrow=bool(kept))
+        widen(model, compute.held, kept)
         if hashes is not None:
             snapshot_values(model)
-        as_held = earlier_fingerprint(model)
-    return identity, as_held
+    return identity, as_held, compute
 
 
 def _take_layers(sharding: Sharding, dtype: torch.dtype) -> Placed:

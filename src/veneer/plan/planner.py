@@ -238,6 +238,8 @@ class Planner:
             run = run.over(self.blueprint.packed, self.dtype(choice))
         elif quantize is not None:
             run = run.in_four_bits()
+        if self.compute(choice).narrow and not (choice.method.trains_base or choice.in_shards):
+            run = run.with_narrow_weights(in_four_bits=quantize is not None)
         if choice.teacher is not None:
             run = run.with_teacher(self._teachers.weights(choice.teacher))
         if tokens := self.workload.teacher_prompt:

@@ -124,6 +124,7 @@ def load_on_all_processes(config: RunConfig, dtype: HeldAs, world: World) -> Fro
             quantize=config.quantize,
             keep_dense=config.keep_dense,
             sharding=sharding,
+            trains=config.method.trains_base,
         )
         if config.method.trains_base and base.quantize is not None:
             raise ConfigError(

@@ -642,7 +642,7 @@ def test_tables_and_heads_that_c_cannot_read_are_no_ends():
     assert not turned.weight.is_contiguous()
     for table in (turned, other.to(torch.float64), other.to("meta")):
         assert ends_of(table) is None
-    assert ends_of(embedding, Head(head.weight.bfloat16())) is None
+    assert ends_of(embedding, Head(head.weight.half())) is None
 
 
 def test_the_scale_of_an_embedding_is_found_and_no_other_table_has_one():

@@ -12,7 +12,7 @@ from veneer.adapters.methods.lora import low_rank_matrix
 from veneer.adapters.placement.acting import Applied
 from veneer.adapters.placement.routing import Routing
 from veneer.adapters.placement.wrapping import AdaptedModule
-from veneer.linear import DenseLinear
+from veneer.linear import embedding_as_linear
 
 
 class AdaptedEmbedding(AdaptedModule):
@@ -21,7 +21,7 @@ class AdaptedEmbedding(AdaptedModule):
 
     def __init__(self, base: nn.Module, routing: Routing, path: str) -> None:
         super().__init__(base, routing, path)
-        self.table = DenseLinear(base, is_transposed=True)
+        self.table = embedding_as_linear(base)
 
     @property
     def weight(self) -> Tensor:

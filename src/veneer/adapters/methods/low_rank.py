@@ -17,7 +17,13 @@ from veneer.adapters.placement.reads import refused_by_peft, weights_read_past
 from veneer.adapters.placement.site import Site
 from veneer.adapters.placement.wrapping import AdaptedModule, SwappedModule
 from veneer.errors import ConfigError
-from veneer.linear import DenseLinear, FrozenLinear, frozen_linear, is_plain_embedding, matrix_shape
+from veneer.linear import (
+    FrozenLinear,
+    embedding_as_linear,
+    frozen_linear,
+    is_plain_embedding,
+    matrix_shape,
+)
 from veneer.patterns import first_match
 from veneer.sharded import whole, whole_module
 
@@ -129,7 +135,7 @@ def build_dora(site: Site, config: DoRA) -> None:
             dora = DoRALayer(layer, frozen)
         site.put(path, AdaptedLinear, dora)
     for path in targets.embeddings:
-        table = DenseLinear(site.modules[path], is_transposed=True)
+        table = embedding_as_linear(site.modules[path])
         site.put(path, AdaptedEmbedding, DoRALayer(_embedding_layer(site, config, path), table))
     _train_in_full(site, targets)
 

@@ -220,12 +220,15 @@ def fingerprint(model: PreTrainedModel, hashes: ByteHashes | None = None) -> Fin
     return _compute(model, hashes or ByteHashes())
 
 
-def earlier_fingerprint(model: PreTrainedModel) -> Fingerprint:
-    """Computes the fingerprint as older versions did."""
-    return _compute(model, None)
+def earlier_fingerprint(model: PreTrainedModel, held: torch.dtype | None = None) -> Fingerprint:
+    """Computes the fingerprint as older versions did. held: the type that they held dense weights
+    in; None: the model's"""
+    return _compute(model, None, held)
 
 
-def _compute(model: PreTrainedModel, hashes: ByteHashes | None) -> Fingerprint:
+def _compute(
+    model: PreTrainedModel, hashes: ByteHashes | None, held: torch.dtype | None = None
+) -> Fingerprint:
     """Computes the fingerprint; hashes None leaves out fields that older versions did not have."""
     weights = _unique_weights(model)
     packed, parts = _packed_weights(model)
@@ -237,10 +240,12 @@ def _compute(model: PreTrainedModel, hashes: ByteHashes | None) -> Fingerprint:
         )
         if name in parts:
             continue
+        converts = held is not None and name not in packed and tensor.is_floating_point()
+        dtype = str(held).removeprefix("torch.") if converts else dtype
         dtypes.add(dtype)
         shapes.update(f"{name} {shape}\n".encode())
         sampled.update(f"{name} {dtype}\n".encode())
-        sampled.update(_sample(tensor))
+        sampled.update(_sample(tensor, held if converts else None))
         if hashes is not None:
             values.update(f"{name} {dtype} {hashes.digest_of(tensor)}\n".encode())
     for name, tensor in sorted(
@@ -290,8 +295,8 @@ def _unique_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     return dict(unique.values())
 
 
-def _sample(tensor: Tensor) -> bytes:
-    """Returns the bytes (little-endian) of up to SAMPLES_PER_TENSOR elements.
+def _sample(tensor: Tensor, held: torch.dtype | None = None) -> bytes:
+    """Returns the bytes (little-endian) of up to SAMPLES_PER_TENSOR elements, converted to `held`.
 
     Each comes from one of equally wide ranges, at an offset that varies: a fixed stride that
     divides the row length would only see one column.
@@ -300,6 +305,8 @@ def _sample(tensor: Tensor) -> bytes:
     size, count = flat.numel(), min(flat.numel(), SAMPLES_PER_TENSOR)
     if size > count:
         flat = flat[_sampled_positions(size, count).to(flat.device)]
+    if held is not None:
+        flat = flat.view(tensor.dtype).to(held).view(_INTEGER_OF_SIZE[held.itemsize])
     return flat.cpu().numpy().tobytes()
 
 

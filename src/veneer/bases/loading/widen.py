@@ -5,6 +5,7 @@ Every weight keeps its value. Values that a model computes at construction and h
 """
 
 import copy
+from collections.abc import Collection
 
 import torch
 from accelerate import init_empty_weights
@@ -15,10 +16,18 @@ from veneer.bases.config.model_class import auto_class
 from veneer.private.torch import unsaved_buffers
 
 
-def widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Widens the model in place, one tensor after the other."""
+def widen(
+    model: PreTrainedModel, dtype: torch.dtype, narrow: Collection[nn.Parameter] = ()
+) -> None:
+    """Widens the model in place, one tensor after the other. narrow: parameters that stay as they
+    are"""
     rounded = _rounded_buffers(model)
+    values = [parameter.data for parameter in narrow]
+    for parameter in narrow:
+        parameter.data = parameter.data.new_empty(0)
     nn.Module.to(model, dtype)
+    for parameter, own_values in zip(narrow, values, strict=True):
+        parameter.data = own_values
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.dtype = dtype
     if rounded:

@@ -21,6 +21,7 @@ from veneer.adapters.placement.wrapping import unwrapped
 from veneer.execution.attention import packed_arguments
 from veneer.execution.facts.layer_facts import Rotation
 from veneer.execution.facts.small_modules import ROWS, with_children
+from veneer.linear import WidenedEmbedding, embedding_type
 from veneer.private.torch import replace_parameters
 
 EMBEDDINGS = ("embed_tokens", "embed_in", "wte")
@@ -170,12 +171,12 @@ def find_start(inner: nn.Module) -> ModelStart | None:
     anything behind its layers but its last norm."""
     if (names := part_names(inner)) is None:
         return None
-    table = inner.get_submodule(names.embedding).get_parameter("weight")
+    embedding = inner.get_submodule(names.embedding)
+    table, dtype = embedding.get_parameter("weight"), embedding_type(embedding)
     device = table.device
     draw = torch.Generator().manual_seed(0)
     random_rows, added_rows = (
-        torch.randn(1, ROWS, table.shape[1], generator=draw).to(table.dtype).to(device)
-        for _ in range(2)
+        torch.randn(1, ROWS, table.shape[1], generator=draw).to(dtype).to(device) for _ in range(2)
     )
     positions = unwrapped(getattr(inner, names.positions))
     has_table = isinstance(positions, nn.Embedding)
@@ -255,8 +256,9 @@ def embedding_scale(embedding: nn.Module) -> float | None:
     if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:
         return None
     weight = embedding.weight
-    if type(embedding) is nn.Embedding or weight.is_meta:
-        return 1.0 if type(embedding) is nn.Embedding else None
+    is_plain = type(embedding) in (nn.Embedding, WidenedEmbedding)
+    if is_plain or weight.is_meta:
+        return 1.0 if is_plain else None
     draw = torch.Generator().manual_seed(0)
     values = torch.randn(ROWS, weight.shape[1], generator=draw).to(weight.device)
     try:

@@ -18,6 +18,7 @@ from veneer.execution.attention import decoder, packed_states, take_packed
 from veneer.execution.proofs.structure import Proven, no_seam, proven, unreached
 from veneer.kernels.dense.loss import Head
 from veneer.kernels.layout import BatchLayout
+from veneer.linear import frozen_linear
 from veneer.private.transformers import attention_of
 
 
@@ -119,8 +120,10 @@ def prove_head(model: PreTrainedModel) -> tuple[float, float | None, str | None]
         return 1.0, None, f"the output head is {type(head).__name__}, not a linear layer"
     ids = some_ids(model, 6, 1)[None]
     states = inner(input_ids=ids, use_cache=False).last_hidden_state
-    if states.dtype != head.weight.dtype:  # the model casts them: Mamba keeps float32 in bf16
-        reason = f"its hidden states are {states.dtype}, and its output head {head.weight.dtype}"
+    view = frozen_linear(head)
+    head_type = head.weight.dtype if view is None else view.dtype
+    if states.dtype != head_type:  # the model casts them: Mamba keeps float32 in bf16
+        reason = f"its hidden states are {states.dtype}, and its output head {head_type}"
         return 1.0, None, reason
     ours = Head(head.weight, head.bias, facts.scale, facts.softcap).logits(states)
     theirs = model(input_ids=ids, use_cache=False).logits

@@ -12,6 +12,7 @@ from torch import nn
 
 from veneer.adapters.placement.wrapping import plain_modules
 from veneer.errors import RefusedError
+from veneer.linear import WidenedEmbedding, WidenedLinear
 from veneer.merge.fold.fold import Applied, stored_tensors, weight_changes
 from veneer.merge.fold.tokens import refuse_tokens
 from veneer.private.torch import parameters_of
@@ -47,8 +48,8 @@ class MergedParameters:
 
 @torch.no_grad()
 def merged_weights(model: nn.Module, applied: Applied) -> MergedParameters:
-    """Computes every changed weight as W + D in float32, rounded to its type; the model does not
-    change.
+    """Computes every changed weight as W + D in float32, rounded to the type that its module
+    computes in; the model does not change.
 
     Tied weights become separate. RefusedError: a method that cannot be merged, quantised weights,
     values that are not finite.
@@ -66,11 +67,13 @@ def merged_weights(model: nn.Module, applied: Applied) -> MergedParameters:
     modules = plain_modules(model)
     changed = []
     for name, new in changes.items():
-        value = new(stored[name].read().float()).to(stored[name].dtype)
+        path, _, parameter = name.rpartition(".")
+        widens = isinstance(modules[path], WidenedLinear | WidenedEmbedding)
+        dtype = torch.float32 if widens else stored[name].dtype
+        value = new(stored[name].read().float()).to(dtype)
         if not bool(torch.isfinite(value).all()):
             raise RefusedError(
                 f"{name} would hold values that are not finite", next_step="Nothing was changed."
             )
-        path, _, parameter = name.rpartition(".")
         changed.append((modules[path], parameter, nn.Parameter(value, requires_grad=False)))
     return MergedParameters(changed)

@@ -73,11 +73,13 @@ class Step:
 @dataclass(frozen=True)
 class BaseBytes:
     """Counts bytes of a base. total: all of it, dense. packing: (bytes that linear layers except
-    the head save in 4 bits, largest decode buffer). layers, packed_layers: sharded bytes of each
-    decoder layer, dense and in 4 bits.
+    the head save in 4 bits, largest decode buffer). narrow: bytes that float32 weights save if they
+    stay in bf16 (models/narrow.py), all of them and those that 4 bits leave dense. layers,
+    packed_layers: sharded bytes of each decoder layer, dense and in 4 bits.
     """
 
     packing: tuple[int, int] = (0, 0)
+    narrow: tuple[int, int] = (0, 0)
     total: int = 0
     layers: tuple[int, ...] = ()
     packed_layers: tuple[int, ...] = ()
@@ -137,6 +139,11 @@ class DryRun:
         return replace(
             self._with_more({WEIGHTS: -saved, SCRATCH: scratch} if saved else {}), base=packed
         )
+
+    def with_narrow_weights(self, *, in_four_bits: bool) -> DryRun:
+        """Returns the same step in float32 over weights in bf16. in_four_bits: linear layers are
+        packed"""
+        return self._with_more({WEIGHTS: -self.base.narrow[in_four_bits]})
 
     def in_shards(self, processes: int) -> DryRun:
         """Returns the same step with every layer sharded over processes: one is whole while the

@@ -1,7 +1,7 @@
 """Finds what a plan needs of a teacher: the model and bytes of another base, and the bytes of a
 prompt."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -37,9 +37,11 @@ class PlannedTeachers:
 
         model = self.model(teacher)
         dense = base_bytes(build(model.base.config, model.dtype))
+        is_packed = teacher.quantize is not None or model.base.quantize is not None
+        if choose(model.base.dtype, teacher.dtype, torch.device(self.device)).narrow:
+            dense = replace(dense, total=dense.total - dense.narrow[is_packed])
         if model.base.packed:
             return dense.packed(model.base.packed, model.dtype.itemsize)
-        is_packed = teacher.quantize is not None or model.base.quantize is not None
         return dense if is_packed else BaseBytes(total=dense.total)
 
     def base(self, teacher: TeacherBase) -> Blueprint:

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from veneer.execution.facts.decoder_layer import decoder_layers
 from veneer.linear import frozen_linear
+from veneer.models.narrow import narrow_weights
 from veneer.plan.simulation.step_counts import BaseBytes
 
 TABLES_BYTES = 64 + 1024
@@ -18,10 +20,19 @@ def base_bytes(model: PreTrainedModel) -> BaseBytes:
     layers = decoder_layers(model) or ()
     return BaseBytes(
         packing(model),
+        _narrow(model),
         sum({id(parameter): parameter.nbytes for parameter in model.parameters()}.values()),
         tuple(sum(_tensors(layer, packed=False)) for layer in layers),
         tuple(sum(_tensors(layer, packed=True)) for layer in layers),
     )
+
+
+def _narrow(model: PreTrainedModel) -> tuple[int, int]:
+    weights = [weight for weight in narrow_weights(model) if weight.dtype is torch.float32]
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    outside = {id(weight) for end in ends if end is not None for weight in end.parameters()}
+    saved = [(weight.nbytes // 2, id(weight) in outside) for weight in weights]
+    return sum(size for size, _ in saved), sum(size for size, is_outside in saved if is_outside)
 
 
 def packing(model: PreTrainedModel) -> tuple[int, int]:
