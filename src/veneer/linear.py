@@ -42,7 +42,7 @@ class FewRowsLinear(nn.Linear):
             return products.linear(input, weight, bias)
         fast = few_rows.usable(input, weight, bias) or products.usable(input, weight, bias)
         if weight.requires_grad or not fast:
-            return F.linear(input, weight, bias)
+            return F.linear(input, few_rows.widened(weight, input), bias)
         return frozen_product(input, bias, DenseLinear(self))
 
 
@@ -53,7 +53,7 @@ class WidenedLinear(FewRowsLinear):
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = parameters_of(self)["weight"], parameters_of(self)["bias"]
         assert weight is not None
-        if weight.dtype is input.dtype:
+        if weight.dtype is input.dtype or weight.requires_grad:
             return super().forward(input)
         if torch.is_grad_enabled() and few_rows.wants_gradient(input, bias):
             return frozen_product(input, bias, WidenedDense(self))
@@ -76,9 +76,13 @@ class WidenedEmbedding(nn.Embedding):
 
 def embedding_type(module: nn.Module) -> torch.dtype:
     """Returns the type of the rows that an embedding gives."""
-    own_type = module.get_parameter("weight").dtype
-    is_widened = isinstance(module, WidenedEmbedding)
-    return torch.promote_types(own_type, torch.float32) if is_widened else own_type
+    return type_in_products(module, module.get_parameter("weight"))
+
+
+def type_in_products(module: nn.Module, parameter: Tensor) -> torch.dtype:
+    """Returns the type in which a module computes with one of its parameters."""
+    widens = isinstance(module, WidenedLinear | WidenedEmbedding)
+    return torch.promote_types(parameter.dtype, torch.float32) if widens else parameter.dtype
 
 
 def embedding_as_linear(module: nn.Module) -> DenseLinear:

@@ -187,6 +187,29 @@ def test_weights_that_stay_in_bf16_give_what_widened_ones_give(family, tmp_path,
         assert (ours - theirs).abs().max() <= FEW_ROWS * theirs.abs().max()
 
 
+@pytest.mark.parametrize("module", ["lm_head", "o_proj", "embed_tokens"])
+def test_modules_that_an_adapter_trains_have_float32_over_weights_in_bf16(module, tmp_path):
+    folder = str(save_tiny(tmp_path, "llama_untied", torch.bfloat16))
+    config, results = LoRA(rank=2, targets=["q_proj"], train_modules=[module]), []
+    with limited("avx2"):
+        for wide in (False, True):
+            base = api.load(folder, dtype="float32")
+            assert base.compute.narrow
+            if wide:
+                base.model.float()
+            adapter = base.attach(config, name="a")
+            assert {value.dtype for value in adapter.parameters().values()} == {torch.float32}
+            move(adapter)
+            base.use("a")
+            own = base.model, base.paths, base.routing, adapter, make_examples(3)
+            results.append(loss_and_gradients(*own))
+    (loss, gradients), (wide_loss, wide_gradients) = results
+    assert loss == pytest.approx(wide_loss, rel=1e-6)
+    for ours, theirs in zip(gradients, wide_gradients, strict=True):
+        assert theirs.abs().max() > 0
+        assert (ours - theirs).abs().max() <= FEW_ROWS * theirs.abs().max()
+
+
 def test_a_base_that_trains_is_widened_in_memory(tmp_path):
     folder = str(save_tiny(tmp_path, "llama", torch.bfloat16))
     with limited("avx2"):

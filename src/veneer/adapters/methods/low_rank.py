@@ -23,6 +23,7 @@ from veneer.linear import (
     frozen_linear,
     is_plain_embedding,
     matrix_shape,
+    type_in_products,
 )
 from veneer.patterns import first_match
 from veneer.sharded import whole, whole_module
@@ -207,7 +208,8 @@ def _train_in_full(site: Site, targets: Targets) -> None:
     for path, names in [*((p, ["bias"]) for p in targets.biases), *trained.items()]:
         module = site.modules[path]
         for parameter in names:
-            value = nn.Parameter(whole(module.get_parameter(parameter)).detach().clone())
+            own = whole(module.get_parameter(parameter)).detach()
+            value = nn.Parameter(own.to(type_in_products(module, own), copy=True))
             site.replace(path, _kind(module), parameter, value)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from veneer.adapters.placement.wrapping import plain_modules
 from veneer.errors import RefusedError
-from veneer.linear import WidenedEmbedding, WidenedLinear
+from veneer.linear import type_in_products
 from veneer.merge.fold.fold import Applied, stored_tensors, weight_changes
 from veneer.merge.fold.tokens import refuse_tokens
 from veneer.private.torch import parameters_of
@@ -68,9 +68,8 @@ def merged_weights(model: nn.Module, applied: Applied) -> MergedParameters:
     changed = []
     for name, new in changes.items():
         path, _, parameter = name.rpartition(".")
-        widens = isinstance(modules[path], WidenedLinear | WidenedEmbedding)
-        dtype = torch.float32 if widens else stored[name].dtype
-        value = new(stored[name].read().float()).to(dtype)
+        own = stored[name].read()
+        value = new(own.float()).to(type_in_products(modules[path], own))
         if not bool(torch.isfinite(value).all()):
             raise RefusedError(
                 f"{name} would hold values that are not finite", next_step="Nothing was changed."
