@@ -138,15 +138,15 @@ class LayersForward:
         cannot be recorded."""
         embedding, head = self._embedding, self.model.get_output_embeddings()
         table: Any = bare(embedding)
-        if table is None or head is None or bare(self._positions) is None:
+        scale = embedding_scale(table)
+        if scale is None or bare(self._positions) is None:
             return None
-        scales = embedding_scale(table), self._start.scale
-        operands = None if scales[0] is None else dense_operands(first_row(table), head)
+        operands = dense_operands(first_row(table), head)
         # Two scales are two roundings.
-        if scales[0] is None or operands is None or 1.0 not in scales:
+        if operands is None or 1.0 not in (scale, self._start.scale):
             return None
         head_operands = Head(*operands, *self._logit_rules)
-        ends = Ends.of(table, scales[0] * scales[1], head_operands, self.inner, self._start)
+        ends = Ends.of(table, scale * self._start.scale, head_operands, self.inner, self._start)
         if ends is None:
             return None
         modules = [*embedding.modules(), *head.modules(), *self._positions.modules()]

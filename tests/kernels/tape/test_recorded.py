@@ -249,6 +249,16 @@ def test_what_is_exchanged_around_the_layers_is_seen(how, monkeypatch):
     assert same(found, expected)
 
 
+@pytest.mark.parametrize("part", ["embedding", "head"])
+def test_layers_are_recorded_without_an_embedding_or_a_head_that_has_a_hook(part, monkeypatch):
+    base, rows = based(), whole_steps(monkeypatch)
+    model = base.model
+    hooked = model.get_input_embeddings() if part == "embedding" else model.get_output_embeddings()
+    hooked.register_forward_hook(lambda module, inputs, output: output * 2)
+    _, kept = steps_of(base, [()], monkeypatch, prompts=PROMPTS[:1], new=4)
+    assert [step.ends for step in kept] == [None] and not rows
+
+
 def test_what_computes_otherwise_is_never_recorded(monkeypatch):
     base = based()
     _, kept = steps_of(base, [with_method(base, "dora")], monkeypatch)
