@@ -383,7 +383,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "serve/protocols/conversation.py": ("serve/protocols/test_fields.py",),
     "serve/protocols/classification.py": ("serve/test_classification.py",),
-    "serve/protocols/request.py": ("serve/protocols/test_answers.py", "serve/test_server.py"),
+    "serve/protocols/request.py": (
+        "serve/protocols/test_fields.py",
+        "serve/protocols/test_answers.py",
+        "serve/test_server.py",
+    ),
     **dict.fromkeys(
         (
             "serve/engine/fine_tuning.py",
@@ -454,6 +458,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "execution/test_decoder_layer.py",
         "models/test_proof.py",
         "models/test_step.py",
+        "adapters/methods/test_prefix.py",
     ),
     "execution/facts/layer_facts.py": (
         "execution/test_decoder_layer.py",

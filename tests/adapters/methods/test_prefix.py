@@ -19,11 +19,12 @@ from tests.support.tiny import (
 from veneer.adapters.attach import attach, detach
 from veneer.adapters.config import LoRA, Prefix
 from veneer.adapters.methods.prefix import decoder_of
-from veneer.adapters.methods.prefix_layer import PrefixLayer
+from veneer.adapters.methods.prefix_layer import PrefixKeys, PrefixLayer
 from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import make_batch
 from veneer.decoding.generate import generate
 from veneer.errors import ConfigError
+from veneer.execution.attention import attention_forward
 from veneer.models.checkpointing import checkpointed
 from veneer.models.initial_values import begin
 from veneer.models.load import load_base
@@ -153,6 +154,29 @@ def test_padded_rows_give_what_packed_rows_give():
     loss = batch_loss(Routed(model, paths, routing), batch, total=float(batch.trained_tokens))
     loss.backward()
     assert_same((loss.item(), [p.grad for p in parameters]), packed)
+
+
+def test_padded_rows_with_different_prefixes_give_what_each_gives_alone():
+    module, draw = torch.nn.Module().eval(), torch.Generator().manual_seed(1)
+    module.layer_idx, module.is_causal = 0, True
+    query, key, value = (torch.randn(4, 2, 6, 8, generator=draw) for _ in range(3))
+    mask = torch.ones(4, 1, 6, 6, dtype=torch.bool).tril()
+    mask[2, :, 1:, 0] = False
+    prefixes = [{0: (torch.randn(M, 2, 8, generator=draw),) * 2} if M else {} for M in (3, 0, 5)]
+    rows = [slice(0, 1), slice(1, 2), slice(2, 4)]
+    positions = torch.arange(6) + torch.tensor([[3], [0], [4], [5]])
+
+    def attend(rows, parts):
+        prefix = PrefixKeys(parts, positions[rows])
+        inputs = query[rows], key[rows], value[rows], mask[rows]
+        return attention_forward(module, *inputs, sliding_window=7, veneer_prefix=prefix)[0]
+
+    tokens = [slice(6 * part.start, 6 * part.stop) for part in rows]
+    together = attend(slice(None), list(zip(tokens, prefixes, strict=True)))
+    alone = [
+        attend(part, [(slice(None), pairs)]) for part, pairs in zip(rows, prefixes, strict=True)
+    ]
+    torch.testing.assert_close(together, torch.cat(alone))
 
 
 @pytest.mark.parametrize("layers", [[0], [1]])
