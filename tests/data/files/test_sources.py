@@ -278,11 +278,30 @@ def test_a_small_parquet_file_with_large_rows_takes_little_memory(
         assert not parquet.holds_more_than(file, 2**24)
 
 
+def test_text_of_another_type_counts_as_text_in_parquet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet as writer
+
+    monkeypatch.setattr(parquet, "MAX_LINE_BYTES", 1000)
+    text = pyarrow.array(["x" * 1001, "{}"])
+    for kind in (pyarrow.json_(), pyarrow.large_string(), pyarrow.string_view()):
+        column = (
+            pyarrow.ExtensionArray.from_storage(kind, text)
+            if isinstance(kind, pyarrow.BaseExtensionType)
+            else text.cast(kind)
+        )
+        writer.write_table(pyarrow.table({"text": column}), tmp_path / "rows.parquet")
+        long, short = sources.iterate_rows(tmp_path / "rows.parquet")
+        assert isinstance(long, Problem) and long.code == "D106" and not isinstance(short, Problem)
+
+
 @pytest.mark.parametrize(
     ("bound", "value", "message"),
     [
         ("MAX_PARQUET_ROWS", 3, "the file has 4 rows, the limit is 3"),
-        ("MAX_GROUP_VALUES", 3, "'prompt' of row group 1 has 4 values, the limit is 3"),
+        ("MAX_GROUP_VALUES", 3, "lists of row group 1 hold 4 more values than rows, .* is 3"),
         ("MAX_UNPACKED_RATIO", 1, "'prompt' of row group 1 unpacks"),
     ],
 )
@@ -294,7 +313,8 @@ def test_a_row_group_that_unpacks_to_too_much_is_refused_by_its_metadata(
 
     monkeypatch.setattr(parquet, "MIN_UNPACKED_BYTES", 0)
     monkeypatch.setattr(parquet, bound, value)
-    table = pyarrow.table({"prompt": ["x" * 1000 + str(n) for n in range(4)]})
+    prompts, pairs = ["x" * 1000 + str(n) for n in range(4)], [[1, 2]] * 2 + [None] * 2
+    table = pyarrow.table({"prompt": prompts, "a": pairs, "b": pairs})
     writer.write_table(table, tmp_path / "rows.parquet", use_dictionary=False)
     with pytest.raises(DataError, match=message):
         read_rows(tmp_path / "rows.parquet")

@@ -27,7 +27,7 @@ from veneer.files.nesting import TOO_DEEP, too_deep
 
 Sizes = NDArray[np.int64]
 VALUE_BYTES = 8
-"""Bytes that count for a number, and for each value beside its text."""
+"""Bytes that count for each value beside its content."""
 SMALLER_GROUPS = "Write the file with smaller row groups, or as .jsonl."
 
 
@@ -113,12 +113,13 @@ def _batches(stream: BinaryIO) -> Iterator[tuple[Any, Sizes]]:
 
 def _check_group(group: Any, number: int) -> None:
     """Raises RowFault for a row group that no memory may hold."""
-    for place in range(group.num_columns):
-        column = group.column(place)
+    columns = [group.column(place) for place in range(group.num_columns)]
+    values = sum(max(column.num_values - group.num_rows, 0) for column in columns)
+    if values > MAX_GROUP_VALUES:
+        message = f"lists of row group {number} hold {values:,} more values than rows"
+        raise RowFault("D106", f"{message}, the limit is {MAX_GROUP_VALUES:,}", SMALLER_GROUPS)
+    for column in columns:
         name = f"column {column.path_in_schema!r} of row group {number}"
-        if column.num_values > MAX_GROUP_VALUES:
-            message = f"{name} has {column.num_values:,} values, the limit is {MAX_GROUP_VALUES:,}"
-            raise RowFault("D106", message, SMALLER_GROUPS)
         most = max(MAX_UNPACKED_RATIO * column.total_compressed_size, MIN_UNPACKED_BYTES)
         if column.total_uncompressed_size > most:
             unpacked = f"{column.total_uncompressed_size:,} bytes"
@@ -149,7 +150,9 @@ def _value_bytes(array: Any) -> Sizes:
     if kind in (pyarrow.string(), pyarrow.binary(), pyarrow.large_string(), pyarrow.large_binary()):
         lengths = compute.binary_length(array).fill_null(0)
         return np.asarray(lengths.to_numpy(zero_copy_only=False)).astype(np.int64) + VALUE_BYTES
-    width = kind.byte_width if types.is_fixed_size_binary(kind) else 0
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return _value_bytes(array.storage)
+    width = 0 if types.is_null(kind) else kind.bit_width // 8  # ValueError: the size is unknown
     return np.full(len(array), VALUE_BYTES + width, np.int64)
 
 

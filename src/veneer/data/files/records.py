@@ -18,8 +18,9 @@ MAX_LINE_BYTES = 16 * 2**20
 MAX_JSON_FILE_BYTES = 2**30
 """Bytes of a .json file, unpacked: it is read whole."""
 MAX_PARQUET_ROWS = 2**30
-MAX_GROUP_VALUES = 2**28
-"""Values of a column in one row group of a Parquet file, in the lists of all rows."""
+MAX_GROUP_VALUES = 2**26
+"""Values of all columns in one row group of a Parquet file, without the first of each row. A row is
+read whole, and takes about 24 bytes for each null in its lists, which takes none in the file."""
 MAX_UNPACKED_RATIO, MIN_UNPACKED_BYTES = 1000, 2**28
 """Bytes to which each byte of a column of a row group may unpack, if they are more than
 MIN_UNPACKED_BYTES: text rarely shrinks to a hundredth."""
