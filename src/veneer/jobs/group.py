@@ -20,34 +20,34 @@ def has_begun(job: TrainingJob) -> bool:
 
 
 def read_configs(jobs: Sequence[TrainingJob]) -> list[RunConfig]:
-    """Reads the settings of jobs that train together, with base and dtype spelled alike: joint
-    training compares them. Raises VeneerError."""
-    configs = [_read_config(job) for job in jobs]
-    begun = next((n for n, job in enumerate(jobs) if has_begun(job)), None)
-    if begun is None:
-        return configs
-    given = _given_config(jobs[begun])
-    return [like_begun(config, given, configs[begun]) for config in configs]
+    """Reads the settings of jobs that train together. Raises VeneerError."""
+    return _alike(jobs, [_read_config(job) for job in jobs])
 
 
 def share_first(jobs: Sequence[TrainingJob]) -> list[TrainingJob]:
     """Returns the first job and the later jobs that can train together with it: joint training
     accepts them, and they ask for the same threads, priority and share."""
-    group = list(jobs[:1])
-    for job in jobs[1:]:
-        try:
-            require_common_settings(read_configs([*group, job]), ALONE)
-        except VeneerError:  # if the first has a fault, its trainer says so
+    group, configs = list[TrainingJob](), list[RunConfig]()
+    for job in jobs:
+        if group and not _may_share([*group, job]):
             continue
-        if _process(job.record) == _process(jobs[0].record) and _may_share([*group, job]):
-            group.append(job)
+        try:
+            together = [*configs, _read_config(job)]
+            require_common_settings(_alike([*group, job], together), ALONE)
+        except VeneerError:
+            if not group:  # its trainer says what is wrong
+                return [job]
+            continue
+        group, configs = [*group, job], together
     return group
 
 
 def _may_share(jobs: Sequence[TrainingJob]) -> bool:
-    """Returns whether no job is tried alone, and the failure of one owner's job cannot end another
-    owner's job again."""
+    """Returns whether all jobs ask for the same process, none is tried alone, and the failure of
+    one owner's job cannot end another owner's job again."""
     records = [job.record for job in jobs]
+    if any(_process(record) != _process(records[0]) for record in records):
+        return False
     has_failed = any(record.has_failed for record in records)
     several_owners = len({record.owner for record in records}) > 1
     return not any(record.alone for record in records) and not (has_failed and several_owners)
@@ -62,6 +62,15 @@ def _read_config(job: TrainingJob) -> RunConfig:
 def _given_config(job: TrainingJob) -> RunConfig:
     """Reads the settings with which the job was created."""
     return RunConfig.of(read_yaml(job.run_file))
+
+
+def _alike(jobs: Sequence[TrainingJob], configs: Sequence[RunConfig]) -> list[RunConfig]:
+    """Returns the settings with base and dtype spelled alike; joint training compares them."""
+    begun = next((n for n, job in enumerate(jobs) if has_begun(job)), None)
+    if begun is None:
+        return list(configs)
+    given = _given_config(jobs[begun])
+    return [like_begun(config, given, configs[begun]) for config in configs]
 
 
 def _process(record: JobRecord) -> tuple[int, int, float]:
