@@ -94,6 +94,8 @@ def test_predictions_of_another_evaluation_are_the_reference_and_general_text_is
         assert result[name] == pytest.approx(relative[name], abs=1e-6)
     against = result["against"]
     assert against["accuracy"]["other"] == 0.5 and not result["against_base"]
+    own_ends = np.array(result["intervals"]["accuracy"])
+    assert against["accuracy"]["interval"] == pytest.approx(own_ends - 0.5)
     assert against["likelier"]["other"] == alone["likelier"] == alone["accuracy"]
     moved = result["likelier"] - alone["likelier"]
     assert against["likelier"]["difference"] == pytest.approx(moved)

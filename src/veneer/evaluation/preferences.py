@@ -139,6 +139,9 @@ def _differences(
         difference, ends = paired_difference(
             ours[name], theirs[name], ratio, share=True, prompts=prompts
         )
+        if name == "accuracy":  # theirs is one half by definition, on any rows
+            own = interval(ours[name], ratio, share=True, prompts=prompts)
+            ends = None if own is None else [end - 0.5 for end in own]
         other = ratio(theirs[name].sum(axis=0))
         compared[name] = {"other": other, "difference": difference, "interval": ends}
     return compared
