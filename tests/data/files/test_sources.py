@@ -302,7 +302,7 @@ def test_text_of_another_type_counts_as_text_in_parquet(
     [
         ("MAX_PARQUET_ROWS", 3, "the file has 4 rows, the limit is 3"),
         ("MAX_GROUP_VALUES", 3, "lists of row group 1 hold 4 more values than rows, .* is 3"),
-        ("MAX_UNPACKED_RATIO", 1, "'prompt' of row group 1 unpacks"),
+        ("MAX_UNPACKED_RATIO", 1, "row group 1 unpacks"),
     ],
 )
 def test_a_row_group_that_unpacks_to_too_much_is_refused_by_its_metadata(

@@ -118,16 +118,11 @@ def _check_group(group: Any, number: int) -> None:
     if values > MAX_GROUP_VALUES:
         message = f"lists of row group {number} hold {values:,} more values than rows"
         raise RowFault("D106", f"{message}, the limit is {MAX_GROUP_VALUES:,}", SMALLER_GROUPS)
-    for column in columns:
-        name = f"column {column.path_in_schema!r} of row group {number}"
-        most = max(MAX_UNPACKED_RATIO * column.total_compressed_size, MIN_UNPACKED_BYTES)
-        if column.total_uncompressed_size > most:
-            unpacked = f"{column.total_uncompressed_size:,} bytes"
-            raise RowFault(
-                "D106",
-                f"{name} unpacks {column.total_compressed_size:,} bytes to {unpacked}",
-                SMALLER_GROUPS,
-            )
+    packed = sum(column.total_compressed_size for column in columns)
+    unpacked = sum(column.total_uncompressed_size for column in columns)
+    if unpacked > max(MAX_UNPACKED_RATIO * packed, MIN_UNPACKED_BYTES):
+        message = f"row group {number} unpacks {packed:,} bytes to {unpacked:,} bytes"
+        raise RowFault("D106", message, SMALLER_GROUPS)
 
 
 def _value_bytes(array: Any) -> Sizes:

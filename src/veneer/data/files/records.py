@@ -22,7 +22,7 @@ MAX_GROUP_VALUES = 2**26
 """Values of all columns in one row group of a Parquet file, without the first of each row. A row is
 read whole, and takes about 24 bytes for each null in its lists, which takes none in the file."""
 MAX_UNPACKED_RATIO, MIN_UNPACKED_BYTES = 1000, 2**28
-"""Bytes to which each byte of a column of a row group may unpack, if they are more than
-MIN_UNPACKED_BYTES: text rarely shrinks to a hundredth."""
+"""Bytes to which each byte of a row group may unpack, if all are more than MIN_UNPACKED_BYTES: text
+rarely shrinks to a hundredth."""
 BATCH_ROWS, BATCH_BYTES = 1024, 64 * 2**20
 """Most rows and bytes that become Python values at a time."""
