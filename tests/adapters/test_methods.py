@@ -105,10 +105,9 @@ def written(family):
     if family == "llama gguf":
         path = Path(folder.name) / "tiny.gguf"
         return write_gguf(path, tiny("llama"), "llama", kind=gguf.GGMLQuantizationType.Q8_0)
-    kind, held = family.split()
-    return save_tiny(
-        Path(folder.name) / "base", kind, torch.bfloat16 if held == "narrow" else torch.float32
-    )
+    kind = family.split()[0]
+    dtype = torch.bfloat16 if family.endswith(" narrow") else torch.float32
+    return save_tiny(Path(folder.name) / "base", kind, dtype)
 
 
 def base_of(family, dtype):

@@ -5,14 +5,23 @@ import random
 
 import pytest
 
-from tests.adapters.test_methods import BASES, METHODS
-from tests.models.test_accelerator import DEVICES, base_on, on, trains_evaluates_and_decodes
+from tests.adapters.test_methods import METHODS
+from tests.models.test_accelerator import (
+    DEVICE_BASES,
+    DEVICES,
+    base_on,
+    on,
+    trains_evaluates_and_decodes,
+)
 from tests.models.test_accelerator import _whatever_this_machine_has as _no_kernels  # noqa: F401
 from tests.soak.counts import chosen
 from tests.support.tiny import FAMILIES
 from veneer.errors import ConfigError
 
-FORMATS = {**BASES, **{family: (family, BASES["llama float32"][1]) for family in FAMILIES}}
+FORMATS = {
+    **DEVICE_BASES,
+    **{family: (family, DEVICE_BASES["llama float32"][1]) for family in FAMILIES},
+}
 CELLS = [(device, method, base) for device in DEVICES for base in FORMATS for method in METHODS]
 CHOSEN = chosen(random.Random(0).sample(CELLS, len(CELLS)), "accelerator", ci=5)
 
