@@ -210,10 +210,10 @@ def test_texts_beyond_the_limits_are_refused(server, monkeypatch):
 def test_a_forward_that_fails_ends_only_the_request_that_fails_alone(server, monkeypatch):
     compute = classifier_module.score_texts
 
-    def failing(model, paths, routing, requests, **settings):
+    def failing(base, requests, **settings):
         if any(len(request.examples) == 2 for request in requests):
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return compute(model, paths, routing, requests, **settings)
+        return compute(base, requests, **settings)
 
     monkeypatch.setattr(classifier_module, "score_texts", failing)
     classifier = server.service.classifier

@@ -165,9 +165,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched_and_name
     job = make_job(tmp_path, validation=0)
     own = gradient.batch_losses
 
-    def poisoned(model, paths, routing, batch, shares):
-        losses = own(model, paths, routing, batch, shares)
-        if routing.acting.keys.step != 4:
+    def poisoned(inputs, batch, shares):
+        losses = own(inputs, batch, shares)
+        if inputs.routing.acting.keys.step != 4:
             return losses
         return [ObjectiveLoss(share.loss * float("nan")) for share in losses]
 

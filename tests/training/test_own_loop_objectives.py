@@ -174,7 +174,7 @@ def test_objectives_of_several_trainers_share_a_forward(base, world, monkeypatch
 def test_a_reference_is_computed_once_and_goes_on_with_a_state(base, world, tmp_path, monkeypatch):
     computed = []
     own = reference.part_nats
-    monkeypatch.setattr(reference, "part_nats", lambda *a: computed.append(len(a[3])) or own(*a))
+    monkeypatch.setattr(reference, "part_nats", lambda *a: computed.append(len(a[1])) or own(*a))
     rows = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
     with base.trainer(world / "parent") as trainer:
         steps(trainer, [rows[:4], rows[:4], rows[2:6]], "dpo")

@@ -33,7 +33,7 @@ PROGRAM = """
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
-struct few_rows_part { const void *w, *bias; void *y; int64_t outs; };
+struct few_rows_part { const void *w, *bias; void *y; int64_t outs, narrow; };
 struct few_rows { const void *x; const struct few_rows_part *parts; int64_t count, rows, width,
                   apart; int type; };
 int veneer_few_rows(const struct few_rows *call, int most);
@@ -59,7 +59,7 @@ int main(void) {
                     const int64_t outs = 11;
                     void *x = values(rows * width, type), *w = values(outs * width, type),
                          *bias = values(outs, type), *y = malloc(4 * rows * outs);
-                    struct few_rows_part part = {w, bias, y, outs};
+                    struct few_rows_part part = {w, bias, y, outs, 0};
                     struct few_rows call = {x, &part, 1, rows, width, width, type};
                     bad += veneer_few_rows(&call, most) != 0;
                     for (int64_t m = 0; m < rows; m++)

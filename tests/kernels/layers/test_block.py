@@ -502,7 +502,7 @@ def test_a_layer_that_holds_more_than_its_parts_stays(add):
 
 
 def test_layers_of_other_parts_stay():
-    model = tiny_model("gpt2", torch.bfloat16)
+    model = tiny_model("falcon", torch.bfloat16)
     prepare(model)
     attach(
         model,
