@@ -71,7 +71,10 @@ def filled_engine(base: Base, identities: list[Identity], rows: int) -> Engine:
     applied = {each: base.routing.applied(each) for each in identities}
     places = rows * (PROMPT + NEW + 16) * bytes_per_token(base)
     engine = Engine(
-        base, budget_bytes=places, adapters=FixedAdapters({k: v for k, v in applied.items() if k})
+        base,
+        budget_bytes=places,
+        adapters=FixedAdapters({k: v for k, v in applied.items() if k}),
+        lookup="off",  # a guessed token would be a second row of a step
     )
     answers = []
     for row, prompt in enumerate(prompts(rows)):
