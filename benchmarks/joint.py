@@ -10,8 +10,8 @@ alone, so --singles of them are measured and their mean counts for all. With --s
 rates and ranks train for equal steps, and once more with halving. The first round of a cell fills
 caches of plans and proofs, so take the second of --rounds 2. Wants a quiet machine.
 
-The bound of a cell is the speed of one job whose batch has the rows of all jobs, without shared
-prompts: each job computes its own. Jobs together can be no faster per row than that.
+The bound of a cell with batch 1 is the speed of one job whose batch has the rows of all jobs,
+without shared prompts, as each job computes its own. Jobs together are at most as fast per row.
 """
 
 import argparse
@@ -111,13 +111,13 @@ def cell(args: argparse.Namespace, rows: list[Path]) -> dict[str, Any]:
     jobs = [settings(args, rows, seed=seed) for seed in range(args.jobs)]
     alone = one_after_another(jobs, args.singles)
     joint = measured(jobs)
-    rows_of_all = {"batch": args.jobs * args.batch, "share_prompt": False}
-    bound = measured([settings(args, rows, **rows_of_all)])
+    figures = {"together": joint, "one after another": alone, **ratios(alone, joint)}
+    if args.batch > 1:  # rows of one job share their prompts
+        return figures
+    bound = measured([settings(args, rows, batch=args.jobs, share_prompt=False)])
     return {
-        "together": joint,
-        "one after another": alone,
+        **figures,
         "one large batch": bound,
-        **ratios(alone, joint),
         "bound of times faster steps": ratio(bound, alone, "examples_per_second"),
     }
 
