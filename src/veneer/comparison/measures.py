@@ -1,4 +1,4 @@
-"""What a comparison measures on the test rows, from the predictions of its evaluations.
+"""Measures the runs of a comparison on the test rows, from the predictions of its evaluations.
 
 answers   each metric, then the loss in nats per trained token
 pairs     accuracy and likelier (evaluation/preferences.py), relative to the base alone; and the

@@ -40,8 +40,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class AdvisedSettings:
-    """What the plan advises for these rows and this machine. objective: of all runs. method: LoRA,
-    in any case."""
+    """Holds the plan's advice for these rows and this machine.
+
+    objective   the objective of all runs
+    method      always LoRA
+    """
 
     objective: AnyObjective
     method: LoRA

@@ -5,8 +5,8 @@
 #include "bits.h"
 #include "levels.h"
 
-/* Types of x, W, bias and y. FEW_WIDENED: W is bf16, and what is read of it becomes float32, the type
-   of the others. */
+/* Types of x, W, bias and y. FEW_WIDENED: W is bf16, the others are float32. A value of W becomes
+   float32 when it is read. */
 enum { FEW_FP32 = 0, FEW_BF16 = 1, FEW_WIDENED = 2 };
 
 #define ALONE (1 << 15) /* values of W that are not worth a second thread, where rows are few */

@@ -1,13 +1,13 @@
 /* Products of many rows in float32, on processors with AVX2: see kernels/dense/products.py. A panel
    is 16 columns of W, copied side by side for DEPTH values of a sum. It stays in the first cache
    while rows of x go by, read where they lie. Sums of DEPTH products are added to y in their order.
-   So a row's bits depend neither on the rows and columns beside it nor on the number of threads. W in
-   bf16 becomes float32 while it is copied: the bits are those of W in float32. */
+   So a row's bits depend neither on the rows and columns beside it nor on the number of threads.
+   W in bf16 becomes float32 while it is copied: the bits are those of W in float32. */
 #include "bits.h"
 #include "levels.h"
 
-/* As in products.c. The rows of x and of y lie `row` and `apart` values from each other. narrow: W is
-   bf16. kernels/bindings/dense_calls.py has the same fields. */
+/* As in products.c. The rows of x and of y lie `row` and `apart` values from each other. narrow:
+   W is bf16. kernels/bindings/dense_calls.py has the same fields. */
 struct float_product {
     const float *x;
     const void *w;
