@@ -1,39 +1,84 @@
-"""The mutation check itself: every edit it can make is one that parses, and every test it would run
-exists."""
+"""The mutation check itself: every edit it can make is one that parses, and a module's area is made
+of the tests that import it and of those beside it."""
 
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
+from tests.areas import CALLS, OF_C, Areas
 from tests.callers import Callers
-from tests.mutations import CACHED_CC, ROOT, TESTS, all_mutations, chosen
-
-SOURCE = ROOT / "src" / "veneer"
+from tests.mutations import CACHED_CC, ROOT, all_mutations, chosen
 
 
-@pytest.mark.parametrize("file", TESTS)
-def test_every_edit_changes_a_line_that_parses(file):
-    assert all((ROOT / "tests" / name).exists() for name in TESTS[file])
-    own = (SOURCE / file).read_bytes()
-    (found,) = all_mutations(SOURCE, f"^{file}$").values()
-    assert found
-    for mutation in found[:: max(1, len(found) // 20)]:
+@pytest.fixture(scope="module")
+def areas():
+    return Areas(ROOT)
+
+
+def test_every_edit_changes_a_line_that_parses(areas):
+    drawn = chosen(all_mutations(areas, "^(kernels|serve|decoding|training)/"), 200, 0)
+    assert len(drawn) == 200 and {Path(m.file).suffix for m in drawn} == {".py", ".c", ".h"}
+    for mutation in drawn:
+        own = (areas.source / mutation.file).read_bytes()
         assert own[mutation.start : mutation.end].decode() == mutation.before != mutation.after
-        if file.endswith(".py"):
+        if mutation.file.endswith(".py"):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", SyntaxWarning)
                 ast.parse(mutation.of(own))
 
 
-def test_the_draw_is_that_of_its_seed_and_takes_every_file_in_turn():
-    found = all_mutations(SOURCE, "evaluation/")
-    assert chosen(found, 12, 1) == chosen(found, 12, 1) != chosen(found, 12, 2)
-    assert {m.file for m in chosen(found, len(found), 0)} == set(found)
+def test_the_draw_is_that_of_its_seed_and_takes_every_file_in_turn(areas):
+    mutations = all_mutations(areas, "evaluation/")
+    assert chosen(mutations, 12, 1) == chosen(mutations, 12, 1) != chosen(mutations, 12, 2)
+    files = {file for file, edits in mutations.items() if edits}
+    assert {m.file for m in chosen(mutations, len(files), 0)} == files
+
+
+def test_every_module_has_an_area_of_tests_that_exist(areas):
+    areas_by_module = {file: areas.of(file) for file in areas.modules()}
+    alone = {file for file, tests in areas_by_module.items() if not tests}
+    assert alone == {"__main__.py"}
+    named = {test for tests in areas_by_module.values() for test in tests}
+    assert all((areas.tests / test).exists() for test in named)
+    unused = [place for place in OF_C if not any(_starts(file, place) for file in areas_by_module)]
+    assert not unused
+
+
+def _starts(file, place):
+    return re.match(f"kernels/native/{place}", file)
+
+
+def test_an_area_is_the_importers_and_the_folders_beside_the_nearest_first(tmp_path):
+    texts = {
+        "src/veneer/a/one.py": "",
+        "src/veneer/a/b/two.py": "from veneer.a import (\n    one,\n)\n",
+        "src/veneer/a/three.py": "",
+        "src/veneer/c.py": "import veneer.a.b.two\n",
+        "tests/help.py": "from veneer.a.three import f\n",
+        "tests/a/test_one.py": "def test():\n    from veneer.a import one\n",
+        "tests/a/b/test_beside.py": "",
+        "tests/d/test_far.py": "import os, sys\nfrom veneer.a import one as other\n",
+        "tests/d/test_c.py": "import veneer.c\n",
+        "tests/d/test_helped.py": "from tests.help import f\n",
+        "tests/soak/test_one.py": "from veneer.a import one\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    areas = Areas(tmp_path)
+    assert areas.of("a/one.py") == ["a/test_one.py", "d/test_far.py"]
+    assert areas.of("a/b/two.py") == ["d/test_c.py", "a/b/test_beside.py", "a/test_one.py"]
+    assert areas.of("a/three.py") == ["d/test_helped.py", "a/test_one.py"]
+    assert areas.of("c.py") == ["d/test_c.py"]
+    assert areas.of("kernels/native/nf4/nf4.h") == ["quant/test_nf4.py", CALLS]
+    assert areas.of("kernels/native/gguf/gguf_tiles.c") == []
 
 
 def test_the_shortest_tests_that_call_a_function_come_first_up_to_a_time_near_and_elsewhere():
