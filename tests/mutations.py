@@ -169,7 +169,7 @@ class Copy:
             r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", log.read_text(errors="replace"), re.M
         )
         code = os.waitstatus_to_exitcode(status)
-        return code == 0, failed.group(1) if failed else f"exit code {code}"
+        return code in (0, 5), failed.group(1) if failed else f"exit code {code}"
 
     def _run(self, tests: list[str], log: Path, plugins: Sequence[object]) -> None:
         code = 1

@@ -31,6 +31,7 @@ from veneer.library.library import Library
 from veneer.models.frozen_base import hidden_size
 from veneer.serve.engine.fine_tuning import TrainSettings, page_of
 from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
+from veneer.serve.http.uploads import Arrivals
 from veneer.serve.limits import MOST_UPLOADS
 from veneer.serve.protocols.fine_tuning import CreateJobBody, job_object
 from veneer.serve.refusals import Refusal
@@ -47,6 +48,9 @@ MOST_BYTES = 100_000
 
 def lines(rows):
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+UPLOAD_FORM = {"data": {"purpose": "fine-tune"}, "files": {"file": ("a.jsonl", lines(ROWS))}}
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +252,12 @@ def test_a_learning_rate_multiplier_scales_the_usual_rate(server):
     assert settings[0]["learning_rate"] == 2 * settings[1]["learning_rate"] > 0
 
 
+def test_rows_are_cut_at_the_positions_of_the_served_model(server, base):
+    body = {"model": BASE, "training_file": "f"}
+    settings = server.service.fine_tuning._settings(CreateJobBody.read(body))
+    assert settings["length"] == base.model.config.max_position_embeddings
+
+
 def test_the_usual_rate_of_a_continued_adapter_is_that_of_its_method(tmp_path, server, base):
     attachment = base.attach(Prefix(tokens=2, start="random"), name="prefix", seed=0)
     manifest = manifest_for(base, method="prefix")
@@ -331,6 +341,13 @@ def test_limits_of_a_store_are_answered_without_an_invitation_to_retry(client, s
         store.limits = before
     assert error.value.body["code"] == "quota_reached"
     assert error.value.response.headers["x-should-retry"] == "false"
+
+
+def test_a_server_that_is_to_end_shows_its_jobs_and_takes_no_more_files(tmp_path, base):
+    with training_server(tmp_path, base) as server, server.http(headers=AUTHORIZED) as http:
+        server.service.loop.refuse_new()
+        assert http.get("/v1/fine_tuning/jobs").status_code == 200
+        assert http_status(server, UPLOAD_FORM) == 503
 
 
 def test_a_server_that_does_not_train_says_how_to_turn_it_on(tmp_path):
@@ -469,18 +486,26 @@ def test_files_that_arrive_at_once_are_bounded(server):
         f"POST /v1/files HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer {TRAIN}\r\n"
         "content-type: multipart/form-data; boundary=b\r\ncontent-length: 500\r\n\r\n"
     )
-    form = {"data": {"purpose": "fine-tune"}, "files": {"file": ("a.jsonl", lines(ROWS))}}
     with ExitStack() as open_connections, server.http(headers=AUTHORIZED) as http:
         for _ in range(MOST_UPLOADS):
             connection = socket.create_connection((host, int(port)))
             open_connections.enter_context(connection).sendall(head.encode())
         deadline = time.monotonic() + 30
-        while (answer := http.post("/v1/files", **form)).status_code == 200:
+        while (answer := http.post("/v1/files", **UPLOAD_FORM)).status_code == 200:
             assert time.monotonic() < deadline
         assert answer.status_code == 429 and "again later" in answer.json()["error"]["message"]
     deadline = time.monotonic() + 30
-    while http_status(server, form) != 200:  # the others have gone
+    while http_status(server, UPLOAD_FORM) != 200:  # the others have gone
         assert time.monotonic() < deadline
+
+
+def test_as_many_files_as_may_arrive_do_and_each_that_ends_makes_room():
+    arrivals = Arrivals(2)
+    for _ in range(3):
+        with arrivals.one(), arrivals.one(), pytest.raises(Refusal, match="2 files arrive"):
+            arrivals.one().__enter__()
+    with arrivals.one(), arrivals.one():
+        pass
 
 
 def http_status(server, form):

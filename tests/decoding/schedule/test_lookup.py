@@ -341,3 +341,19 @@ def test_answers_beside_each_other_guess_with_the_credit_of_a_step_for_each(cred
     for count, threshold in ((1, 0.0), (3, 0.75)):
         guesses = Lookup(lambda adapters: True).guesses(answers[:count], most_rows=64)
         assert list(guesses) == (answers[:count] if credit > threshold else [])
+
+
+def test_answers_that_guess_share_the_cost_of_a_step_and_each_pays_for_its_rows(monkeypatch):
+    monkeypatch.setattr(lookup, "FIRST_CREDIT", lookup.MOST_CREDIT)
+    names, prompts = BlockNames("base", (), "", 16), [(5, 9) * 10, (7, 8) * 10, (1, 2, 3)]
+    answers = [
+        Sequence(number, Request(prompt=prompt, max_new_tokens=40), 0, names)
+        for number, prompt in enumerate(prompts)
+    ]
+    guessing = Lookup(lambda adapters: True)
+    guesses = guessing.guesses(answers, most_rows=64)
+    assert list(guesses) == answers[:2]
+    for answer, tokens in guesses.items():
+        guessing.count(answer, len(tokens), 0)
+        cost = 3 * (lookup.STEP_COST / 2 + lookup.ROW_COST * len(tokens))
+        assert guessing._lookups[answer]._credit == pytest.approx(lookup.MOST_CREDIT - cost)

@@ -12,6 +12,7 @@ import torch
 
 from veneer.errors import ConfigError
 from veneer.kernels.bindings import library as native
+from veneer.kernels.bindings.arguments import available
 from veneer.kernels.sources import NATIVE, digest
 
 
@@ -105,6 +106,28 @@ def test_kernels_of_other_c_sources_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "digest", lambda: digest(sources))
     with pytest.raises(ConfigError, match="built from other C sources"):
         native.library.__wrapped__()
+
+
+def test_a_digest_of_sources_sees_their_names_and_where_each_ends(tmp_path):
+    sources = [
+        {"a.c": b"12", "b.c": b"3"},
+        {"a.c": b"1", "b.c": b"23"},
+        {"a.c": b"12", "c.c": b"3"},
+        {"a.c": b"12", "under/b.c": b"3"},
+    ]
+    digests = set()
+    for number, texts in enumerate(sources):
+        for name, text in texts.items():
+            path = tmp_path / str(number) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(text)
+        digests.add(digest(tmp_path / str(number)))
+    assert len(digests) == len(sources)
+
+
+@pytest.mark.skipif(native.level() < 0, reason="the kernels are not compiled here")
+def test_a_function_that_is_not_compiled_is_not_available():
+    assert available("veneer_rms_norm_forward") and not available("veneer_no_such_function")
 
 
 def test_an_unknown_limit_of_the_processor_is_refused(limited_to):

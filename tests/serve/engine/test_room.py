@@ -10,6 +10,8 @@ from veneer.adapters.config import Prefix
 from veneer.decoding.engine import BLOCK_SLOTS
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.library.library import Library
+from veneer.serve.engine.prompts import Prompts
+from veneer.serve.refusals import Refusal
 
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -92,6 +94,21 @@ def test_a_prefix_that_is_to_act_in_part_is_refused_before_it_waits(server):
     assert (
         "one adapter with a trained prefix may act, and with weight 1" in found["error"]["message"]
     )
+
+
+def test_an_answer_may_fill_all_places_and_the_error_names_the_field_to_shorten():
+    def most_new(length, max_new):
+        return Prompts.most_new([7] * length, max_new, 10, 0)
+
+    assert [most_new(9, None), most_new(9, 1), most_new(1, None), most_new(1, 9)] == [1, 1, 9, 9]
+    for length, max_new, field in (
+        (10, None, "messages"),
+        (10, 0, "messages"),
+        (9, 2, "max_tokens"),
+    ):
+        with pytest.raises(Refusal) as refused:
+            most_new(length, max_new)
+        assert refused.value.param == field
 
 
 def test_an_answer_without_a_limit_ends_where_the_rotary_frequencies_change(tmp_path):

@@ -15,15 +15,21 @@ from tests.support.running_job import running_job
 from tests.support.tiny import save_tiny
 from veneer.adapters.config import METHODS
 from veneer.api import load
+from veneer.data.examples import RowRef
+from veneer.data.files.formats import to_row
+from veneer.data.files.layouts import detect
+from veneer.data.files.places import RowFile
 from veneer.data.teacher_text import ABOUT_DOCUMENT
-from veneer.errors import UnknownNameError
+from veneer.errors import DataError, UnknownNameError
 from veneer.files.strict_json import read_yaml
 from veneer.jobs.published import note_published
 from veneer.library.library import Library
 from veneer.objectives.config import Distil
 from veneer.serve.engine.fine_tuning import TrainSettings
 from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
+from veneer.serve.studio import row_preview
 from veneer.serve.studio.events import follow
+from veneer.serve.studio.keeping import held_out_questions
 from veneer.serve.studio.row_preview import column_map
 from veneer.serve.studio.training import job_look
 from veneer.training.config import RunConfig
@@ -227,6 +233,18 @@ def test_an_upload_is_refused_as_the_command_line_refuses_the_file(server):
     assert server.http().get(f"{API}/drafts/{draft['id']}").status_code == 404
 
 
+def test_as_many_rows_as_the_page_takes_are_counted_and_one_more_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_preview, "MOST_ROWS", 3)
+    file = RowFile("rows.jsonl", tmp_path / "rows.jsonl")
+    row = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
+    for count in (1, 3):
+        file.path.write_text(row * count, encoding="utf-8")
+        assert row_preview.count_records(file) == count
+    file.path.write_text(row * 4, encoding="utf-8")
+    with pytest.raises(DataError, match="more than 3 rows"):
+        row_preview.count_records(file)
+
+
 def test_settings_are_refused_as_the_command_line_refuses_them(server):
     draft = upload(server, CSV.replace("ticket,queue", "prompt,completion")).json()
     plan = f"{API}/drafts/{draft['id']}/plan"
@@ -321,6 +339,21 @@ def test_held_out_rows_are_those_of_the_job_whatever_is_chosen_later(server):
     record.write_text(text)
     assert server.post(f"{path}/remove", {}).status_code == 200
     assert [job for job in store.jobs() if job.record.details.get("draft") == draft["id"]] == []
+
+
+def test_held_out_questions_are_the_rows_whose_answer_is_a_text_without_tools():
+    hello = {"role": "user", "content": "Hello"}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    records = [
+        {"messages": [hello, {"role": "assistant", "content": "Hi"}]},
+        {"messages": [hello, {"role": "assistant", "content": "Hi"}], "tools": [tool]},
+        {"text": "Hello"},
+    ]
+    rows = [
+        to_row(record, RowRef("rows", line), detect(frozenset(record)))
+        for line, record in enumerate(records, 1)
+    ]
+    assert held_out_questions(rows) == [{"line": 1, "messages": [hello], "expected": "Hi"}]
 
 
 @pytest.mark.usefixtures("busy")

@@ -12,7 +12,13 @@ from tests.support.tiny import tiny_tokenizer
 from veneer.data.template.template import ChatTemplate
 from veneer.decoding.tool_calls.call_style import call_style
 from veneer.decoding.tool_calls.calls import CallReader
-from veneer.decoding.tool_calls.forms import BareCall, ListedCalls, ObjectCalls
+from veneer.decoding.tool_calls.forms import (
+    MOST_NAME,
+    BareCall,
+    ListedCalls,
+    NamedCalls,
+    ObjectCalls,
+)
 from veneer.library.library import Library
 from veneer.serve.protocols.tools import NamedTool, required_call
 from veneer.serve.refusals import Refusal
@@ -76,6 +82,19 @@ def test_text_is_given_as_soon_as_it_can_be_no_mark():
     reader = CallReader(STYLE, {})
     assert reader.push("a <") == ("a ", [])
     assert reader.push("b") == ("<b", [])
+
+
+def test_a_name_and_an_id_may_be_long_and_a_text_without_arguments_is_given_after_as_much():
+    style = NamedCalls("[CALL]", id_mark="[ID]", between="[ARGS]")
+    name, call_id = "f" * MOST_NAME, "9" * MOST_NAME
+    written = f"[CALL]{name}[ID]{call_id}[ARGS]" + '{"n": 1}'
+    assert read(cut(written, 1), style) == ("", [(name, {"n": 1})])
+    assert read([written.replace(name, name + "f")], style) == (
+        written.replace(name, name + "f"),
+        [],
+    )
+    reader, text = CallReader(style, {}), "[CALL]" + "f" * style.most_ahead
+    assert reader.push(text) == ("", []) and reader.push("f") == (text + "f", [])
 
 
 @EACH

@@ -20,7 +20,7 @@ from veneer.library.library import Library
 from veneer.serve.http.guard import Guard
 from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
 from veneer.serve.http.paths import ADMIN_BODIES, PATHS
-from veneer.serve.replicas.front import Frontend
+from veneer.serve.replicas.front import Frontend, changed
 from veneer.serve.replicas.replica import (
     AdminChange,
     ForwardedRequest,
@@ -184,6 +184,26 @@ def test_what_an_administrator_changes_holds_on_all_replicas(served: ReplicaConf
         assert len(front._changes) == 1  # the later one of a name is all that counts
 
     asking(served, question, keys=keys)
+
+
+def test_a_later_change_of_a_name_drops_the_earlier_one_of_its_kind() -> None:
+    def request(path: str, **body: str) -> ForwardedRequest:
+        return ForwardedRequest("POST", path, b"", (), json.dumps(body).encode(), None, "id")
+
+    changes: list[AdminChange] = []
+    requests = [
+        request("/v1/load_lora_adapter", lora_name="a", lora_path="x"),
+        request("/v1/load_lora_adapter", lora_name="b", lora_path="x"),
+        request("/v1/adapters/pin", name="a"),
+        request("/v1/adapters/pin", name="b"),
+        request("/v1/unload_lora_adapter", lora_name="a"),
+        request("/v1/adapters/unpin", name="b"),
+    ]
+    for admin_request in requests:
+        changes = changed(changes, admin_request)
+    assert [(change.number, change.request) for change in changes] == [
+        (number, requests[number - 1]) for number in (2, 3, 5, 6)
+    ]
 
 
 def test_all_that_only_an_administrator_may_ask_is_told_to_all_replicas(
