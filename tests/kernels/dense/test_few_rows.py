@@ -526,6 +526,19 @@ def test_a_layer_gives_torchs_product_and_gradient_and_the_same_bits_with_one_as
         assert torch.equal(layer(many)[-1:], layer(many[-1:])) and counted.rows[-2:] == [65, 1]
 
 
+@each_type
+def test_rows_with_gaps_between_them_are_multiplied_as_contiguous_ones(counted, dtype):
+    """The head reads the last row of each prompt: torch would copy its weight for each."""
+    module = plain(dtype)
+    layer, x = FewRowsLinear.of(module), drawn(dtype, 7, 9, 256)[:, -1:]
+    expected = few_rows.product(x[:, 0].contiguous(), module.weight, module.bias)[:, None]
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected)
+        assert torch.equal(DenseLinear(module).product(x, module.bias), expected)
+    assert torch.equal(layer(x.requires_grad_()), expected)
+    assert counted.rows == [7] * 4
+
+
 def test_a_weight_or_a_bias_that_trains_gets_its_gradient(counted):
     for names in (["weight"], ["bias"], ["weight", "bias"]):
         module = plain(torch.float32)

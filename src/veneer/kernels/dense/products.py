@@ -130,8 +130,11 @@ def _count_in_plan(x: Tensor, matrix: Tensor, added: Tensor | None, out: Tensor)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Computes x (..., I) W^T + bias by the fastest path.
 
-    `product` takes it only where no gradient is needed.
+    `product` takes it only where no gradient is needed. Rows with gaps between them, such as the
+    last one of each text, become contiguous first: torch would copy W once for each of them.
     """
+    if on_cpu(x):
+        x = x.contiguous()
     if not usable(x, weight, bias) or few_rows.usable(x, weight, bias):
         return few_rows.linear(x, weight, bias)
     graded = torch.is_grad_enabled() and few_rows.wants_gradient(x, weight, bias)
