@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from tests.support.helpers import fill, filled_lora
 from tests.support.tiny import FAMILIES, SLIDING_WINDOW, tiny_base, tiny_model
 from veneer.decoding import generate as answers
 from veneer.decoding.continued import logits_of_continuations
@@ -14,6 +15,7 @@ from veneer.decoding.generate import generate
 from veneer.decoding.proof import PackedDecoding, decodes_packed, prove_decoding
 from veneer.decoding.schedule.limits import Limits
 from veneer.errors import ConfigError, DivergedError
+from veneer.kernels.dense.segments import UpdateCache
 from veneer.model_record import record_of
 
 PADDED = {"bloom", "falcon"}  # do not go through the attention interface
@@ -261,6 +263,26 @@ def test_what_takes_transformers_loop_ends_there_too(monkeypatch):
     assert done[-1] == len(prompts)
 
 
+@pytest.mark.parametrize("family", sorted(PADDED))
+def test_transformers_loop_prepares_each_update_once_and_anew_after_training(family, monkeypatch):
+    base, prepared, prepare = tiny_base(family), [], UpdateCache.prepared
+    adapter = filled_lora(base)
+    base.routing.active = (("a", 1.0),)
+
+    def count(*args):
+        prepared.append(args)
+        return prepare(*args)
+
+    for seed in (0, 1):
+        fill(adapter.parameters().values(), seed=seed)
+        expected = reference(base.model, PROMPTS, {EOS})
+        with monkeypatch.context() as patch:
+            patch.setattr(UpdateCache, "prepared", count)
+            assert generate(base, PROMPTS, max_new_tokens=NEW) == expected
+        assert len(prepared) == len(adapter.layers)
+        prepared.clear()
+
+
 def test_padding_that_the_model_has_no_row_for_is_not_used():
     base = tiny_base("bloom", vocab_size=258)  # the tokenizer's own padding is 258
     assert generate(base, PROMPTS, max_new_tokens=3) == [
@@ -279,7 +301,6 @@ def test_prompts_that_are_empty_too_long_or_of_unknown_ids_are_refused_together(
 @pytest.mark.parametrize("layers", [[], [1]], ids=["every layer", "one layer"])
 @pytest.mark.parametrize("prompts", [PROMPTS, SHARED], ids=["apart", "shared start"])
 def test_answers_behind_a_trained_prefix_are_those_of_transformers(family, layers, prompts):
-    from tests.support.helpers import fill
     from veneer.adapters.attach import attach
     from veneer.adapters.config import Prefix
 

@@ -10,7 +10,7 @@ knows nothing of chats or templates.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -37,6 +37,7 @@ from veneer.decoding.schedule.sequence import Sequence as Answer
 from veneer.errors import ConfigError
 from veneer.execution.proofs.model import acting_prefix_length
 from veneer.execution.switches import forget_lengths, switches
+from veneer.kernels.dense.segments import UpdateCache
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
 
@@ -254,7 +255,7 @@ class _TokenStreamer(BaseStreamer):
 def _by_transformers(run: _GenerationRun, groups: Iterable[list[int]]) -> None:
     """Runs transformers' loop on each group of prompts, padded on the left."""
     base, pad = run.base, _padding(run.base, run.stops)
-    sampling = {}
+    acting, sampling = base.routing.acting, {}
     if not run.sampling.greedy:
         sampling = {
             "temperature": run.sampling.temperature,
@@ -282,12 +283,13 @@ def _by_transformers(run: _GenerationRun, groups: Iterable[list[int]]) -> None:
                 mask[place, longest - len(run.prompts[i]) :] = 1
             forget_lengths(base.model)
             model_generate: Any = base.model.generate
-            out = model_generate(
-                ids.to(base.device),
-                attention_mask=mask.to(base.device),
-                generation_config=settings,
-                streamer=_TokenStreamer(run.on_token) if run.on_token is not None else None,
-            )
+            with base.routing.held(replace(acting, step=len(rows), plan=UpdateCache())):
+                out = model_generate(
+                    ids.to(base.device),
+                    attention_mask=mask.to(base.device),
+                    generation_config=settings,
+                    streamer=_TokenStreamer(run.on_token) if run.on_token is not None else None,
+                )
             for place, i in enumerate(rows):
                 run.answers[i] = _until_stop(out[place, longest:].tolist(), set(run.stops))
             run.finished(len(rows))

@@ -124,12 +124,15 @@ class Acting:
     keys   what dropout masks are drawn from; None: no dropout
     kept   (K) ascending numbers of the rows that go through the output head; None: all rows
     plan   cache of what the layers prepare for these parts; reuse one value for the same parts
+    step   rows of each later forward of a loop over tokens, for which layers prepare once what a
+           single part adds: its trained values stay as they are meanwhile; None: no such loop
     """
 
     parts: tuple[BatchPart, ...] = (BatchPart(None, ()),)
     keys: TokenKeys | None = None
     kept: Tensor | None = None
     plan: UpdateCache = field(default_factory=UpdateCache, repr=False, compare=False)
+    step: int | None = None
     _rows_of_parts: dict[int, tuple[int, ...]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -162,8 +165,8 @@ class Acting:
         return None if self.parts[0].rows is None else sum(part.rows or 0 for part in self.parts)
 
     def counts(self, rows: int) -> bool:
-        """Whether so many rows are all rows of the forward, or its kept rows."""
-        return rows == self.rows or (self.kept is not None and rows == len(self.kept))
+        """Whether so many rows are all rows of the forward or of a step, or its kept rows."""
+        return rows in (self.rows, self.step) or (self.kept is not None and rows == len(self.kept))
 
     def segments(self, rows: int) -> tuple[Segment, ...]:
         """Divides a module's input, all M rows or the kept rows, into the parts' rows.
