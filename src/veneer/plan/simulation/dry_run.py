@@ -40,6 +40,7 @@ from veneer.kernels.layout import round_up
 from veneer.models.checkpointing import checkpointed
 from veneer.models.left_out import reached_weights
 from veneer.models.own_head import head_width
+from veneer.models.short_chunks import shorten_chunks
 from veneer.models.step import (
     ComputePaths,
     assume_paths,
@@ -166,12 +167,9 @@ def _paths(step: Step, model: PreTrainedModel, depth: int, experts: int) -> Comp
     Only a few layers of a deep model of equal layers are examined: their structure decides.
     """
     period = period_of(model, {})
-    shallow = (
-        None
-        if period is None or depth <= 4 * period
-        else first_layers(step.config, step.dtype, 2 * period)
-    )
-    examined = model if shallow is None else shallow
+    examined = model
+    if period is not None and depth > 4 * period:
+        examined = first_layers(step.config, step.dtype, 2 * period)
     structure(examined)  # runs a small copy, which does not count
     with MetaMode(experts=experts):
         paths = assume_paths(examined)
@@ -224,6 +222,8 @@ def _run(
 ) -> DryRun:
     """Runs one step of `model` at its depth; on a device other than meta, counts real tensors."""
     tracker, routing = Tracker(experts=experts, device=device), Routing()
+    if step.on_cpu:
+        shorten_chunks(model)
     with tracker.phase("load", label=WEIGHTS):
         for tensor in [*model.parameters(), *model.buffers()]:
             tracker.hold(tensor)
