@@ -5,8 +5,9 @@
 
 Random bases in bf16 of SmolLM2-135M's shape (--layers of them), each in the form of its family:
 norms, gates, rotation. A mixture has as many active parameters as Llama. --nf4 packs all linear
-layers (QLoRA). LoRA of rank 16 on all linear layers, 8 rows that share a prompt; decoding steps are
-of the adapter, after prompts of 64 tokens.
+layers (QLoRA). In a hybrid some layers pass a state from token to token: rows are padded, and
+transformers' loop writes its answers. LoRA of rank 16 on all linear layers, 8 rows that share a
+prompt; decoding steps are of the adapter, after prompts of 64 tokens.
 The families take steps in turn in one process, so that what else the machine does falls on all
 alike; the fastest step of each counts. On a machine that others use, --clock cpu with one thread
 (OMP_NUM_THREADS=1) counts the time that the process itself computed. `path` says how layers are
@@ -39,6 +40,8 @@ from veneer.adapters.config import LoRA
 from veneer.data.batching import make_batch
 from veneer.data.examples import Example, RowRef
 from veneer.decoding.engine import Engine
+from veneer.decoding.generate import generate
+from veneer.decoding.proof import decodes_packed
 from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.sequence import Request
 from veneer.execution.train_step import FusedLayer, fused, replacements
@@ -84,8 +87,38 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts": 16,
         "num_experts_per_tok": 4,
     },
+    "lfm2": {"block_auto_adjust_ff_dim": False},
+    "qwen3_next": {
+        "head_dim": 64,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "moe_intermediate_size": 384,
+        "shared_expert_intermediate_size": 384,
+        "num_experts": 16,
+        "num_experts_per_tok": 3,
+    },
+    "granitemoehybrid": {
+        "num_local_experts": 0,
+        "shared_intermediate_size": 1536,
+        "mamba_n_heads": 18,
+        "mamba_d_state": 128,
+        "residual_multiplier": 0.22,
+    },
+    "falcon_h1": {"mamba_d_ssm": 576, "mamba_n_heads": 9, "mamba_d_state": 128},
 }
 """What the form of a family asks of its config beside the shape."""
+ATTENTION_EVERY = {"lfm2": 3, "granitemoehybrid": 10}
+"""Layers of a hybrid of which the last has attention; in the others a state passes from token to
+token."""
+
+
+def hybrid_layers(family: str, layers: int) -> dict[str, list[str]]:
+    """Returns the layer types of a hybrid whose config has none of its own."""
+    if (every := ATTENTION_EVERY.get(family)) is None:
+        return {}
+    state = "conv" if family == "lfm2" else "linear_attention"
+    types = [state if number % every else "full_attention" for number in range(layers)]
+    return {"layer_types": types[::-1]}
 
 
 NEW = 32
@@ -104,6 +137,14 @@ def examples(count: int, prompt: int, answer: int) -> list[Example]:
     return rows
 
 
+def prompts(rows: int) -> list[list[int]]:
+    draw = torch.Generator().manual_seed(0)
+    ids: list[list[int]] = torch.randint(
+        0, SHAPE["vocab_size"] - 1, (rows, 64), generator=draw
+    ).tolist()
+    return ids
+
+
 def one_token(vocabulary: int) -> PreTrainedTokenizerFast:
     """Returns a tokenizer of one token, whose id is the last."""
     return PreTrainedTokenizerFast(
@@ -119,6 +160,7 @@ class Trained:
 
     def __init__(self, family: str, layers: int, rows: list[Example], *, nf4: bool) -> None:
         fields = SHAPE | FAMILIES[family] | {"num_hidden_layers": layers}
+        fields |= hybrid_layers(family, layers)
         config = AutoConfig.for_model(family, **fields)
         torch.manual_seed(0)
         made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -151,16 +193,15 @@ class Trained:
 
     def tokens_per_second(self, rows: int, clock: Callable[[], float]) -> float:
         """Measures steps of single tokens behind the first; the median counts."""
+        if not decodes_packed(self.base):
+            return self.tokens_per_second_in_loop(rows, clock)
         identity = (("a", 1.0),)
         adapters = FixedAdapters({identity: self.routing.applied(identity)})
         self.routing.active = ()
         engine = Engine(self.base, budget_bytes=2**28, adapters=adapters)
-        prompts = torch.randint(
-            0, SHAPE["vocab_size"] - 1, (rows, 64), generator=torch.Generator().manual_seed(0)
-        )
         answers = [
             engine.add(Request(prompt=tuple(ids), max_new_tokens=NEW, adapter=identity))[0]
-            for ids in prompts.tolist()
+            for ids in prompts(rows)
         ]
         while not all(len(answer.new) > 2 for answer in answers):
             engine.step(0.0)
@@ -173,6 +214,16 @@ class Trained:
             times.append(clock() - began)
         self.routing.active = identity
         return rows / statistics.median(times)
+
+    def tokens_per_second_in_loop(self, rows: int, clock: Callable[[], float]) -> float:
+        """Measures the tokens behind the first two of a model that the engine does not take."""
+        self.decode_path = "transformers' loop"
+        seconds = []
+        for new in (2, NEW):
+            began = clock()
+            generate(self.base, prompts(rows), max_new_tokens=new)
+            seconds.append(clock() - began)
+        return rows * (NEW - 2) / (seconds[1] - seconds[0])
 
     def kept_bytes(self) -> int:
         """Bytes of all tensors that a forward keeps for backward, parameters aside."""
