@@ -24,14 +24,12 @@ SIZES = [
 ]  # 8 bits from 4,096 values on; the library keeps smaller ones in float32
 
 
-def flat_of(size, dtype=torch.float32):
+def flat_of(size, dtype=torch.float32, factors=None):
     generator = torch.Generator().manual_seed(0)
-    return FlatParameters(
-        {
-            name: nn.Parameter(torch.randn(size, generator=generator).to(dtype))
-            for name in ("a", "b")
-        }
-    )
+    parameters = {
+        name: nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for name in ("a", "b")
+    }
+    return FlatParameters(parameters, factors)
 
 
 def steps(optimizer, first, last, clip=1e9):
@@ -104,6 +102,21 @@ def test_its_steps_are_those_of_adamw_as_far_as_8_bits_go():
         kept["exp_avg"].nbytes + kept["exp_avg_sq"].nbytes
         == MOMENT_BYTES["adamw"] * kept["values"].numel()
     )
+
+
+@needs_library
+def test_each_factor_has_its_own_rate():
+    """Values at 4 times the rate move as they do in a run at 4 times the rate."""
+    both, slow, fast = (
+        AdamW8bit(flat_of((96, 64), factors=factors), weight_decay=0.0)
+        for factors in ({"a": 1.0, "b": 4.0}, None, {"a": 4.0, "b": 4.0})
+    )
+    for optimizer in (both, slow, fast):
+        steps(optimizer, 0, 3)
+    of_a, of_b = (both.flat.parameters[name].data for name in ("a", "b"))
+    assert torch.equal(of_a, slow.flat.parameters["a"].data)
+    assert torch.equal(of_b, fast.flat.parameters["b"].data)
+    assert not torch.equal(of_b, slow.flat.parameters["b"].data)
 
 
 @needs_library

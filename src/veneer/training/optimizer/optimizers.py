@@ -30,15 +30,21 @@ class AdamW8bit(FlatAdamW):
 
     def __init__(self, flat: FlatValues, *, weight_decay: float) -> None:
         self.flat = flat
-        values, gradients = flat.values.data.split(_PART), flat.gradient.split(_PART)
-        self.parts = [nn.Parameter(part) for part in values]
-        for part, gradient in zip(self.parts, gradients, strict=True):
-            part.grad = gradient
-        self.inner = _library().optim.AdamW8bit(self.parts, lr=0.0, weight_decay=weight_decay)
+        groups: list[list[nn.Parameter]] = []
+        for _, place in flat.groups:
+            groups.append([nn.Parameter(part) for part in flat.values.data[place].split(_PART)])
+            gradients = flat.gradient[place].split(_PART)
+            for part, gradient in zip(groups[-1], gradients, strict=True):
+                part.grad = gradient
+        self.parts = [part for parts in groups for part in parts]
+        self.inner = _library().optim.AdamW8bit(
+            [{"params": parts} for parts in groups], lr=0.0, weight_decay=weight_decay
+        )
         self.inner.check_overrides()
         self.inner.initialized = True
-        for number, part in enumerate(self.parts):
-            self.inner.init_state(self.inner.param_groups[0], part, 0, number)
+        for of_group, group in enumerate(self.inner.param_groups):
+            for of_part, part in enumerate(group["params"]):
+                self.inner.init_state(group, part, of_group, of_part)
 
     def state(self) -> dict[str, Tensor]:
         """Returns the values, and per part the codes and scales of both moments and the step
@@ -62,14 +68,7 @@ class AdamW8bit(FlatAdamW):
 
 
 def make_optimizer(name: OptimizerName, flat: FlatValues, *, weight_decay: float) -> FlatAdamW:
-    """Makes an optimizer. ConfigError if adamw8bit is not installed, or would need several
-    rates.
-    """
-    if name == "adamw8bit" and len(flat.groups) > 1:
-        raise ConfigError(
-            "optimizer adamw8bit steps all values at one rate, and method.lr_ratio asks for two",
-            next_step="Take optimizer adamw: an adapter's moments are a few MB.",
-        )
+    """Makes an optimizer. Raises ConfigError if adamw8bit is not installed."""
     return (AdamW8bit if name == "adamw8bit" else FlatAdamW)(flat, weight_decay=weight_decay)
 
 
