@@ -15,6 +15,12 @@
 #else
 #define X86 0
 #endif
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#define NEON 1
+#else
+#define NEON 0
+#endif
 
 enum { FP32 = 0, BF16 = 1, FP16 = 2 };
 
@@ -32,13 +38,14 @@ struct nf4_weights {
 };
 
 int veneer_level(void);
+int veneer_has_vectors(void);
 int veneer_has_bf16(void);
 int veneer_has_byte_permutes(void);
 
 /* The best level that both the caller (asked, -1: any) and the processor allow: 4 AVX-512 with bf16
-   products and byte permutes, 3, 2, 0. */
+   products and byte permutes, 3, 2 (on ARM: NEON), 0. */
 INLINE int nf4_level(int asked) {
-    int have = veneer_level();
+    int have = NEON ? 2 * veneer_has_vectors() : veneer_level();
     if (have == 3 && veneer_has_bf16() && veneer_has_byte_permutes()) have = 4;
     return asked < 0 || asked > have ? have : asked;
 }

@@ -164,17 +164,73 @@ static void (*const WHOLE_512[])(const struct nf4_weights *, int64_t, int64_t,
 static void (*const WHOLE_256[])(const struct nf4_weights *, int64_t, int64_t,
                                  void *) = {blocks_256_fp32, blocks_256_bf16, blocks_256_fp16};
 
+#elif NEON
+
+/* Four entries of a block's table in two bytes each. */
+INLINE uint16x4_t halves_128(float32x4_t x, int type) {
+    if (type == FP16) return vreinterpret_u16_f16(vcvt_f16_f32(x));
+    const uint32x4_t bits = vreinterpretq_u32_f32(x);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    return vshrn_n_u32(vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd), 16);
+}
+
+/* A table of 16 bytes is one register, so entries are looked up byte by byte: loads split them,
+   stores put them together. */
+INLINE void blocks_128(const struct nf4_weights *w, int64_t first, int64_t last, void *out,
+                       const int type) {
+    const int64_t size = w->block, bytes = type == FP32 ? 4 : 2;
+    uint8_t *to = out;
+    for (int64_t block = first; block < last; block++) {
+        const uint8_t *packed = w->packed + block * size / 2;
+        const float scale = nf4_scale(w, block);
+        float floats[16];
+        uint16_t halves[16];
+        UNROLLED(4, i, 4) {
+            const float32x4_t x = vmulq_n_f32(vld1q_f32(w->table + 4 * i), scale);
+            if (type == FP32) vst1q_f32(floats + 4 * i, x);
+            else vst1_u16(halves + 4 * i, halves_128(x, type));
+        }
+        const uint8x16x4_t of_4 = type == FP32 ? vld4q_u8((uint8_t *)floats) : (uint8x16x4_t){};
+        const uint8x16x2_t of_2 = type == FP32 ? (uint8x16x2_t){} : vld2q_u8((uint8_t *)halves);
+        for (int64_t i = 0; i < size; i += 32) {
+            const uint8x16_t both = vld1q_u8(packed + i / 2), even = vshrq_n_u8(both, 4),
+                             odd = vandq_u8(both, vdupq_n_u8(15));
+            const uint8x16_t indices[2] = {vzip1q_u8(even, odd), vzip2q_u8(even, odd)};
+            UNROLLED(2, part, 2) {
+                uint8x16x4_t four;
+                uint8x16x2_t two;
+                UNROLLED(4, j, 4) four.val[j] = vqtbl1q_u8(of_4.val[j], indices[part]);
+                UNROLLED(2, j, 2) two.val[j] = vqtbl1q_u8(of_2.val[j], indices[part]);
+                if (type == FP32) vst4q_u8(to, four);
+                else vst2q_u8(to, two);
+                to += 16 * bytes;
+            }
+        }
+    }
+}
+
+static void whole_128(const struct nf4_weights *w, int64_t first, int64_t last, void *out,
+                      int type) {
+    if (type == FP32) blocks_128(w, first, last, out, FP32);
+    else if (type == BF16) blocks_128(w, first, last, out, BF16);
+    else blocks_128(w, first, last, out, FP16);
+}
+
 #endif
 
 void nf4_decode(const struct nf4_weights *w, int64_t start, int64_t count, void *out, int type,
                 int level) {
-#if X86
+#if X86 || NEON
     int64_t first = (start + w->block - 1) / w->block, last = (start + count) / w->block;
     if (level >= 2 && last > first) {
         int64_t before = first * w->block - start, whole = (last - first) * w->block;
         int64_t bytes = type == FP32 ? 4 : 2;
         decode_plain(w, start, before, out, type);
+#if X86
         (level >= 3 ? WHOLE_512 : WHOLE_256)[type](w, first, last, (char *)out + before * bytes);
+#else
+        whole_128(w, first, last, (char *)out + before * bytes, type);
+#endif
         decode_plain(w, last * w->block, count - before - whole,
                      (char *)out + (before + whole) * bytes, type);
         return;

@@ -4,8 +4,12 @@
 
    A dot product does not care for order, so the nibbles stay where they lie: x is put apart once,
    in groups of `lanes` even and `lanes` odd elements, and the high halves of `lanes` bytes meet the
-   first, the low halves the second. */
+   first, the low halves the second.
+
+   On ARM some rows of W are decoded to where they stay in the cache, and multiplied by few_rows.c:
+   in bf16 by BFDOT where the processor has it, else by NEON in fp32. */
 #include "nf4_product.h"
+#include "packed_rows.h"
 #include "parallel.h"
 #include <stdlib.h>
 
@@ -172,10 +176,14 @@ static void some_rows(void *data, int64_t first, int64_t last) {
 int veneer_nf4_product(const struct nf4_weights *w, int64_t start, int64_t outs, int64_t width,
                        const void *x, int64_t rows, void *y, int type, int level) {
     struct product c = {w, start, outs, width, NULL, rows, y, type, nf4_level(level), 0};
+    if (NEON && c.level >= 2 && type != FP16) {
+        const struct packed_rows of = {x, w, NULL, y, rows, width, outs, start, -1, type};
+        return veneer_packed_rows(&of, level < 0 ? 5 : level);
+    }
     int aligned = width % 64 == 0 && w->block % 64 == 0 && start % 64 == 0;
     if (c.level == 4 && type != BF16) c.level = 3;
     int64_t lanes = c.level >= 3 ? 16 : 8;
-    int plain = !aligned || c.level < 2, all_bf16 = c.level == 4 && !plain;
+    int plain = !X86 || !aligned || c.level < 2, all_bf16 = c.level == 4 && !plain;
     char *apart =
         malloc((size_t)(all_bf16 ? 2 * rows * bf16_apart_width(width) : 4 * rows * width));
     if (apart == NULL) return 1;
