@@ -143,12 +143,12 @@ def find_facts() -> dict[str, dict[str, Any]]:
 
 def _kernels() -> str:
     """Names the instructions that the compiled kernels use (kernels/bindings/library.py)."""
-    from veneer.kernels.bindings.library import has_amx, has_bf16, has_vectors, level
+    from veneer.kernels.bindings.library import has_amx, has_bf16_products, has_vectors, level
 
     names = {-1: "not compiled, or switched off", 0: "plain C", 2: "AVX2", 3: "AVX-512"}
     return (
         ("NEON" if level() == 0 and has_vectors() else names[level()])
-        + (" with bf16 products" if has_bf16() else "")
+        + (" with bf16 products" if has_bf16_products() else "")
         + (", on tiles (AMX)" if has_amx() else "")
     )
 

@@ -16,7 +16,7 @@ from veneer.kernels.dense import few_rows, loss, products
 from veneer.kernels.dense.loss import Head, TrainedHeadRows
 from veneer.linear import DenseLinear, FewRowsLinear, frozen_linear
 
-pytestmark = pytest.mark.skipif(not native.has_bf16(), reason="no products of bf16 pairs here")
+pytestmark = pytest.mark.skipif(not native.has_bf16_products(), reason="no products of bf16 here")
 SHAPES = [
     (70, 576, 192),
     (65, 2048, 34),

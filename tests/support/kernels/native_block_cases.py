@@ -91,7 +91,7 @@ def block_cases(
             },
         ),
         (attention_calls.zeros, {"x": filled(dtype, *of_keys), "start": rng.randint(0, rows)}),
-        *([(dense_calls.product, whole)] if native.has_bf16() else []),
+        *([(dense_calls.product, whole)] if native.has_bf16_products() else []),
         *([(dense_calls.float_product, in_float)] if native.level() >= 2 else []),
         (
             block_calls.norm_forward,

@@ -92,14 +92,14 @@ def put_at(struct: Any, y: Tensor) -> None:
     along, add: flag
     body w
     """,
-    fails=CallError("no tiles here"),
+    fails=CallError("no products of bf16 here"),
 )
 def product(
     x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, *, along: bool, add: bool
 ) -> Values:
     """Computes y (M, O) = x (M, I) W^T + bias (O), W being (O, I); along: x W + bias, W being
     (I, O). add: adds this to y. All are bf16, I is even (native/dense/products.c). Raises CallError
-    without AMX tiles."""
+    where the processor multiplies no bf16."""
     return _weight(x, weight, y, along)
 
 

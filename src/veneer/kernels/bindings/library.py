@@ -45,6 +45,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "veneer_level": (_INT, []),
     "veneer_has_vectors": (_INT, []),
     "veneer_has_bf16": (_INT, []),
+    "veneer_has_bfdot": (_INT, []),
     "veneer_has_amx": (_INT, []),
     "veneer_replay": (_INT, [_POINTER]),
 }
@@ -202,6 +203,7 @@ def library() -> Any:
     kernels: Any = loaded
     # Read thousands of times a step, so C is asked once.
     kernels.multiplies_bf16 = hasattr(loaded, "veneer_entropy") and bool(loaded.veneer_has_bf16())
+    kernels.has_bf16_products = kernels.multiplies_bf16 or bool(loaded.veneer_has_bfdot())
     functions = _openmp()
     if functions is not None:
         loaded.veneer_use_openmp(*functions)
@@ -244,6 +246,12 @@ def has_bf16() -> bool:
     """Whether compiled functions of a training step multiply bf16 pairs."""
     kernels = library()
     return kernels is not None and kernels.multiplies_bf16
+
+
+def has_bf16_products() -> bool:
+    """Whether compiled products of many rows multiply bf16: `has_bf16`, or BFMMLA on ARM."""
+    kernels = library()
+    return kernels is not None and kernels.has_bf16_products
 
 
 def has_floats() -> bool:

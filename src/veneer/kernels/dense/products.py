@@ -1,14 +1,15 @@
 """Products of many rows with a dense weight: in bf16 on processors that multiply pairs or tiles of
-it, in float32 on those with AVX2 alone.
+it (AVX512_BF16, AMX, BFMMLA), in float32 on those with AVX2 alone.
 
     product(x, W, bias)       x W^T + bias        (M, I) x (O, I) -> (M, O)
     times(g, W, so_far)       so_far + g W        (M, O) x (O, I) -> (M, I)
     linear(x, W, bias)        the first, by this file, by few_rows.py or by torch
     multiply(x, W, y)         y = x W, or y += factor * x W, of any matrices
 
-Compiled for bf16 (native/dense/products.c) and float32 (float_products.c), where W may be bf16 and
-becomes float32 as it is read; sums are float32 and rounded once. A row's bits depend neither on its
-neighbours nor on the number of threads, and on tiles (AMX) they equal those of few_rows.py.
+Compiled for bf16 (native/dense/products.c, products_arm.c) and float32 (float_products.c), where W
+may be bf16 and becomes float32 as it is read; sums are float32 and rounded once. A row's bits
+depend neither on its neighbours nor on the number of threads, and on tiles (AMX) they equal those
+of few_rows.py.
 oneDNN's product leaves all threads but one idle for many shapes on tiles (with two threads: 640
 rows of 576 to 576, or of 1,536 to 576) and shares the rows of other shapes unevenly. Shapes: M
 rows, I in_features, O out_features.
@@ -23,7 +24,7 @@ from veneer.kernels.bindings import dense_calls
 from veneer.kernels.bindings.library import (
     counted_as_kernel,
     has_amx,
-    has_bf16,
+    has_bf16_products,
     has_float_products,
     on_cpu,
 )
@@ -63,7 +64,7 @@ def _fits(x: Tensor, weight: Tensor, width: int, others: tuple[Tensor, ...]) -> 
         return has_float_products()
     if x.dtype is not torch.bfloat16 or width % 2 or (width > MAX_WIDTH_ON_TILES and has_amx()):
         return False
-    return has_bf16()
+    return has_bf16_products()
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:

@@ -6,7 +6,7 @@
 #include "bits.h"
 #include "levels.h"
 
-/* As in products.c. The rows of x and of y lie `row` and `apart` values from each other. narrow:
+/* As in products.h. The rows of x and of y lie `row` and `apart` values from each other. narrow:
    W is bf16. kernels/bindings/dense_calls.py has the same fields. */
 struct float_product {
     const float *x;

@@ -5,19 +5,11 @@
    pairs, as those of few_rows_tiles.c, else pair by pair. */
 #include "bf16.h"
 #include "parallel.h"
+#include "products.h"
 #include <stdlib.h>
 #include <string.h>
 
 int veneer_has_bf16(void);
-
-/* y (rows, outs) = x (rows, width) times w: (outs, width), or, where it lies along, (width, outs).
-   + bias, unless it is NULL; add: + what y was. kernels/bindings/dense_calls.py has the same
-   fields. */
-struct product {
-    const uint16_t *x, *w, *bias;
-    uint16_t *y;
-    int64_t rows, width, outs, along, add;
-};
 
 #if defined(__x86_64__)
 
@@ -384,7 +376,6 @@ static VENEER_AMX void tiled_body(void *arguments, int64_t from, int64_t to) {
 
 #endif
 
-/* 1: this processor does not multiply pairs. */
 int veneer_product(struct product *a) {
     const int64_t panels = (a->outs + SIDE - 1) / SIDE;
     if (!veneer_has_bf16()) return 1;
@@ -401,7 +392,7 @@ int veneer_product(struct product *a) {
     return 0;
 }
 
-#else
+#elif !defined(__aarch64__)
 
 int veneer_product(struct product *a) {
     (void)a;
