@@ -12,7 +12,7 @@ from veneer.kernels.layout import Group
 from veneer.kernels.rules import AttentionRules
 
 needs_kernel = pytest.mark.skipif(
-    not attention_native.has_bf16(), reason="this processor multiplies no bf16 pairs"
+    not attention_native.has_bf16_products(), reason="this processor multiplies no bf16 pairs"
 )
 compiled = pytest.mark.skipif(native.library() is None, reason="no compiled kernels here")
 BF16_ATOL = 2**-6  # two units of a bf16 value at 1, relative to the largest value

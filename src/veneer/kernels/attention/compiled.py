@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from veneer.kernels.bindings import attention_calls
-from veneer.kernels.bindings.library import has_bf16, has_floats, note_flops, on_cpu
+from veneer.kernels.bindings.library import has_bf16_products, has_floats, note_flops, on_cpu
 from veneer.kernels.bindings.rank_calls import PAIR_BYTES
 from veneer.kernels.layout import Group
 from veneer.kernels.rules import AttentionRules
@@ -45,7 +45,9 @@ def usable(q: Tensor, k: Tensor, v: Tensor, rules: AttentionRules) -> bool:
         return False
     if heads % k.shape[1] or (rules.window is not None and rules.window < 1):
         return False
-    return has_bf16() if dtype is torch.bfloat16 else dtype is torch.float32 and has_floats()
+    if dtype is torch.bfloat16:
+        return has_bf16_products()
+    return dtype is torch.float32 and has_floats()
 
 
 @dataclass(frozen=True)

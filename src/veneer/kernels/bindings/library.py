@@ -249,7 +249,8 @@ def has_bf16() -> bool:
 
 
 def has_bf16_products() -> bool:
-    """Whether compiled products of many rows multiply bf16: `has_bf16`, or BFMMLA on ARM."""
+    """Whether compiled products of many rows, and attention, multiply bf16: `has_bf16`, or BFMMLA
+    on ARM."""
     kernels = library()
     return kernels is not None and kernels.has_bf16_products
 

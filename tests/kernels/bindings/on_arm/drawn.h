@@ -20,8 +20,10 @@ static inline float value(const void *at, int64_t i, int type) {
                             : float_of_bits((uint32_t)((const uint16_t *)at)[i] << 16);
 }
 
+/* NaN lies behind them, for what reads too far. */
 static inline void *values(int64_t count, int type) {
-    float *at = malloc((size_t)(4 * count));
+    const size_t bytes = (size_t)(4 * count + 64);
+    float *at = memset(malloc(bytes), 0xff, bytes);
     for (int64_t i = 0; i < count; i++)
         if (type == FEW_FP32) at[i] = drawn();
         else ((uint16_t *)at)[i] = bf16_of_float(drawn());

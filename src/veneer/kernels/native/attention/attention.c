@@ -62,17 +62,6 @@ static VENEER_BF16 void pack_along(const uint16_t *first, const uint16_t *second
     }
 }
 
-static const uint16_t *key_row(const struct place *p, int64_t j, int values) {
-    const struct attention *a = p->a;
-    if (j >= p->J) return NULL;
-    if (j < a->before)
-        return values ? (const uint16_t *)a->before_v + j * a->bv_row + p->kv * a->bv_head
-                      : (const uint16_t *)a->before_k + j * a->bk_row + p->kv * a->bk_head;
-    j += p->start - a->before;
-    return values ? (const uint16_t *)a->v + j * a->v_row + p->kv * a->v_head
-                  : (const uint16_t *)a->k + j * a->k_row + p->kv * a->k_head;
-}
-
 static VENEER_BF16 void keys_across(const struct place *p, int values, uint32_t *to) {
     const struct attention *a = p->a;
     for (int64_t c = 0; c < a->size / 2; c++)
@@ -294,13 +283,7 @@ static VENEER_BF16 void backward_body(void *arguments, int64_t from, int64_t to)
                 bf16_product(pairs, 1, p.width, q_pairs, D, grad_k + first * D, D, width, D,
                              (n + 1) / 2, 1);
             }
-        for (int64_t j = 0; j < p.J; j++) {
-            const int64_t at = place_of_gradient(&p, j);
-            memcpy((j < a->before ? a->grad_before_k : a->grad_k) + at, grad_k + j * D,
-                   (size_t)D * 4);
-            memcpy((j < a->before ? a->grad_before_v : a->grad_v) + at, grad_v + j * D,
-                   (size_t)D * 4);
-        }
+        give_gradients(&p, grad_k, grad_v);
         free(keys), free(values), free(along), free(scores), free(grads), free(sums), free(grad_k),
             free(grad_v);
         free(shares), free(pairs), free(q_pairs), free(g_pairs), free(rows), free(slopes);

@@ -4,6 +4,7 @@
 #define VENEER_ATTENTION_H
 
 #include <stdint.h>
+#include <string.h>
 
 /* Values are bf16 or float32. Strides are in values; the innermost one is 1 everywhere.
    kernels/bindings/attention_calls.py has the same fields in this order. */
@@ -63,6 +64,29 @@ static inline int64_t place_of_gradient(const struct place *p, int64_t j) {
     if (j < a->before)
         return (((p->doc * a->splits + p->split) * a->kv_heads + p->kv) * a->before + j) * a->size;
     return ((p->split * a->rows + p->start + j - a->before) * a->kv_heads + p->kv) * a->size;
+}
+
+/* The gradients of all keys and values of a task, (J, D), to where they stand. */
+static inline void give_gradients(const struct place *p, const float *grad_k, const float *grad_v) {
+    const struct attention *a = p->a;
+    const int64_t D = a->size;
+    for (int64_t j = 0; j < p->J; j++) {
+        const int64_t at = place_of_gradient(p, j);
+        memcpy((j < a->before ? a->grad_before_k : a->grad_k) + at, grad_k + j * D, (size_t)D * 4);
+        memcpy((j < a->before ? a->grad_before_v : a->grad_v) + at, grad_v + j * D, (size_t)D * 4);
+    }
+}
+
+/* The bf16 keys or values of place j; NULL beyond the last. */
+static inline const uint16_t *key_row(const struct place *p, int64_t j, int values) {
+    const struct attention *a = p->a;
+    if (j >= p->J) return NULL;
+    if (j < a->before)
+        return values ? (const uint16_t *)a->before_v + j * a->bv_row + p->kv * a->bv_head
+                      : (const uint16_t *)a->before_k + j * a->bk_row + p->kv * a->bk_head;
+    j += p->start - a->before;
+    return values ? (const uint16_t *)a->v + j * a->v_row + p->kv * a->v_head
+                  : (const uint16_t *)a->k + j * a->k_row + p->kv * a->k_head;
 }
 
 /* On tiles (attention_tiles.c): 0 where there are none, and nothing is done. */
