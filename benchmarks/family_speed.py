@@ -80,6 +80,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 1536, "word_embed_proj_dim": 576},
     "biogpt": {},
     "arcee": {},
+    "falcon": {"ffn_hidden_size": 1536},
     "mixtral": {"intermediate_size": 768, "num_local_experts": 8, "num_experts_per_tok": 2},
     "qwen3_moe": {
         "head_dim": 64,

@@ -18,7 +18,7 @@ from veneer.errors import ConfigError, DivergedError
 from veneer.kernels.dense.segments import UpdateCache
 from veneer.model_record import record_of
 
-PADDED = {"bloom", "falcon"}  # do not go through the attention interface
+PADDED = {"bloom"}  # does not go through the attention interface
 EOS = 257  # transformers stops there whatever it is told
 NEW = 24  # more than the sliding window, so that the window moves
 PROMPTS = [[(7 * i + j * j) % 250 for j in range(3 + 5 * i)] for i in range(5)]  # 3 to 23 tokens

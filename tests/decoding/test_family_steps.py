@@ -34,6 +34,8 @@ FAMILIES = [
     "gpt_neox",
     "gpt2",
     "opt",
+    "falcon",
+    "falcon_heads",
 ]
 OUTPUTS = {
     "starcoder2": ["o_proj", "c_proj"],
@@ -42,6 +44,7 @@ OUTPUTS = {
     "gpt2": ["c_proj"],
     "opt": ["out_proj", "fc2"],
 }
+OUTPUTS |= dict.fromkeys(("falcon", "falcon_heads"), OUTPUTS["gpt_neox"])
 """Modules at the ends of the blocks, where they have other names."""
 NEW = 24
 IDENTITIES = [(), (("a", 1.0),), (("b", 1.0),), (("a", 0.5), ("b", -1.0))]

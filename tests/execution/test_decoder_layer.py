@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from torch.nn.functional import rms_norm
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from tests.support.helpers import fill, make_examples
 from tests.support.models.routed import Routed, batch_loss
@@ -15,7 +15,7 @@ from veneer.adapters.config import LoRA
 from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import make_batch
 from veneer.execution.agreement import difference
-from veneer.execution.attention import NAME
+from veneer.execution.attention import NAME, LayoutAttention, mask_of, takes_layouts, unused_mask
 from veneer.execution.decode_step import LayersForward, forward_by_layers, own_forward
 from veneer.execution.facts.attention_facts import find_attention
 from veneer.execution.facts.decoder_layer import find_layers, unknown_layers
@@ -23,11 +23,14 @@ from veneer.execution.facts.layer_facts import Rotation
 from veneer.execution.facts.part_facts import find_feed_forward
 from veneer.execution.facts.small_modules import random_rows
 from veneer.execution.proofs.steps import read_and_continued
-from veneer.execution.train_step import FusedAttention, FusedLayer, fused, replacements
+from veneer.execution.train_parts import FusedAttention
+from veneer.execution.train_step import FusedLayer, fused, replacements
 from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, RELU, RELU_SQUARED, SILU
+from veneer.kernels.layout import BatchLayout
 from veneer.models.step import prepare
 
 WITH_ATTENTION = (FusedAttention, FusedLayer)
+LAYOUT = BatchLayout.of(0, (6,), torch.device("cpu"))
 PROMPTS = [list(range(30, 60)), [7, 90, 4], list(range(100, 117))]
 
 
@@ -125,8 +128,61 @@ def test_a_gate_of_gelu_is_told_from_one_of_silu(activation, gate):
 def test_heads_one_after_the_other_are_found():
     layer = prepared("gpt_neox", dtype=torch.bfloat16).gpt_neox.layers[1]
     attention = find_attention(layer.attention)
-    assert attention.is_by_head and not attention.is_joined
+    assert attention.group == 1 and not attention.is_joined
     assert attention.widths == (32, 32, 32) and attention.output == "dense"
+
+
+@pytest.mark.parametrize(
+    ("family", "group", "widths", "places", "fields"),
+    [
+        ("falcon", 0, (32, 8, 8), "x...", {}),
+        ("falcon_groups", 2, (32, 16, 16), "x.x.", {}),
+        ("falcon_groups", 2, (32, 16, 16), "x...", {"num_ln_in_parallel_attn": 1}),
+        ("falcon_heads", 1, (32, 32, 32), "x.x.", {}),
+    ],
+)
+def test_heads_in_groups_and_layers_that_give_pairs_are_found(
+    family, group, widths, places, fields
+):
+    for layer in find_layers(prepared(family, dtype=torch.bfloat16, **fields)):
+        assert layer.unknown is None and layer.gives_pair
+        assert layer.attention.group == group and layer.attention.is_joined == (group == 0)
+        assert layer.attention.widths == widths and layer.attention.rotation == Rotation(8)
+        assert "".join("." if norm is None else "x" for norm in layer.norms) == places
+        assert layer.is_parallel == (family != "falcon_heads")
+
+
+def test_attention_of_torch_is_ours_where_code_calls_it_itself_and_a_layout_is_given():
+    """Falcon does not look attention up by name, so its model stays as it is; a mask leads it."""
+    model = tiny_model("falcon")
+    own = model.config._attn_implementation
+    assert prepare(model).packed and model.config._attn_implementation == own == "sdpa"
+    block = model.transformer.h[0].self_attention
+    assert takes_layouts(model) and takes_layouts(block) and not takes_layouts(tiny_model("llama"))
+    q, v = torch.randn(2, 1, 4, 6, 8)
+    mask = mask_of(LayoutAttention(LAYOUT), q.device)
+    for rules in ({}, {"scale": 0.7}):
+        ours = scaled_dot_product_attention(q, q, v, attn_mask=mask, **rules)
+        own = scaled_dot_product_attention(q, q, v, is_causal=True, **rules)
+        torch.testing.assert_close(ours, own)
+    with pytest.raises(ValueError, match="was changed"):
+        scaled_dot_product_attention(q, q, q, attn_mask=unused_mask(q.device))
+
+
+def test_attention_with_a_bias_of_positions_is_computed_by_its_own_code():
+    """The facts of Falcon's blocks hold without ALiBi alone."""
+    model = tiny_model("falcon", torch.bfloat16)
+    block = prepared("falcon", dtype=torch.bfloat16).transformer.h[0].self_attention
+    stand_in, x = FusedAttention(block, find_attention(block)), torch.randn(1, 6, 32).bfloat16()
+    mask = mask_of(LayoutAttention(LAYOUT), x.device)
+    angles = model.transformer.rotary_emb(x, torch.arange(6)[None])
+    alibi = torch.randn(4, 1, 6).bfloat16()
+    bias = torch.randn(1, 4, 6, 6).bfloat16()
+    own = block(x, alibi, bias, position_embeddings=angles)[0]
+    given = {"position_embeddings": angles, "attention_mask": mask}
+    assert torch.equal(stand_in(x, alibi=None, **given)[0], block(x, alibi=None, **given)[0])
+    given["attention_mask"] = bias
+    assert torch.equal(stand_in(x, alibi=alibi, **given)[0], own)
 
 
 @pytest.mark.parametrize(

@@ -24,13 +24,8 @@ from veneer.adapters.config import LoRA
 from veneer.bases.quiet_transformers import quiet
 from veneer.errors import VeneerError
 from veneer.execution.decode_step import forward_by_layers
-from veneer.execution.train_step import (
-    FusedAttention,
-    FusedGate,
-    FusedLayer,
-    FusedNorm,
-    replacements,
-)
+from veneer.execution.train_parts import FusedAttention, FusedGate, FusedNorm
+from veneer.execution.train_step import FusedLayer, replacements
 
 PAGE = Path(__file__).parents[2] / "docs" / "layers.md"
 WHOLE, HALF = "whole layers", "attention with norms in one node"
@@ -54,8 +49,9 @@ LAYERS = "layer by layer"
 END = """
 Families that would need more than a description of their layers to become faster:
 
-- **Falcon, BLOOM, MPT**: their code computes attention itself and does not offer transformers'
-  attention interface. So rows are padded, and Veneer cannot give a layer its layout.
+- **BLOOM, MPT, Falcon with ALiBi**: scores of attention get a number for each position (ALiBi),
+  which the kernels do not add, and their code does not offer transformers' attention interface. So
+  rows are padded.
 - **GPT-J, CodeGen**: each attention block computes its own angles from the positions.
 - **Hybrids** (Qwen3-Next, LFM2, Granite 4, Falcon-H1): layers without attention carry a state from
   token to token. A row of several documents would mix their states, so rows are padded, and a node

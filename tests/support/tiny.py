@@ -166,7 +166,16 @@ _CONFIGS: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = {
     ),
 }
 FAMILIES = tuple(_CONFIGS)
+_FALCON = _CONFIGS["falcon"][1]
 _CONFIGS |= {  # by name alone, not in every test of all families
+    "falcon_groups": (
+        FalconConfig,
+        {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
+    "falcon_heads": (
+        FalconConfig,
+        {**_FALCON, "multi_query": False, "parallel_attn": False, "bias": True},
+    ),
     "stablelm": (StableLmConfig, _MODERN),  # its layers hand no keyword on to attention
     "starcoder2": (Starcoder2Config, _MODERN),
     "nemotron": (NemotronConfig, _MODERN),

@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from veneer.decoding.continued import SLOTS, logits_of_continuations
 from veneer.decoding.schedule.limits import Limits
 from veneer.execution.agreement import MODEL, difference, disagreement
-from veneer.execution.attention import NAME, take_packed
+from veneer.execution.attention import take_packed, takes_layouts
 from veneer.execution.proofs.model import prove_packing, some_ids, structure
 from veneer.execution.proofs.same_values import remember_by_values
 from veneer.execution.proofs.small_copy import SWITCH, NoCopyError, small_copy
@@ -32,7 +32,7 @@ from veneer.execution.switches import forget_lengths
 from veneer.model_record import record_of
 from veneer.models.capacity import read_alike
 from veneer.models.frozen_base import FrozenBase
-from veneer.private.transformers import attention_of, offers_sdpa
+from veneer.private.transformers import offers_sdpa
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def prove_decoding(model: PreTrainedModel) -> str | None:
     """
     if (reason := loops(model).packed) is not None:
         return reason
-    if attention_of(model.config) != NAME and (reason := prove_packing(model)) is not None:
+    if not takes_layouts(model) and (reason := prove_packing(model)) is not None:
         return reason
     ids, most = some_ids(model, SLOTS + 7, 2).tolist(), read_alike(model.config)
     start = SLOTS + 1 if most is None else min(SLOTS + 1, most - 3)

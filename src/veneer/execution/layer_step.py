@@ -20,6 +20,7 @@ from veneer.adapters.methods.adapted_linear import AdaptedLinear
 from veneer.adapters.placement.wrapping import AdaptedModule
 from veneer.execution.attention import mask_of
 from veneer.execution.facts.layer_facts import FEED_FORWARD, Attention, DecoderLayer, Norm
+from veneer.execution.facts.small_modules import first_of, unset_arguments
 from veneer.execution.paged import PagedStep
 from veneer.kernels import rules
 from veneer.kernels.decoding import decoder_step
@@ -62,7 +63,7 @@ def compute_layer(
     if layer.unknown is not None or layer.attention is None:
         whole: Any = layer.module
         h, _ = add_norm(h, branch, None, None)
-        return whole(h[None], **_arguments_of(h, angles, paged_step))[0], None
+        return first_of(whole(h[None], **_arguments_of(whole, h, angles, paged_step)))[0], None
     parts = children_of(layer.module)
     before, after, before_feed_forward, after_feed_forward = layer.norms
     attention = parts[layer.attention_name]
@@ -72,7 +73,8 @@ def compute_layer(
     if bare(attention) is layer.attention.module:
         values = _attention(layer.attention, x, angles, paged_step)
     else:
-        values = attention(hidden_states=x[None], **_arguments_of(x, angles, paged_step))[0][0]
+        own = _arguments_of(layer.attention.module, x, angles, paged_step)
+        values = attention(hidden_states=x[None], **own)[0][0]
     scale = layer.residual_scale
     branch = Branch(values, scale, _place(parts, after), after)
     place = _place(parts, before_feed_forward)
@@ -101,12 +103,14 @@ def _feed_forward(layer: DecoderLayer, feed: Any, x: Tensor) -> Tensor:
     return product(values, places[gated.output])
 
 
-def _arguments_of(h: Tensor, angles: LayerAngles | None, paged_step: PagedStep) -> dict[str, Any]:
-    """Returns the arguments of a layer's own code, without its rows h."""
+def _arguments_of(
+    module: nn.Module, h: Tensor, angles: LayerAngles | None, paged_step: PagedStep
+) -> dict[str, Any]:
+    """Returns the arguments of a module's own code, without its rows h."""
     arguments = {"attention_mask": mask_of(paged_step, h.device), "veneer_layout": paged_step}
-    if angles is None:
-        return arguments
-    return arguments | {"position_embeddings": tuple(of_rows[None] for of_rows in angles.own)}
+    if angles is not None:
+        arguments["position_embeddings"] = tuple(of_rows[None] for of_rows in angles.own)
+    return arguments | unset_arguments(module, arguments)
 
 
 def _attention(
@@ -114,8 +118,10 @@ def _attention(
 ) -> Tensor:
     places, size = children_of(facts.module), facts.head_dim
     outputs = _products(x, [places[name] for name in facts.inputs])
-    by_head = facts.is_by_head
-    q, k, v = _split_by_head(outputs[0], size) if by_head else _heads(facts, outputs, places)
+    if facts.group:
+        q, k, v = _split_by_group(outputs[0], facts.group, size)
+    else:
+        q, k, v = _heads(facts, outputs, places)
     if facts.rotation is not None:
         assert angles is not None
         decoder_step.rotate(q, k, *angles.of_kernels, neighbours=facts.rotation.neighbours)
@@ -138,12 +144,20 @@ def _heads(
     return _by_head(q, size), _by_head(k, size), _by_head(v, facts.widths[2] // key_heads)
 
 
-def _split_by_head(joined: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns q, k and v (N, H, E) as views of joined (N, 3 H E): q, k and v of the first head,
-    then those of the next one."""
-    shape = len(joined), joined.shape[1] // (3 * size), size
-    strides, start = (joined.stride(0), 3 * size, 1), joined.storage_offset()
-    q, k, v = (joined.as_strided(shape, strides, start + n * size) for n in range(3))
+def _split_by_group(joined: Tensor, group: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns q (N, G K, E), k and v (N, K, E) of joined (N, K (G + 2) E): G heads of q, one of k
+    and one of v of the first group, then those of the next one. They are views, but for q of more
+    than one head."""
+    rows, groups = len(joined), joined.shape[1] // ((group + 2) * size)
+    strides, start = (joined.stride(0), (group + 2) * size, 1), joined.storage_offset()
+
+    def heads(first: int, count: int) -> Tensor:
+        return joined.as_strided((rows, groups, count * size), strides, start + first * size)
+
+    q, k, v = heads(0, group), heads(group, 1), heads(group + 1, 1)
+    if group > 1:
+        count = groups * group
+        q = q.contiguous().as_strided((rows, count, size), (count * size, size, 1))
     return q, k, v
 
 

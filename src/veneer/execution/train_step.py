@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.adapters.methods.adapted_linear import AdaptedLinear, apply_together, part_loras
+from veneer.adapters.methods.adapted_linear import AdaptedLinear, part_loras
 from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.wrapping import AdaptedModule, SwappedModule, unwrapped
-from veneer.execution.attention import NAME, LayoutAttention
-from veneer.execution.facts.attention_facts import attend, find_attention
+from veneer.execution.attention import LayoutAttention, layout_of
+from veneer.execution.facts.attention_facts import find_attention
 from veneer.execution.facts.decoder_layer import find_layers
 from veneer.execution.facts.layer_facts import (
     FEED_FORWARD,
@@ -32,123 +32,16 @@ from veneer.execution.facts.layer_facts import (
 )
 from veneer.execution.facts.part_facts import find_feed_forward, find_norm
 from veneer.execution.stand_in import StandIn
-from veneer.kernels import rules
+from veneer.execution.train_parts import FusedAttention, FusedGate, FusedNorm, unset_names
 from veneer.kernels.bindings.library import has_bf16
 from veneer.kernels.bindings.row_calls import SILU
-from veneer.kernels.dense.fused import gated, layer_norm, rms_norm, takes_layer_norm
 from veneer.kernels.dense.lora import LoRALinear, filled
 from veneer.kernels.dense.rank import MOST_RANK
 from veneer.kernels.layers import block_operands
 from veneer.kernels.layers.block import lora_attention, lora_block
 from veneer.kernels.layers.block_operands import Block, BlockPart, module_rows
 from veneer.linear import frozen_linear
-from veneer.private.torch import children_of, parameters_of
-from veneer.private.transformers import attention_of
-
-CACHES = ("cache", "past_key_values", "layer_past")
-"""Names of arguments that hold keys and values of earlier tokens."""
-
-
-class FusedNorm(StandIn):
-    """A norm in one pass. base: the norm, or the wrapper of a norm whose weight an adapter
-    trains."""
-
-    def __init__(self, base: nn.Module, facts: Norm) -> None:
-        super().__init__(base)
-        self.facts = facts
-
-    def forward(self, x: Tensor) -> Tensor:
-        values, facts = self.values_acting(), self.facts
-        if values is None:
-            return self.base(x)
-        if facts.is_centred:
-            if not takes_layer_norm(x, *values.values()):
-                return self.base(x)
-            return layer_norm(x, values["weight"], values.get("bias"), facts.epsilon)
-        return rms_norm(
-            x, values["weight"], facts.epsilon, offset=facts.offset, is_wide=facts.is_wide
-        )
-
-    def frozen(self) -> rules.Norm | None:
-        """Returns the norm for a block. Returns None if it trains, or rows have different
-        weights."""
-        values, facts = self.values_acting(), self.facts
-        if values is None or any(value.requires_grad for value in values.values()):
-            return None
-        kind = facts.epsilon, facts.offset, facts.is_wide, facts.is_centred
-        return rules.Norm(values["weight"], *kind, values.get("bias"))
-
-    def values_acting(self) -> dict[str, Tensor] | None:
-        """Returns weight and bias of all rows, trained or the base's own. Returns None if an
-        adapter that acts on a part of the rows has trained them."""
-        trained: dict[str, Tensor] = {}
-        if isinstance(self.base, SwappedModule):
-            acting = self.base.routing.acting
-            if acting.whole is not None:
-                trained = self.base.replaced(acting.whole)
-            elif any(self.base.replaces(part.adapters) for part in acting.parts):
-                return None
-        own = parameters_of(unwrapped(self.base))
-        return {name: value for name, value in own.items() if value is not None} | trained
-
-
-class FusedGate(StandIn):
-    """A feed-forward block by the model's own projections, adapted or not, joined or not."""
-
-    def __init__(self, base: nn.Module, facts: FeedForward) -> None:
-        super().__init__(base)
-        self.facts = facts
-
-    def forward(self, x: Tensor) -> Tensor:
-        base: Any = self.base
-        facts = self.facts
-        down: Callable[[Tensor], Tensor] = getattr(base, facts.output)
-        outputs = apply_together([getattr(base, name) for name in facts.inputs], x)
-        gate, *up = outputs[0].chunk(2, dim=-1) if facts.is_joined else outputs
-        return down(gated(gate, up[0] if up else None, facts.activation))
-
-
-class FusedAttention(StandIn):
-    """Computes q, k and v as one node and rotates them in one pass, without copies between them, by
-    the model's own projections, adapted or not."""
-
-    def __init__(self, base: nn.Module, facts: Attention) -> None:
-        super().__init__(base)
-        self.facts = facts
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        **others: Any,
-    ) -> Any:
-        cached = any(others.get(name) is not None for name in CACHES)
-        if cached or not self.takes(hidden_states, position_embeddings):
-            return self.base(  # by name: blocks differ in the order of these arguments
-                hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                **others,
-            )
-        inputs = hidden_states, position_embeddings, attention_mask
-        return attend(self.facts, self.base, *inputs, **others)
-
-    def takes(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> bool:
-        """Whether this forward was proven: our attention, angles of the width and of a type that
-        the block takes. A block that rotates nothing may get no angles."""
-        block, rotation = self.base, self.facts.rotation
-        width = self.facts.head_dim if rotation is None else rotation.size
-        config = getattr(block, "config", None)
-        if attention_of(config) != NAME or x.dim() != 3:
-            return False
-        if position_embeddings is None:
-            return rotation is None
-        types = {x.dtype, torch.float32} if self.facts.takes_float32 else {x.dtype}
-        return all(
-            angles.dtype in types and angles.dim() == 3 and angles.shape[-1] == width
-            for angles in position_embeddings
-        )
+from veneer.private.torch import children_of
 
 
 class FusedLayer(StandIn):
@@ -158,6 +51,7 @@ class FusedLayer(StandIn):
     def __init__(self, base: nn.Module, facts: DecoderLayer) -> None:
         super().__init__(base)
         self.facts, self.places = facts, module_rows(facts.module_widths)
+        self.unset = unset_names(base)
         _, *beside = signature(base.forward).parameters.values()
         self.positional = [own.name for own in beside if own.kind is own.POSITIONAL_OR_KEYWORD]
 
@@ -178,9 +72,11 @@ class FusedLayer(StandIn):
         if block is None:
             return own_code(hidden_states, *args, **kwargs)
         if block.has_feed_forward:
-            return lora_block(hidden_states, block)
-        h, m = lora_attention(hidden_states, block)
-        return h + children_of(self.base)[FEED_FORWARD](m)
+            y = lora_block(hidden_states, block)
+        else:
+            h, m = lora_attention(hidden_states, block)
+            y = h + children_of(self.base)[FEED_FORWARD](m)
+        return (y, None) if self.facts.gives_pair else y
 
     def _block(
         self,
@@ -191,7 +87,8 @@ class FusedLayer(StandIn):
         **others: Any,
     ) -> Block | None:
         attention = self._stand_in_of(self.facts.attention_name)
-        beside = (*CACHES, "encoder_hidden_states", "veneer_prefix", "veneer_keys")
+        beside = (*self.unset, "encoder_hidden_states", "veneer_prefix", "veneer_keys")
+        veneer_layout = layout_of(others.get("attention_mask"), veneer_layout)
         if not isinstance(veneer_layout, LayoutAttention) or any(
             others.get(name) is not None for name in beside
         ):
@@ -201,7 +98,7 @@ class FusedLayer(StandIn):
             return None
         if attention is None or x.dim() != 3 or len(x) != 1:
             return None
-        if not attention.takes(x, position_embeddings):
+        if not attention.takes(x, position_embeddings, veneer_layout):
             return None
         ends = accumulate((rows for rows, _ in layouts), initial=0)
         spans, x_MI = [slice(*ends_of_part) for ends_of_part in pairwise(ends)], x.detach()[0]
@@ -226,7 +123,7 @@ class FusedLayer(StandIn):
         neighbours = bool(rotation and rotation.neighbours)
         activation = SILU if gated is None else gated.activation
         sums = self.facts.is_parallel, self.facts.residual_scale
-        kind = activation, neighbours, *sums, heads.is_by_head
+        kind = activation, neighbours, *sums, heads.group
         block = Block(norms, parts, heads.head_dim, heads.kernel_rules, *kind)
         if not block.usable(x_MI):
             return None

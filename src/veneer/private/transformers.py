@@ -1,8 +1,9 @@
 """Private parts of transformers. Tried with transformers 5.20 and 5.24.
 
-It imports nothing, so that folders which do not know transformers may use it.
+It imports nothing of it, so that folders which do not know transformers may use it.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,14 @@ def attention_of(config: Any) -> Any:
 
 def forget_attention(config: Any) -> None:
     config._attn_implementation = None
+
+
+def offers_attention(module: Any) -> bool:
+    """Whether the code of a model, or of a block, looks attention up by its registered name."""
+    if (of_model := getattr(module, "_can_set_attn_implementation", None)) is not None:
+        return bool(of_model())
+    files = (sys.modules.get(own.__module__) for own in type(module).__mro__)
+    return any(hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in files)
 
 
 def offers_sdpa(model: Any) -> bool:

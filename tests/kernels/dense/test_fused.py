@@ -20,7 +20,8 @@ from veneer.bases.loading.from_config import build
 from veneer.data.batching import make_batch
 from veneer.execution.proofs.small_copy import drawn, small_copy
 from veneer.execution.stand_in import put_aside
-from veneer.execution.train_step import FusedAttention, FusedGate, FusedNorm, fused, replacements
+from veneer.execution.train_parts import FusedAttention, FusedGate, FusedNorm
+from veneer.execution.train_step import fused, replacements
 from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, RELU, RELU_SQUARED, SILU
 from veneer.kernels.dense import fused as kernels
 from veneer.kernels.dense.loss import Head, frozen_head_loss, head_loss_reference, head_nats

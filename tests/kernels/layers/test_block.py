@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from transformers.models.falcon.modeling_falcon import FalconDecoderLayer, FalconLinear
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
 from transformers.models.phi.modeling_phi import PhiDecoderLayer
 
@@ -41,10 +42,10 @@ PARTLY_ROTATED = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary
 FAMILIES = [
     *("llama", "qwen2", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "olmo2", "exaone4"),
     *("phi3", "glm4", "cohere", "stablelm", "starcoder2", "phi", "granite"),
-    *("gpt_neox", "gpt2", "opt"),
+    *("gpt_neox", "gpt2", "opt", "falcon", "falcon_heads"),
 ]
 """Norms of heads, of all heads, before and behind the parts, in float32; gates of GELU; layers
-without rotation, or with angles in float32; transposed weights."""
+without rotation, or with angles in float32; transposed weights; q, k and v by group."""
 
 
 MIXTURES = ["mixtral", "qwen3_moe"]
@@ -52,13 +53,15 @@ MIXTURES = ["mixtral", "qwen3_moe"]
 OWN_SIZES = {
     "gpt_neox": {"rope_parameters": PARTLY_ROTATED},
     "gpt2": {"n_inner": 96},
+    "falcon": {"ffn_hidden_size": 96, "head_dim": None},
+    "falcon_heads": {"ffn_hidden_size": 96, "head_dim": None},
     "opt": {
         "num_attention_heads": 8,
         "word_embed_proj_dim": 128,
         "ffn_dim": 96,
     },  # heads of 16, whose scale is exact
 }
-"""Fields of a family's config beside SIZES."""
+"""Fields of a family's config beside SIZES; None: it takes no such field."""
 OWN_NAMES = {
     "starcoder2": {"gate_proj": "c_fc", "up_proj": "c_fc", "down_proj": "c_proj"},
     "phi": {"gate_proj": "fc1", "up_proj": "fc1", "down_proj": "fc2", "o_proj": "dense"},
@@ -77,10 +80,11 @@ OWN_NAMES["gpt2"] = {
     **dict.fromkeys(("gate_proj", "up_proj"), "c_fc"),
     **dict.fromkeys(("o_proj", "down_proj"), "c_proj"),
 }
+OWN_NAMES |= dict.fromkeys(("falcon", "falcon_heads"), OWN_NAMES["gpt_neox"])
 for names in (OWN_NAMES["phi3"], OWN_NAMES["glm4"]):
     names |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
 """Families with other names of modules: {name elsewhere: their name}."""
-IN_ANOTHER_ORDER = {"phi3", "glm4", "cohere", "phi", "gpt2"}
+IN_ANOTHER_ORDER = {"phi3", "glm4", "cohere", "phi", "gpt2", "falcon"}
 """Families that add up gradients in another order than their parts: those of a factor that layers
 share, or of an input that both blocks read."""
 
@@ -113,6 +117,7 @@ class Trained:
         self, family="llama", method=LoRA, rank=16, prompt=5, layers=2, in_nf4=False, **settings
     ):
         sizes = {**SIZES, "head_dim": 32, "num_hidden_layers": layers, **OWN_SIZES.get(family, {})}
+        sizes = {name: size for name, size in sizes.items() if size is not None}
         self.model, self.routing = tiny_model(family, torch.bfloat16, **sizes), Routing()
         if in_nf4:
             pack(self.model)
@@ -167,11 +172,18 @@ def _neox_x_first(layer, hidden_states, **given):
     return hidden_states + attended + layer.mlp(layer.post_attention_layernorm(hidden_states))
 
 
-ADD_X_LAST = {
+def _falcon_x_first(layer, hidden_states, **given):
+    n = layer.input_layernorm(hidden_states)
+    return hidden_states + layer.self_attention(n, **given)[0] + layer.mlp(n), None
+
+
+ROUND_OTHERWISE = {
+    "falcon": (FalconDecoderLayer, "forward", _falcon_x_first),
+    "falcon_heads": (FalconLinear, "forward", torch.nn.Linear.forward),
     "phi": (PhiDecoderLayer, "forward", _x_first),
     "gpt_neox": (GPTNeoXLayer, "forward", _neox_x_first),
 }
-"""Families that add x last, which rounds otherwise, and how they add it first."""
+"""Families that add x last, or a bias to a rounded product, and what rounds as the kernels do."""
 
 
 def both(trained, monkeypatch):
@@ -212,8 +224,8 @@ def assert_same_bits(family, ours, plain):
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_node_gives_the_bits_of_its_parts(family, settings, taken, monkeypatch):
-    if family in ADD_X_LAST:
-        monkeypatch.setattr(*ADD_X_LAST[family])
+    if family in ROUND_OTHERWISE:
+        monkeypatch.setattr(*ROUND_OTHERWISE[family])
     trained = Trained(family, **settings)
     ours, plain = both(trained, monkeypatch)
     assert taken == [True, True]
@@ -224,8 +236,8 @@ def test_one_node_gives_the_bits_of_its_parts(family, settings, taken, monkeypat
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox"])
 def test_large_ranks_of_one_input_are_computed_layer_by_layer(family, taken, monkeypatch):
     """Together q, k and v have more ranks than one product takes."""
-    if family in ADD_X_LAST:
-        monkeypatch.setattr(*ADD_X_LAST[family])
+    if family in ROUND_OTHERWISE:
+        monkeypatch.setattr(*ROUND_OTHERWISE[family])
     ours, plain = both(Trained(family, rank=256), monkeypatch)
     assert taken == [True, True]
     assert_same_bits(family, ours, plain)
@@ -234,8 +246,8 @@ def test_large_ranks_of_one_input_are_computed_layer_by_layer(family, taken, mon
 @pytest.mark.parametrize("family", ["llama", "phi3", "glm4", "phi", "gpt_neox"])
 def test_bases_in_nf4_are_one_node_too(family, taken, monkeypatch):
     """A module that joins layers is multiplied by rows of its packed weight, elsewhere whole."""
-    if family in ADD_X_LAST:
-        monkeypatch.setattr(*ADD_X_LAST[family])
+    if family in ROUND_OTHERWISE:
+        monkeypatch.setattr(*ROUND_OTHERWISE[family])
     ours, plain = both(Trained(family, in_nf4=True), monkeypatch)
     assert taken == [True, True]
     assert abs(ours[0] - plain[0]) <= 2**-10 * plain[0]
@@ -502,7 +514,7 @@ def test_a_layer_that_holds_more_than_its_parts_stays(add):
 
 
 def test_layers_of_other_parts_stay():
-    model = tiny_model("falcon", torch.bfloat16)
+    model = tiny_model("bloom", torch.bfloat16)
     prepare(model)
     attach(
         model,

@@ -17,15 +17,8 @@ from torch import Tensor, nn
 from veneer.adapters.methods.adapted_linear import apply_together
 from veneer.adapters.placement.wrapping import unwrapped
 from veneer.execution.agreement import EXACT, agrees
-from veneer.execution.attention import NAME, attention_forward
-from veneer.execution.facts.layer_facts import (
-    HEAD_NORMS,
-    JOINED_QKV,
-    QKV_BY_HEAD,
-    Attention,
-    Rotation,
-    names_in_attention,
-)
+from veneer.execution.attention import attention_forward, mask_of, takes_layouts
+from veneer.execution.facts.layer_facts import HEAD_NORMS, Attention, Rotation, names_in_attention
 from veneer.execution.facts.part_facts import find_norm
 from veneer.execution.facts.small_modules import (
     ROWS,
@@ -33,6 +26,7 @@ from veneer.execution.facts.small_modules import (
     passes_values_on,
     random_rows,
     small_linear,
+    unset_arguments,
     with_children,
     with_small_weight,
 )
@@ -41,7 +35,6 @@ from veneer.kernels.dense.fused import rotary
 from veneer.kernels.rules import AttentionRules
 from veneer.linear import frozen_linear
 from veneer.private.torch import children_of
-from veneer.private.transformers import attention_of
 
 _ROTATIONS = (
     Rotation(0),
@@ -61,11 +54,7 @@ def find_attention(block: Any) -> Attention | None:
     own, norm_names = {*inputs, output}, {*HEAD_NORMS} & names
     if names - norm_names != own or len(norm_names) == 1:
         return None
-    if (
-        not isinstance(size, int)
-        or size % 2
-        or attention_of(getattr(block, "config", None)) != NAME
-    ):
+    if not isinstance(size, int) or size % 2 or not takes_layouts(block):
         return None
     children = children_of(block)
     views = [frozen_linear(unwrapped(children[name])) for name in (*inputs, output)]
@@ -75,17 +64,15 @@ def find_attention(block: Any) -> Attention | None:
     if len(norms) != len(modules) or len(linears) != len(views):
         return None
     outputs, attended = [view.out_features for view in linears[:-1]], linears[-1].in_features
-    if inputs[0] in JOINED_QKV:
+    if len(inputs) == 1:
         both = sum(outputs) - attended
         outputs = [attended, both // 2, both - both // 2]
-    if inputs == QKV_BY_HEAD:
-        if sum(outputs) != 3 * attended or norms:
-            return None
-        outputs = [attended] * 3
     q, k, v = outputs
     facts = Attention(
         block, size, AttentionRules(1.0), (q, k, v), tuple(norms), inputs=inputs, output=output
     )
+    if facts.group and norms:
+        return None
     for width in _rotated_sizes(block, size):
         try:
             confirmed = _confirm(facts, linears[0].dtype, width)
@@ -126,13 +113,15 @@ def _confirm(facts: Attention, dtype: torch.dtype, width: int) -> Attention | No
         return {
             "hidden_states": random_rows(WIDTH, dtype)[None],
             "position_embeddings": (cos.to(angle_type), sin.to(angle_type)),
-            "attention_mask": None,
         }
 
     def own_code(angle_type: torch.dtype) -> tuple[Any, ...]:
         layout = _RecordingLayout()
         positions = torch.arange(ROWS)[None] * 10**6  # a block that uses positions itself shows it
-        out = small(**inputs(angle_type), position_ids=positions, veneer_layout=layout)
+        mask = mask_of(layout, positions.device)
+        arguments = inputs(angle_type) | {"attention_mask": mask, "position_ids": positions}
+        others = unset_arguments(block, arguments)
+        out = small(**arguments, **others, veneer_layout=layout)
         return (*out, *layout.heads, layout.rules)
 
     rules = own_code(dtype)[-1]
@@ -163,16 +152,16 @@ def attend(
     block: Any,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor] | None,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, Any]:
     """Computes the output (B, T, D) of an attention block by its facts, with the block's
     modules."""
     (B, T), S = hidden_states.shape[:2], facts.head_dim
     outputs = apply_together([getattr(block, name) for name in facts.inputs], hidden_states)
-    if facts.is_by_head:
-        by_head = outputs[0].unflatten(-1, (-1, 3, S))
-        q, k, v = (part.flatten(-2) for part in by_head.unbind(-2))
+    if facts.group:
+        by_group = outputs[0].unflatten(-1, (-1, facts.group + 2, S))
+        q, k, v = (part.flatten(-3) for part in by_group.split((facts.group, 1, 1), dim=-2))
     else:
         q, k, v = outputs[0].split(facts.widths, dim=-1) if facts.is_joined else outputs
     if facts.query_scale != 1.0:
@@ -211,5 +200,7 @@ class _RecordingLayout:
         prefix: Sequence[tuple[slice, Pair | None]],
         rules: AttentionRules,
     ) -> Tensor:
-        self.heads, self.rules = (query_NHD, key_NKD, value_NKD), rules
+        times = max(1, query_NHD.shape[1] // key_NKD.shape[1])  # some repeat the keys themselves
+        repeated = (heads.repeat_interleave(times, dim=1) for heads in (key_NKD, value_NKD))
+        self.heads, self.rules = (query_NHD, *repeated), rules
         return query_NHD

@@ -124,7 +124,8 @@ def _find_layer(layer: nn.Module) -> DecoderLayer:
         unknown = "it adds up its parts in another way"
     sums = known_sums or Sums()
     adds = sums.is_parallel, sums.residual_scale
-    return DecoderLayer(layer, sums.norms, heads, feed_forward, *adds, unknown, attention_name)
+    names = attention_name, sums.gives_pair
+    return DecoderLayer(layer, sums.norms, heads, feed_forward, *adds, unknown, *names)
 
 
 def _held_feed_forward(layer: nn.Module) -> FeedForward | None:

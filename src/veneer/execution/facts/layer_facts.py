@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, RELU, RELU_SQUARED, SILU
 from veneer.kernels.rules import AttentionRules
 
-ATTENTIONS, FEED_FORWARD = ("self_attn", "attention", "attn"), "mlp"
+ATTENTIONS, FEED_FORWARD = ("self_attn", "attention", "attn", "self_attention"), "mlp"
 """Names of the parts of a layer beside its norms."""
 QKV, OUTPUTS = ("q_proj", "k_proj", "v_proj"), ("o_proj", "dense", "c_proj", "out_proj")
 HEAD_NORMS = ("q_norm", "k_norm")
 GATE_UP, DOWN = ("gate_proj", "up_proj"), "down_proj"
 JOINED_QKV, JOINED_GATE_UP = ("qkv_proj", "c_attn"), ("gate_up_proj",)
 """Modules whose outputs are those of several layers, side by side. A block has one of them."""
-QKV_BY_HEAD = ("query_key_value",)
-"""A module whose outputs are q, k and v of the first head, then those of the next one."""
+QKV_BY_GROUP = ("query_key_value",)
+"""A module whose outputs are those of the first key head, then those of the next one: q of all
+query heads that read it, k, v."""
 
 FEED_FORWARD_IN_LAYER = ("fc1", "activation_fn", "fc2")
 """Names of the modules of a plain feed-forward block that the layer holds itself, in order."""
@@ -35,7 +36,7 @@ ACTIVATIONS = (SILU, GELU_TANH, GELU_ERF, RELU, RELU_SQUARED)
 
 def names_in_attention(children: Container[str]) -> tuple[tuple[str, ...], str]:
     """Returns the names of the modules that compute q, k and v, and of the one that computes o."""
-    joined = [(name,) for name in (*JOINED_QKV, *QKV_BY_HEAD) if name in children]
+    joined = [(name,) for name in (*JOINED_QKV, *QKV_BY_GROUP) if name in children]
     inputs = joined[0] if joined else QKV
     return inputs, next((name for name in OUTPUTS if name in children), OUTPUTS[0])
 
@@ -163,12 +164,15 @@ class Attention:
 
     @property
     def is_joined(self) -> bool:
-        return self.inputs[0] in JOINED_QKV
+        """True if one module computes q, k and v side by side. So does one by a single group."""
+        return len(self.inputs) == 1 and not self.group
 
     @property
-    def is_by_head(self) -> bool:
-        """True if one module computes q, k and v of the first head, then those of the next one."""
-        return self.inputs == QKV_BY_HEAD
+    def group(self) -> int:
+        """Returns the number of query heads in a group, if one module computes q, k and v of the
+        first group, then those of the next one; else 0."""
+        has_groups = self.inputs == QKV_BY_GROUP and self.widths[1] > self.head_dim
+        return self.widths[0] // self.widths[1] if has_groups else 0
 
 
 NO_NORMS = LayerNorms()
@@ -183,6 +187,7 @@ class DecoderLayer:
                     the parts of the block itself
     is_parallel     y = x + attention(n) + feed_forward(m), n = norm(x); m = norm(x) by the norm
                     before the feed-forward block, or n without such a norm
+    gives_pair      its own code gives (y, None), not y
     residual_scale  what the output of each part is multiplied by before it is added
     unknown         why the layer's own code has to compute it; None: the layer is understood
     """
@@ -195,6 +200,7 @@ class DecoderLayer:
     residual_scale: float = 1.0
     unknown: str | None = None
     attention_name: str = ATTENTIONS[0]
+    gives_pair: bool = False
 
     @property
     def holds_feed_forward(self) -> bool:
@@ -212,12 +218,12 @@ class DecoderLayer:
     @property
     def module_widths(self) -> list[tuple[int, ...]]:
         """Returns the outputs of q, k, v; o; down; gate, up, those of one module together. One that
-        computes q, k and v by head is one layer. A plain block has no up; without a known
+        computes q, k and v by group is one layer. A plain block has no up; without a known
         feed-forward block there are neither down nor gate. The layer must have attention."""
         heads, gated, whole = self.attention, self.feed_forward, (0,)
         assert heads is not None
         of_heads = [heads.widths] if heads.is_joined else [(width,) for width in heads.widths]
-        if heads.is_by_head:
+        if heads.group:
             of_heads = [whole]
         if gated is None:
             return [*of_heads, whole]

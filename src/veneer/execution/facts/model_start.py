@@ -24,7 +24,7 @@ from veneer.execution.facts.small_modules import ROWS, with_children
 from veneer.linear import WidenedEmbedding, embedding_type
 from veneer.private.torch import replace_parameters
 
-EMBEDDINGS = ("embed_tokens", "embed_in", "wte")
+EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings")
 LAST_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "layer_norm")
 LAYERS = ("layers", "h")
 POSITIONS = ("rotary_emb", "wpe", "embed_positions")
@@ -156,21 +156,31 @@ class _RecordingRotary(nn.Module):
 
 
 class _RecordingLayer(nn.Module):
-    """Replaces a decoder layer: records its input and its angles, and gives its input."""
+    """Replaces a decoder layer: records its input and its angles, and gives its input, or a pair
+    with it."""
+
+    def __init__(self, *, gives_pair: bool) -> None:
+        super().__init__()
+        self.gives_pair = gives_pair
 
     def forward(
         self, hidden_states: Tensor, *beside: Any, position_embeddings: Any = None, **others: Any
-    ) -> Tensor:
+    ) -> Any:
         self.input, self.angles = hidden_states, position_embeddings
-        return hidden_states
+        return (hidden_states, None) if self.gives_pair else hidden_states
 
 
 @torch.no_grad()
 def find_start(inner: nn.Module) -> ModelStart | None:
     """Returns what a decoder does before its layers. Returns None if it does something else, or
     anything behind its layers but its last norm."""
-    if (names := part_names(inner)) is None:
-        return None
+    names = part_names(inner)
+    starts = () if names is None else (_start(inner, names, pair) for pair in (False, True))
+    return next((start for start in starts if start is not None), None)
+
+
+def _start(inner: nn.Module, names: PartNames, gives_pair: bool) -> ModelStart | None:
+    """Returns the start of a decoder whose layers give a tensor, or a pair with it."""
     embedding = inner.get_submodule(names.embedding)
     table, dtype = embedding.get_parameter("weight"), embedding_type(embedding)
     device = table.device
@@ -183,9 +193,10 @@ def find_start(inner: nn.Module) -> ModelStart | None:
     added = added_rows if has_table else None
     try:
         ones = torch.ones(1, ROWS, 4, device=device)
-        of_ones = _run(inner, names, ones, torch.zeros_like(ones) if has_table else None)
+        zeros = torch.zeros_like(ones) if has_table else None
+        of_ones = _run(inner, names, gives_pair, ones, zeros)
         scale = float(of_ones[0].input.flatten()[0])
-        layers = _run(inner, names, random_rows, added)
+        layers = _run(inner, names, gives_pair, random_rows, added)
     except Exception:  # modelling code may raise any, as in agreement.disagreement
         return None
     kinds, of_layer = list[AngleKind](), list[tuple[int, int] | None]()
@@ -213,12 +224,14 @@ class _LayerInput:
 
 
 def _run(
-    inner: nn.Module, names: PartNames, rows_1ND: Tensor, added_1ND: Tensor | None
+    inner: nn.Module, names: PartNames, gives_pair: bool, rows_1ND: Tensor, added_1ND: Tensor | None
 ) -> Sequence[_LayerInput]:
     """Runs a decoder's own code without its layers on these embeddings. added_1ND: rows of its
     table of positions."""
     rotary = _RecordingRotary(getattr(inner, names.positions))
-    layers = nn.ModuleList([_RecordingLayer() for _ in getattr(inner, names.layers)])
+    layers = nn.ModuleList(
+        [_RecordingLayer(gives_pair=gives_pair) for _ in getattr(inner, names.layers)]
+    )
     places = {
         names.embedding: _KnownRows(rows_1ND),
         names.positions: rotary if added_1ND is None else _KnownRows(added_1ND),

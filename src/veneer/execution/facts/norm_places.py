@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from veneer.execution.agreement import EXACT, agrees
 from veneer.execution.attention import unused_mask
 from veneer.execution.facts.layer_facts import FEED_FORWARD, LayerNorms, Norm
-from veneer.execution.facts.small_modules import WIDTH, random_rows, with_children
+from veneer.execution.facts.small_modules import (
+    WIDTH,
+    first_of,
+    random_rows,
+    unset_arguments,
+    with_children,
+)
 from veneer.private.torch import buffers_of, parameters_of
 
 
@@ -42,6 +48,7 @@ class Sums(NamedTuple):
     norms: LayerNorms = LayerNorms()
     is_parallel: bool = False
     residual_scale: float = 1.0
+    gives_pair: bool = False
 
 
 def find_places(
@@ -67,15 +74,19 @@ def find_places(
     small = with_children(layer, parts)
     x = random_rows(WIDTH, torch.bfloat16)[None]
     angles, mask = (x, x), unused_mask(x.device)  # the mask leads to the layout too
+    arguments = {"position_embeddings": angles, "attention_mask": mask}
+    others = unset_arguments(layer, arguments)
+
+    def outputs(x: Tensor) -> Any:
+        return small.forward(x, **arguments, **others, veneer_layout=object())  # without hooks
 
     def own_code(x: Tensor) -> tuple[Any, ...]:
-        arguments = {"position_embeddings": angles, "attention_mask": mask}
-        y = small.forward(x, **arguments, veneer_layout=object())  # without the layer's hooks
+        y = first_of(outputs(x))
         keywords = parts[attention].keywords
         return y, all(keywords.get(name) is value for name, value in arguments.items())
 
     try:
-        own_code(x)
+        gives_pair = isinstance(outputs(x), tuple)
     except Exception:  # modelling code may raise any, as in agreement.disagreement
         return None
     by_name = {norm.name: norm for norm in norms}
@@ -96,7 +107,7 @@ def find_places(
                 places = LayerNorms(
                     before_attention=of_attention, before_feed_forward=of_feed_forward
                 )
-                return Sums(places, is_parallel=True)
+                return Sums(places, is_parallel=True, gives_pair=gives_pair)
     scales = [1.0, *(own for own in vars(layer).values() if type(own) is float and own != 1.0)]
     for names_of_places, scale in product(_orders(own_calls, attention), scales):
         places = LayerNorms(*(by_name.get(name) for name in names_of_places))
@@ -111,7 +122,7 @@ def find_places(
             return h + fourth(feed(third(h))) * scale, True
 
         if agrees(own_code, computed, (x,), EXACT):
-            return Sums(places, residual_scale=scale)
+            return Sums(places, residual_scale=scale, gives_pair=gives_pair)
     return None
 
 

@@ -1,7 +1,8 @@
 """Small copies of modules and random rows, on which facts about modules are tried."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -39,6 +40,28 @@ def with_small_weight(module: nn.Module, device: str | None = None) -> tuple[nn.
     small = copy.copy(module)
     replace_parameters(small, {"weight": nn.Parameter(weight, requires_grad=False)})
     return small, weight
+
+
+def first_of(outputs: Any) -> Tensor:
+    """Returns what a layer or a block gives: a tensor, or the first of a pair (x, None)."""
+    if not isinstance(outputs, tuple):
+        return outputs
+    x, nothing = outputs
+    if nothing is not None:
+        raise ValueError("its second output is used")
+    return x
+
+
+def unset_arguments(module: nn.Module, given: Container[str]) -> dict[str, None]:
+    """Returns None for each argument of a module's forward behind its input that has no default and
+    is not given: the biases of positions of models that may have none."""
+    _, *beside = signature(module.forward).parameters.values()
+    kinds = Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY
+    return {
+        own.name: None
+        for own in beside
+        if own.kind in kinds and own.default is Parameter.empty and own.name not in given
+    }
 
 
 def passes_values_on(module: nn.Module) -> bool:

@@ -30,7 +30,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from veneer.adapters.placement.idle import places_without_gradient
 from veneer.bases.quiet_transformers import quiet
 from veneer.execution.agreement import SMALL_COPY, difference, disagreement
-from veneer.execution.attention import NAME, decoder, packed_states, padded_states, take_packed
+from veneer.execution.attention import (
+    NAME,
+    decoder,
+    packed_states,
+    padded_states,
+    take_packed,
+    takes_layouts,
+)
 from veneer.execution.proofs.small_copy import SWITCH, VOCABULARY, NoCopyError, small_copy
 from veneer.execution.switches import forget_lengths, sides, switches
 from veneer.files.remembered import is_known, remember
@@ -245,8 +252,8 @@ def _why_not_packed(model: PreTrainedModel, texts: list[list[int]]) -> str | Non
 
     before = attention_of(model.config)
     take_packed(model)
-    if attention_of(model.config) != NAME:
-        return f"{type(model).__name__} does not offer transformers' attention interface"
+    if not takes_layouts(model):
+        return _no_interface(model)
     reason = disagreement(model, "packed rows", lambda: _by_side(model, texts, run), LIMIT)
     if calls and (short := unreached(model, calls[0])) is not None:
         reason = short
@@ -262,6 +269,10 @@ def no_seam(model: PreTrainedModel) -> str | None:
     return None
 
 
+def _no_interface(model: PreTrainedModel) -> str:
+    return f"{type(model).__name__} does not offer transformers' attention interface"
+
+
 def unreached(model: PreTrainedModel, calls: int) -> str | None:
     """Says why packed rows do not fit, if attention does not run once for every layer."""
     text = model.config.get_text_config()
@@ -269,6 +280,8 @@ def unreached(model: PreTrainedModel, calls: int) -> str | None:
     name = type(model).__name__
     if calls == layers:
         return None
+    if calls == 0 and attention_of(model.config) != NAME:
+        return _no_interface(model)
     if calls > layers:
         return f"{name} computes attention {calls} times for {layers} layers"
     types: Any = getattr(text, "layer_types", None) or ()

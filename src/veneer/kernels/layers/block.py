@@ -12,7 +12,7 @@ The outputs of o and of down may be scaled before they are added, in layers that
 them and are not parallel.
 
 A node may end with h and m: then another module computes the feed-forward block, for instance a
-mixture of experts. A module may compute q, k and v by head (block_heads.py).
+mixture of experts. A module may compute q, k and v by group (block_heads.py).
 
 The node makes the same calls as its parts (dense/lora.py, dense/fused.py, attention/compiled.py),
 in the same order and with the same bits, without a graph between them. Only gradients of joined

@@ -26,7 +26,7 @@ def rotated_heads(
     """Adds the updates to the outputs of the layers. Returns q (M, H, S), k and v (M, K, S) after
     norms and rotation. narrow: x A^T of the updates; scales: of the norms of q and k, written."""
     block = run.block
-    if block.is_by_head:
+    if block.group:
         _rotate_by_head(run, raw[0], narrow)
         q, k, v = raw[0].view(run.rows, -1, 3, block.size).unbind(2)
         return q, k, v
@@ -71,7 +71,7 @@ def head_gradients(
     """Takes the gradients of q, k and v back through rotation and norms. Returns those of the
     layers' outputs, and their products with B of each part."""
     rows, grad_narrow = run.rows, run.narrow(run.block.heads)
-    if run.block.is_by_head:
+    if run.block.group:
         joined = grad_heads[0].new_empty(rows, sum(heads[0].numel() for heads in grad_heads))
         _rotate_by_head(run, joined, grad_narrow, grad_heads)
         return [joined], grad_narrow

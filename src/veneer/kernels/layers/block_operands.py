@@ -79,7 +79,7 @@ class BlockPart:
 
     rows     which of the M rows
     modules  the linear modules with their updates
-    layers   q, k and v, or one that computes them by head; o, down, gate and up. Without down the
+    layers   q, k and v, or one that computes them by group; o, down, gate and up. Without down the
              feed-forward block is not a part of the node. All have the same share of dropout, or
              none has dropout
     places   of each layer in the modules
@@ -141,7 +141,8 @@ class Block:
                  half the rotated dimensions behind it
     is_parallel  the feed-forward block reads x by its own norm; without such a norm it reads the
                  input of attention
-    is_by_head   one layer computes q, k and v of the first head, then those of the next one
+    group        one layer computes this many heads of q and their k and v, then those of the next
+                 group; 0: three layers
 
     residual_scale: factor of the outputs of o and of down before they are added. It must be 1 if
     they have norms, and in a parallel layer.
@@ -155,12 +156,12 @@ class Block:
     neighbours: bool = False
     is_parallel: bool = False
     residual_scale: float = 1.0
-    is_by_head: bool = False
+    group: int = 0
 
     @property
     def heads(self) -> Sequence[int]:
         """Returns the numbers of the layers that read the input of attention."""
-        return range(1 if self.is_by_head else 3)
+        return range(1 if self.group else 3)
 
     @property
     def o(self) -> int:
@@ -205,18 +206,28 @@ class Block:
 
     def _fits_heads(self) -> bool:
         widths = [layer.base.out_features for layer in self.layers]
-        q, k, v = [widths[0] // 3] * 3 if self.is_by_head else widths[: self.o]
+        q, k, v = widths[: self.o] if not self.group else self._widths_of_groups(widths[0])
         gates = [widths[number] for number in self.gates]
-        if self.size % 16 or any(width % self.size for width in (q, k, v)) or k != v:
+        if (
+            self.group > 1
+            or self.size % 16
+            or any(width % self.size for width in (q, k, v))
+            or k != v
+        ):
             return False
         q_norm, k_norm = self.norms.q, self.norms.k
         for norm, width in ((q_norm, q), (k_norm, k)):
             if norm is not None and norm.weight.numel() not in (self.size, width):
                 return False
-        if (q_norm is None) != (k_norm is None) or (self.is_by_head and q_norm is not None):
+        if (q_norm is None) != (k_norm is None) or (self.group and q_norm is not None):
             return False
         fits_gates = len({*gates}) <= 1 and not any(width % 16 for width in gates)
         return fits_gates and not q // self.size % max(1, k // self.size)
+
+    def _widths_of_groups(self, width: int) -> tuple[int, int, int]:
+        """Returns the outputs of q, k and v, of a layer that computes them by group."""
+        keys = width // (self.group + 2)
+        return self.group * keys, keys, keys
 
     def _fits_rules(self) -> bool:
         rules = self.rules
@@ -279,7 +290,7 @@ class Block:
         ]
         places = [(place.module, place.rows and place.rows.stop) for place in self.parts[0].places]
         norms = [norm and norm.facts() for norm in self.norms]
-        sums = self.is_parallel, self.residual_scale, self.is_by_head
+        sums = self.is_parallel, self.residual_scale, self.group
         kind = self.size, self.activation, self.neighbours, *sums, self.rules
         own = (*kind, equal_keys, *norms, *angles)
         return len(x), self.recomputes(len(x)), *own, *places, *rows, *shapes, *numbers, *drops

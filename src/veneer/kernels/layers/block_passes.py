@@ -29,7 +29,7 @@ def forward(
         x, [None for _ in run.parts], None, None, norms.before_attention, block.heads
     )
     raw = [run.product(number, n) for number in block.heads]
-    q_raw, k_raw = raw[0], raw[0 if block.is_by_head else 1]
+    q_raw, k_raw = raw[0], raw[0 if block.group else 1]
     q_scale, k_scale = run.scales(norms.q, q_raw), run.scales(norms.k, k_raw)
     q, k, v = rotated_heads(run, raw, n_narrow, (q_scale, k_scale))
     out, entropies, out_narrow = x.new_empty(q.shape), list[Tensor](), list[Tensor]()
