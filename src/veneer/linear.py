@@ -61,8 +61,32 @@ class WidenedLinear(FewRowsLinear):
         return products.linear(input, weight, bias)
 
 
+class WidenedTransposed(nn.Module):
+    """GPT-2's Conv1D whose weight (I, O) is held in bf16 and multiplied in float32, as in a
+    WidenedLinear."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Self:
+        """Makes one with the same parameters, under the same names."""
+        linear = cls.__new__(cls)
+        linear.__dict__.update(module.__dict__)
+        return linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.requires_grad:
+            return F.linear(x, few_rows.widened(self.weight.T, x), self.bias)
+        dense = WidenedDense(self, is_transposed=True)
+        if torch.is_grad_enabled() and few_rows.wants_gradient(x, self.bias):
+            return frozen_product(x, self.bias, dense)
+        return dense.product(x, self.bias)
+
+
 class WidenedEmbedding(nn.Embedding):
-    """An nn.Embedding whose table is held in bf16 and looked up in float32."""
+    """An nn.Embedding whose table is held in bf16 and looked up in float32. Rows are multiplied by
+    `embed_scale` if the class that it replaces has one."""
 
     @classmethod
     def of(cls, module: nn.Embedding) -> Self:
@@ -72,7 +96,9 @@ class WidenedEmbedding(nn.Embedding):
         return embedding
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input).to(embedding_type(self))
+        rows = super().forward(input).to(embedding_type(self))
+        scale: Tensor | float | None = getattr(self, "embed_scale", None)
+        return rows if scale is None else rows * scale
 
 
 def embedding_type(module: nn.Module) -> torch.dtype:
@@ -82,7 +108,7 @@ def embedding_type(module: nn.Module) -> torch.dtype:
 
 def type_in_products(module: nn.Module, parameter: Tensor) -> torch.dtype:
     """Returns the type in which a module computes with one of its parameters."""
-    widens = isinstance(module, WidenedLinear | WidenedEmbedding)
+    widens = isinstance(module, WidenedLinear | WidenedTransposed | WidenedEmbedding)
     return torch.promote_types(parameter.dtype, torch.float32) if widens else parameter.dtype
 
 
@@ -215,7 +241,8 @@ def num_parameters(model: nn.Module) -> int:
 def is_transposed_linear(module: nn.Module) -> bool:
     """Whether it is GPT-2's Conv1D, recognised by its attributes: this module only imports
     torch."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    is_conv = isinstance(module, WidenedTransposed) or type(module).__name__ == "Conv1D"
+    return is_conv and hasattr(module, "nf")
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -294,4 +321,7 @@ def frozen_linear(module: nn.Module) -> FrozenLinear | None:
         return WidenedDense(module)
     if isinstance(module, nn.Linear):
         return DenseLinear(module) if is_plain_linear(module) else None
-    return DenseLinear(module, is_transposed=True) if is_transposed_linear(module) else None
+    if not is_transposed_linear(module):
+        return None
+    kind = WidenedDense if isinstance(module, WidenedTransposed) else DenseLinear
+    return kind(module, is_transposed=True)

@@ -92,6 +92,8 @@ BASES = {
     "gpt2 nf4": ("gpt2 nf4", torch.bfloat16),
     "llama gguf": ("llama gguf", torch.float32),
     "llama narrow": ("llama narrow", torch.float32),
+    "gpt2 narrow": ("gpt2 narrow", torch.float32),
+    "gemma3 narrow": ("gemma3 narrow", torch.float32),
 }
 every_method = pytest.mark.parametrize("row", METHODS.values(), ids=METHODS)
 every_base = pytest.mark.parametrize(("family", "dtype"), BASES.values(), ids=BASES)

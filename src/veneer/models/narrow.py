@@ -1,13 +1,14 @@
 """Keeps the weights of linear layers and embeddings in bf16 under a base that computes in float32.
 
 Products and look-ups widen such weights as they read them (linear.py: WidenedLinear,
-WidenedEmbedding), which takes half the memory of weights in float32 and reads half the bytes. A
-weight is kept only if plain linear layers and plain embeddings alone hold it. A model that reads
-weights without calling their modules may not take them in bf16, so this is proven first, on a small
-copy of the model's structure.
+WidenedTransposed, WidenedEmbedding), which takes half the memory of weights in float32 and reads
+half the bytes. A weight is kept only if plain linear layers, GPT-2's Conv1D and embeddings alone
+hold it. A model that reads weights without calling their modules may not take them in bf16, so this
+is proven first, on a small copy of the model's structure.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from veneer.execution.agreement import difference, disagreement
 from veneer.execution.proofs.small_copy import NoCopyError, small_copy
 from veneer.execution.proofs.structure import LIMIT, logits_alone, sample_texts, structure_proof
-from veneer.linear import WidenedEmbedding, WidenedLinear
+from veneer.linear import (
+    WidenedEmbedding,
+    WidenedLinear,
+    WidenedTransposed,
+    is_plain_embedding,
+    is_transposed_linear,
+)
 from veneer.private.torch import parameters_of
 
 
@@ -41,14 +48,25 @@ def _weights_of_plain_modules(model: nn.Module) -> list[nn.Parameter]:
     weights: dict[int, nn.Parameter] = {}
     others: set[int] = set()
     for module in model.modules():
-        is_table = type(module) is nn.Embedding and module.max_norm is None
+        is_kept = _widened_class(module) is not None
         for name, parameter in module.named_parameters(recurse=False):
             is_weight = name == "weight" and parameter.dtype in (torch.bfloat16, torch.float32)
-            if is_weight and (is_table or type(module) is nn.Linear):
+            if is_weight and is_kept:
                 weights[id(parameter)] = parameter
             else:
                 others.add(id(parameter))
     return [weight for key, weight in weights.items() if key not in others]
+
+
+def _widened_class(module: Any) -> Any:
+    """Returns the class that computes what a module does over a weight in bf16; None if none
+    does."""
+    if type(module) is nn.Linear:
+        return WidenedLinear
+    if is_transposed_linear(module):
+        return WidenedTransposed
+    is_table = is_plain_embedding(module) and module.max_norm is None
+    return WidenedEmbedding if is_table else None
 
 
 def _exchange(model: nn.Module, kept: Sequence[nn.Parameter]) -> None:
@@ -58,11 +76,7 @@ def _exchange(model: nn.Module, kept: Sequence[nn.Parameter]) -> None:
         if id(parameters_of(module).get("weight")) not in numbers:
             continue
         if module not in exchanged:
-            exchanged[module] = (
-                WidenedLinear.of(module)
-                if isinstance(module, nn.Linear)
-                else WidenedEmbedding.of(module)
-            )
+            exchanged[module] = _widened_class(module).of(module)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, exchanged[module])
 

@@ -268,16 +268,17 @@ def embedding_scale(embedding: nn.Module) -> float | None:
     other module, for instance one that limits the lengths of its rows."""
     if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:
         return None
-    weight = embedding.weight
-    is_plain = type(embedding) in (nn.Embedding, WidenedEmbedding)
+    weight, dtype = embedding.weight, embedding_type(embedding)
+    is_widened = type(embedding) is WidenedEmbedding and not hasattr(embedding, "embed_scale")
+    is_plain = type(embedding) is nn.Embedding or is_widened
     if is_plain or weight.is_meta:
         return 1.0 if is_plain else None
     draw = torch.Generator().manual_seed(0)
     values = torch.randn(ROWS, weight.shape[1], generator=draw).to(weight.device)
     try:
         wide = float(_looked_up(embedding, torch.ones_like(values)).flatten()[0])
-        own = values.to(weight.dtype)
-        rounded = float(torch.tensor(wide).to(weight.dtype))
+        own = values.to(dtype)
+        rounded = float(torch.tensor(wide).to(dtype))
         for scale in (wide, rounded):
             if torch.equal(_looked_up(embedding, own), own * scale):
                 return scale

@@ -101,7 +101,7 @@ class DenseLinear(DivisibleLinear):
 
 
 class WidenedDense(DenseLinear):
-    """A frozen nn.Linear that is multiplied in float32 where its weight is bf16."""
+    """A frozen linear layer that is multiplied in float32 where its weight is bf16."""
 
     @property
     def dtype(self) -> torch.dtype:
