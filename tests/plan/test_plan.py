@@ -145,6 +145,16 @@ def test_a_search_of_a_70b_base_spares_dry_runs_that_cannot_succeed(monkeypatch)
     assert way is not None
     assert [change.setting for change in way.changes] == ["checkpointing=true", "quantize=nf4"]
     assert len(ran) <= 6  # 4 bits take no dry run of their own
+    ran.clear()
+    of_gpu = Planner(blueprint("llama-70b"), idle_bytes=0, device="cuda")
+    way = find_remedy(of_gpu, choice, 85 * 10**9, lambda c: 1.0)
+    assert way is not None
+    assert [change.setting for change in way.changes] == ["checkpointing=true", "quantize=nf4"]
+    assert len(ran) == 2  # dense weights are more than there is, whatever is changed beside them
+    ran.clear()
+    way = find_remedy(of_gpu, replace(choice, length=256), 85 * 10**9, lambda c: 1.0)
+    assert way is not None and [change.setting for change in way.changes] == ["quantize=nf4"]
+    assert len(ran) == 1  # 4 bits suffice
 
 
 def test_offload_is_offered_on_cuda_alone_and_takes_out_most_of_what_is_kept(planner):

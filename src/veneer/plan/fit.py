@@ -115,27 +115,36 @@ def find_remedy(
     """Finds the shortest list of changes after which `choice` fits, None if all together do not
     suffice.
 
-    Every trial is a dry run, so trials that cannot succeed are skipped. A change never needs more
-    memory: if all changes together do not suffice, no few of them do, and weights alone may be more
-    than there is. Two changes never save more together than each saves alone: a group whose single
-    savings do not add up to what is missing is not tried.
+    Every trial is a dry run, so trials that cannot succeed are skipped, for instance if weights
+    alone are more than there is. A change never needs more memory: if all changes together do not
+    suffice, no few of them do. That trial is skipped if one change suffices whose dry run is
+    already made, as it is for 4 bits. Two changes never save more together than each saves alone: a
+    group whose single savings do not add up to what is missing is not tried.
     """
     applicable = [make for make in _CHANGES if _applied(planner, choice, (make,)) is not None]
     for candidates in ([make for make in applicable if make not in _LEARNS_LESS], applicable):
         all_changes = _all_changed(planner, choice, candidates)
         if not all_changes or _weights(planner, choice, all_changes[-1].choice) > memory_bytes:
             continue
-        if not fits(planner, all_changes[-1].choice, memory_bytes):
+        single_changes = [_applied(planner, choice, (make,)) or () for make in candidates]
+        if not any(
+            planner.is_counted(change.choice) and fits(planner, change.choice, memory_bytes)
+            for (change,) in filter(None, single_changes)
+        ) and not fits(planner, all_changes[-1].choice, memory_bytes):
             continue
         for count in range(1, min(MOST_CHANGES, len(candidates)) + 1):
             for group in combinations(candidates, count):
+                changes = _applied(planner, choice, group)
+                if changes is None:
+                    continue
+                changed = changes[-1].choice
+                if _weights(planner, choice, changed) > memory_bytes:
+                    continue
                 if count > 1 and _saved(planner, choice, group) < _excess(
                     planner, choice, memory_bytes
                 ):
                     continue
-                changes = _applied(planner, choice, group)
-                if changes is not None and fits(planner, changes[-1].choice, memory_bytes):
-                    changed = changes[-1].choice
+                if fits(planner, changed, memory_bytes):
                     needed = planner.estimate(changed).needed_bytes
                     per_row = seconds(changed) / seconds(choice) * (choice.batch / changed.batch)
                     return Remedy(changes, changed, needed, per_row)

@@ -145,6 +145,10 @@ class Planner:
         much."""
         return self._estimate_of(choice, self._run(choice, self.largest(choice)[0]))
 
+    def is_counted(self, choice: Choice) -> bool:
+        """Returns whether `least_estimate` needs no further dry run."""
+        return self._run_key(choice, self.largest(choice)[0]) in self._runs
+
     def _estimate_of(self, choice: Choice, run: DryRun) -> Estimate:
         return estimate(
             run,
@@ -221,18 +225,10 @@ class Planner:
         serves all.
         """
         quantize = self.quantize(choice)
-        base_key = self._base_key(choice)
-        key = (
-            *base_key,
-            choice.checkpointing,
-            choice.offload,
-            choice.share_prompt,
-            choice.teacher,
-            rows_digest(rows),
-        )
+        key = self._run_key(choice, rows)
         if key not in self._runs:
             step = self._step(choice, rows)
-            self._runs[key] = remember_run(step, lambda: self._whole(base_key, step))
+            self._runs[key] = remember_run(step, lambda: self._whole(self._base_key(choice), step))
         run = self._runs[key]
         if self.blueprint.packed:
             run = run.over(self.blueprint.packed, self.dtype(choice))
@@ -248,6 +244,17 @@ class Planner:
         if choice.reduce == "exact":
             run = run.with_exact_sums()
         return run.in_shards(choice.processes) if choice.in_shards else run
+
+    def _run_key(self, choice: Choice, rows: Sequence[Example]) -> tuple[object, ...]:
+        """Returns the key of the dry run of a micro-batch."""
+        return (
+            *self._base_key(choice),
+            choice.checkpointing,
+            choice.offload,
+            choice.share_prompt,
+            choice.teacher,
+            rows_digest(rows),
+        )
 
     def _base_key(self, choice: Choice) -> tuple[object, ...]:
         """Returns the key of the AttachedFacts of a choice."""

@@ -138,9 +138,9 @@ def attached_facts(
 
 
 def _base_facts(step: Step, model: PreTrainedModel, experts: int) -> BaseFacts:
-    layers = decoder_layers(model)
-    depth = 0 if layers is None else len(layers)
-    return BaseFacts(depth, _paths(step, model, depth, experts), base_bytes(model))
+    depth = len(decoder_layers(model) or ())
+    held = base_bytes(model, on_cpu=step.on_cpu)
+    return BaseFacts(depth, _paths(step, model, depth, experts), held)
 
 
 def dry_run(step: Step, facts: AttachedFacts | None = None) -> DryRun:

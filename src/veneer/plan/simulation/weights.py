@@ -15,12 +15,13 @@ TABLES_BYTES = 64 + 1024
 """Code books of a packed matrix's values and scales."""
 
 
-def base_bytes(model: PreTrainedModel) -> BaseBytes:
-    """Counts the bytes of a base before anything is attached."""
+def base_bytes(model: PreTrainedModel, *, on_cpu: bool = True) -> BaseBytes:
+    """Counts the bytes of a base before anything is attached. Only on a CPU weights may stay in
+    bf16 under products in float32."""
     layers = decoder_layers(model) or ()
     return BaseBytes(
         packing(model),
-        _narrow(model),
+        _narrow(model) if on_cpu else (0, 0),
         sum({id(parameter): parameter.nbytes for parameter in model.parameters()}.values()),
         tuple(sum(_tensors(layer, packed=False)) for layer in layers),
         tuple(sum(_tensors(layer, packed=True)) for layer in layers),
