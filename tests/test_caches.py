@@ -207,9 +207,9 @@ def test_constants_and_patterns_are_those_of_their_arguments() -> None:
         _fields_ = (("one", One), ("address", ctypes.c_void_p))
 
     address = ctypes.c_void_p
-    assert layer_tape._offsets(One, address) == (8,)
-    assert layer_tape._offsets(Two, address) == (8, 16)
-    assert layer_tape._offsets(Two, One) == (0,)
+    assert layer_tape.offsets(One, address) == (8,)
+    assert layer_tape.offsets(Two, address) == (8, 16)
+    assert layer_tape.offsets(Two, One) == (0,)
 
 
 def test_flex_attention_is_tried_for_every_argument_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer.adapters.methods.expert_stack import frozen_experts, stack_update
 from veneer.adapters.methods.initial_factors import Factors
 from veneer.adapters.methods.lora import LoRALayer, low_rank_matrix, low_rank_product
 from veneer.adapters.placement.acting import Acting, Applied, TokenKeys
@@ -24,6 +25,8 @@ from veneer.adapters.placement.wrapping import AdaptedModule
 from veneer.kernels.dense.dropout import Dropout
 from veneer.kernels.dense.row_updates import RowUpdate
 from veneer.kernels.dense.segments import UpdateCache, linear_with_updates
+from veneer.kernels.layers.expert_operands import ExpertUpdate, usable
+from veneer.kernels.layers.experts import experts_with_lora
 from veneer.kernels.layout import round_up
 from veneer.linear import FrozenLinear, PackedExperts, SliceLinear, frozen_product
 from veneer.private.transformers import gate_of
@@ -99,6 +102,11 @@ class AdaptedExperts(AdaptedModule):
         return put(plain, slices, y.split([segment.count for segment in concerned]), len(hidden))
 
     def _by_expert(self, hidden: Tensor, index: Tensor, weights: Tensor, acting: Acting) -> Tensor:
+        updates = self._updates(acting, len(hidden))
+        if updates:
+            frozen = frozen_experts(self.base, transposed=is_transposed(self.base))
+            if usable(hidden, index, frozen, updates):
+                return experts_with_lora(hidden, index, weights, frozen, updates)
         factors = _ExpertFactors()
         return by_expert(
             self.base,
@@ -107,6 +115,19 @@ class AdaptedExperts(AdaptedModule):
             weights,
             lambda x, name, expert, rows: self._product(x, name, expert, rows, acting, factors),
         )
+
+    def _updates(self, acting: Acting, rows: int) -> list[ExpertUpdate]:
+        """Returns the updates of all rows for a step that trains. Returns none for dropout, packed
+        experts, or without a gradient, where a row must have the same bits among others."""
+        updates: list[ExpertUpdate] = []
+        if not torch.is_grad_enabled() or isinstance(self.base, PackedExperts):
+            return updates
+        for segment in acting.segments(rows):
+            for layers, weight in self.layers_of(segment.adapters):
+                if acting.keys is not None and any(own.dropout for own in layers.values()):
+                    return []
+                updates.append(stack_update(segment.rows, layers, weight))
+        return updates
 
     def adapted(self, adapters: Applied, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Returns the stack with parameters trained in full plus other changes. They are added to

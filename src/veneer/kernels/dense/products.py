@@ -74,10 +74,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None =
     """
     rows = x.view(-1, weight.shape[1])
     y = x.new_empty(len(rows), len(weight)) if out is None else out
-    if y.is_meta:
-        _count_in_plan(rows, weight.t(), bias, y)
-    else:
-        _call_of(x)(rows, weight, bias, y, along=False, add=False)
+    write(rows, weight, bias, y)
     return y.view(*x.shape[:-1], len(weight))
 
 
@@ -87,11 +84,24 @@ def times(grad: Tensor, weight: Tensor, so_far: Tensor | None) -> Tensor:
     Without `so_far` the result is a fresh tensor.
     """
     out = grad.new_empty(len(grad), weight.shape[1]) if so_far is None else so_far
-    if out.is_meta:
-        _count_in_plan(grad, weight, so_far, out)
-    else:
-        _call_of(grad)(grad, weight, None, out, along=True, add=so_far is not None)
+    write(grad, weight, None, out, along=True, add=so_far is not None)
     return out
+
+
+def write(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    *,
+    along: bool = False,
+    add: bool = False,
+) -> None:
+    """Writes x W^T + bias to y, with `along` x W + bias, for any number of rows. add: adds it."""
+    if y.is_meta:
+        _count_in_plan(x, weight if along else weight.t(), y if add else bias, y)
+    else:
+        _call_of(x)(x, weight, bias, y, along=along, add=add)
 
 
 def _call_of(x: Tensor) -> Callable[..., None]:

@@ -170,7 +170,7 @@ class _LayerRecorder(Recorder):
         struct, start = referent_of(arguments[0]), len(self._structs)
         kind: Any = type(struct)
         self._structs += bytes(struct)
-        for at in _offsets(kind, ctypes.c_void_p):
+        for at in offsets(kind, ctypes.c_void_p):
             if address := self._word(start + at):
                 number = self._find(address)
                 if number is None:
@@ -181,7 +181,7 @@ class _LayerRecorder(Recorder):
                 self._addresses.append(
                     TapeAddress(start + at, number, address - allocation.address)
                 )
-        for at in _offsets(kind, DropoutMask):
+        for at in offsets(kind, DropoutMask):
             if self._word(start + at):
                 key = self._keys.get(self._word(start + at + 8))
                 if key is None:
@@ -282,14 +282,14 @@ def share_memory(allocations: Sequence[Allocation]) -> tuple[list[int], int]:
 
 
 @cache
-def _offsets(kind: Any, wanted: Any) -> tuple[int, ...]:
+def offsets(kind: Any, wanted: Any) -> tuple[int, ...]:
     """Returns where a struct or an array of type `kind` holds values of type `wanted`."""
     if kind is wanted:
         return (0,)
     if issubclass(kind, ctypes.Array):
-        size, within = ctypes.sizeof(kind._type_), _offsets(kind._type_, wanted)
+        size, within = ctypes.sizeof(kind._type_), offsets(kind._type_, wanted)
         return tuple(i * size + at for i in range(kind._length_) for at in within)
     if issubclass(kind, ctypes.Structure):
         fields = ((getattr(kind, name).offset, of) for name, of, *_ in kind._fields_)
-        return tuple(start + at for start, of in fields for at in _offsets(of, wanted))
+        return tuple(start + at for start, of in fields for at in offsets(of, wanted))
     return ()

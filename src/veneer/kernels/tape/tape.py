@@ -97,7 +97,7 @@ class Tape:
     def replay(self, first: int, stop: int) -> None:
         """Makes some of the calls. Raises MemoryError if one of them gets no memory."""
         start = ctypes.addressof(self._calls) + first * ctypes.sizeof(TapeCall)
-        _replay(_Replay(calls=start, num_calls=stop - first))
+        replay_calls(start, stop - first)
 
     def replay_at(self, bases: Sequence[int]) -> None:
         """Makes all calls with the addresses in a copy of the structs replaced."""
@@ -108,6 +108,15 @@ class Tape:
         tape.calls, tape.structs = ctypes.addressof(calls), ctypes.addressof(structs)
         tape.addresses, tape.bases = ctypes.addressof(self._addresses), ctypes.addressof(values)
         _replay(tape)
+
+
+def replay_calls(address: int, count: int) -> None:
+    """Makes the calls of an array of TapeCall at this address, one after the other."""
+    _replay(_Replay(calls=address, num_calls=count))
+
+
+def function_number(name: str) -> int:
+    return _NUMBERS[name]
 
 
 def _replay(tape: Any) -> None:

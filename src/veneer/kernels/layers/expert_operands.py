@@ -1,0 +1,110 @@
+"""The operands of a mixture's experts as one node (experts.py).
+
+Shapes: S sorted rows, E experts, D hidden, F the width of an expert, O and I the sides of a matrix,
+R rank.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from veneer.kernels.bindings import rank_calls
+from veneer.kernels.bindings.library import has_amx
+from veneer.kernels.dense import products
+from veneer.kernels.dense.fused import compiled, gated
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """The matrices of all experts (E, O, I), or transposed (E, I, O), and their biases (E, O)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    is_transposed: bool
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Returns O and I."""
+        first, second = self.weight.shape[1:]
+        return (second, first) if self.is_transposed else (first, second)
+
+    def dense(self, expert: int) -> Tensor:
+        """Returns the matrix (O, I) of an expert."""
+        matrix = self.weight[expert]
+        return matrix.T if self.is_transposed else matrix
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The frozen part of a mixture.
+
+    gate        computes (S, F) from the outputs of gate_up (S, 2F)
+    activation  a number of bindings/row_calls.py, if gate is activation(first half) * second half
+    """
+
+    gate_up: Matrices
+    down: Matrices
+    gate: Callable[[Tensor], Tensor]
+    activation: int | None
+
+    def parts(self) -> list[slice]:
+        """Returns the columns of gate_up's outputs that are tensors of their own."""
+        width = self.gate_up.sizes[0]
+        if self.activation is None or self.gate_up.is_transposed:
+            return [slice(0, width)]
+        return [slice(0, width // 2), slice(width // 2, width)]
+
+    def gated(self, outputs: Sequence[Tensor]) -> Tensor:
+        if len(outputs) == 1:
+            return self.gate(outputs[0])
+        assert self.activation is not None
+        return gated(outputs[0], outputs[1], self.activation)
+
+
+class StackFactors(NamedTuple):
+    """A (E, R, I) and B (E, O, R) of an update scale * B A."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+class ExpertUpdate(NamedTuple):
+    """The updates of an adapter on a slice of x's rows."""
+
+    rows: slice
+    gate_up: StackFactors | None
+    down: StackFactors | None
+
+
+def usable(x: Tensor, index: Tensor, experts: Experts, updates: Sequence[ExpertUpdate]) -> bool:
+    """True if the node computes these: bf16, widths and ranks that the kernels take (`filled`), and
+    no row without an expert."""
+    stacks = experts.gate_up.weight, experts.down.weight
+    biases = [own.bias for own in (experts.gate_up, experts.down) if own.bias is not None]
+    if not index.numel() or not compiled(x, *stacks, *biases):
+        return False
+    widths = [size for own in (experts.gate_up, experts.down) for size in own.sizes]
+    widths += [part.stop - part.start for part in experts.parts()]
+    if any(width % 16 for width in widths):
+        return False
+    if has_amx() and max(widths) > products.MAX_WIDTH_ON_TILES:
+        return False
+    factors = [own for update in updates for own in (update.gate_up, update.down) if own]
+    for A, *_ in factors:
+        if A.dtype is not torch.float32 or not 0 < A.shape[1] <= rank_calls.MOST_RANK:
+            return False
+    return index.is_meta or int(index.max()) < len(stacks[0])
+
+
+def filled(factors: StackFactors) -> StackFactors:
+    """Pads the rank with zeros to a multiple of 16."""
+    A, B, scale = factors
+    missing = -A.shape[1] % 16
+    if missing:
+        A, B = F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
+    return StackFactors(A.contiguous(), B.contiguous(), scale)
