@@ -163,6 +163,13 @@ def test_the_likeliest_token_is_taken_where_nothing_is_left_to_chance():
     assert draw(logits.bfloat16(), rows[:1] * 5) == logits.bfloat16().argmax(-1).tolist()
 
 
+def test_a_setting_is_greedy_only_if_it_leaves_a_single_token():
+    cold = [{}, {"temperature": 1e-9}, {"top_p": 0}, {"top_k": 1}]
+    assert all(Sampling(**{"temperature": float(n > 1), **s}).greedy for n, s in enumerate(cold))
+    warm = [{}, {"top_k": 2}, {"top_p": 0.1}, {"min_p": 0.9}]
+    assert not any(Sampling(temperature=1.0, **setting).greedy for setting in warm)
+
+
 def test_a_draw_that_rounds_up_to_the_very_end_takes_a_token_that_was_kept():
     logits = torch.tensor([[0.0, 3.0, 1.0, -float("inf")]])
     for cut, expected in (({}, 2), ({"top_p": 0.4}, 1), ({"top_k": 2}, 2)):
