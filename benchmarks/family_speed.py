@@ -56,6 +56,7 @@ SHAPE: dict[str, Any] = {
     "tie_word_embeddings": True,
     "pad_token_id": 0,
 }
+FALCON = {"ffn_hidden_size": 1536, "num_kv_heads": 3}
 GEMMA = {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 512}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -80,7 +81,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 1536, "word_embed_proj_dim": 576},
     "biogpt": {},
     "arcee": {},
-    "falcon": {"ffn_hidden_size": 1536},
+    "falcon": FALCON,
+    "falcon, groups": {**FALCON, "new_decoder_architecture": True},
     "mixtral": {"intermediate_size": 768, "num_local_experts": 8, "num_experts_per_tok": 2},
     "qwen3_moe": {
         "head_dim": 64,
@@ -107,7 +109,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "falcon_h1": {"mamba_d_ssm": 576, "mamba_n_heads": 9, "mamba_d_state": 128},
 }
-"""What the form of a family asks of its config beside the shape."""
+"""What the form of a family asks of its config beside the shape. After a
+comma: a form of the family."""
 ATTENTION_EVERY = {"lfm2": 3, "granitemoehybrid": 10}
 """Layers of a hybrid of which the last has attention; in the others a state passes from token to
 token."""
@@ -162,7 +165,7 @@ class Trained:
     def __init__(self, family: str, layers: int, rows: list[Example], *, nf4: bool) -> None:
         fields = SHAPE | FAMILIES[family] | {"num_hidden_layers": layers}
         fields |= hybrid_layers(family, layers)
-        config = AutoConfig.for_model(family, **fields)
+        config = AutoConfig.for_model(family.partition(",")[0], **fields)
         torch.manual_seed(0)
         made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         with TemporaryDirectory() as folder:

@@ -35,6 +35,7 @@ FAMILIES = [
     "gpt2",
     "opt",
     "falcon",
+    "falcon_groups",
     "falcon_heads",
 ]
 OUTPUTS = {
@@ -44,7 +45,7 @@ OUTPUTS = {
     "gpt2": ["c_proj"],
     "opt": ["out_proj", "fc2"],
 }
-OUTPUTS |= dict.fromkeys(("falcon", "falcon_heads"), OUTPUTS["gpt_neox"])
+OUTPUTS |= dict.fromkeys(("falcon", "falcon_groups", "falcon_heads"), OUTPUTS["gpt_neox"])
 """Modules at the ends of the blocks, where they have other names."""
 NEW = 24
 IDENTITIES = [(), (("a", 1.0),), (("b", 1.0),), (("a", 0.5), ("b", -1.0))]

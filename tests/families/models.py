@@ -100,6 +100,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "doge, window": ("doge", {"sliding_window": 64}),
     "olmoe, window": ("olmoe", {"sliding_window": 64}),
     "mixtral, window": ("mixtral", {"sliding_window": 64}),
+    "falcon, groups": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "phi3, longrope": (
         "phi3",
         {

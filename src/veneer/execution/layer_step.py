@@ -157,7 +157,7 @@ def _split_by_group(joined: Tensor, group: int, size: int) -> tuple[Tensor, Tens
     q, k, v = heads(0, group), heads(group, 1), heads(group + 1, 1)
     if group > 1:
         count = groups * group
-        q = q.contiguous().as_strided((rows, count, size), (count * size, size, 1))
+        q = decoder_step.compact(q).as_strided((rows, count, size), (count * size, size, 1))
     return q, k, v
 
 

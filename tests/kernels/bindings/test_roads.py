@@ -57,6 +57,7 @@ def blocks() -> torch.Tensor:
             lambda: decoder_step.rotate(one(2, 1, 8), one(2, 1, 8), one(2, 8), one(2, 8)),
         ),
         ("veneer_step_gate", lambda: decoder_step.gate(one(2, 8), one(2, 8))),
+        ("veneer_step_copy", lambda: decoder_step.compact(one(2, 6, 8)[:, ::3])),
         ("veneer_step_cap", lambda: decoder_step.cap(one(2, 8), 1.0, 30.0)),
         ("veneer_nf4_quantize", lambda: quantize(one(640))),
         (

@@ -42,7 +42,7 @@ PARTLY_ROTATED = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary
 FAMILIES = [
     *("llama", "qwen2", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "olmo2", "exaone4"),
     *("phi3", "glm4", "cohere", "stablelm", "starcoder2", "phi", "granite"),
-    *("gpt_neox", "gpt2", "opt", "falcon", "falcon_heads"),
+    *("gpt_neox", "gpt2", "opt", "falcon", "falcon_groups", "falcon_heads"),
 ]
 """Norms of heads, of all heads, before and behind the parts, in float32; gates of GELU; layers
 without rotation, or with angles in float32; transposed weights; q, k and v by group."""
@@ -55,6 +55,7 @@ OWN_SIZES = {
     "gpt2": {"n_inner": 96},
     "falcon": {"ffn_hidden_size": 96, "head_dim": None},
     "falcon_heads": {"ffn_hidden_size": 96, "head_dim": None},
+    "falcon_groups": {"ffn_hidden_size": 96, "num_attention_heads": 8, "head_dim": None},
     "opt": {
         "num_attention_heads": 8,
         "word_embed_proj_dim": 128,
@@ -80,7 +81,7 @@ OWN_NAMES["gpt2"] = {
     **dict.fromkeys(("gate_proj", "up_proj"), "c_fc"),
     **dict.fromkeys(("o_proj", "down_proj"), "c_proj"),
 }
-OWN_NAMES |= dict.fromkeys(("falcon", "falcon_heads"), OWN_NAMES["gpt_neox"])
+OWN_NAMES |= dict.fromkeys(("falcon", "falcon_groups", "falcon_heads"), OWN_NAMES["gpt_neox"])
 for names in (OWN_NAMES["phi3"], OWN_NAMES["glm4"]):
     names |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
 """Families with other names of modules: {name elsewhere: their name}."""
@@ -173,12 +174,14 @@ def _neox_x_first(layer, hidden_states, **given):
 
 
 def _falcon_x_first(layer, hidden_states, **given):
-    n = layer.input_layernorm(hidden_states)
-    return hidden_states + layer.self_attention(n, **given)[0] + layer.mlp(n), None
+    has_two = hasattr(layer, "ln_mlp")
+    n = (layer.ln_attn if has_two else layer.input_layernorm)(hidden_states)
+    m = layer.ln_mlp(hidden_states) if has_two else n
+    return hidden_states + layer.self_attention(n, **given)[0] + layer.mlp(m), None
 
 
 ROUND_OTHERWISE = {
-    "falcon": (FalconDecoderLayer, "forward", _falcon_x_first),
+    **dict.fromkeys(("falcon", "falcon_groups"), (FalconDecoderLayer, "forward", _falcon_x_first)),
     "falcon_heads": (FalconLinear, "forward", torch.nn.Linear.forward),
     "phi": (PhiDecoderLayer, "forward", _x_first),
     "gpt_neox": (GPTNeoXLayer, "forward", _neox_x_first),

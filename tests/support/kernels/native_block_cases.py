@@ -36,7 +36,8 @@ def block_cases(
 
     heads = [rng.randint(1, 3) for _ in range(3)]
     is_wide, back, has_norms, is_centred, has_up = (bool(rng.randint(0, 1)) for _ in range(5))
-    activation = rng.randint(0, 2)
+    activation, group = rng.randint(0, 2), rng.randint(1, 3)
+    of_q = filled(BF16, rows, group * heads[0], size)
 
     def norm(columns: int = width, spans: int = 1) -> block_calls.NormOperands:
         scale = filled(torch.float32, rows * spans)
@@ -161,11 +162,13 @@ def block_cases(
         (
             head_calls.heads_joined,
             {
-                "x": wide(3 * heads[0] * size),
+                "x": wide((group + 2) * heads[0] * size),
                 "size": size,
                 "angles": rng.choice([None, (wide(turned), wide(turned)), float_angles]),
-                "side": side(of_A=False, columns=3 * heads[0] * size),
-                "grads": tuple(filled(BF16, rows, heads[0], size) for _ in range(3))
+                "side": side(of_A=False, columns=(group + 2) * heads[0] * size),
+                "group": group,
+                "out": None if back else rng.choice([None, of_q]),
+                "grads": (of_q, *(filled(BF16, rows, heads[0], size) for _ in range(2)))
                 if back
                 else None,
                 "neighbours": bool(rng.randint(0, 1)),

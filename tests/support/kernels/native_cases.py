@@ -505,6 +505,7 @@ def _step(rng: random.Random) -> list[Call]:
                 "level": level,
             },
         ),
+        (step_calls.step_copy, {"x": q, "out": filled(dtype, *q.shape), "level": level}),
         (
             step_calls.step_cap,
             {"x": x, "scale": 0.5, "cap": rng.choice([0.0, 30.0]), "level": level},

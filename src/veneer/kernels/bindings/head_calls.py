@@ -107,6 +107,7 @@ def heads(
     "veneer_block_heads_joined(*)",
     """
     x: bf16[rows, width] words 4
+    out: pointer
     grads: pointer*3
     side: RankFactors
     cos, sin: F[rows, turned]?
@@ -114,9 +115,9 @@ def heads(
     neighbours: flag
     is_wide: flag
     rows: 0..2**27
-    heads = width / (3 * size)
+    groups, heads
     size: 16..2**27 % 16
-    body grads, side, cos, sin, turned, is_wide
+    body out, groups, heads, grads, side, cos, sin, turned, is_wide
     """,
     RankFactors=RankStruct,
 )
@@ -126,24 +127,36 @@ def heads_joined(
     angles: tuple[Tensor, Tensor] | None,
     side: RankFactors,
     *,
+    group: int = 1,
+    out: Tensor | None = None,
     grads: Sequence[Tensor] | None,
     neighbours: bool,
 ) -> Values:
-    """Forward, without `grads`: adds the update (B of one layer) to x (M, 3 H E), which holds q, k
-    and v of one head after the other, and rotates q and k, in place. E = size, a multiple of 16.
+    """Forward, without `grads`: adds the update (B of one layer) to x (M, K (G + 2) E), which holds
+    G heads of q, one of k and one of v of one group after the other, and rotates q and k, in place;
+    then copies q to `out` (M, K G, E), if there is one. G = group, E = size, a multiple of 16.
     angles: as in `heads`.
 
-    Backward: writes to x the gradients of q, k and v (M, H, E) by head, those of q and k rotated
-    back, and computes the product of x with B of the layer.
+    Backward: writes to x the gradients of q (M, K G, E), k and v (M, K, E) by group, those of q and
+    k rotated back, and computes the product of x with B of the layer.
     """
-    size = number(size, 1)
-    shape = len(x), x.shape[1] // (3 * size), size
-    if grads is not None and len(grads) != MOST_LAYERS:
+    size, group = number(size, 1), number(group, 1)
+    groups, gap = divmod(number(x.shape[1], 1, MOST_STRIDE), (group + 2) * size)
+    if gap:
+        raise CallError(f"{x.shape[1]} columns where C takes whole groups of {group + 2} heads")
+    if grads is not None and (len(grads) != MOST_LAYERS or out is not None):
         raise CallError(f"{len(grads)} gradients where C takes q, k and v")
     addresses: tuple[int, ...] = (0, 0, 0)
     if grads is not None:
-        addresses = tuple(at(grad, BF16, *shape, words=PAIR_BYTES) for grad in grads)
+        counts = groups * group, groups, groups
+        addresses = tuple(
+            at(grad, BF16, len(x), count, size, words=PAIR_BYTES)
+            for grad, count in zip(grads, counts, strict=True)
+        )
     return {
+        "out": 0 if out is None else at(out, BF16, len(x), groups * group, size, words=PAIR_BYTES),
+        "groups": groups,
+        "heads": group,
         "grads": addresses,
         "side": rank_struct(side, x, across=grads is None, of_A=False),
         **_rotation(angles, size),

@@ -108,6 +108,22 @@ def step_gate(
 
 
 @declare(
+    "veneer_step_copy(*, T, level: int32 0..3)",
+    """
+    x: T[rows@row, groups@group, width]
+    out: T[rows, groups, width]
+    rows
+    row: 0..2**40
+    groups
+    group: 0..2**40
+    width
+    """,
+)
+def step_copy(x: Tensor, out: Tensor, level: int = ANY_LEVEL) -> None:
+    """Copies x (N, K, W), which may have gaps between its rows and groups, to out without gaps."""
+
+
+@declare(
     "veneer_step_cap(*, T, level: int32 0..3)", "x: T[rows, width]; rows, width; scale, cap: float"
 )
 def step_cap(x: Tensor, scale: float, cap: float, level: int = ANY_LEVEL) -> None:

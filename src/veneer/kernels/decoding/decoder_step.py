@@ -3,6 +3,7 @@
     add_norm   h' = h + scale * after(delta), x = norm(h'); each norm may be missing
     rotate     each pair (a, b) of a head becomes (a cos - b sin, b cos + a sin), in place
     gate       activation(gate) * up
+    compact    a copy without gaps
     cap        softcap * tanh(scale * x / softcap), in place
 
 For forwards without a gradient; compiled for float32 and bf16 on any processor
@@ -125,6 +126,15 @@ def gate(gate_ND: Tensor, up_ND: Tensor | None, activation: int = SILU) -> Tenso
         return gated_reference(gate_ND, up_ND, activation)
     out = gate_ND.new_empty(gate_ND.shape)
     step_calls.step_gate(gate_ND, up_ND, out, activation)
+    return out
+
+
+def compact(x_NKW: Tensor) -> Tensor:
+    """Returns a copy of x without gaps between its rows and groups."""
+    if not _have_rows(x_NKW, None):
+        return x_NKW.contiguous()
+    out = x_NKW.new_empty(x_NKW.shape)
+    step_calls.step_copy(x_NKW, out)
     return out
 
 

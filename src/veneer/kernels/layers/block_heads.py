@@ -1,8 +1,9 @@
 """Computes q, k and v of a decoder layer with LoRA (block.py), after their updates, norms and
 rotation, and the backward of these steps.
 
-q, k and v are the outputs of three layers, or of one that computes them by head: q, k and v of the
-first head, then those of the next one. Then attention reads them where they are, as views.
+q, k and v are the outputs of three layers, or of one that computes them by group: some heads of q,
+their k and v, then those of the next group. Then attention reads them where they are, as views, but
+for q of more than one head a group.
 Shapes: M rows, H query heads, K key heads, S head size, R ranks side by side.
 """
 
@@ -27,9 +28,12 @@ def rotated_heads(
     norms and rotation. narrow: x A^T of the updates; scales: of the norms of q and k, written."""
     block = run.block
     if block.group:
-        _rotate_by_head(run, raw[0], narrow)
-        q, k, v = raw[0].view(run.rows, -1, 3, block.size).unbind(2)
-        return q, k, v
+        *q, k, v = raw[0].view(run.rows, -1, block.group + 2, block.size).unbind(2)
+        out = None
+        if block.group > 1:
+            out = k.new_empty(run.rows, k.shape[1] * block.group, block.size)
+        _rotate_by_group(run, raw[0], narrow, out)
+        return (q[0] if out is None else out), k, v
     turned = raw[:2] if block.norms.q is None else [torch.empty_like(wide) for wide in raw[:2]]
     _rotate(run, raw, narrow, scales, turned)
     q, k, v = (wide.view(run.rows, -1, block.size) for wide in (*turned, raw[2]))
@@ -73,7 +77,7 @@ def head_gradients(
     rows, grad_narrow = run.rows, run.narrow(run.block.heads)
     if run.block.group:
         joined = grad_heads[0].new_empty(rows, sum(heads[0].numel() for heads in grad_heads))
-        _rotate_by_head(run, joined, grad_narrow, grad_heads)
+        _rotate_by_group(run, joined, grad_narrow, None, grad_heads)
         return [joined], grad_narrow
     grads = [values.view(rows, -1) for values in grad_heads]
     scales, raw = (kept.q_scale, kept.k_scale), (kept.q_raw, kept.k_raw)
@@ -126,10 +130,14 @@ def _rotate(
         )
 
 
-def _rotate_by_head(
-    run: Pass, joined: Tensor, narrow: Sequence[Tensor], grads: Sequence[Tensor] | None = None
+def _rotate_by_group(
+    run: Pass,
+    joined: Tensor,
+    narrow: Sequence[Tensor],
+    out: Tensor | None,
+    grads: Sequence[Tensor] | None = None,
 ) -> None:
-    """Calls head_calls.heads_joined for each part. joined: q, k and v by head, or where their
+    """Calls head_calls.heads_joined for each part. joined: q, k and v by group, or where their
     gradients `grads` go."""
     for part, own_narrow in zip(run.parts, narrow, strict=True):
         head_calls.heads_joined(
@@ -137,6 +145,8 @@ def _rotate_by_head(
             run.block.size,
             part.part.angles,
             part.output_factors(0, own_narrow),
+            group=run.block.group,
+            out=None if out is None else out[part.rows],
             grads=None if grads is None else [values[part.rows] for values in grads],
             neighbours=run.block.neighbours,
         )

@@ -208,12 +208,7 @@ class Block:
         widths = [layer.base.out_features for layer in self.layers]
         q, k, v = widths[: self.o] if not self.group else self._widths_of_groups(widths[0])
         gates = [widths[number] for number in self.gates]
-        if (
-            self.group > 1
-            or self.size % 16
-            or any(width % self.size for width in (q, k, v))
-            or k != v
-        ):
+        if self.size % 16 or any(width % self.size for width in (q, k, v)) or k != v:
             return False
         q_norm, k_norm = self.norms.q, self.norms.k
         for norm, width in ((q_norm, q), (k_norm, k)):

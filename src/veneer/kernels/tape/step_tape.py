@@ -34,6 +34,7 @@ _ROWS = {
     "veneer_step_rotate",
     "veneer_step_gate",
     "veneer_step_cap",
+    "veneer_step_copy",
 }
 """Functions that compute any number of rows by the same instructions, as many as their struct
 says. So does attention over pages, whose rows are those of its spans."""

@@ -39,6 +39,7 @@ STEP_FUNCTIONS = (
     "veneer_step_embed",
     "veneer_step_angles",
     "veneer_step_cap",
+    "veneer_step_copy",
 )
 LAYER_FUNCTIONS = (
     "veneer_product",

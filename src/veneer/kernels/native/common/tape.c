@@ -18,7 +18,8 @@
     X(PACKED_ROWS, veneer_packed_rows(P(0), I(1)))                                                 \
     X(STEP_EMBED, (veneer_step_embed(P(0), I(1), I(2)), 0))                                        \
     X(STEP_ANGLES, (veneer_step_angles(P(0)), 0))                                                  \
-    X(STEP_CAP, (veneer_step_cap(P(0), I(1), I(2)), 0))
+    X(STEP_CAP, (veneer_step_cap(P(0), I(1), I(2)), 0))                                            \
+    X(STEP_COPY, (veneer_step_copy(P(0), I(1), I(2)), 0))
 
 int veneer_few_rows(const void *, int);
 int veneer_paged_attention(const void *, int, int);
@@ -27,6 +28,7 @@ int veneer_nf4_product(const void *, int64_t, int64_t, int64_t, const void *, in
 void veneer_step_norm(const void *, int, int), veneer_step_rotate(const void *, int, int);
 void veneer_step_gate(const void *, int, int), veneer_step_embed(const void *, int, int);
 void veneer_step_angles(const void *), veneer_step_cap(const void *, int, int);
+void veneer_step_copy(const void *, int, int);
 
 #if defined(__x86_64__)
 

@@ -334,41 +334,48 @@ void veneer_block_heads(struct heads *a) {
     for (int i = 0; i < MOST_LAYERS; i++) release(a->sides + i);
 }
 
-/* x, rows of `heads` times q, k and v of one head, one layer's output. Forward: x + its update, q
-   and k turned, in place. Backward, where there are gradients `grads` of q, k and v (rows, heads,
-   size): they are put together in x, those of q and k turned back, then the first product of x. */
+/* x, rows of `groups` times `heads` heads of q and their k and v, one layer's output. Forward:
+   x + its update, q and k turned, in place; and q copied to out, if there is one. Backward, where
+   there are gradients `grads` of q, k and v (rows, heads, size): they are put together in x, those
+   of q and k turned back, then the first product of x. */
 struct heads_joined {
-    uint16_t *x;
+    uint16_t *x, *out;
     const uint16_t *grads[MOST_LAYERS];
     struct rank_factors side;
     struct rotation rotation;
-    int64_t rows, heads, size;
+    int64_t rows, groups, heads, size;
 };
 
 static VENEER_BF16 void heads_joined_body(void *arguments, int64_t from, int64_t to) {
     const struct heads_joined *a = arguments;
-    const int64_t step = MOST_LAYERS * a->size, width = a->heads * step;
-    const int64_t bytes = a->size * 2, back = a->grads[0] != NULL;
+    const int64_t step = (a->heads + 2) * a->size, width = a->groups * step;
+    const int64_t q = a->heads * a->size, back = a->grads[0] != NULL;
     for (int64_t block = from; block < to; block++) {
         const int64_t row = block * BLOCK, n = rank_rows(block, a->rows);
         uint16_t *x = a->x + row * width;
         if (!back) up(&a->side, x, row, n, width);
         for (int64_t r = 0; r < n; r++) {
             uint16_t *own = x + r * width;
-            for (int64_t h = 0; back && h < a->heads; h++)
-                for (int64_t i = 0; i < MOST_LAYERS; i++)
-                    memcpy(own + h * step + i * a->size,
-                           a->grads[i] + ((row + r) * a->heads + h) * a->size, (size_t)bytes);
-            for (int64_t i = 0; a->rotation.cos && i < 2; i++)
-                rotate_row(own + i * a->size, &a->rotation, row + r, own + i * a->size, a->heads,
+            const int64_t first = (row + r) * a->groups;
+            for (int64_t g = 0; back && g < a->groups; g++) {
+                uint16_t *to_q = own + g * step;
+                memcpy(to_q, a->grads[0] + (first + g) * q, (size_t)q * 2);
+                for (int64_t i = 0; i < 2; i++)
+                    memcpy(to_q + q + i * a->size, a->grads[1 + i] + (first + g) * a->size,
+                           (size_t)a->size * 2);
+            }
+            for (int64_t i = 0; a->rotation.cos && i <= a->heads; i++)
+                rotate_row(own + i * a->size, &a->rotation, row + r, own + i * a->size, a->groups,
                            step, back);
+            for (int64_t g = 0; a->out && g < a->groups; g++)
+                memcpy(a->out + (first + g) * q, own + g * step, (size_t)q * 2);
         }
         if (back) down(&a->side, x, row, n, width);
     }
 }
 
 void veneer_block_heads_joined(struct heads_joined *a) {
-    const int64_t width = MOST_LAYERS * a->heads * a->size;
+    const int64_t width = a->groups * (a->heads + 2) * a->size;
     (a->grads[0] ? pack_down : pack_up)(&a->side, a->rows, width);
     veneer_parallel_dealt(heads_joined_body, a, rank_blocks(a->rows), 1, 4);
     release(&a->side);

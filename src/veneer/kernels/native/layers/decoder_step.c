@@ -44,6 +44,12 @@ struct step_gate {
     int64_t rows, gate_row, up_row, width, activation;
 };
 
+struct step_copy {
+    const void *x; /* (rows, groups, width), with gaps */
+    void *out;     /* the same without gaps */
+    int64_t rows, row, groups, group, width;
+};
+
 struct step_cap {
     void *x; /* (rows, width), changed in place */
     int64_t rows, width;
@@ -210,6 +216,15 @@ INLINE void rotate_rows(const int bf16, const struct step_rotate *a, int64_t fro
     else rotate_rows_of(bf16, 0, 0, a, from, to);
 }
 
+INLINE void copy_rows(const int bf16, const struct step_copy *a, int64_t from, int64_t to) {
+    const int64_t bytes = bf16 ? 2 : 4;
+    for (int64_t row = from; row < to; row++)
+        for (int64_t g = 0; g < a->groups; g++)
+            memcpy((char *)a->out + (row * a->groups + g) * a->width * bytes,
+                   (const char *)a->x + (row * a->row + g * a->group) * bytes,
+                   (size_t)(a->width * bytes));
+}
+
 /* e^-|x| to 2 units in the last place; beyond 87 what it is there. By integers, which compilers
  * keep in registers. */
 INLINE float exp_of_minus(float x) {
@@ -320,6 +335,7 @@ INLINE void embed_rows(const int bf16, const struct step_embed *a, int64_t from,
 OF_BOTH_TYPES(norm_rows)
 OF_BOTH_TYPES(rotate_rows)
 OF_BOTH_TYPES(gate_rows)
+OF_BOTH_TYPES(copy_rows)
 OF_BOTH_TYPES(cap_runs)
 OF_BOTH_TYPES(embed_rows)
 
@@ -336,6 +352,9 @@ void veneer_step_rotate(struct step_rotate *a, int bf16, int most) {
 }
 void veneer_step_gate(struct step_gate *a, int bf16, int most) {
     RUN(gate_rows, 4 * a->width); /* each takes a division */
+}
+void veneer_step_copy(struct step_copy *a, int bf16, int most) {
+    RUN(copy_rows, a->groups * a->width);
 }
 void veneer_step_cap(struct step_cap *a, int bf16, int most) {
     RUN_ITEMS(cap_runs, (a->rows * a->width + CAP_RUN - 1) / CAP_RUN, 2);
