@@ -183,9 +183,16 @@ VENEER_INLINE __m512 up_values(const uint16_t *up, int64_t at) {
     return up ? bf16_floats(up + at) : _mm512_set1_ps(1.0f);
 }
 
+/* The gate, for ReLU without what is negative: -inf times 0 would be NaN. A NaN stays. */
+VENEER_INLINE __m512 reached(const int activation, __m512 gate) {
+    const int is_relu = activation == RELU || activation == RELU_SQUARED;
+    return is_relu ? _mm512_max_ps(_mm512_setzero_ps(), gate) : gate;
+}
+
 /* activation(gate) * up, rounded where models round. */
 VENEER_INLINE __m512 gated(const int activation, __m512 gate, __m512 up) {
     __m512 power;
+    gate = reached(activation, gate);
     const __m512 share = activation_share(activation, gate, &power);
     return _mm512_mul_ps(rounded(_mm512_mul_ps(gate, share)), up);
 }
@@ -194,6 +201,7 @@ VENEER_INLINE __m512 gated(const int activation, __m512 gate, __m512 up) {
 VENEER_INLINE void gated_gradient(const int activation, __m512 gate, __m512 up, __m512 g,
                                   uint16_t *grad_gate, uint16_t *grad_up) {
     const __m512 one = _mm512_set1_ps(1.0f);
+    gate = reached(activation, gate);
     __m512 power, slope, run = gate; /* gate * the slope of t */
     const __m512 s = activation_share(activation, gate, &power);
     if (activation == GELU_TANH) {
