@@ -191,3 +191,17 @@ def test_rows_of_an_adapter_have_the_bits_that_they_have_alone():
         assert torch.equal(both[0][rows], expected[0])
         for value, value_alone in zip(both[1:], expected[1:], strict=True):
             assert torch.equal(value, value_alone)
+
+
+@pytest.mark.parametrize("product", ["gate_up", "down"])
+@pytest.mark.parametrize("factor", [0, 1])
+def test_factors_that_changed_since_forward_are_refused(factor, product):
+    """As in every node: gradients by other factors than those of forward would be wrong."""
+    torch.manual_seed(0)
+    stack, index = experts(gate=silu_halves), routed(20, 2, "even")
+    x, own = torch.randn(20, HIDDEN).bfloat16().requires_grad_(), update(slice(0, 20), 16, 1.0)
+    y = experts_with_lora(x, index, torch.rand(20, 2), stack, [own])
+    with torch.no_grad():
+        getattr(own, product)[factor].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.float().sum().backward()

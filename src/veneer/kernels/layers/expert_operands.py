@@ -80,6 +80,36 @@ class ExpertUpdate(NamedTuple):
     gate_up: StackFactors | None
     down: StackFactors | None
 
+    @property
+    def factors(self) -> list[Tensor | None]:
+        """Returns A and B of gate_up, then of down; None without an update."""
+        pairs = [own[:2] if own else (None, None) for own in (self.gate_up, self.down)]
+        return [factor for pair in pairs for factor in pair]
+
+    @property
+    def scales(self) -> "UpdateScales":
+        return UpdateScales(
+            self.rows, self.gate_up and self.gate_up.scale, self.down and self.down.scale
+        )
+
+
+class UpdateScales(NamedTuple):
+    """An update without its factors: its rows, and the scales of gate_up and of down."""
+
+    rows: slice
+    gate_up: float | None
+    down: float | None
+
+    def with_factors(self, factors: Sequence[Tensor | None]) -> ExpertUpdate:
+        """Takes the factors in the order of `ExpertUpdate.factors`."""
+
+        def stack(scale: float | None, A: Tensor | None, B: Tensor | None) -> StackFactors | None:
+            return None if A is None or B is None or scale is None else StackFactors(A, B, scale)
+
+        return ExpertUpdate(
+            self.rows, stack(self.gate_up, *factors[:2]), stack(self.down, *factors[2:])
+        )
+
 
 def usable(x: Tensor, index: Tensor, experts: Experts, updates: Sequence[ExpertUpdate]) -> bool:
     """True if the node computes these: bf16, widths and ranks that the kernels take (`filled`), and

@@ -31,10 +31,14 @@ from veneer.kernels.layers.expert_operands import (
     ExpertUpdate,
     Matrices,
     StackFactors,
+    UpdateScales,
     filled,
 )
 from veneer.kernels.layers.expert_rows import SortedRows, sort_rows
 from veneer.kernels.tape.repeated import Groups, for_each_group
+
+FACTORS = 4
+"""Of an update: A and B of two products."""
 
 
 def experts_with_lora(
@@ -49,17 +53,14 @@ def experts_with_lora(
         )
         for update in updates
     ]
-    factors = [
-        factor
-        for update in updates
-        for own in (update.gate_up, update.down)
-        for factor in (own[:2] if own else (None, None))
-    ]
-    return _Experts.apply(x, weights, index, experts, tuple(updates), *factors)
+    factors = [factor for update in updates for factor in update.factors]
+    scales = [update.scales for update in updates]
+    return _Experts.apply(x, weights, index, experts, scales, *factors)
 
 
 class _Experts(torch.autograd.Function):
-    """factors: A and B of gate_up, then of down, update by update; None without an update."""
+    """factors: those of one update after the other. They are saved like x, not in ctx, so that
+    backward refuses factors that have changed, and checkpointing frees padded ones."""
 
     @staticmethod
     def forward(
@@ -68,9 +69,10 @@ class _Experts(torch.autograd.Function):
         weights: Tensor,
         index: Tensor,
         experts: Experts,
-        updates: Sequence[ExpertUpdate],
+        scales: Sequence[UpdateScales],
         *factors: Tensor | None,
     ) -> Tensor:
+        updates = _updates(scales, factors)
         layout = sort_rows(index, len(experts.down.weight))
         groups = [layout.groups_within(update.rows) for update in updates]
         sorted_x = layout.gather(x)
@@ -88,15 +90,17 @@ class _Experts(torch.autograd.Function):
             _add_update(inner, update.down, whole, [y], own)
             for update, own in zip(updates, groups, strict=True)
         ]
-        ctx.save_for_backward(x, weights, *layout.tensors, *outputs, *narrow)
-        ctx.layout, ctx.groups, ctx.experts, ctx.updates = layout.numbers, groups, experts, updates
+        ctx.save_for_backward(x, weights, *layout.tensors, *factors, *outputs, *narrow)
+        ctx.layout, ctx.groups, ctx.experts, ctx.scales = layout.numbers, groups, experts, scales
         return layout.sum_rows(y, weights)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        experts, updates, parts = ctx.experts, ctx.updates, ctx.experts.parts()
+        experts, parts = ctx.experts, ctx.experts.parts()
         x, weights, slots, places, *saved = ctx.saved_tensors
+        num_factors = FACTORS * len(ctx.scales)
+        updates, saved = _updates(ctx.scales, saved[:num_factors]), saved[num_factors:]
         layout = SortedRows(slots, places, ctx.layout)
         outputs, saved = saved[: len(parts)], saved[len(parts) :]
         of_gate_up, of_down = saved[: len(updates)], saved[len(updates) :]
@@ -146,6 +150,15 @@ class _Experts(torch.autograd.Function):
             gradients += of_own_down
         grad_weights = layout.unsorted(grad_weights, weights)
         return layout.sum_rows(grad_sorted_x), grad_weights, None, None, None, *gradients
+
+
+def _updates(
+    scales: Sequence[UpdateScales], factors: Sequence[Tensor | None]
+) -> list[ExpertUpdate]:
+    return [
+        own.with_factors(factors[FACTORS * number : FACTORS * (number + 1)])
+        for number, own in enumerate(scales)
+    ]
 
 
 def _gate_again(
