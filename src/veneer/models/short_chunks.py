@@ -1,10 +1,9 @@
 """Shortens the chunks in which state spaces (Mamba-2) read a text on a CPU.
 
 Their code pads each text to whole chunks and compares every token with all others of its chunk.
-Configs name a length that suits kernels for GPUs, mostly 256. Without these kernels 64 is up to 8
-times as fast: layers of 18 heads with states of 64 x 128, forward and backward of 8 rows of 115
-tokens in 133 ms in place of 1,094 (one busy thread of Zen 4, processor time). The state passes from
-chunk to chunk, so sums are the same in another order.
+Configs name a length that suits kernels for GPUs, mostly 256. Without these kernels 64 is mostly
+faster, above all for texts that are shorter than a chunk; docs/log.md has the times. The state
+passes from chunk to chunk, so sums are the same in another order.
 
 What is shortened is proven: each kind of layer reads a few random rows both ways.
 """
@@ -18,7 +17,7 @@ from veneer.execution.agreement import PART, agrees
 from veneer.private.torch import children_of, parameters_of
 
 CHUNK = 64
-"""Tokens of a chunk. 32 is as fast; 16 and 128 are slower."""
+"""Tokens of a chunk, chosen by times of the scan alone (docs/log.md)."""
 
 
 def shorten_chunks(model: nn.Module) -> None:

@@ -528,7 +528,7 @@ def test_a_layer_gives_torchs_product_and_gradient_and_the_same_bits_with_one_as
 
 @each_type
 def test_rows_with_gaps_between_them_are_multiplied_as_contiguous_ones(counted, dtype):
-    """The head reads the last row of each prompt: torch would copy its weight for each."""
+    """The head reads the last row of each prompt: torch would read its weight for each."""
     module = plain(dtype)
     layer, x = FewRowsLinear.of(module), drawn(dtype, 7, 9, 256)[:, -1:]
     expected = few_rows.product(x[:, 0].contiguous(), module.weight, module.bias)[:, None]
