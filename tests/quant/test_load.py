@@ -9,11 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from tests.support.models.packed import packed_and_dense, packed_modules
 from tests.support.tiny import FAMILIES, save_tiny
+from veneer.adapters.attach import attach
+from veneer.adapters.config import LoRA
+from veneer.adapters.placement.routing import Routing
 from veneer.errors import CorruptFileError
-from veneer.linear import num_parameters
+from veneer.linear import _is_product as linear_kinds
+from veneer.linear import is_plain_linear, num_parameters
 from veneer.models.load import load_base
 from veneer.quant.layers import HeldExperts, HeldLinear
 
@@ -55,6 +60,21 @@ def test_half_types_are_what_the_products_are_in_and_what_stays_is_stored_in(dty
     with torch.no_grad():
         ours, theirs = base.model(IDS).logits.float(), dense(IDS).logits.float()
     assert (ours - theirs).norm() < 0.03 * theirs.norm()
+
+
+def test_a_linear_class_with_its_own_forward_is_packed_and_adapted_in_a_half_type(tmp_path):
+    """transformers loads with bfloat16 as torch's default type, in which Falcon's linear class
+    rounds twice. A class that was tried then stayed unknown for the whole process."""
+    linear_kinds.cache_clear()
+    try:
+        base, _ = packed_and_dense(save_tiny(tmp_path, "falcon"), dtype="bfloat16")
+        assert is_plain_linear(FalconLinear(4, 4))
+    finally:
+        linear_kinds.cache_clear()
+    head = base.model.get_output_embeddings()
+    attachment = attach(base.model, LoRA(), name="a", routing=Routing(), head=head)
+    assert len(attachment.layers) == 4 * base.model.config.num_hidden_layers
+    assert len(packed_modules(base.model)) >= len(attachment.layers)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
