@@ -8,6 +8,8 @@ from torch import nn
 
 import veneer
 from tests.families.models import save_family
+from tests.support.sharding import absent_processes
+from veneer.models.load import load_base
 from veneer.models.short_chunks import CHUNK, shorten_chunks, take_short_chunks
 
 CLOSE = 1e-5
@@ -18,10 +20,17 @@ def near(ours, theirs):
     return (ours - theirs).abs().max() <= CLOSE * theirs.abs().max()
 
 
+def save_with_long_chunks(family, folder, length):
+    path = save_family(family, folder) / "config.json"
+    config = json.loads(path.read_text())
+    (name,) = {"chunk_size", "mamba_chunk_size"} & config.keys()
+    path.write_text(json.dumps(config | {name: length}))
+
+
 @pytest.mark.parametrize("family", ["granitemoehybrid", "falcon_h1"])
 def test_a_loaded_base_reads_short_chunks_with_the_same_states_and_gradients(family, tmp_path):
-    path, own = save_family(family, tmp_path) / "config.json", 2 * CHUNK
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"mamba_chunk_size": own}))
+    own = 2 * CHUNK
+    save_with_long_chunks(family, tmp_path, own)
     model = veneer.load(str(tmp_path), device="cpu").model
     mixers = [module for module in model.modules() if hasattr(module, "A_log")]
     assert mixers and {mixer.chunk_size for mixer in mixers} == {CHUNK}
@@ -36,6 +45,20 @@ def test_a_loaded_base_reads_short_chunks_with_the_same_states_and_gradients(fam
         assert near(short, long)
         assert near(*(torch.autograd.grad(y, x, grad)[0] for y in (short, long)))
         mixer.chunk_size = CHUNK
+
+
+@pytest.mark.parametrize("family", ["granitemoehybrid", "falcon_h1", "mamba2"])
+def test_a_base_in_shards_reads_chunks_of_the_same_length(family, tmp_path):
+    """Otherwise it would not give the bits of a whole base, and a plan would count too little."""
+    save_with_long_chunks(family, tmp_path, 2 * CHUNK)
+    whole = load_base(str(tmp_path), device="cpu")
+    with absent_processes(2) as sharding:
+        parts = load_base(str(tmp_path), device="cpu", sharding=sharding)
+        lengths = [
+            [module.chunk_size for module in base.model.modules() if hasattr(module, "chunk_size")]
+            for base in (whole, parts)
+        ]
+    assert lengths[0] == lengths[1] and {*lengths[0]} == {CHUNK}
 
 
 class Mixer(nn.Module):

@@ -149,8 +149,8 @@ def load_base(
             take_few_rows(model)
             if sharding is not None:
                 sharding.complete(model, compute.held)
-            elif place.type == "cpu":
-                take_short_chunks(model)
+            if place.type == "cpu":
+                take_short_chunks(model, is_whole=sharding is None)
             remember_by_values(
                 "finite", model, bool, lambda: check_finite(model_folder.folder, model)
             )

@@ -5,7 +5,8 @@ Configs name a length that suits kernels for GPUs, mostly 256. Without these ker
 faster, above all for texts that are shorter than a chunk; docs/log.md has the times. The state
 passes from chunk to chunk, so sums are the same in another order.
 
-What is shortened is proven: each kind of layer reads a few random rows both ways.
+What is shortened is proven: each kind of layer reads a few random rows both ways. The layers of a
+model in shards are whole only in its own forwards, so a small copy's layers read them there.
 """
 
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from veneer.execution.agreement import PART, agrees
+from veneer.execution.proofs.small_copy import NoCopyError, small_copy
 from veneer.private.torch import children_of, parameters_of
 
 CHUNK = 64
@@ -27,15 +29,33 @@ def shorten_chunks(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def take_short_chunks(model: nn.Module) -> None:
-    """Shortens the chunks of a model on a CPU, where that gives the same outputs."""
+def take_short_chunks(model: nn.Module, *, is_whole: bool = True) -> None:
+    """Shortens the chunks of a model on a CPU, where that gives the same outputs. is_whole: False
+    if its layers are sharded; a small copy then stands for all of them."""
     agreed: dict[tuple[object, ...], bool] = {}
-    for mixer in _with_long_chunks(model):
+    mixers = _with_long_chunks(model)
+    if mixers and not is_whole:
+        if _copy_agrees(model, mixers[0].chunk_size):
+            shorten_chunks(model)
+        return
+    for mixer in mixers:
         kind = _kind(mixer)
         if kind not in agreed:
             agreed[kind] = _agrees(mixer)
         if agreed[kind]:
             mixer.chunk_size = CHUNK
+
+
+def _copy_agrees(model: Any, length: int) -> bool:
+    try:
+        copy = small_copy(type(model), model.config)
+    except NoCopyError:
+        return False
+    mixers: list[Any] = [mixer for mixer in copy.modules() if hasattr(mixer, "chunk_size")]
+    for mixer in mixers:
+        mixer.chunk_size = length  # a small copy may have a small one
+    take_short_chunks(copy)
+    return bool(mixers) and all(mixer.chunk_size == CHUNK for mixer in mixers)
 
 
 def _with_long_chunks(model: nn.Module) -> list[Any]:
