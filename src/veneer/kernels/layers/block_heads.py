@@ -28,12 +28,12 @@ def rotated_heads(
     norms and rotation. narrow: x A^T of the updates; scales: of the norms of q and k, written."""
     block = run.block
     if block.group:
-        *q, k, v = raw[0].view(run.rows, -1, block.group + 2, block.size).unbind(2)
+        *q_heads, k, v = raw[0].view(run.rows, -1, block.group + 2, block.size).unbind(2)
         out = None
         if block.group > 1:
             out = k.new_empty(run.rows, k.shape[1] * block.group, block.size)
         _rotate_by_group(run, raw[0], narrow, out)
-        return (q[0] if out is None else out), k, v
+        return (q_heads[0] if out is None else out), k, v
     turned = raw[:2] if block.norms.q is None else [torch.empty_like(wide) for wide in raw[:2]]
     _rotate(run, raw, narrow, scales, turned)
     q, k, v = (wide.view(run.rows, -1, block.size) for wide in (*turned, raw[2]))
