@@ -8,6 +8,8 @@ from transformers import GenerationConfig
 
 from tests.support.helpers import fill, filled_lora
 from tests.support.tiny import FAMILIES, SLIDING_WINDOW, tiny_base, tiny_model
+from veneer.adapters.attach import attach
+from veneer.adapters.config import LoRA
 from veneer.decoding import generate as answers
 from veneer.decoding.continued import logits_of_continuations
 from veneer.decoding.forward import PagedForward
@@ -281,6 +283,21 @@ def test_transformers_loop_prepares_each_update_once_and_anew_after_training(fam
             assert generate(base, PROMPTS, max_new_tokens=NEW) == expected
         assert len(prepared) == len(adapter.layers)
         prepared.clear()
+
+
+def test_transformers_loop_calls_hooks_of_a_layer_that_no_acting_adapter_changes():
+    base, calls = tiny_base("bloom"), []
+    filled_lora(base)
+    head = base.model.get_output_embeddings()
+    config = LoRA(rank=3, alpha=5, targets=["dense"])
+    fill(
+        attach(base.model, config, name="b", routing=base.routing, head=head).parameters().values()
+    )
+    base.routing.active = (("b", 1.0),)
+    layers = (m for n, m in base.model.named_modules() if n.endswith("query_key_value"))
+    next(layers).base.register_forward_hook(lambda *_: calls.append(1))
+    (answer,) = generate(base, PROMPTS[:1], max_new_tokens=NEW)
+    assert len(calls) == len(answer) > 1
 
 
 def test_padding_that_the_model_has_no_row_for_is_not_used():

@@ -78,7 +78,7 @@ class AdaptedLinear(AdaptedModule):
     def forward(self, x: Tensor) -> Tensor:
         acting = self.routing.acting
         rows = x.numel() // x.shape[-1]
-        is_step = acting.counts(rows)
+        is_step = acting.counts(rows) and not has_hooks(self.base)
         if is_step and (updates := self._cached_updates(acting, rows, x.dtype)) is not None:
             y_MO = updates.product(x.reshape(rows, -1), self.bias, self.frozen)
         elif (adapters := acting.whole) is not None and not (adapters and is_step):
