@@ -287,6 +287,10 @@ def test_a_resolved_run_file_reads_back_as_the_same_run(tmp_path):
         ("rank: 3", "run.yaml:1 unknown key 'rank': did you mean 'method.rank'?"),
         ("lr: 3", "run.yaml:1 unknown key 'lr': did you mean 'learning_rate'?"),
         (
+            "data: {new_tokens: [x]}",
+            "run.yaml:1 unknown key 'new_tokens' in data: it stands at the top level",
+        ),
+        (
             "data: {train: a, long_row: cut}",
             "run.yaml:1 unknown key 'long_row' in data: did you mean 'long_rows'?",
         ),

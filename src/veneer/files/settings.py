@@ -285,6 +285,8 @@ def _hint(
     if path[-1] in NOT_NEEDED:
         return f": remove it ({NOT_NEEDED[path[-1]]})"
     if (meant := nearest(path, ours, value)) is not None:
+        if meant == path[-1:]:
+            return ": it stands at the top level"
         return f": did you mean {repr(meant[-1]) if meant[:-1] == parent else written(meant)}?"
     siblings = sorted(
         known_path[-1] for known_path in ours if known_path[:-1] == parent
