@@ -8,6 +8,7 @@ from veneer.decoding.continued import logits_of_continuations
 from veneer.decoding.engine import bytes_per_token
 from veneer.decoding.forward import PagedForward
 from veneer.decoding.schedule.limits import Limits
+from veneer.execution.attention import take_packed
 
 
 def test_rows_that_are_read_are_filled_up_to_one_of_few_shapes_and_single_tokens_are_not(
@@ -20,7 +21,9 @@ def test_rows_that_are_read_are_filled_up_to_one_of_few_shapes_and_single_tokens
         return steps[-1]
 
     monkeypatch.setattr(PagedForward, "rows", noted)
-    logits_of_continuations(tiny_model("llama"), [[1, 2, 3, 4, 5]], [[9, 10]], Limits())
+    model = tiny_model("llama")
+    take_packed(model)
+    logits_of_continuations(model, [[1, 2, 3, 4, 5]], [[9, 10]], Limits())
     reading, *single = steps
     assert reading.rows.tolist() == [[1, 2, 3, 4, 5] + [0] * 27, [0, 1, 2, 3, 4] + [0] * 27]
     assert (reading.filler, reading.kept.tolist()) == (27, [4])

@@ -48,7 +48,7 @@ DEVICES = {"cuda": Accelerator("cuda:0"), "mps": Accelerator("mps:0", lacks=(tor
 EXAMPLES = make_examples(8)
 PROMPTS = [[5, 9, 30, 7, 5], [5, 9, 30, 61, 2, 8, 44]]
 LAYERS, EXPERTS = 2, 4
-DEVICE_BASES = {name: base for name, base in BASES.items() if name != "llama narrow"}
+DEVICE_BASES = {name: base for name, base in BASES.items() if not name.endswith(" narrow")}
 """Bases of a device: weights in bf16 under products in float32 are held on a CPU alone."""
 """Of the tiny models: decoder layers, experts a layer."""
 MIXTURES = ("mixtral", "qwen3_moe")

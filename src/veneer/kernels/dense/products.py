@@ -145,7 +145,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     last one of each text, become contiguous first. torch (2.13) would make a batched product of
     them, which reads W once for each row, and in bf16 copies it as often.
     """
-    if on_cpu(x):
+    if not torch.compiler.is_compiling() and on_cpu(x):
         x = x.contiguous()
     if not usable(x, weight, bias) or few_rows.usable(x, weight, bias):
         return few_rows.linear(x, weight, bias)
