@@ -192,14 +192,15 @@ def test_the_verdict_says_what_was_forgotten(forgetting, words):
     assert words in verdict(result([-1.2, -0.8], forgetting=forgetting))[3]
 
 
-@pytest.mark.parametrize("reason", ["time", "done"])
+@pytest.mark.parametrize("reason", ["time", "done", "early_stop"])
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("library", ["tickets", None])
 def test_the_verdict_says_what_to_do_next(reason, whole, library):
     made = result([-1.2, -0.8])
     made["run"] |= {"reason": reason, "whole": whole}
     last = verdict({**made, "library": library})[4]
-    assert ("the time ended the training" in last) == (reason == "time" or not whole)
+    by_time = reason == "time" or (reason == "done" and not whole)
+    assert ("the time ended the training" in last) == by_time
     assert ("in the library as tickets" in last) == (library is not None)
     assert ("veneer adapters add runs/t" in last) == (library is None)
 

@@ -173,6 +173,7 @@ def _next(result: Result) -> str:
     else:
         keep = f" Keep it: veneer adapters add {result['out']}."
     more = ""
-    if result["run"]["reason"] == "time" or not result["run"]["whole"]:
+    reason = result["run"]["reason"]
+    if reason == "time" or (not result["run"]["whole"] and reason != "early_stop"):
         more = " More --minutes may help: the time ended the training."
     return f"Next: {commands}.{keep}{more}"
