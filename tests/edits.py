@@ -83,7 +83,9 @@ class _Python(ast.NodeVisitor):
     def place(self, node: ast.AST) -> tuple[int, int]:
         """Bytes of a node in the file."""
         start = self.lines[node.lineno - 1] + node.col_offset  # type: ignore[attr-defined]
-        return start, self.lines[node.end_lineno - 1] + node.end_col_offset  # type: ignore[attr-defined]
+        last: int = node.end_lineno  # type: ignore[attr-defined]
+        end: int = node.end_col_offset  # type: ignore[attr-defined]
+        return start, self.lines[last - 1] + end
 
     def add(self, node: ast.AST, kind: str, start: int, end: int, after: str) -> None:
         if self.in_function:

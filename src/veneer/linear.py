@@ -40,7 +40,7 @@ class FewRowsLinear(nn.Linear):
         assert weight is not None
         if not torch.is_grad_enabled() or not few_rows.wants_gradient(input, weight, bias):
             return products.linear(input, weight, bias)
-        input = input.contiguous()  # as `products.linear` has it without a gradient
+        input = input.contiguous()  # as in `products.linear`, so that bits agree
         fast = few_rows.usable(input, weight, bias) or products.usable(input, weight, bias)
         if weight.requires_grad or not fast:
             return F.linear(input, few_rows.widened(weight, input), bias)

@@ -1,4 +1,4 @@
-"""What the node of a mixture (kernels/layers/experts.py) takes of modules and adapters."""
+"""Reads the operands of a mixture's node (kernels/layers/experts.py) from modules and adapters."""
 
 from collections.abc import Callable, Mapping
 

@@ -38,7 +38,7 @@ from veneer.kernels.layers.expert_rows import SortedRows, sort_rows
 from veneer.kernels.tape.repeated import Groups, for_each_group
 
 FACTORS = 4
-"""Of an update: A and B of two products."""
+"""Factors of an update: A and B for gate_up, A and B for down."""
 
 
 def experts_with_lora(

@@ -1,5 +1,5 @@
-/* Products of many rows in bf16, of W as it lies and turned over, with a bias and added to y, beside
-   sums in float64; one row alone gives the bits that it has among others. */
+/* Products of many rows in bf16 beside sums in float64: of W as it lies and turned over, with a
+   bias and added to y; one row alone gives the bits that it has among others. */
 #include "drawn.h"
 #include "products.h"
 
