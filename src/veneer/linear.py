@@ -21,19 +21,23 @@ from veneer.kernels.dense.frozen import times as times
 from veneer.private.torch import buffers_of, parameters_of
 
 
-class FewRowsLinear(nn.Linear):
+class Replacement:
+    """A class of modules that take the place of others."""
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Self:
+        """Makes one with the same parameters, under the same names."""
+        made = cls.__new__(cls)
+        made.__dict__.update(module.__dict__)
+        return made
+
+
+class FewRowsLinear(Replacement, nn.Linear):
     """An nn.Linear that uses the kernel for products of few rows (kernels/dense/few_rows.py).
 
     A row's bits are the same alone and among others, with a gradient and without. A weight that
     trains uses torch's product.
     """
-
-    @classmethod
-    def of(cls, module: nn.Linear) -> Self:
-        """Makes one with the same parameters, under the same names."""
-        linear = cls.__new__(cls)
-        linear.__dict__.update(module.__dict__)
-        return linear
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = parameters_of(self)["weight"], parameters_of(self)["bias"]
@@ -61,19 +65,12 @@ class WidenedLinear(FewRowsLinear):
         return products.linear(input, weight, bias)
 
 
-class WidenedTransposed(nn.Module):
+class WidenedTransposed(Replacement, nn.Module):
     """GPT-2's Conv1D whose weight (I, O) is held in bf16 and multiplied in float32, as in a
     WidenedLinear."""
 
     weight: nn.Parameter
     bias: nn.Parameter
-
-    @classmethod
-    def of(cls, module: nn.Module) -> Self:
-        """Makes one with the same parameters, under the same names."""
-        linear = cls.__new__(cls)
-        linear.__dict__.update(module.__dict__)
-        return linear
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.requires_grad:
@@ -84,16 +81,9 @@ class WidenedTransposed(nn.Module):
         return dense.product(x, self.bias)
 
 
-class WidenedEmbedding(nn.Embedding):
+class WidenedEmbedding(Replacement, nn.Embedding):
     """An nn.Embedding whose table is held in bf16 and looked up in float32. Rows are multiplied by
     `embed_scale` if the class that it replaces has one."""
-
-    @classmethod
-    def of(cls, module: nn.Embedding) -> Self:
-        """Makes one with the same table, under the same name."""
-        embedding = cls.__new__(cls)
-        embedding.__dict__.update(module.__dict__)
-        return embedding
 
     def forward(self, input: Tensor) -> Tensor:
         rows = super().forward(input).to(embedding_type(self))
