@@ -140,13 +140,15 @@ def test_the_fused_product_is_the_product_with_the_decoded_weights(dtype, shape)
         for rows in (1, 2, 5, 8):
             x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(rows)).to(dtype)
             for level in (5, *LEVELS):
-                y = kernels.product(w.blocks, x, shape[0], level=level).double()
-                expected = x.double() @ dense.T
-                assert (y - expected).abs().max() <= rounding * expected.abs().max(), (
-                    block,
-                    rows,
-                    level,
-                )
+                for bias in (None, flat(shape[0], seed=9).to(dtype)):
+                    y = kernels.product(w.blocks, x, shape[0], bias, level=level).double()
+                    expected = x.double() @ dense.T + (0.0 if bias is None else bias.double())
+                    assert (y - expected).abs().max() <= rounding * expected.abs().max(), (
+                        block,
+                        rows,
+                        level,
+                        bias,
+                    )
 
 
 @needs_native

@@ -52,8 +52,7 @@ class PackedMatrix(DivisibleLinear):
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         x_MI = x.reshape(-1, self.in_features)
         if not self.transposed and nf4.has_product(self.blocks, x_MI, start=self.start):
-            y_MO = nf4.product(self.blocks, x_MI, self.out_features, start=self.start)
-            y_MO = y_MO if bias is None else y_MO.add_(bias)
+            y_MO = nf4.product(self.blocks, x_MI, self.out_features, bias, start=self.start)
             return y_MO.view(*x.shape[:-1], self.out_features)
         return F.linear(x, self._decoded(x.dtype), bias)
 

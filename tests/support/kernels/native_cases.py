@@ -305,8 +305,12 @@ def _packed(rng: random.Random) -> list[Call]:
             packed_calls.nf4_weights(**given), out, start=start, level=level
         )
 
-    def product(x: Tensor, y: Tensor, start: int, level: int, **given: Any) -> None:
-        packed_calls.nf4_product(packed_calls.nf4_weights(**given), x, y, start=start, level=level)
+    def product(
+        x: Tensor, y: Tensor, bias: Tensor | None, start: int, level: int, **given: Any
+    ) -> None:
+        packed_calls.nf4_product(
+            packed_calls.nf4_weights(**given), x, y, bias, start=start, level=level
+        )
 
     def nf4_rows(
         x: Tensor, y: Tensor, bias: Tensor | None, start: int, level: int, **given: Any
@@ -336,6 +340,7 @@ def _packed(rng: random.Random) -> list[Call]:
                 **weight,
                 "x": filled(dtype, rows, width),
                 "y": filled(dtype, rows, outs),
+                "bias": rng.choice([None, filled(dtype, outs)]),
                 "start": rng.randint(0, count - outs * width),
                 "level": level,
             },

@@ -103,13 +103,16 @@ def nf4_dequantize(weights: Any, out: Tensor, *, start: int, level: int) -> Valu
 
 @declare(
     "veneer_nf4_product(weights: pointer, start: 0..stored - outs * width, outs, width: 1..,"
-    f" x: V[rows, width], rows: 1..{MOST_PRODUCT_ROWS}, y: V[rows, outs], V, level: int32 -1..4)",
+    f" x: V[rows, width], rows: 1..{MOST_PRODUCT_ROWS}, bias: V[outs]?,"
+    " y: V[rows, outs], V, level: int32 -1..4)",
     "body stored, weights",
     fails=MemoryError("no memory for one row of a packed weight"),
 )
-def nf4_product(weights: Any, x: Tensor, y: Tensor, *, start: int, level: int) -> Values:
-    """Computes y (M, O) = x (M, I) W^T, W being O rows of I elements from `start` on; M is 1 to
-    8."""
+def nf4_product(
+    weights: Any, x: Tensor, y: Tensor, bias: Tensor | None, *, start: int, level: int
+) -> Values:
+    """Computes y (M, O) = x (M, I) W^T + bias, W being O rows of I elements from `start`
+    on; M is 1 to 8."""
     return {"stored": weights.count, "weights": ctypes.byref(weights)}
 
 

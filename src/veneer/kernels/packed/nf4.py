@@ -199,9 +199,17 @@ def has_product(weights: NF4Blocks, x: Tensor, *, start: int = 0) -> bool:
     return x.device.type == "cpu" and few_rows.takes(len(x), MAX_ROWS) and is_compiled()
 
 
-def product(weights: NF4Blocks, x: Tensor, outs: int, *, start: int = 0, level: int = -1) -> Tensor:
-    """Computes x (M, I) -> x W^T (M, outs) in x's type, W being `outs` rows of I elements from
-    `start` on.
+def product(
+    weights: NF4Blocks,
+    x: Tensor,
+    outs: int,
+    bias: Tensor | None = None,
+    *,
+    start: int = 0,
+    level: int = few_rows.ANY_LEVEL,
+) -> Tensor:
+    """Computes x (M, I) -> x W^T + bias (M, outs) in x's type, W being `outs` rows of I elements
+    from `start` on.
 
     Only where has_product says so. Weights are those that dequantize gives in x's type; products
     and sums are float32.
@@ -213,16 +221,10 @@ def product(weights: NF4Blocks, x: Tensor, outs: int, *, start: int = 0, level: 
     if x.shape[0] == 0:
         return y
     if x.is_cuda:
-        return _cuda_product(weights, x, start).product(weights, x, outs, start=start)
+        y = _cuda_product(weights, x, start).product(weights, x, outs, start=start)
+        return y if bias is None else y.add_(bias)
     if x.shape[0] <= FUSED_ROWS or x.dtype is torch.float16:
-        packed_calls.nf4_product(weights.checked, x, y, start=start, level=min(level, 4))
+        packed_calls.nf4_product(weights.checked, x, y, bias, start=start, level=min(level, 4))
     else:
-        packed_calls.nf4_rows(
-            weights.checked,
-            x,
-            y,
-            None,
-            start=start,
-            level=few_rows.ANY_LEVEL if level < 0 else level,
-        )
+        packed_calls.nf4_rows(weights.checked, x, y, bias, start=start, level=level)
     return y

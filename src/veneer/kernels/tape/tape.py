@@ -62,7 +62,7 @@ LAYER_FUNCTIONS = (
 """Each takes a struct, and at most two numbers beside it."""
 FUNCTIONS = (*STEP_FUNCTIONS, *LAYER_FUNCTIONS)
 """In the order in which native/common/tape.c numbers them."""
-MOST_ARGUMENTS = 9
+MOST_ARGUMENTS = 10
 _NUMBERS = {name: number for number, name in enumerate(FUNCTIONS)}
 _CREATES = {"empty", "new_empty", "empty_like", "empty_strided"}
 _VIEWS = set(

@@ -6,7 +6,8 @@
 void veneer_nf4_dequantize(const struct nf4_weights *w, int64_t start, int64_t count, void *out,
                            int type, int level);
 int veneer_nf4_product(const struct nf4_weights *w, int64_t start, int64_t outs, int64_t width,
-                       const void *x, int64_t rows, void *y, int type, int level);
+                       const void *x, int64_t rows, const void *bias, void *y, int type,
+                       int level);
 
 enum { COUNT = 1500 };
 static uint8_t packed[COUNT / 2], codes[COUNT];
@@ -27,12 +28,13 @@ static void multiplied(const struct nf4_weights *w, int64_t start, int64_t rows,
                        int type, int level) {
     const int64_t outs = (COUNT - start) / width;
     void *x = values(rows * width, type == FP32 ? FEW_FP32 : FEW_BF16);
+    void *bias = rows % 2 ? values(outs, type == FP32 ? FEW_FP32 : FEW_BF16) : NULL;
     float *y = malloc((size_t)(4 * rows * outs)), *plain = malloc(4 * COUNT);
     veneer_nf4_dequantize(w, start, outs * width, plain, type, 0);
-    bad += veneer_nf4_product(w, start, outs, width, x, rows, y, type, level) != 0;
+    bad += veneer_nf4_product(w, start, outs, width, x, rows, bias, y, type, level) != 0;
     for (int64_t m = 0; m < rows; m++)
         for (int64_t o = 0; o < outs; o++) {
-            double sum = 0, size = 0;
+            double sum = bias == NULL ? 0 : load_as(bias, o, type), size = fabs(sum);
             for (int64_t k = 0; k < width; k++) {
                 const double both =
                     (double)load_as(x, m * width + k, type) * load_as(plain, o * width + k, type);
@@ -40,7 +42,7 @@ static void multiplied(const struct nf4_weights *w, int64_t start, int64_t rows,
             }
             compare(load_as(y, m * outs + o, type), sum, size, type == FP32 ? FEW_FP32 : FEW_BF16);
         }
-    free(x), free(y), free(plain);
+    free(x), free(bias), free(y), free(plain);
 }
 
 int main(void) {

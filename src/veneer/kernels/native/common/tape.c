@@ -14,7 +14,7 @@
     X(STEP_ROTATE, (veneer_step_rotate(P(0), I(1), I(2)), 0))                                      \
     X(STEP_GATE, (veneer_step_gate(P(0), I(1), I(2)), 0))                                          \
     X(PAGED_ATTENTION, veneer_paged_attention(P(0), I(1), I(2)))                                   \
-    X(NF4_PRODUCT, veneer_nf4_product(P(0), a[1], a[2], a[3], P(4), a[5], P(6), I(7), I(8)))       \
+    X(NF4_PRODUCT, veneer_nf4_product(P(0), a[1], a[2], a[3], P(4), a[5], P(6), P(7), I(8), I(9))) \
     X(PACKED_ROWS, veneer_packed_rows(P(0), I(1)))                                                 \
     X(STEP_EMBED, (veneer_step_embed(P(0), I(1), I(2)), 0))                                        \
     X(STEP_ANGLES, (veneer_step_angles(P(0)), 0))                                                  \
@@ -23,8 +23,8 @@
 
 int veneer_few_rows(const void *, int);
 int veneer_paged_attention(const void *, int, int);
-int veneer_nf4_product(const void *, int64_t, int64_t, int64_t, const void *, int64_t, void *, int,
-                       int);
+int veneer_nf4_product(const void *, int64_t, int64_t, int64_t, const void *, int64_t, const void *,
+                       void *, int, int);
 void veneer_step_norm(const void *, int, int), veneer_step_rotate(const void *, int, int);
 void veneer_step_gate(const void *, int, int), veneer_step_embed(const void *, int, int);
 void veneer_step_angles(const void *), veneer_step_cap(const void *, int, int);
@@ -70,7 +70,7 @@ void veneer_gate_forward(void *, int64_t, int);
 #define I(i) ((int)a[i])
 
 enum { STEP_FUNCTIONS(NAME) LAYER_FUNCTIONS(NAME) };
-enum { MOST_ARGUMENTS = 9, UNKNOWN = -1 };
+enum { MOST_ARGUMENTS = 10, UNKNOWN = -1 };
 
 struct tape_call {
     int64_t function, arguments[MOST_ARGUMENTS];

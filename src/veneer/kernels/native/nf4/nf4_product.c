@@ -1,4 +1,4 @@
-/* y = x W^T for a few rows of x, W in 4 bits and read once, as it is stored: for decoding, where
+/* y = x W^T + bias for a few rows of x, W in 4 bits and read once, as it is stored: for decoding, where
    the time is that of reading W. The weights are those that nf4_dequantize gives in x's type;
    products and sums are in fp32.
 
@@ -12,10 +12,6 @@
 #include "packed_rows.h"
 #include "parallel.h"
 #include <stdlib.h>
-
-INLINE void store(const struct product *c, int64_t row, int64_t out, float sum) {
-    store_as(c->y, row * c->outs + out, sum, c->type);
-}
 
 /* Any shape: W's row decoded, then multiplied. */
 static void rows_plain(void *data, int64_t first, int64_t last) {
@@ -40,7 +36,7 @@ static void rows_plain(void *data, int64_t first, int64_t last) {
                 for (int j = 0; j < 16; j++) sums[j] += row[i + j] * own[i + j];
             for (; i < c->width; i++) sum += row[i] * own[i];
             for (int j = 0; j < 16; j++) sum += sums[j];
-            store(c, m, out, sum);
+            store_sum(c, m, out, sum);
         }
     }
     free(row);
@@ -85,7 +81,7 @@ AVX512 INLINE void rows_512(const struct product *c, int64_t first, int64_t last
             }
         }
         for (int m = 0; m < rows; m++)
-            store(c, m, out, _mm512_reduce_add_ps(_mm512_add_ps(even[m], odd[m])));
+            store_sum(c, m, out, _mm512_reduce_add_ps(_mm512_add_ps(even[m], odd[m])));
     }
 }
 
@@ -137,7 +133,7 @@ AVX2 INLINE void rows_256(const struct product *c, int64_t first, int64_t last, 
                 }
             }
         }
-        for (int m = 0; m < rows; m++) store(c, m, out, sum_8(_mm256_add_ps(even[m], odd[m])));
+        for (int m = 0; m < rows; m++) store_sum(c, m, out, sum_8(_mm256_add_ps(even[m], odd[m])));
     }
 }
 
@@ -171,13 +167,14 @@ static void some_rows(void *data, int64_t first, int64_t last) {
 #endif
 }
 
-/* x (rows, width), contiguous, of `type` -> y (rows, outs). W: `outs` rows from element `start` on.
+/* x (rows, width), contiguous, of `type` -> y (rows, outs), with a bias (outs), or NULL. W: `outs` rows from element `start` on.
    rows <= 8. Returns 1 where there is no memory for x put apart or for a row of W. */
 int veneer_nf4_product(const struct nf4_weights *w, int64_t start, int64_t outs, int64_t width,
-                       const void *x, int64_t rows, void *y, int type, int level) {
-    struct product c = {w, start, outs, width, NULL, rows, y, type, nf4_level(level), 0};
+                       const void *x, int64_t rows, const void *bias, void *y, int type,
+                       int level) {
+    struct product c = {w, start, outs, width, NULL, rows, bias, y, type, nf4_level(level), 0};
     if (NEON && c.level >= 2 && type != FP16) {
-        const struct packed_rows of = {x, w, NULL, y, rows, width, outs, start, -1, type};
+        const struct packed_rows of = {x, w, bias, y, rows, width, outs, start, -1, type};
         return veneer_packed_rows(&of, level < 0 ? 5 : level);
     }
     int aligned = width % 64 == 0 && w->block % 64 == 0 && start % 64 == 0;

@@ -12,10 +12,17 @@ struct product {
     int64_t start, outs, width; /* W: `outs` rows of `width` elements from element `start` on */
     const void *x;              /* put apart; plain: (rows, width) float */
     int64_t rows;
-    void *y; /* (rows, outs) */
+    const void *bias; /* (outs), or NULL */
+    void *y;          /* (rows, outs) */
     int type, level;
     volatile int failed;
 };
+
+/* Writes y[row, out] = sum + bias, rounded once. */
+INLINE void store_sum(const struct product *c, int64_t row, int64_t out, float sum) {
+    const float bias = c->bias == NULL ? 0.0f : load_as(c->bias, out, c->type);
+    store_as(c->y, row * c->outs + out, sum + bias, c->type);
+}
 
 /* The rows [first, last) of W against x, all in bf16. Blocks are 64 elements or a multiple of it
    and none begins within a row of W. x: as nf4_bf16_apart leaves it. */

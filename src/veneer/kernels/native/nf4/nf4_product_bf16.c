@@ -143,8 +143,8 @@ AVX512BF16 INLINE void rows_at_once(const struct product *c, int64_t out, int64_
                         (__m512bh)_mm512_loadu_si512(x + m * padded + 128 * pairs + 32 * k));
         }
         for (int m = 0; m < rows; m++)
-            store_as(c->y, m * c->outs + out + r * apart,
-                     _mm512_reduce_add_ps(_mm512_add_ps(sums[r][m][0], sums[r][m][1])), BF16);
+            store_sum(c, m, out + r * apart,
+                      _mm512_reduce_add_ps(_mm512_add_ps(sums[r][m][0], sums[r][m][1])));
     }
 }
 
