@@ -223,6 +223,11 @@ class Bottleneck(AdapterConfig):
         """Returns S for a block of this width."""
         return self.size or max(1, width // (self.reduction or 16))
 
+    def resolved(self, width: int) -> Self:
+        """Returns the settings with the size and scaling that blocks of this width have."""
+        size, scaling = self.bottleneck_size(width), self.effective_scaling
+        return self.model_copy(update={"size": size, "reduction": None, "scaling": scaling})
+
     @model_validator(mode="after")
     def _one_size(self) -> "Bottleneck":
         if self.size is not None and self.reduction is not None:

@@ -204,6 +204,26 @@ class RunConfig(StrictSettings):
         """Rows of a micro-batch, in training and evaluations."""
         return rows_at_once(self.batch, self.micro_batch, self.reduce)
 
+    def num_steps(self, rows: int) -> int:
+        """Returns the optimizer steps of a run with so many rows in an epoch."""
+        epochs = EPOCHS_UNSAID if self.epochs is None else self.epochs
+        return self.steps or max(1, math.ceil(epochs * -(-rows // self.batch)))
+
+    def resolved(self, hidden_size: int, rows: int) -> "RunConfig":
+        """Returns the settings with the defaults that depend on others, on the base or on the rows.
+
+        A run records them, so that it resumes with what it began with, whatever the defaults are by
+        then. rows: of an epoch
+        """
+        has_length = self.steps is not None or self.epochs is not None
+        return self.model_copy(
+            update={
+                "epochs": self.epochs if has_length else EPOCHS_UNSAID,
+                "learning_rate": self.peak_learning_rate(hidden_size),
+                "evaluate_every": self.evaluation_interval(self.num_steps(rows)),
+            }
+        )
+
     def evaluation_interval(self, steps: int) -> int:
         """Returns after how many steps a run of so many is evaluated."""
         return self.evaluate_every or max(1, math.ceil(steps / 5))

@@ -3,7 +3,6 @@
 A resumed run is compared with what it started with; rows, settings and base must be the same.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -34,7 +33,7 @@ from veneer.models.initial_values import FreshAdapter
 from veneer.models.own_head import attach_head, fresh_head
 from veneer.models.step import refuse_untrainable
 from veneer.objectives.labels import resolved
-from veneer.training.config import EPOCHS_UNSAID, RunConfig
+from veneer.training.config import RunConfig
 from veneer.training.coordination import every_weight, load_on_all_processes
 from veneer.training.drawn_rows.own_answers import own_answers_of
 from veneer.training.drawn_rows.replay import Replay, load_replay
@@ -205,12 +204,16 @@ def prepare_run(
         refuse_beyond(
             "held-out rows do not fit", data.validation, capacity_of(base), base.acting_tokenizer
         )
+        rows_of_epoch = _rows_of_epoch(config, data)
+        config = config.resolved(hidden_size(base.config), rows_of_epoch)
         origin = _origin(config, base, data, day, started)
         run_manifest(config, base, data)  # raises now if it could not be written at the end
         with fits_memory("on the trained values and their gradient", next_step=FEWER_VALUES):
             flat = _trained_values(base, config, applied, world)
         teacher = make_teacher(config, base, teacher_base, stored_teacher, data)
-        inputs = _training_inputs(config, base, data, flat, applied, teacher, replay)
+        inputs = _training_inputs(
+            config, config.num_steps(rows_of_epoch), base, data, flat, applied, teacher, replay
+        )
         teacher_model = base if teacher_base is None else teacher_base.base
         inputs.own_answers = own_answers_of(config, base, data, teacher_model)
         inputs.first_evaluations = shared.first_evaluations
@@ -321,6 +324,7 @@ def _trained_values(
 
 def _training_inputs(
     config: RunConfig,
+    steps: int,
     base: FrozenBase,
     data: DataSet,
     flat: FlatValues,
@@ -343,7 +347,7 @@ def _training_inputs(
         validation=data.validation,
         config=config,
         learning_rate=config.peak_learning_rate(hidden_size(base.config)),
-        steps=config.steps or _steps_of_epochs(config, data),
+        steps=steps,
         out=Path(config.out),
         sample=sample_of(base, data.validation_rows, data.preamble) if shows_answers else None,
         mixture=data.mixture,
@@ -379,11 +383,7 @@ def _by_row(examples: Sequence[Example], rows: RowSpans) -> Iterator[list[Exampl
         yield [examples[number] for number in rows.examples([row])]
 
 
-def _steps_of_epochs(config: RunConfig, data: DataSet) -> int:
-    """Counts the optimizer steps of the epochs that are set, or of the default number."""
+def _rows_of_epoch(config: RunConfig, data: DataSet) -> int:
     if data.mixture is None:
-        rows = len(RowSpans.of(data.train).lengths)
-    else:
-        rows = len(data.mixture.rows(config.seed, 0))
-    epochs = EPOCHS_UNSAID if config.epochs is None else config.epochs
-    return max(1, math.ceil(epochs * -(-rows // config.batch)))
+        return len(RowSpans.of(data.train).lengths)
+    return len(data.mixture.rows(config.seed, 0))

@@ -206,6 +206,7 @@ def hidden_size(head: nn.Module | None) -> int:
 def build_bottleneck(site: Site, config: Bottleneck) -> None:
     paths, width = find_blocks(site.modules, config), hidden_size(site.head)
     size = config.bottleneck_size(width)
+    site.attachment.config = config.resolved(width)
     for path in paths:
         device = next(site.modules[path].parameters()).device
         down = site.kaiming(size, width).to(device)
