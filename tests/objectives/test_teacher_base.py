@@ -1,7 +1,9 @@
 """A teacher that is another base with the same tokenizer: formula, runs, jobs, plan, refusals."""
 
+import gc
 import json
 from dataclasses import replace
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -34,6 +36,8 @@ from veneer.training.output.screen import QuietScreen
 from veneer.training.processes.world import ALONE
 from veneer.training.run import run_training
 from veneer.training.state.folder import resume_config
+from veneer.training.teachers import teacher_base
+from veneer.training.trainee import Trainee
 
 LARGER = {"hidden_size": 48, "num_hidden_layers": 3, "vocab_size": VOCAB_SIZE + 24}
 TOKENS = 259
@@ -149,6 +153,33 @@ def test_memory_for_another_job_is_what_the_base_of_its_teacher_leaves(
     )
     weights = sum(p.nbytes for p in load(world / "larger").model.parameters())
     assert asked == [10**6 - weights] * 3  # the second asks before the teacher is loaded
+
+
+def test_the_base_of_a_teacher_is_freed_after_its_last_job(world, tmp_path, monkeypatch):
+    """One job after another; two have the same teacher, which is loaded once."""
+    bases, asked, alive = [], [], []
+    own_load, own_begin = teacher_base.load_on_all_processes, Trainee.begin_step
+
+    def load_teacher(*arguments):
+        bases.append(ref((base := own_load(*arguments)).model))
+        return base
+
+    def begin_step(trainee):
+        gc.collect()
+        alive.append((trainee.inputs.out.name, bases[0]() is not None))
+        own_begin(trainee)
+
+    monkeypatch.setattr(teacher_base, "load_on_all_processes", load_teacher)
+    monkeypatch.setattr(Trainee, "begin_step", begin_step)
+    monkeypatch.setattr(run, "free_bytes", lambda device: 10**6)
+    monkeypatch.setattr(run, "has_room", lambda jobs, free: asked.append(free))
+    jobs = {"a": taught_by(world), "b": taught_by(world), "c": {}, "d": {}}
+    together(
+        [config(world, tmp_path / n, steps=1, **job) for n, job in jobs.items()], plan=forecast
+    )
+    assert len(bases) == 1 and alive == [("a", True), ("b", True), ("c", False), ("d", False)]
+    weights = sum(p.nbytes for p in load(world / "larger").model.parameters())
+    assert asked == [10**6, 10**6, 10**6 + weights]
 
 
 def test_jobs_with_and_without_a_larger_teacher_are_what_they_are_alone(world, tmp_path):

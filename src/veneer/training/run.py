@@ -181,6 +181,7 @@ class _JointRun:
                 self._free = free
             if self._free is None and prepared:
                 self._free = free_bytes(prepared[0].prepared.base.device)
+            self._drop_teachers()
         return prepared
 
     def _free_beside_teacher(self, teacher: TeacherBase | None) -> int | None:
@@ -191,6 +192,19 @@ class _JointRun:
             return self._free
         base, _ = self._shared.loaded
         return self._free - teacher_bytes(self._plan, teacher, str(base.device))
+
+    def _drop_teachers(self) -> None:
+        """Drops the bases of teachers that no job needs any longer."""
+        teachers = {run: run.job.config.objective.teacher_base for run in self._runs}
+        needed = {
+            teacher.weights for run, teacher in teachers.items() if teacher and not run.result
+        }
+        for teacher in teachers.values():
+            if teacher is None or teacher.weights in needed:
+                continue
+            base = self._shared.teacher_bases.pop(teacher.weights, None)
+            if base is not None and self._free is not None and self._plan is not None:
+                self._free += teacher_bytes(self._plan, teacher, str(base.device))
 
     def _memories(self, prepared: Sequence[JobRun]) -> list[JobMemory] | None:
         """Returns the plans of the jobs in training and of those prepared; None if one lacks."""
@@ -265,6 +279,7 @@ class _JointRun:
     def _leave(self, run: JobRun, result: Result) -> None:
         self._shared.remove(run.prepared)
         run.end(result)
+        self._drop_teachers()
         try:
             self._finished(run.job, run.result)
         except VeneerError as fault:
