@@ -1,11 +1,15 @@
 """The minutes are divided by measured times, and the verdict says what the figures say."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from veneer.adapters.config import LoRA
 from veneer.errors import ConfigError
 from veneer.objectives.config import Answers
-from veneer.training.supervisor import rung_steps
+from veneer.training.state.interrupt import Interrupt
+from veneer.training.supervisor import SuccessiveHalving, rung_steps
+from veneer.tuning import supervisors
 from veneer.tuning.candidates import (
     EVALUATIONS,
     MOST_WARMUP,
@@ -16,6 +20,7 @@ from veneer.tuning.candidates import (
 )
 from veneer.tuning.parts import PartFiles
 from veneer.tuning.schedule import MOST_EPOCHS, Pace, schedule
+from veneer.tuning.supervisors import TIME, TimedSearch
 from veneer.tuning.verdict import is_better, verdict
 
 ADVISED = AdvisedSettings(Answers(), LoRA(rank=8, alpha=16), 1.3e-3, None, [])
@@ -208,3 +213,38 @@ def test_the_verdict_says_what_to_do_next(reason, whole, library):
 def test_an_interrupted_verdict_claims_nothing():
     lines = verdict(result(None, interrupted=True))
     assert lines[0].startswith("Interrupted.") and "Not judged" in lines[1]
+
+
+@pytest.mark.parametrize("seconds", [20, 33, 47.5, 60])
+@pytest.mark.parametrize("every", [1, 5, 20])
+@pytest.mark.parametrize("step_seconds", [0.1, 0.7])
+@pytest.mark.parametrize("evaluation_seconds", [0.2, 9.0])
+def test_the_last_run_ends_within_the_time_at_its_last_evaluation_there(
+    seconds, every, step_seconds, evaluation_seconds, monkeypatch
+):
+    """The probe measured another time of an evaluation, so the first is judged by that."""
+    now, reasons = 0.0, []
+    monkeypatch.setattr(supervisors.time, "monotonic", lambda: now)
+    search = TimedSearch(
+        SuccessiveHalving([]),
+        deadline=seconds,
+        evaluation_seconds=9.0,
+        interrupt=Interrupt(),
+        say=print,
+        name=str,
+    )
+    inputs, progress = SimpleNamespace(evaluate_every=every, steps=1000), SimpleNamespace(step=0)
+    run = SimpleNamespace(inputs=inputs, progress=progress, ended=False, rungs=())
+    run.stop = lambda reason, message: (reasons.append(reason), setattr(run, "ended", True))
+    search.begin([run])
+    evaluated = 0.0
+    while not run.ended and progress.step < inputs.steps:
+        progress.step += 1
+        now += step_seconds
+        if progress.step % every == 0:
+            now += evaluation_seconds
+            evaluated = now
+        search.review([run])
+    assert reasons in ([TIME], []) and now <= seconds
+    longest = every * step_seconds + max(evaluation_seconds, 9.0 * (evaluated == 0))
+    assert not reasons or evaluated + longest > seconds - 1e-6

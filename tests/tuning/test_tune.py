@@ -46,7 +46,7 @@ def files(tmp_path_factory):
 @pytest.fixture
 def short(monkeypatch):
     """Runs of a few steps, whatever the clock says."""
-    plan = Schedule({2: 12, 8: 8}, [0.125, 0.25, 0.5], 1.0, 0.03, True)
+    plan = Schedule({2: 12, 8: 8}, [0.125, 0.25, 0.5], 1.0, 0.1, 0.03, True)
     monkeypatch.setattr(tune_module, "schedule", lambda *_: plan)
 
 
@@ -139,7 +139,7 @@ def test_one_command_makes_an_adapter_a_verdict_and_a_page(files, tmp_path, unme
 def test_pairs_are_tuned_by_dpo_and_judged_by_the_preferred_answers(
     files, tmp_path, unmeasured, monkeypatch
 ):
-    plan = Schedule({2: 6, 8: 6}, [0.5], 1.0, 0.03, True)
+    plan = Schedule({2: 6, 8: 6}, [0.5], 1.0, 0.1, 0.03, True)
     monkeypatch.setattr(tune_module, "schedule", lambda *_: plan)
     monkeypatch.setattr(tune_module, "candidates", lambda advised: candidates(advised)[:2])
     out, chance = tmp_path / "preferred", random.Random(2)

@@ -46,12 +46,13 @@ class Pace:
 
 @dataclass(frozen=True)
 class Schedule:
-    """steps: of a run to its end, by batch size. rungs: shares of these steps, rising. is_whole:
-    the time allows MOST_EPOCHS passes."""
+    """steps: of a run to its end, by batch size. rungs: shares of these steps, rising.
+    evaluation_seconds: of one evaluation. is_whole: the time allows MOST_EPOCHS passes."""
 
     steps: dict[int, int]
     rungs: Sequence[float]
     search_seconds: float
+    evaluation_seconds: float
     warmup: float
     is_whole: bool
 
@@ -135,7 +136,8 @@ def _with_rungs(
     rung_shares = [last * share for share in _shares(rungs)]
     is_whole = min(train / value for value in whole.values()) >= 1
     # The warm-up is over before the first rung, where rates are compared.
-    return Schedule(steps, rung_shares, search, min(MOST_WARMUP, rung_shares[0] / 2), is_whole)
+    warmup = min(MOST_WARMUP, rung_shares[0] / 2)
+    return Schedule(steps, rung_shares, search, pace.evaluation, warmup, is_whole)
 
 
 def _needed_minutes(candidates: Sequence[Candidate], pace: Pace) -> int:

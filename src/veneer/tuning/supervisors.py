@@ -30,8 +30,9 @@ class SequentialSupervisor(Supervisor):
 class TimedSearch(Supervisor):
     """Halves the trainees at rungs, and ends the last one within the time.
 
-    deadline: by time.monotonic(). interrupt: of the whole command; trainees that it stops keep
-    their best values. say: shows progress. name: of a trainee's settings
+    deadline: by time.monotonic(). evaluation_seconds: as measured before. interrupt: of the whole
+    command; trainees that it stops keep their best values. say: shows progress. name: of a
+    trainee's settings
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class TimedSearch(Supervisor):
         halving: SuccessiveHalving,
         *,
         deadline: float,
+        evaluation_seconds: float,
         interrupt: Interrupt,
         say: Callable[[str], None],
         name: Callable[[Trainee], str],
@@ -50,7 +52,9 @@ class TimedSearch(Supervisor):
         """Number of trainees that train."""
         self.search_end: float | None = None
         """When the last rung was passed, by time.monotonic()."""
-        self._evaluated: tuple[int, float] | None = None
+        self._evaluation_seconds, self._reviewed = evaluation_seconds, time.monotonic()
+        self._steps_alone, self._seconds_alone = 0, 0.0
+        """Steps of the last trainee without an evaluation, and their seconds."""
 
     def check(self, jobs: Sequence[TrainingInputs]) -> None:
         self._halving.check(jobs)
@@ -64,6 +68,9 @@ class TimedSearch(Supervisor):
 
     def review(self, trainees: Sequence[Trainee]) -> None:
         running = [trainee for trainee in trainees if not trainee.ended]
+        if self.running == len(running) == 1:
+            self._time(running[0], time.monotonic() - self._reviewed)
+        self._reviewed = time.monotonic()
         self._halving.review(trainees)
         left = [trainee for trainee in running if not trainee.ended]
         self.running = len(left)
@@ -81,17 +88,26 @@ class TimedSearch(Supervisor):
             for trainee in left:
                 trainee.stop(TIME, "stopped: the time is used up")
 
+    def _time(self, trainee: Trainee, seconds: float) -> None:
+        """Notes how long a step of the last trainee took, or its evaluation besides."""
+        if trainee.progress.step % trainee.inputs.evaluate_every == 0:
+            self._evaluation_seconds = seconds - self._step_seconds()
+        else:
+            self._steps_alone += 1
+            self._seconds_alone += seconds
+
+    def _step_seconds(self) -> float:
+        return self._seconds_alone / max(self._steps_alone, 1)
+
     def _is_late(self, left: Sequence[Trainee]) -> bool:
-        """Returns whether the next evaluation would be after the deadline, judged at evaluations;
+        """Returns whether the next evaluation of the last trainee would end after the deadline;
         with several trainees left, whether the deadline is over."""
-        now = time.monotonic()
+        now = self._reviewed
         if len(left) != 1:
             return bool(left) and now > self._deadline
-        step = left[0].progress.step
-        if step % left[0].inputs.evaluate_every or (self._evaluated or (0, 0))[0] == step:
-            return False
-        before, self._evaluated = self._evaluated, (step, now)
-        return before is not None and now + (now - before[1]) > self._deadline
+        step, inputs = left[0].progress.step, left[0].inputs
+        steps = min(inputs.evaluate_every - step % inputs.evaluate_every, inputs.steps - step)
+        return now + steps * self._step_seconds() + self._evaluation_seconds > self._deadline
 
     def interrupted(self, trainees: Sequence[Trainee]) -> None:
         self.was_interrupted = True

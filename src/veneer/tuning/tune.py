@@ -220,6 +220,7 @@ class _TuneRuns:
             supervisor = TimedSearch(
                 SuccessiveHalving(plan.rungs, leaves_one=True),
                 deadline=deadline,
+                evaluation_seconds=plan.evaluation_seconds,
                 interrupt=interrupt,
                 say=self.say,
                 name=lambda trainee: str(self._candidate_of(trainee.inputs.out)),
