@@ -10,8 +10,9 @@ first, then C file by file. First run the tests of the area that call the change
 those of other areas that do, the shortest first and some twenty seconds of either. For C, and where
 no test is known to call the function, the files of the area run in turn, the nearest first.
 
-Which tests call what is seen by watching them (callers.py): those of the areas drawn, or all with
-`--all-callers`. `--callers FILE` keeps it; with an empty file none is watched.
+Which tests call what is seen by watching them (callers.py): those of a mutation's area, the nearest
+first, for some minutes, or all tests at first with `--all-callers`. `--callers FILE` keeps it; with
+an empty file none is watched.
 
 A survivor is to be read: a missing test, or a change that means the same. Not part of `make test`:
 it takes an hour.
@@ -47,8 +48,13 @@ SECONDS, SECONDS_WAITED = 300, 900
 """A test that has computed or waited for as long hangs: the change was noticed. Others may be at
 work here too."""
 SECONDS_OF_CALLERS, SECONDS_OF_FILE, SECONDS_OF_AREA = 20, 90, 180
-"""Of tests that call a function; of a test file, watched or asked whole; of the files of an area.
-All but the waiting is computing."""
+"""Of tests that call a function; of a test file, watched or asked whole; of the files of an area,
+watched or asked. All but the waiting is computing."""
+
+
+def computed() -> float:
+    """Seconds that this process and those that it has waited for have computed."""
+    return sum(os.times()[:4])
 
 
 def all_mutations(areas: Areas, only: str) -> dict[str, list[Mutation]]:
@@ -89,20 +95,42 @@ class Copy:
         self.areas = Areas(folder)
 
     def with_callers(self, file: Path, names: Iterable[str]) -> None:
-        """Which tests of the named files call what; they run once for it, unless the file says it
-        already."""
-        if not file.exists():
-            for name in names:
-                calls = Calls(file.absolute(), self.root / "src" / "veneer")
-                self.tested([f"tests/{name}"], calls, seconds=SECONDS_OF_FILE)
-                print(f"     {name} was watched", flush=True)
-        self.callers = Callers(file.read_text().splitlines() if file.exists() else [])
+        """Which tests call what is kept in the file. If it is new, the named files are watched."""
+        self.calls = file.absolute()
+        self.watched = set(self.areas.files.values()) if file.exists() else set[str]()
+        self.calls.touch()
+        for name in names:
+            self._watch(name)
+        self.callers = Callers(self.calls.read_text().splitlines())
+
+    def _watch(self, name: str) -> None:
+        """Runs a test file once for what its tests call."""
+        if name not in self.watched:
+            calls = Calls(self.calls, self.root / "src" / "veneer")
+            self.tested([f"tests/{name}"], calls, seconds=SECONDS_OF_FILE)
+            self.watched.add(name)
+            self.callers = Callers(self.calls.read_text().splitlines())
+            print(f"     {name} was watched", flush=True)
+
+    def watch_area(self, function: str, names: Sequence[str]) -> None:
+        """Watches these files in turn, until their tests that call the function take as long as is
+        asked of them, or for the time of an area."""
+        end = computed() + SECONDS_OF_AREA
+        for name in names:
+            tests = self.callers.tests.get(function, ())
+            known = sum(self.callers.seconds[test] for test in tests)
+            if known > SECONDS_OF_CALLERS or computed() > end:
+                break
+            self._watch(name)
 
     def tried(self, mutation: Mutation) -> tuple[str, str]:
         """(the result, what noticed the change). The result is "caught" by tests of the area or
         "elsewhere", "survived", or "unknown" if the tests do not pass without it."""
         path = self.areas.source / mutation.file
         own = path.read_bytes()
+        if mutation.file.endswith(".py"):
+            function = f"{mutation.file}:{mutation.function}"
+            self.watch_area(function, self.areas.of(mutation.file))
         path.write_bytes(mutation.of(own))
         try:
             if not mutation.file.endswith(".py") and not self.built():
@@ -119,18 +147,18 @@ class Copy:
         return result, by
 
     def _asked(self, mutation: Mutation) -> tuple[str, str]:
-        files = [f"tests/{name}" for name in self.areas.of(mutation.file)]
-        function = f"{mutation.file}:{mutation.function}"
+        names, function = self.areas.of(mutation.file), f"{mutation.file}:{mutation.function}"
+        files = [f"tests/{name}" for name in names]
         near, far = self.callers.of(function, files, SECONDS_OF_CALLERS)
         for result, tests in (("caught", near), ("elsewhere", far)):
             if tests and not (answer := self.tested(tests))[0]:
                 return result, answer[1]
-        end = sum(os.times()[:4]) + SECONDS_OF_AREA
+        end = computed() + SECONDS_OF_AREA
         for file in [] if near else files:
             passed, by = self.tested([file], seconds=SECONDS_OF_FILE)
             if not passed and not by.startswith("no end"):  # its tests may be as many as that
                 return "caught", by
-            if sum(os.times()[:4]) > end:
+            if computed() > end:
                 break
         return "survived", ""
 
@@ -237,14 +265,8 @@ def main() -> None:
     results: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Copy(Path(folder))
-        near = {
-            name
-            for mutation in mutations
-            if mutation.file.endswith(".py")
-            for name in areas.of(mutation.file)
-        }
-        watched = set(areas.files.values()) if args.all_callers else near
-        copy.with_callers(args.callers or Path(folder) / "callers.jsonl", sorted(watched))
+        callers = args.callers or Path(folder) / "callers.jsonl"
+        copy.with_callers(callers, sorted(areas.files.values()) if args.all_callers else [])
         for number, mutation in enumerate(mutations, 1):
             result, by = copy.tried(mutation)
             results.append({**asdict(mutation), "result": result, "by": by or None})

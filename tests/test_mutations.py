@@ -2,6 +2,7 @@
 of the tests that import it and of those beside it."""
 
 import ast
+import itertools
 import json
 import os
 import re
@@ -9,12 +10,14 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from tests import mutations
 from tests.areas import CALLS, OF_C, Areas
 from tests.callers import Callers
-from tests.mutations import CACHED_CC, ROOT, all_mutations, chosen
+from tests.mutations import CACHED_CC, ROOT, SECONDS_OF_AREA, Copy, all_mutations, chosen
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +92,27 @@ def test_the_shortest_tests_that_call_a_function_come_first_up_to_a_time_near_an
     assert callers.of("f", ["a.py"], 3.0) == (["a.py::y", "a.py::x"], ["b.py::x", "c.py::x"])
     assert callers.of("f", ["a.py"], 2.5) == (["a.py::y"], ["b.py::x"])
     assert callers.of("g", ["a.py"], 3.0) == ([], [])
+
+
+@pytest.mark.parametrize(("calls", "watched"), [("f", 3), ("g", 9)])
+def test_an_area_is_watched_until_enough_of_its_tests_call_a_function_or_for_its_time(
+    calls, watched, tmp_path, monkeypatch
+):
+    """Each file has a test of eight seconds, and takes twenty to be watched."""
+    copy, now = Copy.__new__(Copy), itertools.count(step=20)
+    copy.root, copy.areas = tmp_path, SimpleNamespace(files={})
+
+    def tested(tests, plugin, *, seconds):
+        line = {"test": f"{tests[0]}::test", "seconds": 8.0, "calls": [calls]}
+        with plugin.out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    monkeypatch.setattr(mutations, "computed", lambda: next(now))
+    copy.tested = tested
+    copy.with_callers(tmp_path / "callers", [])
+    files = [f"test_{number:02}.py" for number in range(30)]
+    copy.watch_area("f", files)
+    assert SECONDS_OF_AREA == 180 and copy.watched == set(files[:watched])
 
 
 def test_what_a_test_and_its_fixtures_call_is_noted_by_qualified_name(tmp_path):
