@@ -77,7 +77,11 @@ def test_merge_json_has_every_layer_and_nothing_else_on_stdout(made, capsys):
         (["export", "a", "--to", "vllm", "--merged", "--out", "v"], "--merged: use veneer merge"),
         (
             ["export", "a", "--to", "llamacpp", "--type", "q8_0", "--out", "v.gguf"],
-            "adapters are f32 or f16",
+            "adapters are f32, f16, bf16",
+        ),
+        (
+            ["export", "a", "--to", "llamacpp", "--type", "bf16", "--out", "v.gguf"],
+            "a .gguf adapter is f32 or f16",
         ),
         (["export", "a", "--to", "llamacpp", "--out", "v"], "v.gguf"),
     ],

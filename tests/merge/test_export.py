@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter, dequantize
+from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 
 from tests.merge.test_combine import EXACT, SETTINGS, assert_equal_updates, changes, make
@@ -87,6 +88,44 @@ def test_peft_and_transformers_get_the_files_as_they_are(program, untied, tmp_pa
     export_adapter(adapter, to=program, base=untied, out=tmp_path / "p")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "p" / name).read_bytes() == (adapter / name).read_bytes()
+
+
+@pytest.mark.parametrize("program", ["peft", "vllm"])
+@pytest.mark.parametrize(("type", "dtype"), [("bf16", torch.bfloat16), ("f16", torch.float16)])
+def test_a_folder_in_half_precision_is_the_rounded_adapter_and_says_what_was_lost(
+    program, type, dtype, untied, tmp_path
+):
+    adapter = make(tmp_path / "a", untied, PATTERNS, seed=1)
+    whole, half = (
+        export_adapter(adapter, to=program, base=untied, out=tmp_path / name, dtype=name)
+        for name in ("f32", type)
+    )
+    one, other = (read_adapter(tmp_path / name) for name in ("f32", type))
+    assert one.tensors.keys() == other.tensors.keys() and half.bytes < 0.7 * whole.bytes
+    changes = []
+    for name, tensor in one.tensors.items():
+        assert torch.equal(other.tensors[name], tensor.to(dtype))
+        changes.append(float((other.tensors[name].double() - tensor).norm() / tensor.norm()))
+    assert (
+        f"{type}: rounding changed a tensor by at most {100 * max(changes):.2g}%" in half.notes[-1]
+    )
+    assert other.manifest.content_hash == other.content_hash != one.content_hash
+    base = load_base(untied, dtype="float32", device="cpu")
+    parameters = load_adapter(base, tmp_path / type, name="a").parameters()
+    assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
+
+
+def test_a_value_that_f16_does_not_hold_is_refused(untied, tmp_path):
+    adapter = make(tmp_path / "a", untied, PATTERNS, seed=1)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = next(iter(tensors))
+    tensors[name][0, 0] = 1e6
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    (adapter / "veneer.json").unlink()
+    with pytest.raises(RefusedError, match="bf16"):
+        export_adapter(adapter, to="peft", base=untied, out=tmp_path / "p", dtype="f16")
+    assert not (tmp_path / "p").exists()
+    export_adapter(adapter, to="peft", base=untied, out=tmp_path / "p", dtype="bf16")
 
 
 # llama.cpp, the adapter

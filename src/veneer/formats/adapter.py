@@ -61,6 +61,7 @@ from veneer.formats.peft.token_files import (
     token_tensors,
 )
 from veneer.formats.registry import format_of_file, format_of_method
+from veneer.formats.rounding import rounded
 from veneer.models.frozen_base import FrozenBase
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -69,11 +70,13 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 @dataclass(frozen=True)
 class WrittenAdapter:
-    """The written folder. bytes and sha256: of the tensor file"""
+    """The written folder. bytes and sha256: of the tensor file. rounding: the largest relative
+    change of a tensor; None if they were not rounded"""
 
     path: Path
     bytes: int
     sha256: str
+    rounding: float | None = None
 
 
 @dataclass(frozen=True)
@@ -191,13 +194,14 @@ def write_adapter(
     model: nn.Module,
     replace: bool = False,
     more_files: Mapping[str, str] = MappingProxyType({}),
+    dtype: torch.dtype | None = None,
 ) -> WrittenAdapter:
     """Writes the folder, reads it back and compares every tensor before it becomes visible.
 
     model: the adapter's, which decides how its targets are named; more_files: further texts for the
-    folder, by name. The same adapter and manifest give the same bytes. Raises CorruptFileError
-    (values not finite: nothing is written; or the disk returned other data), ConfigError (the
-    folder exists), DoesNotFitError (disk full).
+    folder, by name; dtype: rounds the tensors to this type. The same adapter and manifest give the
+    same bytes. Raises CorruptFileError (values not finite: nothing is written; or the disk returned
+    other data), ConfigError (the folder exists), DoesNotFitError (disk full).
     """
     tensors = _tensors(attachment, model)
     if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
@@ -206,6 +210,9 @@ def write_adapter(
             bad,
             "Resume from the last checkpoint before they appeared, with a lower learning rate.",
         )
+    rounding = None
+    if dtype is not None:
+        tensors, rounding = rounded(tensors, dtype)
     expected_bytes = tensor_file_bytes(tensors)
     layout = format_of_method(attachment.config)
     config = layout.config(attachment, model, manifest.base) | token_settings(attachment)
@@ -227,7 +234,7 @@ def write_adapter(
             (partial / name).write_text(text, encoding="utf-8")
         _compare_with_live(partial, tensors, expected_bytes)
         digest = file_hash(partial / WEIGHTS_NAME)
-    return WrittenAdapter(Path(folder), expected_bytes, digest)
+    return WrittenAdapter(Path(folder), expected_bytes, digest, rounding)
 
 
 def _compare_with_live(folder: Path, tensors: Mapping[str, Tensor], expected_bytes: int) -> None:

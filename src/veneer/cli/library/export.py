@@ -37,7 +37,7 @@ from veneer.cli.common import (
 from veneer.cli.early import check_base, check_files, check_new
 from veneer.cli.flags import add_switch, add_value
 from veneer.errors import ConfigError
-from veneer.merge.programs import ONE_FILE, WHOLE_MODEL, ModelType, Program
+from veneer.merge.programs import ONE_FILE, WHOLE_MODEL, AdapterType, ModelType, Program
 from veneer.wording import shown, size
 
 if TYPE_CHECKING:
@@ -60,10 +60,10 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--type",
         None,
         (
-            "type of a .gguf file: f32 (default) or f16 for an adapter; f16 (default), q8_0 or a"
-            " type of llama.cpp's llama-quantize for a model"
+            "type of an adapter's tensors: f32 (default), f16 or bf16 (no .gguf file); of a .gguf"
+            " model: f16 (default), q8_0 or a type of llama.cpp's llama-quantize"
         ),
-        choices=["f32", *get_args(ModelType)],
+        choices=[*dict.fromkeys((*get_args(AdapterType), *get_args(ModelType)))],
     )
     add_value(
         parser,
@@ -177,17 +177,14 @@ def _format_notes(notes: Sequence[str], serve: Sequence[str]) -> list[str]:
 
 def _check(args: Namespace) -> None:
     faults = []
-    if args.to in WHOLE_MODEL:
-        faults += [f"--type {args.type}: whole models are {', '.join(get_args(ModelType))}"] * (
-            args.type == "f32"
-        )
-    elif args.to not in ONE_FILE:
-        faults += ["--merged: use veneer merge for a merged folder"] if args.merged else []
-        faults += [f"--type {args.type}: only .gguf files have a type"] if args.type else []
-    elif args.merged and args.type == "f32":
-        faults.append(f"--type f32: whole models are {', '.join(get_args(ModelType))}")
-    elif not args.merged and args.type not in (None, "f32", "f16"):
-        faults.append(f"--type {args.type}: adapters are f32 or f16")
+    if args.merged and args.to not in (*ONE_FILE, *WHOLE_MODEL):
+        faults.append("--merged: use veneer merge for a merged folder")
+    elif _is_whole_model(args) and args.type not in (None, *get_args(ModelType)):
+        faults.append(f"--type {args.type}: whole models are {', '.join(get_args(ModelType))}")
+    elif not _is_whole_model(args) and args.type not in (None, *get_args(AdapterType)):
+        faults.append(f"--type {args.type}: adapters are {', '.join(get_args(AdapterType))}")
+    elif args.type == "bf16" and args.to in ONE_FILE:
+        faults.append("--type bf16: a .gguf adapter is f32 or f16")
     for option, value in (("--into", args.into), ("--original", args.original)):
         if value and not _is_whole_model(args):
             faults.append(f"{option} {value}: only for a merged model")

@@ -24,9 +24,9 @@ from veneer.merge.export.ollama import modelfile
 from veneer.merge.export.serving import commands, whole_model_commands
 from veneer.merge.export.turns import turns_of
 from veneer.merge.fold.merge_run import Into, open_merge
-from veneer.merge.gguf.adapter import AdapterType, write_gguf_adapter
+from veneer.merge.gguf.adapter import write_gguf_adapter
 from veneer.merge.gguf.model import GGUFReport, ReportProgress, write_gguf_model
-from veneer.merge.programs import ModelType, Program
+from veneer.merge.programs import AdapterType, ModelType, Program
 from veneer.models.capacity import configured_capacity
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.load import load_base
@@ -51,8 +51,8 @@ def export_adapter(
 ) -> ExportReport:
     """Writes the adapter for another program. base: only its config is read.
 
-    dtype: of a .gguf adapter's tensors. card: makes a folder's README.md. RefusedError: the program
-    would not apply all of it.
+    dtype: of the tensors; f32 keeps a folder's as they are. card: makes a folder's README.md.
+    RefusedError: the program would not apply all of it.
     """
     stored = read_adapter(folder)
 
@@ -84,7 +84,7 @@ def _export(
 ) -> ExportReport:
     if to == "peft":
         _check_peft_loads(stored, base)
-        return export_peft(stored, out, other_files)
+        return export_peft(stored, out, other_files, dtype)
     skeleton = load_skeleton(base)
     if to == "transformers":  # it reads PEFT's layout of some methods
         if findings := lint(stored, skeleton.model, to):
@@ -94,10 +94,10 @@ def _export(
                 [finding.what for finding in findings],
                 fix,
             )
-        return export_peft(stored, out, other_files)
+        return export_peft(stored, out, other_files, dtype)
     placed = place(stored, skeleton.model)
     if to == "vllm":
-        return export_vllm(placed, skeleton, out, other_files, base=base)
+        return export_vllm(placed, skeleton, out, other_files, dtype, base=base)
     _require_gguf_name(out)
     with atomic_file(out) as partial:
         size = write_gguf_adapter(partial, placed, skeleton.model, dtype=dtype)

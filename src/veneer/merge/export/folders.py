@@ -10,14 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from veneer.bases.loading.without_weights import Skeleton
 from veneer.errors import RefusedError
 from veneer.files.atomic import atomic_folder
+from veneer.files.strict_json import read_json
+from veneer.files.strict_tensors import read_tensor_file
 from veneer.formats.adapter import WEIGHTS_NAME, StoredAdapter, write_adapter
-from veneer.formats.manifest import MANIFEST_NAME
+from veneer.formats.manifest import MANIFEST_NAME, content_hash
 from veneer.formats.peft.config import CONFIG_NAME
 from veneer.formats.peft.low_rank import LOW_RANK
+from veneer.formats.rounding import rounded
 from veneer.merge.combine.combine import FactorPair
 from veneer.merge.combine.low_rank_adapters import (
     PlacedAdapter,
@@ -25,6 +29,7 @@ from veneer.merge.combine.low_rank_adapters import (
     common_base,
     with_lineage,
 )
+from veneer.merge.programs import AdapterType
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values of --max-lora-rank, whose default is 16."""
@@ -69,6 +74,7 @@ def export_vllm(
     skeleton: Skeleton,
     out: str | Path,
     other_files: OtherFiles,
+    dtype: AdapterType,
     *,
     base: str,
 ) -> ExportReport:
@@ -88,13 +94,22 @@ def export_vllm(
     updates = {path: padded(update, rank) for path, update in placed.updates.items()}
     attachment = attachment_of(updates, {}, [], skeleton.model, rank=rank)
     manifest = with_lineage(
-        common_base([placed], skeleton, base), {"export": {"to": "vllm"}}, [(placed, 1.0)]
+        common_base([placed], skeleton, base),
+        {"export": {"to": "vllm", "type": dtype}},
+        [(placed, 1.0)],
     )
     notes = [] if rank <= VLLM_DEFAULT_RANK else [f"start vLLM with --max-lora-rank {rank}"]
     needed_rank = rank if notes else None
     written = write_adapter(
-        out, attachment, manifest, model=skeleton.model, more_files=other_files(needed_rank)
+        out,
+        attachment,
+        manifest,
+        model=skeleton.model,
+        more_files=other_files(needed_rank),
+        dtype=_TYPES.get(dtype),
     )
+    if written.rounding is not None:
+        notes.append(_rounding_note(dtype, written.rounding))
     return ExportReport(Path(out), written.bytes, notes, rank=needed_rank)
 
 
@@ -108,8 +123,11 @@ def padded(update: FactorPair, rank: int) -> FactorPair:
     )
 
 
-def export_peft(stored: StoredAdapter, out: str | Path, other_files: OtherFiles) -> ExportReport:
-    """Copies PEFT's files byte for byte. RefusedError for methods that PEFT has no layout for."""
+def export_peft(
+    stored: StoredAdapter, out: str | Path, other_files: OtherFiles, dtype: AdapterType
+) -> ExportReport:
+    """Writes PEFT's files: with f32 copies, byte for byte. RefusedError for methods that PEFT has
+    no layout for."""
     if not stored.layout.peft_reads:
         raise RefusedError(
             f"PEFT has no method {stored.layout.peft_type}: only Veneer computes this adapter",
@@ -121,11 +139,37 @@ def export_peft(stored: StoredAdapter, out: str | Path, other_files: OtherFiles)
             " out in silence",
             next_step="Keep it as it is: veneer generate --adapter computes it beside its base.",
         )
-    needed = (stored.folder / WEIGHTS_NAME).stat().st_size
+    needed, notes = (stored.folder / WEIGHTS_NAME).stat().st_size, list[str]()
     with atomic_folder(out, needed_bytes=needed) as partial:
         for name in (CONFIG_NAME, WEIGHTS_NAME, MANIFEST_NAME):
             if (stored.folder / name).is_file():
                 shutil.copyfile(stored.folder / name, partial / name)
+        if dtype in _TYPES:
+            notes.append(_rounding_note(dtype, _round(stored, partial, dtype)))
         for name, text in other_files(None).items():
             (partial / name).write_text(text, encoding="utf-8")
-    return ExportReport(Path(out), needed)
+        size = (partial / WEIGHTS_NAME).stat().st_size
+    return ExportReport(Path(out), size, notes)
+
+
+_TYPES: dict[str, torch.dtype] = {"f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def _round(stored: StoredAdapter, folder: Path, dtype: AdapterType) -> float:
+    """Rounds the copied tensors in this folder, whose manifest then names the adapter as its
+    parent; returns the largest relative change."""
+    tensors, rounding = rounded(read_tensor_file(folder / WEIGHTS_NAME)[0], _TYPES[dtype])
+    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    if stored.manifest is not None:
+        config = read_json(folder / CONFIG_NAME)
+        changes = {
+            "content_hash": content_hash(folder / WEIGHTS_NAME, config),
+            "parent": stored.content_hash,
+        }
+        manifest = stored.manifest.model_copy(update=changes)
+        (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    return rounding
+
+
+def _rounding_note(dtype: AdapterType, rounding: float) -> str:
+    return f"{dtype}: rounding changed a tensor by at most {100 * rounding:.2g}% of its norm"

@@ -11,7 +11,6 @@ Source: llama.cpp, src/llama-adapter.cpp; checked by loading in llama.cpp.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from gguf import GGUFValueType, GGUFWriter
@@ -23,8 +22,8 @@ from veneer.merge.combine.combine import FactorPair
 from veneer.merge.combine.low_rank_adapters import PlacedAdapter
 from veneer.merge.gguf.bytes import as_writable
 from veneer.merge.gguf.names import GGUFNames, names_of
+from veneer.merge.programs import AdapterType
 
-AdapterType = Literal["f32", "f16"]
 INVOCATION = "adapter.alora.invocation_tokens"
 """Token ids: llama-server applies the adapter from their last occurrence in a prompt on."""
 
