@@ -199,10 +199,17 @@ def test_the_plan_advises_lora_and_counts_the_values_of_all_candidates(files, mo
     )
 
 
-def test_the_verdict_is_not_sure_over_rows_of_similar_prompts(files, tmp_path, unmeasured):
-    rows = [json.loads(line) for line in (files / "rows.jsonl").read_text().splitlines()]
-    rows = [{**row, "prompt": row["prompt"] + mark} for row in rows for mark in ["", "?", "!", "."]]
+def test_labels_are_judged_by_accuracy_and_similar_prompts_make_the_verdict_unsure(
+    files, tmp_path, unmeasured
+):
+    """The rows to judge with are too few for so many labels: the others have them."""
+    prompts = [json.loads(line)["prompt"] for line in (files / "rows.jsonl").open()]
+    texts = [prompt + mark for prompt in prompts for mark in ["", "?", "!", "."]]
+    rows = [{"prompt": text, "completion": f"kind {n % 40}"} for n, text in enumerate(texts)]
     result = veneer.tune(files / "base", rows, out=tmp_path / "similar")
+    judging = result["judging"]
+    assert judging["measures"] == ["loss", "accuracy"] and "accuracy" in result["verdict"][1]
+    assert len(judging["adapter"]["labels"]["names"]) == 40
     assert result["judging"]["adapter"]["against"]["loss"]["interval"][1] < 0
     assert result["verdict"][2].startswith("Not sure: the 36 prompts are only 9 groups")
 

@@ -13,7 +13,7 @@ from typing import Any
 from veneer import api
 from veneer.data.examples import Row
 from veneer.evaluation.general import BUILT_IN
-from veneer.evaluation.metrics.fitting import longest_answer, metrics_for
+from veneer.evaluation.metrics.fitting import label_choices, longest_answer, metrics_for
 from veneer.objectives.config import AnyObjective
 from veneer.quant.config import Quantize
 
@@ -24,6 +24,7 @@ def judge(
     base: str,
     adapter: Path,
     rows: Sequence[Row],
+    others: Sequence[Row],
     file: Path,
     *,
     objective: AnyObjective,
@@ -33,17 +34,20 @@ def judge(
 ) -> dict[str, Any]:
     """Evaluates the base and the adapter on the judging rows; returns both results.
 
-    file: of the rows. out: folder for the predictions of both.
+    others: rows to train and search with, whose answers may be further labels. file: of the rows to
+    judge with. out: folder for the predictions of both.
     """
     loaded = api.load(base, quantize=quantize)
     out.mkdir(exist_ok=True)
-    metrics, tokens = metrics_for(rows), longest_answer(loaded.tokenizer, rows)
+    metrics, tokens = metrics_for([*rows, *others]), longest_answer(loaded.tokenizer, rows)
+    labels = label_choices([*rows, *others]) if "accuracy" in metrics else []
 
     def measured(name: str, general: str | None, against: Path | None) -> dict[str, Any]:
         return api.evaluate(
             loaded,
             file,
             metrics=metrics,
+            labels=labels,
             general=general,
             against=against,
             max_new_tokens=tokens,

@@ -264,6 +264,7 @@ class _TuneRuns:
             self.base,
             self.out / "adapter",
             self.parts.judge,
+            [*self.parts.train, *self.parts.search],
             self.files.judge,
             objective=self.advised.objective,
             quantize=self.advised.quantize,

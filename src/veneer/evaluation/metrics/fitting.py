@@ -17,11 +17,17 @@ def metrics_for(rows: Sequence[Row]) -> tuple[str, ...]:
     answers = [_answer(row) for row in rows]
     if all(_is_json_object(answer) for answer in answers):
         return ("field_f1",)
+    return ("accuracy",) if label_choices(rows) else ()
+
+
+def label_choices(rows: Sequence[Row]) -> list[str]:
+    """Returns the labels that are these rows' answers; none if the answers are other texts."""
+    answers = [_answer(row) for row in rows]
     try:
         labels = labels_of([[answer or ""] for answer in answers])
     except VeneerError:
-        return ()
-    return ("accuracy",) if all(answers) and len(labels) > 1 else ()
+        return []
+    return labels if all(answers) and len(labels) > 1 else []
 
 
 def longest_answer(tokenizer: Any, rows: Sequence[Row]) -> int:
