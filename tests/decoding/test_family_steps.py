@@ -38,6 +38,9 @@ FAMILIES = [
     "falcon",
     "falcon_groups",
     "falcon_heads",
+    "ernie4_5",
+    "hyperclovax",
+    "ministral3",
 ]
 OUTPUTS = {
     "starcoder2": ["o_proj", "c_proj"],

@@ -9,7 +9,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from tests.support.helpers import fill, make_examples
 from tests.support.models.routed import Routed, batch_loss
-from tests.support.tiny import tiny_base, tiny_model
+from tests.support.tiny import SCALED_FROM, tiny_base, tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.adapters.placement.routing import Routing
@@ -17,7 +17,7 @@ from veneer.data.batching import make_batch
 from veneer.execution.agreement import difference
 from veneer.execution.attention import NAME, LayoutAttention, mask_of, takes_layouts, unused_mask
 from veneer.execution.decode_step import LayersForward, forward_by_layers, own_forward
-from veneer.execution.facts.attention_facts import find_attention
+from veneer.execution.facts.attention_facts import attend, find_attention
 from veneer.execution.facts.decoder_layer import find_layers, unknown_layers
 from veneer.execution.facts.layer_facts import Rotation
 from veneer.execution.facts.part_facts import find_feed_forward
@@ -74,6 +74,7 @@ def test_the_facts_of_a_layer_are_those_of_its_family(family, activation, window
         ("gemma", "x.x.", (1.0, True), (), [True, True]),
         ("gemma3", "xxxx", (1.0, True), (12, 12), [True, True]),
         ("olmo2", ".x.x", (0.0, True), (32, 16), [True, True]),
+        ("hyperclovax", "xxxx", (0.0, False), (), [True, True]),
         ("exaone4", ".x.x", (0.0, False), (8, 8), [True, False]),
     ],
 )
@@ -98,6 +99,7 @@ def test_norms_are_found_in_their_places_and_of_their_kind(family, places, kind,
         ("phi3", Rotation(8), 1, 1),
         ("glm4", Rotation(8, neighbours=True, angle_order="first half"), 3, 1),
         ("cohere", Rotation(8, neighbours=True, angle_order="neighbours", is_wide=True), 3, 2),
+        ("ernie4_5", Rotation(16, neighbours=True, angle_order="first half", is_wide=True), 3, 2),
     ],
 )
 def test_rotations_and_joined_modules_are_found(family, rotation, heads, gates):
@@ -150,6 +152,36 @@ def test_heads_in_groups_and_layers_that_give_pairs_are_found(
         assert layer.attention.widths == widths and layer.attention.rotation == Rotation(8)
         assert "".join("." if norm is None else "x" for norm in layer.norms) == places
         assert layer.is_parallel == (family != "falcon_heads")
+
+
+def batch_of(lengths):
+    """One row of documents of these lengths, packed, with random rows of width 32."""
+    ids = torch.cat([torch.arange(length) for length in lengths])[None]
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(1, ids.shape[1], 32, generator=draw).bfloat16()
+    return x, ids, LayoutAttention(BatchLayout.of(0, lengths, ids.device))
+
+
+@pytest.mark.parametrize(("longest", "is_near"), [(SCALED_FROM, True), (SCALED_FROM + 1, False)])
+def test_queries_scaled_from_a_position_on_are_computed_by_facts_below_it(longest, is_near):
+    model = prepared("ministral3", dtype=torch.bfloat16)
+    block = model.model.layers[0].self_attn
+    facts = find_attention(block)
+    assert facts.position_limit == SCALED_FROM
+    assert find_attention(prepared("llama").model.layers[0].self_attn).position_limit is None
+    x, positions, layout = batch_of((7, longest))
+    angles = model.model.rotary_emb(x, positions)
+    given = {
+        "position_embeddings": angles,
+        "attention_mask": mask_of(layout, x.device),
+        "position_ids": positions,
+    }
+    stand_in = FusedAttention(block, facts)
+    assert stand_in.takes(x, angles, layout) == is_near
+    own = block(x, **given)[0]
+    assert torch.equal(stand_in(x, **given)[0], own)
+    by_facts = attend(facts, block, x, angles, given["attention_mask"])[0]
+    assert torch.equal(by_facts, own) == is_near
 
 
 def test_attention_of_torch_is_ours_where_code_calls_it_itself_and_a_layout_is_given():

@@ -18,6 +18,7 @@ from transformers import (
     BloomConfig,
     CohereConfig,
     DeepseekV3Config,
+    Ernie4_5Config,
     Exaone4Config,
     FalconConfig,
     Gemma2Config,
@@ -28,7 +29,9 @@ from transformers import (
     GPTNeoXConfig,
     GptOssConfig,
     GraniteConfig,
+    HyperCLOVAXConfig,
     LlamaConfig,
+    Ministral3Config,
     MistralConfig,
     MixtralConfig,
     NemotronConfig,
@@ -56,6 +59,8 @@ VOCAB_SIZE = (
     272  # 256 bytes, 3 special tokens, and a few rows that no token uses, as real models have
 )
 SLIDING_WINDOW = 8
+SCALED_FROM = 40
+"""Position from which queries of the tiny Ministral 3 are scaled."""
 MAX_POSITIONS = 1024
 
 _COMMON: dict[str, Any] = {
@@ -194,6 +199,22 @@ _CONFIGS |= {  # by name alone, not in every test of all families
             "residual_multiplier": 0.22,
             "attention_multiplier": 0.2,
             "logits_scaling": 6.0,
+        },
+    ),
+    "ernie4_5": (Ernie4_5Config, {**_MODERN, "head_dim": 16}),
+    "hyperclovax": (HyperCLOVAXConfig, {**_MODERN, "embedding_multiplier": 3.0}),
+    "ministral3": (
+        Ministral3Config,
+        {
+            **_MODERN,
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": SCALED_FROM,
+                "llama_4_scaling_beta": 2.0,
+            },
         },
     ),
     "smollm3": (SmolLM3Config, {**_MODERN, "no_rope_layers": [1, 0]}),  # the second is not rotated

@@ -181,6 +181,11 @@ class LayoutAttention:
     layout: BatchLayout
     calls: int = 0
 
+    @property
+    def positions(self) -> int:
+        """Returns the positions of the longest document, its prompt included."""
+        return max(group.prompt + max(group.lengths) for group in self.layout.groups)
+
     def attend(
         self,
         query_NHD: Tensor,

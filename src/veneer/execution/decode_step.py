@@ -67,6 +67,8 @@ class LayersForward:
         self._model, self.layers, self.norm, self._start = ref(model), layers, norm, start
         self.inner: Any = inner
         self._logit_rules = logit_rules
+        limits = [heads.position_limit for layer in layers if (heads := layer.attention)]
+        self._position_limit = min((own for own in limits if own is not None), default=None)
         self.steps = RecordedSteps()
 
     @property
@@ -83,6 +85,13 @@ class LayersForward:
             return False
         in_place = all(a is b.module for a, b in zip(self._places, self.layers, strict=True))
         return in_place and acting_prefix_length(self.model) == 0
+
+    def _holds_for(self, paged_step: PagedStep) -> bool:
+        """Whether the facts of attention hold for all positions of a step."""
+        if self._position_limit is None:
+            return True
+        is_near = isinstance(paged_step, PagedStep)  # other steps know their positions on a device
+        return is_near and paged_step.spans.farthest < self._position_limit
 
     @property
     def _embedding(self) -> Any:
@@ -106,6 +115,8 @@ class LayersForward:
 
     def logits(self, rows: Tensor, paged_step: PagedStep, kept: Tensor | None) -> Tensor:
         """Returns the logits (kept, V); kept None: of all rows. rows (2, N): ids and positions."""
+        if not self._holds_for(paged_step):
+            return own_forward(self.model)(rows, paged_step, kept)
         embedding = self._embedding
         h_1ND = embedding(rows[:1])
         if self._start.scale != 1.0:
@@ -130,6 +141,8 @@ class LayersForward:
     def replay(self, ids: Sequence[int], paged_step: PagedStep) -> Tensor | None:
         """Returns the logits (N, V) of all rows by replaying a recorded step. Returns None if no
         recording fits: `logits` computes them."""
+        if not self._holds_for(paged_step):
+            return None
         with self.steps.leased() as free:
             return self.steps.logits(ids, paged_step) if free else None
 

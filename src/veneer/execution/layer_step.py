@@ -74,6 +74,8 @@ def compute_layer(
         values = _attention(layer.attention, x, angles, paged_step)
     else:
         own = _arguments_of(layer.attention.module, x, angles, paged_step)
+        if layer.attention.position_limit is not None:  # it computes the same at any below
+            own["position_ids"] = torch.zeros(1, len(x), dtype=torch.int64, device=x.device)
         values = attention(hidden_states=x[None], **own)[0][0]
     scale = layer.residual_scale
     branch = Branch(values, scale, _place(parts, after), after)

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from veneer.adapters.methods.adapted_linear import apply_together
 from veneer.adapters.placement.wrapping import SwappedModule, unwrapped
-from veneer.execution.attention import NAME, BatchAttention, layout_of, takes_layouts
+from veneer.execution.attention import (
+    NAME,
+    BatchAttention,
+    LayoutAttention,
+    layout_of,
+    takes_layouts,
+)
 from veneer.execution.facts.attention_facts import attend
 from veneer.execution.facts.layer_facts import Attention, FeedForward, Norm
 from veneer.execution.facts.small_modules import unset_arguments
@@ -25,7 +31,8 @@ CACHES = ("cache", "past_key_values", "layer_past")
 
 def unset_names(base: nn.Module) -> tuple[str, ...]:
     """Returns the names of the arguments that facts of a module hold without."""
-    return *CACHES, *unset_arguments(base, ("attention_mask", "position_embeddings"))
+    given = "attention_mask", "position_embeddings", "position_ids"
+    return *CACHES, *unset_arguments(base, given)
 
 
 class FusedNorm(StandIn):
@@ -103,6 +110,8 @@ class FusedAttention(StandIn):
         **others: Any,
     ) -> Any:
         given = any(others.get(name) is not None for name in self.unset)
+        if self.facts.position_limit is not None:  # positions behind a prefix are higher
+            given = given or others.get("veneer_prefix") is not None
         layout = layout_of(attention_mask, others.get("veneer_layout"))
         if given or not self.takes(hidden_states, position_embeddings, layout):
             return self.base(  # by name: blocks differ in the order of these arguments
@@ -121,13 +130,17 @@ class FusedAttention(StandIn):
         layout: BatchAttention | None,
     ) -> bool:
         """Whether this forward was proven: our attention, angles of the width and of a type that
-        the block takes. A block that rotates nothing may get no angles. Without a layout a block
-        that does not know transformers' interface computes itself."""
-        block, rotation = self.base, self.facts.rotation
+        the block takes, positions below the limit. A block that rotates nothing may get no angles.
+        Without a layout a block that does not know transformers' interface computes itself."""
+        block, rotation, limit = self.base, self.facts.rotation, self.facts.position_limit
         width = self.facts.head_dim if rotation is None else rotation.size
         if x.dim() != 3 or not takes_layouts(block):
             return False
         if layout is None and attention_of(getattr(block, "config", None)) != NAME:
+            return False
+        if limit is not None and not (
+            isinstance(layout, LayoutAttention) and layout.positions <= limit
+        ):
             return False
         if position_embeddings is None:
             return rotation is None

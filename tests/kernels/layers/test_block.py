@@ -43,6 +43,7 @@ FAMILIES = [
     *("llama", "qwen2", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "olmo2", "exaone4"),
     *("phi3", "glm4", "cohere", "stablelm", "starcoder2", "phi", "granite"),
     *("gpt_neox", "gpt2", "opt", "falcon", "falcon_groups", "falcon_heads"),
+    *("ernie4_5", "hyperclovax", "ministral3"),
 ]
 """Norms of heads, of all heads, before and behind the parts, in float32; gates of GELU; layers
 without rotation, or with angles in float32; transposed weights; q, k and v by group."""

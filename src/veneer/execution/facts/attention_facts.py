@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, H query heads, K key heads, S head size, D hidden.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from inspect import signature
 from itertools import product
 from typing import Any
 
@@ -41,6 +42,7 @@ _ROTATIONS = (
     Rotation(0, neighbours=True, angle_order="neighbours"),
     Rotation(0, neighbours=True, angle_order="first half"),
     Rotation(0, neighbours=True, angle_order="neighbours", is_wide=True),
+    Rotation(0, neighbours=True, angle_order="first half", is_wide=True),
 )
 """The kinds of rotation that are tried, without their sizes."""
 
@@ -73,9 +75,10 @@ def find_attention(block: Any) -> Attention | None:
     )
     if facts.group and norms:
         return None
-    for width in _rotated_sizes(block, size):
+    for width, limit in product(_rotated_sizes(block, size), _position_limits(block)):
         try:
-            confirmed = _confirm(facts, linears[0].dtype, width)
+            own_facts = replace(facts, position_limit=limit)
+            confirmed = _confirm(own_facts, linears[0].dtype, width)
         except Exception:  # modelling code may raise any, as in agreement.disagreement
             continue
         if confirmed is not None:
@@ -92,6 +95,23 @@ def _rotated_sizes(block: Any, size: int) -> Iterator[int]:
         if isinstance(share, float) and 0 < (width := int(size * share)) < size:
             yield width
     yield size
+
+
+def _position_limits(block: Any) -> list[int | None]:
+    """Returns None, and the numbers of positions in the config of a block that is given positions,
+    the largest first."""
+    settings = getattr(block.config, "rope_parameters", None) or {}
+    numbers = {value for value in settings.values() if type(value) is int and value > ROWS}
+    takes_positions = "position_ids" in signature(block.forward).parameters
+    return [None, *(sorted(numbers, reverse=True) if takes_positions else ())]
+
+
+def _tried_positions(limit: int | None) -> Tensor:
+    """Returns positions (ROWS): the first and the last ones below a limit. Without one they are far
+    apart, so a block that uses positions itself shows it."""
+    if limit is None:
+        return torch.arange(ROWS) * 10**6
+    return torch.tensor([0, 1, limit // 2, limit - 2, limit - 1])
 
 
 def _confirm(facts: Attention, dtype: torch.dtype, width: int) -> Attention | None:
@@ -117,7 +137,7 @@ def _confirm(facts: Attention, dtype: torch.dtype, width: int) -> Attention | No
 
     def own_code(angle_type: torch.dtype) -> tuple[Any, ...]:
         layout = _RecordingLayout()
-        positions = torch.arange(ROWS)[None] * 10**6  # a block that uses positions itself shows it
+        positions = _tried_positions(facts.position_limit)[None]
         mask = mask_of(layout, positions.device)
         arguments = inputs(angle_type) | {"attention_mask": mask, "position_ids": positions}
         others = unset_arguments(block, arguments)

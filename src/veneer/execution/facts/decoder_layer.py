@@ -139,4 +139,4 @@ def _held_feed_forward(layer: nn.Module) -> FeedForward | None:
 
 
 def _is_norm(name: str) -> bool:
-    return name.endswith("norm") or name.startswith("ln_")
+    return "norm" in name or name.startswith("ln_")

@@ -142,6 +142,7 @@ class Attention:
     output         name of the module that computes o
     query_scale    what q is multiplied by before its norm, and rounded; the kernels multiply scores
                    by it (kernel_rules), which rounds less
+    position_limit the facts hold for positions below this one; None: for all
     """
 
     module: nn.Module
@@ -154,6 +155,7 @@ class Attention:
     inputs: tuple[str, ...] = QKV
     output: str = OUTPUTS[0]
     query_scale: float = 1.0
+    position_limit: int | None = None
 
     @property
     def kernel_rules(self) -> AttentionRules:

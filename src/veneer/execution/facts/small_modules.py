@@ -65,7 +65,10 @@ def unset_arguments(module: nn.Module, given: Container[str]) -> dict[str, None]
 
 
 def passes_values_on(module: nn.Module) -> bool:
-    """Whether it is a dropout that drops nothing, now or ever: models stay in eval mode."""
+    """Whether it is the identity, or a dropout that drops nothing, now or ever: models stay in eval
+    mode."""
+    if type(module) is nn.Identity:
+        return True
     return type(module) is nn.Dropout and not (module.training and module.p)
 
 
