@@ -41,6 +41,9 @@ FAMILIES = [
     "ernie4_5",
     "hyperclovax",
     "ministral3",
+    "nemotron",
+    "olmo",
+    "hunyuan",
 ]
 OUTPUTS = {
     "starcoder2": ["o_proj", "c_proj"],

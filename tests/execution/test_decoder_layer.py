@@ -75,6 +75,9 @@ def test_the_facts_of_a_layer_are_those_of_its_family(family, activation, window
         ("gemma3", "xxxx", (1.0, True), (12, 12), [True, True]),
         ("olmo2", ".x.x", (0.0, True), (32, 16), [True, True]),
         ("hyperclovax", "xxxx", (0.0, False), (), [True, True]),
+        ("hunyuan", "x.x.", (0.0, False), (16, 16), [True, True]),
+        ("nemotron", "x.x.", (1.0, True), (), [True, True]),
+        ("olmo", "x.x.", (0.0, True), (), [True, True]),
         ("exaone4", ".x.x", (0.0, False), (8, 8), [True, False]),
     ],
 )
@@ -86,10 +89,13 @@ def test_norms_are_found_in_their_places_and_of_their_kind(family, places, kind,
         norms = [norm for norm in layer.norms if norm is not None]
         for norm in (*norms, *layer.attention.norms):
             assert (norm.offset, norm.is_wide) == kind
-            assert norm.name in (*dict(layer.module.named_children()), "q_norm", "k_norm")
+            assert norm.is_centred == (family in ("nemotron", "olmo"))
+            assert norm.name in dict(
+                [*layer.module.named_children(), *layer.attention.module.named_children()]
+            )
         assert tuple(norm.weight.numel() for norm in layer.attention.norms) == of_heads
     assert [layer.attention.rotation is not None for layer in layers] == turned
-    assert all(layer.attention.takes_float32 for layer in layers) == (family == "olmo2")
+    assert all(layer.attention.takes_float32 for layer in layers) == (family in ("olmo", "olmo2"))
 
 
 @pytest.mark.parametrize(
@@ -217,11 +223,34 @@ def test_attention_with_a_bias_of_positions_is_computed_by_its_own_code():
     assert torch.equal(stand_in(x, alibi=alibi, **given)[0], own)
 
 
-@pytest.mark.parametrize(
-    ("family", "reason"), [("nemotron", "norms"), ("deepseek_v3", "kv_a_proj")]
-)
+def test_norms_of_heads_before_and_after_the_rotation_are_told_apart():
+    for family, is_last in (("qwen3", False), ("hunyuan", True)):
+        for layer in find_layers(prepared(family, dtype=torch.bfloat16)):
+            assert layer.attention.norms_last == is_last and len(layer.attention.norms) == 2
+
+
+def test_norms_without_a_weight_have_one_of_ones_where_the_model_is():
+    model = prepared("olmo", dtype=torch.bfloat16)
+    planned = copy.deepcopy(model).to("meta")
+    for own, device in ((model, "cpu"), (planned, "meta")):
+        for layer in find_layers(own):
+            norm = layer.norms.before_attention
+            assert (norm.ones.dtype, norm.ones.device.type) == (torch.bfloat16, device)
+            assert norm.weight is norm.ones and len(norm.ones) == 32 and norm.epsilon == 1e-5
+
+
+class _Odd(torch.nn.Module):
+    """A norm of no known kind."""
+
+    def forward(self, x):
+        return x / 2
+
+
+@pytest.mark.parametrize(("family", "reason"), [("llama", "norms"), ("deepseek_v3", "kv_a_proj")])
 def test_what_is_not_understood_says_why(family, reason):
     model = prepared(family)
+    for layer in model.model.layers if family == "llama" else ():
+        layer.input_layernorm = _Odd()
     assert all(reason in layer.unknown for layer in find_layers(model))
     (line,) = unknown_layers(model)
     assert line.startswith("2 of 2 layers by the model's own code: ") and reason in line

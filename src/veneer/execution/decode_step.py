@@ -319,7 +319,9 @@ def _take_apart(model: PreTrainedModel, logit_rules: LogitRules) -> LayersForwar
     reasons = [layer.unknown for layer in layers]
     if None not in reasons:
         return f"no layer of {name} is taken apart: {reasons[0]}"
-    if (norm := find_norm(unwrapped(getattr(places, names.norm)))) is None:
+    embedding: Any = unwrapped(getattr(places, names.embedding))
+    row = first_row(embedding)[0]
+    if (norm := find_norm(unwrapped(getattr(places, names.norm)), row=row)) is None:
         return f"the last norm of {name} is of no known kind"
     if (start := find_start(places)) is None:
         return f"{name} changes its embeddings or its angles in a way that is not known here"

@@ -127,6 +127,11 @@ def _attention(
     if facts.rotation is not None:
         assert angles is not None
         decoder_step.rotate(q, k, *angles.of_kernels, neighbours=facts.rotation.neighbours)
+    if facts.norms_last:
+        q, k = (
+            _by_head(_normed(_row_wise(heads), places[norm.name], norm), size)
+            for heads, norm in zip((q, k), facts.norms, strict=True)
+        )
     out = paged_step.attend(q, k, v, (), facts.kernel_rules)
     return product(out.flatten(1), places[facts.output])
 
@@ -134,10 +139,11 @@ def _attention(
 def _heads(
     facts: Attention, outputs: Sequence[Tensor], places: dict[str, nn.Module | None]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns q, k and v (N, H, E) from the outputs of their layers, after their norms."""
+    """Returns q, k and v (N, H, E) from the outputs of their layers, after norms that precede the
+    rotation."""
     q, k, v = outputs[0].split(facts.widths, dim=-1) if facts.is_joined else outputs
     size = facts.head_dim
-    if facts.norms:
+    if facts.norms and not facts.norms_last:
         q, k = (
             _normed(values, places[norm.name], norm)
             for values, norm in zip((q, k), facts.norms, strict=True)
@@ -167,6 +173,11 @@ def _by_head(x: Tensor, size: int) -> Tensor:
     """Returns x (N, H E) as (N, H, E). Rows stay as far apart as they are: a recording takes this
     distance for any number of rows, and torch's `view` changes it for a single one."""
     return x.as_strided((len(x), x.shape[1] // size, size), (x.stride(0), size, 1))
+
+
+def _row_wise(x: Tensor) -> Tensor:
+    """Returns x (N, H, E), whose heads lie side by side, as (N, H E)."""
+    return x.as_strided((len(x), x.shape[1] * x.shape[2]), (x.stride(0), 1))
 
 
 def bare(module: nn.Module | None) -> nn.Module | None:
@@ -260,4 +271,5 @@ def _operand(place: nn.Module | None, facts: Norm | None) -> rules.Norm | None:
         return None
     bias = parameters_of(norm).get("bias") if facts.is_centred else None
     kind = facts.epsilon, facts.offset, facts.is_wide, facts.is_centred
-    return rules.Norm(norm.weight, *kind, bias)
+    weight = norm.weight if facts.ones is None else facts.ones
+    return rules.Norm(weight, *kind, bias)

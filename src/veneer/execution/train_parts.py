@@ -50,7 +50,8 @@ class FusedNorm(StandIn):
         if facts.is_centred:
             if not takes_layer_norm(x, *values.values()):
                 return self.base(x)
-            return layer_norm(x, values["weight"], values.get("bias"), facts.epsilon)
+            kind = facts.epsilon, facts.offset
+            return layer_norm(x, values["weight"], values.get("bias"), *kind)
         return rms_norm(
             x, values["weight"], facts.epsilon, offset=facts.offset, is_wide=facts.is_wide
         )
@@ -75,7 +76,8 @@ class FusedNorm(StandIn):
             elif any(self.base.replaces(part.adapters) for part in acting.parts):
                 return None
         own = parameters_of(unwrapped(self.base))
-        return {name: value for name, value in own.items() if value is not None} | trained
+        values = {name: value for name, value in own.items() if value is not None} | trained
+        return values if self.facts.ones is None else {"weight": self.facts.ones}
 
 
 class FusedGate(StandIn):

@@ -123,7 +123,7 @@ class FusedLayer(StandIn):
         neighbours = bool(rotation and rotation.neighbours)
         activation = SILU if gated is None else gated.activation
         sums = self.facts.is_parallel, self.facts.residual_scale
-        kind = activation, neighbours, *sums, heads.group
+        kind = activation, neighbours, *sums, heads.group, heads.norms_last
         block = Block(norms, parts, heads.head_dim, heads.kernel_rules, *kind)
         if not block.usable(x_MI):
             return None

@@ -43,7 +43,8 @@ class Norm(NamedTuple):
     """(weight + offset) * x / sqrt(mean(x^2) + epsilon), rounded before it is multiplied by the
     weight unless is_wide. Source: Zhang and Sennrich 2019, arXiv:1910.07467.
 
-    is_centred  LayerNorm, weight * (x - mean) / sqrt(variance + epsilon) + bias, rounded once
+    is_centred  LayerNorm, (weight + offset) * (x - mean) / sqrt(variance + epsilon) + bias, rounded
+                once
     weight      (D); for q and k (S) if each head is normed, (H S) if all heads of a row are
     """
 

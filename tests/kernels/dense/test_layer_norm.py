@@ -17,21 +17,22 @@ ROUNDING = 2**-8
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("mean", [0.0, 5.0])
 @pytest.mark.parametrize(("rows", "width"), [(1, 16), (53, 48), (97, 576)])
-def test_layer_norm_and_its_gradient_are_those_of_torch(rows, width, mean, with_bias):
+def test_layer_norm_and_its_gradient_are_those_of_torch(rows, width, mean, offset, with_bias):
     torch.manual_seed(0)
     x = (torch.randn(rows, width) + mean).bfloat16()
     weight, bias = torch.rand(width).add(0.5).bfloat16(), torch.randn(width).bfloat16()
     grad, residual = torch.randn(rows, width).bfloat16(), torch.randn(rows, width).bfloat16()
     scale, out = torch.empty(rows), torch.empty_like(x)
-    rule = Norm(weight, 1e-5, is_wide=True, is_centred=True, bias=bias if with_bias else None)
+    kind = {"is_wide": True, "is_centred": True, "bias": bias if with_bias else None}
+    rule = Norm(weight, 1e-5, offset, **kind)
     norm = block_calls.NormOperands(rule, scale)
     block_calls.norm_forward(x.clone(), norm=norm, out=out)
     wide = x.double().requires_grad_()
-    expected = F.layer_norm(
-        wide, (width,), weight.double(), bias.double() if with_bias else None, 1e-5
-    )
+    values = weight.double() + offset, bias.double() if with_bias else None
+    expected = F.layer_norm(wide, (width,), *values, 1e-5)
     (of_x,) = torch.autograd.grad(expected, wide, grad.double())
     assert (out - expected).abs().max() <= ROUNDING * expected.abs().max()
     given = grad.clone()
@@ -40,22 +41,16 @@ def test_layer_norm_and_its_gradient_are_those_of_torch(rows, width, mean, with_
     assert (given - of_x).abs().max() <= 2 * ROUNDING * of_x.abs().max()
 
 
-def test_a_centred_norm_with_an_offset_is_refused():
-    x = torch.zeros(2, 16, dtype=torch.bfloat16)
-    norm = block_calls.NormOperands(Norm(x[0], 1e-5, 1.0, is_centred=True), torch.empty(2))
-    with pytest.raises(block_calls.CallError):
-        block_calls.norm_forward(x, norm=norm, out=torch.empty_like(x))
-
-
-def test_the_node_of_a_layer_norm_has_the_gradient_of_torchs():
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_the_node_of_a_layer_norm_has_the_gradient_of_torchs(offset):
     torch.manual_seed(1)
     x = (torch.randn(2, 5, 48) + 3).bfloat16().requires_grad_()
     weight, bias = torch.rand(48).add(0.5).bfloat16(), torch.randn(48).bfloat16()
     grad = torch.randn_like(x)
     assert takes_layer_norm(x, weight, bias) and not takes_layer_norm(x, x[0, 0], bias)
-    ours = layer_norm(x, weight, bias, 1e-5)
+    ours = layer_norm(x, weight, bias, 1e-5, offset)
     wide = x.detach().double().requires_grad_()
-    expected = F.layer_norm(wide, (48,), weight.double(), bias.double(), 1e-5)
+    expected = F.layer_norm(wide, (48,), weight.double() + offset, bias.double(), 1e-5)
     (of_x,), (of_wide,) = (
         torch.autograd.grad(out, values, grad.to(out.dtype))
         for out, values in ((ours, x), (expected, wide))

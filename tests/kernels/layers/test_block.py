@@ -43,7 +43,7 @@ FAMILIES = [
     *("llama", "qwen2", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "olmo2", "exaone4"),
     *("phi3", "glm4", "cohere", "stablelm", "starcoder2", "phi", "granite"),
     *("gpt_neox", "gpt2", "opt", "falcon", "falcon_groups", "falcon_heads"),
-    *("ernie4_5", "hyperclovax", "ministral3"),
+    *("ernie4_5", "hyperclovax", "ministral3", "nemotron", "olmo", "hunyuan"),
 ]
 """Norms of heads, of all heads, before and behind the parts, in float32; gates of GELU; layers
 without rotation, or with angles in float32; transposed weights; q, k and v by group."""
@@ -69,6 +69,7 @@ OWN_NAMES = {
     "phi": {"gate_proj": "fc1", "up_proj": "fc1", "down_proj": "fc2", "o_proj": "dense"},
     "phi3": {**dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")},
     "glm4": {},
+    "nemotron": {"gate_proj": "up_proj"},
     "gpt_neox": {
         **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "query_key_value"),
         **dict.fromkeys(("gate_proj", "up_proj"), "dense_h_to_4h"),
@@ -260,7 +261,7 @@ def test_bases_in_nf4_are_one_node_too(family, taken, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen3", "gemma3", "olmo2", "exaone4", "phi3", "glm4", "cohere"]
+    "family", ["llama", "qwen3", "gemma3", "olmo2", "exaone4", "phi3", "glm4", "cohere", "hunyuan"]
 )
 def test_what_many_rows_do_not_keep_is_computed_again_to_the_same_bits(family, taken, monkeypatch):
     trained, found = Trained(family), []
@@ -286,6 +287,7 @@ def test_what_many_rows_do_not_keep_is_computed_again_to_the_same_bits(family, t
         + {
             "llama": 2 * SIZES["hidden_size"],
             "qwen3": 2 * SIZES["hidden_size"] + heads * head_size,
+            "hunyuan": 2 * SIZES["hidden_size"] + heads * head_size,
             "gemma3": 2 * SIZES["hidden_size"] + heads * head_size,
             "olmo2": heads * head_size,
             "exaone4": heads * head_size,
@@ -505,7 +507,7 @@ def test_a_layer_that_adds_up_otherwise_stays(change, monkeypatch):
 @pytest.mark.parametrize(
     "add",
     [
-        lambda layer: layer.register_module("another", torch.nn.Identity()),
+        lambda layer: layer.register_module("another", torch.nn.Tanh()),
         lambda layer: layer.register_parameter("another", torch.nn.Parameter(torch.ones(1))),
         lambda layer: layer.register_buffer("another", torch.ones(1)),
     ],

@@ -155,6 +155,7 @@ def block_cases(
                 "norms": tuple(norm_of_heads(own) for own in heads[:2]),
                 "norm_rows": tuple(wide(own * size) if has_norms else None for own in heads[:2]),
                 "neighbours": bool(rng.randint(0, 1)),
+                "norms_last": bool(rng.randint(0, 1)),
                 "back": back,
                 "sides": tuple(side(of_A=False, columns=own * size) for own in heads),
             },

@@ -19,7 +19,7 @@ from veneer.adapters.methods.adapted_linear import apply_together
 from veneer.adapters.placement.wrapping import unwrapped
 from veneer.execution.agreement import EXACT, agrees
 from veneer.execution.attention import attention_forward, mask_of, takes_layouts
-from veneer.execution.facts.layer_facts import HEAD_NORMS, Attention, Rotation, names_in_attention
+from veneer.execution.facts.layer_facts import Attention, Rotation, head_norms, names_in_attention
 from veneer.execution.facts.part_facts import find_norm
 from veneer.execution.facts.small_modules import (
     ROWS,
@@ -53,14 +53,14 @@ def find_attention(block: Any) -> Attention | None:
     names = {name for name, part in block.named_children() if not passes_values_on(part)}
     size = getattr(block, "head_dim", getattr(block, "head_size", None))
     inputs, output = names_in_attention(names)
-    own, norm_names = {*inputs, output}, {*HEAD_NORMS} & names
-    if names - norm_names != own or len(norm_names) == 1:
+    norm_names = head_norms(names)
+    if names != {*inputs, output, *norm_names}:
         return None
     if not isinstance(size, int) or size % 2 or not takes_layouts(block):
         return None
     children = children_of(block)
     views = [frozen_linear(unwrapped(children[name])) for name in (*inputs, output)]
-    modules = {name: unwrapped(children[name]) for name in HEAD_NORMS if name in names}
+    modules = {name: unwrapped(children[name]) for name in norm_names}
     norms = [norm for name, module in modules.items() if (norm := find_norm(module, name))]
     linears = [view for view in views if view is not None]
     if len(norms) != len(modules) or len(linears) != len(views):
@@ -160,8 +160,10 @@ def _confirm(facts: Attention, dtype: torch.dtype, width: int) -> Attention | No
         return agrees(computed, lambda: own_code(angle_type), (), EXACT)
 
     rotations = (*(replace(kind, size=width) for kind in _ROTATIONS), None)
-    for scale, rotation in product(scales, rotations):
-        rotated = replace(facts, rules=rules, rotation=rotation, query_scale=scale)
+    orders = (False, True) if facts.norms else (False,)
+    for last, scale, rotation in product(orders, scales, rotations):
+        own_facts = replace(facts, rules=rules, norms_last=last)
+        rotated = replace(own_facts, rotation=rotation, query_scale=scale)
         if agrees_with(rotated, dtype):
             return replace(rotated, takes_float32=agrees_with(rotated, torch.float32))
     return None
@@ -186,10 +188,8 @@ def attend(
         q, k, v = outputs[0].split(facts.widths, dim=-1) if facts.is_joined else outputs
     if facts.query_scale != 1.0:
         q = q * facts.query_scale
-    if facts.norms:
-        q_norm, k_norm = facts.norms
-        q = block.q_norm(q.reshape(B, T, -1, q_norm.weight.numel()))
-        k = block.k_norm(k.reshape(B, T, -1, k_norm.weight.numel()))
+    if not facts.norms_last:
+        q, k = _normed(facts, block, (q, k), (B, T))
     q, k = q.reshape(B * T, -1, S), k.reshape(B * T, -1, S)
     if facts.rotation is not None:
         assert position_embeddings is not None
@@ -198,6 +198,8 @@ def attend(
             for angles in position_embeddings
         )
         q, k = rotary(q, k, cos, sin, neighbours=facts.rotation.neighbours)
+    if facts.norms_last:
+        q, k = _normed(facts, block, (q, k), (B, T))
     q, k, v = (heads.reshape(B, T, -1, S).transpose(1, 2) for heads in (q, k, v))
     rules: dict[str, Any] = {
         "scaling": facts.rules.scale,
@@ -207,6 +209,18 @@ def attend(
     }
     out, weights = attention_forward(block, q, k, v, attention_mask, **rules, **others)
     return getattr(block, facts.output)(out.reshape(B, T, -1)), weights
+
+
+def _normed(
+    facts: Attention, block: Any, heads: Sequence[Tensor], tokens: tuple[int, int]
+) -> list[Tensor]:
+    """Returns q and k after their norms, if there are any: (B, T, ...) of the norms' widths."""
+    if not facts.norms:
+        return [*heads]
+    return [
+        getattr(block, norm.name)(values.reshape(*tokens, -1, norm.weight.numel()))
+        for norm, values in zip(facts.norms, heads, strict=True)
+    ]
 
 
 class _RecordingLayout:

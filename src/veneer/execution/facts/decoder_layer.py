@@ -13,7 +13,8 @@ Norms and feed-forward blocks are found by part_facts.py, attention blocks by at
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.adapters.placement.wrapping import AdaptedModule, plain_modules, unwrapped
@@ -23,15 +24,16 @@ from veneer.execution.facts.layer_facts import (
     ATTENTIONS,
     FEED_FORWARD,
     FEED_FORWARD_IN_LAYER,
-    HEAD_NORMS,
     DecoderLayer,
     FeedForward,
+    head_norms,
     names_in_attention,
 )
 from veneer.execution.facts.norm_places import Sums, find_places
 from veneer.execution.facts.part_facts import find_feed_forward, find_norm
 from veneer.execution.facts.small_modules import passes_values_on
 from veneer.execution.stand_in import StandIn
+from veneer.linear import frozen_linear
 from veneer.model_record import record_of
 from veneer.private.transformers import attention_of
 
@@ -109,10 +111,11 @@ def _find_layer(layer: nn.Module) -> DecoderLayer:
     usual = {*inputs, output}
     beside = {name for name in parts if not _is_norm(name)}
     beside |= {attention_name, *feed_names} - {name for name, _ in layer.named_children()}
-    if beside or children not in (usual, usual | set(HEAD_NORMS)):
+    if beside or children not in (usual, usual | {*head_norms(children)}):
         unusual = sorted(beside | (children ^ usual))
         return DecoderLayer(layer, unknown=f"it has other parts than Llama: {', '.join(unusual)}")
-    norms = [norm for name, module in parts.items() if (norm := find_norm(module, name))]
+    row = _input_row(attention, inputs[0])
+    norms = [norm for name, module in parts.items() if (norm := find_norm(module, name, row))]
     if len(norms) != len(parts):
         return DecoderLayer(layer, unknown="its norms are of no known kind")
     heads = find_attention(attention)
@@ -126,6 +129,14 @@ def _find_layer(layer: nn.Module) -> DecoderLayer:
     adds = sums.is_parallel, sums.residual_scale
     names = attention_name, sums.gives_pair
     return DecoderLayer(layer, sums.norms, heads, feed_forward, *adds, unknown, *names)
+
+
+def _input_row(attention: nn.Module, name: str) -> Tensor | None:
+    """Returns values (D) that the linear layer of this name in an attention block takes."""
+    linear = frozen_linear(unwrapped(attention.get_submodule(name)))
+    if linear is None:
+        return None
+    return torch.ones(linear.in_features, dtype=linear.dtype, device=linear.device)
 
 
 def _held_feed_forward(layer: nn.Module) -> FeedForward | None:

@@ -19,7 +19,8 @@ from veneer.kernels.rules import AttentionRules
 ATTENTIONS, FEED_FORWARD = ("self_attn", "attention", "attn", "self_attention"), "mlp"
 """Names of the parts of a layer beside its norms."""
 QKV, OUTPUTS = ("q_proj", "k_proj", "v_proj"), ("o_proj", "dense", "c_proj", "out_proj")
-HEAD_NORMS = ("q_norm", "k_norm")
+HEAD_NORMS = (("q_norm", "k_norm"), ("query_layernorm", "key_layernorm"))
+"""Names of the norms of q and of k."""
 GATE_UP, DOWN = ("gate_proj", "up_proj"), "down_proj"
 JOINED_QKV, JOINED_GATE_UP = ("qkv_proj", "c_attn"), ("gate_up_proj",)
 """Modules whose outputs are those of several layers, side by side. A block has one of them."""
@@ -41,6 +42,11 @@ def names_in_attention(children: Container[str]) -> tuple[tuple[str, ...], str]:
     return inputs, next((name for name in OUTPUTS if name in children), OUTPUTS[0])
 
 
+def head_norms(children: Container[str]) -> tuple[str, ...]:
+    """Returns the names of the norms of q and of k, if both are there."""
+    return next((pair for pair in HEAD_NORMS if all(name in children for name in pair)), ())
+
+
 @dataclass(frozen=True)
 class Norm:
     """(weight + offset) * x / sqrt(mean(x^2) + epsilon) of each row.
@@ -48,7 +54,9 @@ class Norm:
     is_wide     the product with the weight is in float32 and rounded once; otherwise the normalised
                 x is rounded before it is multiplied by the weight
     name        its name in the module that holds it
-    is_centred  LayerNorm: weight * (x - mean) / sqrt(variance + epsilon) + bias, rounded once
+    is_centred  LayerNorm: (weight + offset) * (x - mean) / sqrt(variance + epsilon) + bias, rounded
+                once
+    ones        the weight of a norm whose module has none
     """
 
     module: nn.Module
@@ -57,10 +65,11 @@ class Norm:
     is_wide: bool = False
     name: str = ""
     is_centred: bool = False
+    ones: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
-        return self.module.get_parameter("weight")
+        return self.module.get_parameter("weight") if self.ones is None else self.ones
 
 
 class LayerNorms(NamedTuple):
@@ -135,7 +144,8 @@ class Attention:
 
     rules          scale, window, softcap and sinks of the attention
     widths         outputs of q, of k and of v
-    norms          of q and of k before their rotation, over each head or over a row; or none
+    norms          of q and of k, over each head or over a row; or none
+    norms_last     they follow the rotation of q and k; otherwise they precede it
     rotation       None: nothing is rotated
     takes_float32  cosines and sines may be float32 too; heads are rounded once after the rotation
     inputs         names of the modules that compute q, k and v: three, or one that joins them
@@ -150,6 +160,7 @@ class Attention:
     rules: AttentionRules
     widths: tuple[int, int, int]
     norms: tuple[Norm, ...] = ()
+    norms_last: bool = False
     rotation: Rotation | None = None
     takes_float32: bool = False
     inputs: tuple[str, ...] = QKV

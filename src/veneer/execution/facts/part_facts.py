@@ -30,7 +30,9 @@ from veneer.linear import frozen_linear
 from veneer.private.torch import children_of, parameters_of, replace_parameters
 
 NORM_KINDS = ((0.0, False), (0.0, True), (1.0, True))
-"""(offset, is_wide) of the kinds of norms that find_norm tries."""
+"""(offset, is_wide) of the kinds of norms that find_norm tries; all LayerNorms are wide."""
+EPSILONS = (1e-5, 1e-6)
+"""Epsilons that are tried of a norm whose module does not say its own."""
 INNER = 12
 """Inner size of the small feed-forward block that is tried."""
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
@@ -38,13 +40,23 @@ ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
 
 
 @torch.no_grad()
-def find_norm(module: nn.Module, name: str = "") -> Norm | None:
-    """Returns the facts of an RMS norm or a LayerNorm; None for any other module."""
+def find_norm(module: nn.Module, name: str = "", row: Tensor | None = None) -> Norm | None:
+    """Returns the facts of an RMS norm or a LayerNorm; None for any other module.
+
+    row: values (D) that the norm takes, for a LayerNorm without a weight.
+    """
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     names = [name for name, _ in module.named_parameters(recurse=False)]
-    if any(module.children()) or not isinstance(epsilon, float):
+    is_layer_norm = "LayerNorm" in type(module).__name__
+    if any(module.children()):
         return None
-    if type(module).__name__.endswith("LayerNorm") and names in (["weight"], ["weight", "bias"]):
+    if is_layer_norm and not names and row is not None:
+        epsilons = EPSILONS if epsilon is None else (epsilon,)
+        found = (_find_bare_norm(module, own, name, row) for own in epsilons)
+        return next((norm for norm in found if norm is not None), None)
+    if not isinstance(epsilon, float):
+        return None
+    if is_layer_norm and names in (["weight"], ["weight", "bias"]):
         return _find_layer_norm(module, epsilon, name)
     if names != ["weight"] or not type(module).__name__.endswith("RMSNorm"):
         return None
@@ -71,10 +83,21 @@ def _find_layer_norm(module: nn.Module, epsilon: float, name: str) -> Norm | Non
         bias = nn.Parameter(own_bias, requires_grad=False)
         replace_parameters(small, {"weight": small.get_parameter("weight"), "bias": bias})
 
-    norm = partial(layer_norm_reference, weight=weight, bias=own_bias, epsilon=epsilon)
-    if not agrees(norm, small, (x,), PART):
+    for offset in dict.fromkeys(offset for offset, _ in NORM_KINDS):
+        own = weight, own_bias, epsilon, offset
+        if agrees(lambda x, own=own: layer_norm_reference(x, *own), small, (x,), PART):
+            return Norm(module, epsilon, offset, is_wide=True, name=name, is_centred=True)
+    return None
+
+
+def _find_bare_norm(module: nn.Module, epsilon: float, name: str, row: Tensor) -> Norm | None:
+    """Returns the facts of a LayerNorm without weight and bias."""
+    x = random_rows(len(row), row.dtype).to("cpu" if row.is_meta else row.device)
+    ones = torch.ones_like(row)
+    norm = partial(layer_norm_reference, weight=torch.ones_like(x[0]), bias=None, epsilon=epsilon)
+    if not agrees(norm, module, (x,), PART):
         return None
-    return Norm(module, epsilon, is_wide=True, name=name, is_centred=True)
+    return Norm(module, epsilon, is_wide=True, name=name, is_centred=True, ones=ones)
 
 
 @torch.no_grad()

@@ -61,8 +61,6 @@ def norm_struct(norm: NormOperands | None, rows: int, width: int) -> Any:
     if norm is None:
         return NormStruct()
     (weight, epsilon, offset, is_wide, is_centred, bias), scale = norm
-    if is_centred and offset:
-        raise CallError("a centred norm has no offset")
     places = at(weight, BF16, width), 0 if bias is None else at(bias, BF16, width)
     return NormStruct(*places, at(scale, FP32, rows), is_wide, is_centred, epsilon, offset)
 

@@ -37,6 +37,7 @@ from veneer.kernels.bindings.rank_calls import MOST_LAYERS, MOST_STRIDE, PAIR_BY
     is_wide: flag
     rows: 0..2**27
     size: 16..2**27 % 16
+    norms_last: flag
     back: flag
     body x, out, normed, norms, spans, heads, sides, cos, sin, turned, is_wide, rows
     """,
@@ -52,6 +53,7 @@ def heads(
     norms: Sequence[NormOperands | None] = (None, None),
     norm_rows: Sequence[Tensor | None] = (None, None),
     neighbours: bool,
+    norms_last: bool = False,
     back: bool,
 ) -> Values:
     """Forward: adds its update (B of one layer) to each of q, k and v (M, H E), in place. Then q
@@ -59,6 +61,9 @@ def heads(
     rotated in place. E = size, a multiple of 16. angles: cosines and sines (M, R), bf16 or float32,
     of the first R dimensions of each head: i with R / 2 + i, or 2 i with 2 i + 1 (neighbours). A
     norm is over one head or over all heads of a row.
+
+    norms_last: q and k are rotated in place first, then they go through their norms. `norm_rows` of
+    `back` are then the rotated ones.
 
     back: x are gradients. Those of q and k are rotated back and taken through the norms of
     `norm_rows`; then the product of each of the three with B of its layer is computed.

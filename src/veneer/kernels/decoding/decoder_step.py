@@ -79,7 +79,7 @@ def _normed(x: Tensor, norm: Norm | None) -> Tensor:
         return x
     weight, epsilon, offset, is_wide, is_centred, bias = norm
     if is_centred:
-        return layer_norm_reference(x, weight, bias, epsilon)
+        return layer_norm_reference(x, weight, bias, epsilon, offset)
     return rms_norm_reference(x, weight, epsilon, offset=offset, is_wide=is_wide)
 
 

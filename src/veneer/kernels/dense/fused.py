@@ -2,7 +2,8 @@
 
     rms_norm       y = (weight + offset) * (x / sqrt(mean(x^2) + epsilon))
                                                                    saves x and one float32 a row
-    layer_norm     y = weight * (x - mean) / deviation + bias      saves x and one float32 a row
+    layer_norm     y = (weight + offset) * (x - mean) / deviation + bias
+                                                                   saves x and one float32 a row
     gated          y = activation(gate) * up, or without up: silu, gelu by the formula with tanh, or
                    gelu by the definition with erf                 saves gate and up
     rotary         y = x cos + rotate_half(x) sin, for q and k     saves cos and sin
@@ -127,32 +128,34 @@ def _liger_gates(gate: Tensor, up: Tensor, activation: int, *gradients: Tensor) 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, offset: float
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.epsilon = epsilon
+        ctx.kind = epsilon, offset
         rows, out = x.view(-1, x.shape[-1]), torch.empty_like(x)
-        norm = _centred(rows, weight, bias, epsilon)
+        norm = _centred(rows, weight, bias, *ctx.kind)
         block_calls.norm_forward(rows, norm=norm, out=out.view(rows.shape))
         ctx.scale = norm.scale
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, weight = ctx.saved_tensors
         rows, out = x.view(-1, x.shape[-1]), torch.empty_like(x)
-        norm = _centred(rows, weight, None, ctx.epsilon)._replace(scale=ctx.scale)
+        norm = _centred(rows, weight, None, *ctx.kind)._replace(scale=ctx.scale)
         block_calls.norm_backward(
             grad.contiguous().view(rows.shape), norm=norm, normed=rows, out=out.view(rows.shape)
         )
-        return out, None, None, None
+        return out, None, None, None, None
 
 
 def _centred(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float
+    rows: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, offset: float
 ) -> block_calls.NormOperands:
     scale = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
-    norm = Norm(weight, epsilon, is_wide=True, is_centred=True, bias=bias)
+    norm = Norm(weight, epsilon, offset, is_wide=True, is_centred=True, bias=bias)
     return block_calls.NormOperands(norm, scale)
 
 
@@ -318,19 +321,23 @@ def takes_layer_norm(x: Tensor, *values: Tensor) -> bool:
     return frozen and x.shape[-1] % 16 == 0 and compiled(x, *values)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
-    """Normalises: x (..., D), weight and bias (D), which are frozen -> weight * (x - mean) /
-    deviation + bias, rounded once. The kernels must take them (`takes_layer_norm`).
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, offset: float = 0.0
+) -> Tensor:
+    """Normalises: x (..., D), weight and bias (D), which are frozen -> (weight + offset) *
+    (x - mean) / deviation + bias, rounded once. The kernels must take them (`takes_layer_norm`).
 
     Source: Ba et al. 2016, arXiv:1607.06450.
     """
-    return _LayerNorm.apply(x, weight, bias, epsilon)
+    return _LayerNorm.apply(x, weight, bias, epsilon, offset)
 
 
-def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+def layer_norm_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, offset: float = 0.0
+) -> Tensor:
     """Defines layer_norm, under torch's own autograd."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    values = weight.to(wide), None if bias is None else bias.to(wide)
+    values = weight.to(wide) + offset, None if bias is None else bias.to(wide)
     return F.layer_norm(x.to(wide), weight.shape, *values, epsilon).to(x.dtype)
 
 

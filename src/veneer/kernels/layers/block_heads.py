@@ -93,7 +93,8 @@ def _recomputed(run: Pass, kept: Kept) -> tuple[Tensor, Tensor]:
     raw = kept.q_raw, kept.k_raw
     turned = torch.empty_like(raw[0]), torch.empty_like(raw[1])
     scales = run.scales(norms[0], raw[0]), run.scales(norms[1], raw[1])
-    _rotate(run, [*raw, kept.v.view(run.rows, -1)], None, scales, turned)
+    last = run.block.norms_last  # then q and k before their norms are rotated already
+    _rotate(run, [*raw, kept.v.view(run.rows, -1)], None, scales, turned, turns=not last)
     q, k = (wide.view(run.rows, -1, run.block.size) for wide in turned)
     return q, k
 
@@ -105,10 +106,12 @@ def _rotate(
     scales: Sequence[Tensor],
     norm_rows: Sequence[Tensor],
     *,
+    turns: bool = True,
     back: bool = False,
 ) -> None:
     """Calls head_calls.heads for each part. narrow: x A^T of the updates; None: they are added
-    already. scales, norm_rows: those of q and k, read only if these have norms."""
+    already. scales, norm_rows: those of q and k, read only if these have norms. turns: q and k are
+    rotated."""
     norms = run.block.norms.q, run.block.norms.k
     for number, part in enumerate(run.parts):
         part_heads = [wide[part.rows] for wide in heads]
@@ -121,11 +124,12 @@ def _rotate(
         head_calls.heads(
             part_heads,
             run.block.size,
-            part.part.angles,
+            part.part.angles if turns else None,
             sides,
             norms=[run.norm_of(norm, scale, part) for norm, scale, _ in pairs],
             norm_rows=[None if norm is None else wide[part.rows] for norm, _, wide in pairs],
             neighbours=run.block.neighbours,
+            norms_last=run.block.norms_last,
             back=back,
         )
 

@@ -144,6 +144,8 @@ class Block:
     group        one layer computes this many heads of q and their k and v, then those of the next
                  group; 0: three layers
 
+    norms_last: q and k are rotated before their norms, not after them
+
     residual_scale: factor of the outputs of o and of down before they are added. It must be 1 if
     they have norms, and in a parallel layer.
     """
@@ -157,6 +159,7 @@ class Block:
     is_parallel: bool = False
     residual_scale: float = 1.0
     group: int = 0
+    norms_last: bool = False
 
     @property
     def heads(self) -> Sequence[int]:
@@ -285,7 +288,7 @@ class Block:
         ]
         places = [(place.module, place.rows and place.rows.stop) for place in self.parts[0].places]
         norms = [norm and norm.facts() for norm in self.norms]
-        sums = self.is_parallel, self.residual_scale, self.group
+        sums = self.is_parallel, self.residual_scale, self.group, self.norms_last
         kind = self.size, self.activation, self.neighbours, *sums, self.rules
         own = (*kind, equal_keys, *norms, *angles)
         return len(x), self.recomputes(len(x)), *own, *places, *rows, *shapes, *numbers, *drops

@@ -22,7 +22,7 @@ class Kept(NamedTuple):
     backward recomputes it.
 
     *_scale       1 / root mean square of the rows of a norm
-    q_raw, k_raw  q and k before their norms
+    q_raw, k_raw  q and k before their norms, rotated if the norms are last
     """
 
     n_scale: Tensor

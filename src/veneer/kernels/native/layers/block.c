@@ -105,7 +105,8 @@ static VENEER_BF16 void norm(const struct weighting *w, const uint16_t *x, uint1
     for (int64_t r = 0, at = 0; r < n; r++, at += width)
         w->scale[row + r] =
             w->is_centred
-                ? layer_norm_row(x + at, w->weight, w->bias, out + at, width, w->epsilon)
+                ? layer_norm_row(x + at, w->weight, w->bias, out + at, width, w->epsilon,
+                                 w->offset)
                 : norm_row(x + at, w->weight, out + at, width, w->epsilon, w->offset, w->is_wide);
 }
 
@@ -117,7 +118,7 @@ static VENEER_BF16 void norm_gradient(const struct weighting *w, const uint16_t 
         const uint16_t *more = residual ? residual + at : NULL;
         if (w->is_centred)
             layer_norm_row_gradient(normed + at, w->weight, x + at, w->scale[row + r], more,
-                                    out + at, width);
+                                    out + at, width, w->offset);
         else
             norm_row_gradient(normed + at, w->weight, x + at, w->scale[row + r], more, out + at,
                               width, w->offset);
@@ -287,7 +288,8 @@ void veneer_block_gate_backward(struct gates *a) {
 /* q, k and v, rows of `heads` heads each. Forward: each + its update, in place; q and k normed and
    turned, into out where there is a norm of theirs, else in place. Backward: gradients of q and k
    turned back and taken through the norms of `normed`, in place, then each one's first product. A
-   norm is of so many values of a row side by side (spans): a head, or all heads. */
+   norm is of so many values of a row side by side (spans): a head, or all heads. norms_last: q and k
+   are turned in place before their norms; `normed` are the turned ones. */
 struct heads {
     uint16_t *x[MOST_LAYERS], *out[2];
     const uint16_t *normed[2];
@@ -295,22 +297,32 @@ struct heads {
     int64_t spans[2], heads[MOST_LAYERS];
     struct rank_factors sides[MOST_LAYERS];
     struct rotation rotation;
-    int64_t rows, size, back;
+    int64_t rows, size, norms_last, back;
 };
 
-/* Rows of q (i = 0) or of k. */
-static VENEER_BF16 void turn(const struct heads *a, int64_t i, uint16_t *x, int64_t row,
-                             int64_t n) {
+/* Rows of q (i = 0) or of k: their norm, or their gradient back through it. Returns where they are.
+ */
+static VENEER_BF16 uint16_t *weigh(const struct heads *a, int64_t i, uint16_t *x, int64_t row,
+                                   int64_t n) {
     const int64_t width = a->heads[i] * a->size, start = row * width;
     const struct weighting *w = a->norms + i;
-    const int64_t span = w->weight ? a->spans[i] : 1, spans = width / span;
-    uint16_t *out = w->weight && !a->back ? a->out[i] + start : x;
-    if (w->weight && !a->back) norm(w, x, out, row * spans, n * spans, span);
-    for (int64_t r = 0; a->rotation.cos && r < n; r++)
-        rotate_row(out + r * width, &a->rotation, row + r, out + r * width, a->heads[i], a->size,
-                   a->back);
-    if (w->weight && a->back)
+    if (!w->weight) return x;
+    const int64_t span = a->spans[i], spans = width / span;
+    uint16_t *out = a->back ? x : a->out[i] + start;
+    if (a->back)
         norm_gradient(w, a->normed[i] + start, x, NULL, x, row * spans, n * spans, span);
+    else norm(w, x, out, row * spans, n * spans, span);
+    return out;
+}
+
+static VENEER_BF16 void turn(const struct heads *a, int64_t i, uint16_t *x, int64_t row,
+                             int64_t n) {
+    const int64_t width = a->heads[i] * a->size, norm_first = a->norms_last == a->back;
+    if (norm_first) x = weigh(a, i, x, row, n);
+    for (int64_t r = 0; a->rotation.cos && r < n; r++)
+        rotate_row(x + r * width, &a->rotation, row + r, x + r * width, a->heads[i], a->size,
+                   a->back);
+    if (!norm_first) weigh(a, i, x, row, n);
 }
 
 static VENEER_BF16 void heads_body(void *arguments, int64_t from, int64_t to) {

@@ -83,10 +83,10 @@ VENEER_INLINE float mean_of_row(const uint16_t *x, int64_t width) {
     return _mm512_reduce_add_ps(sum) / (float)width;
 }
 
-/* LayerNorm: writes out = weight * (x - mean) / deviation + bias, and returns 1 / deviation. bias
-   may be NULL. Rounded once. */
+/* LayerNorm: writes out = (weight + offset) * (x - mean) / deviation + bias, and returns
+   1 / deviation. bias may be NULL. Rounded once. */
 VENEER_INLINE float layer_norm_row(const uint16_t *x, const uint16_t *weight, const uint16_t *bias,
-                                   uint16_t *out, int64_t width, float epsilon) {
+                                   uint16_t *out, int64_t width, float epsilon, float offset) {
     const __m512 mean = _mm512_set1_ps(mean_of_row(x, width));
     __m512 squares = _mm512_setzero_ps();
     for (int64_t i = 0; i < width; i += 16) {
@@ -99,7 +99,8 @@ VENEER_INLINE float layer_norm_row(const uint16_t *x, const uint16_t *weight, co
         const __mmask16 m = rest(width - i);
         const __m512 normal =
             _mm512_mul_ps(_mm512_sub_ps(load(x + i, m), mean), _mm512_set1_ps(scale));
-        __m512 y = _mm512_mul_ps(normal, load(weight + i, m));
+        const __m512 by = _mm512_add_ps(load(weight + i, m), _mm512_set1_ps(offset));
+        __m512 y = _mm512_mul_ps(normal, by);
         if (bias) y = _mm512_add_ps(y, load(bias + i, m));
         store(out + i, m, y);
     }
@@ -109,12 +110,14 @@ VENEER_INLINE float layer_norm_row(const uint16_t *x, const uint16_t *weight, co
 /* As norm_row_gradient. */
 VENEER_INLINE void layer_norm_row_gradient(const uint16_t *x, const uint16_t *weight,
                                            const uint16_t *g, float s, const uint16_t *beside,
-                                           uint16_t *out, int64_t width) {
+                                           uint16_t *out, int64_t width, float offset) {
     const __m512 scale = _mm512_set1_ps(s), mean = _mm512_set1_ps(mean_of_row(x, width));
+    const __m512 more = _mm512_set1_ps(offset);
     __m512 dot = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
     for (int64_t i = 0; i < width; i += 16) {
         const __mmask16 m = rest(width - i);
-        const __m512 inner = _mm512_mul_ps(load(g + i, m), load(weight + i, m));
+        const __m512 by = _mm512_add_ps(load(weight + i, m), more);
+        const __m512 inner = _mm512_mul_ps(load(g + i, m), by);
         dot = _mm512_fmadd_ps(inner, _mm512_maskz_sub_ps(m, load(x + i, m), mean), dot);
         sum = _mm512_add_ps(sum, inner);
     }
@@ -122,8 +125,8 @@ VENEER_INLINE void layer_norm_row_gradient(const uint16_t *x, const uint16_t *we
     const __m512 less = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / (float)width);
     for (int64_t i = 0; i < width; i += 16) {
         const __mmask16 m = rest(width - i);
-        const __m512 weighted = _mm512_mul_ps(load(g + i, m), load(weight + i, m));
-        const __m512 inner = _mm512_sub_ps(weighted, less);
+        const __m512 by = _mm512_add_ps(load(weight + i, m), more);
+        const __m512 inner = _mm512_sub_ps(_mm512_mul_ps(load(g + i, m), by), less);
         const __m512 centred = _mm512_sub_ps(load(x + i, m), mean);
         __m512 found = _mm512_mul_ps(scale, _mm512_fnmadd_ps(centred, along, inner));
         if (beside) found = _mm512_add_ps(rounded(found), load(beside + i, m));
