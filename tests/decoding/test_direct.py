@@ -103,7 +103,7 @@ def test_experts_are_called_as_they_are():
 
 
 @pytest.mark.parametrize(
-    ("family", "reason"), [("deepseek_v3", "other parts"), ("bloom", "interface")]
+    ("family", "reason"), [("deepseek_v3", "other parts"), ("bloom", "biases by distance")]
 )
 def test_what_is_built_otherwise_says_why(family, reason):
     assert reason in forward_by_layers(based(family).model)

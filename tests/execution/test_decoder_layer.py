@@ -23,6 +23,7 @@ from veneer.execution.facts.layer_facts import Rotation
 from veneer.execution.facts.part_facts import find_feed_forward
 from veneer.execution.facts.small_modules import random_rows
 from veneer.execution.proofs.steps import read_and_continued
+from veneer.execution.proofs.structure import no_seam
 from veneer.execution.train_parts import FusedAttention
 from veneer.execution.train_step import FusedLayer, fused, replacements
 from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, RELU, RELU_SQUARED, SILU
@@ -205,6 +206,14 @@ def test_attention_of_torch_is_ours_where_code_calls_it_itself_and_a_layout_is_g
         torch.testing.assert_close(ours, own)
     with pytest.raises(ValueError, match="was changed"):
         scaled_dot_product_attention(q, q, q, attn_mask=unused_mask(q.device))
+
+
+def test_a_model_that_adds_biases_by_distance_is_padded_and_says_so():
+    for model in (tiny_model("falcon", alibi=True), tiny_model("bloom")):
+        reason = "adds biases by distance to the scores of attention (ALiBi)"
+        assert no_seam(model) == f"{type(model).__name__} {reason}"
+        assert not prepare(model).packed
+    assert no_seam(tiny_model("falcon")) is None
 
 
 def test_attention_with_a_bias_of_positions_is_computed_by_its_own_code():

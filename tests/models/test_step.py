@@ -33,7 +33,7 @@ from veneer.models.checkpointing import checkpointed
 from veneer.models.step import batch_of, part_nats, prepare, whole_logits
 
 CPU = torch.device("cpu")
-UNPACKED = {"bloom": "interface"}
+UNPACKED = {"bloom": "biases by distance"}
 """Families whose attention does not go through transformers' interface: padded, and the reason says
 so."""
 FP32 = 1e-5

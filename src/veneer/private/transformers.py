@@ -25,6 +25,12 @@ def offers_attention(module: Any) -> bool:
     return any(hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in files)
 
 
+def adds_distances(decoder: Any) -> bool:
+    """Whether a decoder makes biases by distance for the scores of attention (ALiBi): it has a
+    method for them, or a switch that is on."""
+    return any("alibi" in name and getattr(decoder, name) for name in dir(decoder))
+
+
 def offers_sdpa(model: Any) -> bool:
     return bool(getattr(model, "_supports_sdpa", False))
 

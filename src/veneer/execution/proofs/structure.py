@@ -43,7 +43,7 @@ from veneer.execution.switches import forget_lengths, sides, switches
 from veneer.files.remembered import is_known, remember
 from veneer.kernels.dense.loss import Head
 from veneer.kernels.layout import BatchLayout
-from veneer.private.transformers import attention_of
+from veneer.private.transformers import adds_distances, attention_of
 
 Result = TypeVar("Result")
 
@@ -264,8 +264,11 @@ def _why_not_packed(model: PreTrainedModel, texts: list[list[int]]) -> str | Non
 
 def no_seam(model: PreTrainedModel) -> str | None:
     """Returns why packed rows cannot reach the model's attention, as far as its class tells."""
-    if decoder(model) is None:
-        return f"{type(model).__name__} has no part that gives its hidden states"
+    name = type(model).__name__
+    if (inner := decoder(model)) is None:
+        return f"{name} has no part that gives its hidden states"
+    if adds_distances(inner):
+        return f"{name} adds biases by distance to the scores of attention (ALiBi)"
     return None
 
 
