@@ -232,6 +232,16 @@ def test_attention_with_a_bias_of_positions_is_computed_by_its_own_code():
     assert torch.equal(stand_in(x, alibi=alibi, **given)[0], own)
 
 
+def test_a_first_layer_without_a_norm_and_joined_gates_of_other_names_are_found():
+    layers = find_layers(prepared("modernbert", dtype=torch.bfloat16))
+    assert [layer.unknown for layer in layers] == [None, None]
+    norms = [["." if norm is None else "x" for norm in layer.norms] for layer in layers]
+    assert list(map("".join, norms)) == ["..x.", "x.x."]
+    for layer in layers:
+        assert layer.feed_forward.is_joined and layer.feed_forward.activation == GELU_ERF
+        assert layer.feed_forward.width == 48 and layer.attention.output == "Wo"
+
+
 def test_norms_of_heads_before_and_after_the_rotation_are_told_apart():
     for family, is_last in (("qwen3", False), ("hunyuan", True)):
         for layer in find_layers(prepared(family, dtype=torch.bfloat16)):

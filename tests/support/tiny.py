@@ -35,6 +35,7 @@ from transformers import (
     Ministral3Config,
     MistralConfig,
     MixtralConfig,
+    ModernBertDecoderConfig,
     NemotronConfig,
     Olmo2Config,
     OlmoConfig,
@@ -206,6 +207,14 @@ _CONFIGS |= {  # by name alone, not in every test of all families
     "ernie4_5": (Ernie4_5Config, {**_MODERN, "head_dim": 16}),
     "hunyuan": (HunYuanDenseV1Config, {**_MODERN, "head_dim": 16}),
     "olmo": (OlmoConfig, _MODERN),
+    "modernbert": (
+        ModernBertDecoderConfig,
+        {
+            **{k: v for k, v in _MODERN.items() if k != "num_key_value_heads"},
+            "local_attention": 2 * SLIDING_WINDOW,
+            "layer_types": _SLIDING_THEN_FULL,
+        },
+    ),
     "hyperclovax": (HyperCLOVAXConfig, {**_MODERN, "embedding_multiplier": 3.0}),
     "ministral3": (
         Ministral3Config,

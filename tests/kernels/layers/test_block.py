@@ -43,7 +43,7 @@ FAMILIES = [
     *("llama", "qwen2", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "olmo2", "exaone4"),
     *("phi3", "glm4", "cohere", "stablelm", "starcoder2", "phi", "granite"),
     *("gpt_neox", "gpt2", "opt", "falcon", "falcon_groups", "falcon_heads"),
-    *("ernie4_5", "hyperclovax", "ministral3", "nemotron", "olmo", "hunyuan"),
+    *("ernie4_5", "hyperclovax", "ministral3", "nemotron", "olmo", "hunyuan", "modernbert"),
 ]
 """Norms of heads, of all heads, before and behind the parts, in float32; gates of GELU; layers
 without rotation, or with angles in float32; transposed weights; q, k and v by group."""
@@ -52,6 +52,7 @@ without rotation, or with angles in float32; transposed weights; q, k and v by g
 MIXTURES = ["mixtral", "qwen3_moe"]
 """Families whose attention is one node, and whose experts are another."""
 OWN_SIZES = {
+    "modernbert": {"num_key_value_heads": None, "head_dim": None},
     "gpt_neox": {"rope_parameters": PARTLY_ROTATED},
     "gpt2": {"n_inner": 96},
     "falcon": {"ffn_hidden_size": 96, "head_dim": None},
@@ -70,6 +71,10 @@ OWN_NAMES = {
     "phi3": {**dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")},
     "glm4": {},
     "nemotron": {"gate_proj": "up_proj"},
+    "modernbert": {
+        **dict.fromkeys(("gate_proj", "up_proj"), "Wi"),
+        **dict.fromkeys(("o_proj", "down_proj"), "Wo"),
+    },
     "gpt_neox": {
         **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "query_key_value"),
         **dict.fromkeys(("gate_proj", "up_proj"), "dense_h_to_4h"),
@@ -87,7 +92,7 @@ OWN_NAMES |= dict.fromkeys(("falcon", "falcon_groups", "falcon_heads"), OWN_NAME
 for names in (OWN_NAMES["phi3"], OWN_NAMES["glm4"]):
     names |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
 """Families with other names of modules: {name elsewhere: their name}."""
-IN_ANOTHER_ORDER = {"phi3", "glm4", "cohere", "phi", "gpt2", "falcon"}
+IN_ANOTHER_ORDER = {"phi3", "glm4", "cohere", "phi", "gpt2", "falcon", "modernbert"}
 """Families that add up gradients in another order than their parts: those of a factor that layers
 share, or of an input that both blocks read."""
 

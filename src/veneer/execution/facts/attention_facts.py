@@ -39,6 +39,7 @@ from veneer.private.torch import children_of
 
 _ROTATIONS = (
     Rotation(0),
+    Rotation(0, is_wide=True),
     Rotation(0, neighbours=True, angle_order="neighbours"),
     Rotation(0, neighbours=True, angle_order="first half"),
     Rotation(0, neighbours=True, angle_order="neighbours", is_wide=True),

@@ -18,11 +18,11 @@ from veneer.kernels.rules import AttentionRules
 
 ATTENTIONS, FEED_FORWARD = ("self_attn", "attention", "attn", "self_attention"), "mlp"
 """Names of the parts of a layer beside its norms."""
-QKV, OUTPUTS = ("q_proj", "k_proj", "v_proj"), ("o_proj", "dense", "c_proj", "out_proj")
+QKV, OUTPUTS = ("q_proj", "k_proj", "v_proj"), ("o_proj", "dense", "c_proj", "out_proj", "Wo")
 HEAD_NORMS = (("q_norm", "k_norm"), ("query_layernorm", "key_layernorm"))
 """Names of the norms of q and of k."""
-GATE_UP, DOWN = ("gate_proj", "up_proj"), "down_proj"
-JOINED_QKV, JOINED_GATE_UP = ("qkv_proj", "c_attn"), ("gate_up_proj",)
+GATE_UP, DOWN = ("gate_proj", "up_proj"), ("down_proj", "Wo")
+JOINED_QKV, JOINED_GATE_UP = ("qkv_proj", "c_attn"), ("gate_up_proj", "Wi")
 """Modules whose outputs are those of several layers, side by side. A block has one of them."""
 QKV_BY_GROUP = ("query_key_value",)
 """A module whose outputs are those of the first key head, then those of the next one: q of all
@@ -45,6 +45,13 @@ def names_in_attention(children: Container[str]) -> tuple[tuple[str, ...], str]:
 def head_norms(children: Container[str]) -> tuple[str, ...]:
     """Returns the names of the norms of q and of k, if both are there."""
     return next((pair for pair in HEAD_NORMS if all(name in children for name in pair)), ())
+
+
+def names_in_gate(children: Container[str]) -> tuple[tuple[str, ...], str]:
+    """Returns the names of the modules that compute gate and up, and of the one that computes
+    down."""
+    joined = [(name,) for name in JOINED_GATE_UP if name in children]
+    return joined[0] if joined else GATE_UP, next((d for d in DOWN if d in children), DOWN[0])
 
 
 @dataclass(frozen=True)
@@ -98,11 +105,11 @@ class FeedForward:
     activation: int
     width: int
     inputs: tuple[str, ...] = GATE_UP
-    output: str = DOWN
+    output: str = DOWN[0]
 
     @property
     def is_joined(self) -> bool:
-        return self.inputs == JOINED_GATE_UP
+        return self.inputs[0] in JOINED_GATE_UP
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,7 @@ from torch import Tensor, nn
 
 from veneer.adapters.placement.wrapping import unwrapped
 from veneer.execution.agreement import EXACT, PART, agrees
-from veneer.execution.facts.layer_facts import (
-    ACTIVATIONS,
-    DOWN,
-    GATE_UP,
-    JOINED_GATE_UP,
-    FeedForward,
-    Norm,
-)
+from veneer.execution.facts.layer_facts import ACTIVATIONS, FeedForward, Norm, names_in_gate
 from veneer.execution.facts.small_modules import (
     WIDTH,
     passes_values_on,
@@ -111,16 +104,16 @@ def find_feed_forward(module: nn.Module) -> FeedForward | None:
     if not isinstance(activation, nn.Module) or any(True for _ in activation.parameters()):
         return None
     names.remove(activation_name)
-    inputs, output = JOINED_GATE_UP if JOINED_GATE_UP[0] in children else GATE_UP, DOWN
+    inputs, output = names_in_gate(names)
+    layers = 2  # gate and up, or gate alone
     if {*names} != {*inputs, output}:
         if len(names) != 2:
             return None
-        inputs, output = (names[0],), names[1]
+        inputs, output, layers = (names[0],), names[1], 1
     views = [frozen_linear(unwrapped(module.get_submodule(name))) for name in (*inputs, output)]
     linears = [view for view in views if view is not None]
     if len(linears) != len(views):
         return None
-    layers = 2 if inputs in (GATE_UP, JOINED_GATE_UP) else 1  # gate and up, or gate alone
     dtype, width = linears[0].dtype, sum(view.out_features for view in linears[:-1]) // layers
     sizes = [*((WIDTH, layers // len(inputs) * INNER) for _ in inputs), (INNER, WIDTH)]
     *projections, down = (small_linear(*size, dtype, seed) for seed, size in enumerate(sizes))

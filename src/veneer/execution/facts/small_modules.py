@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.private.torch import children_of, replace_children, replace_parameters
+from veneer.private.torch import children_of, parameters_of, replace_children, replace_parameters
 
 WIDTH, ROWS = 8, 5
 """Sizes of the rows that parts are tried on."""
@@ -38,7 +38,8 @@ def with_small_weight(module: nn.Module, device: str | None = None) -> tuple[nn.
     target = device or ("cpu" if own.is_meta else own.device)
     weight = torch.rand(own.shape, generator=draw).add_(0.5).to(own.dtype).to(target)
     small = copy.copy(module)
-    replace_parameters(small, {"weight": nn.Parameter(weight, requires_grad=False)})
+    missing = {name: None for name, value in parameters_of(module).items() if value is None}
+    replace_parameters(small, {**missing, "weight": nn.Parameter(weight, requires_grad=False)})
     return small, weight
 
 
