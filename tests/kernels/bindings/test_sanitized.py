@@ -6,6 +6,7 @@ the tests run in. Tiles (AMX) are plain C there (tiles_in_c.h): their code runs 
 with products of bf16 pairs, and is seen.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from tests.kernels.layers.test_block import FAMILIES
 from tests.kernels.tape.test_recorded import METHODS
 from veneer.kernels.bindings import library as native
 
+Ended = tuple[int, str]
 SOURCES = Path(native.__file__).parents[1] / "native"
 TESTS = Path(__file__).parents[2]
 FLAGS = (
@@ -178,37 +180,83 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-def test_the_sanitizers_see_a_read_past_the_end(environment):
-    code = (
-        "import torch; from veneer.kernels.bindings import library as native, packed_calls; "
-        "x = torch.zeros(64, dtype=torch.uint8);y = torch.zeros(512); "
-        "native.library().veneer_gguf_dequantise(8, x.data_ptr(), 1, 512, y.data_ptr(), 0, 0)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode != 0
-    assert "ERROR: AddressSanitizer" in done.stderr and "READ of size" in done.stderr
+READ_PAST_THE_END = """
+from veneer.kernels.bindings import library as native, packed_calls
+x, y = torch.zeros(64, dtype=torch.uint8), torch.zeros(512)
+native.library().veneer_gguf_dequantise(8, x.data_ptr(), 1, 512, y.data_ptr(), 0, 0)
+"""
+HAS_TILES = "from veneer.kernels.bindings import library as native; assert native.has_amx()\n"
+FORKS = """
+import json, os, sys, traceback
+import pytest, torch, transformers
+for name in ("AutoModelForCausalLM", "GenerationConfig", "PreTrainedTokenizerFast"):
+    getattr(transformers, name)
+for log, (changes, code) in json.loads(sys.argv[1]).items():
+    if (child := os.fork()) == 0:
+        os.environ |= changes
+        file = os.open(log, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        code, failed = compile(code, log, "exec"), 1
+        try:
+            exec(code)
+            failed = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(failed)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+"""Runs code in forks of a process that has imported torch and transformers, which takes half a
+minute under the sanitizers."""
 
 
-def passes(tests: tuple[str, ...], environment: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "pytest", "-x", "-o", "addopts=", "-p", "no:cacheprovider"]
+def passing(tests: tuple[str, ...]) -> str:
+    """Code that runs these tests."""
+    command = ["-x", "-o", "addopts=", "-p", "no:cacheprovider"]
     command += [str(TESTS / name) for name in tests]
     command += [f"--deselect=tests/{name}" for name in LEFT_OUT]
+    return f"assert pytest.main({command}) == 0"
+
+
+@pytest.fixture(scope="module")
+def ended(
+    environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Ended]:
+    """How each run ended: its exit code, and what it said."""
+    runs = {"past the end": ({}, READ_PAST_THE_END), "all": ({}, passing(RUN))}
+    if native.has_bf16():
+        runs["all"] = ({}, HAS_TILES + passing(RUN))
+        runs["without tiles"] = ({native.MAX_ISA: "avx512_bf16"}, passing(OF_PAIRS))
+    logs = {name: tmp_path_factory.mktemp("log") / "log" for name in runs}
+    code = json.dumps({str(logs[name]): run for name, run in runs.items()})
+    command = [sys.executable, "-c", FORKS, code]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, cwd=TESTS.parent
     )
-    said = done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.returncode == 0, said
-    assert "runtime error" not in said and " passed" in said
+    assert done.returncode == 0, done.stderr[-3000:]
+    codes = map(int, done.stdout.split())
+    return {
+        name: (code, log.read_text()[-6000:])
+        for (name, log), code in zip(logs.items(), codes, strict=True)
+    }
 
 
-def test_the_kernels_pass_their_tests_under_the_sanitizers(environment):
-    passes(RUN, environment)
+def assert_passed(ended: Ended) -> None:
+    code, said = ended
+    assert code == 0 and "runtime error" not in said and " passed" in said, said
+
+
+def test_the_sanitizers_see_a_read_past_the_end(ended):
+    code, said = ended["past the end"]
+    assert code != 0 and "ERROR: AddressSanitizer" in said and "READ of size" in said
+
+
+def test_the_kernels_pass_their_tests_under_the_sanitizers(ended):
+    assert_passed(ended["all"])
 
 
 @pytest.mark.skipif(not native.has_bf16(), reason="no products of bf16 pairs here")
-def test_the_kernels_without_tiles_do(environment):
-    code = "from veneer.kernels.bindings import library as native; assert native.has_amx()"
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-    passes(OF_PAIRS, environment | {native.MAX_ISA: "avx512_bf16"})
+def test_the_kernels_without_tiles_do(ended):
+    assert_passed(ended["without tiles"])
