@@ -14,7 +14,7 @@ from tests.support.helpers import fill
 from tests.support.tiny import save_tiny, tiny_model, tiny_tokenizer
 from veneer.adapters.attach import attach
 from veneer.adapters.config import DoRA, LoRA
-from veneer.adapters.methods.experts import expert_parameters
+from veneer.adapters.methods.expert_stack import expert_parameters
 from veneer.adapters.methods.lora import delta_weight
 from veneer.adapters.placement.reads import refused_by_peft, weights_read_past
 from veneer.adapters.placement.routing import Routing

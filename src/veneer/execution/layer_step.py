@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.methods.adapted_linear import AdaptedLinear
+from veneer.adapters.methods.expert_stack import step_experts
+from veneer.adapters.methods.experts import AdaptedExperts
 from veneer.adapters.placement.wrapping import AdaptedModule
 from veneer.execution.attention import mask_of
-from veneer.execution.facts.layer_facts import FEED_FORWARD, Attention, DecoderLayer, Norm
+from veneer.execution.facts.layer_facts import FEED_FORWARD, Attention, DecoderLayer, Mixture, Norm
 from veneer.execution.facts.small_modules import first_of, unset_arguments
 from veneer.execution.paged import PagedStep
 from veneer.kernels import rules
-from veneer.kernels.decoding import decoder_step
+from veneer.kernels.decoding import decoder_step, expert_step
 from veneer.kernels.dense import few_rows
 from veneer.linear import FewRowsLinear, WidenedLinear, is_transposed_linear
 from veneer.private.torch import children_of, has_hooks, parameters_of
@@ -96,6 +98,9 @@ def _place(parts: dict[str, Any], norm: Norm | None) -> nn.Module | None:
 
 def _feed_forward(layer: DecoderLayer, feed: Any, x: Tensor) -> Tensor:
     gated = layer.feed_forward
+    if layer.mixture is not None and bare(feed) is layer.mixture.module:
+        values = _mixture(layer.mixture, x)
+        return feed(x[None])[0] if values is None else values
     if gated is None or not (layer.holds_feed_forward or bare(feed) is gated.module):
         return feed(x[None])[0]
     places = children_of(gated.module)
@@ -103,6 +108,32 @@ def _feed_forward(layer: DecoderLayer, feed: Any, x: Tensor) -> Tensor:
     gate, *up = outputs[0].split(gated.width, dim=-1) if gated.is_joined else outputs
     values = decoder_step.gate(gate, up[0] if up else None, gated.activation)
     return product(values, places[gated.output])
+
+
+def _mixture(facts: Mixture, x: Tensor) -> Tensor | None:
+    """Returns the output of a mixture of experts; None if its own code has to compute it."""
+    places = children_of(facts.module)
+    router, place = bare(places[facts.router]), places[facts.experts]
+    if isinstance(place, AdaptedExperts):
+        operand = place.step_operand(x)
+    else:
+        stack = bare(place)
+        experts = None if stack is None else step_experts(stack)
+        operand = None if experts is None else (experts, expert_step.NO_UPDATES)
+    if router is None or operand is None or not expert_step.fits(x, operand[0]):
+        return None
+    own = parameters_of(router)
+    weight, bias = own["weight"], own.get("bias")
+    if weight is None or not few_rows.usable(x, weight, bias):
+        return None
+    logits, weight_type = (
+        few_rows.product(x, weight, bias),
+        torch.float32 if facts.is_wide else x.dtype,
+    )
+    index, weights = expert_step.route(
+        logits, facts.chosen, is_normal=facts.is_normal, weight_type=weight_type
+    )
+    return expert_step.experts_of_rows(x, index, weights, *operand)
 
 
 def _arguments_of(

@@ -238,13 +238,14 @@ class _RecordedStep:
         self._tape, self._inputs, self._states = tape, inputs, states
         self._attended = tape.structs("veneer_paged_attention")
         self._updated = tape.structs("veneer_few_rows_updated")
+        self._experts = tape.structs("veneer_expert_product")
         self._like = [
             KeyValueBlocks(blocks.keys[:0].clone(), blocks.values[:0].clone())
             for blocks in paged_step.keys.layers.values()
         ]
         self._keys = frozenset(
             updates.key
-            for call in self._updated
+            for call in (*self._updated, *self._experts)
             for updates in call.kept[1]
             if updates is not None and updates.key
         )
@@ -321,11 +322,14 @@ class _RecordedStep:
         """Replaces the updates of the last mix, and drops the reference to it."""
         self._mix = None
         room = dense_calls.update_by(self._updated, mix.listed, mix.dtype)
-        if room is None:
+        of_experts = dense_calls.update_by(self._experts, mix.listed, mix.dtype)
+        if room is None or of_experts is None:
             return False
+        # An update of a row is one of each of its experts.
+        room = max(room, of_experts * max((call.chosen for call in self._experts), default=0))
         if room > len(self._down):
             self._down = torch.empty(2 * room, dtype=self._down.dtype)
-        for call in self._updated:
+        for call in (*self._updated, *self._experts):
             call.down = self._down.data_ptr()
         self._mix = mix
         return True

@@ -27,6 +27,7 @@ from veneer.data.batching import Batch, make_batch, used_length
 from veneer.data.examples import Example
 from veneer.errors import RefusedError
 from veneer.execution.attention import LayoutAttention, hidden_states, packed_arguments, take_packed
+from veneer.execution.mixture import take_experts
 from veneer.execution.proofs.model import (
     acting_prefix_length,
     prove_head,
@@ -121,12 +122,14 @@ class RoutedModel(Protocol):
 
 
 def prepare(model: PreTrainedModel) -> ComputePaths:
-    """Proves the fast paths on a model without adapters. The packed one stays switched on.
+    """Proves the fast paths on a model without adapters. The packed one stays switched on, and
+    stacks of experts compute a few rows by few calls.
 
     Raises SourceError if the model sees the tokens that it is to predict.
     """
     packed_reason = prove_packing(model)
     scale, softcap, head_reason = prove_head(model)
+    take_experts(model)
     return _paths(model, packed_reason, scale, softcap, head_reason)
 
 

@@ -17,6 +17,16 @@ def forget_attention(config: Any) -> None:
     config._attn_implementation = None
 
 
+def experts_of(config: Any) -> Any:
+    """Returns the name of the computation of stacked experts that a config chooses, or None."""
+    return getattr(config, "_experts_implementation", None)
+
+
+def offers_experts(model: Any) -> bool:
+    """Whether the code of a model looks the computation of experts up by its registered name."""
+    return bool(model._can_set_experts_implementation())
+
+
 def offers_attention(module: Any) -> bool:
     """Whether the code of a model, or of a block, looks attention up by its registered name."""
     if (of_model := getattr(module, "_can_set_attn_implementation", None)) is not None:

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.methods.experts import by_expert, expert_bias
+from veneer.adapters.methods.expert_stack import expert_bias
+from veneer.adapters.methods.experts import by_expert
 from veneer.kernels.dense.frozen import DivisibleLinear
 from veneer.linear import FrozenLinear, PackedExperts, PackedLinear, PackedModule, frozen_product
 from veneer.private.torch import buffers_of, parameters_of

@@ -13,8 +13,9 @@ from tests.support.tiny import tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.adapters.methods import experts as experts_module
-from veneer.adapters.methods.expert_stack import activation_of
+from veneer.adapters.methods.expert_stack import activation_of, frozen_experts
 from veneer.adapters.methods.experts import AdaptedExperts
+from veneer.adapters.placement.acting import TokenKeys, in_turn
 from veneer.adapters.placement.routing import Routing
 from veneer.kernels.bindings.library import has_bf16
 from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, SILU
@@ -70,6 +71,68 @@ def test_every_layer_trains_as_one_node_and_learns_as_expert_by_expert(family, m
         assert (value - expected).norm() <= BF16_ERROR * expected.norm()
 
 
+def two_jobs(dtype: torch.dtype) -> tuple[Routing, AdaptedExperts, list[torch.Tensor]]:
+    """Returns a stack with adapter `dropped`, which has dropout, and `plain`, and rows for it:
+    their values, experts and weights."""
+    model, routing = tiny_model("mixtral", dtype, **WIDTHS["mixtral"]), Routing()
+    for seed, (name, dropout) in enumerate((("dropped", 0.3), ("plain", 0.0))):
+        targets = ["gate_up_proj", "down_proj"]
+        settings = LoRA(targets=targets, rank=3 + seed, alpha=5.0, dropout=dropout)
+        attachment = attach(model, settings, name=name, routing=routing, head=None, seed=seed)
+        for number, value in enumerate(attachment.parameters().values()):
+            draw = torch.Generator().manual_seed(number + 10 * seed)
+            value.data.copy_(torch.randn(value.shape, generator=draw) * 0.2)
+    draw = torch.Generator().manual_seed(0)
+    width = model.config.hidden_size
+    hidden = torch.randn(90, width, generator=draw).to(dtype)
+    index = torch.stack([torch.randperm(4, generator=draw)[:2] for _ in range(90)])
+    stack = next(module for module in model.modules() if isinstance(module, AdaptedExperts))
+    return routing, stack, [hidden, index, torch.rand(90, 2, generator=draw).to(dtype)]
+
+
+@pytest.mark.skipif(not has_bf16(), reason="the node needs products of bf16 pairs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_job_with_dropout_leaves_the_bits_of_its_neighbours(dtype):
+    """Rows of both jobs come by turns; each job gets the bits and the gradients of its own run."""
+    routing, stack, rows = two_jobs(dtype)
+    counts = [(20, "dropped"), (40, "plain"), (30, "dropped")]
+    keys = TokenKeys(torch.arange(90) * 7919, step=3)
+    grad = torch.randn(90, rows[0].shape[1], generator=torch.Generator().manual_seed(5)).to(dtype)
+
+    def computed(chosen: torch.Tensor, parts: list[tuple[int, str]]) -> list[torch.Tensor]:
+        acting = in_turn([(count, routing.applied(((name, 1.0),))) for count, name in parts])
+        names = sorted({name for _, name in parts})
+        values = [v for name in names for v in routing.attached[name].parameters().values()]
+        hidden = rows[0][chosen].requires_grad_()
+        with routing.held(acting.drawing(keys.of(chosen))):
+            y = stack(hidden, rows[1][chosen], rows[2][chosen])
+        used = [value for value in values if value.requires_grad]
+        grads = torch.autograd.grad(y, [hidden, *used], grad[chosen], allow_unused=True)
+        return [y.detach(), *(g for g in grads if g is not None)]
+
+    number = torch.arange(90)
+    in_plain = (number >= 20) & (number < 60)
+    both = computed(number, counts)
+    plain = computed(number[in_plain], [(40, "plain")])
+    dropped = computed(number[~in_plain], [(50, "dropped")])
+    for place in (0, 1):
+        assert torch.equal(both[place][in_plain], plain[place])
+        assert torch.equal(both[place][~in_plain], dropped[place])
+    for own, alone in zip(both[2:], [*dropped[2:], *plain[2:]], strict=True):
+        assert torch.equal(own, alone)
+
+
+@pytest.mark.skipif(not has_bf16(), reason="the node needs products of bf16 pairs")
+def test_an_evaluation_computes_the_bits_of_a_training_step():
+    routing, stack, rows = two_jobs(torch.bfloat16)
+    with routing.held(in_turn([(90, routing.applied((("plain", 1.0),)))])):
+        trained = stack(*rows)
+        with torch.no_grad():
+            evaluated = stack(*rows)
+    assert nodes_of(trained) == 1
+    assert torch.equal(trained, evaluated)
+
+
 def gate(activation: Any) -> Any:
     def gated(x: torch.Tensor) -> torch.Tensor:
         first, second = x.chunk(2, dim=-1)
@@ -93,3 +156,10 @@ def gate(activation: Any) -> Any:
 )
 def test_the_activation_of_a_gate_is_known_by_its_values(function, activation):
     assert activation_of(function) == activation
+
+
+def test_a_stack_with_another_activation_is_tried_anew():
+    stack = tiny_model("mixtral").model.layers[0].mlp.experts
+    assert frozen_experts(stack, transposed=False).activation == SILU
+    stack.act_fn = nn.GELU()
+    assert frozen_experts(stack, transposed=False).activation == GELU_ERF

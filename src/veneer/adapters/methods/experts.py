@@ -15,20 +15,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from veneer.adapters.methods.expert_stack import frozen_experts, stack_update
+from veneer.adapters.methods.expert_stack import (
+    STACKS,
+    expert_bias,
+    expert_linear,
+    expert_parameters,
+    frozen_experts,
+    is_gated_stack,
+    is_transposed,
+    stack_key,
+    stack_update,
+    step_experts,
+)
 from veneer.adapters.methods.initial_factors import Factors
 from veneer.adapters.methods.lora import LoRALayer, low_rank_matrix, low_rank_product
-from veneer.adapters.placement.acting import Acting, Applied, TokenKeys
+from veneer.adapters.placement.acting import Acting, Applied, Segment, TokenKeys, in_turn
 from veneer.adapters.placement.attachment import stands_alone, summed_change
 from veneer.adapters.placement.rows import put
 from veneer.adapters.placement.wrapping import AdaptedModule
+from veneer.kernels.decoding import expert_step
+from veneer.kernels.dense import few_rows
 from veneer.kernels.dense.dropout import Dropout
 from veneer.kernels.dense.row_updates import RowUpdate
 from veneer.kernels.dense.segments import UpdateCache, linear_with_updates
-from veneer.kernels.layers.expert_operands import ExpertUpdate, usable
+from veneer.kernels.layers.expert_operands import Experts, usable
 from veneer.kernels.layers.experts import experts_with_lora
 from veneer.kernels.layout import round_up
-from veneer.linear import FrozenLinear, PackedExperts, SliceLinear, frozen_product
+from veneer.linear import PackedExperts, SliceLinear, frozen_product
+from veneer.private.torch import has_hooks
 from veneer.private.transformers import gate_of
 
 
@@ -90,6 +104,8 @@ class AdaptedExperts(AdaptedModule):
         if trained or not changed or not is_gated_stack(self.base):
             return super().forward(*args, **kwargs)
         hidden, index, weights = (*args, *kwargs.values())
+        if (y := self._in_step(hidden, index, weights, acting)) is not None:
+            return y
         segments = acting.segments(len(hidden))
         concerned = [segment for segment in segments if self.layers_of(segment.adapters)]
         if len(concerned) == len(segments):
@@ -101,9 +117,73 @@ class AdaptedExperts(AdaptedModule):
         y = self._by_expert(hidden[rows], index[rows], weights[rows], acting.select(rows))
         return put(plain, slices, y.split([segment.count for segment in concerned]), len(hidden))
 
+    def idle(self) -> bool:
+        if (mix := self.routing.acting.plan.mix) is None:
+            return super().idle()
+        return mix.keys.isdisjoint((self.key, *(stack_key(self.key, name) for name in STACKS)))
+
+    def _in_step(
+        self, hidden: Tensor, index: Tensor, weights: Tensor, acting: Acting
+    ) -> Tensor | None:
+        """Computes all rows by few calls (kernels/decoding/expert_step.py), each row as it would be
+        alone; None if they do not take these."""
+        if isinstance(self.base, PackedExperts) or acting.keys is not None:
+            return None
+        frozen = frozen_experts(self.base, transposed=is_transposed(self.base))
+        if not expert_step.usable(hidden, index, weights, frozen):
+            return None
+        updates = self._updates_of_step(acting, hidden)
+        return expert_step.experts_of_rows(hidden, index, weights, frozen, updates)
+
+    def step_operand(self, x: Tensor) -> tuple[Experts, expert_step.StackUpdates] | None:
+        """Returns the frozen experts and the updates of x, all rows of a step of answers. Returns
+        None if something else happens here."""
+        acting = self.routing.acting
+        if has_hooks(self) or has_hooks(self.base) or not acting.counts(len(x)):
+            return None
+        if any(self.replaces(part.adapters) for part in acting.parts):
+            return None
+        if acting.keys is not None or (frozen := step_experts(self.base)) is None:
+            return None
+        return frozen, self._updates_of_step(acting, x)
+
+    def _updates_of_step(self, acting: Acting, x: Tensor) -> expert_step.StackUpdates:
+        gate_up, down = (self._step_updates(acting, len(x), x.dtype, name) for name in STACKS)
+        return gate_up, down
+
+    def _step_updates(
+        self, acting: Acting, rows: int, dtype: torch.dtype, name: str
+    ) -> few_rows.Updates | None:
+        """Returns the updates of one of the STACKS on so many rows."""
+        cache = acting.plan if acting.counts(rows) else UpdateCache()
+        mix, listed = cache.mix if rows == acting.rows else None, None
+        if mix is not None and self.key not in mix.others:
+            listed = mix.at(stack_key(self.key, name), dtype)
+        if listed is not None:
+            return listed
+        updates = [
+            RowUpdate(segment.rows, layers[name], layers[name].scaling * weight)
+            for segment in acting.segments(rows)
+            for layers, weight in self.layers_of(segment.adapters)
+            if name in layers
+        ]
+        return cache.few(updates, dtype) if updates else None
+
     def _by_expert(self, hidden: Tensor, index: Tensor, weights: Tensor, acting: Acting) -> Tensor:
-        updates = self._updates(acting, len(hidden))
-        if updates:
+        segments = acting.segments(len(hidden))
+        dropped = [segment for segment in segments if self._drops(segment.adapters, acting)]
+        if 0 < len(dropped) < len(segments):
+            # Rows with dropout go expert by expert and round differently: each half is alone.
+            parts: dict[int, Tensor] = {}
+            for half in (dropped, [segment for segment in segments if segment not in dropped]):
+                parts |= self._of_segments(hidden, index, weights, half, acting.keys)
+            return torch.cat([parts[segment.rows.start] for segment in segments])
+        if not dropped and not isinstance(self.base, PackedExperts):
+            updates = [
+                stack_update(segment.rows, layers, weight)
+                for segment in segments
+                for layers, weight in self.layers_of(segment.adapters)
+            ]
             frozen = frozen_experts(self.base, transposed=is_transposed(self.base))
             if usable(hidden, index, frozen, updates):
                 return experts_with_lora(hidden, index, weights, frozen, updates)
@@ -116,18 +196,30 @@ class AdaptedExperts(AdaptedModule):
             lambda x, name, expert, rows: self._product(x, name, expert, rows, acting, factors),
         )
 
-    def _updates(self, acting: Acting, rows: int) -> list[ExpertUpdate]:
-        """Returns the updates of all rows for a step that trains. Returns none for dropout, packed
-        experts, or without a gradient, where a row must have the same bits among others."""
-        updates: list[ExpertUpdate] = []
-        if not torch.is_grad_enabled() or isinstance(self.base, PackedExperts):
-            return updates
-        for segment in acting.segments(rows):
-            for layers, weight in self.layers_of(segment.adapters):
-                if acting.keys is not None and any(own.dropout for own in layers.values()):
-                    return []
-                updates.append(stack_update(segment.rows, layers, weight))
-        return updates
+    def _of_segments(
+        self,
+        hidden: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        segments: Sequence[Segment],
+        keys: TokenKeys | None,
+    ) -> dict[int, Tensor]:
+        """Computes some segments alone; returns the outputs of each by its first row."""
+        hidden, index, weights = (
+            torch.cat([x[own.rows] for own in segments]) for x in (hidden, index, weights)
+        )
+        acting = in_turn([(own.count, own.adapters) for own in segments])
+        if keys is not None:
+            rows = torch.cat([keys.rows[own.rows] for own in segments])
+            acting = acting.drawing(replace(keys, rows=rows))
+        outputs = self._by_expert(hidden, index, weights, acting)
+        parts = outputs.split([own.count for own in segments])
+        return {own.rows.start: y for own, y in zip(segments, parts, strict=True)}
+
+    def _drops(self, adapters: Applied, acting: Acting) -> bool:
+        """Whether these adapters draw dropout masks here."""
+        stacks = [] if acting.keys is None else self.layers_of(adapters)
+        return any(own.dropout for layers, _ in stacks for own in layers.values())
 
     def adapted(self, adapters: Applied, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Returns the stack with parameters trained in full plus other changes. They are added to
@@ -304,49 +396,3 @@ def _padded(rows: int) -> int:
     """Rounds a number of rows up to one of a few sizes (kernels/layout.py). Experts get different
     numbers of rows at every step, and each new number would compile another kernel."""
     return rows if rows <= DECODED else round_up(rows)
-
-
-def expert_linear(experts: nn.Module, name: str, expert: int) -> FrozenLinear:
-    if isinstance(experts, PackedExperts):
-        return experts.expert(name, expert)
-    return SliceLinear(experts.get_parameter(name)[expert], transposed=is_transposed(experts))
-
-
-def expert_bias(experts: nn.Module, name: str, expert: int) -> Tensor | None:
-    bias: Tensor | None = getattr(experts, f"{name}_bias", None)
-    return None if bias is None else bias[expert]
-
-
-def is_transposed(experts: nn.Module) -> bool:
-    return bool(getattr(experts, "is_transposed", False))
-
-
-def is_expert_stack(module: nn.Module) -> bool:
-    """Recognised by the attributes of transformers' decorator, or a class name ending in
-    Experts."""
-    decorated = hasattr(module, "is_transposed") and hasattr(module, "has_gate")
-    return decorated or type(module).__name__.endswith("Experts")
-
-
-def is_gated_stack(experts: nn.Module) -> bool:
-    names = {name for name, _ in experts.named_parameters(recurse=False)}
-    gated = {"gate_up_proj", "down_proj"} <= names and gate_of(experts) is not None
-    return gated and not getattr(experts, "has_post_expert_norm", False)
-
-
-def expert_parameters(module: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """name -> (E, O, I) of every 3-D floating (or packed) parameter of a stack of experts.
-
-    Empty for other modules: a convolution or a recurrent gate may have three axes too.
-    """
-    if isinstance(module, PackedExperts):
-        shapes = module.packed_shapes().items()
-        return {n: (E, I, O) if is_transposed(module) else (E, O, I) for n, (E, O, I) in shapes}
-    shapes_by_name: dict[str, tuple[int, int, int]] = {}
-    if not is_expert_stack(module):
-        return shapes_by_name
-    for name, parameter in module.named_parameters(recurse=False):
-        if parameter.dim() == 3 and parameter.is_floating_point():
-            E, O, I = parameter.shape
-            shapes_by_name[name] = (E, I, O) if is_transposed(module) else (E, O, I)
-    return shapes_by_name

@@ -9,7 +9,8 @@ from veneer.adapters.config import DoRA, LoRA, LowRank
 from veneer.adapters.methods.adapted_embedding import AdaptedEmbedding, AdaptedMatrix
 from veneer.adapters.methods.adapted_linear import AdaptedLinear
 from veneer.adapters.methods.dora import DoRALayer
-from veneer.adapters.methods.experts import AdaptedExperts, expert_parameters, is_gated_stack
+from veneer.adapters.methods.expert_stack import expert_parameters, is_gated_stack
+from veneer.adapters.methods.experts import AdaptedExperts
 from veneer.adapters.methods.initial_factors import Factors, olora_start, pissa_start
 from veneer.adapters.methods.lora import Kind, LoRALayer
 from veneer.adapters.methods.targets import Targets, find_targets

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from veneer.adapters.config import LowRank
-from veneer.adapters.methods.experts import expert_parameters
+from veneer.adapters.methods.expert_stack import expert_parameters
 from veneer.adapters.placement.idle import in_any_layer
 from veneer.errors import ConfigError
 from veneer.linear import PackedModule, frozen_linear, is_plain_embedding, matrix_shape

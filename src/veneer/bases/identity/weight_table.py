@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from veneer.adapters.methods.experts import expert_parameters
+from veneer.adapters.methods.expert_stack import expert_parameters
 from veneer.linear import PackedExperts, PackedLinear, PackedModule, is_transposed_linear
 from veneer.quant.layers import Holder
 from veneer.quant.weight import PackedSize

@@ -21,7 +21,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from veneer.adapters.methods.experts import is_gated_stack
+from veneer.adapters.methods.expert_stack import is_gated_stack
 from veneer.adapters.methods.targets import ends_with
 from veneer.adapters.placement.reads import weights_read_past
 from veneer.bases.config.model_class import model_class

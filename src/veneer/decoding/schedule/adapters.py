@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 
 from veneer.adapters.methods.adapted_linear import AdaptedLinear
+from veneer.adapters.methods.expert_stack import STACKS, stack_key
+from veneer.adapters.methods.experts import AdaptedExperts
 from veneer.adapters.methods.lora import LoRALayer
 from veneer.adapters.methods.prefix_layer import PrefixLayer
 from veneer.adapters.placement.acting import Applied, BatchPart, check_together
@@ -86,17 +88,21 @@ layers."""
 
 
 def _plain_loras(adapter: Attachment) -> tuple[dict[str, LoRALayer], frozenset[str]]:
-    """Returns an adapter's plain LoRA layers by key, and the keys of its other layers."""
-    linear = key_of(AdaptedLinear, "")
-    layers = {
-        key: layer
-        for key, layer in adapter.wrapper_layers.items()
-        if key.startswith(linear) and isinstance(layer, LoRALayer) and layer.offset is None
-        if key not in adapter.replaced
-    }
-    return layers, frozenset(
-        adapter.wrapper_layers.keys() | adapter.replaced.keys()
-    ) - layers.keys()
+    """Returns an adapter's plain LoRA layers by key, also those of experts, and the keys of its
+    other layers."""
+    linear, experts = key_of(AdaptedLinear, ""), key_of(AdaptedExperts, "")
+    layers: dict[str, LoRALayer] = {}
+    others = {*adapter.replaced}
+    for key, layer in adapter.wrapper_layers.items():
+        if key in adapter.replaced:
+            continue
+        if key.startswith(linear) and isinstance(layer, LoRALayer) and layer.offset is None:
+            layers[key] = layer
+        elif key.startswith(experts) and layer.keys() <= {*STACKS}:
+            layers |= {stack_key(key, name): own for name, own in layer.items()}
+        else:
+            others.add(key)
+    return layers, frozenset(others)
 
 
 def changes_rows_alone(adapter: Attachment) -> bool:

@@ -7,7 +7,8 @@ tested, because limits, windows and epsilons differ by layer in several families
 not understood has the reason (DecoderLayer.unknown), and the model's own code computes it.
 
 Knows nothing of adapters' values or of how a step is computed (train_step.py, decode_step.py).
-Norms and feed-forward blocks are found by part_facts.py, attention blocks by attention_facts.py.
+Norms and feed-forward blocks are found by part_facts.py, mixtures of experts by mixture_facts.py,
+attention blocks by attention_facts.py.
 """
 
 from collections import OrderedDict
@@ -29,6 +30,7 @@ from veneer.execution.facts.layer_facts import (
     head_norms,
     names_in_attention,
 )
+from veneer.execution.facts.mixture_facts import find_mixture
 from veneer.execution.facts.norm_places import Sums, find_places
 from veneer.execution.facts.part_facts import find_feed_forward, find_norm
 from veneer.execution.facts.small_modules import passes_values_on
@@ -128,7 +130,8 @@ def _find_layer(layer: nn.Module) -> DecoderLayer:
     sums = known_sums or Sums()
     adds = sums.is_parallel, sums.residual_scale
     names = attention_name, sums.gives_pair
-    return DecoderLayer(layer, sums.norms, heads, feed_forward, *adds, unknown, *names)
+    mixture = find_mixture(feed) if feed_forward is None and feed is not layer else None
+    return DecoderLayer(layer, sums.norms, heads, feed_forward, *adds, unknown, *names, mixture)
 
 
 def _input_row(attention: nn.Module, name: str) -> Tensor | None:

@@ -113,6 +113,24 @@ class FeedForward:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """The weighted sum of `chosen` experts of each row: those with the largest logits of a router,
+    by softmax(logits).
+
+    router, experts  names of the modules
+    is_normal        the weights of a row are divided by their sum
+    is_wide          weights are float32, whatever the type of the rows is
+    """
+
+    module: nn.Module
+    router: str
+    experts: str
+    chosen: int
+    is_normal: bool
+    is_wide: bool
+
+
+@dataclass(frozen=True)
 class Rotation:
     """Rotates the first `size` dimensions of each head in pairs; the others stay.
 
@@ -205,6 +223,7 @@ class DecoderLayer:
     attention_name  name of its attention block
     feed_forward    None: its own module computes it. Its module is the layer if the layer holds
                     the parts of the block itself
+    mixture         its feed-forward block, if that is a mixture of experts; None: it is another
     is_parallel     y = x + attention(n) + feed_forward(m), n = norm(x); m = norm(x) by the norm
                     before the feed-forward block, or n without such a norm
     gives_pair      its own code gives (y, None), not y
@@ -221,6 +240,7 @@ class DecoderLayer:
     unknown: str | None = None
     attention_name: str = ATTENTIONS[0]
     gives_pair: bool = False
+    mixture: Mixture | None = None
 
     @property
     def holds_feed_forward(self) -> bool:

@@ -25,7 +25,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from veneer.adapters.methods.experts import expert_parameters
+from veneer.adapters.methods.expert_stack import expert_parameters
 from veneer.adapters.methods.lora import Kind, LowRankLayer
 from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.wrapping import plain_modules

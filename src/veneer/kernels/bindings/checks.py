@@ -273,7 +273,7 @@ def _divide(dividend: int, divisor: int) -> int:
 def _is_within(tensor: Tensor, limit: int, order: str) -> bool:
     """Whether all values are from 0 to the limit. order: "below" (the limit itself is excluded), or
     "ascending to" (included, and the values must ascend)."""
-    numbers = [] if tensor.is_meta else tensor.tolist()
+    numbers = [] if tensor.is_meta else tensor.view(-1).tolist()
     if order == "below":
         return all(0 <= number < limit for number in numbers)
     return all(0 <= number <= limit for number in numbers) and numbers == sorted(numbers)

@@ -18,7 +18,7 @@ from veneer.kernels.bindings.checks import Values
 from veneer.kernels.bindings.declarations import declare, declare_structure, structure
 
 MOST_PARTS = 16
-"""Most weights of one call, all with the same x. Also in native/dense/few_rows.c and updates.c."""
+"""Most weights of one call, all with the same x. Also in native/dense/few_rows.c."""
 MOST_UPDATES = 2**14
 """Most updates of one call. Each call allocates memory for all of its updates."""
 BLOCK, LANES, HALF, STEP = 64, 16, 8, 16
@@ -146,8 +146,9 @@ _UPDATED_PART = """
     outs: 1..
     count
     narrow: flag
+    unread: unused*2
 """
-_UpdatedPart = structure("UpdatedPart", _UPDATED_PART)
+UpdatedPart = structure("UpdatedPart", _UPDATED_PART)
 _Factors = structure(
     "Factors", "A, B, to_A, to_B: pointer; rank, width, outs; from_type, to: int32"
 )
@@ -168,7 +169,8 @@ class Factors:
     padded to an even number with zeros. A word is two bf16 neighbours, or one float. In A the same
     word of a group of ranks lies side by side, in B that of a group of outs.
 
-    places: addresses of A and B, in the memory `kept`
+    places: addresses of A and B, in the memory `kept`; of a stack those of its first matrices: B
+    lies behind A, then come A and B of the next ones
     """
 
     dtype: torch.dtype
@@ -180,12 +182,16 @@ class Factors:
 
 
 def laid_out(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> list[Factors]:
-    """Copies each A (R, I) and B (O, R), float32 or bf16, into the layout of Factors, as `dtype`,
-    all in one allocation."""
+    """Copies each A (R, I) and B (O, R), or stack of them (E, R, I) and (E, O, R), float32 or bf16,
+    into the layout of Factors, as `dtype`, all in one allocation."""
     size, memory_bytes = 2 if _type_number(dtype) else 4, 0
-    sources, sizes, placed = [], [], []
-    for A, B in pairs:
-        A, B = A.detach().contiguous(), B.detach().contiguous()
+    matrices: list[tuple[Tensor, Tensor]] = []
+    firsts, sizes, placed = [], [], []
+    for pair in pairs:
+        A, B = (factor.detach().contiguous() for factor in pair)
+        firsts.append(len(matrices))
+        matrices.extend(zip(A.unbind(), B.unbind(), strict=True) if A.dim() == 3 else [(A, B)])
+    for A, B in matrices:
         (rank, width), outs = A.shape, number(B.shape[0], 1)
         number(rank, 1, MOST_RANK), number(width, 1)
         addresses = at(A, A.dtype, rank, width), at(B, A.dtype, outs, rank)
@@ -194,7 +200,6 @@ def laid_out(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> list
         to_A = memory_bytes
         to_B = to_A + ranks * -(-width * size // (4 * STEP)) * 4 * STEP
         memory_bytes = to_B + -(-even * filled * size // LINE) * LINE
-        sources.append((A, B))
         sizes.append((even, width, outs))
         placed.append((*addresses, to_A, to_B, rank, width, outs, _type_number(A.dtype)))
     memory = pages.allocate(memory_bytes)
@@ -207,8 +212,8 @@ def laid_out(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> list
     )
     _lay_out(array, len(array))
     return [
-        Factors(dtype, *factors_sizes, (factors.to_A, factors.to_B), memory)
-        for factors, factors_sizes in zip(array, sizes, strict=True)
+        Factors(dtype, *sizes[first], (array[first].to_A, array[first].to_B), memory)
+        for first in firsts
     ]
 
 
@@ -300,8 +305,7 @@ Part = tuple[Tensor | None, Tensor | None, Updates | None, Tensor]
 
 
 @declare_structure(
-    _UpdatedPart,
-    f"{_UPDATED_PART} check x: T[rows@apart, width]; body updates, bias, count, narrow",
+    UpdatedPart, f"{_UPDATED_PART} check x: T[rows@apart, width]; body updates, bias, count, narrow"
 )
 def _updated_part(
     x: Tensor, w: Tensor | None, bias: Tensor | None, updates: Updates | None, y: Tensor
@@ -342,7 +346,7 @@ def few_rows_updated(x: Tensor, parts: Sequence[Part], level: int) -> Values:
     updates = [part[2] for part in parts]
     number(sum(len(layer_updates or ()) for layer_updates in updates), 0, MOST_UPDATES)
     fields = [_updated_part(x, *part) for part in parts]
-    array = (_UpdatedPart * number(len(fields), 1, MOST_PARTS))(*fields)
+    array = (UpdatedPart * number(len(fields), 1, MOST_PARTS))(*fields)
     room = sum(layer_updates.room for layer_updates in updates if layer_updates)
     has_weight = any(weight is not None for weight, *_ in parts)
     return {

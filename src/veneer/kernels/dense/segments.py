@@ -147,6 +147,12 @@ class UpdateCache:
         self.lay_out([layer], dtype, torch.device("cpu"))
         return self._typed[id(layer), dtype][1]
 
+    def few(self, updates: Sequence[RowUpdate], dtype: torch.dtype) -> few_rows.Updates:
+        """Returns updates for the compiled function. Requires `takes_updates`."""
+        return few_rows.Updates(
+            [(u.rows, self._factors(u.layer, dtype), u.scaling) for u in updates]
+        )
+
     def bundles(
         self, updates: Sequence[RowUpdate], dtype: torch.dtype, device: torch.device
     ) -> list[Bundle | CudaBundle]:
@@ -161,9 +167,7 @@ class UpdateCache:
     ) -> InferenceUpdates:
         short = [update for update in updates if few_rows.takes(update.count, FEW)]
         if few_rows.takes_updates(len(short), dtype, device):
-            few = few_rows.Updates(
-                [(u.rows, self._factors(u.layer, dtype), u.scaling) for u in short]
-            )
+            few = self.few(short, dtype)
             long = (
                 _typed(update, dtype) for update in updates if not few_rows.takes(update.count, FEW)
             )

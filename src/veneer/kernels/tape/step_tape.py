@@ -35,6 +35,10 @@ _ROWS = {
     "veneer_step_gate",
     "veneer_step_cap",
     "veneer_step_copy",
+    "veneer_expert_route",
+    "veneer_expert_sort",
+    "veneer_expert_product",
+    "veneer_expert_sum",
 }
 """Functions that compute any number of rows by the same instructions, as many as their struct
 says. So does attention over pages, whose rows are those of its spans."""

@@ -40,6 +40,10 @@ STEP_FUNCTIONS = (
     "veneer_step_angles",
     "veneer_step_cap",
     "veneer_step_copy",
+    "veneer_expert_route",
+    "veneer_expert_sort",
+    "veneer_expert_product",
+    "veneer_expert_sum",
 )
 LAYER_FUNCTIONS = (
     "veneer_product",

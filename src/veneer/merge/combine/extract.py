@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.config import LoRA
-from veneer.adapters.methods.experts import expert_parameters, is_transposed
+from veneer.adapters.methods.expert_stack import expert_parameters, is_transposed
 from veneer.adapters.methods.targets import find_targets
 from veneer.adapters.placement.wrapping import plain_modules
 from veneer.bases.identity.fingerprint import tokenizer_hash

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.combinations import refuse_merge
-from veneer.adapters.methods.experts import is_transposed
+from veneer.adapters.methods.expert_stack import is_transposed
 from veneer.adapters.placement.acting import check_together
 from veneer.adapters.placement.attachment import Attachment, summed_change
 from veneer.adapters.placement.layer import Layer

@@ -19,7 +19,11 @@
     X(STEP_EMBED, (veneer_step_embed(P(0), I(1), I(2)), 0))                                        \
     X(STEP_ANGLES, (veneer_step_angles(P(0)), 0))                                                  \
     X(STEP_CAP, (veneer_step_cap(P(0), I(1), I(2)), 0))                                            \
-    X(STEP_COPY, (veneer_step_copy(P(0), I(1), I(2)), 0))
+    X(STEP_COPY, (veneer_step_copy(P(0), I(1), I(2)), 0))                                          \
+    X(EXPERT_ROUTE, (veneer_expert_route(P(0)), 0))                                                \
+    X(EXPERT_SORT, (veneer_expert_sort(P(0)), 0))                                                  \
+    X(EXPERT_PRODUCT, veneer_expert_product(P(0), I(1)))                                           \
+    X(EXPERT_SUM, (veneer_expert_sum(P(0)), 0))
 
 int veneer_few_rows(const void *, int);
 int veneer_paged_attention(const void *, int, int);
@@ -29,6 +33,9 @@ void veneer_step_norm(const void *, int, int), veneer_step_rotate(const void *, 
 void veneer_step_gate(const void *, int, int), veneer_step_embed(const void *, int, int);
 void veneer_step_angles(const void *), veneer_step_cap(const void *, int, int);
 void veneer_step_copy(const void *, int, int);
+void veneer_expert_route(const void *), veneer_expert_sort(const void *);
+int veneer_expert_product(const void *, int);
+void veneer_expert_sum(const void *);
 
 #if defined(__x86_64__)
 

@@ -16,7 +16,6 @@
 enum {
     VECTORS = 4,     /* of a block of outs */
     CHAINS = 4,      /* sums of a rank: every fourth word each, so that none waits for the last */
-    MOST_PARTS = 16, /* kernels/bindings/dense_calls.py knows it too */
     CHUNK = 64, /* rows of an update that go together: what they read and write stays in the second
                    cache */
     SOON = 64,  /* lines asked for ahead */
@@ -283,21 +282,31 @@ static void read_by(const struct update *u, int64_t count, const int type, struc
     }
 }
 
-int veneer_few_rows_updated(const struct few_rows_updated *call, int most) {
-    struct piece of[MOST_PARTS];
-    int64_t pieces = 0, updates = 0, done[MOST_PARTS] = {0};
-    for (const struct few_rows_updated_part *part = call->parts; part < call->parts + call->count;
-         part++) {
-        if (part->w != NULL)
-            of[pieces++] = (struct piece){call->x,     part->w,    part->bias,  part->y, call->rows,
-                                          call->width, part->outs, call->apart, NULL,
-                                          part->narrow};
-        for (int64_t i = 0; i < part->count; i++)
-            updates += (part->updates[i].rows + CHUNK - 1) / CHUNK;
+/* The product of a part with x. */
+static struct piece piece_of(const struct few_rows_updated *call,
+                             const struct few_rows_updated_part *part) {
+    const int size = call->type == FEW_FP32 ? 4 : 2;
+    return (struct piece){(const char *)call->x + part->first * call->apart * size,
+                          part->w,
+                          part->bias,
+                          (char *)part->y + part->first * part->outs * size,
+                          part->rows > 0 ? part->rows : call->rows,
+                          call->width,
+                          part->outs,
+                          call->apart,
+                          NULL,
+                          part->narrow};
+}
+
+/* Room for `updates` of a call; `of` and `done`: a piece and a number for each of its parts. */
+static int compute(const struct few_rows_updated *call, int most, struct piece *of, int64_t *done,
+                   struct update *all, int64_t updates) {
+    int64_t pieces = 0;
+    for (int64_t p = 0; p < call->count; p++) {
+        if (call->parts[p].w != NULL) of[pieces++] = piece_of(call, call->parts + p);
+        done[p] = 0;
     }
     if (updates == 0) return pieces > 0 && veneer_pieces(of, pieces, call->type, most, NULL);
-    struct update *all = malloc((size_t)updates * (sizeof *all + 2 * sizeof(struct stretch)));
-    if (all == NULL) return 1;
     struct stretch *reads = (struct stretch *)(all + updates);
     const int64_t turns = call->rows > FEW ? TURNS : LONG, many = EACH * veneer_threads();
     char *down = call->down;
@@ -327,6 +336,21 @@ int veneer_few_rows_updated(const struct few_rows_updated *call, int most) {
             run_all(work, UP, turns);
         }
     }
+    return failed;
+}
+
+int veneer_few_rows_updated(const struct few_rows_updated *call, int most) {
+    int64_t updates = 0;
+    for (const struct few_rows_updated_part *part = call->parts; part < call->parts + call->count;
+         part++)
+        for (int64_t i = 0; i < part->count; i++)
+            updates += (part->updates[i].rows + CHUNK - 1) / CHUNK;
+    const size_t of_parts = (size_t)call->count * (sizeof(struct piece) + sizeof(int64_t));
+    struct update *all =
+        malloc((size_t)updates * (sizeof *all + 2 * sizeof(struct stretch)) + of_parts);
+    if (all == NULL) return 1;
+    struct piece *of = (struct piece *)((struct stretch *)(all + updates) + 2 * updates);
+    const int failed = compute(call, most, of, (int64_t *)(of + call->count), all, updates);
     free(all);
     return failed;
 }

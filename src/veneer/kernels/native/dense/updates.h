@@ -13,12 +13,12 @@ struct few_rows_update {
 };
 
 /* y (all rows, outs) = x W^T + bias where there is a W, else as it stands; then the updates, turn
- * after turn. */
+ * after turn. rows: 0, or the product has rows [first, first + rows) of x and of y alone. */
 struct few_rows_updated_part {
     const void *w, *bias;
     void *y;
     const struct few_rows_update *updates;
-    int64_t outs, count, narrow;
+    int64_t outs, count, narrow, first, rows;
 };
 
 /* The parts share x. down: room for each update's rows times its rank. */
@@ -30,7 +30,7 @@ struct few_rows_updated {
     int type;
 };
 
-/* 1: no memory, for x on tiles or for the updates. */
+/* 1: no memory, for x on tiles, for the parts or for the updates. */
 int veneer_few_rows_updated(const struct few_rows_updated *call, int most);
 
 #endif
