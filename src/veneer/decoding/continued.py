@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from veneer.decoding.forward import PagedForward
+from veneer.decoding.forward import PagedForward, equal_parts
 from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.blocks import BlockManager
 from veneer.decoding.schedule.limits import Limits
@@ -15,6 +15,7 @@ from veneer.decoding.schedule.scheduler import Scheduler
 from veneer.decoding.schedule.sequence import Request
 from veneer.decoding.schedule.step_plan import SampleResult
 from veneer.execution.decode_step import own_forward
+from veneer.execution.states import StateSlots, state_layers
 
 SLOTS = 16
 """Tokens per block, as in an engine."""
@@ -31,11 +32,14 @@ def logits_of_continuations(
     adapters."""
     lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
     most = sum(-(-length // SLOTS) for length in lengths) * SLOTS
-    blocks = BlockManager(base="", budget_bytes=most, bytes_per_token=1, tokens_per_block=SLOTS)
-    scheduler, forward = (
-        Scheduler(blocks, limits, FixedAdapters({})),
-        PagedForward(model.device, blocks, own_forward(model)),
+    layers = state_layers(model)
+    states = StateSlots(layers, limits.rows) if layers.states else None
+    blocks = BlockManager(
+        base="", budget_bytes=most, bytes_per_token=1, tokens_per_block=SLOTS, shares=states is None
     )
+    scheduler = Scheduler(blocks, limits, FixedAdapters({}))
+    filled, run = states is None, own_forward(model)
+    forward = PagedForward(model.device, blocks, run, filled=filled, states=states)
     tokens: dict[int, Sequence[int]] = {}
     logits_of: dict[int, list[Tensor]] = {}
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -43,11 +47,14 @@ def logits_of_continuations(
         tokens[sequence.number], logits_of[sequence.number] = [*answer, 0], []
     while not scheduler.idle:
         plan = scheduler.step(0.0)
-        logits = forward.logits(plan, forward.rows(plan))
         results: dict[int, SampleResult] = {}
-        for row, span in zip(logits, plan.spans, strict=True):
-            for sequence in span.draws:
-                logits_of[sequence.number].append(row)
-                results[sequence.number] = tokens[sequence.number][len(sequence.new)]
+        for part in [plan] if states is None else equal_parts(plan):
+            logits = forward.logits(part, forward.rows(part))
+            for row, span in zip(logits, part.spans, strict=True):
+                for sequence in span.draws:
+                    logits_of[sequence.number].append(row)
+                    results[sequence.number] = tokens[sequence.number][len(sequence.new)]
+        if states is not None:
+            states.finish()
         scheduler.finish_step(results)
     return [torch.stack(rows) for rows in logits_of.values()]

@@ -11,6 +11,7 @@ knows nothing of texts. One thread calls it.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -33,12 +34,14 @@ from veneer.decoding.schedule.sequence import Sequence as Answer
 from veneer.decoding.schedule.step_plan import SampleResult, Span, StepPlan, StepResult
 from veneer.errors import ConfigError, DoesNotFitError, is_out_of_memory
 from veneer.execution.decode_step import DecodeStep
+from veneer.execution.states import StateLayers, StateSlots, layers_without_keys, state_layers
 from veneer.model_record import record_of
 from veneer.models.capacity import capacity_of, read_alike
 from veneer.models.frozen_base import FrozenBase
 
 PromptScores = dict[int, list[TokenChance]]
 """Probabilities of prompt tokens, by the answer's number."""
+_Results = tuple[dict[int, StepResult], PromptScores]
 BLOCK_SLOTS = 16
 """Tokens per block, as kernels expect."""
 
@@ -46,7 +49,8 @@ BLOCK_SLOTS = 16
 class Engine:
     """A base's engine.
 
-    budget_bytes  memory of keys and values
+    budget_bytes  memory of keys and values, and of states (execution/states.py), which take at most
+                  half of it: else fewer answers run at a time
     adapters      what requests may name
     lookup        "auto": next tokens are guessed from the answers' own texts (schedule/lookup.py),
                   where a row has the same bits in every step, so that guesses change no text
@@ -73,17 +77,23 @@ class Engine:
                 "Use base.generate.",
             )
         self.base, self._adapters = base, adapters
+        states, limits = states_of(base), limits or Limits()
+        if states is not None:
+            limits = _with_states(limits, states, budget_bytes // 2)
+            budget_bytes -= states.bytes_of(limits.rows)
         blocks = BlockManager(
             base=base.fingerprint().digest,
             budget_bytes=budget_bytes,
             bytes_per_token=bytes_per_token(base),
             tokens_per_block=BLOCK_SLOTS,
+            shares=states is None,
         )
         self.decode_step = decode_step_of(base)
-        self.lanes = Lanes(base, blocks, adapters, self.decode_step)
+        slots = None if states is None else StateSlots(states, limits.rows)
+        self.lanes = Lanes(base, blocks, adapters, self.decode_step, slots)
         self.scheduler = Scheduler(
             blocks,
-            limits or Limits(),
+            limits,
             adapters,
             positions=read_alike(base.config),
             lookup=Lookup(self.lanes.keeps_bits) if lookup == "auto" else None,
@@ -137,7 +147,7 @@ class Engine:
                 self._undo()
                 raise
             if results is not None:
-                return self._drop_ended([*ended, *self.scheduler.finish_step(*results)])
+                return self._drop_ended([*ended, *self._finish(plan, results)])
             self._undo()
             tokens = sum(span.rows for span in plan.spans)
             most = max(1, tokens // 2)
@@ -171,12 +181,17 @@ class Engine:
                 self._undo()
                 self.scheduler.fail(span.sequence, _no_memory())
             else:
-                ended += self.scheduler.finish_step(*results)
+                ended += self._finish(plan, results)
         return ended
 
-    def _results(self, plan: StepPlan) -> tuple[dict[int, StepResult], PromptScores] | None:
+    def _finish(self, plan: StepPlan, results: _Results) -> tuple[Answer, ...]:
+        self.lanes.finish(plan)
+        return self.scheduler.finish_step(*results)
+
+    def _results(self, plan: StepPlan) -> _Results | None:
         """Returns what each answer draws, by number, and the probabilities of prompt tokens. None
         if out of memory."""
+        self.lanes.keep_states({answer.number for answer in self.scheduler.running})
         try:
             computed = self.lanes.logits(plan) if plan.spans else []
         except Exception as fault:
@@ -273,11 +288,33 @@ def decode_step_of(base: FrozenBase) -> DecodeStep:
     return record_of(base.model).part(DecodeStep, find)
 
 
+def states_of(base: FrozenBase) -> StateLayers | None:
+    """Returns the states that layers pass from token to token; None if none does."""
+    with base.routing.none():
+        layers = state_layers(base.model)
+    return layers if layers.states else None
+
+
+def _with_states(limits: Limits, states: StateLayers, room_bytes: int) -> Limits:
+    """Returns limits with at most so many rows that the states fit. DoesNotFitError: none does."""
+    rows = min(limits.rows, states.texts_in(room_bytes))
+    if not rows:
+        raise DoesNotFitError(
+            f"the states of one answer take {states.bytes_of(1):,} bytes, {room_bytes:,} are given",
+            next_step="Give keys and values more bytes.",
+        )
+    return replace(limits, rows=rows)
+
+
 def bytes_per_token(base: FrozenBase) -> int:
-    """Returns the bytes of one token's keys and values in all layers, which may have heads of
-    different sizes (Gemma 4)."""
-    layers = base.config.get_text_config().per_layer_config
-    return int(2 * base.dtype.itemsize * sum(_key_width(layer) for layer in layers))
+    """Returns the bytes of one token's keys and values in all layers that have them; these may have
+    heads of different sizes (Gemma 4)."""
+    layers, without = (
+        base.config.get_text_config().per_layer_config,
+        layers_without_keys(base.config),
+    )
+    widths = [_key_width(layer) for number, layer in enumerate(layers) if number not in without]
+    return int(2 * base.dtype.itemsize * sum(widths)) or 1
 
 
 def _key_width(layer: PreTrainedConfig) -> int:

@@ -5,8 +5,8 @@ rows of the step: the tokens of all spans in order, then filler; V ids.
 """
 
 from array import array
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -21,6 +21,7 @@ from veneer.execution.cuda_graphs import HEAD, Graphs, recorder_here
 from veneer.execution.decode_step import Replay
 from veneer.execution.paged import PagedKeys, PagedStep
 from veneer.execution.proofs.steps import Run
+from veneer.execution.states import StateSlots
 from veneer.kernels.attention.paged import SpanRows
 from veneer.kernels.dense import few_rows
 from veneer.kernels.layout import round_up
@@ -63,6 +64,8 @@ class PagedForward:
     filled  whether rows are filled up to few shapes
     replay  runs a step whose rows all have logits, if it is recorded
     keys    storage shared with another forward, which then has the graphs; None: its own
+    states  of layers that pass them from token to token; the spans of a plan then have equally many
+            rows and logits (equal_parts)
     """
 
     def __init__(
@@ -74,9 +77,10 @@ class PagedForward:
         filled: bool = True,
         replay: Replay | None = None,
         keys: PagedKeys | None = None,
+        states: StateSlots | None = None,
     ) -> None:
         self._device, self._run, self._filled, self._replay = device, run, filled, replay
-        on_cuda = device.type == "cuda"
+        self._states, on_cuda = states, device.type == "cuda" and states is None
         # One more block for filler rows.
         self.keys = (
             PagedKeys(blocks.num_blocks + on_cuda, blocks.tokens_per_block)
@@ -146,6 +150,7 @@ class PagedForward:
             acting.plan.mix,
             spare=SPARE,
             take_states=take_states,
+            states=None if self._states is None else self._states.begin(_texts(plan)),
         )
         logits = None
         if step.kept is None and replay is not None and take_states is None:
@@ -191,6 +196,33 @@ def _state_reader(plan: StepPlan) -> Callable[[Tensor], None] | None:
             read(start, states[row : row + count])
 
     return pass_on
+
+
+def equal_parts(plan: StepPlan) -> list[StepPlan]:
+    """Divides a plan into plans whose spans have equally many rows and logits."""
+    return [
+        part_of(plan, numbers, is_first=not place)
+        for place, numbers in enumerate(equal_spans(plan))
+    ]
+
+
+def equal_spans(plan: StepPlan) -> list[list[int]]:
+    """Returns the numbers of a plan's spans, divided like this."""
+    parts: dict[tuple[int, int], list[int]] = {}
+    for number, span in enumerate(plan.spans):
+        parts.setdefault((span.rows, span.logits), []).append(number)
+    return list(parts.values())
+
+
+def part_of(plan: StepPlan, numbers: Sequence[int], *, is_first: bool) -> StepPlan:
+    """Returns a plan of some of the spans. Blocks are copied once, before the first forward writes
+    into them."""
+    spans = tuple(plan.spans[n] for n in numbers)
+    return replace(plan, spans=spans, copies=plan.copies if is_first else ())
+
+
+def _texts(plan: StepPlan) -> list[tuple[int, int]]:
+    return [(span.sequence.number, span.start) for span in plan.spans]
 
 
 def _rows(span: Span) -> SpanRows:

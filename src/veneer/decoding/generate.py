@@ -24,7 +24,7 @@ from veneer.adapters.placement.acting import check_answers, invocation_of
 from veneer.bases.stop_tokens import stop_token_ids
 from veneer.bounds import NEW_TOKENS, SEED, TEMPERATURE, TOP_P, check_numbers
 from veneer.data.examples import Capacity
-from veneer.decoding.engine import BLOCK_SLOTS, Engine, bytes_per_token
+from veneer.decoding.engine import BLOCK_SLOTS, Engine, bytes_per_token, states_of
 from veneer.decoding.proof import decodes_packed, loops
 from veneer.decoding.rereading import answer_by_rereading
 from veneer.decoding.sampling.sampling import Sampling, seed_of
@@ -49,6 +49,8 @@ READ_TOKENS = 2048
 bounds its attention scores."""
 KEYS_TOKENS = 65536
 """Most tokens whose keys and values are stored, over all answers; long answers have fewer rows."""
+STATE_BYTES = 2**32
+"""Most bytes of states (execution/states.py); large ones have fewer rows."""
 PADDED_ROWS = 32
 """Prompts per batch in transformers' loop, padded on the left."""
 
@@ -199,10 +201,13 @@ def _by_engine(run: _GenerationRun, numbers: Sequence[int]) -> None:
     most = max(min(sum(blocks_needed), KEYS_TOKENS // slots), max(blocks_needed))
     # So few rows that none is preempted.
     rows = max(1, min(ROWS, len(numbers), KEYS_TOKENS // slots // max(blocks_needed)))
+    if (states := states_of(base)) is not None:
+        rows = max(1, min(rows, states.texts_in(STATE_BYTES)))
     spare = rows + -(-prefix // slots)  # the scheduler keeps a free block for each running sequence
     engine = Engine(
         base,
-        budget_bytes=(most + spare) * slots * bytes_per_token(base),
+        budget_bytes=(most + spare) * slots * bytes_per_token(base)
+        + (0 if states is None else 2 * states.bytes_of(rows)),
         adapters=FixedAdapters({acting: applied} if applied else {}),
         limits=Limits(rows=rows, step_tokens=READ_TOKENS, chunk_tokens=READ_TOKENS // 4),
         lookup=run.lookup,

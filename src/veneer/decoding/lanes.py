@@ -5,17 +5,19 @@ same bits as alone. Other adapters change how a whole forward is computed: a pre
 own code, a trained norm or a bottleneck uses torch's. Their rows share a second forward, and a step
 with both kinds of rows reads the weights twice. One forward computes all rows if no bits are
 promised (execution/decode_step.py has no forward by parts, or no compiled updates).
+
+Where layers pass states from token to token (execution/states.py), a forward has texts of equal
+length: single tokens of all answers, then chunks of prompts.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from veneer.adapters.placement.acting import Acting, in_step
 from veneer.adapters.placement.attachment import Attachment
-from veneer.decoding.forward import PagedForward
+from veneer.decoding.forward import PagedForward, equal_spans, part_of
 from veneer.decoding.schedule.adapters import (
     AdapterSource,
     LaidOutAdapter,
@@ -28,6 +30,7 @@ from veneer.decoding.schedule.block_names import Identity
 from veneer.decoding.schedule.blocks import BlockManager
 from veneer.decoding.schedule.step_plan import StepPlan
 from veneer.execution.decode_step import DecodeStep
+from veneer.execution.states import StateSlots
 from veneer.kernels.dense import few_rows
 from veneer.kernels.dense.segments import UpdateCache
 from veneer.models.frozen_base import FrozenBase
@@ -96,13 +99,21 @@ class Lanes:
     """The forwards of each step over one set of blocks."""
 
     def __init__(
-        self, base: FrozenBase, blocks: BlockManager, adapters: AdapterSource, step: DecodeStep
+        self,
+        base: FrozenBase,
+        blocks: BlockManager,
+        adapters: AdapterSource,
+        step: DecodeStep,
+        states: StateSlots | None = None,
     ) -> None:
-        self._adapters, self._step = adapters, step
-        replay = step.replay if (by_parts := step.not_by_parts is None) else None
-        run, filled = step.logits, not by_parts
-        first = PagedForward(base.device, blocks, run, filled=filled, replay=replay)
-        second = PagedForward(base.device, blocks, run, filled=filled, keys=first.keys)
+        self._adapters, self._step, self._states = adapters, step, states
+        by_parts = step.not_by_parts is None
+        replay = step.replay if by_parts and states is None else None
+        run, filled = step.logits, not by_parts and states is None
+        first = PagedForward(base.device, blocks, run, filled=filled, replay=replay, states=states)
+        second = PagedForward(
+            base.device, blocks, run, filled=filled, keys=first.keys, states=states
+        )
         self.exact, self.mixed = Lane(base, adapters, first), Lane(base, adapters, second)
         self._splits = by_parts and few_rows.takes_updates(1, base.dtype, base.device)
         self._rows_alone: dict[Attachment, bool] = {}
@@ -114,21 +125,37 @@ class Lanes:
             (prefix,) = prefixes(self._adapters.applied(prefix_write.adapter))
             self.exact.forward.write(prefix_write, prefix)
         other_identities = {identity for identity, _ in plan.parts if not self._is_exact(identity)}
-        if not other_identities:
+        if not other_identities and self._states is None:
             return [(range(len(plan.spans)), self.exact.logits(plan))]
-        other_numbers = [n for n, span in enumerate(plan.spans) if span.adapter in other_identities]
         computed: list[Computed] = []
-        exact = sorted({*range(len(plan.spans))} - {*other_numbers})
-        for lane, numbers in ((self.exact, exact), (self.mixed, other_numbers)):
-            if numbers:
-                # Blocks are copied once, before the first forward writes into them.
-                copies = () if computed else plan.copies
-                part = replace(plan, spans=tuple(plan.spans[n] for n in numbers), copies=copies)
-                computed.append((numbers, lane.logits(part)))
+        everything = [[*range(len(plan.spans))]]
+        for together in everything if self._states is None else equal_spans(plan):
+            others = [n for n in together if plan.spans[n].adapter in other_identities]
+            exact = sorted({*together} - {*others})
+            for lane, numbers in ((self.exact, exact), (self.mixed, others)):
+                if numbers:
+                    part = part_of(plan, numbers, is_first=not computed)
+                    computed.append((numbers, lane.logits(part)))
         return computed
 
+    def finish(self, plan: StepPlan) -> None:
+        """Takes over the states that the plan's forwards wrote."""
+        if self._states is not None:
+            copies = {
+                span.sequence.number: [choice.number for choice in span.draws]
+                for span in plan.spans
+            }
+            self._states.finish(copies)
+
+    def keep_states(self, numbers: Collection[int]) -> None:
+        """Drops the states of all answers but these."""
+        if self._states is not None:
+            self._states.keep(numbers)
+
     def forget(self) -> None:
-        """Clears all caches."""
+        """Clears all caches, and what a step wrote that was not finished."""
+        if self._states is not None:
+            self._states.undo()
         self._rows_alone.clear()
         for lane in (self.exact, self.mixed):
             lane.forget()

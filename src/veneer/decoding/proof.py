@@ -28,6 +28,7 @@ from veneer.execution.proofs.model import prove_packing, some_ids, structure
 from veneer.execution.proofs.same_values import remember_by_values
 from veneer.execution.proofs.small_copy import SWITCH, NoCopyError, small_copy
 from veneer.execution.proofs.structure import LIMIT, logits_alone, sample_texts, structure_proof
+from veneer.execution.states import has_states
 from veneer.execution.switches import forget_lengths
 from veneer.model_record import record_of
 from veneer.models.capacity import read_alike
@@ -66,6 +67,8 @@ def _prove(model: PreTrainedModel, not_packed: str | None) -> Loops:
         reason = str(fault).splitlines()[0]
         return Loops(reason, reason, None)
     beside, cached = _beside(copy), _cached(copy)
+    if not_packed is not None and has_states(copy):
+        not_packed = None  # a step's texts stand beside one another there, not end to end
     return Loops(not_packed or _decoding(copy), beside, cached)
 
 
@@ -179,7 +182,9 @@ def prove_decoding(model: PreTrainedModel) -> str | None:
     """
     if (reason := loops(model).packed) is not None:
         return reason
-    if not takes_layouts(model) and (reason := prove_packing(model)) is not None:
+    if has_states(model):
+        take_packed(model)
+    elif not takes_layouts(model) and (reason := prove_packing(model)) is not None:
         return reason
     ids, most = some_ids(model, SLOTS + 7, 2).tolist(), read_alike(model.config)
     start = SLOTS + 1 if most is None else min(SLOTS + 1, most - 3)

@@ -76,8 +76,8 @@ def attention_forward(
     prefix = [] if veneer_prefix is None else veneer_prefix.along(_layer_number(module))
     veneer_layout = layout_of(attention_mask, veneer_layout)
     if veneer_layout is not None:
-        q, k, v = (rows[0].transpose(0, 1) for rows in (query, key, value))
-        return veneer_layout.attend(q, k, v, prefix, rules)[None], None
+        q, k, v = (_row_by_row(rows) for rows in (query, key, value))
+        return veneer_layout.attend(q, k, v, prefix, rules).unflatten(0, (len(query), -1)), None
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         if softcap is None and s_aux is None:
@@ -263,8 +263,14 @@ def _scaled_dot_product_attention(
     if attn_mask not in _LAYOUTS:
         raise ValueError("a mask that stands for packed rows was changed")
     rules = AttentionRules(query.shape[-1] ** -0.5 if scale is None else scale)
-    q, k, v = (rows[0].transpose(0, 1) for rows in (query, key, value))
-    return _LAYOUTS[attn_mask].attend(q, k, v, [], rules)[None].transpose(1, 2)
+    q, k, v = (_row_by_row(rows) for rows in (query, key, value))
+    out = _LAYOUTS[attn_mask].attend(q, k, v, [], rules)
+    return out.unflatten(0, (len(query), -1)).transpose(1, 2)
+
+
+def _row_by_row(x: Tensor) -> Tensor:
+    """Returns x (B, H, T, D) as (B * T, H, D)."""
+    return x[0].transpose(0, 1) if len(x) == 1 else x.transpose(1, 2).flatten(0, 1)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ from veneer.execution.proofs.small_copy import NoCopyError, small_copy
 from veneer.execution.proofs.steps import Run, read_and_continued
 from veneer.execution.proofs.structure import LIMIT, sample_texts, structure_proof
 from veneer.execution.recorded import Inputs, RecordedEnds, RecordedSteps, Snapshot
+from veneer.execution.states import StepStates, cache_argument, has_states, state_layers
 from veneer.kernels.decoding import decoder_step
 from veneer.kernels.dense.loss import Head
 from veneer.sharded import is_sharded
@@ -125,7 +126,7 @@ class LayersForward:
         inputs = [h_1ND[0], *(values[0] for values in of_positions)]
         head = self.model.get_output_embeddings()
         with self.steps.leased() as free:
-            if free:
+            if free and paged_step.states is None:
                 outside = embedding, head, self._positions
                 beside = set().union(*map(_keys_around, outside))
                 states = self.steps.compute(
@@ -133,6 +134,8 @@ class LayersForward:
                 )
             else:
                 states = self._layers(inputs, paged_step)
+                if paged_step.states is not None:
+                    paged_step.states.store()
             if paged_step.take_states is not None:
                 paged_step.take_states(states)
             logits = product(states if kept is None else states[kept], head)
@@ -236,7 +239,7 @@ def forward_by_layers(model: PreTrainedModel) -> LayersForward | str:
     """Returns a forward by the layers of a model that decodes over blocks (decoding/proof.py), or
     why there is none. To be called while no adapter acts on the model."""
     known = structure(model)
-    if known.packed is not None:
+    if known.packed is not None and not has_states(model):
         return known.packed
     logit_rules = known.scale, known.softcap
     if not decoder_step.usable(next(model.parameters())):
@@ -251,13 +254,14 @@ def forward_by_layers(model: PreTrainedModel) -> LayersForward | str:
         return forward
     ids = some_ids(model, 23, 4).tolist()
     texts, by_layers = [ids[:14], ids[14:]], forward.logits
+    states = state_layers(model)
 
     def compare() -> str | None:
-        expected = read_and_continued(own_forward(model), texts)
+        expected = read_and_continued(own_forward(model), texts, states)
         return disagreement(
             model,
             "its parts called one by one",
-            lambda: difference(read_and_continued(by_layers, texts), expected),
+            lambda: difference(read_and_continued(by_layers, texts, states), expected),
             MODEL.limits[expected.dtype],
         )
 
@@ -271,13 +275,14 @@ def _prove_on_copy(model: PreTrainedModel, logit_rules: LogitRules) -> str | Non
     except NoCopyError as fault:
         return str(fault).splitlines()[0]
     take_packed(copy)
+    states = state_layers(copy)
     texts, forward = sample_texts(copy), _take_apart(copy, logit_rules)
     if isinstance(forward, str):
         return forward
 
     def measure() -> float:
-        logits = read_and_continued(forward.logits, texts)
-        return difference(logits, read_and_continued(own_forward(copy), texts))
+        logits = read_and_continued(forward.logits, texts, states)
+        return difference(logits, read_and_continued(own_forward(copy), texts, states))
 
     return disagreement(copy, "its parts called one by one", measure, LIMIT)
 
@@ -287,18 +292,32 @@ def own_forward(model: PreTrainedModel) -> Run:
 
     def run(rows: Tensor, paged_step: Any, kept: Tensor | None) -> Tensor:
         call: Any = model
-        take_states = paged_step.take_states
+        take_states, states = paged_step.take_states, paged_step.states
+        ids, positions = rows.view(2, paged_step.texts, -1)
+        others: dict[str, Any] = {} if take_states is None else {"output_hidden_states": True}
+        if states is not None:
+            others[cache_argument(model)] = states.cache
         out = call(
-            input_ids=rows[:1],
-            logits_to_keep=0 if kept is None else kept,
-            **packed_arguments(rows[1:], paged_step),
-            **({} if take_states is None else {"output_hidden_states": True}),
+            input_ids=ids,
+            logits_to_keep=_last_of_each(kept, states),
+            **packed_arguments(positions, paged_step),
+            **others,
         )
+        if states is not None:
+            states.store()
         if take_states is not None:
-            take_states(out.hidden_states[-1][0])
-        return out.logits[0]
+            take_states(out.hidden_states[-1].flatten(0, 1))
+        return out.logits.flatten(0, 1)
 
     return run
+
+
+def _last_of_each(kept: Tensor | None, states: StepStates | None) -> Tensor | int:
+    """Returns what a model's own forward takes as the rows to keep: with states, the number of the
+    last rows of each text; 0: all."""
+    if kept is None:
+        return 0
+    return kept if states is None else len(kept) // states.texts
 
 
 def _take_apart(model: PreTrainedModel, logit_rules: LogitRules) -> LayersForward | str:

@@ -24,6 +24,7 @@ from veneer.execution.attention import mask_of
 from veneer.execution.facts.layer_facts import FEED_FORWARD, Attention, DecoderLayer, Mixture, Norm
 from veneer.execution.facts.small_modules import first_of, unset_arguments
 from veneer.execution.paged import PagedStep
+from veneer.execution.states import cache_argument
 from veneer.kernels import rules
 from veneer.kernels.decoding import decoder_step, expert_step
 from veneer.kernels.dense import few_rows
@@ -65,7 +66,11 @@ def compute_layer(
     if layer.unknown is not None or layer.attention is None:
         whole: Any = layer.module
         h, _ = add_norm(h, branch, None, None)
-        return first_of(whole(h[None], **_arguments_of(whole, h, angles, paged_step)))[0], None
+        rows = h.unflatten(0, (paged_step.texts, -1))
+        own = _arguments_of(whole, h, angles, paged_step)
+        if paged_step.states is not None:
+            own[cache_argument(whole)] = paged_step.states.cache
+        return first_of(whole(rows, **own)).flatten(0, 1), None
     parts = children_of(layer.module)
     before, after, before_feed_forward, after_feed_forward = layer.norms
     attention = parts[layer.attention_name]
@@ -142,7 +147,8 @@ def _arguments_of(
     """Returns the arguments of a module's own code, without its rows h."""
     arguments = {"attention_mask": mask_of(paged_step, h.device), "veneer_layout": paged_step}
     if angles is not None:
-        arguments["position_embeddings"] = tuple(of_rows[None] for of_rows in angles.own)
+        texts = paged_step.texts, -1
+        arguments["position_embeddings"] = tuple(x.unflatten(0, texts) for x in angles.own)
     return arguments | unset_arguments(module, arguments)
 
 

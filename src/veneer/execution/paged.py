@@ -12,6 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from veneer.execution.states import StepStates
 from veneer.kernels.attention.groups import Pair
 from veneer.kernels.attention.paged import KeyValueBlocks, SpanRows, Spans, paged_attention
 from veneer.kernels.attention.paged_rows import BlockTables, paged_rows
@@ -64,7 +65,8 @@ class PagedStep:
 
     mix: what the adapters add to which rows, where these are listed: such steps are recorded
     (execution/recorded.py). take_states: called with the last hidden states of all rows, (N, D),
-    which are valid during the call.
+    which are valid during the call. states: of the spans, which then have equally many rows; None:
+    no layer has any.
     """
 
     def __init__(
@@ -75,10 +77,17 @@ class PagedStep:
         *,
         spare: int = 0,
         take_states: Callable[[Tensor], None] | None = None,
+        states: StepStates | None = None,
     ) -> None:
         self.keys, self.spans, self.calls = keys, Spans(spans, keys.tokens_per_block, spare), 0
-        self.mix, self.take_states = mix, take_states
+        self.mix, self.take_states, self.states = mix, take_states, states
         self._fewer: dict[tuple[int, ...], Spans] = {}
+
+    @property
+    def texts(self) -> int:
+        """Returns the number of rows that the model's own layers see: one with all tokens, or one
+        for each span."""
+        return 1 if self.states is None else self.states.texts
 
     def go_on(self, mix: AdapterMix | None) -> bool:
         """Moves each span to its next token, for steps that are made again (Spans.advance)."""
@@ -125,6 +134,8 @@ class RowsStep:
     (execution/attention.py: BatchAttention). No trained prefix is in front of them."""
 
     take_states: None = None
+    states: None = None
+    texts = 1
 
     def __init__(self, keys: PagedKeys, tables: BlockTables) -> None:
         self.keys, self.tables, self.calls = keys, tables, 0

@@ -63,19 +63,26 @@ class BlockManager:
     base             fingerprint of the base
     budget_bytes     memory of all blocks
     bytes_per_token  keys and values of all layers
+    shares           whether a text begins in the blocks of an equal one
 
     Raises ConfigError if a number is out of bounds, and DoesNotFitError if no block fits.
     """
 
     def __init__(
-        self, *, base: str, budget_bytes: int, bytes_per_token: int, tokens_per_block: int = 16
+        self,
+        *,
+        base: str,
+        budget_bytes: int,
+        bytes_per_token: int,
+        tokens_per_block: int = 16,
+        shares: bool = True,
     ) -> None:
         check_numbers(
             budget_bytes=(BYTES, budget_bytes),
             bytes_per_token=(BYTES, bytes_per_token),
             tokens_per_block=(BLOCK, tokens_per_block),
         )
-        self.base, self.tokens_per_block = base, tokens_per_block
+        self.base, self.tokens_per_block, self.shares = base, tokens_per_block, shares
         self.budget_bytes, self.block_bytes = budget_bytes, bytes_per_token * tokens_per_block
         self.num_blocks = budget_bytes // self.block_bytes
         if not self.num_blocks:
@@ -200,7 +207,7 @@ class BlockManager:
         table.chain.extend_to(full * self.tokens_per_block, between)
         for place in range(table.full, full):
             name, block = table.chain.names[place], table.blocks[place]
-            if name not in self._blocks_by_name:
+            if self.shares and name not in self._blocks_by_name:
                 self._blocks_by_name[name] = block
                 self._names[block] = (name, table.chain.adapter_of(place))
         table.full = full

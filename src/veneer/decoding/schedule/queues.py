@@ -101,6 +101,8 @@ class SequenceQueues:
 
     def will_be_cached(self, s: Sequence, reading: set[bytes]) -> bool:
         """Whether a running sequence is about to compute the first block that this one lacks."""
+        if not self._blocks.shares:
+            return False
         s.chain.extend_to(s.length, s.between)
         usable = s.chain.names[: (s.length - 1) // self._blocks.tokens_per_block]
         missing = next((name for name in usable if not self._blocks.knows(name)), None)
