@@ -53,10 +53,10 @@ Families that would need more than a description of their layers to become faste
   kernels do not add, and their code does not offer transformers' attention interface. So rows are
   padded.
 - **GPT-J, CodeGen**: each attention block computes its own angles from the positions.
-- **Hybrids** (Qwen3-Next, LFM2, Granite 4, Falcon-H1): layers carry a state from token to token. A
-  row of several documents would mix their states, so rows are padded in training, and a node takes
-  packed rows alone. A node for their attention layers would save about 3% of a step in LFM2, less
-  in the others, an estimate ([log](log.md)). The engine computes equal lengths side by side.
+- **Hybrids** (Qwen3-Next, LFM2, Granite 4, Falcon-H1): layers carry a state from token to token.
+  Their own code computes these: text by text within packed rows in training, equal lengths side by
+  side in the engine. A node for the attention layers would save about 3% of a step in LFM2, less in
+  the others, an estimate ([log](log.md)).
 - **DeepSeek V2 and V3, MiniCPM3, GLM-4.7-Flash, Youtu** (latent attention): q and k are joined from
   two parts, of which one is rotated and shared by all key heads, and values are narrower than keys.
 - **Gemma 4, Gemma 3n**: values have a norm, layers share keys and values, and each layer reads an

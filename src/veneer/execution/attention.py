@@ -5,9 +5,10 @@ keyword of the model's forward (`veneer_layout`) reaches it. transformers passes
 mask through unchanged, so no mask is built. The mask also identifies the layout, for layers that
 pass no keywords on (Nemotron, StableLM), and for code that gives it to torch's
 scaled_dot_product_attention itself (Falcon): torch then calls `LayoutMask`. A trained prefix
-(adapters/methods/prefix.py) comes only as a keyword. If a model does neither, mixes tokens
-elsewhere than in attention, or gives other results when packed, execution/proofs/structure.py and
-execution/proofs/model.py say why, and batches are padded for transformers' own attention.
+(adapters/methods/prefix.py) comes only as a keyword. Layers that pass a state from token to token
+read text by text (execution/text_rows.py). If a model does neither, mixes tokens elsewhere, or
+gives other results when packed, execution/proofs/structure.py and execution/proofs/model.py say
+why, and batches are padded for transformers' own attention.
 """
 
 import inspect
@@ -26,6 +27,7 @@ from transformers.masking_utils import sdpa_mask
 from veneer.adapters.methods.prefix_layer import KeyRecorder, PrefixKeys
 from veneer.data.batching import Batch
 from veneer.execution.switches import forget_lengths
+from veneer.execution.text_rows import read_by_text
 from veneer.kernels.attention.groups import Pair, grouped_attention
 from veneer.kernels.layout import BatchLayout
 from veneer.kernels.rules import AttentionRules
@@ -296,6 +298,8 @@ def take_packed(model: PreTrainedModel) -> None:
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
+    if (inner := decoder(model)) is not None:
+        read_by_text(inner)
 
 
 def decoder(model: PreTrainedModel) -> nn.Module | None:

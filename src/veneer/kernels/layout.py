@@ -93,10 +93,12 @@ class BatchLayout:
 
     parts: of a batch that was joined from several, the rows of each, filler included, and its
     layout; empty for any other
+    derived: values that layers derive from the layout once, by name
     """
 
     groups: tuple[Group, ...]
     parts: tuple[tuple[int, "BatchLayout"], ...] = ()
+    derived: dict[object, Any] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, prompt: int, lengths: Sequence[int], device: torch.device) -> "BatchLayout":

@@ -40,6 +40,7 @@ from veneer.execution.attention import (
 )
 from veneer.execution.proofs.small_copy import SWITCH, VOCABULARY, NoCopyError, small_copy
 from veneer.execution.switches import forget_lengths, sides, switches
+from veneer.execution.text_rows import attention_layers, state_modules
 from veneer.files.remembered import is_known, remember
 from veneer.kernels.dense.loss import Head
 from veneer.kernels.layout import BatchLayout
@@ -277,9 +278,9 @@ def _no_interface(model: PreTrainedModel) -> str:
 
 
 def unreached(model: PreTrainedModel, calls: int) -> str | None:
-    """Says why packed rows do not fit, if attention does not run once for every layer."""
+    """Says why packed rows do not fit, if they do not reach every layer that mixes tokens."""
     text = model.config.get_text_config()
-    layers = text.num_hidden_layers
+    layers = attention_layers(model) + len(state_modules(decoder(model) or model))
     name = type(model).__name__
     if calls == layers:
         return None

@@ -1,0 +1,151 @@
+"""Lets layers that pass a state from token to token read packed rows, text by text.
+
+A short convolution, a state space or linear attention reads a text from its first token on. Within
+such a layer the texts of a packed batch are therefore rows of a rectangle, each behind its prompt,
+which is repeated if texts share one. The places behind a text repeat its last token, and nothing
+reads them. Linear layers inside still see the packed rows: they multiply a shared prompt once, and
+adapters act on the rows on which they act in every other layer.
+
+Such a layer is known by its convolution over tokens; whether it then gives the right results is
+proven with the model (execution/proofs/structure.py). Shapes: N packed rows, B texts, L places of
+each.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DummyLayer, LinearAttentionLayer
+
+from veneer.adapters.placement.wrapping import unwrapped
+from veneer.kernels.layout import BatchLayout
+from veneer.linear import frozen_linear
+
+LAYOUT = "veneer_layout"
+
+
+class TextRows:
+    """The rectangle of a batch's texts.
+
+    row_of    (B * L), the packed row of each place
+    place_of  (N), the first place of each packed row; that of filler is 0
+    """
+
+    def __init__(self, layout: BatchLayout, rows: int, device: torch.device) -> None:
+        texts = [
+            (span.start, group.prompt, span.start + group.prompt + start, length)
+            for span, group in zip(layout.spans, layout.groups, strict=True)
+            for start, length in zip(group.starts[:-1].tolist(), group.lengths, strict=True)
+        ]
+        self.texts = len(texts)
+        self.places = max(prompt + length for _, prompt, _, length in texts)
+        within = torch.arange(self.places)
+        row_of = torch.empty(self.texts, self.places, dtype=torch.int64)
+        place_of = torch.zeros(rows, dtype=torch.int64)
+        for number, (first, prompt, own, length) in reversed([*enumerate(texts)]):
+            row_of[number, :prompt] = first + within[:prompt]
+            row_of[number, prompt:] = own + within[: self.places - prompt].clamp(max=length - 1)
+            read = within[: prompt + length]
+            place_of[row_of[number, : len(read)]] = number * self.places + read
+        self.row_of, self.place_of = row_of.flatten().to(device), place_of.to(device)
+
+    @classmethod
+    def of(cls, layout: BatchLayout, x: Tensor) -> "TextRows":
+        """Returns that of a layout, made once for all layers. x: (1, N, ...)."""
+        key = "texts", x.shape[1], x.device
+        if key not in layout.derived:
+            layout.derived[key] = cls(layout, x.shape[1], x.device)
+        made: TextRows = layout.derived[key]
+        return made
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Returns x (1, N, ...) as (B, L, ...)."""
+        return x[0].index_select(0, self.row_of).unflatten(0, (self.texts, self.places))
+
+    def packed(self, x: Tensor) -> Tensor:
+        """Returns x (B, L, ...) as (1, N, ...)."""
+        return x.flatten(0, 1).index_select(0, self.place_of)[None]
+
+
+def state_modules(decoder: nn.Module) -> list[nn.Module]:
+    """Returns the modules of a decoder that hold a convolution over tokens."""
+    return [
+        module
+        for module in decoder.modules()
+        if any(isinstance(unwrapped(child), nn.Conv1d) for child in module.children())
+    ]
+
+
+def attention_layers(model: PreTrainedModel) -> int:
+    """Returns the number of layers with attention: others cache states, or nothing."""
+    layers = DynamicCache(config=model.config).layers
+    without = sum(type(layer) in (LinearAttentionLayer, DummyLayer) for layer in layers)
+    return int(model.config.get_text_config().num_hidden_layers) - without
+
+
+def read_by_text(decoder: nn.Module) -> None:
+    """Makes the layers that pass states read packed rows text by text. Where a forward has no
+    layout, they compute as before."""
+    for module in state_modules(decoder):
+        own: Any = module.forward
+        if getattr(own, "func", None) is not _forward:
+            vars(module)["forward"] = partial(_forward, module, own)
+
+
+def _forward(module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    attention = kwargs.get(LAYOUT)
+    layout = getattr(attention, "layout", None)
+    if not isinstance(layout, BatchLayout):
+        return own(*args, **kwargs)
+    del kwargs[LAYOUT]
+    states = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+    texts = TextRows.of(layout, states)
+
+    def spread(value: Any) -> Any:
+        of_rows = isinstance(value, Tensor) and value.shape[:2] == states.shape[:2]
+        return texts.spread(value) if of_rows else value
+
+    with _linears_packed(module, texts):
+        out = own(*map(spread, args), **{name: spread(value) for name, value in kwargs.items()})
+    assert attention is not None
+    attention.calls += 1
+    if isinstance(out, Tensor):
+        return texts.packed(out)
+    first, *rest = out
+    return texts.packed(first), *rest
+
+
+@contextmanager
+def _linears_packed(module: nn.Module, texts: TextRows) -> Iterator[None]:
+    """Within the block the linear layers of a module see the packed rows."""
+    linears = [*_linears(module)]
+    before = [vars(linear).get("forward") for linear in linears]
+    for linear in linears:
+        vars(linear)["forward"] = partial(_linear, linear.forward, texts)
+    try:
+        yield
+    finally:
+        for linear, own in zip(linears, before, strict=True):
+            if own is None:
+                del vars(linear)["forward"]
+            else:
+                vars(linear)["forward"] = own
+
+
+def _linears(module: nn.Module) -> Iterator[nn.Module]:
+    """Yields the linear layers of a module, each with its wrappers."""
+    for child in module.children():
+        if frozen_linear(unwrapped(child)) is None:
+            yield from _linears(child)
+        else:
+            yield child
+
+
+def _linear(own: Callable[..., Tensor], texts: TextRows, x: Tensor) -> Tensor:
+    if x.shape[:2] != (texts.texts, texts.places):
+        return own(x)
+    return texts.spread(own(texts.packed(x)))
