@@ -4,7 +4,8 @@ A short convolution, a state space or linear attention reads a text from its fir
 such a layer the texts of a packed batch are therefore rows of a rectangle, each behind its prompt,
 which is repeated if texts share one. The places behind a text repeat its last token, and nothing
 reads them. Linear layers inside still see the packed rows: they multiply a shared prompt once, and
-adapters act on the rows on which they act in every other layer.
+adapters act on the rows on which they act in every other layer. Without a gradient, many places are
+computed text by text.
 
 Such a layer is known by its convolution over tokens; whether it then gives the right results is
 proven with the model (execution/proofs/structure.py). Shapes: N packed rows, B texts, L places of
@@ -21,11 +22,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DummyLayer, LinearAttentionLayer
 
-from veneer.adapters.placement.wrapping import unwrapped
+from veneer.adapters.placement.acting import invocation_of
+from veneer.adapters.placement.wrapping import AdaptedModule, unwrapped
 from veneer.kernels.layout import BatchLayout
 from veneer.linear import frozen_linear
 
 LAYOUT = "veneer_layout"
+MOST_PLACES = 2**15
+"""Places that a layer computes at once without a gradient. Many short answers behind one prompt,
+such as labels that are scored, repeat it often."""
 
 
 class TextRows:
@@ -62,9 +67,10 @@ class TextRows:
         made: TextRows = layout.derived[key]
         return made
 
-    def spread(self, x: Tensor) -> Tensor:
-        """Returns x (1, N, ...) as (B, L, ...)."""
-        return x[0].index_select(0, self.row_of).unflatten(0, (self.texts, self.places))
+    def spread(self, x: Tensor, texts: slice = slice(None)) -> Tensor:
+        """Returns x (1, N, ...) as (B, L, ...), or some of its texts."""
+        row_of = self.row_of.view(self.texts, self.places)[texts]
+        return x[0].index_select(0, row_of.flatten()).unflatten(0, row_of.shape)
 
     def packed(self, x: Tensor) -> Tensor:
         """Returns x (B, L, ...) as (1, N, ...)."""
@@ -105,18 +111,34 @@ def _forward(module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: A
     states = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
     texts = TextRows.of(layout, states)
 
-    def spread(value: Any) -> Any:
-        of_rows = isinstance(value, Tensor) and value.shape[:2] == states.shape[:2]
-        return texts.spread(value) if of_rows else value
+    def compute(some: slice) -> tuple[Any, ...]:
+        def spread(value: Any) -> Any:
+            of_rows = isinstance(value, Tensor) and value.shape[:2] == states.shape[:2]
+            return texts.spread(value, some) if of_rows else value
 
-    with _linears_packed(module, texts):
         out = own(*map(spread, args), **{name: spread(value) for name, value in kwargs.items()})
+        return out if isinstance(out, tuple) else (out,)
+
+    few = max(1, MOST_PLACES // texts.places)
+    if few < texts.texts and not torch.is_grad_enabled() and _is_uniform(module):
+        outputs = [compute(slice(at, at + few)) for at in range(0, texts.texts, few)]
+    else:
+        with _linears_packed(module, texts):
+            outputs = [compute(slice(None))]
     assert attention is not None
     attention.calls += 1
-    if isinstance(out, Tensor):
-        return texts.packed(out)
-    first, *rest = out
-    return texts.packed(first), *rest
+    first, *rest = outputs[0]
+    packed = texts.packed(first if len(outputs) == 1 else torch.cat([out for out, *_ in outputs]))
+    return (packed, *rest) if rest else packed
+
+
+def _is_uniform(module: nn.Module) -> bool:
+    """Whether the same adapters act on all rows."""
+    adapted = (m for m in module.modules() if isinstance(m, AdaptedModule))
+    return all(
+        len(parts := m.routing.acting.parts) == 1 and not invocation_of(parts[0].adapters)
+        for m in adapted
+    )
 
 
 @contextmanager

@@ -78,7 +78,11 @@ def near(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
 @each_type
 @pytest.mark.parametrize("level", [0, 2, 3, 4, 5])
 @pytest.mark.parametrize(("rows", "chosen"), [(1, 1), (1, 4), (3, 2), (16, 3), (70, 6)])
-@pytest.mark.parametrize("form", [{}, {"biases": True}, {"biases": True, "gate": pairs}], ids=str)
+@pytest.mark.parametrize(
+    "form",
+    [{}, {"biases": True}, {"biases": True, "gate": pairs}],
+    ids=["plain", "biases", "biases, pairs"],
+)
 def test_experts_of_rows_equal_the_reference(dtype, level, rows, chosen, form):
     """Adapters of several ranks on some rows, two of them on the same ones; rows without any."""
     torch.manual_seed(rows)
