@@ -17,6 +17,7 @@ from veneer.kernels.bindings import (
     block_calls,
     dense_calls,
     draw_calls,
+    expert_calls,
     packed_calls,
     paged_calls,
     row_calls,
@@ -125,6 +126,7 @@ def test_there_is_a_case_for_every_call_and_each_is_valid():
     wrapped |= {paged_calls.paged_attention, dense_calls.few_rows_updated, dense_calls._lay_out}
     wrapped |= {draw_calls._draw, packed_calls.nf4_weights, block_calls._filled_factors}
     wrapped |= {dense_calls._part, dense_calls._updated_part}
+    wrapped |= {expert_calls.expert_product, expert_calls.expert_sum}
     assert declared_functions() <= tried | wrapped
     for seed in range(20):
         for function, arguments in valid_calls(seed):

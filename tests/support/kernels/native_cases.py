@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.support.kernels.native_block_cases import block_cases
+from tests.support.kernels.native_expert_cases import expert_cases
 from veneer.kernels.bindings import (
     attention_calls,
     dense_calls,
@@ -568,7 +569,7 @@ def valid_calls(seed: int) -> list[Call]:
     others.append(_draw(rng))
     *normed, dropout = others[0]
     of_pairs += [*normed, *others[1], *block_cases(rng, filled)]
-    rest = [dropout, *(call for other in others[2:] for call in other)]
+    rest = [dropout, *(call for other in others[2:] for call in other), *expert_cases(rng, filled)]
     return of_pairs + rest if native.has_bf16() else rest
 
 
