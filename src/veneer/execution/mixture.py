@@ -18,7 +18,7 @@ from veneer.kernels.decoding import expert_step
 from veneer.private.transformers import experts_of, offers_experts
 
 PREFIX = "veneer_over_"
-"""What the registered names begin with. The rest is the name of transformers' computation."""
+"""Stands before the name of transformers' computation in each registered name."""
 
 
 def take_experts(model: PreTrainedModel) -> None:

@@ -20,7 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 
 from veneer.model_record import record_of
 
@@ -88,9 +93,10 @@ def _find_states(model: PreTrainedModel) -> StateLayers:
 
 
 def layers_without_keys(config: PreTrainedConfig) -> set[int]:
-    """Returns the numbers of the layers that have a state, and no keys and values."""
+    """Returns the numbers of the layers without attention: they have a state, or nothing."""
     layers: list[Any] = DynamicCache(config=config).layers
-    return {n for n, layer in enumerate(layers) if type(layer) is LinearAttentionLayer}
+    without = LinearAttentionLayer, DummyLayer
+    return {n for n, layer in enumerate(layers) if type(layer) in without}
 
 
 def cache_argument(model: PreTrainedModel) -> str:

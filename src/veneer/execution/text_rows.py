@@ -19,8 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DummyLayer, LinearAttentionLayer
 
 from veneer.adapters.placement.acting import invocation_of
 from veneer.adapters.placement.wrapping import AdaptedModule, unwrapped
@@ -84,13 +82,6 @@ def state_modules(decoder: nn.Module) -> list[nn.Module]:
         for module in decoder.modules()
         if any(isinstance(unwrapped(child), nn.Conv1d) for child in module.children())
     ]
-
-
-def attention_layers(model: PreTrainedModel) -> int:
-    """Returns the number of layers with attention: others cache states, or nothing."""
-    layers = DynamicCache(config=model.config).layers
-    without = sum(type(layer) in (LinearAttentionLayer, DummyLayer) for layer in layers)
-    return int(model.config.get_text_config().num_hidden_layers) - without
 
 
 def read_by_text(decoder: nn.Module) -> None:

@@ -39,8 +39,9 @@ from veneer.execution.attention import (
     takes_layouts,
 )
 from veneer.execution.proofs.small_copy import SWITCH, VOCABULARY, NoCopyError, small_copy
+from veneer.execution.states import layers_without_keys
 from veneer.execution.switches import forget_lengths, sides, switches
-from veneer.execution.text_rows import attention_layers, state_modules
+from veneer.execution.text_rows import state_modules
 from veneer.files.remembered import is_known, remember
 from veneer.kernels.dense.loss import Head
 from veneer.kernels.layout import BatchLayout
@@ -280,7 +281,8 @@ def _no_interface(model: PreTrainedModel) -> str:
 def unreached(model: PreTrainedModel, calls: int) -> str | None:
     """Says why packed rows do not fit, if they do not reach every layer that mixes tokens."""
     text = model.config.get_text_config()
-    layers = attention_layers(model) + len(state_modules(decoder(model) or model))
+    attention = text.num_hidden_layers - len(layers_without_keys(model.config))
+    layers = attention + len(state_modules(decoder(model) or model))
     name = type(model).__name__
     if calls == layers:
         return None
