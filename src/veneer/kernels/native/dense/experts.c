@@ -1,6 +1,6 @@
 /* The experts of a decoding step: which experts a row has, its rows sorted by expert, products with
-   a stack of matrices, and the sums of each row's outputs. kernels/decoding/expert_step.py says what
-   is computed. What a row gives depends neither on the rows beside it nor on their experts. */
+   a stack of matrices, and the sums of each row's outputs. kernels/decoding/expert_step.py says
+   what is computed. What a row gives depends neither on the rows beside it nor on their experts. */
 #include "factors.h"
 #include "updates.h"
 #include <math.h>
@@ -106,7 +106,7 @@ void veneer_expert_sort(const struct expert_sort *a) {
     }
 }
 
-/* Bytes from the factors of an expert to those of the next one: those of B lie behind those of A. */
+/* Bytes from the factors of an expert to those of the next one. B lies behind A. */
 static int64_t factor_bytes(const struct expert_product *a, int64_t rank) {
     const int64_t words = filled_rank(rank) * filled_words(a->type, a->width) +
                           blocks_of(a->parts->outs) * UPDATE_BLOCK * words_of(a->type, rank);

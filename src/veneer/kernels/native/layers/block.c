@@ -288,8 +288,8 @@ void veneer_block_gate_backward(struct gates *a) {
 /* q, k and v, rows of `heads` heads each. Forward: each + its update, in place; q and k normed and
    turned, into out where there is a norm of theirs, else in place. Backward: gradients of q and k
    turned back and taken through the norms of `normed`, in place, then each one's first product. A
-   norm is of so many values of a row side by side (spans): a head, or all heads. norms_last: q and k
-   are turned in place before their norms; `normed` are the turned ones. */
+   norm is of so many values of a row side by side (spans): a head, or all heads. norms_last: q and
+   k are turned in place before their norms; `normed` are the turned ones. */
 struct heads {
     uint16_t *x[MOST_LAYERS], *out[2];
     const uint16_t *normed[2];

@@ -1,5 +1,5 @@
-/* y = x W^T + bias for a few rows of x, W in 4 bits and read once, as it is stored: for decoding, where
-   the time is that of reading W. The weights are those that nf4_dequantize gives in x's type;
+/* y = x W^T + bias for a few rows of x, W in 4 bits and read once, as it is stored: for decoding,
+   where the time is that of reading W. The weights are those that nf4_dequantize gives in x's type;
    products and sums are in fp32.
 
    A dot product does not care for order, so the nibbles stay where they lie: x is put apart once,
@@ -167,7 +167,8 @@ static void some_rows(void *data, int64_t first, int64_t last) {
 #endif
 }
 
-/* x (rows, width), contiguous, of `type` -> y (rows, outs), with a bias (outs), or NULL. W: `outs` rows from element `start` on.
+/* x (rows, width), contiguous, of `type` -> y (rows, outs). bias (outs), or NULL. W: `outs` rows
+   from element `start` on.
    rows <= 8. Returns 1 where there is no memory for x put apart or for a row of W. */
 int veneer_nf4_product(const struct nf4_weights *w, int64_t start, int64_t outs, int64_t width,
                        const void *x, int64_t rows, const void *bias, void *y, int type,
