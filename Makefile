@@ -12,6 +12,8 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 BIN = $(VENV)/bin
+# Where a machine writes no bytecode, each process would compile torch and transformers anew.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: setup demo test check lint types docs soak bench gpu clean
 

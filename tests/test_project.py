@@ -4,6 +4,7 @@ the source."""
 import argparse
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -412,6 +413,20 @@ def test_make_alone_sets_up_and_says_what_comes_next():
         "pip install --editable ." in planned and "make demo" in planned and "make test" in planned
     )
     assert "veneer demo\n" not in planned and "pytest" not in planned
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make is on the path")
+def test_processes_of_make_keep_what_python_compiled_for_the_next_one():
+    said = subprocess.run(
+        ["make", "--no-print-directory", "-f", "Makefile", "-f", "-", "said"],
+        input="said:\n\t@echo kept=$$PYTHONDONTWRITEBYTECODE\n",
+        cwd=ROOT,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert said == "kept=\n"
 
 
 def test_the_readme_begins_with_commands_that_work_on_a_checkout():
