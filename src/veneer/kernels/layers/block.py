@@ -24,10 +24,9 @@ Rows of several adapters are several parts. The products with the base's weights
 over all rows. Everything else is computed part by part, with the bits of a forward of that part
 alone.
 
-Forward saves the same tensors as its parts would. For many rows backward recomputes n, m, q and k
-after their norms, and the input of `down`: a third of the memory. If a layer computes only by calls
-into compiled functions, its calls are recorded on a tape and replayed for later layers of the same
-kind (tape/layer_tape.py).
+Backward recomputes what takes one pass over memory: n, m, q and k after their norms, the input of
+`down`, and h where a norm follows o. If a layer computes only by calls into compiled functions, its
+calls are recorded on a tape and replayed for later layers of the same kind (tape/layer_tape.py).
 
 Knows nothing of modules. Its operands are in block_operands.py, its calls in block_passes.py.
 Shapes: M rows, D hidden.

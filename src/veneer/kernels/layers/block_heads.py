@@ -88,7 +88,7 @@ def head_gradients(
 def _recomputed(run: Pass, kept: Kept) -> tuple[Tensor, Tensor]:
     """Returns q and k after their norms and their rotation."""
     norms = run.block.norms.q, run.block.norms.k
-    if run.keeps_all or norms[0] is None:
+    if norms[0] is None:
         return kept.q, kept.k
     raw = kept.q_raw, kept.k_raw
     turned = torch.empty_like(raw[0]), torch.empty_like(raw[1])

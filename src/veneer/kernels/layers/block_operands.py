@@ -45,8 +45,6 @@ class ModuleRows(NamedTuple):
         return B if self.rows is None else B[self.rows]
 
 
-MANY_ROWS = 2048
-"""From this number of rows on, backward recomputes tensors that take one pass over memory."""
 _LEAST_ROWS = 16
 """Fewer rows do not fill the registers of the kernels for small ranks."""
 
@@ -237,10 +235,6 @@ class Block:
             return False
         return rules.sinks is None and all(limit is None or limit > 0 for limit in limits)
 
-    def recomputes(self, rows: int) -> bool:
-        """True if backward recomputes the inputs of the linear layers."""
-        return rows >= MANY_ROWS
-
     def factors(self) -> list[Tensor]:
         """Returns A of each module, then B of each, part by part."""
         return [factor for part in self.parts for factor in part.factors()]
@@ -291,7 +285,7 @@ class Block:
         sums = self.is_parallel, self.residual_scale, self.group, self.norms_last
         kind = self.size, self.activation, self.neighbours, *sums, self.rules
         own = (*kind, equal_keys, *norms, *angles)
-        return len(x), self.recomputes(len(x)), *own, *places, *rows, *shapes, *numbers, *drops
+        return len(x), *own, *places, *rows, *shapes, *numbers, *drops
 
 
 def _is_updated_by_kernels(layer: LoRALinear) -> bool:

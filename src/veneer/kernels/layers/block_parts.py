@@ -42,9 +42,6 @@ class Kept(NamedTuple):
     up: Tensor
     d: Tensor
     d_scale: Tensor
-    n: Tensor
-    m: Tensor
-    gated: Tensor
 
 
 class Part:
@@ -135,7 +132,6 @@ class Pass:
     ) -> None:
         self.block, self.x, self.rows = block, x, len(x)
         self.parts = _parts(block, factors, grads)
-        self.keeps_all = not block.recomputes(len(x))
 
     def product(self, number: int, x: Tensor) -> Tensor:
         layer = self.block.layers[number]
@@ -308,23 +304,24 @@ class BackwardPass(Pass):
             return grad_h, grad_narrow
         return self.through_last_norm(self.block.o, grad_h, output_norm, kept.o, kept.o_scale)
 
-    def recompute_norm(
-        self, norm: Norm | None, x: Tensor, kept: Tensor, narrow: Sequence[Tensor]
-    ) -> Tensor:
+    def recompute_norm(self, norm: Norm | None, x: Tensor, narrow: Sequence[Tensor]) -> Tensor:
         """Returns the norm of x if the gradient of an A needs it: if a layer that reads it has an
         update (`narrow`). Otherwise returns x."""
         if norm is None or not is_adapted(narrow):
             return x
-        if self.keeps_all:
-            return kept
         out, scale = torch.empty_like(x), self.scales(norm, x)
         block_calls.norm_forward(x, norm=block_calls.NormOperands(norm, scale), out=out)
         return out
 
+    def recompute_sum(self, o: Tensor) -> Tensor:
+        """Returns h of a layer with a norm after attention."""
+        updates = [None for _ in self.parts]
+        return self.add(o, updates, self.x, self.block.norms.after_attention, None)[0]
+
     def recompute_gated(self, kept: Kept, narrow: Sequence[Tensor]) -> Tensor:
         """Returns the input of the layer down if a factor's gradient needs it."""
-        if self.keeps_all or not is_adapted(narrow):
-            return kept.gated
+        if not is_adapted(narrow):
+            return kept.gate  # not read
         gated, up = torch.empty_like(kept.gate), kept.up if kept.up.numel() else None
         row_calls.gate_forward(kept.gate, up, gated, self.block.activation)
         return gated

@@ -16,7 +16,7 @@ from veneer.kernels.bindings import block_calls
 from veneer.kernels.dense import rank
 from veneer.kernels.layers.block_heads import attention_gradients, head_gradients, rotated_heads
 from veneer.kernels.layers.block_operands import Block
-from veneer.kernels.layers.block_parts import BackwardPass, Kept, Pass, is_adapted
+from veneer.kernels.layers.block_parts import BackwardPass, Kept, Pass
 
 
 def forward(
@@ -49,30 +49,25 @@ def forward(
         _, _, m, m_scale, m_narrow = run.add(
             x, [None for _ in run.parts], None, None, norms.before_feed_forward, block.gates
         )
-    of_n = [*n_narrow, *m_narrow] if block.shares_norm else n_narrow
     kept = Kept(*(x.new_empty(0) for _ in Kept._fields))._replace(
         n_scale=n_scale,
         q_raw=if_needed(q_raw, norms.q),
         q_scale=q_scale,
         k_raw=if_needed(k_raw, norms.k),
         k_scale=k_scale,
-        q=if_needed(q, run.keeps_all or not norms.q),
-        k=if_needed(k, run.keeps_all or not norms.k),
+        q=if_needed(q, not norms.q),
+        k=if_needed(k, not norms.k),
         v=v,
         out=out,
         o=if_needed(o, norms.after_attention),
         o_scale=o_scale,
-        h=if_needed(h, not block.is_parallel, block.has_feed_forward),
+        h=if_needed(h, not block.is_parallel, block.has_feed_forward, not norms.after_attention),
         m_scale=m_scale,
-        n=if_needed(n, run.keeps_all, norms.before_attention, is_adapted(of_n)),
     )
     if not block.has_feed_forward:
         return [h, m], [*kept, *n_narrow, *out_narrow, *entropies]
     y, of_feed_forward, gated_narrow = _feed_forward(run, h, m, m_narrow)
-    kept = kept._replace(
-        **of_feed_forward,
-        m=if_needed(m, run.keeps_all, norms.before_feed_forward, is_adapted(m_narrow)),
-    )
+    kept = kept._replace(**of_feed_forward)
     return [y], [*kept, *n_narrow, *out_narrow, *entropies, *m_narrow, *gated_narrow]
 
 
@@ -103,7 +98,6 @@ def _feed_forward(
         "up": h.new_empty(0) if up is None else up,
         "d": if_needed(d, norm),
         "d_scale": d_scale,
-        "gated": if_needed(gated, run.keeps_all, is_adapted(gated_narrow)),
     }
     return y, kept, gated_narrow
 
@@ -142,15 +136,17 @@ def backward(
     grad = grads[0]
     if h is not None:
         kept, grad_m, grad_m_narrow = kept._replace(h=h), grads[1], run.narrow(())
-        n = run.recompute_norm(norms.before_attention, x, kept.n, n_narrow)
+        n = run.recompute_norm(norms.before_attention, x, n_narrow)
     else:
         m_narrow, gated_narrow = ([next(rest) for _ in run.parts] for _ in range(2))
+        if norms.after_attention:
+            kept = kept._replace(h=run.recompute_sum(kept.o))
         grads_of_gates, grad_m_narrow = _through_feed_forward(run, kept, grad, gated_narrow, add)
         of_n = [*n_narrow, *m_narrow] if block.shares_norm else n_narrow
-        n = run.recompute_norm(norms.before_attention, x, kept.n, of_n)
+        n = run.recompute_norm(norms.before_attention, x, of_n)
         m, normed = n, x if block.is_parallel else kept.h
         if not block.shares_norm:
-            m = run.recompute_norm(norms.before_feed_forward, normed, kept.m, m_narrow)
+            m = run.recompute_norm(norms.before_feed_forward, normed, m_narrow)
         run.write(block.gates, m, grad_m_narrow, grads_of_gates, m_narrow, add=add)
         grad_m = run.input_gradient(block.gates, grads_of_gates)
     if block.is_parallel:
