@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodWrapperType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -33,7 +33,6 @@ from torch.autograd.graph import _engine_run_backward
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from veneer.execution.attention import LayoutMask
 
@@ -65,6 +64,7 @@ FACTS = {
 """What is asked of CUDA itself: by transformers while it loads a model and multiplies experts, by
 torch's fork_rng."""
 _T: Any = Tensor
+PLACES = {_T.device, _T.is_cuda, _T.is_mps, _T.is_cpu}
 
 
 class Mixed(AssertionError):
@@ -138,7 +138,10 @@ class Accelerator:
         return before
 
     def holds(self, tensor: Tensor) -> bool:
-        return getattr(_storage(tensor), "elsewhere", None) == self.device
+        return self.owns(_storage(tensor))
+
+    def owns(self, storage: Any) -> bool:
+        return getattr(storage, "elsewhere", None) == self.device
 
     def take(self, tensor: Tensor) -> Tensor:
         if tensor.dtype in self.lacks:
@@ -161,6 +164,18 @@ def _storage(tensor: Tensor) -> Any:
         return tensor.untyped_storage()
 
 
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yields the tensors among what an operation takes or gives: lists and dicts, no trees."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _tensors(each)
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _tensors(each)
+
+
 def _line() -> str:
     frame, found = sys._getframe(2), ""
     while frame is not None:
@@ -181,14 +196,14 @@ class _Calls(TorchFunctionMode):
         self.there = there
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        there, kwargs = self.there, dict(kwargs or {})
-        first = args[0] if args and isinstance(args[0], Tensor) else None
+        there = self.there
+        if isinstance(func, MethodWrapperType) and func.__name__ == "__get__":
+            return self._attribute(func, args)
+        first, kwargs = (
+            args[0] if args and isinstance(args[0], Tensor) else None,
+            dict(kwargs or {}),
+        )
         held = first is not None and there.holds(first)
-        match getattr(func, "__self__", None):
-            case _T.device if held:
-                return there.device
-            case _T.is_cuda | _T.is_mps | _T.is_cpu if held:
-                return func.__self__ is getattr(Tensor, f"is_{there.device.type}", None)
         if func is Tensor.backward:  # the way back runs the project's own code: in this mode
             with self:
                 return _engine_run_backward(
@@ -237,6 +252,12 @@ class _Calls(TorchFunctionMode):
             del _storage(out).elsewhere
         return out
 
+    def _attribute(self, get: Any, args: Any) -> Any:
+        there, of = self.there, get.__self__
+        if of in PLACES and there.holds(args[0]):
+            return there.device if of is _T.device else of is getattr(_T, f"is_{there.device.type}")
+        return get(*args)
+
     def _moved(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Tensor.to, with the place taken out of what torch is asked."""
         there, (tensor, *others) = self.there, args
@@ -282,10 +303,16 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         there, kwargs, packet = self.there, kwargs or {}, func._overloadpacket
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        held = [tensor for tensor in given if there.holds(tensor)]
+        given = [*_tensors(args), *_tensors(kwargs)]
+        storages = [_storage(tensor) for tensor in given]
+        held = any(map(there.owns, storages))
         if held:
-            self._check(func, packet, args, kwargs, given, held)
+            host = [
+                tensor
+                for tensor, storage in zip(given, storages, strict=True)
+                if not there.owns(storage)
+            ]
+            self._check(func, packet, args, kwargs, given, host)
         if packet is aten.histc and not given[0].is_floating_point():
             out = func(args[0].float(), *args[1:], **kwargs).to(
                 given[0].dtype
@@ -297,19 +324,14 @@ class _Operations(TorchDispatchMode):
         if packet in (aten.copy_, aten.set_):
             return out
         if held:
-            own = {_storage(tensor)._cdata for tensor in given}
-            for leaf in tree_leaves(out):
-                if (
-                    isinstance(leaf, Tensor)
-                    and not leaf.is_meta
-                    and _storage(leaf)._cdata not in own
-                ):
-                    there.take(leaf)
+            own = {storage._cdata for storage in storages}
+            for tensor in _tensors(out):
+                if not tensor.is_meta and _storage(tensor)._cdata not in own:
+                    there.take(tensor)
         return out
 
-    def _check(self, func: Any, packet: Any, args: Any, kwargs: Any, given: Any, held: Any) -> None:
+    def _check(self, func: Any, packet: Any, args: Any, kwargs: Any, given: Any, host: Any) -> None:
         there = self.there
-        host = [t for t in given if not there.holds(t)]
         if packet is aten.copy_:
             blocking = not (args[2] if len(args) > 2 else kwargs.get("non_blocking"))
             if host and blocking:
