@@ -283,8 +283,10 @@ INLINE void gate_rows_of(const int bf16, const int activation, const struct step
                             : x < 0.0f                ? 0.0f
                             : activation == RELU      ? x
                                                       : x * x;
-            put(bf16, out, i, rounded(bf16, y) * (up == 0 ? 1.0f : value_at(bf16, up, i)));
+            put(bf16, out, i, y);
         }
+        for (int64_t i = 0; up != 0 && i < a->width; i++)
+            put(bf16, out, i, value_at(bf16, out, i) * value_at(bf16, up, i));
     }
 }
 
