@@ -33,12 +33,15 @@ from veneer.formats.loading import load_adapter
 from veneer.linear import frozen_linear
 from veneer.merge.fold.fold import weight_changes
 from veneer.models.checkpointing import checkpointed
+from veneer.models.frozen_base import FrozenBase
 from veneer.models.load import load_base
 from veneer.models.step import prepare
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 9, 139, 73, 5, 61, 2, 8, 44, 10, 11, 12]])
 FOLDERS: list[TemporaryDirectory[str]] = []
+SHARED: dict[tuple[str, torch.dtype, int], FrozenBase] = {}
+ATTACHED: list[tuple[torch.nn.Module, Routing]] = []
 FOLDED = 2e-5
 """Relative, float32: the update added to the weight first, or to the product."""
 
@@ -128,8 +131,37 @@ def base_of(family, dtype):
     return base
 
 
+def shared(family, dtype, number=0):
+    """A base that the tests of this file share: what is attached to it is detached after each."""
+    key = family, dtype, number
+    if key not in SHARED:
+        SHARED[key] = base_of(family, dtype)
+    return SHARED[key]
+
+
+@pytest.fixture(autouse=True)
+def _adapters_of_one_test_alone():
+    yield
+    while ATTACHED:
+        model, routing = ATTACHED.pop()
+        routing.active = ()
+        for name in [*routing.attached]:
+            detach(model, name, routing=routing)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _bases_as_they_were():
+    yield
+    for (family, dtype, _), base in SHARED.items():
+        fresh, left = base_of(family, dtype).model.state_dict(), base.model.state_dict()
+        assert fresh.keys() == left.keys()
+        assert all(torch.equal(value, left[name]) for name, value in fresh.items())
+    SHARED.clear()
+
+
 def put(model, config, *, name="a", seed=0, filled=False):
     routing = Routing()
+    ATTACHED.append((model, routing))
     if config.through_attention:
         prepare(model)
     attachment = attach(
@@ -166,7 +198,7 @@ def logits(model):
 def test_attaching_changes_a_bit_only_where_the_row_says_so_and_detaching_restores_every_bit(
     row, family, dtype
 ):
-    model = base_of(family, dtype).model
+    model = shared(family, dtype).model
     names, state = (
         list(dict(model.named_parameters())),
         {k: v.clone() for k, v in model.state_dict().items()},
@@ -191,7 +223,7 @@ def test_the_packed_step_with_a_shared_prompt_is_the_models_own_forward_row_by_r
 ):
     """In bf16 the two round in other places: there the whole gradient agrees to 0.15 of its
     length."""
-    model = base_of(family, dtype).model
+    model = shared(family, dtype).model
     paths = prepare(model)
     attachment, routing = put(model, row.config, filled=True)
     examples = make_examples(4)
@@ -211,7 +243,7 @@ def test_the_packed_step_with_a_shared_prompt_is_the_models_own_forward_row_by_r
 @every_method
 @every_base
 def test_only_the_adapters_parameters_train_and_all_of_them_do(row, family, dtype):
-    model = base_of(family, dtype).model
+    model = shared(family, dtype).model
     paths = prepare(model)
     attachment, routing = put(model, row.config, filled=True)
     loss_and_gradients(model, paths, routing, attachment, make_examples(4))
@@ -231,7 +263,7 @@ def test_checkpointing_changes_no_bit(row, dropout, family, dtype):
             pytest.skip("this method has no dropout")
         config = config.model_copy(update={"dropout": dropout})
         assert config.drops_out
-    model = base_of(family, dtype).model
+    model = shared(family, dtype).model
     paths = prepare(model)
     attachment, routing = put(model, config, filled=True)
     parameters = list(attachment.parameters().values())
@@ -262,7 +294,7 @@ def test_checkpointing_changes_no_bit(row, dropout, family, dtype):
 @every_method
 @every_base
 def test_its_files_hold_all_of_it_in_the_size_foretold(row, family, dtype, tmp_path):
-    base = base_of(family, dtype)
+    base = shared(family, dtype)
     attachment, _ = put(base.model, row.config, filled=True)
     size = adapter_file_bytes(attachment, base.model)
     expected = logits(base.model)
@@ -270,7 +302,8 @@ def test_its_files_hold_all_of_it_in_the_size_foretold(row, family, dtype, tmp_p
     written = write_adapter(tmp_path / "a", attachment, manifest, model=base.model)
     assert written.bytes == size == (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
     assert read_adapter(tmp_path / "a").config.name == row.config.name
-    fresh = base_of(family, dtype)
+    fresh = shared(family, dtype, 1)
+    ATTACHED.append((fresh.model, fresh.routing))
     loaded = load_adapter(fresh, tmp_path / "a", name="b")
     fresh.routing.active = (("b", 1.0),)
     assert torch.equal(logits(fresh.model), expected)
