@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.adapters.test_methods import move
-from tests.families.models import family_base
+from tests.families.models import DENSE_HYBRID, family_base
 from veneer.adapters.attach import attach
 from veneer.adapters.config import DoRA, LoRA
 from veneer.adapters.placement.acting import Acting
@@ -20,7 +20,8 @@ from veneer.decoding.schedule.sequence import FinishReason, Request, SequenceSta
 from veneer.errors import DoesNotFitError
 from veneer.execution.states import StateLayers, StateSlots, has_states
 
-HYBRIDS = ("lfm2", "granitemoehybrid", "falcon_h1", "bamba", "qwen3_next")
+HYBRIDS = ("lfm2", "granitemoehybrid", "falcon_h1", "bamba", "qwen3_next", DENSE_HYBRID)
+RECORDED = ("lfm2", "bamba", DENSE_HYBRID)
 METHODS = {
     "lora": LoRA(targets="all-linear", rank=3, alpha=5.0),
     "dora": DoRA(targets=["out_proj"], rank=2, alpha=5.0),
@@ -106,6 +107,25 @@ def test_logits_in_the_mix_are_those_alone(family):
     for together, text in zip(chances(texts), texts, strict=True):
         (single,) = chances([text])
         assert together == pytest.approx(single, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", RECORDED)
+def test_single_tokens_are_replayed_whichever_engine_has_the_states(family):
+    base, applied = with_adapters(family)
+    for seed in range(2):  # the second engine finds the recording of the first
+        engine = engine_of(base, applied)
+        asked = {
+            engine.add(Request(prompt=tuple(ids), max_new_tokens=NEW, adapter=identity))[0]: (
+                ids,
+                identity,
+            )
+            for ids, identity in prompts(5, seed)
+            if identity != IDENTITIES[2]  # its rows are computed beside
+        }
+        engine.run()
+        assert engine.decode_step.is_recorded
+        for answer, (prompt, identity) in asked.items():
+            assert answer.answer == alone(base, applied, prompt, identity)
 
 
 def test_a_prompt_seen_before_is_read_again():

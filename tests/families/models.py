@@ -133,6 +133,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """Settings that change the path, or let layers of one model differ, beside the defaults."""
+DENSE_HYBRID = "granitemoehybrid, dense"
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    DENSE_HYBRID: ("granitemoehybrid", {"num_local_experts": 0})
+}
+"""Settings that change the path of decoding alone; docs/families.md does not compare them."""
 WITH_IMAGES = ("mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
 """Checkpoints of texts and images that have no class for their text alone; it is trained with the
 tower left out."""
@@ -145,7 +150,7 @@ def names() -> list[str]:
 
 
 def family_config(name: str) -> PreTrainedConfig:
-    kind, own = VARIANTS.get(name, (name, {}))
+    kind, own = (VARIANTS | FORMS).get(name, (name, {}))
     return CONFIG_MAPPING[kind](**{**FIELDS.get(kind, {}), **own})
 
 

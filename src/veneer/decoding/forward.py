@@ -94,7 +94,9 @@ class PagedForward:
 
     def rows(self, plan: StepPlan) -> StepRows:
         if self._last is not None and plan.follows == self._last[0]:
-            return FOLLOWING
+            spans = self._last[1].spans.spans  # of a part of the last plan, perhaps (equal_parts)
+            if len(spans) == len(plan.spans):
+                return FOLLOWING
         if self.graphs is None or _state_reader(plan) is not None:
             return self._rows(plan)
         inputs = _single_tokens(plan, self.keys.num_blocks - 1, self._device)
@@ -128,9 +130,11 @@ class PagedForward:
         """
         last, self._last = self._last, None
         replay = self._replay
+        states = None if self._states is None else self._states.begin(_texts(plan))
         if step.rows is None:
             assert last is not None
             paged_step = last[1]
+            paged_step.states = states
             if replay is not None and paged_step.go_on(acting.plan.mix):
                 ids = [span.sequence.new[-1] for span in plan.spans]
                 if (logits := replay(ids, paged_step)) is not None:
@@ -150,7 +154,7 @@ class PagedForward:
             acting.plan.mix,
             spare=SPARE,
             take_states=take_states,
-            states=None if self._states is None else self._states.begin(_texts(plan)),
+            states=states,
         )
         logits = None
         if step.kept is None and replay is not None and take_states is None:

@@ -108,7 +108,7 @@ class Lanes:
     ) -> None:
         self._adapters, self._step, self._states = adapters, step, states
         by_parts = step.not_by_parts is None
-        replay = step.replay if by_parts and states is None else None
+        replay = step.replay if by_parts else None
         run, filled = step.logits, not by_parts and states is None
         first = PagedForward(base.device, blocks, run, filled=filled, replay=replay, states=states)
         second = PagedForward(
@@ -173,7 +173,10 @@ class Lanes:
         self._step.drop_references()
 
     def keeps_bits(self, identity: Identity) -> bool:
-        """Whether rows of these adapters have the same bits in whatever step they are computed."""
+        """Whether rows of these adapters have the same bits in whatever step they are computed.
+        Other code than that of single tokens passes the states of chunks on."""
+        if self._states is not None:
+            return False
         return self._splits and self._step.is_recorded and self._is_exact(identity)
 
     def _is_exact(self, identity: Identity) -> bool:

@@ -104,7 +104,7 @@ class LayersForward:
 
     @property
     def _positions(self) -> Any:
-        return getattr(self.inner, self._start.names.positions)
+        return self._start.positions_module(self.inner)
 
     @property
     def _last_norm(self) -> Any:
@@ -126,7 +126,7 @@ class LayersForward:
         inputs = [h_1ND[0], *(values[0] for values in of_positions)]
         head = self.model.get_output_embeddings()
         with self.steps.leased() as free:
-            if free and paged_step.states is None:
+            if free and _passes_single_tokens(paged_step):
                 outside = embedding, head, self._positions
                 beside = set().union(*map(_keys_around, outside))
                 states = self.steps.compute(
@@ -134,8 +134,8 @@ class LayersForward:
                 )
             else:
                 states = self._layers(inputs, paged_step)
-                if paged_step.states is not None:
-                    paged_step.states.store()
+            if paged_step.states is not None:
+                paged_step.states.store()
             if paged_step.take_states is not None:
                 paged_step.take_states(states)
             logits = product(states if kept is None else states[kept], head)
@@ -144,7 +144,7 @@ class LayersForward:
     def replay(self, ids: Sequence[int], paged_step: PagedStep) -> Tensor | None:
         """Returns the logits (N, V) of all rows by replaying a recorded step. Returns None if no
         recording fits: `logits` computes them."""
-        if not self._holds_for(paged_step):
+        if not self._holds_for(paged_step) or not _passes_single_tokens(paged_step):
             return None
         with self.steps.leased() as free:
             return self.steps.logits(ids, paged_step) if free else None
@@ -218,6 +218,11 @@ class DecodeStep:
         """Drops references to adapters of earlier steps."""
         if self._parts is not None:
             self._parts.steps.drop_references()
+
+
+def _passes_single_tokens(paged_step: PagedStep) -> bool:
+    """Whether kernels may pass all states of a step on: of each text by one token."""
+    return paged_step.states is None or paged_step.spans.rows == paged_step.texts
 
 
 def first_row(embedding: nn.Embedding) -> Tensor:

@@ -68,8 +68,8 @@ class Ends:
         row = table.new_empty(0, dtype=embedding_type(embedding))
         plain = table.is_cpu and table.is_contiguous()
         plain = plain and all(few_rows.multiplies(row, values) for values in (table, head.weight))
-        positions = getattr(inner, start.names.positions)
-        kinds = "default" if start.has_table else getattr(positions, "rope_type", None)
+        positions = start.positions_module(inner)
+        kinds = getattr(positions, "rope_type", None) if start.kinds else "default"
         kinds = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
         if not plain or not kinds <= INDEPENDENT_OF_LENGTH:
             return None
@@ -135,6 +135,9 @@ class Ends:
             table = self._start.table(self._inner).detach().to(self._dtype)
             self._tables, self._positions = [table], len(table)
             return table.is_contiguous() and position < len(table)
+        if not self._start.kinds:
+            self._positions = position + 1
+            return True
         count = FIRST_POSITIONS
         while count <= position:
             count *= 2

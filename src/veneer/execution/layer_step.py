@@ -21,12 +21,22 @@ from veneer.adapters.methods.expert_stack import step_experts
 from veneer.adapters.methods.experts import AdaptedExperts
 from veneer.adapters.placement.wrapping import AdaptedModule
 from veneer.execution.attention import mask_of
-from veneer.execution.facts.layer_facts import FEED_FORWARD, Attention, DecoderLayer, Mixture, Norm
+from veneer.execution.facts.layer_facts import (
+    IN_PROJECTION,
+    OUT_PROJECTION,
+    Attention,
+    DecoderLayer,
+    Mixer,
+    Mixture,
+    Norm,
+    ShortConvolution,
+)
+from veneer.execution.facts.mixer_facts import RATES
 from veneer.execution.facts.small_modules import first_of, unset_arguments
 from veneer.execution.paged import PagedStep
-from veneer.execution.states import cache_argument
+from veneer.execution.states import MATRIX, WINDOW, StepStates, cache_argument
 from veneer.kernels import rules
-from veneer.kernels.decoding import decoder_step, expert_step
+from veneer.kernels.decoding import decoder_step, expert_step, state_step
 from veneer.kernels.dense import few_rows
 from veneer.linear import FewRowsLinear, WidenedLinear, is_transposed_linear
 from veneer.private.torch import children_of, has_hooks, parameters_of
@@ -63,7 +73,7 @@ def compute_layer(
 ) -> tuple[Tensor, Branch | None]:
     """Returns (h, branch): the layer's output, and what is still to be added to it. The arguments
     are what the layer before returns. angles None: the model's layers get none."""
-    if layer.unknown is not None or layer.attention is None:
+    if layer.unknown is not None:
         whole: Any = layer.module
         h, _ = add_norm(h, branch, None, None)
         rows = h.unflatten(0, (paged_step.texts, -1))
@@ -74,12 +84,15 @@ def compute_layer(
     parts = children_of(layer.module)
     before, after, before_feed_forward, after_feed_forward = layer.norms
     attention = parts[layer.attention_name]
-    feed = layer.module if layer.holds_feed_forward else parts[FEED_FORWARD]
+    feed = layer.module if layer.holds_feed_forward else parts[layer.feed_forward_name]
     assert attention is not None and feed is not None
     h, x = add_norm(h, branch, _place(parts, before), before)
-    if bare(attention) is layer.attention.module:
+    if layer.mixer is not None:
+        values = _mixed(layer.mixer, attention, x, cache_argument(layer.module), paged_step)
+    elif layer.attention is not None and bare(attention) is layer.attention.module:
         values = _attention(layer.attention, x, angles, paged_step)
     else:
+        assert layer.attention is not None
         own = _arguments_of(layer.attention.module, x, angles, paged_step)
         if layer.attention.position_limit is not None:  # it computes the same at any below
             own["position_ids"] = torch.zeros(1, len(x), dtype=torch.int64, device=x.device)
@@ -95,6 +108,43 @@ def compute_layer(
         h, x = add_norm(h, branch, place, before_feed_forward)
     values = _feed_forward(layer, feed, x)
     return h, Branch(values, scale, _place(parts, after_feed_forward), after_feed_forward)
+
+
+def _mixed(mixer: Mixer, place: Any, x: Tensor, cache_name: str, paged_step: PagedStep) -> Tensor:
+    """Returns the output of a mixer. Its own code computes it if texts have several tokens, or if
+    something acts on it or on its parts but for its linear layers."""
+    states, places = paged_step.states, children_of(mixer.module)
+    assert states is not None
+    linears = IN_PROJECTION, OUT_PROJECTION
+    parts = [place, *(part for name, part in places.items() if part and name not in linears)]
+    if len(x) == states.texts and None not in map(bare, parts):
+        return _pass_on(mixer, x, states)
+    rows = x.unflatten(0, (states.texts, -1))
+    own: Tensor = place(hidden_states=rows, **{cache_name: states.cache})
+    return own.flatten(0, 1)
+
+
+def _pass_on(mixer: Mixer, x: Tensor, states: StepStates) -> Tensor:
+    """Returns the output of a mixer for one token of each text."""
+    places = children_of(mixer.module)
+    joined = product(x, places[IN_PROJECTION])
+    convolution: Any = bare(places[mixer.convolution])
+    taps = convolution.weight.squeeze(1), convolution.bias
+    window = states.state((mixer.number, WINDOW, 0))
+    if isinstance(mixer, ShortConvolution):
+        before, behind, rows = joined.chunk(3, dim=-1)
+        out = state_step.window(window, rows, *taps, before_NC=before, behind_NC=behind)
+        return product(out, places[OUT_PROJECTION])
+    width, beside = mixer.heads * mixer.size, mixer.groups * mixer.width
+    gate, rows, step = joined.split((width, width + 2 * beside, mixer.heads), dim=-1)
+    rows = state_step.window(window, rows, *taps, has_silu=True)
+    values, b, c = rows.split((width, beside, beside), dim=-1)
+    rates = state_step.HeadRates(*(mixer.module.get_parameter(name) for name in RATES))
+    state, own_gate = states.state((mixer.number, MATRIX, 0)), gate if mixer.gate_first else None
+    out = state_step.space(state, values, b, c, step, rates, own_gate, groups=mixer.groups)
+    out = _normed(out, places[mixer.norm.name], mixer.norm)
+    out = out if mixer.gate_first else decoder_step.gate(gate, out)
+    return product(out, places[OUT_PROJECTION])
 
 
 def _place(parts: dict[str, Any], norm: Norm | None) -> nn.Module | None:
@@ -161,8 +211,7 @@ def _attention(
         q, k, v = _split_by_group(outputs[0], facts.group, size)
     else:
         q, k, v = _heads(facts, outputs, places)
-    if facts.rotation is not None:
-        assert angles is not None
+    if facts.rotation is not None and angles is not None:
         decoder_step.rotate(q, k, *angles.of_kernels, neighbours=facts.rotation.neighbours)
     if facts.norms_last:
         q, k = (

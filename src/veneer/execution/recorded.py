@@ -29,8 +29,9 @@ from torch.utils.hooks import RemovableHandle
 
 from veneer.execution.ends import Ends
 from veneer.execution.paged import PagedKeys, PagedStep
+from veneer.execution.states import StateName, StateSlots, StepStates
 from veneer.kernels.attention.paged import KeyValueBlocks
-from veneer.kernels.bindings import dense_calls, paged_calls
+from veneer.kernels.bindings import dense_calls, paged_calls, state_calls
 from veneer.kernels.dense.mixes import AdapterMix
 from veneer.kernels.packed.nf4 import FUSED_ROWS
 from veneer.kernels.tape.step_tape import RowMemory, StepTape, record_step
@@ -258,6 +259,16 @@ class _RecordedStep:
         self._mix: AdapterMix | None = None
         self._pages: weakref.ref[PagedKeys] | None = None
         self._spans: Any = None
+        self._slots: weakref.ref[StateSlots] | None = None
+        self._places = torch.zeros(2, self.most, dtype=torch.int64)
+        self._passed: list[tuple[Any, StateName, Tensor]] = []
+        if paged_step.states is not None:
+            stored = paged_step.states.slots.stored
+            names = {states.data_ptr(): name for name, states in stored.items()}
+            calls = [call for name in state_calls.FUNCTIONS for call in tape.structs(name)]
+            self._passed = [
+                (call, name := names[call.stored], stored[name][:0].clone()) for call in calls
+            ]
         self.ends = ends if ends is not None and ends.ends.record(tape, inputs, states) else None
 
     def replaces(self, other: _RecordedStep) -> bool:
@@ -309,6 +320,8 @@ class _RecordedStep:
             )
         if self._pages is None or paged_step.keys is not self._pages():
             self._take_blocks(paged_step.keys)
+        if paged_step.states is not None:
+            self._take_states(paged_step.states)
         if rows != self._rows:
             self._tape.set_rows(rows)
             self._rows = rows
@@ -341,6 +354,17 @@ class _RecordedStep:
             blocks = pages.like(number, like)
             paged_calls.lie_in(call, blocks.keys, blocks.values, like.keys.dtype)
         self._pages = weakref.ref(pages)
+
+    def _take_states(self, states: StepStates) -> None:
+        """Replaces the slots of the last step, and all slots of another engine."""
+        for places, own in zip(self._places, (states.read, states.written), strict=True):
+            places[: len(own)].copy_(own)
+        if self._slots is not None and states.slots is self._slots():
+            return
+        self._slots = None
+        for call, name, like in self._passed:
+            state_calls.point_at(call, states.slots.stored[name], like, *self._places)
+        self._slots = weakref.ref(states.slots)
 
 
 def _first(tensor: Tensor, rows: int) -> Tensor:

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     Cache,
@@ -27,11 +27,12 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from veneer.kernels.decoding.state_step import SlotStates
 from veneer.model_record import record_of
 
 StateName = tuple[int, str, int]
 """A layer's number, the kind of its state, and which of the layer's states it is."""
-KINDS = ("conv_states", "recurrent_states")
+WINDOW, MATRIX = KINDS = ("conv_states", "recurrent_states")
 ZEROS = 0
 """The slot of texts that begin."""
 
@@ -99,8 +100,9 @@ def layers_without_keys(config: PreTrainedConfig) -> set[int]:
     return {n for n, layer in enumerate(layers) if type(layer) in without}
 
 
-def cache_argument(model: PreTrainedModel) -> str:
-    """Returns the name of a forward's cache, which differs between versions of transformers."""
+def cache_argument(model: nn.Module) -> str:
+    """Returns the name of the cache of a forward, of a model or a layer, which differs between
+    versions of transformers."""
     names = inspect.signature(model.forward).parameters
     return next((name for name in ("cache", "cache_params") if name in names), "past_key_values")
 
@@ -164,26 +166,46 @@ class StepStates:
     def __init__(self, slots: StateSlots, read: Sequence[int], written: Sequence[int]) -> None:
         self.slots, self.texts = slots, len(read)
         self.read, self.written = torch.tensor(read), torch.tensor(written)
-        self.cache = self._read()
+        self._layers = _StateLayers(self)
+        self.cache: Cache = _StateCache(self._layers)
 
-    def _read(self) -> Cache:
-        layers: dict[int, _StateLayer] = {}
-        for (number, kind, which), stored in self.slots.stored.items():
-            layers.setdefault(number, _StateLayer()).take(kind, which, stored[self.read])
-        filled = range(max(layers, default=-1) + 1)
-        return _StateCache([layers.get(number) or _StateLayer() for number in filled])
+    def state(self, name: StateName) -> SlotStates:
+        """Returns a state for a kernel, which reads and writes the slots itself."""
+        return SlotStates(self.slots.stored[name], self.read, self.written)
 
     def store(self) -> None:
-        """Writes the states that the cache holds after the forward."""
-        layers: Any = self.cache.layers
+        """Writes the states of the layers that used the cache in the forward."""
         for (number, kind, which), stored in self.slots.stored.items():
-            stored[self.written] = getattr(layers[number], kind)[which].to(stored.dtype)
+            if (layer := self._layers.used.get(number)) is not None:
+                own: Any = layer
+                stored[self.written] = getattr(own, kind)[which].to(stored.dtype)
+
+
+class _StateLayers(Sequence[LinearAttentionLayer]):
+    """The layers of a cache. The states of a layer are copied when it is asked for."""
+
+    def __init__(self, states: StepStates) -> None:
+        self.used: dict[int, _StateLayer] = {}
+        self._states = states
+
+    def __len__(self) -> int:
+        return 1 + max((number for number, _, _ in self._states.slots.stored), default=-1)
+
+    def __getitem__(self, number: Any) -> Any:
+        if number not in self.used and number >= len(self):
+            raise IndexError(number)
+        if number not in self.used:
+            layer = self.used[number] = _StateLayer()
+            for (own, kind, which), stored in self._states.slots.stored.items():
+                if own == number:
+                    layer.take(kind, which, stored[self._states.read])
+        return self.used[number]
 
 
 class _StateCache(Cache):
     """Holds states only: keys and values are elsewhere (execution/paged.py), for any layer."""
 
-    def __init__(self, layers: "list[_StateLayer]") -> None:
+    def __init__(self, layers: Sequence[LinearAttentionLayer]) -> None:
         super().__init__(layers=layers)  # type: ignore[arg-type]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:

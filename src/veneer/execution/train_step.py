@@ -23,13 +23,7 @@ from veneer.adapters.placement.wrapping import AdaptedModule, SwappedModule, unw
 from veneer.execution.attention import LayoutAttention, layout_of
 from veneer.execution.facts.attention_facts import find_attention
 from veneer.execution.facts.decoder_layer import find_layers
-from veneer.execution.facts.layer_facts import (
-    FEED_FORWARD,
-    Attention,
-    DecoderLayer,
-    FeedForward,
-    Norm,
-)
+from veneer.execution.facts.layer_facts import Attention, DecoderLayer, FeedForward, Norm
 from veneer.execution.facts.part_facts import find_feed_forward, find_norm
 from veneer.execution.stand_in import StandIn
 from veneer.execution.train_parts import FusedAttention, FusedGate, FusedNorm, unset_names
@@ -75,7 +69,7 @@ class FusedLayer(StandIn):
             y = lora_block(hidden_states, block)
         else:
             h, m = lora_attention(hidden_states, block)
-            y = h + children_of(self.base)[FEED_FORWARD](m)
+            y = h + children_of(self.base)[self.facts.feed_forward_name](m)
         return (y, None) if self.facts.gives_pair else y
 
     def _block(
@@ -143,7 +137,7 @@ class FusedLayer(StandIn):
         if feed_forward is not None:
             block: Any = self.base
             if not self.facts.holds_feed_forward:
-                if (gated := self._stand_in_of(FEED_FORWARD)) is None:
+                if (gated := self._stand_in_of(self.facts.feed_forward_name)) is None:
                     return None
                 block = gated.base
             names = feed_forward.output, *feed_forward.inputs
@@ -224,9 +218,8 @@ def _is_one_node(path: str, layer: DecoderLayer, stand_ins: Mapping[str, StandIn
     attention_path = _path_within(f"{path}.{name}", layer.module, name, stand_ins)
     kinds: dict[str, type[StandIn]] = {attention_path: FusedAttention}
     if gated is not None and not layer.holds_feed_forward:
-        kinds[_path_within(f"{path}.{FEED_FORWARD}", layer.module, FEED_FORWARD, stand_ins)] = (
-            FusedGate
-        )
+        feed = layer.feed_forward_name
+        kinds[_path_within(f"{path}.{feed}", layer.module, feed, stand_ins)] = FusedGate
     elif gated is None and not _ends_with_a_norm(layer):
         return False
     kinds |= {f"{path}.{norm.name}": FusedNorm for norm in layer.norms if norm is not None}

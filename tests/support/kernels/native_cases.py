@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tests.support.kernels.native_block_cases import block_cases
 from tests.support.kernels.native_expert_cases import expert_cases
+from tests.support.kernels.native_state_cases import state_cases
 from veneer.kernels.bindings import (
     attention_calls,
     dense_calls,
@@ -570,6 +571,7 @@ def valid_calls(seed: int) -> list[Call]:
     *normed, dropout = others[0]
     of_pairs += [*normed, *others[1], *block_cases(rng, filled)]
     rest = [dropout, *(call for other in others[2:] for call in other), *expert_cases(rng, filled)]
+    rest += state_cases(rng, filled)
     return of_pairs + rest if native.has_bf16() else rest
 
 

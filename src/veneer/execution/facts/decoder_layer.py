@@ -25,11 +25,14 @@ from veneer.execution.facts.layer_facts import (
     ATTENTIONS,
     FEED_FORWARD,
     FEED_FORWARD_IN_LAYER,
+    FEED_FORWARDS,
+    MIXERS,
     DecoderLayer,
     FeedForward,
     head_norms,
     names_in_attention,
 )
+from veneer.execution.facts.mixer_facts import find_mixer
 from veneer.execution.facts.mixture_facts import find_mixture
 from veneer.execution.facts.norm_places import Sums, find_places
 from veneer.execution.facts.part_facts import find_feed_forward, find_norm
@@ -99,10 +102,12 @@ def _own_module(place: nn.Module) -> nn.Module:
 
 def _find_layer(layer: nn.Module) -> DecoderLayer:
     parts = {name: unwrapped(child) for name, child in layer.named_children()}
-    attention_name = next((name for name in ATTENTIONS if name in parts), ATTENTIONS[0])
+    known_names = (*ATTENTIONS, *MIXERS)
+    attention_name = next((name for name in known_names if name in parts), ATTENTIONS[0])
     attention = parts.pop(attention_name, layer)
-    feed_names: tuple[str, ...] = (FEED_FORWARD,)
-    feed = parts.pop(FEED_FORWARD, layer)
+    feed_name = next((name for name in FEED_FORWARDS if name in parts), FEED_FORWARD)
+    feed_names: tuple[str, ...] = (feed_name,)
+    feed = parts.pop(feed_name, layer)
     feed_forward = find_feed_forward(feed)
     if feed is layer and (feed_forward := _held_feed_forward(layer)) is not None:
         feed_names = FEED_FORWARD_IN_LAYER
@@ -111,19 +116,22 @@ def _find_layer(layer: nn.Module) -> DecoderLayer:
     children = {name for name, part in attention.named_children() if not passes_values_on(part)}
     inputs, output = names_in_attention(children)
     usual = {*inputs, output}
+    mixer = find_mixer(attention) if attention_name in MIXERS else None
+    if mixer is not None:
+        usual = children
     beside = {name for name in parts if not _is_norm(name)}
     beside |= {attention_name, *feed_names} - {name for name, _ in layer.named_children()}
     if beside or children not in (usual, usual | {*head_norms(children)}):
         unusual = sorted(beside | (children ^ usual))
         return DecoderLayer(layer, unknown=f"it has other parts than Llama: {', '.join(unusual)}")
-    row = _input_row(attention, inputs[0])
+    row = None if mixer is not None else _input_row(attention, inputs[0])
     norms = [norm for name, module in parts.items() if (norm := find_norm(module, name, row))]
     if len(norms) != len(parts):
         return DecoderLayer(layer, unknown="its norms are of no known kind")
-    heads = find_attention(attention)
+    heads = None if mixer is not None else find_attention(attention)
     known_sums = find_places(layer, norms, attention_name, feed_names)
     unknown = None
-    if heads is None:
+    if heads is None and mixer is None:
         unknown = "its attention block computes something else"
     elif known_sums is None:
         unknown = "it adds up its parts in another way"
@@ -131,7 +139,8 @@ def _find_layer(layer: nn.Module) -> DecoderLayer:
     adds = sums.is_parallel, sums.residual_scale
     names = attention_name, sums.gives_pair
     mixture = find_mixture(feed) if feed_forward is None and feed is not layer else None
-    return DecoderLayer(layer, sums.norms, heads, feed_forward, *adds, unknown, *names, mixture)
+    facts = DecoderLayer(layer, sums.norms, heads, feed_forward, *adds, unknown, *names, mixture)
+    return replace(facts, mixer=mixer, feed_forward_name=feed_name)
 
 
 def _input_row(attention: nn.Module, name: str) -> Tensor | None:

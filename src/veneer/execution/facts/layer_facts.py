@@ -17,12 +17,19 @@ from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, RELU, RELU_SQ
 from veneer.kernels.rules import AttentionRules
 
 ATTENTIONS, FEED_FORWARD = ("self_attn", "attention", "attn", "self_attention"), "mlp"
-"""Names of the parts of a layer beside its norms."""
+MIXERS = ("conv", "mamba")
+FEED_FORWARDS = (FEED_FORWARD, "feed_forward", "shared_mlp")
+"""Names of the parts of a layer beside its norms. A mixer passes a state from token to token."""
 QKV, OUTPUTS = ("q_proj", "k_proj", "v_proj"), ("o_proj", "dense", "c_proj", "out_proj", "Wo")
-HEAD_NORMS = (("q_norm", "k_norm"), ("query_layernorm", "key_layernorm"))
+HEAD_NORMS = (
+    ("q_norm", "k_norm"),
+    ("query_layernorm", "key_layernorm"),
+    ("q_layernorm", "k_layernorm"),
+)
 """Names of the norms of q and of k."""
-GATE_UP, DOWN = ("gate_proj", "up_proj"), ("down_proj", "Wo")
-JOINED_QKV, JOINED_GATE_UP = ("qkv_proj", "c_attn"), ("gate_up_proj", "Wi")
+GATE_UP, DOWN = ("gate_proj", "up_proj"), ("down_proj", "Wo", "w2", "output_linear")
+NUMBERED_GATE_UP = ("w1", "w3")
+JOINED_QKV, JOINED_GATE_UP = ("qkv_proj", "c_attn"), ("gate_up_proj", "Wi", "input_linear")
 """Modules whose outputs are those of several layers, side by side. A block has one of them."""
 QKV_BY_GROUP = ("query_key_value",)
 """A module whose outputs are those of the first key head, then those of the next one: q of all
@@ -50,8 +57,9 @@ def head_norms(children: Container[str]) -> tuple[str, ...]:
 def names_in_gate(children: Container[str]) -> tuple[tuple[str, ...], str]:
     """Returns the names of the modules that compute gate and up, and of the one that computes
     down."""
-    joined = [(name,) for name in JOINED_GATE_UP if name in children]
-    return joined[0] if joined else GATE_UP, next((d for d in DOWN if d in children), DOWN[0])
+    known: list[tuple[str, ...]] = [(name,) for name in JOINED_GATE_UP if name in children]
+    known += [NUMBERED_GATE_UP] if NUMBERED_GATE_UP[0] in children else []
+    return known[0] if known else GATE_UP, next((d for d in DOWN if d in children), DOWN[0])
 
 
 @dataclass(frozen=True)
@@ -213,6 +221,45 @@ class Attention:
         return self.widths[0] // self.widths[1] if has_groups else 0
 
 
+@dataclass(frozen=True)
+class ShortConvolution:
+    """out_proj(c * window(b * x)), where b, c and x are the outputs of in_proj, side by side.
+
+    number       of its states in a cache
+    convolution  name of the module whose weights the window has
+    """
+
+    module: nn.Module
+    number: int
+    convolution: str
+
+
+@dataclass(frozen=True)
+class StateSpace:
+    """out_proj(norm(space(silu(window(x, b, c)), step), gate)), where gate, x, b, c and step are
+    the outputs of in_proj, side by side.
+
+    heads, size    heads of x and of gate, and the size of each
+    groups, width  groups of b and of c, and the width of each
+    norm           multiplied by silu(gate); gate_first: its input is, not its output
+    """
+
+    module: nn.Module
+    number: int
+    convolution: str
+    heads: int
+    size: int
+    groups: int
+    width: int
+    norm: Norm
+    gate_first: bool
+
+
+Mixer = ShortConvolution | StateSpace
+"""A block that passes a state from token to token, by kernels/decoding/state_step.py."""
+IN_PROJECTION, OUT_PROJECTION = "in_proj", "out_proj"
+"""Names of the linear layers of a mixer."""
+
 NO_NORMS = LayerNorms()
 
 
@@ -220,10 +267,13 @@ NO_NORMS = LayerNorms()
 class DecoderLayer:
     """Describes what a decoder layer computes.
 
-    attention_name  name of its attention block
+    attention_name  name of its attention block or mixer
     feed_forward    None: its own module computes it. Its module is the layer if the layer holds
                     the parts of the block itself
     mixture         its feed-forward block, if that is a mixture of experts; None: it is another
+    mixer           what is in the place of its attention, if that passes a state from token to
+                    token
+    feed_forward_name  name of its feed-forward block
     is_parallel     y = x + attention(n) + feed_forward(m), n = norm(x); m = norm(x) by the norm
                     before the feed-forward block, or n without such a norm
     gives_pair      its own code gives (y, None), not y
@@ -241,6 +291,8 @@ class DecoderLayer:
     attention_name: str = ATTENTIONS[0]
     gives_pair: bool = False
     mixture: Mixture | None = None
+    mixer: Mixer | None = None
+    feed_forward_name: str = FEED_FORWARD
 
     @property
     def holds_feed_forward(self) -> bool:

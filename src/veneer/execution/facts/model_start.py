@@ -25,14 +25,15 @@ from veneer.linear import WidenedEmbedding, embedding_type
 from veneer.private.torch import replace_parameters
 
 EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings")
-LAST_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "layer_norm")
+LAST_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "layer_norm", "embedding_norm")
 LAYERS = ("layers", "h")
 POSITIONS = ("rotary_emb", "wpe", "embed_positions")
 """Names of the module that computes angles, and of the table of positions of models without it."""
 
 
 class PartNames(NamedTuple):
-    """Names of the parts of a decoder. positions: its rotary module or its table of positions."""
+    """Names of the parts of a decoder. positions: its rotary module or its table of positions; "":
+    it has neither."""
 
     embedding: str
     norm: str
@@ -47,7 +48,7 @@ def part_names(inner: nn.Module) -> PartNames | None:
         next((name for name in usual if name in children), "")
         for usual in (EMBEDDINGS, LAST_NORMS, LAYERS, POSITIONS)
     ]
-    return PartNames(*names) if all(names) else None
+    return PartNames(*names) if all(names[:-1]) else None
 
 
 class AngleKind(NamedTuple):
@@ -90,13 +91,18 @@ class ModelStart:
     @property
     def has_table(self) -> bool:
         """Whether rows of a table of positions are added to the embeddings. Else layers get
-        angles."""
-        return not self.kinds
+        angles, or nothing of positions."""
+        return bool(self.names.positions) and not self.kinds
+
+    def positions_module(self, inner: nn.Module) -> nn.Module:
+        """Returns the rotary module or the table of positions; without one, a module that passes
+        values on."""
+        return getattr(inner, self.names.positions) if self.names.positions else nn.Identity()
 
     def of_positions(self, inner: nn.Module, h_1ND: Tensor, positions_1N: Tensor) -> list[Tensor]:
         """Returns cosines and sines (1, N, R) of each kind, in order, or the rows (1, N, D) of the
         table of positions."""
-        module: Any = getattr(inner, self.names.positions)
+        module: Any = self.positions_module(inner)
         if self.has_table and self.first_row:  # the module takes other arguments
             return [F.embedding(positions_1N, self.table(inner))]
         if self.has_table:
@@ -106,7 +112,7 @@ class ModelStart:
 
     def table(self, inner: nn.Module) -> Tensor:
         """Returns the table of positions from position 0 on, (P, D)."""
-        module = unwrapped(getattr(inner, self.names.positions))
+        module = unwrapped(self.positions_module(inner))
         return module.get_parameter("weight")[self.first_row :]
 
     def rotating(self, rotations: Sequence[Rotation | None]) -> ModelStart:
@@ -114,7 +120,7 @@ class ModelStart:
 
         rotations: of each layer; None: it takes the angles as they are
         """
-        if self.has_table:
+        if not self.kinds:
             return self
         kinds, of_layer = [*self.kinds], list[tuple[int, int] | None]()
         for numbers, rotation in zip(self.of_layer, rotations, strict=True):
@@ -188,7 +194,7 @@ def _start(inner: nn.Module, names: PartNames, gives_pair: bool) -> ModelStart |
     random_rows, added_rows = (
         torch.randn(1, ROWS, table.shape[1], generator=draw).to(dtype).to(device) for _ in range(2)
     )
-    positions = unwrapped(getattr(inner, names.positions))
+    positions = unwrapped(getattr(inner, names.positions)) if names.positions else None
     has_table = isinstance(positions, nn.Embedding)
     added = added_rows if has_table else None
     try:
@@ -201,7 +207,7 @@ def _start(inner: nn.Module, names: PartNames, gives_pair: bool) -> ModelStart |
         return None
     kinds, of_layer = list[AngleKind](), list[tuple[int, int] | None]()
     for layer in layers:
-        if has_table:
+        if has_table or positions is None:
             of_layer.append(None)
             continue
         if layer.kind is None:
@@ -228,16 +234,17 @@ def _run(
 ) -> Sequence[_LayerInput]:
     """Runs a decoder's own code without its layers on these embeddings. added_1ND: rows of its
     table of positions."""
-    rotary = _RecordingRotary(getattr(inner, names.positions))
+    rotary = _RecordingRotary(getattr(inner, names.positions, None))
     layers = nn.ModuleList(
         [_RecordingLayer(gives_pair=gives_pair) for _ in getattr(inner, names.layers)]
     )
-    places = {
+    places: dict[str, nn.Module] = {
         names.embedding: _KnownRows(rows_1ND),
-        names.positions: rotary if added_1ND is None else _KnownRows(added_1ND),
         names.layers: layers,
         names.norm: nn.Identity(),
     }
+    if names.positions:
+        places[names.positions] = rotary if added_1ND is None else _KnownRows(added_1ND)
     small = with_children(inner, places)
     count = rows_1ND.shape[1]
     positions = torch.arange(count, device=rows_1ND.device)[None]

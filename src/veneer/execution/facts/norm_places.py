@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from veneer.execution.agreement import EXACT, agrees
 from veneer.execution.attention import unused_mask
-from veneer.execution.facts.layer_facts import FEED_FORWARD, LayerNorms, Norm
+from veneer.execution.facts.layer_facts import FEED_FORWARD, MIXERS, LayerNorms, Norm
 from veneer.execution.facts.small_modules import (
     WIDTH,
     first_of,
@@ -59,17 +59,22 @@ def find_places(
 ) -> Sums | None:
     """Returns the places of a layer's norms, and how it adds up its parts, by running it with known
     parts. Returns None if it does not add up its parts as in layer_facts.py, or does not pass on
-    the arguments they need. attention: the name of its attention block. feed_forward: the name of
-    its feed-forward block, or those of the block's parts in order."""
+    the arguments they need. attention: the name of its attention block or mixer. feed_forward: the
+    name of its feed-forward block, or those of the block's parts in order."""
     own: Mapping[str, Any] = {**parameters_of(layer), **buffers_of(layer)}
     if any(value is not None for value in own.values()) or len(norms) > len(LayerNorms._fields):
         return None
     called: list[str] = []
     names = [attention, *feed_forward, *(norm.name for norm in norms)]
+    is_mixer = attention in MIXERS
     parts = {
-        name: _KnownPart(number, name, called, returns_pair=name == attention)
+        name: _KnownPart(number, name, called, returns_pair=name == attention and not is_mixer)
         for number, name in enumerate(names, 1)
     }
+
+    def mix(x: Tensor) -> Tensor:
+        return first_of(parts[attention](x))
+
     feed = nn.Sequential(*(parts[name] for name in feed_forward))
     small = with_children(layer, parts)
     x = random_rows(WIDTH, torch.bfloat16)[None]
@@ -83,7 +88,7 @@ def find_places(
     def own_code(x: Tensor) -> tuple[Any, ...]:
         y = first_of(outputs(x))
         keywords = parts[attention].keywords
-        return y, all(keywords.get(name) is value for name, value in arguments.items())
+        return y, is_mixer or all(keywords.get(name) is own for name, own in arguments.items())
 
     try:
         gives_pair = isinstance(outputs(x), tuple)
@@ -98,7 +103,7 @@ def find_places(
         def parallel(x: Tensor, order: Sequence[int]) -> tuple[Any, ...]:
             n = parts[of_attention.name](x)
             m = n if of_feed_forward is None else parts[of_feed_forward.name](x)
-            terms = x, parts[attention](n)[0], feed(m)
+            terms = x, mix(n), feed(m)
             first, second, third = (terms[number] for number in order)
             return first + second + third, True
 
@@ -118,7 +123,7 @@ def find_places(
             first, second, third, fourth = (
                 nn.Identity() if norm is None else parts[norm.name] for norm in places
             )
-            h = x + second(parts[attention](first(x))[0]) * scale
+            h = x + second(mix(first(x))) * scale
             return h + fourth(feed(third(h))) * scale, True
 
         if agrees(own_code, computed, (x,), EXACT):

@@ -44,6 +44,8 @@ STEP_FUNCTIONS = (
     "veneer_expert_sort",
     "veneer_expert_product",
     "veneer_expert_sum",
+    "veneer_state_window",
+    "veneer_state_space",
 )
 LAYER_FUNCTIONS = (
     "veneer_product",

@@ -23,7 +23,9 @@
     X(EXPERT_ROUTE, (veneer_expert_route(P(0)), 0))                                                \
     X(EXPERT_SORT, (veneer_expert_sort(P(0)), 0))                                                  \
     X(EXPERT_PRODUCT, veneer_expert_product(P(0), I(1)))                                           \
-    X(EXPERT_SUM, (veneer_expert_sum(P(0)), 0))
+    X(EXPERT_SUM, (veneer_expert_sum(P(0)), 0))                                                    \
+    X(STATE_WINDOW, (veneer_state_window(P(0), I(1), I(2)), 0))                                    \
+    X(STATE_SPACE, (veneer_state_space(P(0), I(1), I(2)), 0))
 
 int veneer_few_rows(const void *, int);
 int veneer_paged_attention(const void *, int, int);
@@ -36,6 +38,7 @@ void veneer_step_copy(const void *, int, int);
 void veneer_expert_route(const void *), veneer_expert_sort(const void *);
 int veneer_expert_product(const void *, int);
 void veneer_expert_sum(const void *);
+void veneer_state_window(const void *, int, int), veneer_state_space(const void *, int, int);
 
 #if defined(__x86_64__)
 

@@ -6,8 +6,8 @@
    float32 in an order that no set of instructions changes: all of them give the same bits. Rows are
    independent. */
 #include "activations.h"
-#include "bits.h"
 #include "levels.h"
+#include "row_values.h"
 #include <math.h>
 
 enum { LANES = 16, CAP_RUN = 4096 };
@@ -80,26 +80,6 @@ void veneer_step_angles(const struct step_angles *a) {
         memcpy(a->cos + row * a->row_bytes, a->cos_table + position * a->row_bytes, row_bytes);
         memcpy(a->sin + row * a->row_bytes, a->sin_table + position * a->row_bytes, row_bytes);
     }
-}
-
-INLINE float value_at(const int bf16, const void *from, int64_t i) {
-    return bf16 ? float_of_bits((uint32_t)((const uint16_t *)from)[i] << 16)
-                : ((const float *)from)[i];
-}
-
-/* Nearest bf16 as a float. */
-INLINE float rounded(const int bf16, float x) {
-    const uint32_t bits = bits_of_float(x);
-    return bf16 ? float_of_bits((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u) : x;
-}
-
-INLINE void put(const int bf16, void *to, int64_t i, float x) {
-    if (bf16) ((uint16_t *)to)[i] = bf16_of_float(x);
-    else ((float *)to)[i] = x;
-}
-
-INLINE const void *row_of(const int bf16, const void *all, int64_t row, int64_t width) {
-    return (const char *)all + row * width * (bf16 ? 2 : 4);
 }
 
 INLINE float mean_of(const int bf16, const void *x, int64_t width) {
@@ -225,34 +205,12 @@ INLINE void copy_rows(const int bf16, const struct step_copy *a, int64_t from, i
                    (size_t)(a->width * bytes));
 }
 
-/* e^-|x| to 2 units in the last place; beyond 87 what it is there. By integers, which compilers
- * keep in registers. */
-INLINE float exp_of_minus(float x) {
-    const uint32_t most = 0x42ae0000u, own = bits_of_float(x) & 0x7fffffffu; /* 87 */
-    x = -float_of_bits(own < most ? own : most);
-    const float n = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
-    const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return p * float_of_bits((uint32_t)((int32_t)n + 127) << 23);
-}
-
 /* GELU by its formula with tanh is x * sigmoid(t): t = 2 sqrt(2 / pi) (x + 0.044715 x^3). */
 INLINE float gelu_argument(float x) {
     const float most = 16.0f; /* beyond it the sigmoid is 0 or 1 */
     x = x < most ? x : most;
     x = x > -most ? x : -most;
     return x * (x * x * (1.5957691216057308f * 0.044715f) + 1.5957691216057308f);
-}
-
-INLINE float sigmoid(float x) {
-    const float e = exp_of_minus(x);
-    return (x < 0.0f ? e : 1.0f) / (1.0f + e);
 }
 
 /* The share of a normal distribution below x, to 1e-7. Source: Abramowitz and Stegun 1964, 7.1.26.
