@@ -27,7 +27,7 @@ demo: $(VENV)/.ready
 	$(BIN)/veneer demo
 
 test: check
-	OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 $(BIN)/python -m pytest --durations 20 --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --durations 20 --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Side by side, since each takes one processor.
 check: $(VENV)/.ready-dev

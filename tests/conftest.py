@@ -3,12 +3,23 @@
 Where a shell put them behind itself, it told them to ignore Ctrl-C and hang-ups, and Veneer keeps
 to that. What takes minutes begins first. Garbage collections skip the objects of imports and of
 earlier modules: with those, each takes up to a second.
+
+One thread computes, since several processes test at a time; two where our own code shares work
+among threads. A thread that waits sleeps, so that another process goes on.
 """
 
 import gc
+import os
 import signal
+from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+HERE = Path(__file__).parent
+ON_TWO_THREADS = {"kernels", "quant", "decoding"}
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -16,6 +27,17 @@ def _signals_as_in_front():
     for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
         if signal.getsignal(number := getattr(signal, name, signal.SIGINT)) is signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _threads(request):
+    import torch
+
+    before = torch.get_num_threads()
+    if request.path.relative_to(HERE).parts[0] in ON_TWO_THREADS:
+        torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True, scope="module")
