@@ -18,6 +18,7 @@ from veneer.kernels.dense.frozen import FrozenLinear as FrozenLinear
 from veneer.kernels.dense.frozen import WidenedDense as WidenedDense
 from veneer.kernels.dense.frozen import frozen_product as frozen_product
 from veneer.kernels.dense.frozen import times as times
+from veneer.kernels.packed.nf4 import NF4Blocks
 from veneer.private.torch import buffers_of, parameters_of
 
 
@@ -209,8 +210,22 @@ class PackedExperts(PackedModule):
 
     is_transposed: bool
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Returns the type of the products."""
+        raise NotImplementedError
+
     def expert(self, name: str, number: int) -> FrozenLinear:
         """Returns matrix `number` of the stack called `name`."""
+        raise NotImplementedError
+
+    def decoded(self, name: str, number: int) -> Tensor:
+        """Returns that matrix as (O, I), without gaps or as a view of one that is transposed, in
+        memory that the next call reuses."""
+        raise NotImplementedError
+
+    def nf4_blocks(self, name: str) -> NF4Blocks | None:
+        """Returns the values of the stack called `name`; None if they are not in 4 bits."""
         raise NotImplementedError
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tests.adapters.test_methods import move
+from tests.support.models.packed import packed_and_dense
 from tests.support.tiny import save_tiny, tiny_base, tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
@@ -66,10 +67,9 @@ def test_a_router_or_a_block_that_computes_something_else_is_no_mixture():
     assert find_mixture(block) is None
 
 
-def adapted(family, dtype=torch.float32):
-    """Returns a base with three adapters of other ranks on all linear layers and on experts, one on
+def adapted(base):
+    """Gives a base three adapters of other ranks on all linear layers and on experts, one on
     attention alone, and one on some layers' experts."""
-    base = tiny_base(family, dtype)
     _ = base.paths
     attention = ["q_proj", "v_proj", "o_proj"]
     experts = ["gate_up_proj", "down_proj"]
@@ -83,7 +83,6 @@ def adapted(family, dtype=torch.float32):
     for number, (name, own) in enumerate(settings.items()):
         made = attach(base.model, own, name=name, routing=base.routing, head=None, seed=number)
         move(made, seed=number)
-    return base
 
 
 def answers(base, identities, prompts):
@@ -100,13 +99,10 @@ def answers(base, identities, prompts):
     return engine, made
 
 
-def merged(base, own):
-    """Returns transformers' model with the updates added to its weights, which is what PEFT
+def merged(plain, base, own):
+    """Returns transformers' model `plain` with the updates added to its weights, which is what PEFT
     computes."""
-    model = copy.deepcopy(tiny_model(base.model.config.model_type)).eval()
-    model.load_state_dict(
-        {name.replace(".base.", "."): value for name, value in base.model.state_dict().items()}
-    )
+    model = copy.deepcopy(plain).eval()
     for name, weight in own:
         for path, layer in base.attachments[name].layers.items():
             for target in (path, f"{path}.weight"):
@@ -121,27 +117,33 @@ def merged(base, own):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
-def test_recorded_steps_with_adapters_on_experts_give_what_transformers_gives(family, monkeypatch):
+@pytest.mark.parametrize(("quantize", "rows"), [(None, 8), ("nf4", 8), ("nf4", 4)])
+def test_recorded_steps_with_adapters_on_experts_give_what_transformers_gives(
+    family, quantize, rows, monkeypatch, tmp_path
+):
     """Rows of other adapters, of two at once and of none, in one step; tokens choose their experts
     anew in every step."""
     monkeypatch.setattr(few_rows, "LEAST_VALUES", 1)
-    base = adapted(family)
+    save_tiny(tmp_path, family)
+    base, plain = packed_and_dense(tmp_path, dtype="float32", quantize=quantize)
+    adapted(base)
     identities = [
-        None,
-        (("a", 1.0),),
-        (("b", 0.7),),
         None,
         (("a", 0.5), ("b", 1.0)),
         (("c", 1.0),),
-        (("d", 1.0),),
         (("e", 1.0), ("a", 1.0)),
-    ]
+        (("a", 1.0),),
+        (("b", 0.7),),
+        None,
+        (("d", 1.0),),
+    ][:rows]
     draw = torch.Generator().manual_seed(3)
-    prompts = [torch.randint(4, 200, (5 + number,), generator=draw).tolist() for number in range(8)]
+    prompts = [torch.randint(4, 200, (5 + n,), generator=draw).tolist() for n in range(rows)]
     engine, made = answers(base, identities, prompts)
-    assert engine.decode_step.is_recorded
+    step = engine.decode_step
+    assert step._parts.steps._steps if quantize else step.is_recorded
     for own, ids, answer in zip(identities, prompts, made, strict=True):
-        model = merged(base, own or ())
+        model = merged(plain, base, own or ())
         with torch.no_grad():
             logits = model(torch.tensor([[*ids, *answer.new]])).logits[0]
         chances = logits.log_softmax(-1)[len(ids) - 1 : -1]
@@ -153,7 +155,7 @@ def test_recorded_steps_with_adapters_on_experts_give_what_transformers_gives(fa
 def test_a_replayed_step_computes_other_experts_than_the_recorded_one(monkeypatch):
     """All calls of a replayed step are in C: no call is observed, and no expert is baked in."""
     monkeypatch.setattr(few_rows, "LEAST_VALUES", 1)
-    base = adapted("mixtral", torch.bfloat16)
+    adapted(base := tiny_base("mixtral", torch.bfloat16))
     prompts = [[5, 9, 30], [61, 2, 8, 44], [7, 7]]
     identities = [(("a", 1.0),), None, (("b", 1.0),)]
     _, first = answers(base, identities, prompts)

@@ -251,6 +251,7 @@ class _RecordedStep:
             if updates is not None and updates.key
         )
         packed = any(call.kind < 0 for call in tape.structs("veneer_packed_rows"))
+        packed = packed or any(call.packed for call in self._experts)
         self.least, self.most = (FUSED_ROWS + 1 if packed else 1), tape.memory.most_rows
         if not tape.has_any_rows:
             self.least = self.most = tape.memory.rows

@@ -26,11 +26,11 @@ class DecodedMatrix:
 
     @torch.no_grad()
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return products.linear(x, self._decoded(x.dtype), bias)
+        return products.linear(x, self.decoded(x.dtype), bias)
 
     @torch.no_grad()
     def input_gradient(self, grad: Tensor, so_far: Tensor | None = None) -> Tensor:
-        return times(grad, self._decoded(grad.dtype), so_far)
+        return times(grad, self.decoded(grad.dtype), so_far)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         out = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device)
@@ -40,7 +40,7 @@ class DecodedMatrix:
     def own_bias(self) -> Tensor | None:
         return None
 
-    def _decoded(self, dtype: torch.dtype) -> Tensor:
+    def decoded(self, dtype: torch.dtype) -> Tensor:
         out = scratch(self.out_features, self.in_features, dtype=dtype, device=self.device)
         self.decode(out)
         return out

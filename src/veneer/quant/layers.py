@@ -13,11 +13,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.methods.expert_stack import expert_bias
+from veneer.adapters.methods.expert_stack import expert_bias, frozen_experts
 from veneer.adapters.methods.experts import by_expert
+from veneer.kernels.decoding import expert_step
 from veneer.kernels.dense.frozen import DivisibleLinear
+from veneer.kernels.layers.expert_operands import usable
+from veneer.kernels.layers.experts import experts_with_lora
+from veneer.kernels.packed.nf4 import NF4Blocks
 from veneer.linear import FrozenLinear, PackedExperts, PackedLinear, PackedModule, frozen_product
 from veneer.private.torch import buffers_of, parameters_of
+from veneer.quant.decoded import DecodedMatrix
+from veneer.quant.matrix import PackedMatrix
+from veneer.quant.nf4 import Packed
 from veneer.quant.weight import PackedWeight
 
 View = TypeVar("View")
@@ -181,7 +188,22 @@ class HeldExperts(Holder, PackedExperts):
             ),
         )
 
+    def decoded(self, name: str, number: int) -> Tensor:
+        matrix = self.expert(name, number)
+        assert isinstance(matrix, PackedMatrix | DecodedMatrix)
+        return matrix.decoded(self.dtype)
+
+    def nf4_blocks(self, name: str) -> NF4Blocks | None:
+        packed = self.packed(name)
+        return packed.blocks if isinstance(packed, Packed) else None
+
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        frozen = frozen_experts(self)
+        if expert_step.usable(hidden, top_k_index, top_k_weights, frozen):
+            return expert_step.experts_of_rows(hidden, top_k_index, top_k_weights, frozen)
+        if usable(hidden, top_k_index, frozen, []):
+            return experts_with_lora(hidden, top_k_index, top_k_weights, frozen, [])
+
         def product(x: Tensor, name: str, expert: int, rows: Tensor) -> Tensor:
             return frozen_product(x, expert_bias(self, name, expert), self.expert(name, expert))
 

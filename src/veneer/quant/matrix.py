@@ -40,7 +40,7 @@ class PackedMatrix(DivisibleLinear):
     def device(self) -> torch.device:
         return self.blocks.packed.device
 
-    def _decoded(self, dtype: torch.dtype) -> Tensor:
+    def decoded(self, dtype: torch.dtype) -> Tensor:
         """Returns W (O, I), decoded into the shared buffer."""
         O, I = self.out_features, self.in_features
         rows, columns = (I, O) if self.transposed else (O, I)
@@ -54,11 +54,11 @@ class PackedMatrix(DivisibleLinear):
         if not self.transposed and nf4.has_product(self.blocks, x_MI, start=self.start):
             y_MO = nf4.product(self.blocks, x_MI, self.out_features, bias, start=self.start)
             return y_MO.view(*x.shape[:-1], self.out_features)
-        return F.linear(x, self._decoded(x.dtype), bias)
+        return F.linear(x, self.decoded(x.dtype), bias)
 
     @torch.no_grad()
     def input_gradient(self, grad: Tensor, so_far: Tensor | None = None) -> Tensor:
-        return times(grad, self._decoded(grad.dtype), so_far)
+        return times(grad, self.decoded(grad.dtype), so_far)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         O, I = self.out_features, self.in_features

@@ -9,7 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from tests.support.tiny import tiny_model
+from tests.support.helpers import fill
+from tests.support.models.packed import packed_and_dense
+from tests.support.tiny import save_tiny, tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.adapters.methods import experts as experts_module
@@ -19,6 +21,7 @@ from veneer.adapters.placement.acting import TokenKeys, in_turn
 from veneer.adapters.placement.routing import Routing
 from veneer.kernels.bindings.library import has_bf16
 from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, SILU
+from veneer.models.load import load_base
 
 WIDTHS = {
     "mixtral": {"intermediate_size": 48},
@@ -26,6 +29,7 @@ WIDTHS = {
     "olmoe": {"intermediate_size": 48},
     "gpt_oss": {"intermediate_size": 48},
 }
+TARGETS = ["gate_up_proj", "down_proj"]
 BF16_ERROR = 0.05
 """Of a gradient's length: both paths round to 8 bits in each layer."""
 IDS = torch.arange(60).view(1, -1) * 7 % 250
@@ -50,9 +54,14 @@ def step(model: PreTrainedModel, values: list[nn.Parameter]) -> tuple[int, list[
 
 @pytest.mark.skipif(not has_bf16(), reason="the node needs products of bf16 pairs")
 @pytest.mark.parametrize("family", WIDTHS)
-def test_every_layer_trains_as_one_node_and_learns_as_expert_by_expert(family, monkeypatch):
-    model, routing = tiny_model(family, torch.bfloat16, **WIDTHS[family]), Routing()
-    settings = LoRA(targets=["gate_up_proj", "down_proj"], rank=3, alpha=5.0)
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_every_layer_trains_as_one_node_and_learns_as_expert_by_expert(
+    family, quantize, monkeypatch, tmp_path
+):
+    save_tiny(tmp_path, family, torch.bfloat16, **WIDTHS[family])
+    model = load_base(str(tmp_path), dtype="bfloat16", device="cpu", quantize=quantize).model
+    routing = Routing()
+    settings = LoRA(targets=TARGETS, rank=3, alpha=5.0)
     head = model.get_output_embeddings()
     attachment = attach(model, settings, name="a", routing=routing, head=head)
     values = list(attachment.parameters().values())
@@ -71,13 +80,38 @@ def test_every_layer_trains_as_one_node_and_learns_as_expert_by_expert(family, m
         assert (value - expected).norm() <= BF16_ERROR * expected.norm()
 
 
+@pytest.mark.skipif(not has_bf16(), reason="the node needs products of bf16 pairs")
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_packed_stack_trains_with_the_bits_of_its_decoded_matrices(family, tmp_path):
+    base, dense = packed_and_dense(save_tiny(tmp_path, family, torch.bfloat16, **WIDTHS[family]))
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(90, base.model.config.hidden_size, generator=draw).bfloat16()
+    index = torch.stack([torch.randperm(4, generator=draw)[:2] for _ in range(90)])
+    weights = torch.rand(90, 2, generator=draw).bfloat16()
+    found = []
+    for model in (base.model, dense):
+        routing = Routing()
+        settings = LoRA(targets=TARGETS, rank=3, alpha=5.0)
+        attachment = attach(model, settings, name="a", routing=routing, head=None)
+        fill(attachment.parameters().values(), scale=0.2)
+        routing.active = (("a", 1.0),)
+        stack = next(module for module in model.modules() if isinstance(module, AdaptedExperts))
+        layer = [own for name, own in attachment.parameters().items() if "layers.0." in name]
+        x = hidden.clone().requires_grad_()
+        y = stack(x, index, weights)
+        assert nodes_of(y) == 1
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+        found.append([y.detach(), *torch.autograd.grad(y, [x, *layer], grad)])
+    for own, expected in zip(*found, strict=True):
+        assert torch.equal(own, expected)
+
+
 def two_jobs(dtype: torch.dtype) -> tuple[Routing, AdaptedExperts, list[torch.Tensor]]:
     """Returns a stack with adapter `dropped`, which has dropout, and `plain`, and rows for it:
     their values, experts and weights."""
     model, routing = tiny_model("mixtral", dtype, **WIDTHS["mixtral"]), Routing()
     for seed, (name, dropout) in enumerate((("dropped", 0.3), ("plain", 0.0))):
-        targets = ["gate_up_proj", "down_proj"]
-        settings = LoRA(targets=targets, rank=3 + seed, alpha=5.0, dropout=dropout)
+        settings = LoRA(targets=TARGETS, rank=3 + seed, alpha=5.0, dropout=dropout)
         attachment = attach(model, settings, name=name, routing=routing, head=None, seed=seed)
         for number, value in enumerate(attachment.parameters().values()):
             draw = torch.Generator().manual_seed(number + 10 * seed)
@@ -160,6 +194,6 @@ def test_the_activation_of_a_gate_is_known_by_its_values(function, activation):
 
 def test_a_stack_with_another_activation_is_tried_anew():
     stack = tiny_model("mixtral").model.layers[0].mlp.experts
-    assert frozen_experts(stack, transposed=False).activation == SILU
+    assert frozen_experts(stack).activation == SILU
     stack.act_fn = nn.GELU()
-    assert frozen_experts(stack, transposed=False).activation == GELU_ERF
+    assert frozen_experts(stack).activation == GELU_ERF

@@ -6,14 +6,21 @@ from torch import Tensor
 
 from veneer.kernels.bindings import library as native
 from veneer.kernels.bindings.arguments import CallError
-from veneer.kernels.bindings.expert_calls import expert_sort
+from veneer.kernels.bindings.expert_calls import expert_product, expert_sort
 from veneer.kernels.bindings.row_calls import SILU
 from veneer.kernels.decoding import expert_step
 from veneer.kernels.decoding.expert_step import experts_of_rows, route, route_reference
 from veneer.kernels.dense import few_rows
 from veneer.kernels.dense.fused import gated_reference
-from veneer.kernels.layers.expert_operands import Experts, ExpertUpdate, Matrices, StackFactors
+from veneer.kernels.layers.expert_operands import (
+    Experts,
+    ExpertUpdate,
+    Matrices,
+    PackedStack,
+    StackFactors,
+)
 from veneer.kernels.layers.experts import experts_with_lora_reference
+from veneer.quant.nf4 import dequantize, quantize
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiled kernels here")
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
@@ -32,13 +39,37 @@ def pairs(x: Tensor) -> Tensor:
     return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
-def experts(dtype: torch.dtype, *, biases: bool = False, gate=halves) -> Experts:
+def packed(weight: Tensor) -> PackedStack:
+    own = quantize(weight)
+    dense = dequantize(own)
+    return PackedStack(tuple(weight.shape), weight.dtype, lambda number: dense[number], own.blocks)
+
+
+def experts(
+    dtype: torch.dtype,
+    *,
+    biases: bool = False,
+    is_packed: bool = False,
+    gate=halves,
+    sizes: tuple[int, int] = (HIDDEN, WIDTH),
+) -> Experts:
     def matrices(outs: int, ins: int) -> Matrices:
         weight = (torch.randn(EXPERTS, outs, ins) / ins**0.5).to(dtype)
-        return Matrices(weight, torch.randn(EXPERTS, outs).to(dtype) if biases else None, False)
+        bias = torch.randn(EXPERTS, outs).to(dtype) if biases else None
+        return Matrices(packed(weight) if is_packed else weight, bias, False)
 
-    activation = SILU if gate is halves else None
-    return Experts(matrices(2 * WIDTH, HIDDEN), matrices(HIDDEN, WIDTH), gate, activation)
+    activation, (hidden, width) = SILU if gate is halves else None, sizes
+    return Experts(matrices(2 * width, hidden), matrices(hidden, width), gate, activation)
+
+
+def decoded(stack: Experts, dtype: torch.dtype) -> Experts:
+    """Returns the same experts with dense matrices in another type."""
+
+    def matrices(own: Matrices) -> Matrices:
+        weight = torch.stack([own.dense(number).to(dtype) for number in range(EXPERTS)])
+        return Matrices(weight, None if own.bias is None else own.bias.to(dtype), False)
+
+    return Experts(matrices(stack.gate_up), matrices(stack.down), stack.gate, stack.activation)
 
 
 def update(rows: slice, rank: int, scale: float) -> ExpertUpdate:
@@ -80,8 +111,14 @@ def near(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("rows", "chosen"), [(1, 1), (1, 4), (3, 2), (16, 3), (70, 6)])
 @pytest.mark.parametrize(
     "form",
-    [{}, {"biases": True}, {"biases": True, "gate": pairs}],
-    ids=["plain", "biases", "biases, pairs"],
+    [
+        {},
+        {"biases": True},
+        {"biases": True, "gate": pairs},
+        {"is_packed": True},
+        {"is_packed": True, "biases": True, "gate": pairs},
+    ],
+    ids=["plain", "biases", "biases, pairs", "packed", "packed, biases, pairs"],
 )
 def test_experts_of_rows_equal_the_reference(dtype, level, rows, chosen, form):
     """Adapters of several ranks on some rows, two of them on the same ones; rows without any."""
@@ -91,11 +128,7 @@ def test_experts_of_rows_equal_the_reference(dtype, level, rows, chosen, form):
     spans = [slice(0, 1), slice(rows // 3, rows), slice(rows // 2, rows // 2 + 1)]
     ranks = zip(spans, (16, 3, 8), strict=True)
     updates = [update(span, rank, 0.4 + rank / 9) for span, rank in ranks]
-    wide = [
-        Matrices(m.weight.float(), None if m.bias is None else m.bias.float(), False)
-        for m in (stack.gate_up, stack.down)
-    ]
-    plain = Experts(*wide, stack.gate, stack.activation)
+    plain = decoded(stack, torch.float32)
     for weight_type in (torch.float32, dtype):
         own_weights = weights.to(weight_type)
         for own in ([], updates):
@@ -124,15 +157,31 @@ def test_a_rows_bits_depend_on_nothing_beside_it(dtype, level):
         assert torch.equal(y[place], alone), row
 
 
+@each_type
+@pytest.mark.parametrize("level", [0, 2, 3, 4, 5])
+@pytest.mark.parametrize("sizes", [(HIDDEN, WIDTH), (128, 64)], ids=["odd", "whole blocks"])
+def test_packed_experts_give_what_decoded_ones_give(dtype, level, sizes):
+    """From 7 rows on with the same bits, whatever experts the other rows have."""
+    torch.manual_seed(0)
+    stack, index = experts(dtype, is_packed=True, sizes=sizes), routed(40, 3)
+    dense = decoded(stack, dtype)
+    x, weights = torch.randn(40, sizes[0]).to(dtype), torch.rand(40, 3)
+    own, expected = (
+        experts_of_rows(x, index, weights, each, level=level) for each in (stack, dense)
+    )
+    assert torch.equal(own, expected)
+    for rows, is_equal in ((7, True), (6, False), (1, False)):
+        place = slice(20, 20 + rows)
+        few = experts_of_rows(x[place], index[place], weights[place], stack, level=level)
+        near(few, expected[place], dtype)
+        assert not is_equal or torch.equal(few, expected[place])
+
+
 def test_weights_in_bf16_give_the_bits_of_the_same_weights_in_float32():
     torch.manual_seed(0)
     narrow, index, weights = experts(torch.bfloat16), routed(9, 2), torch.rand(9, 2)
     x = torch.randn(9, HIDDEN)
-    wide = Experts(
-        *(Matrices(m.weight.float(), None, False) for m in (narrow.gate_up, narrow.down)),
-        narrow.gate,
-        narrow.activation,
-    )
+    wide = decoded(narrow, torch.float32)
     both = (experts_of_rows(x, index, weights, own) for own in (narrow, wide))
     assert torch.equal(*both)
 
@@ -166,6 +215,17 @@ def test_what_the_kernels_do_not_take_is_not_usable():
             x, index, weights, Experts(stack.gate_up, turned, stack.gate, SILU)
         )
     assert not expert_step.usable(x, index, weights, stack)
+
+
+def test_packed_values_that_are_no_stack_of_these_experts_are_refused():
+    stack = experts(torch.float32, is_packed=True)
+    own = stack.down.weight.nf4.checked
+    x, layout = torch.zeros(2, WIDTH), torch.zeros(6, dtype=torch.int64)
+    with pytest.raises(CallError, match="packed values"):
+        expert_product(x, own, None, None, torch.empty(2, HIDDEN + 1), layout, 1, 5)
+    bias = torch.zeros(EXPERTS + 1, HIDDEN)
+    with pytest.raises(CallError, match="bias"):
+        expert_product(x, own, bias, None, torch.empty(2, HIDDEN), layout, 1, 5)
 
 
 def test_experts_beyond_the_stack_are_refused():

@@ -1,5 +1,6 @@
 """The experts of a mixture as one node, beside the plain reference."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from veneer.kernels.layers.expert_operands import (
     Experts,
     ExpertUpdate,
     Matrices,
+    PackedStack,
     StackFactors,
     usable,
 )
@@ -33,13 +35,38 @@ def clamped(x: Tensor) -> Tensor:
     return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
-def experts(*, transposed: bool = False, biases: bool = False, gate: Any = None) -> Experts:
+ROOM = torch.empty(0, dtype=torch.bfloat16)
+
+
+def packed(weight: Tensor, transposed: bool) -> PackedStack:
+    """Returns a stack that writes each matrix over the last one, of this stack or of another."""
+    ROOM.resize_(max(ROOM.numel(), weight[0].numel()))
+
+    def decode(number: int) -> Tensor:
+        matrix = ROOM[: weight[0].numel()].view(weight[0].shape).copy_(weight[number])
+        return matrix.T if transposed else matrix
+
+    return PackedStack(tuple(weight.shape), weight.dtype, decode)
+
+
+def experts(
+    *,
+    transposed: bool = False,
+    biases: bool = False,
+    is_packed: bool = False,
+    by_outs: bool = False,
+    gate: Any = None,
+) -> Experts:
+    """by_outs: a packed stack that is transposed lies as (E, O, I) in memory."""
+
     def matrices(outs: int, ins: int) -> Matrices:
         shape = (EXPERTS, ins, outs) if transposed else (EXPERTS, outs, ins)
         weight = (torch.randn(shape) / ins**0.5).bfloat16()
-        return Matrices(
-            weight, torch.randn(EXPERTS, outs).bfloat16() if biases else None, transposed
-        )
+        bias = torch.randn(EXPERTS, outs).bfloat16() if biases else None
+        if not is_packed:
+            return Matrices(weight, bias, transposed)
+        own = packed(weight.mT, False) if by_outs else packed(weight, transposed)
+        return Matrices(replace(own, shape=tuple(weight.shape)), bias, transposed)
 
     both = matrices(2 * WIDTH, HIDDEN), matrices(HIDDEN, WIDTH)
     return Experts(*both, gate or clamped, None if gate is None else SILU)
@@ -77,6 +104,9 @@ FORMS = {
     "halves with biases": {"gate": silu_halves, "biases": True},
     "transposed": {"gate": silu_halves, "transposed": True},
     "pairs, bounds, biases, transposed": {"transposed": True, "biases": True},
+    "packed": {"gate": silu_halves, "is_packed": True},
+    "packed, pairs, biases, transposed": {"transposed": True, "biases": True, "is_packed": True},
+    "packed by outs, pairs": {"transposed": True, "is_packed": True, "by_outs": True},
 }
 
 
@@ -117,7 +147,11 @@ def test_the_node_equals_its_reference(form, rows, chosen, ranks, kind):
     assert usable(x, index, stack, updates)
     own = computed(experts_with_lora, x, weights, index, stack, updates)
     wide = [
-        Matrices(m.weight.float(), None if m.bias is None else m.bias.float(), m.is_transposed)
+        Matrices(
+            torch.stack([m.dense(number).float() for number in range(EXPERTS)]),
+            None if m.bias is None else m.bias.float(),
+            False,
+        )
         for m in (stack.gate_up, stack.down)
     ]
     plain = Experts(*wide, stack.gate, stack.activation)
@@ -160,6 +194,15 @@ def test_what_the_kernels_do_not_take_is_not_usable():
     assert not usable(x, index[:0], stack, updates)
     assert not usable(x, index.masked_fill(index == 2, EXPERTS), stack, updates)
     assert not usable(x, index, stack, [update(slice(0, 20), 272, 1.0)])
+
+
+def test_few_rows_without_a_gradient_read_packed_matrices_as_they_are():
+    stack, x = experts(gate=silu_halves, is_packed=True), torch.randn(40, HIDDEN).bfloat16()
+    assert usable(x[:20], routed(20, 2, "even"), stack, [])
+    with torch.no_grad():
+        assert not usable(x[:20], routed(20, 2, "even"), stack, [])
+        assert usable(x, routed(40, 2, "even"), stack, [])
+    assert not usable(x.float(), routed(40, 2, "even"), stack, [])
 
 
 def test_a_group_beyond_its_operands_is_refused():

@@ -7,7 +7,8 @@ from veneer.models.load import load_base
 
 
 def packed_and_dense(folder, *, dtype="auto", quantize="nf4"):
-    """(the base held packed, a dense model whose weights are the packed ones decoded)."""
+    """(the base held packed, a dense model whose weights are the packed ones decoded). quantize:
+    None leaves both dense."""
     base, dense = (
         load_base(str(folder), dtype=dtype, quantize=quantize),
         load_base(str(folder), dtype=dtype).model,

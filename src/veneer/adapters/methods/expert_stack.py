@@ -1,6 +1,7 @@
 """Reads what a stack of experts is, and the operands of its products, from modules and adapters."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -10,7 +11,13 @@ from torch import Tensor, nn
 from veneer.adapters.methods.lora import LoRALayer
 from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, SILU
 from veneer.kernels.dense.fused import gated_reference
-from veneer.kernels.layers.expert_operands import Experts, ExpertUpdate, Matrices, StackFactors
+from veneer.kernels.layers.expert_operands import (
+    Experts,
+    ExpertUpdate,
+    Matrices,
+    PackedStack,
+    StackFactors,
+)
 from veneer.linear import FrozenLinear, PackedExperts, SliceLinear
 from veneer.private.transformers import gate_of
 
@@ -34,13 +41,19 @@ def stack_update(rows: slice, layers: Mapping[str, LoRALayer], weight: float) ->
     return ExpertUpdate(rows, factors("gate_up_proj"), factors("down_proj"))
 
 
-def frozen_experts(stack: nn.Module, *, transposed: bool) -> Experts:
-    """Returns the frozen part of a gated stack that is not packed."""
+def frozen_experts(stack: nn.Module) -> Experts:
+    """Returns the frozen part of a gated stack."""
 
     def matrices(name: str) -> Matrices:
         bias: Tensor | None = getattr(stack, f"{name}_bias", None)
-        weight = stack.get_parameter(name).detach()
-        return Matrices(weight, None if bias is None else bias.detach(), transposed)
+        weight: Tensor | PackedStack
+        if isinstance(stack, PackedExperts):
+            shape = stack.packed_shapes()[name]
+            decode, blocks = partial(stack.decoded, name), stack.nf4_blocks(name)
+            weight = PackedStack(shape, stack.dtype, decode, blocks)
+        else:
+            weight = stack.get_parameter(name).detach()
+        return Matrices(weight, None if bias is None else bias.detach(), is_transposed(stack))
 
     gate = gate_of(stack)
     assert gate is not None
@@ -89,10 +102,8 @@ def expert_bias(experts: nn.Module, name: str, expert: int) -> Tensor | None:
 
 
 def step_experts(stack: nn.Module) -> Experts | None:
-    """Returns the frozen part of a gated stack that is not packed, or None."""
-    if isinstance(stack, PackedExperts) or not is_gated_stack(stack):
-        return None
-    return frozen_experts(stack, transposed=is_transposed(stack))
+    """Returns the frozen part of a gated stack, or None."""
+    return frozen_experts(stack) if is_gated_stack(stack) else None
 
 
 def is_transposed(experts: nn.Module) -> bool:

@@ -41,7 +41,7 @@ from veneer.kernels.dense.segments import UpdateCache, linear_with_updates
 from veneer.kernels.layers.expert_operands import Experts, usable
 from veneer.kernels.layers.experts import experts_with_lora
 from veneer.kernels.layout import round_up
-from veneer.linear import PackedExperts, SliceLinear, frozen_product
+from veneer.linear import SliceLinear, frozen_product
 from veneer.private.torch import has_hooks
 from veneer.private.transformers import gate_of
 
@@ -127,9 +127,9 @@ class AdaptedExperts(AdaptedModule):
     ) -> Tensor | None:
         """Computes all rows by few calls (kernels/decoding/expert_step.py), each row as it would be
         alone; None if they do not take these."""
-        if isinstance(self.base, PackedExperts) or acting.keys is not None:
+        if acting.keys is not None:
             return None
-        frozen = frozen_experts(self.base, transposed=is_transposed(self.base))
+        frozen = frozen_experts(self.base)
         if not expert_step.usable(hidden, index, weights, frozen):
             return None
         updates = self._updates_of_step(acting, hidden)
@@ -178,13 +178,13 @@ class AdaptedExperts(AdaptedModule):
             for half in (dropped, [segment for segment in segments if segment not in dropped]):
                 parts |= self._of_segments(hidden, index, weights, half, acting.keys)
             return torch.cat([parts[segment.rows.start] for segment in segments])
-        if not dropped and not isinstance(self.base, PackedExperts):
+        if not dropped:
             updates = [
                 stack_update(segment.rows, layers, weight)
                 for segment in segments
                 for layers, weight in self.layers_of(segment.adapters)
             ]
-            frozen = frozen_experts(self.base, transposed=is_transposed(self.base))
+            frozen = frozen_experts(self.base)
             if usable(hidden, index, frozen, updates):
                 return experts_with_lora(hidden, index, weights, frozen, updates)
         factors = _ExpertFactors()

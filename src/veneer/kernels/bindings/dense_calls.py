@@ -368,7 +368,7 @@ def update_by(
     replaced."""
     room = 0
     for call in calls:
-        count, needed, (parts, before) = 0, 0, call.kept
+        count, needed, (parts, before) = 0, 0, call.kept[:2]
         if TYPE_NUMBERS.get(dtype) != call.type:
             raise CallError(f"updates of {dtype} where x is another type")
         for part, updates in zip(parts, before, strict=True):

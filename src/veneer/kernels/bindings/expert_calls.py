@@ -5,6 +5,7 @@ out_features. A layout (3 S) says where rows are; `expert_sort` writes it and th
 """
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,22 +62,23 @@ def expert_sort(x: Tensor, index: Tensor, layout: Tensor, out: Tensor, experts: 
     x: T[rows, width]
     down: T[down_rows, down_width]?
     parts: pointer
+    packed: pointer
     layout: i64{3 * rows}
     rows: 1..
     width: 1..
     chosen: 1..rows
     type = T: int32
-    check w: W[experts, outs, width]
+    check w: W[experts, outs, width]?
     check bias: T[experts, outs]?
     check y: T[rows, outs]
-    body down, parts, arrays
+    body down, parts, arrays, packed, w, experts
     kept arrays: pointer
     """,
     fails=MemoryError(NO_ROOM),
 )
 def expert_product(
     x: Tensor,
-    w: Tensor,
+    w: Any,
     bias: Tensor | None,
     updates: Updates | None,
     y: Tensor,
@@ -85,8 +87,9 @@ def expert_product(
     level: int,
 ) -> Values:
     """Computes y (S, O) = x (S, I) W_e^T + bias_e, e the expert of each row, then adds the updates
-    to rows of y. W (E, O, I), bias (E, O). The updates are those of the step's N rows before they
-    are sorted, by the factors of a stack (dense_calls.Factors)."""
+    to rows of y. W (E, O, I), or an NF4Weights of as many values; bias (E, O). The updates are
+    those of the step's N rows before they are sorted, by the factors of a stack
+    (dense_calls.Factors)."""
     rows = len(x) // chosen
     if updates and (
         (updates.dtype, updates.width, updates.outs) != (x.dtype, x.shape[1], y.shape[1])
@@ -97,17 +100,24 @@ def expert_product(
             f" x has {rows} rows, {tuple(x.shape)} {x.dtype} and y {tuple(y.shape)}"
         )
     room = chosen * updates.room if updates else 0
-    part = UpdatedPart(
-        w.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(), outs=y.shape[1]
-    )
-    part.narrow = is_narrow(x, w)
+    part = UpdatedPart(None, bias.data_ptr() if bias is not None else None, y.data_ptr())
+    part.outs, packed = y.shape[1], None if isinstance(w, Tensor) else w
+    if packed is None:
+        part.w, part.narrow, experts = w.data_ptr(), is_narrow(x, w), len(w)
+    else:
+        experts, rest = divmod(packed.count, size := y.shape[1] * x.shape[1])
+        if rest:
+            raise CallError(f"{packed.count} packed values where an expert has {size}")
     if updates:
         part.updates, part.count = updates.address, len(updates)
     array = (UpdatedPart * 1)(part)
     return {
         "down": torch.empty(rows, -(-room // rows), dtype=x.dtype) if room else None,
         "parts": ctypes.addressof(array),
-        "arrays": (array, [updates]),
+        "arrays": (array, [updates], packed),
+        "packed": None if packed is None else ctypes.addressof(packed),
+        "w": w if packed is None else None,
+        "experts": experts,
     }
 
 

@@ -3,11 +3,11 @@
     y[m] = sum over k of w[m, k] * down_e(gate(gate_up_e(x[m]))),    e = index[m, k]
 
 The rows of x are sorted by expert, and one call multiplies all of them with the matrices of their
-experts, each read once, and adds the updates of adapters, of other ones on other rows
-(native/dense/experts.c). Which experts act is read from memory, so that a recorded step
+experts, dense or in 4 bits and each read once, and adds the updates of adapters, of other ones on
+other rows (native/dense/experts.c). Which experts act is read from memory, so that a recorded step
 (tape/step_tape.py) computes any. As in dense/few_rows.py, the bits of a row depend neither on other
-rows nor on the number of threads. Shapes: N rows, K experts of a row, S = N K sorted rows, E
-experts, D hidden, F the width of an expert.
+rows nor on the number of threads; over 4 bits, from 7 rows on. Shapes: N rows, K experts of a row,
+S = N K sorted rows, E experts, D hidden, F the width of an expert.
 """
 
 import torch
@@ -18,7 +18,8 @@ from veneer.kernels.bindings.dense_calls import Updates
 from veneer.kernels.bindings.library import on_cpu
 from veneer.kernels.decoding import decoder_step
 from veneer.kernels.dense import few_rows
-from veneer.kernels.layers.expert_operands import Experts, Matrices
+from veneer.kernels.layers.expert_operands import Experts, Matrices, PackedStack
+from veneer.kernels.packed import nf4
 
 StackUpdates = tuple[Updates | None, Updates | None]
 """Updates of gate_up and of down, on the step's rows."""
@@ -33,23 +34,29 @@ def usable(x: Tensor, index: Tensor, weights: Tensor, experts: Experts) -> bool:
         return False
     if weights.dtype not in (x.dtype, torch.float32) or index.dtype is not torch.int64:
         return False
-    return fits(x, experts) and int(index.max()) < len(experts.down.weight)
+    return fits(x, experts) and int(index.max()) < experts.down.count
 
 
 def fits(x: Tensor, experts: Experts) -> bool:
     """True if the compiled functions take these experts of x."""
-    few = 0 < len(experts.down.weight) <= expert_calls.MOST_EXPERTS
+    few = 0 < experts.down.count <= expert_calls.MOST_EXPERTS
     return few and all(_fits(x, matrices) for matrices in (experts.gate_up, experts.down))
 
 
 def _fits(x: Tensor, matrices: Matrices) -> bool:
     weight, bias = matrices.weight, matrices.bias
-    tensors = (weight,) if bias is None else (weight, bias)
+    if isinstance(weight, Tensor):
+        read, is_multiplied = weight, few_rows.multiplies(x, weight)
+    elif weight.nf4 is not None:
+        read, is_multiplied = weight.nf4.packed, weight.dtype is x.dtype and nf4.is_compiled()
+    else:
+        return False
+    tensors = (read,) if bias is None else (read, bias)
     if matrices.is_transposed or not all(on_cpu(t) and t.is_contiguous() for t in tensors):
         return False
     if bias is not None and bias.dtype is not x.dtype:
         return False
-    return few_rows.takes_updates(1, x.dtype, x.device) and few_rows.multiplies(x, weight)
+    return is_multiplied and few_rows.takes_updates(1, x.dtype, x.device)
 
 
 def route(
@@ -88,13 +95,13 @@ def experts_of_rows(
     rows, chosen = index.shape
     layout = torch.empty(3 * rows * chosen, dtype=torch.int64)
     sorted_x = x.new_empty(rows * chosen, x.shape[1])
-    expert_calls.expert_sort(x, index, layout, sorted_x, len(experts.down.weight))
+    expert_calls.expert_sort(x, index, layout, sorted_x, experts.down.count)
 
     def product(values: Tensor, matrices: Matrices, own: Updates | None) -> Tensor:
         y = values.new_empty(rows * chosen, matrices.sizes[0])
-        expert_calls.expert_product(
-            values, matrices.weight, matrices.bias, own, y, layout, chosen, level
-        )
+        w = matrices.weight
+        w = w.nf4.checked if isinstance(w, PackedStack) and w.nf4 else w
+        expert_calls.expert_product(values, w, matrices.bias, own, y, layout, chosen, level)
         return y
 
     both = product(sorted_x, experts.gate_up, updates[0])

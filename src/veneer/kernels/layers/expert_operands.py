@@ -14,17 +14,39 @@ from torch.nn import functional as F
 
 from veneer.kernels.bindings import rank_calls
 from veneer.kernels.bindings.library import has_amx
-from veneer.kernels.dense import products
+from veneer.kernels.dense import few_rows, products
 from veneer.kernels.dense.fused import compiled, gated
+from veneer.kernels.packed.nf4 import NF4Blocks
+
+
+@dataclass(frozen=True)
+class PackedStack:
+    """The matrices of all experts, packed.
+
+    shape   (E, O, I), or transposed (E, I, O)
+    dtype   of x and of decoded matrices
+    decode  decodes one matrix (O, I) into memory that the next call reuses (`Matrices.dense`)
+    nf4     their values one after the other, if they are in 4 bits
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    decode: Callable[[int], Tensor]
+    nf4: NF4Blocks | None = None
 
 
 @dataclass(frozen=True)
 class Matrices:
     """The matrices of all experts (E, O, I), or transposed (E, I, O), and their biases (E, O)."""
 
-    weight: Tensor
+    weight: Tensor | PackedStack
     bias: Tensor | None
     is_transposed: bool
+
+    @property
+    def count(self) -> int:
+        """Returns E."""
+        return self.weight.shape[0]
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -33,7 +55,10 @@ class Matrices:
         return (second, first) if self.is_transposed else (first, second)
 
     def dense(self, expert: int) -> Tensor:
-        """Returns the matrix (O, I) of an expert."""
+        """Returns the matrix (O, I) of an expert, without gaps or as a view of one that is
+        transposed. A packed one is valid until the next call."""
+        if not isinstance(self.weight, Tensor):
+            return self.weight.decode(expert)
         matrix = self.weight[expert]
         return matrix.T if self.is_transposed else matrix
 
@@ -113,12 +138,17 @@ class UpdateScales(NamedTuple):
 
 def usable(x: Tensor, index: Tensor, experts: Experts, updates: Sequence[ExpertUpdate]) -> bool:
     """True if the node computes these: bf16, widths and ranks that the kernels take (`filled`), and
-    no row without an expert."""
-    stacks = experts.gate_up.weight, experts.down.weight
-    biases = [own.bias for own in (experts.gate_up, experts.down) if own.bias is not None]
-    if not index.numel() or not compiled(x, *stacks, *biases):
+    no row without an expert. Few rows without a gradient read packed matrices as they are."""
+    both = experts.gate_up, experts.down
+    tensors = [part for own in both for part in (own.weight, own.bias) if isinstance(part, Tensor)]
+    packed = [own.weight for own in both if isinstance(own.weight, PackedStack)]
+    if not index.numel() or not compiled(x, *tensors):
         return False
-    widths = [size for own in (experts.gate_up, experts.down) for size in own.sizes]
+    if any(weight.dtype is not x.dtype for weight in packed):
+        return False
+    if packed and not torch.is_grad_enabled() and few_rows.takes(index.numel(), few_rows.MOST_ROWS):
+        return False
+    widths = [size for own in both for size in own.sizes]
     widths += [part.stop - part.start for part in experts.parts()]
     if any(width % 16 for width in widths):
         return False
@@ -128,7 +158,7 @@ def usable(x: Tensor, index: Tensor, experts: Experts, updates: Sequence[ExpertU
     for A, *_ in factors:
         if A.dtype is not torch.float32 or not 0 < A.shape[1] <= rank_calls.MOST_RANK:
             return False
-    return index.is_meta or int(index.max()) < len(stacks[0])
+    return index.is_meta or int(index.max()) < experts.down.count
 
 
 def filled(factors: StackFactors) -> StackFactors:

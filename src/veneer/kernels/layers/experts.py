@@ -35,7 +35,7 @@ from veneer.kernels.layers.expert_operands import (
     filled,
 )
 from veneer.kernels.layers.expert_rows import SortedRows, sort_rows
-from veneer.kernels.tape.repeated import Groups, for_each_group
+from veneer.kernels.tape.repeated import Compute, Groups, for_each_group
 
 FACTORS = 4
 """Factors of an update: A and B for gate_up, A and B for down."""
@@ -73,7 +73,7 @@ class _Experts(torch.autograd.Function):
         *factors: Tensor | None,
     ) -> Tensor:
         updates = _updates(scales, factors)
-        layout = sort_rows(index, len(experts.down.weight))
+        layout = sort_rows(index, experts.down.count)
         groups = [layout.groups_within(update.rows) for update in updates]
         sorted_x = layout.gather(x)
         outputs = [x.new_empty(len(sorted_x), part.stop - part.start) for part in experts.parts()]
@@ -111,7 +111,7 @@ class _Experts(torch.autograd.Function):
         sorted_grad = layout.gather(grad.contiguous())
         row_weights = weights.reshape(-1)[layout.slots, None]
         grad_inner = x.new_empty(len(sorted_grad), experts.down.sizes[1])
-        _multiply_back(sorted_grad, experts.down, whole[0], grad_inner, layout.groups)
+        _multiply_back([sorted_grad], experts.down, whole, grad_inner, layout.groups)
         ups = [
             _add_update_back([sorted_grad], update.down, whole, grad_inner, own)
             for update, own in zip(updates, ctx.groups, strict=True)
@@ -135,10 +135,7 @@ class _Experts(torch.autograd.Function):
 
         sorted_x = layout.gather(x)
         grad_sorted_x = torch.empty_like(sorted_x)
-        for number, (part, own_grad) in enumerate(zip(parts, grads, strict=True)):
-            _multiply_back(
-                own_grad, experts.gate_up, part, grad_sorted_x, layout.groups, add=number > 0
-            )
+        _multiply_back(grads, experts.gate_up, parts, grad_sorted_x, layout.groups)
         ups = [
             _add_update_back(grads, update.gate_up, parts, grad_sorted_x, own)
             for update, own in zip(updates, ctx.groups, strict=True)
@@ -180,34 +177,47 @@ def _multiply(
     x: Tensor, matrices: Matrices, parts: Sequence[slice], outputs: Sequence[Tensor], groups: Groups
 ) -> None:
     """Writes each expert's product, a part of its columns to each of the outputs."""
-    weight, bias = matrices.weight, matrices.bias
 
     def compute(rows: slice, number: int) -> None:
+        matrix, bias = matrices.dense(number), matrices.bias
+        along = not matrix.is_contiguous()
         for part, output in zip(parts, outputs, strict=True):
-            own = weight[number] if matrices.is_transposed else weight[number, part]
+            own = matrix.T if along else matrix[part]
             own_bias = None if bias is None else bias[number, part]
-            products.write(x[rows], own, own_bias, output[rows], along=matrices.is_transposed)
+            products.write(x[rows], own, own_bias, output[rows], along=along)
 
-    for_each_group(groups, [x, *outputs], [weight, bias], compute)
+    _for_each_matrix(groups, [x, *outputs], matrices, compute)
 
 
 def _multiply_back(
-    grad: Tensor,
+    grads: Sequence[Tensor],
     matrices: Matrices,
-    part: slice,
+    parts: Sequence[slice],
     grad_x: Tensor,
     groups: Groups,
-    *,
-    add: bool = False,
 ) -> None:
-    """Writes to grad_x what the gradient of a part of the columns gives, or adds it."""
-    weight, along = matrices.weight, not matrices.is_transposed
+    """Writes to grad_x what the gradients of the parts of the columns give."""
 
     def compute(rows: slice, number: int) -> None:
-        own = weight[number, part] if along else weight[number]
-        products.write(grad[rows], own, None, grad_x[rows], along=along, add=add)
+        matrix = matrices.dense(number)
+        along = matrix.is_contiguous()
+        for place, (part, grad) in enumerate(zip(parts, grads, strict=True)):
+            own = matrix[part] if along else matrix.T
+            products.write(grad[rows], own, None, grad_x[rows], along=along, add=place > 0)
 
-    for_each_group(groups, [grad, grad_x], [weight], compute)
+    _for_each_matrix(groups, [*grads, grad_x], matrices, compute)
+
+
+def _for_each_matrix(
+    groups: Groups, rows: Sequence[Tensor], matrices: Matrices, compute: Compute
+) -> None:
+    """Makes the calls of compute(rows, number) for each group. Packed matrices are decoded one
+    after the other."""
+    if isinstance(matrices.weight, Tensor):
+        for_each_group(groups, rows, [matrices.weight, matrices.bias], compute)
+    else:
+        for group, number in enumerate(groups.numbers.tolist()):
+            compute(groups.rows(group), number)
 
 
 def _add_update(

@@ -2,12 +2,14 @@
    a stack of matrices, and the sums of each row's outputs. kernels/decoding/expert_step.py says
    what is computed. What a row gives depends neither on the rows beside it nor on their experts. */
 #include "factors.h"
+#include "nf4.h"
 #include "updates.h"
 #include <math.h>
 #include <stddef.h>
 #include <stdlib.h>
 
 enum { MOST_EXPERTS = 1024 }; /* kernels/bindings/expert_calls.py knows it too */
+enum { FUSED_ROWS = 6 };      /* kernels/packed/nf4.py knows it too */
 
 /* logits (rows, experts) -> the `chosen` experts of each row with the largest ones, in their order,
    and the weights softmax(logits) of these. is_normal: they are divided by their sum. wide: weights
@@ -32,11 +34,13 @@ struct expert_sort {
 
 /* x and y (rows, ...) are sorted rows. part: w (experts, outs, width) and bias (experts, outs) of
    all experts; updates of rows before they are sorted, whose factors are those of expert 0: the
-   other experts' lie behind them, one after the other. down: as in updates.h. */
+   other experts' lie behind them, one after the other. down: as in updates.h. packed: NULL, or
+   takes the place of w. */
 struct expert_product {
     const void *x;
     void *down;
     const struct few_rows_updated_part *parts;
+    const struct nf4_weights *packed;
     const int64_t *layout;
     int64_t rows, width, chosen;
     int type;
@@ -138,6 +142,49 @@ static int64_t updates_of(const struct expert_product *a, int64_t first, int64_t
     return count;
 }
 
+int veneer_nf4_product(const struct nf4_weights *, int64_t, int64_t, int64_t, const void *, int64_t,
+                       const void *, void *, int, int);
+
+/* A matrix of packed ones: its first element. */
+struct packed_matrix {
+    const struct expert_product *of;
+    int64_t start;
+    int level;
+};
+
+static void decode_rows(const void *packed, int64_t first, int64_t count, void *out) {
+    const struct packed_matrix *m = packed;
+    const int64_t width = m->of->width;
+    nf4_decode(m->of->packed, m->start + first * width, count * width, out, m->of->type, m->level);
+}
+
+/* What the parts add to y, which then hold updates alone. By the number of the step's rows, as
+   products with a packed W are computed: a row's bits do not depend on its neighbours' experts. */
+static int multiply_packed(const struct expert_product *a, struct few_rows_updated_part *parts,
+                           int64_t groups, int most) {
+    const int64_t size = a->type == FEW_FP32 ? 4 : 2, outs = a->parts->outs;
+    struct piece *pieces = malloc((size_t)groups * (sizeof *pieces + sizeof(struct packed_matrix)));
+    if (pieces == NULL) return 1;
+    struct packed_matrix *matrix = (struct packed_matrix *)(pieces + groups);
+    int failed = 0, fused = a->rows <= FUSED_ROWS * a->chosen;
+    for (int64_t i = 0; i < groups; i++) {
+        struct few_rows_updated_part *part = parts + i;
+        const int64_t start = a->layout[a->rows + part->first] * outs * a->width;
+        const char *x = (const char *)a->x + part->first * a->width * size;
+        char *y = (char *)part->y + part->first * outs * size;
+        matrix[i] = (struct packed_matrix){a, start, nf4_level(most)};
+        pieces[i] = (struct piece){x,        matrix + i, part->bias, y,           part->rows,
+                                   a->width, outs,       a->width,   decode_rows, 0};
+        if (fused)
+            failed |= veneer_nf4_product(a->packed, start, outs, a->width, x, part->rows,
+                                         part->bias, y, a->type, most);
+        part->w = NULL;
+    }
+    if (!fused) failed = veneer_pieces(pieces, groups, a->type, most, NULL);
+    free(pieces);
+    return failed;
+}
+
 /* 1: no memory. */
 int veneer_expert_product(const struct expert_product *a, int most) {
     const struct few_rows_updated_part *all = a->parts;
@@ -154,7 +201,7 @@ int veneer_expert_product(const struct expert_product *a, int most) {
     for (int64_t row = 0; row < a->rows; row = stop, part++) {
         for (stop = row + 1; stop < a->rows && experts[stop] == experts[row];) stop++;
         *part = *all;
-        part->w = (const char *)all->w + experts[row] * matrix;
+        if (all->w != NULL) part->w = (const char *)all->w + experts[row] * matrix;
         if (all->bias != NULL)
             part->bias = (const char *)all->bias + experts[row] * all->outs * size;
         part->first = row, part->rows = stop - row, part->updates = updates;
@@ -162,7 +209,8 @@ int veneer_expert_product(const struct expert_product *a, int most) {
     }
     const struct few_rows_updated call = {a->x,    a->down,  parts,    groups,
                                           a->rows, a->width, a->width, a->type};
-    const int failed = veneer_few_rows_updated(&call, most);
+    const int failed = (a->packed != NULL && multiply_packed(a, parts, groups, most)) ||
+                       veneer_few_rows_updated(&call, most);
     free(parts);
     return failed;
 }
