@@ -2,12 +2,13 @@
 
     python benchmarks/family_speed.py --out family_speed.json
     python benchmarks/family_speed.py --answers 1 16     decoding with 1 row, and with 16
+    python benchmarks/family_speed.py --answers 16 --generate    beside transformers.generate
 
 Random bases in bf16 of SmolLM2-135M's shape (--layers of them), each in the form of its family:
 norms, gates, rotation. A mixture has as many active parameters as Llama. --nf4 packs all linear
-layers (QLoRA). In a hybrid some layers pass a state from token to token: rows are padded, and
-transformers' loop writes its answers. LoRA of rank 16 on all linear layers, 8 rows that share a
-prompt; decoding steps are of the adapter, after prompts of 64 tokens.
+layers (QLoRA). In a hybrid some layers pass a state from token to token. LoRA of rank 16 on all
+linear layers, 8 rows that share a prompt; decoding steps are of the adapter, after prompts of 64
+tokens. transformers.generate answers without an adapter.
 The families take steps in turn in one process, so that what else the machine does falls on all
 alike; the fastest step of each counts. On a machine that others use, --clock cpu with one thread
 (OMP_NUM_THREADS=1) counts the time that the process itself computed. `path` says how layers are
@@ -164,6 +165,16 @@ def one_token(vocabulary: int) -> PreTrainedTokenizerFast:
     )
 
 
+def loop_speed(rows: int, clock: Callable[[], float], answer: Callable[[int], object]) -> float:
+    """Returns the tokens a second of answers, behind the first two tokens of each."""
+    seconds = []
+    for new in (2, NEW):
+        began = clock()
+        answer(new)
+        seconds.append(clock() - began)
+    return rows * (NEW - 2) / (seconds[1] - seconds[0])
+
+
 class Trained:
     """A base of a family with an adapter, and its steps: of training, on one batch, and of
     decoding."""
@@ -171,9 +182,8 @@ class Trained:
     def __init__(self, family: str, layers: int, rows: list[Example], *, nf4: bool) -> None:
         fields = SHAPE | FAMILIES[family] | {"num_hidden_layers": layers}
         fields |= hybrid_layers(family, layers)
-        config = AutoConfig.for_model(family.partition(",")[0], **fields)
-        torch.manual_seed(0)
-        made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        self.config = AutoConfig.for_model(family.partition(",")[0], **fields)
+        made = self.plain()
         with TemporaryDirectory() as folder:
             made.save_pretrained(folder)
             one_token(SHAPE["vocab_size"]).save_pretrained(folder)
@@ -189,6 +199,11 @@ class Trained:
             rows, packed=self.paths.packed, share_prompt=True, device=torch.device("cpu")
         )
         self.stand_ins = replacements(self.model)
+
+    def plain(self) -> PreTrainedModel:
+        torch.manual_seed(0)
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=torch.bfloat16)
+        return made.eval()
 
     def loss(self) -> Tensor:
         total = float(self.batch.trained_tokens)
@@ -228,12 +243,19 @@ class Trained:
     def tokens_per_second_in_loop(self, rows: int, clock: Callable[[], float]) -> float:
         """Measures the tokens behind the first two of a model that the engine does not take."""
         self.decode_path = "transformers' loop"
-        seconds = []
-        for new in (2, NEW):
-            began = clock()
-            generate(self.base, prompts(rows), max_new_tokens=new)
-            seconds.append(clock() - began)
-        return rows * (NEW - 2) / (seconds[1] - seconds[0])
+        return loop_speed(
+            rows, clock, lambda new: generate(self.base, prompts(rows), max_new_tokens=new)
+        )
+
+    def generated_per_second(self, rows: int, clock: Callable[[], float]) -> float:
+        """Measures transformers.generate of the base without an adapter."""
+        model, ids = self.plain(), torch.tensor(prompts(rows))
+        fixed = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
+        return loop_speed(
+            rows,
+            clock,
+            lambda new: model.generate(ids, min_new_tokens=new, max_new_tokens=new, **fixed),
+        )
 
     def kept_bytes(self) -> int:
         """Bytes of all tensors that a forward keeps for backward, parameters aside."""
@@ -278,6 +300,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--nf4", action="store_true")
     parser.add_argument("--answers", type=int, nargs="+", default=[], metavar="ROWS")
+    parser.add_argument("--generate", action="store_true", help="with --answers")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     clock = time.perf_counter if args.clock == "wall" else time.process_time
@@ -285,6 +308,8 @@ def main() -> None:
     bases = {family: Trained(family, args.layers, rows, nf4=args.nf4) for family in args.families}
     if args.answers:
         table = decoding(bases, args.answers, args.repeats, clock)
+        if args.generate:
+            beside_generate(bases, table, args.answers, clock)
     else:
         table = training(bases, len(rows), args.repeats, clock)
     for family, row in table.items():
@@ -339,6 +364,19 @@ def decoding(
             table[family][f"tokens/s of {rows}"] = max(of_family)
             table[family][f"beside the first, {rows}"] = max(of_family) / first
     return table
+
+
+def beside_generate(
+    bases: dict[str, Trained], table: Table, numbers: list[int], clock: Callable[[], float]
+) -> None:
+    """Adds to the table what transformers.generate reaches, the faster of two runs."""
+    for rows in numbers:
+        for family, own in bases.items():
+            speed = max(own.generated_per_second(rows, clock) for _ in range(2))
+            table[family][f"generate of {rows}"] = speed
+            ours = table[family][f"tokens/s of {rows}"]
+            assert isinstance(ours, float)
+            table[family][f"beside generate, {rows}"] = ours / speed
 
 
 if __name__ == "__main__":
