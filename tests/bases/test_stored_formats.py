@@ -343,6 +343,8 @@ def methods_base(tmp_path, family, name, monkeypatch):
     """The table of test_methods over a folder of ours: what a base of it is called there."""
     folder, _ = folder_of(tmp_path, family, WRITERS[name], torch.float32)
     monkeypatch.setattr(methods, "written", lambda family: folder)
+    monkeypatch.setattr(methods, "SHARED", {})
+    monkeypatch.setattr(methods, "ATTACHED", [])
     return f"{family} {name}"
 
 
@@ -358,6 +360,7 @@ def test_what_every_method_owes_it_keeps_over_packed_weights(
 def test_its_files_and_checkpointing_are_those_of_any_base(family, name, tmp_path, monkeypatch):
     cell = methods.METHODS["lora"], methods_base(tmp_path, family, name, monkeypatch), torch.float32
     methods.test_its_files_hold_all_of_it_in_the_size_foretold(*cell, tmp_path)
+    methods.SHARED.clear()
     methods.test_checkpointing_changes_no_bit(cell[0], 0.3, *cell[1:])
 
 
