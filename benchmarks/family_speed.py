@@ -250,7 +250,8 @@ class Trained:
 
     def generated_per_second(self, rows: int, clock: Callable[[], float]) -> float:
         """Measures transformers.generate of the base without an adapter."""
-        model, ids = self.plain(), torch.tensor(prompts(rows))
+        model: Any = self.plain()
+        ids = torch.tensor(prompts(rows))
         fixed = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
         return loop_speed(
             rows,
