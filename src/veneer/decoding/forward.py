@@ -94,7 +94,7 @@ class PagedForward:
 
     def rows(self, plan: StepPlan) -> StepRows:
         if self._last is not None and plan.follows == self._last[0]:
-            spans = self._last[1].spans.spans  # of a part of the last plan, perhaps (equal_parts)
+            spans = self._last[1].spans.spans  # perhaps of a part of its plan (equal_parts)
             if len(spans) == len(plan.spans):
                 return FOLLOWING
         if self.graphs is None or _state_reader(plan) is not None:

@@ -174,7 +174,7 @@ class Lanes:
 
     def keeps_bits(self, identity: Identity) -> bool:
         """Whether rows of these adapters have the same bits in whatever step they are computed.
-        Other code than that of single tokens passes the states of chunks on."""
+        Where layers pass states on they do not: other code computes chunks than single tokens."""
         if self._states is not None:
             return False
         return self._splits and self._step.is_recorded and self._is_exact(identity)

@@ -169,7 +169,7 @@ class HeldLinear(Holder, PackedLinear, DivisibleLinear):
 
 
 class HeldExperts(Holder, PackedExperts):
-    """A gated stack of experts with two packed 3-D weights, multiplied expert by expert."""
+    """A gated stack of experts with two packed 3-D weights."""
 
     def __init__(self, experts: nn.Module, *, dtype: torch.dtype, device: torch.device) -> None:
         """Replaces the dense module `experts`; `hold` then sets the weights."""

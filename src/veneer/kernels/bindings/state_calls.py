@@ -11,9 +11,9 @@ from torch import Tensor
 from veneer.kernels.bindings.arguments import at, number
 from veneer.kernels.bindings.checks import Values
 from veneer.kernels.bindings.declarations import declare
+from veneer.kernels.bindings.step_calls import ANY_LEVEL
 
 FUNCTIONS = ("veneer_state_window", "veneer_state_space")
-ANY_LEVEL = 3
 MOST_WIDTH = 512
 """Also in native/layers/states.c."""
 

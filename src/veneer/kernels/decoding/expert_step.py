@@ -6,8 +6,8 @@ The rows of x are sorted by expert, and one call multiplies all of them with the
 experts, dense or in 4 bits and each read once, and adds the updates of adapters, of other ones on
 other rows (native/dense/experts.c). Which experts act is read from memory, so that a recorded step
 (tape/step_tape.py) computes any. As in dense/few_rows.py, the bits of a row depend neither on other
-rows nor on the number of threads; over 4 bits, from 7 rows on. Shapes: N rows, K experts of a row,
-S = N K sorted rows, E experts, D hidden, F the width of an expert.
+rows nor on the number of threads. Over 4 bits this holds from 7 rows on. Shapes: N rows, K experts
+of a row, S = N K sorted rows, E experts, D hidden, F the width of an expert.
 """
 
 import torch

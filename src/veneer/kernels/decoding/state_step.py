@@ -38,7 +38,8 @@ class SlotStates(NamedTuple):
 
 
 class HeadRates(NamedTuple):
-    """What each head of a state space has of its own, (H): see `space`."""
+    """Values of each head of a state space, (H): the logarithm of its rate, the factor of x that is
+    added to y, and the bias of its step."""
 
     log_rate: Tensor
     skip: Tensor
