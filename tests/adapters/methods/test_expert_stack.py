@@ -30,8 +30,9 @@ WIDTHS = {
     "gpt_oss": {"intermediate_size": 48},
 }
 TARGETS = ["gate_up_proj", "down_proj"]
-BF16_ERROR = 0.05
-"""Of a gradient's length: both paths round to 8 bits in each layer."""
+BF16_ERROR = 0.2
+"""Of a gradient's length. Both paths round to 8 bits in each layer, and a rounding can choose
+another expert for a token: either path is up to 0.2 from float32."""
 IDS = torch.arange(60).view(1, -1) * 7 % 250
 
 

@@ -185,6 +185,20 @@ def test_rows_of_a_group_are_in_their_order_and_within_its_slice():
     assert [own.tolist() for own in within] == [[0, 1, 2], [1, 3, 6], [1, 2, 1]]
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
+def test_sums_of_sorted_rows_are_those_of_float32_rounded_once(dtype):
+    index = routed(37, 3, "uneven")
+    layout = sort_rows(index, EXPERTS)
+    y = torch.randn(index.numel(), HIDDEN).bfloat16()
+    weights = None if dtype is None else torch.rand(index.shape).to(dtype)
+
+    expected = torch.zeros(len(index), HIDDEN)
+    for place, row in enumerate(layout.places):
+        own, choice = divmod(place, index.shape[1])
+        expected[own] += y[row].float() * (1.0 if weights is None else weights[own, choice])
+    torch.testing.assert_close(layout.sum_rows(y, weights), expected.bfloat16(), rtol=2**-7, atol=0)
+
+
 def test_what_the_kernels_do_not_take_is_not_usable():
     stack, index = experts(gate=silu_halves), routed(20, 2, "even")
     x = torch.randn(20, HIDDEN).bfloat16()

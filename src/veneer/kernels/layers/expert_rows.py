@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from veneer.kernels.tape.repeated import Groups, Numbers
 
@@ -68,8 +69,10 @@ class SortedRows(NamedTuple):
 
     def sum_rows(self, y: Tensor, weights: Tensor | None = None) -> Tensor:
         """Returns the weighted sums (M, width) of sorted rows y (S, width); weights (M, K)."""
-        rows = y.index_select(0, self.places).view(-1, self.width, y.shape[1])
-        return (rows if weights is None else rows * weights[..., None]).sum(1).to(y.dtype)
+        places = self.places.view(-1, self.width)
+        if weights is None or weights.dtype == y.dtype:  # summed in float32, without a copy of y
+            return F.embedding_bag(places, y, mode="sum", per_sample_weights=weights)
+        return (y[places] * weights[..., None]).sum(1).to(y.dtype)
 
     def unsorted(self, values: Tensor, like: Tensor) -> Tensor:
         """Returns values (S) of the sorted rows as (M, K), in the type of `like`."""
