@@ -18,6 +18,7 @@ from veneer.decoding.sampling.sampling import Sampling
 from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.sequence import Request
 from veneer.execution.facts.decoder_layer import find_layers
+from veneer.execution.facts.layer_facts import FeedForward, Mixture
 from veneer.execution.facts.mixture_facts import find_mixture
 from veneer.execution.mixture import PREFIX, take_experts
 from veneer.kernels.bindings import library as native
@@ -36,15 +37,36 @@ NEW = 12
         ("qwen3_moe", {"norm_topk_prob": True}, (2, True, False)),
         ("qwen3_moe", {"norm_topk_prob": False, "num_experts_per_tok": 3}, (3, False, False)),
         ("olmoe", {}, (2, False, False)),
+        ("granitemoehybrid", {}, (2, True, False)),
         ("qwen2_moe", {}, None),  # a shared expert
         ("llama", {}, None),
     ],
 )
 def test_the_facts_of_a_mixture_are_those_of_its_family(family, overrides, expected):
     for layer in find_layers(tiny_model(family, **overrides)):
-        facts = layer.mixture
+        mixtures = [block.facts for block in layer.blocks if isinstance(block.facts, Mixture)]
+        (facts,) = mixtures or [None]
         found = None if facts is None else (facts.chosen, facts.is_normal, facts.is_wide)
         assert found == expected
+
+
+def test_the_outputs_of_experts_and_of_a_block_beside_them_are_added():
+    base = tiny_base("granitemoehybrid")
+    _ = base.paths
+    for layer in find_layers(base.model):
+        kinds = {block.name: type(block.facts) for block in layer.blocks}
+        assert kinds == {"shared_mlp": FeedForward, "block_sparse_moe": Mixture}
+        assert layer.unknown is None and layer.residual_scale == 0.22
+        assert layer.feed_forward is None  # neither alone is what the layer adds
+
+
+def test_a_layer_that_joins_two_blocks_in_another_way_is_called_whole():
+    base = tiny_base("granitemoehybrid", num_local_experts=0)
+    _ = base.paths
+    layer = base.model.model.layers[0]
+    layer.block_sparse_moe = copy.deepcopy(layer.shared_mlp)  # has_experts: it is never called
+    first, second = find_layers(base.model)
+    assert "another way" in first.unknown and second.unknown is None
 
 
 def test_a_router_or_a_block_that_computes_something_else_is_no_mixture():
@@ -68,9 +90,10 @@ def test_a_router_or_a_block_that_computes_something_else_is_no_mixture():
 
 
 def adapted(base):
-    """Gives a base three adapters of other ranks on all linear layers and on experts, one on
-    attention alone, and one on some layers' experts."""
+    """Gives a base three adapters of other ranks on linear layers and on experts, one on attention
+    alone, one on some layers' experts, and one on all linear layers."""
     _ = base.paths
+    block = "block_sparse_moe" if "granite" in base.model.config.model_type else "mlp"
     attention = ["q_proj", "v_proj", "o_proj"]
     experts = ["gate_up_proj", "down_proj"]
     settings = {
@@ -78,7 +101,8 @@ def adapted(base):
         "b": LoRA(rank=4, alpha=4.0, targets=[*experts]),
         "c": LoRA(rank=16, alpha=5.0, rslora=True, targets=["k_proj", "down_proj"]),
         "d": LoRA(rank=2, targets=attention),
-        "e": LoRA(rank=2, targets=["layers.1.mlp.experts.gate_up_proj"]),
+        "e": LoRA(rank=2, targets=[f"layers.1.{block}.experts.gate_up_proj"]),
+        "f": LoRA(rank=5, targets="all-linear"),
     }
     for number, (name, own) in enumerate(settings.items()):
         made = attach(base.model, own, name=name, routing=base.routing, head=None, seed=number)
@@ -116,7 +140,7 @@ def merged(plain, base, own):
     return model
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "granitemoehybrid"])
 @pytest.mark.parametrize(("quantize", "rows"), [(None, 8), ("nf4", 8), ("nf4", 4)])
 def test_recorded_steps_with_adapters_on_experts_give_what_transformers_gives(
     family, quantize, rows, monkeypatch, tmp_path
@@ -134,7 +158,7 @@ def test_recorded_steps_with_adapters_on_experts_give_what_transformers_gives(
         (("e", 1.0), ("a", 1.0)),
         (("a", 1.0),),
         (("b", 0.7),),
-        None,
+        (("f", 1.0),),
         (("d", 1.0),),
     ][:rows]
     draw = torch.Generator().manual_seed(3)

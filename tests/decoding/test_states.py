@@ -21,7 +21,7 @@ from veneer.errors import DoesNotFitError
 from veneer.execution.states import StateLayers, StateSlots, has_states
 
 HYBRIDS = ("lfm2", "granitemoehybrid", "falcon_h1", "bamba", "qwen3_next", DENSE_HYBRID)
-RECORDED = ("lfm2", "bamba", DENSE_HYBRID)
+RECORDED = ("lfm2", "bamba", "granitemoehybrid", DENSE_HYBRID)
 METHODS = {
     "lora": LoRA(targets="all-linear", rank=3, alpha=5.0),
     "dora": DoRA(targets=["out_proj"], rank=2, alpha=5.0),

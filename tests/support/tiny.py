@@ -29,6 +29,7 @@ from transformers import (
     GPTNeoXConfig,
     GptOssConfig,
     GraniteConfig,
+    GraniteMoeHybridConfig,
     HunYuanDenseV1Config,
     HyperCLOVAXConfig,
     LlamaConfig,
@@ -242,6 +243,24 @@ _CONFIGS |= {  # by name alone, not in every test of all families
         },
     ),
     "olmoe": (OlmoeConfig, {**_MODERN, "num_experts": 4, "num_experts_per_tok": 2}),
+    "granitemoehybrid": (
+        GraniteMoeHybridConfig,
+        {
+            **_MODERN,
+            "layer_types": ["linear_attention", "full_attention"],
+            "mamba_n_heads": 4,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 16,
+            "intermediate_size": 24,
+            "shared_intermediate_size": 40,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 6.0,
+        },
+    ),
     "gpt_oss": (
         GptOssConfig,
         {

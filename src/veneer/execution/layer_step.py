@@ -26,6 +26,8 @@ from veneer.execution.facts.layer_facts import (
     OUT_PROJECTION,
     Attention,
     DecoderLayer,
+    FeedForward,
+    FeedForwardBlock,
     Mixer,
     Mixture,
     Norm,
@@ -84,8 +86,7 @@ def compute_layer(
     parts = children_of(layer.module)
     before, after, before_feed_forward, after_feed_forward = layer.norms
     attention = parts[layer.attention_name]
-    feed = layer.module if layer.holds_feed_forward else parts[layer.feed_forward_name]
-    assert attention is not None and feed is not None
+    assert attention is not None
     h, x = add_norm(h, branch, _place(parts, before), before)
     if layer.mixer is not None:
         values = _mixed(layer.mixer, attention, x, cache_argument(layer.module), paged_step)
@@ -106,7 +107,9 @@ def compute_layer(
         h = add_norm(h, branch, None, None)[0]
     else:
         h, x = add_norm(h, branch, place, before_feed_forward)
-    values = _feed_forward(layer, feed, x)
+    values, *others = [_feed_forward(block, parts, x) for block in layer.blocks]
+    for other in others:
+        values = decoder_step.add_norm(values, other, None)[0]
     return h, Branch(values, scale, _place(parts, after_feed_forward), after_feed_forward)
 
 
@@ -151,18 +154,21 @@ def _place(parts: dict[str, Any], norm: Norm | None) -> nn.Module | None:
     return None if norm is None else parts[norm.name]
 
 
-def _feed_forward(layer: DecoderLayer, feed: Any, x: Tensor) -> Tensor:
-    gated = layer.feed_forward
-    if layer.mixture is not None and bare(feed) is layer.mixture.module:
-        values = _mixture(layer.mixture, x)
-        return feed(x[None])[0] if values is None else values
-    if gated is None or not (layer.holds_feed_forward or bare(feed) is gated.module):
-        return feed(x[None])[0]
-    places = children_of(gated.module)
-    outputs = _products(x, [places[name] for name in gated.inputs])
-    gate, *up = outputs[0].split(gated.width, dim=-1) if gated.is_joined else outputs
-    values = decoder_step.gate(gate, up[0] if up else None, gated.activation)
-    return product(values, places[gated.output])
+def _feed_forward(block: FeedForwardBlock, parts: dict[str, Any], x: Tensor) -> Tensor:
+    """Returns the output of a feed-forward block of the layer with these parts."""
+    name, facts = block
+    place = parts.get(name)
+    is_bare = facts is not None and (not name or bare(place) is facts.module)
+    if isinstance(facts, Mixture) and is_bare and (values := _mixture(facts, x)) is not None:
+        return values
+    if not isinstance(facts, FeedForward) or not is_bare:
+        assert place is not None
+        return place(x[None])[0]
+    places = children_of(facts.module)
+    outputs = _products(x, [places[name] for name in facts.inputs])
+    gate, *up = outputs[0].split(facts.width, dim=-1) if facts.is_joined else outputs
+    values = decoder_step.gate(gate, up[0] if up else None, facts.activation)
+    return product(values, places[facts.output])
 
 
 def _mixture(facts: Mixture, x: Tensor) -> Tensor | None:

@@ -69,7 +69,9 @@ class FusedLayer(StandIn):
             y = lora_block(hidden_states, block)
         else:
             h, m = lora_attention(hidden_states, block)
-            y = h + children_of(self.base)[self.facts.feed_forward_name](m)
+            places = children_of(self.base)
+            y, *others = [places[block.name](m) for block in self.facts.blocks]
+            y = h + sum(others, y)
         return (y, None) if self.facts.gives_pair else y
 
     def _block(
@@ -137,7 +139,7 @@ class FusedLayer(StandIn):
         if feed_forward is not None:
             block: Any = self.base
             if not self.facts.holds_feed_forward:
-                if (gated := self._stand_in_of(self.facts.feed_forward_name)) is None:
+                if (gated := self._stand_in_of(self.facts.blocks[0].name)) is None:
                     return None
                 block = gated.base
             names = feed_forward.output, *feed_forward.inputs
@@ -218,7 +220,7 @@ def _is_one_node(path: str, layer: DecoderLayer, stand_ins: Mapping[str, StandIn
     attention_path = _path_within(f"{path}.{name}", layer.module, name, stand_ins)
     kinds: dict[str, type[StandIn]] = {attention_path: FusedAttention}
     if gated is not None and not layer.holds_feed_forward:
-        feed = layer.feed_forward_name
+        feed = layer.blocks[0].name
         kinds[_path_within(f"{path}.{feed}", layer.module, feed, stand_ins)] = FusedGate
     elif gated is None and not _ends_with_a_norm(layer):
         return False

@@ -12,6 +12,7 @@ attention blocks by attention_facts.py.
 """
 
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +30,7 @@ from veneer.execution.facts.layer_facts import (
     MIXERS,
     DecoderLayer,
     FeedForward,
+    FeedForwardBlock,
     head_norms,
     names_in_attention,
 )
@@ -105,13 +107,9 @@ def _find_layer(layer: nn.Module) -> DecoderLayer:
     known_names = (*ATTENTIONS, *MIXERS)
     attention_name = next((name for name in known_names if name in parts), ATTENTIONS[0])
     attention = parts.pop(attention_name, layer)
-    feed_name = next((name for name in FEED_FORWARDS if name in parts), FEED_FORWARD)
-    feed_names: tuple[str, ...] = (feed_name,)
-    feed = parts.pop(feed_name, layer)
-    feed_forward = find_feed_forward(feed)
-    if feed is layer and (feed_forward := _held_feed_forward(layer)) is not None:
-        feed_names = FEED_FORWARD_IN_LAYER
-        parts = {name: part for name, part in parts.items() if name not in feed_names}
+    blocks, chains = _feed_forward_blocks(layer, parts)
+    feed_names = [name for chain in chains for name in chain]
+    parts = {name: part for name, part in parts.items() if name not in feed_names}
     parts = {name: part for name, part in parts.items() if not passes_values_on(part)}
     children = {name for name, part in attention.named_children() if not passes_values_on(part)}
     inputs, output = names_in_attention(children)
@@ -129,7 +127,7 @@ def _find_layer(layer: nn.Module) -> DecoderLayer:
     if len(norms) != len(parts):
         return DecoderLayer(layer, unknown="its norms are of no known kind")
     heads = None if mixer is not None else find_attention(attention)
-    known_sums = find_places(layer, norms, attention_name, feed_names)
+    known_sums = find_places(layer, norms, attention_name, chains)
     unknown = None
     if heads is None and mixer is None:
         unknown = "its attention block computes something else"
@@ -138,9 +136,24 @@ def _find_layer(layer: nn.Module) -> DecoderLayer:
     sums = known_sums or Sums()
     adds = sums.is_parallel, sums.residual_scale
     names = attention_name, sums.gives_pair
-    mixture = find_mixture(feed) if feed_forward is None and feed is not layer else None
-    facts = DecoderLayer(layer, sums.norms, heads, feed_forward, *adds, unknown, *names, mixture)
-    return replace(facts, mixer=mixer, feed_forward_name=feed_name)
+    facts = DecoderLayer(layer, sums.norms, heads, blocks, *adds, unknown, *names)
+    return replace(facts, mixer=mixer)
+
+
+def _feed_forward_blocks(
+    layer: nn.Module, parts: Mapping[str, nn.Module]
+) -> tuple[tuple[FeedForwardBlock, ...], Sequence[Sequence[str]]]:
+    """Returns the feed-forward blocks of a layer with these parts, and the names of the modules of
+    each."""
+    names = [name for name in FEED_FORWARDS if name in parts]
+    if not names and (held := _held_feed_forward(layer)) is not None:
+        return (FeedForwardBlock("", held),), [FEED_FORWARD_IN_LAYER]
+    blocks = [
+        FeedForwardBlock(name, find_feed_forward(parts[name]) or find_mixture(parts[name]))
+        for name in names
+    ]
+    names = names or [FEED_FORWARD]
+    return tuple(blocks or [FeedForwardBlock(names[0], None)]), [[name] for name in names]
 
 
 def _input_row(attention: nn.Module, name: str) -> Tensor | None:

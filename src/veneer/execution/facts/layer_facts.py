@@ -18,8 +18,9 @@ from veneer.kernels.rules import AttentionRules
 
 ATTENTIONS, FEED_FORWARD = ("self_attn", "attention", "attn", "self_attention"), "mlp"
 MIXERS = ("conv", "mamba")
-FEED_FORWARDS = (FEED_FORWARD, "feed_forward", "shared_mlp")
-"""Names of the parts of a layer beside its norms. A mixer passes a state from token to token."""
+FEED_FORWARDS = (FEED_FORWARD, "feed_forward", "shared_mlp", "block_sparse_moe")
+"""Names of the parts of a layer beside its norms. A mixer passes a state from token to token. The
+outputs of several feed-forward blocks are added."""
 QKV, OUTPUTS = ("q_proj", "k_proj", "v_proj"), ("o_proj", "dense", "c_proj", "out_proj", "Wo")
 HEAD_NORMS = (
     ("q_norm", "k_norm"),
@@ -136,6 +137,17 @@ class Mixture:
     chosen: int
     is_normal: bool
     is_wide: bool
+
+
+class FeedForwardBlock(NamedTuple):
+    """A feed-forward block of a layer.
+
+    name   of its module; "": the layer holds the parts of the block itself
+    facts  None: its own module computes it
+    """
+
+    name: str
+    facts: FeedForward | Mixture | None
 
 
 @dataclass(frozen=True)
@@ -268,12 +280,9 @@ class DecoderLayer:
     """Describes what a decoder layer computes.
 
     attention_name  name of its attention block or mixer
-    feed_forward    None: its own module computes it. Its module is the layer if the layer holds
-                    the parts of the block itself
-    mixture         its feed-forward block, if that is a mixture of experts; None: it is another
+    blocks          its feed-forward blocks, whose outputs are added
     mixer           what is in the place of its attention, if that passes a state from token to
                     token
-    feed_forward_name  name of its feed-forward block
     is_parallel     y = x + attention(n) + feed_forward(m), n = norm(x); m = norm(x) by the norm
                     before the feed-forward block, or n without such a norm
     gives_pair      its own code gives (y, None), not y
@@ -284,28 +293,36 @@ class DecoderLayer:
     module: nn.Module
     norms: LayerNorms = NO_NORMS
     attention: Attention | None = None
-    feed_forward: FeedForward | None = None
+    blocks: tuple[FeedForwardBlock, ...] = (FeedForwardBlock(FEED_FORWARD, None),)
     is_parallel: bool = False
     residual_scale: float = 1.0
     unknown: str | None = None
     attention_name: str = ATTENTIONS[0]
     gives_pair: bool = False
-    mixture: Mixture | None = None
     mixer: Mixer | None = None
-    feed_forward_name: str = FEED_FORWARD
+
+    @property
+    def feed_forward(self) -> FeedForward | None:
+        """Returns the facts of its feed-forward block. Returns None if it has several, if its own
+        module computes it, or if it is a mixture."""
+        facts = self.blocks[0].facts
+        return facts if len(self.blocks) == 1 and isinstance(facts, FeedForward) else None
 
     @property
     def holds_feed_forward(self) -> bool:
         """Whether the layer holds the parts of its feed-forward block itself."""
-        return self.feed_forward is not None and self.feed_forward.module is self.module
+        return not self.blocks[0].name
 
     @property
     def parts(self) -> list[Norm | FeedForward | Attention]:
         """Returns the parts of the layer that are understood."""
-        within = () if self.attention is None else (self.attention, *self.attention.norms)
-        norms = [norm for norm in self.norms if norm is not None]
-        own = None if self.holds_feed_forward else self.feed_forward
-        return [*norms, *within, *(() if own is None else (own,))]
+        parts: list[Norm | FeedForward | Attention] = [
+            norm for norm in self.norms if norm is not None
+        ]
+        if self.attention is not None:
+            parts += [self.attention, *self.attention.norms]
+        own = [block.facts for block in self.blocks if block.name]
+        return [*parts, *(facts for facts in own if isinstance(facts, FeedForward))]
 
     @property
     def module_widths(self) -> list[tuple[int, ...]]:

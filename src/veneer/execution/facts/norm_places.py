@@ -55,17 +55,18 @@ def find_places(
     layer: nn.Module,
     norms: Sequence[Norm],
     attention: str,
-    feed_forward: Sequence[str] = (FEED_FORWARD,),
+    feed_forward: Sequence[Sequence[str]] = ((FEED_FORWARD,),),
 ) -> Sums | None:
     """Returns the places of a layer's norms, and how it adds up its parts, by running it with known
     parts. Returns None if it does not add up its parts as in layer_facts.py, or does not pass on
-    the arguments they need. attention: the name of its attention block or mixer. feed_forward: the
-    name of its feed-forward block, or those of the block's parts in order."""
+    the arguments they need. attention: the name of its attention block or mixer. feed_forward: for
+    each of its feed-forward blocks the name, or those of the block's parts in order."""
     own: Mapping[str, Any] = {**parameters_of(layer), **buffers_of(layer)}
     if any(value is not None for value in own.values()) or len(norms) > len(LayerNorms._fields):
         return None
     called: list[str] = []
-    names = [attention, *feed_forward, *(norm.name for norm in norms)]
+    feed_names = [name for block in feed_forward for name in block]
+    names = [attention, *feed_names, *(norm.name for norm in norms)]
     is_mixer = attention in MIXERS
     parts = {
         name: _KnownPart(number, name, called, returns_pair=name == attention and not is_mixer)
@@ -75,7 +76,11 @@ def find_places(
     def mix(x: Tensor) -> Tensor:
         return first_of(parts[attention](x))
 
-    feed = nn.Sequential(*(parts[name] for name in feed_forward))
+    def feed(x: Tensor) -> Tensor:
+        chains = [nn.Sequential(*(parts[name] for name in block)) for block in feed_forward]
+        first, *others = [chain(x) for chain in chains]
+        return sum(others, first)
+
     small = with_children(layer, parts)
     x = random_rows(WIDTH, torch.bfloat16)[None]
     angles, mask = (x, x), unused_mask(x.device)  # the mask leads to the layout too
@@ -95,7 +100,7 @@ def find_places(
     except Exception:  # modelling code may raise any, as in agreement.disagreement
         return None
     by_name = {norm.name: norm for norm in norms}
-    if (own_calls := _with_one_block(called, feed_forward)) is None:
+    if (own_calls := _with_one_block(called, feed_names)) is None:
         return None
     if (own_norms := _parallel_norms(own_calls, by_name, attention)) is not None:
         of_attention, of_feed_forward = own_norms
@@ -131,12 +136,12 @@ def find_places(
     return None
 
 
-def _with_one_block(called: Sequence[str], feed_forward: Sequence[str]) -> tuple[str, ...] | None:
-    """Returns the calls with one for all parts of the feed-forward block. Returns None if these
+def _with_one_block(called: Sequence[str], names: Sequence[str]) -> tuple[str, ...] | None:
+    """Returns the calls with one for all parts of the feed-forward blocks. Returns None if these
     were not called one after another."""
-    first = called.index(feed_forward[0]) if feed_forward[0] in called else 0
-    behind = first + len(feed_forward)
-    if [*called[first:behind]] != [*feed_forward]:
+    first = min((number for number, name in enumerate(called) if name in names), default=0)
+    behind = first + len(names)
+    if sorted(called[first:behind]) != sorted(names):
         return None
     return (*called[:first], FEED_FORWARD, *called[behind:])
 
