@@ -1,20 +1,18 @@
-"""One process of several: runs each of the given settings one after another, in a process group of
-its own each.
+"""One process of several: a fork of a process that has imported everything runs each of the given
+jobs one after another, in a process group of its own each.
 
-    python -m tests.processes.worker '[{"config": {...}, "resume": false, "folders": [...], "at": \\
-        {...}}, ...]' MEETINGS
-
-MEETINGS: port and descriptor of each job's socket. folders: where each process works. at: {"step",
-"rank", "does": "signal" | "die" | "stop" | "fail"}, when that step is done; stop: stand still;
-fail: before the gradient of the next.
+A job: {"config": {...}, "resume": false, "folders": [...], "at": {...}}. folders: where each
+process works. at: {"step", "rank", "does": "signal" | "die" | "stop" | "fail"}, when that step is
+done; stop: stand still; fail: before the gradient of the next.
 """
 
-import json
 import os
 import signal
-import sys
 from pathlib import Path
 
+import torch
+
+from tests.support.helpers import CLEAN, Descriptor
 from veneer import api
 from veneer.errors import DoesNotFitError, VeneerError
 from veneer.training import gradient
@@ -24,6 +22,20 @@ from veneer.training.processes.launch import MEETING
 from veneer.training.trainee import Trainee
 
 _BATCH_LOSSES = gradient.batch_losses
+CLEAN.set_forkserver_preload(["tests.processes.worker", "veneer.cli.main"])
+
+
+def start_worker(jobs, meetings, variables, answers, log):
+    """Starts a process that sends what it says of each job to the pipe `answers`.
+
+    meetings: port and descriptor of each job's socket. log: the file of its stderr
+    """
+    ports, descriptors = zip(*meetings, strict=True)
+    leads = variables["RANK"] == "0"
+    sockets = [Descriptor(number) for number in descriptors] if leads else [None] * len(ports)
+    process = CLEAN.Process(target=_work, args=(jobs, ports, sockets, variables, answers, log))
+    process.start()
+    return process
 
 
 def _fails(*_: object, **__: object) -> None:
@@ -31,12 +43,13 @@ def _fails(*_: object, **__: object) -> None:
     raise DoesNotFitError("no memory is left for this batch")
 
 
-def main() -> None:
-    rank, meetings = os.environ["RANK"], json.loads(sys.argv[2])
-    told = []
-    inner = Trainee.end_step
-    for number, job in enumerate(json.loads(sys.argv[1])):
-        os.environ["MASTER_PORT"], os.environ[MEETING] = map(str, meetings[number])
+def _work(jobs, ports, sockets, variables, answers, log):
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    rank, inner = variables["RANK"], Trainee.end_step
+    for job, port, socket in zip(jobs, ports, sockets, strict=True):
+        os.environ["MASTER_PORT"], os.environ[MEETING] = str(port), str(socket or "elsewhere")
         at = job.get("at")
 
         def step(trainee: Trainee, at=at) -> None:
@@ -59,10 +72,6 @@ def main() -> None:
             if resume and config is not None:
                 config = api.resume_config(config.out)
             api.train_run(config, resume=resume, screen=QuietScreen())
-            told.append("done")
+            answers.send("done")
         except VeneerError as fault:
-            told.append(f"{fault.exit_code} {fault}")
-        print(json.dumps(told), flush=True)
-
-
-main()
+            answers.send(f"{fault.exit_code} {fault}")

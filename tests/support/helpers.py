@@ -122,13 +122,13 @@ def start_veneer(arguments, *, stdout, stderr):
     The process."""
     process = CLEAN.Process(
         target=_be_veneer,
-        args=([str(argument) for argument in arguments], _Descriptor(stdout), _Descriptor(stderr)),
+        args=([str(argument) for argument in arguments], Descriptor(stdout), Descriptor(stderr)),
     )
     process.start()
     return process
 
 
-class _Descriptor:
+class Descriptor:
     """A descriptor that a process is started with."""
 
     def __init__(self, number):
