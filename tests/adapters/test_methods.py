@@ -17,6 +17,7 @@ import torch
 
 from tests.kernels.test_tiles import limited
 from tests.models.test_step import assert_same, loss_and_gradients, own_loss_and_gradients
+from tests.soak.counts import rounds
 from tests.support.helpers import make_examples
 from tests.support.models.routed import Routed, batch_loss
 from tests.support.models.tiny_gguf import tiny, write_gguf
@@ -98,8 +99,25 @@ BASES = {
     "gpt2 narrow": ("gpt2 narrow", torch.float32),
     "gemma3 narrow": ("gemma3 narrow", torch.float32),
 }
+EVERYWHERE = ("lora", "pissa", "dora, embedding", "houlsby", "prefix, mlp")
+"""Methods on every base: what they read of a base, and where they act, differs. Others share their
+code, and are tried on PLAIN and on another base in turn; on all of them by `make soak`."""
+PLAIN = ("llama float32", "gpt2 bfloat16")
+OTHERS = [base for base in BASES if base not in PLAIN]
+CELLS = [
+    (method, base)
+    for number, method in enumerate(METHODS)
+    for base in BASES
+    if method in EVERYWHERE
+    or base in (*PLAIN, OTHERS[number % len(OTHERS)])
+    or rounds("methods", ci=0)
+]
 every_method = pytest.mark.parametrize("row", METHODS.values(), ids=METHODS)
-every_base = pytest.mark.parametrize(("family", "dtype"), BASES.values(), ids=BASES)
+every_cell = pytest.mark.parametrize(
+    ("row", "family", "dtype"),
+    [(METHODS[method], *BASES[base]) for method, base in CELLS],
+    ids=map("-".join, CELLS),
+)
 
 
 @cache
@@ -193,8 +211,7 @@ def logits(model):
     return model(input_ids=IDS, use_cache=False).logits
 
 
-@every_method
-@every_base
+@every_cell
 def test_attaching_changes_a_bit_only_where_the_row_says_so_and_detaching_restores_every_bit(
     row, family, dtype
 ):
@@ -216,8 +233,7 @@ def test_attaching_changes_a_bit_only_where_the_row_says_so_and_detaching_restor
     assert torch.equal(logits(model), before)
 
 
-@every_method
-@every_base
+@every_cell
 def test_the_packed_step_with_a_shared_prompt_is_the_models_own_forward_row_by_row(
     row, family, dtype
 ):
@@ -240,8 +256,7 @@ def test_the_packed_step_with_a_shared_prompt_is_the_models_own_forward_row_by_r
         assert (found - own).norm() <= 0.15 * own.norm()
 
 
-@every_method
-@every_base
+@every_cell
 def test_only_the_adapters_parameters_train_and_all_of_them_do(row, family, dtype):
     model = shared(family, dtype).model
     paths = prepare(model)
@@ -253,16 +268,21 @@ def test_only_the_adapters_parameters_train_and_all_of_them_do(row, family, dtyp
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
 
 
-@every_method
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@every_base
-def test_checkpointing_changes_no_bit(row, dropout, family, dtype):
+@every_cell
+def test_checkpointing_changes_no_bit(row, family, dtype):
     config = row.config
-    if dropout:
-        if not row.drops_out:
-            pytest.skip("this method has no dropout")
-        config = config.model_copy(update={"dropout": dropout})
+    if row.drops_out:
+        config = config.model_copy(update={"dropout": 0.3})
         assert config.drops_out
+    assert_checkpointing_changes_no_bit(config, family, dtype)
+
+
+@every_method
+def test_checkpointing_without_dropout_does_neither(row):
+    assert_checkpointing_changes_no_bit(row.config, "llama", torch.float32)
+
+
+def assert_checkpointing_changes_no_bit(config, family, dtype):
     model = shared(family, dtype).model
     paths = prepare(model)
     attachment, routing = put(model, config, filled=True)
@@ -286,13 +306,12 @@ def test_checkpointing_changes_no_bit(row, dropout, family, dtype):
     (kept, gradients), (again, same) = run(False), run(True)
     assert torch.equal(kept, again)
     assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
-    if dropout:
+    if config.drops_out:
         without = loss_and_gradients(model, paths, routing, attachment, make_examples(4))[0]
         assert kept.item() != pytest.approx(without, rel=1e-3)
 
 
-@every_method
-@every_base
+@every_cell
 def test_its_files_hold_all_of_it_in_the_size_foretold(row, family, dtype, tmp_path):
     base = shared(family, dtype)
     attachment, _ = put(base.model, row.config, filled=True)

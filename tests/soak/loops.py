@@ -85,6 +85,7 @@ LOOPS = {
     "config_fields": Loop("soak/models/test_config_fields.py", 2, 300),
     "hybrids": whole(FAMILIES),
     "accelerator": Loop("soak/models/test_accelerator_cells.py", 40, 10_000),
+    "methods": whole("adapters/test_methods.py"),
     "processes": whole("processes/test_processes.py"),
     "standing": whole("processes/test_processes.py"),
     "shards": whole("processes/test_shards.py"),
