@@ -216,23 +216,30 @@ def assert_same_bits(family, ours, plain):
             assert torch.equal(a, b)
 
 
+SETTINGS = [
+    {},
+    {"dropout": 0.5, "rank_pattern": {"k_proj": 4, "down_proj": 24}},
+    {"targets": ["q_proj", "k_proj", "gate_proj"]},
+]
+MORE_SETTINGS = [
+    {"rank": 8},
+    {"rank": 48},
+    {"rank_pattern": {"k_proj": 4, "down_proj": 24}},
+    {"rank_pattern": {"k_proj": 32, "up_proj": 64}},
+    {"prompt": 0},
+    {"dropout": 0.1},
+    {"targets": ["k_proj", "v_proj", "up_proj", "down_proj"], "dropout": 0.3},
+]
+OF_EACH_KIND = ("qwen2", "gpt_neox", "phi3", "gpt2")
+"""q, k and v apart, of one module by head, of one module side by side, and transposed."""
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"rank": 8},
-        {"rank": 48},
-        {"rank_pattern": {"k_proj": 4, "down_proj": 24}},
-        {"rank_pattern": {"k_proj": 32, "up_proj": 64}},
-        {"prompt": 0},
-        {"dropout": 0.1},
-        {"dropout": 0.5, "rank_pattern": {"k_proj": 4, "down_proj": 24}},
-        {"targets": ["q_proj", "k_proj", "gate_proj"]},
-        {"targets": ["k_proj", "v_proj", "up_proj", "down_proj"], "dropout": 0.3},
-    ],
+    ("family", "settings"),
+    [(family, settings) for family in FAMILIES for settings in SETTINGS]
+    + [(family, settings) for family in OF_EACH_KIND for settings in MORE_SETTINGS],
     ids=str,
 )
-@pytest.mark.parametrize("family", FAMILIES)
 def test_one_node_gives_the_bits_of_its_parts(family, settings, taken, monkeypatch):
     if family in ROUND_OTHERWISE:
         monkeypatch.setattr(*ROUND_OTHERWISE[family])
