@@ -10,6 +10,7 @@ import multiprocessing
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,23 @@ def write_rows(file: Path, count: int, start: int = 0) -> Path:
     return file
 
 
+class KeptExecutor(LocalExecutor):
+    """Keeps its process, which has imported everything, for the next comparison."""
+
+    def stop(self) -> None:
+        self._waiting.clear()
+
+
+@pytest.fixture(scope="module")
+def here() -> Iterator[KeptExecutor]:
+    executor = KeptExecutor()
+    yield executor
+    executor._end_server()
+
+
 @pytest.fixture(scope="module")
 def compared(
-    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path_factory: pytest.TempPathFactory, here: KeptExecutor
 ) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """(folder, arguments, figures) of one comparison."""
     folder = tmp_path_factory.mktemp("compare")
@@ -78,6 +93,7 @@ def compared(
         "max_new_tokens": 4,
         "out": folder / "out",
         "general": str(folder / "general.txt"),
+        "place": here,
     }
     return folder, arguments, veneer.compare(["full", "lora"], **arguments)
 
@@ -171,7 +187,7 @@ def test_a_full_disk_ends_a_comparison_and_is_no_result_of_a_method(compared: An
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
     try:
         with pytest.raises(VeneerError, match="files that large") as told:
-            veneer.compare(["lora", "full"], **{**arguments, "steps": 3})
+            veneer.compare(["lora", "full"], **{**arguments, "steps": 3, "place": None})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert told.value.exit_code == 3
@@ -179,7 +195,7 @@ def test_a_full_disk_ends_a_comparison_and_is_no_result_of_a_method(compared: An
 
 
 def test_another_base_in_the_same_place_is_evaluated_and_trained_anew(
-    compared: Any, tmp_path: Path
+    compared: Any, here: KeptExecutor, tmp_path: Path
 ) -> None:
     _, arguments, _ = compared
     base, test = save_tiny(tmp_path / "base"), Path(arguments["test"])
@@ -193,7 +209,7 @@ def test_another_base_in_the_same_place_is_evaluated_and_trained_anew(
         return JobRunner(asked, 32, environment.circumstances(str(base)), lambda text: None, [])
 
     def evaluated() -> dict[str, Any]:
-        return run_jobs(worker().evaluate("the base", None), LocalExecutor(), lambda text: None)
+        return run_jobs(worker().evaluate("the base", None), here, lambda text: None)
 
     first, key = evaluated(), worker()._key(candidates[0].config)
     assert evaluated() == first  # found
@@ -407,7 +423,7 @@ def test_rows_are_never_split_off_over_the_file_that_they_are_in(tmp_path: Path)
     assert data.read_bytes() == before
 
 
-def test_a_run_without_a_held_out_loss_is_told(tmp_path: Path) -> None:
+def test_a_run_without_a_held_out_loss_is_told(here: KeptExecutor, tmp_path: Path) -> None:
     """All held-out rows may be too long, and left out as the settings say."""
     base = save_tiny(tmp_path / "base")
     rows = write_rows(tmp_path / "rows.jsonl", 4)
@@ -429,11 +445,12 @@ def test_a_run_without_a_held_out_loss_is_told(tmp_path: Path) -> None:
             seeds=1,
             out=tmp_path / "out",
             general=str(rows),
+            place=here,
         )
 
 
 def test_methods_are_compared_over_pairs_by_the_preferred_answers(
-    compared: Any, tmp_path: Path
+    compared: Any, here: KeptExecutor, tmp_path: Path
 ) -> None:
     _, arguments, _ = compared
     rows = [{"prompt": f"q {n // 2}", "chosen": f"yes {n}", "rejected": "no"} for n in range(60)]
@@ -456,6 +473,7 @@ def test_methods_are_compared_over_pairs_by_the_preferred_answers(
         seeds=1,
         rates=(30.0,),
         general=arguments["general"],
+        place=here,
     )
     assert figures["primary"] == "accuracy"
     assert figures["units"] == {"accuracy": "share", "likelier": "share", "loss": "nats"}
