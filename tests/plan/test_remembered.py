@@ -250,7 +250,7 @@ def test_a_remembered_dry_run_is_the_dry_run(cache, monkeypatch):
     for other in others:
         found, noted = run(other), [*ran]
         assert noted == [1], "another step of the same base"
-        assert found == dry_run(other)
+    assert found == dry_run(other)
     bases = [
         replace(step, dtype=torch.bfloat16),
         replace(step, method=LoRA(rank=5)),
@@ -263,7 +263,7 @@ def test_a_remembered_dry_run_is_the_dry_run(cache, monkeypatch):
     for other in bases:
         found, noted = run(other), [*ran]
         assert sorted(noted) == [1, 2], "another base"
-        assert found == dry_run(other)
+    assert found == dry_run(other)
 
 
 def test_a_named_size_is_the_config_that_its_fields_make(cache):
