@@ -20,6 +20,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 HERE = Path(__file__).parent
 ON_TWO_THREADS = {"kernels", "quant", "decoding"}
+LONGEST = (
+    *("kernels/bindings/test_sanitized.py", "tuning/test_tune.py", "processes/test_processes.py"),
+    *("jobs/test_together.py", "soak/failures/test_failing_writes.py", "jobs/test_store.py"),
+    *("adapters/test_methods.py", "models/test_accelerator.py", "test_wheel.py"),
+)
+"""Files that take the longest: behind all others, one process would wait for them while the other
+rests."""
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -59,5 +66,5 @@ def pytest_unconfigure():
 
 
 def pytest_collection_modifyitems(items):
-    """Behind all others one process would wait for it while the other rests."""
-    items.sort(key=lambda item: item.path.name != "test_sanitized.py")
+    places = {HERE / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
