@@ -21,7 +21,7 @@ from veneer.execution.agreement import difference as apart
 from veneer.execution.decode_step import LayersForward, forward_by_layers, own_forward
 from veneer.execution.proofs.steps import read_and_continued
 from veneer.kernels.bindings.arguments import observe_calls
-from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, RELU, RELU_SQUARED, SILU
+from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, RELU, RELU_SQUARED, SIGMOID, SILU
 from veneer.kernels.decoding import decoder_step
 from veneer.kernels.dense import few_rows
 
@@ -263,7 +263,7 @@ def test_the_calls_between_products_are_their_references(dtype, width):
             assert all(map(torch.equal, one_after_the_other, expected))
     for most in (200.0, 4.0, 0.3):
         gate = torch.linspace(-most, most / 2, 5 * width).view(5, width).to(dtype)
-        for activation in (SILU, GELU_TANH, GELU_ERF, RELU, RELU_SQUARED):
+        for activation in (SILU, GELU_TANH, GELU_ERF, RELU, RELU_SQUARED, SIGMOID):
             ours = decoder_step.gate(gate, delta, activation)
             theirs = decoder_step.gated_reference(gate, delta, activation)
             assert apart(ours.double(), theirs.double()) < BETWEEN[dtype]
@@ -271,6 +271,9 @@ def test_the_calls_between_products_are_their_references(dtype, width):
             assert torch.equal(plain, decoder_step.gate(gate, torch.ones_like(gate), activation))
             joined = torch.cat([gate, delta], dim=1)
             assert torch.equal(decoder_step.gate(*joined.chunk(2, dim=1), activation), ours)
+            of_rows = decoder_step.gate(gate[:, :1], delta, activation)
+            all_values = gate[:, :1].expand_as(delta).contiguous()
+            assert torch.equal(of_rows, decoder_step.gate(all_values, delta, activation))
         for rules in ((1.0, 30.0), (0.25, None), (0.5, 0.1)):
             ours = decoder_step.cap(gate.clone(), *rules)
             theirs = decoder_step.cap_reference(gate, *rules)

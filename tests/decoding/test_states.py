@@ -20,8 +20,16 @@ from veneer.decoding.schedule.sequence import FinishReason, Request, SequenceSta
 from veneer.errors import DoesNotFitError
 from veneer.execution.states import StateLayers, StateSlots, has_states
 
-HYBRIDS = ("lfm2", "granitemoehybrid", "falcon_h1", "bamba", "qwen3_next", DENSE_HYBRID)
-RECORDED = ("lfm2", "bamba", "granitemoehybrid", DENSE_HYBRID)
+HYBRIDS = (
+    "lfm2",
+    "granitemoehybrid",
+    "falcon_h1",
+    "bamba",
+    "qwen3_next",
+    "qwen3_5_text",
+    DENSE_HYBRID,
+)
+RECORDED = ("lfm2", "bamba", "granitemoehybrid", "qwen3_5_text", DENSE_HYBRID)
 METHODS = {
     "lora": LoRA(targets="all-linear", rank=3, alpha=5.0),
     "dora": DoRA(targets=["out_proj"], rank=2, alpha=5.0),

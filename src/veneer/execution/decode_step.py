@@ -24,16 +24,7 @@ from veneer.execution.facts.decoder_layer import find_layers
 from veneer.execution.facts.layer_facts import DecoderLayer, Norm
 from veneer.execution.facts.model_start import ModelStart, embedding_scale, find_start, part_names
 from veneer.execution.facts.part_facts import find_norm
-from veneer.execution.layer_step import (
-    DENSE,
-    Branch,
-    LayerAngles,
-    add_norm,
-    bare,
-    compute_layer,
-    dense_operands,
-    product,
-)
+from veneer.execution.layer_step import LayerAngles, compute_layer
 from veneer.execution.paged import PagedStep
 from veneer.execution.proofs.model import acting_prefix_length, some_ids, structure
 from veneer.execution.proofs.same_values import remember_by_values
@@ -42,6 +33,7 @@ from veneer.execution.proofs.steps import Run, read_and_continued
 from veneer.execution.proofs.structure import LIMIT, sample_texts, structure_proof
 from veneer.execution.recorded import Inputs, RecordedEnds, RecordedSteps, Snapshot
 from veneer.execution.states import StepStates, cache_argument, has_states, state_layers
+from veneer.execution.step_products import DENSE, Branch, add_norm, bare, dense_operands, product
 from veneer.kernels.decoding import decoder_step
 from veneer.kernels.dense.loss import Head
 from veneer.sharded import is_sharded

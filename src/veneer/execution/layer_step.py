@@ -16,47 +16,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.methods.adapted_linear import AdaptedLinear
 from veneer.adapters.methods.expert_stack import step_experts
 from veneer.adapters.methods.experts import AdaptedExperts
-from veneer.adapters.placement.wrapping import AdaptedModule
 from veneer.execution.attention import mask_of
 from veneer.execution.facts.layer_facts import (
-    IN_PROJECTION,
-    OUT_PROJECTION,
     Attention,
     DecoderLayer,
     FeedForward,
     FeedForwardBlock,
-    Mixer,
     Mixture,
     Norm,
-    ShortConvolution,
 )
-from veneer.execution.facts.mixer_facts import RATES
 from veneer.execution.facts.small_modules import first_of, unset_arguments
+from veneer.execution.mixer_step import mixed
 from veneer.execution.paged import PagedStep
-from veneer.execution.states import MATRIX, WINDOW, StepStates, cache_argument
-from veneer.kernels import rules
-from veneer.kernels.decoding import decoder_step, expert_step, state_step
+from veneer.execution.states import cache_argument
+from veneer.execution.step_products import Branch, add_norm, bare, normed, product, products
+from veneer.kernels.bindings.row_calls import SIGMOID
+from veneer.kernels.decoding import decoder_step, expert_step
 from veneer.kernels.dense import few_rows
-from veneer.linear import FewRowsLinear, WidenedLinear, is_transposed_linear
-from veneer.private.torch import children_of, has_hooks, parameters_of
-
-DENSE = (nn.Linear, FewRowsLinear, WidenedLinear)
-"""Modules whose products few_rows computes."""
-
-
-class Branch(NamedTuple):
-    """The output of a part of a layer before it is added: h becomes h + scale * norm(values).
-
-    place, facts  the norm's module, and what it computes; None: there is no norm
-    """
-
-    values: Tensor
-    scale: float
-    place: nn.Module | None
-    facts: Norm | None
+from veneer.private.torch import children_of, parameters_of
 
 
 class LayerAngles(NamedTuple):
@@ -89,7 +68,7 @@ def compute_layer(
     assert attention is not None
     h, x = add_norm(h, branch, _place(parts, before), before)
     if layer.mixer is not None:
-        values = _mixed(layer.mixer, attention, x, cache_argument(layer.module), paged_step)
+        values = mixed(layer.mixer, attention, x, cache_argument(layer.module), paged_step)
     elif layer.attention is not None and bare(attention) is layer.attention.module:
         values = _attention(layer.attention, x, angles, paged_step)
     else:
@@ -113,43 +92,6 @@ def compute_layer(
     return h, Branch(values, scale, _place(parts, after_feed_forward), after_feed_forward)
 
 
-def _mixed(mixer: Mixer, place: Any, x: Tensor, cache_name: str, paged_step: PagedStep) -> Tensor:
-    """Returns the output of a mixer. Its own code computes it if texts have several tokens, or if
-    something acts on it or on its parts but for its linear layers."""
-    states, places = paged_step.states, children_of(mixer.module)
-    assert states is not None
-    linears = IN_PROJECTION, OUT_PROJECTION
-    parts = [place, *(part for name, part in places.items() if part and name not in linears)]
-    if len(x) == states.texts and None not in map(bare, parts):
-        return _pass_on(mixer, x, states)
-    rows = x.unflatten(0, (states.texts, -1))
-    own: Tensor = place(hidden_states=rows, **{cache_name: states.cache})
-    return own.flatten(0, 1)
-
-
-def _pass_on(mixer: Mixer, x: Tensor, states: StepStates) -> Tensor:
-    """Returns the output of a mixer for one token of each text."""
-    places = children_of(mixer.module)
-    joined = product(x, places[IN_PROJECTION])
-    convolution: Any = bare(places[mixer.convolution])
-    taps = convolution.weight.squeeze(1), convolution.bias
-    window = states.state((mixer.number, WINDOW, 0))
-    if isinstance(mixer, ShortConvolution):
-        before, behind, rows = joined.chunk(3, dim=-1)
-        out = state_step.window(window, rows, *taps, before_NC=before, behind_NC=behind)
-        return product(out, places[OUT_PROJECTION])
-    width, beside = mixer.heads * mixer.size, mixer.groups * mixer.width
-    gate, rows, step = joined.split((width, width + 2 * beside, mixer.heads), dim=-1)
-    rows = state_step.window(window, rows, *taps, has_silu=True)
-    values, b, c = rows.split((width, beside, beside), dim=-1)
-    rates = state_step.HeadRates(*(mixer.module.get_parameter(name) for name in RATES))
-    state, own_gate = states.state((mixer.number, MATRIX, 0)), gate if mixer.gate_first else None
-    out = state_step.space(state, values, b, c, step, rates, own_gate, groups=mixer.groups)
-    out = _normed(out, places[mixer.norm.name], mixer.norm)
-    out = out if mixer.gate_first else decoder_step.gate(gate, out)
-    return product(out, places[OUT_PROJECTION])
-
-
 def _place(parts: dict[str, Any], norm: Norm | None) -> nn.Module | None:
     return None if norm is None else parts[norm.name]
 
@@ -165,7 +107,7 @@ def _feed_forward(block: FeedForwardBlock, parts: dict[str, Any], x: Tensor) -> 
         assert place is not None
         return place(x[None])[0]
     places = children_of(facts.module)
-    outputs = _products(x, [places[name] for name in facts.inputs])
+    outputs = products(x, [places[name] for name in facts.inputs])
     gate, *up = outputs[0].split(facts.width, dim=-1) if facts.is_joined else outputs
     values = decoder_step.gate(gate, up[0] if up else None, facts.activation)
     return product(values, places[facts.output])
@@ -212,7 +154,10 @@ def _attention(
     facts: Attention, x: Tensor, angles: LayerAngles | None, paged_step: PagedStep
 ) -> Tensor:
     places, size = children_of(facts.module), facts.head_dim
-    outputs = _products(x, [places[name] for name in facts.inputs])
+    outputs = products(x, [places[name] for name in facts.inputs])
+    gate = None
+    if facts.has_gate:
+        outputs[0], gate = _split_gate(outputs[0], size)
     if facts.group:
         q, k, v = _split_by_group(outputs[0], facts.group, size)
     else:
@@ -221,11 +166,22 @@ def _attention(
         decoder_step.rotate(q, k, *angles.of_kernels, neighbours=facts.rotation.neighbours)
     if facts.norms_last:
         q, k = (
-            _by_head(_normed(_row_wise(heads), places[norm.name], norm), size)
+            _by_head(normed(_row_wise(heads), places[norm.name], norm), size)
             for heads, norm in zip((q, k), facts.norms, strict=True)
         )
     out = paged_step.attend(q, k, v, (), facts.kernel_rules)
+    if gate is not None:
+        out = decoder_step.gate(gate, out.view(gate.shape), SIGMOID).view(out.shape)
     return product(out.flatten(1), places[facts.output])
+
+
+def _split_gate(joined: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Returns q (N, H E), and gates (N H, E) as a view, of joined (N, 2 H E): q of the first head,
+    its gate, then those of the next one."""
+    rows, width, heads = len(joined), joined.shape[1], joined.shape[1] // (2 * size)
+    q = joined.as_strided((rows, heads, size), (width, 2 * size, 1))
+    gate = joined.as_strided((rows * heads, size), (2 * size, 1), joined.storage_offset() + size)
+    return decoder_step.compact(q), gate
 
 
 def _heads(
@@ -237,7 +193,7 @@ def _heads(
     size = facts.head_dim
     if facts.norms and not facts.norms_last:
         q, k = (
-            _normed(values, places[norm.name], norm)
+            normed(values, places[norm.name], norm)
             for values, norm in zip((q, k), facts.norms, strict=True)
         )
     key_heads = facts.widths[1] // size
@@ -270,98 +226,3 @@ def _by_head(x: Tensor, size: int) -> Tensor:
 def _row_wise(x: Tensor) -> Tensor:
     """Returns x (N, H, E), whose heads lie side by side, as (N, H E)."""
     return x.as_strided((len(x), x.shape[1] * x.shape[2]), (x.stride(0), 1))
-
-
-def bare(module: nn.Module | None) -> nn.Module | None:
-    """Returns the base's own module; None if an adapter acts on it or it has hooks."""
-    while isinstance(module, AdaptedModule):
-        if not module.idle() or has_hooks(module):
-            return None
-        module = module.base
-    return None if module is None or has_hooks(module) else module
-
-
-def dense_operands(x: Tensor, place: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
-    """Returns weight and bias of a linear layer; None if few_rows does not compute its product
-    with x."""
-    linear: Any = bare(place)
-    if type(linear) not in DENSE and (linear is None or not is_transposed_linear(linear)):
-        return None
-    weight = linear.weight if type(linear) in DENSE else linear.weight.T
-    return (weight, linear.bias) if few_rows.usable(x, weight, linear.bias) else None
-
-
-def product(x: Tensor, place: Any) -> Tensor:
-    """Returns the product of x (N, D) with the linear layer in this place."""
-    part = _part(x, place)
-    if part is not None:
-        return (
-            few_rows.updated(x, [part])[0]
-            if part[2] is not None
-            else few_rows.product(x, *part[:2])
-        )
-    return place(x[None])[0]
-
-
-def _products(x: Tensor, places: Sequence[nn.Module | None]) -> list[Tensor]:
-    """Returns the product of x with each layer, contiguous and in a tensor of its own."""
-    parts = [part for place in places if (part := _part(x, place)) is not None]
-    if (
-        len(parts) == len(places)
-        and sum(len(updates or ()) for *_, updates in parts) <= few_rows.MOST_UPDATES
-    ):
-        if all(updates is None for *_, updates in parts):
-            return few_rows.products(x, [(weight, bias) for weight, bias, _ in parts])
-        return few_rows.updated(x, parts)
-    return [product(x, place).contiguous() for place in places]
-
-
-def _part(x: Tensor, place: nn.Module | None) -> few_rows.UpdatedWeight | None:
-    """Returns weight, bias and updates of a layer, for a call that computes several layers of the
-    same x; None if few_rows does not compute it. The updates of an adapted layer are listed even if
-    there are none now."""
-    if isinstance(place, AdaptedLinear) and (operand := place.step_operand(x)) is not None:
-        return operand
-    dense = dense_operands(x, place)
-    return None if dense is None else (*dense, None)
-
-
-def _normed(x: Tensor, place: nn.Module | None, facts: Norm) -> Tensor:
-    """Returns the norm of x (N, D) over each head, or over as many values as its weight has."""
-    if x.stride(0) != x.shape[1]:  # a single row with a gap behind it is contiguous for torch
-        x = x.clone(memory_format=torch.contiguous_format)
-    groups = x.view(-1, facts.weight.numel())
-    norm = _operand(place, facts)
-    if norm is None:
-        trained: Any = place
-        own: Tensor = trained(groups.view(1, len(x), -1, groups.shape[1]))[0]
-        return own.flatten(1)
-    return decoder_step.add_norm(groups, None, norm)[1].view(x.shape)
-
-
-def add_norm(
-    h: Tensor, branch: Branch | None, place: nn.Module | None, facts: Norm | None
-) -> tuple[Tensor, Tensor]:
-    """Returns (h', x): h' = h + branch, x = norm(h'). facts None: there is no norm, x is h'."""
-    norm, delta, after, scale = _operand(place, facts), None, None, 1.0
-    if branch is not None:
-        delta, after, scale = branch.values, _operand(branch.place, branch.facts), branch.scale
-        if after is None and branch.facts is not None:
-            trained: Any = branch.place
-            delta = trained(delta[None])[0]
-    if facts is None or norm is not None:
-        return decoder_step.add_norm(h, delta, norm, after, scale)
-    own: Any = place
-    h, _ = decoder_step.add_norm(h, delta, None, after, scale)
-    return h, own(h[None])[0]
-
-
-def _operand(place: nn.Module | None, facts: Norm | None) -> rules.Norm | None:
-    """Returns a norm for the kernels. Returns None if there is none, or its module computes it."""
-    norm: Any = bare(place)
-    if norm is None or facts is None:
-        return None
-    bias = parameters_of(norm).get("bias") if facts.is_centred else None
-    kind = facts.epsilon, facts.offset, facts.is_wide, facts.is_centred
-    weight = norm.weight if facts.ones is None else facts.ones
-    return rules.Norm(weight, *kind, bias)

@@ -58,6 +58,23 @@ def test_a_state_space_is_that_of_torch(shape, gated, dtype):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("by_group", [False, True])
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 6, 2, 33, 130)])
+def test_a_delta_rule_is_that_of_torch(shape, by_group, dtype):
+    """Steps and strengths of a group lie side by side, or all steps and then all strengths."""
+    N, H, G, P, W = shape
+    joined = drawn(N, 2 * H + 2 * G * P + H * W, seed=3).to(dtype)
+    gates, x = joined.split((2 * H, 2 * G * P + H * W), dim=1)  # rows have gaps
+    shape = (G, 2, -1) if by_group else (2, G, -1)
+    step, strength = (gates * 3).unflatten(1, shape).unbind(2 if by_group else 1)
+    rates = [drawn(H, seed=4 + n).to(dtype) for n in range(2)]
+    for most in (1.0, 2.0):
+        states = slots(N, H, P, W)
+        called = agree("delta", states, x, step, strength, *rates, most_strength=most)
+        assert called == ["veneer_state_delta"] * available("veneer_state_delta")
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("length, taps", [(3, 3), (4, 4), (4, 2), (1, 1), (5, 6), (7, 3)])
 @pytest.mark.parametrize("rows, channels", [(1, 1), (3, 64), (5, 200)])
 def test_a_window_is_that_of_torch(rows, channels, length, taps, dtype):
@@ -79,24 +96,32 @@ def test_what_is_not_compiled_for_the_type_is_torchs():
     rates = HeadRates(*(drawn(2) for _ in range(3)))
     given = drawn(1, 8), drawn(1, 8), drawn(1, 8), drawn(1, 2), rates
     assert not agree("space", states, *given, groups=1)
+    of_heads = drawn(1, 1, 2), drawn(1, 1, 2), drawn(2), drawn(2)
+    assert not agree("delta", states, drawn(1, 24), *of_heads)
     states = slots(1, 2, 4, dtype=torch.bfloat16)
     assert not agree("window", states, drawn(1, 2), drawn(2, 3))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("name", ["window", "space"])
+@pytest.mark.parametrize("name", ["window", "space", "delta"])
 def test_all_sets_of_instructions_give_alike_values(name, dtype):
     if not available("veneer_state_window"):
         pytest.skip("no compiled kernels")
     outs = []
     for level in (0, 2, 3):
         states = slots(3, 70, 4, dtype=dtype) if name == "window" else slots(3, 6, 8, 37)
-        out = torch.empty(3, 70 if name == "window" else 48, dtype=dtype)
+        width = {"window": 70, "space": 48, "delta": 6 * 37}[name]
+        out = torch.empty(3, width, dtype=dtype)
         x = drawn(3, 200, seed=1).to(dtype)
         if name == "window":
             weight = drawn(70, 4, seed=5).to(dtype)
             given = x[:, :70], None, None, weight, None, *states, out, True
             state_calls.state_window(*given, level)
+        elif name == "delta":
+            rates = [drawn(6, seed=n) for n in range(2)]
+            qkv, gates = drawn(3, 32 + 6 * 37, seed=1).to(dtype), x[:, :6].unflatten(1, (2, 3))
+            given = states.stored, gates, gates, qkv, *rates, states.read, states.written, out
+            state_calls.state_delta(*given, 2.0, 1e-6, level)
         else:
             rates = [drawn(6, seed=n) for n in range(3)]
             rows = x[:, :48], x[:, 60:134], x[:, 60:134], x[:, 150:156], None

@@ -505,10 +505,10 @@ def _step(rng: random.Random) -> list[Call]:
         (
             step_calls.step_gate,
             {
-                "gate": x,
+                "gate": x if rng.random() < 0.7 else filled(dtype, rows, 1),
                 "up": rng.choice([None, delta]),
                 "out": out,
-                "activation": rng.randint(0, 2),
+                "activation": rng.randint(0, 5),
                 "level": level,
             },
         ),

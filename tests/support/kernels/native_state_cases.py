@@ -46,7 +46,21 @@ def state_cases(
         "out": filled(dtype, rows, heads * size),
         "groups": groups,
     }
+    parts = 2 if rng.random() < 0.5 else 1  # step and strength in one tensor, or in two
+    gates = [filled(dtype, rows, groups, parts, heads // groups) for _ in range(2)]
+    of_delta = {
+        "stored": filled(torch.float32, 16, heads, size, width),
+        "step": gates[0][:, :, 0],
+        "strength": gates[parts - 2][:, :, parts - 1],
+        "x": filled(dtype, rows, 2 * groups * size + heads * width),
+        "log_rate": filled(rates, heads),
+        "bias": filled(rates, heads),
+        "out": filled(dtype, rows, heads * width),
+        "most_strength": 2.0,
+        "epsilon": 1e-6,
+    }
     return [
+        (state_calls.state_delta, common | of_delta),
         (state_calls.state_window, common | of_window),
         (state_calls.state_space, common | of_space),
     ]

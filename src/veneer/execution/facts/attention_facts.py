@@ -72,7 +72,14 @@ def find_attention(block: Any) -> Attention | None:
         outputs = [attended, both // 2, both - both // 2]
     q, k, v = outputs
     facts = Attention(
-        block, size, AttentionRules(1.0), (q, k, v), tuple(norms), inputs=inputs, output=output
+        block,
+        size,
+        AttentionRules(1.0),
+        (attended if q == 2 * attended else q, k, v),
+        tuple(norms),
+        inputs=inputs,
+        output=output,
+        has_gate=q == 2 * attended,
     )
     if facts.group and norms:
         return None
@@ -182,6 +189,9 @@ def attend(
     modules."""
     (B, T), S = hidden_states.shape[:2], facts.head_dim
     outputs = apply_together([getattr(block, name) for name in facts.inputs], hidden_states)
+    if facts.has_gate:
+        own, gate = outputs[0].view(B, T, -1, 2 * S).chunk(2, dim=-1)
+        outputs = [own.flatten(-2), *outputs[1:]]
     if facts.group:
         by_group = outputs[0].unflatten(-1, (-1, facts.group + 2, S))
         q, k, v = (part.flatten(-3) for part in by_group.split((facts.group, 1, 1), dim=-2))
@@ -209,7 +219,9 @@ def attend(
         "s_aux": facts.rules.sinks,
     }
     out, weights = attention_forward(block, q, k, v, attention_mask, **rules, **others)
-    return getattr(block, facts.output)(out.reshape(B, T, -1)), weights
+    out = out.reshape(B, T, -1)
+    out = out * gate.reshape(out.shape).sigmoid() if facts.has_gate else out
+    return getattr(block, facts.output)(out), weights
 
 
 def _normed(

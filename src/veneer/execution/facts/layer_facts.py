@@ -17,7 +17,7 @@ from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, RELU, RELU_SQ
 from veneer.kernels.rules import AttentionRules
 
 ATTENTIONS, FEED_FORWARD = ("self_attn", "attention", "attn", "self_attention"), "mlp"
-MIXERS = ("conv", "mamba")
+MIXERS = ("conv", "mamba", "linear_attn")
 FEED_FORWARDS = (FEED_FORWARD, "feed_forward", "shared_mlp", "block_sparse_moe")
 """Names of the parts of a layer beside its norms. A mixer passes a state from token to token. The
 outputs of several feed-forward blocks are added."""
@@ -198,6 +198,8 @@ class Attention:
     query_scale    what q is multiplied by before its norm, and rounded; the kernels multiply scores
                    by it (kernel_rules), which rounds less
     position_limit the facts hold for positions below this one; None: for all
+    has_gate       the module of q computes a gate behind q of each head; the output of the
+                   attention is multiplied by its sigmoid
     """
 
     module: nn.Module
@@ -212,6 +214,7 @@ class Attention:
     output: str = OUTPUTS[0]
     query_scale: float = 1.0
     position_limit: int | None = None
+    has_gate: bool = False
 
     @property
     def kernel_rules(self) -> AttentionRules:
@@ -233,9 +236,13 @@ class Attention:
         return self.widths[0] // self.widths[1] if has_groups else 0
 
 
+IN_PROJECTION, OUT_PROJECTION = "in_proj", "out_proj"
+"""Names of the linear layers of a mixer that has two."""
+
+
 @dataclass(frozen=True)
-class ShortConvolution:
-    """out_proj(c * window(b * x)), where b, c and x are the outputs of in_proj, side by side.
+class Mixer:
+    """A block that passes a state from token to token, by kernels/decoding/state_step.py.
 
     number       of its states in a cache
     convolution  name of the module whose weights the window has
@@ -245,9 +252,18 @@ class ShortConvolution:
     number: int
     convolution: str
 
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Returns the names of its linear layers."""
+        return IN_PROJECTION, OUT_PROJECTION
+
+
+class ShortConvolution(Mixer):
+    """out_proj(c * window(b * x)), where b, c and x are the outputs of in_proj, side by side."""
+
 
 @dataclass(frozen=True)
-class StateSpace:
+class StateSpace(Mixer):
     """out_proj(norm(space(silu(window(x, b, c)), step), gate)), where gate, x, b, c and step are
     the outputs of in_proj, side by side.
 
@@ -256,9 +272,6 @@ class StateSpace:
     norm           multiplied by silu(gate); gate_first: its input is, not its output
     """
 
-    module: nn.Module
-    number: int
-    convolution: str
     heads: int
     size: int
     groups: int
@@ -267,10 +280,39 @@ class StateSpace:
     gate_first: bool
 
 
-Mixer = ShortConvolution | StateSpace
-"""A block that passes a state from token to token, by kernels/decoding/state_step.py."""
-IN_PROJECTION, OUT_PROJECTION = "in_proj", "out_proj"
-"""Names of the linear layers of a mixer."""
+@dataclass(frozen=True)
+class DeltaRule(Mixer):
+    """output(silu(gate) * norm(delta(silu(window(q, k, v)), step, strength))).
+
+    heads, width   heads of v and of gate, and the width of each
+    groups, size   heads of q and of k, and the size of each
+    inputs         names of linear layers, each with the parts that it computes: q, k, v, z: gate,
+                   b: strength, a: step
+    by_group       these parts lie side by side for the first group, then for the next one;
+                   otherwise each lies side by side for all groups
+    most_strength  factor of sigmoid(strength)
+    """
+
+    heads: int
+    width: int
+    groups: int
+    size: int
+    norm: Norm
+    inputs: tuple[tuple[str, str], ...]
+    output: str
+    by_group: bool
+    most_strength: float
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return *(name for name, _ in self.inputs), self.output
+
+    def widths(self, parts: str) -> list[int]:
+        """Returns the widths of parts, for all groups."""
+        of_keys, of_values = self.groups * self.size, self.heads * self.width
+        known = dict.fromkeys("qk", of_keys) | dict.fromkeys("vz", of_values)
+        return [(known | dict.fromkeys("ba", self.heads))[part] for part in parts]
+
 
 NO_NORMS = LayerNorms()
 

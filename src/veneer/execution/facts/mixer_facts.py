@@ -3,8 +3,9 @@
 They are known by the names and sizes of their parts. Whether they compute what these lead to expect
 is proven with the model, on a small copy first (decode_step.py)."""
 
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from veneer.execution.agreement import PART, agrees
 from veneer.execution.facts.layer_facts import (
     IN_PROJECTION,
     OUT_PROJECTION,
+    DeltaRule,
     Mixer,
     Norm,
     ShortConvolution,
@@ -30,6 +32,64 @@ CONVOLUTIONS = ("conv", "conv1d")
 RATES = ("A_log", "D", "dt_bias")
 """Parameters of a state space, one number a head: rates, skip and bias (state_step.HeadRates)."""
 SIZES = ("num_heads", "head_dim", "n_groups", "ssm_state_size")
+DELTA_RATES = ("A_log", "dt_bias")
+DELTA_SIZES = ("num_v_heads", "head_v_dim", "num_k_heads", "head_k_dim")
+"""Names of the parameters and of the sizes of a delta rule."""
+DOUBLES_STRENGTH = "allow_neg_eigval"
+"""Name of an attribute: strengths of a delta rule are up to 2."""
+
+
+class DeltaNames(NamedTuple):
+    """Names of the parts of a delta rule (layer_facts.DeltaRule)."""
+
+    inputs: tuple[tuple[str, str], ...]
+    output: str = OUT_PROJECTION
+    norm: str = "norm"
+    by_group: bool = False
+
+    @property
+    def of_parts(self) -> set[str]:
+        """Returns the names of all parts but the convolution."""
+        return {*(name for name, _ in self.inputs), self.output, self.norm}
+
+
+DELTA_NAMES = (
+    DeltaNames((("in_proj_qkvz", "qkvz"), ("in_proj_ba", "ba")), by_group=True),
+    DeltaNames(
+        (("in_proj_qkv", "qkv"), ("in_proj_z", "z"), ("in_proj_b", "b"), ("in_proj_a", "a"))
+    ),
+    DeltaNames(
+        tuple((f"{name}_proj", part) for name, part in zip("qkvgba", "qkvzba", strict=True)),
+        "o_proj",
+        "o_norm",
+    ),
+)
+
+
+class _Block(NamedTuple):
+    """A block with a convolution by channels.
+
+    parts    its other modules by their names
+    own      names of its parameters
+    is_silu  its activation is named so
+    """
+
+    mixer: Mixer
+    channels: int
+    parts: Mapping[str, nn.Module]
+    own: set[str]
+    is_silu: bool
+
+    def linears(self, names: Sequence[str]) -> list[Any] | None:
+        """Returns the linear layers of these names; None if not all are there."""
+        found = [frozen_linear(self.parts[name]) for name in names if name in self.parts]
+        return found if len(found) == len(names) and None not in found else None
+
+    def sizes(self, names: Sequence[str]) -> list[int] | None:
+        """Returns the attributes of these names; None if not all are numbers above 0."""
+        found = [getattr(self.mixer.module, name, None) for name in names]
+        sizes = [size for size in found if isinstance(size, int) and size > 0]
+        return sizes if len(sizes) == len(names) else None
 
 
 @torch.no_grad()
@@ -42,37 +102,82 @@ def find_mixer(module: nn.Module) -> Mixer | None:
     }
     name = next((name for name in CONVOLUTIONS if name in parts), "")
     convolution, number = parts.pop(name, None), getattr(module, "layer_idx", None)
-    views = [parts.pop(part, None) for part in (IN_PROJECTION, OUT_PROJECTION)]
-    linears = [view for part in views if part and (view := frozen_linear(part)) is not None]
-    if not isinstance(convolution, nn.Conv1d) or not isinstance(number, int) or len(linears) != 2:
+    if not isinstance(convolution, nn.Conv1d) or not isinstance(number, int):
         return None
-    channels, joined, width = (
-        convolution.in_channels,
-        linears[0].out_features,
-        linears[1].in_features,
-    )
+    channels = convolution.in_channels
     by_channel = convolution.groups == convolution.out_channels == channels
     if not by_channel or (convolution.stride, convolution.dilation) != ((1,), (1,)):
         return None
     own = {name for name, value in parameters_of(module).items() if value is not None}
-    if not parts and not own and width == channels and joined == 3 * channels:
-        return ShortConvolution(module, number, name)
-    sizes: list[Any] = [getattr(module, size, None) for size in SIZES]
-    if own != {*RATES} or not all(isinstance(size, int) for size in sizes):
-        return None
-    heads, size, groups, state = sizes
-    beside = 2 * groups * state
-    fits = (width, channels, joined) == (heads * size, width + beside, 2 * width + beside + heads)
-    activation, norm = parts.pop("act", None), parts.pop("norm", None)
-    is_silu = getattr(module, "activation", None) == "silu" and isinstance(activation, nn.Module)
-    if not fits or not is_silu or norm is None or parts:
-        return None
-    if (found := _find_gated_norm(norm)) is None:
-        return None
-    return StateSpace(module, number, name, heads, size, groups, state, *found)
+    is_silu = getattr(module, "activation", None) == "silu"
+    block = _Block(Mixer(module, number, name), channels, parts, own, is_silu)
+    found = (find(block) for find in (_find_short_convolution, _find_state_space, _find_delta_rule))
+    return next((mixer for mixer in found if mixer is not None), None)
 
 
-def _find_gated_norm(module: nn.Module) -> tuple[Norm, bool] | None:
+def _find_short_convolution(block: _Block) -> ShortConvolution | None:
+    if block.own or {*block.parts} != {IN_PROJECTION, OUT_PROJECTION}:
+        return None
+    if (linears := block.linears([IN_PROJECTION, OUT_PROJECTION])) is None:
+        return None
+    into, out = linears
+    fits = (into.out_features, out.in_features) == (3 * block.channels, block.channels)
+    return ShortConvolution(*_place_of(block)) if fits else None
+
+
+def _find_state_space(block: _Block) -> StateSpace | None:
+    names, sizes = {IN_PROJECTION, OUT_PROJECTION, "act", "norm"}, block.sizes(SIZES)
+    linears = block.linears([IN_PROJECTION, OUT_PROJECTION])
+    if {*block.parts} != names or block.own != {*RATES} or not block.is_silu:
+        return None
+    if sizes is None or linears is None:
+        return None
+    (heads, size, groups, state), (into, out) = sizes, linears
+    width, beside = heads * size, 2 * groups * state
+    fits = (out.in_features, block.channels) == (width, width + beside)
+    if not fits or into.out_features != 2 * width + beside + heads:
+        return None
+    if (found := _find_gated_norm(block.parts["norm"])) is None:
+        return None
+    return StateSpace(*_place_of(block), heads, size, groups, state, *found)
+
+
+def _find_delta_rule(block: _Block) -> DeltaRule | None:
+    own = (names for names in DELTA_NAMES if names.of_parts == {*block.parts})
+    names, sizes = next(own, None), block.sizes(DELTA_SIZES)
+    if names is None or sizes is None or block.own != {*DELTA_RATES} or not block.is_silu:
+        return None
+    heads, width, groups, size = sizes
+    linears = block.linears([*(name for name, _ in names.inputs), names.output])
+    if linears is None or heads % groups:
+        return None
+    if (found := _find_gated_norm(block.parts[names.norm], names.norm)) is None or found[1]:
+        return None
+    most_strength = 2.0 if getattr(block.mixer.module, DOUBLES_STRENGTH, False) else 1.0
+    facts = DeltaRule(
+        *_place_of(block),
+        heads,
+        width,
+        groups,
+        size,
+        norm=found[0],
+        inputs=names.inputs,
+        output=names.output,
+        by_group=names.by_group,
+        most_strength=most_strength,
+    )
+    *into, out = linears
+    expected = [sum(facts.widths(parts)) for _, parts in names.inputs]
+    fits = [linear.out_features for linear in into] == expected
+    fits = fits and out.in_features == facts.widths("v")[0]
+    return facts if fits and block.channels == sum(facts.widths("qkv")) else None
+
+
+def _place_of(block: _Block) -> tuple[nn.Module, int, str]:
+    return block.mixer.module, block.mixer.number, block.mixer.convolution
+
+
+def _find_gated_norm(module: nn.Module, name: str = "norm") -> tuple[Norm, bool] | None:
     """Returns the norm of a module, and whether it multiplies its input by silu(gate), not its
     output."""
     epsilon, names = getattr(module, "variance_epsilon", None), [*parameters_of(module)]
@@ -92,5 +197,5 @@ def _find_gated_norm(module: nn.Module) -> tuple[Norm, bool] | None:
             norm = partial(rms_norm, weight=weight, epsilon=epsilon, **kind)
             ours = partial(computed, norm=norm, gate_first=gate_first)
             if agrees(ours, partial(small, gate=gate), (x,), PART):
-                return Norm(module, epsilon, offset, is_wide, "norm"), gate_first
+                return Norm(module, epsilon, offset, is_wide, name), gate_first
     return None

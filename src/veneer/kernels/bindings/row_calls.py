@@ -12,8 +12,9 @@ from veneer.kernels.bindings.declarations import declare
 
 _READ = "x: T{rows * width}; weight: T[width];"
 _WRITTEN = "out: T{rows * width}; scale: f32[rows]; width: 1..;"
-SILU, GELU_TANH, GELU_ERF, RELU, RELU_SQUARED = range(5)
-"""Numbers of activations: GELU by its formula with tanh, and by its definition."""
+SILU, GELU_TANH, GELU_ERF, RELU, RELU_SQUARED, SIGMOID = range(6)
+"""Numbers of activations: GELU by its formula with tanh, and by its definition. C computes gates of
+SIGMOID without a gradient alone."""
 
 
 @declare(

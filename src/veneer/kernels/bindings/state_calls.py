@@ -13,7 +13,7 @@ from veneer.kernels.bindings.checks import Values
 from veneer.kernels.bindings.declarations import declare
 from veneer.kernels.bindings.step_calls import ANY_LEVEL
 
-FUNCTIONS = ("veneer_state_window", "veneer_state_space")
+FUNCTIONS = ("veneer_state_window", "veneer_state_space", "veneer_state_delta")
 MOST_WIDTH = 512
 """Also in native/layers/states.c."""
 
@@ -105,6 +105,52 @@ def state_space(
     out (N, H P) = (S' c + skip x) * silu(gate). S are the states stored (S, H, P, W) in the slots
     `read` (N); S' are written to the slots `written`. b, c (N, G W)."""
     return {"places": (read, written), "share": step.shape[1] // max(number(groups), 1)}
+
+
+@declare(
+    "veneer_state_delta(*, T, level: int32 0..3)",
+    f"""
+    stored: f32[slots, heads, size, width]
+    step: T[rows@step_row, groups@step_group, share]
+    strength: T[rows@strength_row, groups@strength_group, share]
+    x: T[rows@x_row, 2 * groups * size + heads * width]
+    log_rate, bias: F[heads]
+    read, written: i64[rows] below slots
+    out: T[rows, heads * width]
+    rows: 1..
+    step_row, step_group, strength_row, strength_group, x_row: 0..2**40
+    slots
+    heads: 1..
+    groups: 1..heads
+    size: 1..{MOST_WIDTH}
+    width: 1..
+    narrow = F
+    most_strength, epsilon: float
+    kept places: object
+    check rest = heads - groups * share: 0..0
+    body places
+    """,
+)
+def state_delta(
+    stored: Tensor,
+    step: Tensor,
+    strength: Tensor,
+    x: Tensor,
+    log_rate: Tensor,
+    bias: Tensor,
+    read: Tensor,
+    written: Tensor,
+    out: Tensor,
+    most_strength: float,
+    epsilon: float,
+    level: int = ANY_LEVEL,
+) -> Values:
+    """Computes S = exp(-exp(log_rate) softplus(step + bias)) S0, S' = S + k (b (v - k^T S))^T and
+    out (N, H W) = q^T S' of each head, b = most_strength * sigmoid(strength). x is q and k of each
+    group, then v of each head; q and k are brought to length 1, and q is divided by sqrt(P). S0 are
+    the states stored (S, H, P, W) in the slots `read` (N); S' are written to the slots `written`.
+    step, strength (N, G, H / G)."""
+    return {"places": (read, written)}
 
 
 def point_at(struct: Any, stored: Tensor, like: Tensor, read: Tensor, written: Tensor) -> None:

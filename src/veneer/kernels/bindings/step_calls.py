@@ -89,19 +89,23 @@ def step_rotate(
 @declare(
     "veneer_step_gate(*, T, level: int32 0..3)",
     """
-    gate: T[rows@gate_row, width]
+    gate: T[rows@gate_row, gates]
     up: T[rows@up_row, width]?
     out: T[rows, width]
     rows
-    gate_row, up_row: 0..2**40
+    gate_row: 0..2**40
+    gates: 0..width
+    up_row: 0..2**40
     width
-    activation: 0..4
+    activation: 0..5
+    check other_widths = (gates - 1) * (width - gates): 0..0
     """,
 )
 def step_gate(
     gate: Tensor, up: Tensor | None, out: Tensor, activation: int = SILU, level: int = ANY_LEVEL
 ) -> None:
-    """Computes out (N, D) = activation(gate) * up; without up activation(gate).
+    """Computes out (N, D) = activation(gate) * up; without up activation(gate). gate (N, D), or
+    (N, 1) for all values of a row.
 
     activation: a number of row_calls.py
     """
@@ -111,16 +115,19 @@ def step_gate(
     "veneer_step_copy(*, T, level: int32 0..3)",
     """
     x: T[rows@row, groups@group, width]
-    out: T[rows, groups, width]
+    out: T[rows@out_row, groups@out_group, width]
     rows
     row: 0..2**40
     groups
     group: 0..2**40
     width
+    out_row: 0..2**40
+    check gap = out_group - width: 0..0
     """,
 )
 def step_copy(x: Tensor, out: Tensor, level: int = ANY_LEVEL) -> None:
-    """Copies x (N, K, W), which may have gaps between its rows and groups, to out without gaps."""
+    """Copies x (N, K, W), which may have gaps between its rows and groups, to out, which may have
+    gaps between its rows."""
 
 
 @declare(

@@ -3,7 +3,7 @@
     add_norm   h' = h + scale * after(delta), x = norm(h'); each norm may be missing
     rotate     each pair (a, b) of a head becomes (a cos - b sin, b cos + a sin), in place
     gate       activation(gate) * up
-    compact    a copy without gaps
+    compact    copies without gaps, side by side
     cap        softcap * tanh(scale * x / softcap), in place
 
 For forwards without a gradient; compiled for float32 and bf16 on any processor
@@ -117,24 +117,28 @@ def rotate_reference(
 
 
 def gate(gate_ND: Tensor, up_ND: Tensor | None, activation: int = SILU) -> Tensor:
-    """Returns activation(gate) * up, or without up activation(gate). Source: Shazeer 2020,
-    arXiv:2002.05202, SwiGLU and GEGLU.
+    """Returns activation(gate) * up, or without up activation(gate). gate (N, D), or beside up
+    (N, 1). Source: Shazeer 2020, arXiv:2002.05202, SwiGLU and GEGLU.
 
     activation: a number of bindings/row_calls.py
     """
     if not _have_rows(gate_ND, up_ND):
         return gated_reference(gate_ND, up_ND, activation)
-    out = gate_ND.new_empty(gate_ND.shape)
+    out = gate_ND.new_empty((gate_ND if up_ND is None else up_ND).shape)
     step_calls.step_gate(gate_ND, up_ND, out, activation)
     return out
 
 
-def compact(x_NKW: Tensor) -> Tensor:
-    """Returns a copy of x without gaps between its rows and groups."""
-    if not _have_rows(x_NKW, None):
-        return x_NKW.contiguous()
-    out = x_NKW.new_empty(x_NKW.shape)
-    step_calls.step_copy(x_NKW, out)
+def compact(*parts_NKW: Tensor) -> Tensor:
+    """Returns copies of parts of rows (N, K W + ...), without gaps between groups of a part and
+    side by side."""
+    if not all(_have_rows(part, parts_NKW[0]) for part in parts_NKW):
+        return torch.cat([part.flatten(1) for part in parts_NKW], dim=1)
+    widths = [part.shape[1] * part.shape[2] for part in parts_NKW]
+    out = parts_NKW[0].new_empty(len(parts_NKW[0]), sum(widths))
+    for part, own in zip(parts_NKW, out.split(widths, dim=1), strict=True):
+        strides = out.stride(0), part.shape[2], 1
+        step_calls.step_copy(part, own.as_strided(part.shape, strides))
     return out
 
 

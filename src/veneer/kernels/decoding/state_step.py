@@ -3,6 +3,8 @@
     window   the last values of a short convolution, with what is multiplied before and behind it
     space    S' = exp(-exp(log_rate) t) S + t x b^T, y = S' c + skip x, t = softplus(step + bias): a
              state space (Dao and Gu 2024, arXiv:2405.21060)
+    delta    S' = d S + k (b (v - k^T d S))^T, y = q^T S', d = exp(-exp(log_rate) t): a gated delta
+             rule (Yang et al. 2024, arXiv:2412.06464)
 
 Compiled for bf16 and float32 (native/layers/states.c); plain torch takes everything else and
 defines the result. Shapes: N rows, S slots, C channels, L values of a window, K taps, H heads, G
@@ -19,6 +21,8 @@ from veneer.kernels.bindings import state_calls
 from veneer.kernels.bindings.arguments import available
 
 TYPES = (torch.float32, torch.bfloat16)
+EPSILON = 1e-6
+"""Of the lengths of q and k of a delta rule."""
 
 
 class SlotStates(NamedTuple):
@@ -147,6 +151,62 @@ def space_reference(
     y = (state @ c[..., None])[..., 0] + x * rates.skip.float()[:, None]
     y = y.flatten(1)
     return (y if gate_NHP is None else y * F.silu(gate_NHP.float())).to(x_NHP.dtype)
+
+
+def delta(
+    states: SlotStates,
+    qkv_NC: Tensor,
+    step_NGR: Tensor,
+    strength_NGR: Tensor,
+    log_rate_H: Tensor,
+    bias_H: Tensor,
+    *,
+    most_strength: float = 1.0,
+) -> Tensor:
+    """Returns y (N, H W); states (S, H, P, W) float32. qkv is q and k of each of G groups, then v
+    of each of H heads, of which H / G share a group; q and k are brought to length 1, and q is
+    divided by sqrt(P). t = softplus(step + bias), b = most_strength * sigmoid(strength)."""
+    stored, (_, heads, size, width) = states.stored, states.stored.shape
+    rows, types = (qkv_NC, step_NGR, strength_NGR), {log_rate_H.dtype, bias_H.dtype}
+    fit = stored.dtype is torch.float32 and size <= state_calls.MOST_WIDTH
+    if not fit or len(types) > 1 or not types <= {*TYPES} or not _fit(*rows):
+        rates = log_rate_H, bias_H
+        return delta_reference(states, *rows, *rates, most_strength=most_strength)
+    out = qkv_NC.new_empty(len(qkv_NC), heads * width)
+    given = step_NGR, strength_NGR, qkv_NC, log_rate_H, bias_H
+    state_calls.state_delta(
+        stored, *given, states.read, states.written, out, most_strength, EPSILON
+    )
+    return out
+
+
+def delta_reference(
+    states: SlotStates,
+    qkv_NC: Tensor,
+    step_NGR: Tensor,
+    strength_NGR: Tensor,
+    log_rate_H: Tensor,
+    bias_H: Tensor,
+    *,
+    most_strength: float = 1.0,
+) -> Tensor:
+    """Defines delta, in plain torch."""
+    _, heads, size, width = states.stored.shape
+    groups = step_NGR.shape[1]
+    q, k, v = qkv_NC.float().split((groups * size, groups * size, heads * width), dim=1)
+    q, k = (
+        (x * (x.square().sum(-1, keepdim=True) + EPSILON).rsqrt()).repeat_interleave(
+            heads // groups, dim=1
+        )
+        for x in (q.unflatten(1, (groups, size)), k.unflatten(1, (groups, size)))
+    )
+    decay = (-log_rate_H.float().exp() * F.softplus(step_NGR.flatten(1).float() + bias_H)).exp()
+    strength = strength_NGR.flatten(1).sigmoid().float() * most_strength
+    state = states.values() * decay[..., None, None]
+    missing = v.unflatten(1, (heads, width)) - (state * k[..., None]).sum(-2)
+    state = state + k[..., None] * (missing * strength[..., None])[:, :, None]
+    states.put(state)
+    return (state * q[..., None]).sum(-2).div(size**0.5).flatten(1).to(qkv_NC.dtype)
 
 
 def _fit(x: Tensor, *rows: Tensor | None) -> bool:

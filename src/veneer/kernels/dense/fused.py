@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from veneer.kernels.bindings import block_calls, row_calls
 from veneer.kernels.bindings.library import has_bf16, has_floats, on_cpu
 from veneer.kernels.bindings.rank_calls import PAIR_BYTES
-from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, RELU, RELU_SQUARED, SILU
+from veneer.kernels.bindings.row_calls import GELU_ERF, GELU_TANH, RELU, RELU_SQUARED, SIGMOID, SILU
 from veneer.kernels.cuda import launch
 from veneer.kernels.rules import Norm
 
@@ -161,8 +161,8 @@ def _centred(
 
 def activated(gate: Tensor, activation: int) -> Tensor:
     """Returns the activation of gate, by torch. activation: a number of bindings/row_calls.py."""
-    if activation == SILU:
-        return F.silu(gate)
+    if activation in (SILU, SIGMOID):
+        return F.silu(gate) if activation == SILU else gate.sigmoid()
     if activation in (RELU, RELU_SQUARED):
         return F.relu(gate) if activation == RELU else F.relu(gate).square()
     return F.gelu(gate, approximate="tanh" if activation == GELU_TANH else "none")

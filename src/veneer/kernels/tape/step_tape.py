@@ -41,6 +41,7 @@ _ROWS = {
     "veneer_expert_sum",
     "veneer_state_window",
     "veneer_state_space",
+    "veneer_state_delta",
 }
 """Functions that compute any number of rows by the same instructions, as many as their struct
 says. So does attention over pages, whose rows are those of its spans."""

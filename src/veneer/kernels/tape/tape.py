@@ -46,6 +46,7 @@ STEP_FUNCTIONS = (
     "veneer_expert_sum",
     "veneer_state_window",
     "veneer_state_space",
+    "veneer_state_delta",
 )
 LAYER_FUNCTIONS = (
     "veneer_product",

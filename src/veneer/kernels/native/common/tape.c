@@ -25,7 +25,8 @@
     X(EXPERT_PRODUCT, veneer_expert_product(P(0), I(1)))                                           \
     X(EXPERT_SUM, (veneer_expert_sum(P(0)), 0))                                                    \
     X(STATE_WINDOW, (veneer_state_window(P(0), I(1), I(2)), 0))                                    \
-    X(STATE_SPACE, (veneer_state_space(P(0), I(1), I(2)), 0))
+    X(STATE_SPACE, (veneer_state_space(P(0), I(1), I(2)), 0))                                      \
+    X(STATE_DELTA, (veneer_state_delta(P(0), I(1), I(2)), 0))
 
 int veneer_few_rows(const void *, int);
 int veneer_paged_attention(const void *, int, int);
@@ -39,6 +40,7 @@ void veneer_expert_route(const void *), veneer_expert_sort(const void *);
 int veneer_expert_product(const void *, int);
 void veneer_expert_sum(const void *);
 void veneer_state_window(const void *, int, int), veneer_state_space(const void *, int, int);
+void veneer_state_delta(const void *, int, int);
 
 #if defined(__x86_64__)
 

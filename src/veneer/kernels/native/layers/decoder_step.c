@@ -41,13 +41,13 @@ struct step_rotate {
 struct step_gate {
     const void *gate, *up; /* up: NULL, all values are 1 */
     void *out;
-    int64_t rows, gate_row, up_row, width, activation;
+    int64_t rows, gate_row, gates, up_row, width, activation; /* gates: 1 for a row, or width */
 };
 
 struct step_copy {
     const void *x; /* (rows, groups, width), with gaps */
-    void *out;     /* the same without gaps */
-    int64_t rows, row, groups, group, width;
+    void *out;     /* the same without gaps in a row */
+    int64_t rows, row, groups, group, width, out_row;
 };
 
 struct step_cap {
@@ -200,7 +200,7 @@ INLINE void copy_rows(const int bf16, const struct step_copy *a, int64_t from, i
     const int64_t bytes = bf16 ? 2 : 4;
     for (int64_t row = from; row < to; row++)
         for (int64_t g = 0; g < a->groups; g++)
-            memcpy((char *)a->out + (row * a->groups + g) * a->width * bytes,
+            memcpy((char *)a->out + (row * a->out_row + g * a->width) * bytes,
                    (const char *)a->x + (row * a->row + g * a->group) * bytes,
                    (size_t)(a->width * bytes));
 }
@@ -233,15 +233,22 @@ INLINE void gate_rows_of(const int bf16, const int activation, const struct step
         const void *gate = row_of(bf16, a->gate, row, a->gate_row),
                    *up = a->up == 0 ? 0 : row_of(bf16, a->up, row, a->up_row);
         void *out = (void *)row_of(bf16, a->out, row, a->width);
-        for (int64_t i = 0; i < a->width; i++) {
+        for (int64_t i = 0; i < a->gates; i++) {
             const float x = value_at(bf16, gate, i);
             const float y = activation == SILU        ? x * sigmoid(x)
+                            : activation == SIGMOID   ? sigmoid(x)
                             : activation == GELU_TANH ? x * sigmoid(gelu_argument(x))
                             : activation == GELU_ERF  ? x * normal_share(x)
                             : x < 0.0f                ? 0.0f
                             : activation == RELU      ? x
                                                       : x * x;
             put(bf16, out, i, y);
+        }
+        if (a->gates < a->width) {
+            const float only = value_at(bf16, out, 0);
+            for (int64_t i = 0; i < a->width; i++)
+                put(bf16, out, i, up == 0 ? only : only * value_at(bf16, up, i));
+            continue;
         }
         for (int64_t i = 0; up != 0 && i < a->width; i++)
             put(bf16, out, i, value_at(bf16, out, i) * value_at(bf16, up, i));
@@ -253,6 +260,7 @@ INLINE void gate_rows(const int bf16, const struct step_gate *a, int64_t from, i
     else if (a->activation == GELU_TANH) gate_rows_of(bf16, GELU_TANH, a, from, to);
     else if (a->activation == GELU_ERF) gate_rows_of(bf16, GELU_ERF, a, from, to);
     else if (a->activation == RELU) gate_rows_of(bf16, RELU, a, from, to);
+    else if (a->activation == SIGMOID) gate_rows_of(bf16, SIGMOID, a, from, to);
     else gate_rows_of(bf16, RELU_SQUARED, a, from, to);
 }
 

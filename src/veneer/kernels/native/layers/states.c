@@ -8,7 +8,7 @@
 #include "row_values.h"
 #include <math.h>
 
-enum { LANES = 16, RUN = 64, MOST_WIDTH = 512 }; /* kernels/bindings/state_calls.py knows it too */
+enum { LANES = 16, RUN = 64, COLUMNS = 64, MOST_WIDTH = 512 }; /* kernels/bindings/state_calls.py knows it too */
 
 struct state_window {
     const void *x;               /* (rows, channels) */
@@ -30,6 +30,19 @@ struct state_space {
     void *out;                          /* (rows, heads, size) */
     int64_t rows, x_row, b_row, c_row, step_row, gate_row, slots, heads, size, groups, width;
     int64_t narrow;
+};
+
+/* S = exp(-exp(log_rate) softplus(step + bias)) S', S += k (b (v - k^T S))^T, out = q^T S. */
+struct state_delta {
+    float *stored; /* (slots, heads, size, width) */
+    const void *step, *strength; /* (rows, groups, heads / groups); b = most sigmoid(strength) */
+    const void *x;               /* (rows, q and k of each group, v of each head), side by side */
+    const void *log_rate, *bias; /* (heads), float32 or narrow: bf16 */
+    const int64_t *read, *written; /* (rows), slots */
+    void *out;                     /* (rows, heads, width) */
+    int64_t rows, step_row, step_group, strength_row, strength_group, x_row;
+    int64_t slots, heads, groups, size, width, narrow;
+    float most, epsilon;
 };
 
 INLINE char *slot_of(const int bf16, void *stored, int64_t slot, int64_t values) {
@@ -138,10 +151,76 @@ INLINE void spaces(const int bf16, const struct state_space *a, int64_t from, in
     }
 }
 
+/* scale * x / sqrt(sum(x^2) + epsilon). */
+INLINE void to_length(const int bf16, const void *from, int64_t first, int64_t size, float epsilon,
+                      float scale, float *to) {
+    const int64_t whole = size / LANES * LANES;
+    float squares[LANES] = {0}, total = 0.0f;
+    for (int64_t i = 0; i < size; i++) to[i] = value_at(bf16, from, first + i);
+    for (int64_t i = 0; i < whole; i += LANES)
+        for (int l = 0; l < LANES; l++) squares[l] += to[i + l] * to[i + l];
+    for (int64_t i = whole; i < size; i++) squares[i - whole] += to[i] * to[i];
+    for (int l = 0; l < LANES; l++) total += squares[l];
+    scale /= sqrtf(total + epsilon);
+    for (int64_t i = 0; i < size; i++) to[i] *= scale;
+}
+
+/* `count` columns of a head's state, from the first that the pointers are at. Sums lie in
+   registers; the columns are read from memory once, and then from the cache. */
+INLINE void delta_columns(const int bf16, const int64_t count, const struct state_delta *a,
+                          const float *restrict q, const float *restrict k, float decay, float b,
+                          const float *restrict old, float *restrict state, const void *x,
+                          int64_t v, int64_t out) {
+    float sums[COLUMNS] = {0}, outs[COLUMNS] = {0};
+    for (int64_t i = 0; i < a->size; i++)
+        for (int64_t l = 0; l < count; l++) sums[l] += old[i * a->width + l] * k[i];
+    for (int64_t l = 0; l < count; l++)
+        sums[l] = (value_at(bf16, x, v + l) - sums[l] * decay) * b;
+    for (int64_t i = 0; i < a->size; i++)
+        for (int64_t l = 0; l < count; l++) {
+            const float s = old[i * a->width + l] * decay + k[i] * sums[l];
+            state[i * a->width + l] = s;
+            outs[l] += s * q[i];
+        }
+    for (int64_t l = 0; l < count; l++) put(bf16, a->out, out + l, outs[l]);
+}
+
+/* Items are heads of a row. */
+INLINE void deltas(const int bf16, const struct state_delta *a, int64_t from, int64_t to) {
+    const int64_t values = a->size * a->width, share = a->heads / a->groups;
+    const int64_t keys = a->groups * a->size;
+    const int narrow = a->narrow != 0;
+    float q[MOST_WIDTH], k[MOST_WIDTH];
+    for (int64_t item = from; item < to; item++) {
+        const int64_t row = item / a->heads, head = item % a->heads, group = head / share;
+        const void *x = row_of(bf16, a->x, row, a->x_row);
+        const float own = value_at(bf16, row_of(bf16, a->step, row, a->step_row),
+                                   group * a->step_group + head % share);
+        const float strength = value_at(bf16, row_of(bf16, a->strength, row, a->strength_row),
+                                        group * a->strength_group + head % share);
+        const float step = softplus(own + value_at(narrow, a->bias, head));
+        const float decay = expf(-expf(value_at(narrow, a->log_rate, head)) * step);
+        const float b = rounded(bf16, sigmoid(strength)) * a->most;
+        const float *old = a->stored + (a->read[row] * a->heads + head) * values;
+        float *state = a->stored + (a->written[row] * a->heads + head) * values;
+        const int64_t v = 2 * keys + head * a->width, out = item * a->width;
+        to_length(bf16, x, group * a->size, a->size, a->epsilon, 1.0f / sqrtf((float)a->size), q);
+        to_length(bf16, x, keys + group * a->size, a->size, a->epsilon, 1.0f, k);
+        int64_t l = 0;
+        for (; l + COLUMNS <= a->width; l += COLUMNS)
+            delta_columns(bf16, COLUMNS, a, q, k, decay, b, old + l, state + l, x, v + l, out + l);
+        if (l < a->width)
+            delta_columns(bf16, a->width - l, a, q, k, decay, b, old + l, state + l, x, v + l,
+                          out + l);
+    }
+}
+
 LOOPS(windows_float, windows(0, a, from, to))
 LOOPS(windows_bf16, windows(1, a, from, to))
 LOOPS(spaces_float, spaces(0, a, from, to))
 LOOPS(spaces_bf16, spaces(1, a, from, to))
+LOOPS(deltas_float, deltas(0, a, from, to))
+LOOPS(deltas_bf16, deltas(1, a, from, to))
 
 /* most: caps the instructions (3, 2, 0), for tests. */
 void veneer_state_window(struct state_window *a, int bf16, int most) {
@@ -153,5 +232,11 @@ void veneer_state_window(struct state_window *a, int bf16, int most) {
 void veneer_state_space(struct state_space *a, int bf16, int most) {
     const int own = veneer_level(), level = most < own ? most : own;
     veneer_parallel(bf16 ? LOOP_OF(spaces_bf16, level) : LOOP_OF(spaces_float, level), a,
+                    a->rows * a->heads, 4);
+}
+
+void veneer_state_delta(struct state_delta *a, int bf16, int most) {
+    const int own = veneer_level(), level = most < own ? most : own;
+    veneer_parallel(bf16 ? LOOP_OF(deltas_bf16, level) : LOOP_OF(deltas_float, level), a,
                     a->rows * a->heads, 4);
 }
