@@ -38,7 +38,7 @@ NEW = 12
         ("qwen3_moe", {"norm_topk_prob": False, "num_experts_per_tok": 3}, (3, False, False)),
         ("olmoe", {}, (2, False, False)),
         ("granitemoehybrid", {}, (2, True, False)),
-        ("qwen2_moe", {}, None),  # a shared expert
+        ("qwen2_moe", {}, (2, False, False)),  # and a shared expert
         ("llama", {}, None),
     ],
 )
@@ -81,7 +81,17 @@ def test_a_router_or_a_block_that_computes_something_else_is_no_mixture():
             logits, weights, index = super().forward(-x)
             return -logits, weights, index
 
-    assert find_mixture(block) is not None
+    of_shared = tiny_model("qwen2_moe").model.layers[0].mlp
+
+    class Added(type(of_shared)):
+        def forward(self, x):
+            return super().forward(x) + self.shared_expert(x)
+
+    assert find_mixture(block).shared is None
+    facts = find_mixture(of_shared)
+    assert (facts.shared.name, facts.shared_gate) == ("shared_expert", "shared_expert_gate")
+    of_shared.__class__ = Added
+    assert find_mixture(of_shared) is None
     other = copy.deepcopy(block)
     other.__class__ = Doubled
     assert find_mixture(other) is None
@@ -140,7 +150,10 @@ def merged(plain, base, own):
     return model
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "granitemoehybrid"])
+FAMILIES = ["mixtral", "qwen3_moe", "olmoe", "granitemoehybrid", "qwen2_moe"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("quantize", "rows"), [(None, 8), ("nf4", 8), ("nf4", 4)])
 def test_recorded_steps_with_adapters_on_experts_give_what_transformers_gives(
     family, quantize, rows, monkeypatch, tmp_path

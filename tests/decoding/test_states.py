@@ -29,7 +29,7 @@ HYBRIDS = (
     "qwen3_5_text",
     DENSE_HYBRID,
 )
-RECORDED = ("lfm2", "bamba", "granitemoehybrid", "qwen3_5_text", DENSE_HYBRID)
+RECORDED = ("lfm2", "bamba", "granitemoehybrid", "qwen3_5_text", "qwen3_next", DENSE_HYBRID)
 METHODS = {
     "lora": LoRA(targets="all-linear", rank=3, alpha=5.0),
     "dora": DoRA(targets=["out_proj"], rank=2, alpha=5.0),

@@ -136,7 +136,13 @@ def _mixture(facts: Mixture, x: Tensor) -> Tensor | None:
     index, weights = expert_step.route(
         logits, facts.chosen, is_normal=facts.is_normal, weight_type=weight_type
     )
-    return expert_step.experts_of_rows(x, index, weights, *operand)
+    values = expert_step.experts_of_rows(x, index, weights, *operand)
+    if facts.shared is None:
+        return values
+    shared = _feed_forward(facts.shared, places, x)
+    if facts.shared_gate:
+        shared = decoder_step.gate(product(x, places[facts.shared_gate]), shared, SIGMOID)
+    return decoder_step.add_norm(values, shared, None)[0]
 
 
 def _arguments_of(

@@ -121,24 +121,6 @@ class FeedForward:
         return self.inputs[0] in JOINED_GATE_UP
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """The weighted sum of `chosen` experts of each row: those with the largest logits of a router,
-    by softmax(logits).
-
-    router, experts  names of the modules
-    is_normal        the weights of a row are divided by their sum
-    is_wide          weights are float32, whatever the type of the rows is
-    """
-
-    module: nn.Module
-    router: str
-    experts: str
-    chosen: int
-    is_normal: bool
-    is_wide: bool
-
-
 class FeedForwardBlock(NamedTuple):
     """A feed-forward block of a layer.
 
@@ -147,7 +129,30 @@ class FeedForwardBlock(NamedTuple):
     """
 
     name: str
-    facts: FeedForward | Mixture | None
+    facts: "FeedForward | Mixture | None"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The weighted sum of `chosen` experts of each row: those with the largest logits of a router,
+    by softmax(logits).
+
+    router, experts  names of the modules
+    is_normal        the weights of a row are divided by their sum
+    is_wide          weights are float32, whatever the type of the rows is
+    shared           a block whose output is added; None: there is none
+    shared_gate      name of the linear layer whose output, one of a row, gives by its sigmoid the
+                     factor of the shared block's output; "": there is none
+    """
+
+    module: nn.Module
+    router: str
+    experts: str
+    chosen: int
+    is_normal: bool
+    is_wide: bool
+    shared: FeedForwardBlock | None = None
+    shared_gate: str = ""
 
 
 @dataclass(frozen=True)

@@ -10,24 +10,34 @@ from torch.nn import functional as F
 
 from veneer.adapters.methods.expert_stack import is_gated_stack
 from veneer.adapters.placement.wrapping import unwrapped
-from veneer.execution.facts.layer_facts import Mixture
+from veneer.execution.facts.layer_facts import FeedForwardBlock, Mixture
+from veneer.execution.facts.part_facts import find_feed_forward
 from veneer.execution.facts.small_modules import ROWS, passes_values_on, with_children
 from veneer.kernels.decoding.expert_step import route_reference
-from veneer.linear import PackedExperts
+from veneer.linear import PackedExperts, frozen_linear
 from veneer.private.torch import buffers_of, children_of, parameters_of, replace_parameters
 
 
 @torch.no_grad()
 def find_mixture(module: nn.Module) -> Mixture | None:
     """Returns the facts of a block whose router takes the largest logits and weights them by their
-    softmax; None for any other module, for instance one with a shared expert."""
+    softmax, beside which there may be a shared expert; None for any other module."""
     parts = {
         name: unwrapped(child)
         for name, child in children_of(module).items()
         if child is not None and not passes_values_on(child)
     }
     stacks = [name for name, part in parts.items() if _is_stack(part)]
-    routers = [name for name in parts if name not in stacks]
+    shared = [
+        FeedForwardBlock(name, facts)
+        for name, part in parts.items()
+        if name not in stacks and (facts := find_feed_forward(part)) is not None
+    ]
+    known = {*stacks, *(block.name for block in shared)}
+    gates = [name for name, part in parts.items() if name not in known and _is_gate(part)]
+    routers = [name for name in parts if name not in {*known, *gates}]
+    if len(shared) > 1 or len(gates) > len(shared):
+        return None
     if len(stacks) != 1 or len(routers) != 1 or any(parameters_of(module).values()):
         return None
     router = parts[routers[0]]
@@ -39,7 +49,8 @@ def find_mixture(module: nn.Module) -> Mixture | None:
     small, weight, bias = _with_random_parameters(router)
     x = torch.randn(ROWS, weight.shape[1], generator=torch.Generator().manual_seed(0))
     outputs = _outputs(small, x)
-    if outputs is None or not _gives(module, routers[0], stacks[0], x):
+    beside = shared[0] if shared else None, gates[0] if gates else ""
+    if outputs is None or not _gives(module, routers[0], stacks[0], *beside, x):
         return None
     index, weights = outputs
     chosen = index.shape[1]
@@ -49,12 +60,21 @@ def find_mixture(module: nn.Module) -> Mixture | None:
         )
         if torch.equal(own_index, index) and torch.allclose(own, weights, rtol=1e-4, atol=1e-7):
             is_wide = _weight_type(small) is torch.float32
-            return Mixture(module, routers[0], stacks[0], chosen, is_normal, is_wide)
+            kind = chosen, is_normal, is_wide
+            return Mixture(
+                module, routers[0], stacks[0], *kind, shared=beside[0], shared_gate=beside[1]
+            )
     return None
 
 
 def _is_stack(module: nn.Module) -> bool:
     return isinstance(module, PackedExperts) or is_gated_stack(module)
+
+
+def _is_gate(module: nn.Module) -> bool:
+    """Whether it is a linear layer with one output."""
+    linear = frozen_linear(module)
+    return linear is not None and linear.out_features == 1
 
 
 def _with_random_parameters(router: nn.Module) -> tuple[nn.Module, Tensor, Tensor | None]:
@@ -114,16 +134,39 @@ class _Stack(nn.Module):
         return x * (index * weights).sum(1, keepdim=True) + weights[:, :1]
 
 
-def _gives(module: nn.Module, router: str, experts: str, x: Tensor) -> bool:
-    """Whether a block gives what its experts give by the router's numbers and weights."""
+class _Shared(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.roll(1, -1)
+
+
+class _Gate(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., :1]
+
+
+def _gives(
+    module: nn.Module,
+    router: str,
+    experts: str,
+    shared: FeedForwardBlock | None,
+    gate: str,
+    x: Tensor,
+) -> bool:
+    """Whether a block gives what its experts give by the router's numbers and weights, and in sum
+    with it what its shared expert gives."""
+    places: dict[str, nn.Module] = {router: _Router(), experts: _Stack()}
+    places |= {} if shared is None else {shared.name: _Shared()}
+    places |= {gate: _Gate()} if gate else {}
     try:
-        y = with_children(module, {router: _Router(), experts: _Stack()})(x[None])
+        y = with_children(module, places)(x[None])
     except (RuntimeError, ValueError, TypeError, AttributeError):
         return False
     _, weights, index = _Router()(x)
+    expected = _Stack()(x, index, weights)
+    if shared is not None:
+        of_shared = _Shared()(x)
+        expected = expected + (of_shared * _Gate()(x).sigmoid() if gate else of_shared)
     y = y[0] if isinstance(y, tuple) else y
     return (
-        isinstance(y, Tensor)
-        and y.numel() == x.numel()
-        and torch.equal(y.view(x.shape), _Stack()(x, index, weights))
+        isinstance(y, Tensor) and y.numel() == x.numel() and torch.equal(y.view(x.shape), expected)
     )
