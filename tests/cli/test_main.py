@@ -1,6 +1,7 @@
 """The command line's frame: light help, exit codes, errors."""
 
 import io
+import json
 import logging
 import subprocess
 import sys
@@ -157,27 +158,45 @@ EARLY = {
 """Mistakes that are told before torch is loaded, which takes seconds."""
 
 
-@pytest.mark.parametrize("case", EARLY)
-def test_a_mistake_is_told_before_torch_is_loaded(case, tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+@pytest.fixture(scope="module")
+def early(tmp_path_factory):
+    """How each of these commands ends in one process: its exit code, what it says, and what is
+    loaded by then."""
+    folder = tmp_path_factory.mktemp("early")
+    (folder / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     for run in ("run", "done"):
-        (tmp_path / run).mkdir()
-        (tmp_path / run / "run.yaml").write_text(
-            f"base: {tmp_path}\ndata: {tmp_path}/rows.jsonl\nout: x\n"
+        (folder / run).mkdir()
+        (folder / run / "run.yaml").write_text(
+            f"base: {folder}\ndata: {folder}/rows.jsonl\nout: x\n"
         )
-    (tmp_path / "done" / "summary.json").write_text("{}")
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "adapter_config.json").write_text("{}")
-    typed, said = (text.replace("{0}", str(tmp_path)) for text in EARLY[case])
+    (folder / "done" / "summary.json").write_text("{}")
+    (folder / "a").mkdir()
+    (folder / "a" / "adapter_config.json").write_text("{}")
+    commands = {
+        case: typed.replace("{0}", str(folder)).split() for case, (typed, _) in EARLY.items()
+    }
     code = f"""
-import contextlib, io
+import contextlib, io, json, sys
 from veneer.cli.main import main
-with contextlib.redirect_stderr(io.StringIO()) as err:
-    code = main({typed.split()!r})
-assert code == 2, (code, err.getvalue())
-assert {said!r} in err.getvalue(), err.getvalue()
+ended = {{}}
+for case, typed in {commands!r}.items():
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(typed)
+    loaded = [name for name in ("torch", "transformers") if name in sys.modules]
+    ended[case] = code, err.getvalue(), loaded
+print(json.dumps(ended))
 """
-    assert not loaded_after(code) & {"torch", "transformers"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), str(folder)
+
+
+@pytest.mark.parametrize("case", EARLY)
+def test_a_mistake_is_told_before_torch_is_loaded(case, early):
+    ended, folder = early
+    code, told, loaded = ended[case]
+    assert code == 2 and not loaded, (code, loaded, told)
+    assert EARLY[case][1].replace("{0}", folder) in told, told
 
 
 def test_every_command_that_prints_a_result_prints_it_as_json_too():
