@@ -13,10 +13,12 @@ import sys
 from veneer import api  # noqa: F401  # loaded once, for all
 from veneer.cli.main import main
 from veneer.comparison import comparison  # noqa: F401
+from veneer.files.remembered import begin
 from veneer.merge.export import export_run  # noqa: F401
 from veneer.merge.gguf import model as gguf_model  # noqa: F401
 
 LIMIT_SECONDS = 1200
+begin()  # as the command line does
 
 
 def _command(argv: list[str], log: str) -> None:

@@ -152,6 +152,7 @@ class Commands:
             "VENEER_FAULTS": str(self.control),
             "PYTHONPATH": path,
             "OMP_NUM_THREADS": "1",
+            "VENEER_CACHE": str(folder / "cache"),
         }
         self.server = subprocess.Popen(
             [sys.executable, "-m", "tests.soak.failures.fault_server"],
