@@ -345,7 +345,7 @@ def private_uses(tree: ast.AST, defined: set[str]) -> list[tuple[int, str]]:
 
 
 def test_private_parts_of_other_libraries_are_used_in_one_room():
-    trees = {path: ast.parse(path.read_text()) for path in SOURCES}
+    trees = {path: tree(path.read_text()) for path in SOURCES}
     anywhere = set().union(*map(private_names, trees.values()))
     others = {*dir(torch.nn.Module()), *dir(torch.Tensor), *dir(PreTrainedModel)}
     others |= {*dir(PretrainedConfig()), *dir(argparse.ArgumentParser())}
@@ -377,7 +377,7 @@ def test_a_private_part_would_be_found(line):
 def test_importing_changes_nothing_elsewhere():
     """No module calls anything for its effect, or writes into another's table, when imported."""
     for path in SOURCES:
-        for statement in ast.parse(path.read_text()).body:
+        for statement in tree(path.read_text()).body:
             targets = statement.targets if isinstance(statement, ast.Assign) else []
             writes = any(isinstance(target, ast.Subscript | ast.Attribute) for target in targets)
             value = statement.value if isinstance(statement, ast.Expr) else None
