@@ -319,7 +319,7 @@ def test_jobs_are_planned_each_and_together(tmp_path, capsys):
     assert together["run_seconds_one_after_another"] == pytest.approx(
         sum(job["run_seconds"] for job in plan["jobs"])
     )
-    assert main(["plan", str(file), "--set", "method.rank=3", "--set", "device=cpu"]) == 0
+    assert main(["plan", str(file), "--set", "device=cpu"]) == 0
     shown = capsys.readouterr().out
     assert "3 jobs" in shown and "dora" in shown and "together: " in shown
     assert main(["plan", str(file), "--memory", "1MB"]) == 3

@@ -141,7 +141,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 WITH_IMAGES = ("mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
 """Checkpoints of texts and images that have no class for their text alone; it is trained with the
 tower left out."""
-SAMPLE = ("qwen2", "qwen2_moe, window", "phi3, longrope", "mamba", "lfm2", "hunyuan_v1_dense")
+SAMPLE = ("qwen2", "qwen2_moe, window", "phi3, longrope", "mamba", "lfm2")
 """Held in CI; the rest by `make soak`."""
 
 
