@@ -11,6 +11,7 @@ among threads. A thread that waits sleeps, so that another process goes on.
 import gc
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 HERE = Path(__file__).parent
 ON_TWO_THREADS = {"kernels", "quant", "decoding"}
+COUNTED_ONCE = {"cli", "serve", "soak", "training", "tuning"}
+"""Folders whose tests do not look at what dry runs count."""
 LONGEST = (
     *("kernels/bindings/test_sanitized.py", "tuning/test_tune.py", "processes/test_processes.py"),
     *("jobs/test_together.py", "soak/failures/test_failing_writes.py", "jobs/test_store.py"),
@@ -45,6 +48,15 @@ def _threads(request):
         torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _dry_runs(request):
+    from tests.support.dry_runs import counted_once
+
+    is_counted_once = request.path.relative_to(HERE).parts[0] in COUNTED_ONCE
+    with counted_once() if is_counted_once else nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")
