@@ -147,9 +147,9 @@ def result(interval, *, forgetting=(0.1, [0.05, 0.15]), interrupted=False, runne
     ("interval", "better", "words"),
     [
         ([-1.2, -0.8], True, "Sure that it is better"),
-        ([-0.3, 0.1], None, "Not sure"),
+        ([-0.3, 0.1], None, "Not sure: the interval holds zero"),
         ([0.1, 0.4], False, "Sure that it is worse"),
-        (None, None, "Not sure"),
+        (None, None, "Not sure: these rows are too few or too alike"),
     ],
 )
 def test_the_verdict_is_as_sure_as_its_interval(interval, better, words):
@@ -190,6 +190,7 @@ def test_the_verdict_is_not_sure_where_parts_may_have_similar_prompts():
     [
         ((0.1, [0.05, 0.15]), "it forgot some general text"),
         ((0.1, [-0.05, 0.25]), "cannot be told from chance"),
+        ((0.1, None), "cannot be told from chance"),
         ((-0.1, [-0.2, -0.05]), "it forgot nothing"),
     ],
 )

@@ -91,17 +91,20 @@ def is_better(result: Result) -> bool | None:
     None if it was not judged, if the interval holds zero, or if it is too narrow."""
     if result["judging"] is None or _is_too_narrow(result):
         return None
-    primary = result["judging"]["measures"][0]
-    ends = result["judging"]["adapter"]["against"][primary]["interval"]
+    ends = _interval(result)
     if ends is None or ends[0] <= 0 <= ends[1]:
         return None
-    return bool((ends[1] < 0) == (primary == "loss"))
+    return bool((ends[1] < 0) == (result["judging"]["measures"][0] == "loss"))
 
 
-def _side(result: Result) -> str:
-    """Says on which side of zero the interval of the first measure is."""
+def _interval(result: Result) -> Sequence[float] | None:
+    """Returns the interval of the first measure's difference; None if the rows determine none."""
     judging = result["judging"]
-    ends = judging["adapter"]["against"][judging["measures"][0]]["interval"]
+    ends: Sequence[float] | None = judging["adapter"]["against"][judging["measures"][0]]["interval"]
+    return ends
+
+
+def _side(ends: Sequence[float]) -> str:
     return f"the interval is {'below' if ends[1] < 0 else 'above'} zero"
 
 
@@ -126,12 +129,13 @@ def _certainty(result: Result) -> str:
         sentence = (
             "Not sure: many prompts are alike, so rows to judge with may be like rows to train on."
         )
+    elif (ends := _interval(result)) is None:
+        sentence = "Not sure: these rows are too few or too alike for an interval."
     elif better is None:
         sentence = "Not sure: the interval holds zero, so these rows cannot tell the two apart."
-    elif better:
-        sentence = f"Sure that it is better than the base on such rows: {_side(result)}."
     else:
-        sentence = f"Sure that it is worse than the base on such rows: {_side(result)}."
+        kind = "better" if better else "worse"
+        sentence = f"Sure that it is {kind} than the base on such rows: {_side(ends)}."
     if search["runner_up"] is None:
         return sentence
     runner_up = search["runner_up"]
@@ -148,7 +152,7 @@ def _forgetting(result: Result) -> list[str]:
         return []
     general = result["judging"]["adapter"]["general"]
     change, ends = general["forgetting"], general["forgetting_interval"]
-    if ends is not None and ends[0] <= 0 <= ends[1]:
+    if ends is None or ends[0] <= 0 <= ends[1]:
         sentence = "forgetting cannot be told from chance"
     elif change > 0:
         sentence = "it forgot some general text"
