@@ -125,6 +125,29 @@ def test_who_listens_to_a_module_is_asked():
     assert len(heard) == 2 * 3 * 2  # of both ways, in three steps
 
 
+@pytest.mark.parametrize("family", ["qwen3", "mixtral", "opt", "ministral3"])
+def test_a_step_calls_each_hook_that_the_models_own_code_calls(family):
+    base = based(family)
+    found = by_parts(base)
+
+    def heard(run, module):
+        calls = []
+        hook = module.register_forward_hook(lambda *_: calls.append(1))
+        with torch.no_grad():
+            read_and_continued(run, PROMPTS[1:2])
+        hook.remove()
+        return bool(calls)
+
+    own, step = own_forward(base.model), decode_step_of(base).logits
+    assert decode_step_of(base).not_by_parts is None and found.fits
+    modules = dict(base.model.base_model.named_modules())
+    silent = [path for path, m in modules.items() if heard(own, m) and not heard(step, m)]
+    assert not silent
+    for layer in found.layers:
+        layer.module.register_forward_hook(lambda *_: None)
+    assert differ(base, found) < BOUND[torch.float32]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_what_an_adapter_does_is_done_by_parts_too(name, monkeypatch):
     monkeypatch.setattr(few_rows, "LEAST_VALUES", 1)

@@ -14,6 +14,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from veneer.adapters.placement.wrapping import AdaptedModule, unwrapped
@@ -24,6 +25,7 @@ from veneer.execution.facts.decoder_layer import find_layers
 from veneer.execution.facts.layer_facts import DecoderLayer, Norm
 from veneer.execution.facts.model_start import ModelStart, embedding_scale, find_start, part_names
 from veneer.execution.facts.part_facts import find_norm
+from veneer.execution.facts.small_modules import beside_linears
 from veneer.execution.layer_step import LayerAngles, compute_layer
 from veneer.execution.paged import PagedStep
 from veneer.execution.proofs.model import acting_prefix_length, some_ids, structure
@@ -36,6 +38,7 @@ from veneer.execution.states import StepStates, cache_argument, has_states, stat
 from veneer.execution.step_products import DENSE, Branch, add_norm, bare, dense_operands, product
 from veneer.kernels.decoding import decoder_step
 from veneer.kernels.dense.loss import Head
+from veneer.private.transformers import calls_hooks
 from veneer.sharded import is_sharded
 
 LogitRules = tuple[float, float | None]
@@ -63,6 +66,8 @@ class LayersForward:
         limits = [heads.position_limit for layer in layers if (heads := layer.attention)]
         self._position_limit = min((own for own in limits if own is not None), default=None)
         self.steps = RecordedSteps()
+        self._hooked: list[bool] = []
+        self._last_hook_id = -1
 
     @property
     def model(self) -> PreTrainedModel:
@@ -73,8 +78,9 @@ class LayersForward:
     @property
     def fits(self) -> bool:
         """Whether all parts are in their places, none acts on a table of positions that is read
-        past its module, and no prefix acts, which only the model's own forward reads."""
-        if self._start.first_row and bare(self._positions) is None:
+        past its module, and neither a prefix acts nor a hook of the decoder, which only the
+        model's own forward reads."""
+        if calls_hooks(self.inner) or (self._start.first_row and bare(self._positions) is None):
             return False
         in_place = all(a is b.module for a, b in zip(self._places, self.layers, strict=True))
         return in_place and acting_prefix_length(self.model) == 0
@@ -165,10 +171,22 @@ class LayersForward:
         h, *of_positions = inputs
         branch = Branch(of_positions[0], 1.0, None, None) if self._start.has_table else None
         pairs = list(zip(of_positions[::2], of_positions[1::2], strict=False))
-        for layer, numbers in zip(self.layers, self._start.of_layer, strict=True):
+        of_layers = zip(self.layers, self._start.of_layer, self._layers_with_hooks(), strict=True)
+        for layer, numbers, hooked in of_layers:
             angles = None if numbers is None else LayerAngles(*(pairs[n] for n in numbers))
-            h, branch = compute_layer(layer, h, branch, angles, paged_step)
+            h, branch = compute_layer(layer, h, branch, angles, paged_step, has_hooks=hooked)
         return add_norm(h, branch, self._last_norm, self.norm)[1]
+
+    def _layers_with_hooks(self) -> list[bool]:
+        """Returns for each layer whether it or a part of it has hooks. Linear layers call theirs.
+        Without any it looks again only after torch has numbered a new hook anywhere."""
+        last_id = RemovableHandle.next_id
+        if self._last_hook_id != last_id:
+            self._hooked = [
+                any(map(calls_hooks, beside_linears(layer.module))) for layer in self.layers
+            ]
+            self._last_hook_id = -1 if any(self._hooked) else last_id
+        return self._hooked
 
     def _called(self) -> list[nn.Module]:
         """Returns all modules that `_layers` may call."""

@@ -51,14 +51,17 @@ def compute_layer(
     branch: Branch | None,
     angles: LayerAngles | None,
     paged_step: PagedStep,
+    *,
+    has_hooks: bool = False,
 ) -> tuple[Tensor, Branch | None]:
     """Returns (h, branch): the layer's output, and what is still to be added to it. The arguments
-    are what the layer before returns. angles None: the model's layers get none."""
-    if layer.unknown is not None:
+    are what the layer before returns. angles None: the model's layers get none. has_hooks: the
+    layer's own code computes it."""
+    if layer.unknown is not None or has_hooks:
         whole: Any = layer.module
         h, _ = add_norm(h, branch, None, None)
         rows = h.unflatten(0, (paged_step.texts, -1))
-        own = _arguments_of(whole, h, angles, paged_step)
+        own = _arguments_of(whole, h, angles, paged_step) | _positions(layer.attention, rows)
         if paged_step.states is not None:
             own[cache_argument(whole)] = paged_step.states.cache
         return first_of(whole(rows, **own)).flatten(0, 1), None
@@ -74,8 +77,7 @@ def compute_layer(
     else:
         assert layer.attention is not None
         own = _arguments_of(layer.attention.module, x, angles, paged_step)
-        if layer.attention.position_limit is not None:  # it computes the same at any below
-            own["position_ids"] = torch.zeros(1, len(x), dtype=torch.int64, device=x.device)
+        own |= _positions(layer.attention, x[None])
         values = attention(hidden_states=x[None], **own)[0][0]
     scale = layer.residual_scale
     branch = Branch(values, scale, _place(parts, after), after)
@@ -154,6 +156,14 @@ def _arguments_of(
         texts = paged_step.texts, -1
         arguments["position_embeddings"] = tuple(x.unflatten(0, texts) for x in angles.own)
     return arguments | unset_arguments(module, arguments)
+
+
+def _positions(facts: Attention | None, rows: Tensor) -> dict[str, Tensor]:
+    """Returns the positions of rows (B, T, D), for code that reads them: it computes the same at
+    any below the limit."""
+    if facts is None or facts.position_limit is None:
+        return {}
+    return {"position_ids": torch.zeros(rows.shape[:2], dtype=torch.int64, device=rows.device)}
 
 
 def _attention(

@@ -25,6 +25,7 @@ from veneer.execution.facts.attention_facts import find_attention
 from veneer.execution.facts.decoder_layer import find_layers
 from veneer.execution.facts.layer_facts import Attention, DecoderLayer, FeedForward, Norm
 from veneer.execution.facts.part_facts import find_feed_forward, find_norm
+from veneer.execution.facts.small_modules import beside_linears
 from veneer.execution.stand_in import StandIn
 from veneer.execution.train_parts import FusedAttention, FusedGate, FusedNorm, unset_names
 from veneer.kernels.bindings.library import has_bf16
@@ -36,6 +37,7 @@ from veneer.kernels.layers.block import lora_attention, lora_block
 from veneer.kernels.layers.block_operands import Block, BlockPart, module_rows
 from veneer.linear import frozen_linear
 from veneer.private.torch import children_of
+from veneer.private.transformers import calls_hooks
 
 
 class FusedLayer(StandIn):
@@ -268,11 +270,23 @@ def one_node(stand_ins: Mapping[str, StandIn]) -> bool:
     return bool(layers) and next(layers[0].parameters()).is_cpu
 
 
+def without_hooks(stand_ins: Mapping[str, StandIn]) -> dict[str, StandIn]:
+    """Returns the stand-ins that skip no hook: they call neither their module nor its parts, but
+    for linear layers. A layer that is one node calls its own hooks."""
+
+    def skips_hooks(stand_in: StandIn) -> bool:
+        own = stand_in.base if isinstance(stand_in, FusedLayer) else None
+        return any(calls_hooks(part) for part in beside_linears(stand_in.base) if part is not own)
+
+    return {path: stand_in for path, stand_in in stand_ins.items() if not skips_hooks(stand_in)}
+
+
 @contextmanager
 def fused(model: PreTrainedModel, stand_ins: Mapping[str, StandIn]) -> Iterator[None]:
     """Within the block the stand-ins take the places of their modules, which are put back
     afterwards."""
     exchanged = []
+    stand_ins = without_hooks(stand_ins)
     # Inner modules are replaced first: later the path to them would lead through a stand-in.
     for path in sorted(stand_ins, key=lambda path: -path.count(".")):
         stand_in = stand_ins[path]

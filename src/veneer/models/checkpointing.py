@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from veneer.adapters.placement.acting import Acting
 from veneer.adapters.placement.routing import Routing
 from veneer.errors import ConfigError
-from veneer.execution.attention import decoder
 from veneer.execution.facts.decoder_layer import decoder_layers
 from veneer.execution.stand_in import StandIn
 
@@ -31,17 +30,21 @@ tokens: 960 MB instead of 1,130; of Llama's layers in float32: 1,010 MB instead 
 
 class CheckpointedLayer(StandIn):
     """A decoder layer whose activations are computed again in backward, with the adapters that
-    acted in the forward, even on another thread. gives_back: returns free pages before both."""
+    acted in the forward, even on another thread. gives_back: returns free pages before both;
+    is_last: behind the forward, before the logits, which do not fit into the gaps that layers
+    leave."""
 
-    def __init__(self, base: nn.Module, routing: Routing, *, gives_back: bool) -> None:
+    def __init__(
+        self, base: nn.Module, routing: Routing, *, gives_back: bool, is_last: bool
+    ) -> None:
         super().__init__(base)
-        self.routing, self.gives_back = routing, gives_back
+        self.routing, self.gives_back, self.is_last = routing, gives_back, is_last
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         acting = self.routing.acting
         if self.gives_back and torch.is_grad_enabled():
             give_back()
-        return checkpoint(
+        out = checkpoint(
             self.base,
             *args,
             use_reentrant=False,
@@ -49,6 +52,9 @@ class CheckpointedLayer(StandIn):
             context_fn=lambda: (nullcontext(), self._again(acting)),
             **kwargs,
         )
+        if self.is_last and torch.is_grad_enabled():
+            give_back()
+        return out
 
     @contextmanager
     def _again(self, acting: Acting) -> Iterator[None]:
@@ -65,12 +71,6 @@ def give_back() -> None:
         trim(0)
 
 
-def _before_logits(*_: object) -> None:
-    """Returns free pages before the logits, which do not fit into the gaps that layers leave."""
-    if torch.is_grad_enabled():
-        give_back()
-
-
 @contextmanager
 def checkpointed(model: PreTrainedModel, routing: Routing, *, on: bool) -> Iterator[None]:
     """Within the block every decoder layer is checkpointed, if `on`."""
@@ -82,20 +82,16 @@ def checkpointed(model: PreTrainedModel, routing: Routing, *, on: bool) -> Itera
         )
     original_layers = list(layers or ())
     on_cpu = next(model.parameters()).device.type == "cpu"
-    hook = (
-        (decoder(model) or model).register_forward_hook(_before_logits)
-        if original_layers and on_cpu
-        else None
-    )
     try:
         for index, layer in enumerate(original_layers):
             assert layers is not None
             gives_back = on_cpu and index % GIVE_BACK_EVERY == GIVE_BACK_EVERY - 1
-            layers[index] = CheckpointedLayer(layer, routing, gives_back=gives_back)
+            is_last = on_cpu and index == len(original_layers) - 1
+            layers[index] = CheckpointedLayer(
+                layer, routing, gives_back=gives_back, is_last=is_last
+            )
         yield
     finally:
-        if hook is not None:
-            hook.remove()
         for index, layer in enumerate(original_layers):
             assert layers is not None
             layers[index] = layer

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from veneer.private.torch import forward_hooks
+
 
 def attention_of(config: Any) -> Any:
     """Returns the name of the attention that a config chooses; None if it chooses none."""
@@ -39,6 +41,14 @@ def adds_distances(decoder: Any) -> bool:
     """Whether a decoder makes biases by distance for the scores of attention (ALiBi): it has a
     method for them, or a switch that is on."""
     return any("alibi" in name and getattr(decoder, name) for name in dir(decoder))
+
+
+def calls_hooks(module: Any) -> bool:
+    """True if a forward of the module calls hooks, other than those by which transformers captures
+    outputs: once added they stay, and do nothing where none are captured."""
+    hooks = (hook for of_module in forward_hooks(module) for hook in of_module.values())
+    places = [str(getattr(hook, "__module__", "")) for hook in hooks]
+    return any(not place.startswith("transformers.") for place in places)
 
 
 def offers_sdpa(model: Any) -> bool:

@@ -471,6 +471,27 @@ def test_a_layer_that_is_one_node_calls_its_hooks(taken):
     assert "forward" not in vars(layer)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "mixtral", "opt"])
+def test_each_hook_that_the_models_own_code_calls_is_called(family):
+    trained = Trained(family, layers=1, targets=["q_proj"])
+    head = trained.model.get_output_embeddings()  # wraps layers, and does not act
+    attach(trained.model, LoRA(rank=4), name="b", routing=trained.routing, head=head)
+    stand_ins = replacements(trained.model)
+
+    def is_heard(module, context):
+        calls = []
+        hook = module.register_forward_hook(lambda *_: calls.append(1))
+        with torch.no_grad(), context():
+            batch_loss(trained, trained.batch, total=1.0)
+        hook.remove()
+        return bool(calls)
+
+    modules = dict(trained.model.named_modules())
+    expected = {path for path, module in modules.items() if is_heard(module, nullcontext)}
+    found = {p for p in expected if is_heard(modules[p], lambda: fused(trained.model, stand_ins))}
+    assert found == expected and any(path.endswith(".base") for path in expected)
+
+
 def _scaled(own):
     return lambda self, x, **given: own(self, x, **given) * 0.5
 

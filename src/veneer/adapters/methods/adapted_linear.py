@@ -125,7 +125,7 @@ class AdaptedLinear(AdaptedModule):
             return None
         layers = self.drawing(adapters, keys)
         if not layers:
-            return unadapted(self.frozen)
+            return None if has_hooks(self.base) else unadapted(self.frozen)
         layer, weight, keys = layers[0]
         if len(layers) > 1 or not isinstance(layer, LoRALayer) or layer.offset is not None:
             return None

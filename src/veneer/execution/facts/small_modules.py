@@ -1,13 +1,15 @@
 """Small copies of modules and random rows, on which facts about modules are tried."""
 
 import copy
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from inspect import Parameter, signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from veneer.adapters.placement.wrapping import unwrapped
+from veneer.linear import frozen_linear
 from veneer.private.torch import children_of, parameters_of, replace_children, replace_parameters
 
 WIDTH, ROWS = 8, 5
@@ -63,6 +65,14 @@ def unset_arguments(module: nn.Module, given: Container[str]) -> dict[str, None]
         for own in beside
         if own.kind in kinds and own.default is Parameter.empty and own.name not in given
     }
+
+
+def beside_linears(module: nn.Module) -> Iterator[nn.Module]:
+    """Yields a module and its parts, but for linear layers and what lies within these."""
+    if frozen_linear(unwrapped(module)) is None:
+        yield module
+        for child in module.children():
+            yield from beside_linears(child)
 
 
 def passes_values_on(module: nn.Module) -> bool:
