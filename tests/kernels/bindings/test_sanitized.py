@@ -53,6 +53,7 @@ RUN = (
         "kernels/dense/test_rank.py",
         "kernels/dense/test_layer_norm.py",
         "kernels/test_tiles.py",
+        "kernels/layers/test_states.py",
         "kernels/attention/test_attention_native.py",
     ),
     *(
