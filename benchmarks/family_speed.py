@@ -58,6 +58,7 @@ SHAPE: dict[str, Any] = {
     "pad_token_id": 0,
 }
 FALCON = {"ffn_hidden_size": 1536, "num_kv_heads": 3}
+GRANITE_HYBRID = {"mamba_n_heads": 18, "mamba_d_state": 128, "residual_multiplier": 0.22}
 GEMMA = {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 512}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -108,11 +109,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 3,
     },
     "granitemoehybrid": {
+        **GRANITE_HYBRID,
         "num_local_experts": 0,
         "shared_intermediate_size": 1536,
-        "mamba_n_heads": 18,
-        "mamba_d_state": 128,
-        "residual_multiplier": 0.22,
+    },
+    "granitemoehybrid, experts": {
+        **GRANITE_HYBRID,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 384,
+        "shared_intermediate_size": 768,
     },
     "falcon_h1": {"mamba_d_ssm": 576, "mamba_n_heads": 9, "mamba_d_state": 128},
 }
@@ -125,9 +131,9 @@ token."""
 
 def hybrid_layers(family: str, layers: int) -> dict[str, list[str]]:
     """Returns the layer types of a hybrid whose config has none of its own."""
-    if (every := ATTENTION_EVERY.get(family)) is None:
+    if (every := ATTENTION_EVERY.get(kind := family.partition(",")[0])) is None:
         return {}
-    state = "conv" if family == "lfm2" else "linear_attention"
+    state = "conv" if kind == "lfm2" else "linear_attention"
     types = [state if number % every else "full_attention" for number in range(layers)]
     return {"layer_types": types[::-1]}
 
