@@ -428,6 +428,14 @@ def test_a_copy_has_few_heads_whether_or_not_keys_have_heads_of_their_own(kind, 
     assert copy.num_attention_heads == heads < config.num_attention_heads
 
 
+@pytest.mark.parametrize("layers", [2, 5])
+def test_a_copy_keeps_multipliers_of_parts_that_are_as_many_as_layers(layers):
+    multipliers = [1.0, 2.0, 3.0, 4.0, 5.0]
+    config = CONFIG_MAPPING["falcon_h1"](num_hidden_layers=layers, ssm_multipliers=multipliers)
+    copy = small_copy(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config).config
+    assert copy.ssm_multipliers == multipliers and copy.mlp_multipliers == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("kind", ["blenderbot", "roberta"])
 def test_where_transformers_loop_does_not_give_what_whole_texts_give_they_are_read_for_every_token(
     kind,

@@ -58,6 +58,7 @@ _EXPERTS = re.compile(r"(num|n)(_\w+)?_experts$|expert_num$")
 _CHOSEN = re.compile(r"experts_per_tok|^moe_topk$|^moe_k$|^top_k$")
 _LIMIT = re.compile(r"clip_qkv|swiglu_limit")
 """Fields that cut off values."""
+_BY_PART = re.compile(r"multipliers$")  # one for each part of a block, not for each layer
 _DEPTH = re.compile(
     r"first_k_dense|num_dense_layers|max_window_layers|num_kv_shared_layers|moe_layer_(start|end)"
 )
@@ -349,7 +350,7 @@ def _shrink_list(name: str, value: Any, layers: Sequence[int], depth: int, sizes
             key: _shrink_value(str(key) + inside, entry, layers, depth, sizes)
             for key, entry in value.items()
         }
-    if depth and len(value) == depth:
+    if depth and len(value) == depth and not _BY_PART.search(name):
         return type(value)(_shrink_value(name, value[old], layers, depth, sizes) for old in layers)
     if (
         value
