@@ -303,6 +303,17 @@ def test_the_calls_between_products_are_their_references(dtype, width):
             assert apart(ours.double(), theirs.double()) < BETWEEN[dtype]
 
 
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("shape", [(1, 3), (5, 1300), (2, 9000)], ids=str)
+def test_factors_of_columns_are_their_reference_to_the_bit(shape, dtype):
+    """Threads share runs of 4,096 values, which begin and end within rows."""
+    draw = torch.Generator().manual_seed(0)
+    x, factors = (torch.randn(size, generator=draw).to(dtype) for size in (shape, shape[1]))
+    for scale in (1.0, 0.3):
+        expected = decoder_step.cap_reference(x, scale, factors_V=factors)
+        assert torch.equal(decoder_step.cap(x.clone(), scale, factors_V=factors), expected)
+
+
 def test_values_of_several_types_take_the_plain_way():
     h, delta = torch.randn(3, 8), torch.randn(3, 8).bfloat16()
     norm = decoder_step.Norm(torch.ones(8), 1e-5)
@@ -312,7 +323,9 @@ def test_values_of_several_types_take_the_plain_way():
     assert torch.equal(decoder_step.gate(h, delta), torch.nn.functional.silu(h) * delta)
     double = torch.randn(3, 8, dtype=torch.float64)
     expected = decoder_step.cap_reference(double, 2.0, 3.0)
-    assert torch.equal(decoder_step.cap(double, 2.0, 3.0), expected)
+    assert torch.equal(decoder_step.cap(double.clone(), 2.0, 3.0), expected)
+    wide = decoder_step.cap(h.clone(), 2.0, factors_V=delta[0])
+    assert torch.equal(wide, decoder_step.cap_reference(h, 2.0, factors_V=delta[0]))
     q, k = torch.randn(3, 2, 8), torch.randn(3, 1, 8)
     angles = torch.randn(3, 8)
     turned, expected = [q.clone(), k.clone()], [q.clone(), k.clone()]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.adapters.test_methods import move
-from tests.families.models import DENSE_HYBRID, family_base
+from tests.families.models import DENSE_HYBRID, SCALED_HYBRID, family_base
 from veneer.adapters.attach import attach
 from veneer.adapters.config import DoRA, LoRA
 from veneer.adapters.placement.acting import Acting
@@ -28,8 +28,8 @@ HYBRIDS = (
     "qwen3_next",
     "qwen3_5_text",
     DENSE_HYBRID,
+    SCALED_HYBRID,
 )
-RECORDED = ("lfm2", "bamba", "granitemoehybrid", "qwen3_5_text", "qwen3_next", DENSE_HYBRID)
 METHODS = {
     "lora": LoRA(targets="all-linear", rank=3, alpha=5.0),
     "dora": DoRA(targets=["out_proj"], rank=2, alpha=5.0),
@@ -117,7 +117,7 @@ def test_logits_in_the_mix_are_those_alone(family):
         assert together == pytest.approx(single, abs=1e-4)
 
 
-@pytest.mark.parametrize("family", RECORDED)
+@pytest.mark.parametrize("family", HYBRIDS)
 def test_single_tokens_are_replayed_whichever_engine_has_the_states(family):
     base, applied = with_adapters(family)
     for seed in range(2):  # the second engine finds the recording of the first

@@ -55,8 +55,9 @@ Families that would need more than a description of their layers to become faste
 - **GPT-J, CodeGen**: each attention block computes its own angles from the positions.
 - **Hybrids** (Qwen3-Next, LFM2, Granite 4, Falcon-H1): layers carry a state from token to token.
   In training their own code computes these layers, text by text within packed rows. In decoding
-  kernels pass the states of LFM2, Bamba, Granite 4, Qwen3-Next and Qwen3.5 on by one token.
-  Prompts, and the layers of others, are computed by their own code, equal lengths side by side.
+  kernels pass the states of LFM2, Bamba, Granite 4, Falcon-H1, Qwen3-Next and Qwen3.5 on by one
+  token. Prompts, and the layers of others, are computed by their own code, equal lengths side by
+  side.
 - **DeepSeek V2 and V3, MiniCPM3, GLM-4.7-Flash, Youtu** (latent attention): q and k are joined from
   two parts, of which one is rotated and shared by all key heads, and values are narrower than keys.
 - **Gemma 4, Gemma 3n**: values have a norm, layers share keys and values, and each layer reads an

@@ -133,9 +133,23 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """Settings that change the path, or let layers of one model differ, beside the defaults."""
-DENSE_HYBRID = "granitemoehybrid, dense"
+DENSE_HYBRID, SCALED_HYBRID = "granitemoehybrid, dense", "falcon_h1, scaled"
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    DENSE_HYBRID: ("granitemoehybrid", {"num_local_experts": 0})
+    DENSE_HYBRID: ("granitemoehybrid", {"num_local_experts": 0}),
+    SCALED_HYBRID: (
+        "falcon_h1",
+        {
+            "embedding_multiplier": 3.0,
+            "lm_head_multiplier": 0.25,
+            "mlp_multipliers": [0.7, 0.4],
+            "key_multiplier": 0.6,
+            "attention_in_multiplier": 1.2,
+            "attention_out_multiplier": 0.8,
+            "ssm_in_multiplier": 1.3,
+            "ssm_out_multiplier": 0.6,
+            "ssm_multipliers": [0.7, 1.4, 0.5, 1.7, 0.6],
+        },
+    ),
 }
 """Settings that change the path of decoding alone; docs/families.md does not compare them."""
 WITH_IMAGES = ("mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe")

@@ -3,7 +3,8 @@
     h = h + scale * norm(o(attention(rotate(norm(q(x))), rotate(norm(k(x))), v(x))))    x = norm(h)
     h = h + scale * norm(down(activation(gate(x)) * up(x)))                             x = norm(h)
 
-In a parallel layer both read the layer's input, by one norm or by two.
+In a parallel layer both read the layer's input, by one norm or by two. A mixer may stand in the
+place of attention, or beside it.
 The model's own modules are called, found in their places at every step; between them one call does
 what several did (kernels/decoding/decoder_step.py). A module with an adapter is called as it is, a
 layer that is not understood whole.
@@ -31,7 +32,7 @@ from veneer.execution.facts.small_modules import first_of, unset_arguments
 from veneer.execution.mixer_step import mixed
 from veneer.execution.paged import PagedStep
 from veneer.execution.states import cache_argument
-from veneer.execution.step_products import Branch, add_norm, bare, normed, product, products
+from veneer.execution.step_products import Branch, add_norm, bare, normed, product, products, scaled
 from veneer.kernels.bindings.row_calls import SIGMOID
 from veneer.kernels.decoding import decoder_step, expert_step
 from veneer.kernels.dense import few_rows
@@ -67,18 +68,17 @@ def compute_layer(
         return first_of(whole(rows, **own)).flatten(0, 1), None
     parts = children_of(layer.module)
     before, after, before_feed_forward, after_feed_forward = layer.norms
-    attention = parts[layer.attention_name]
-    assert attention is not None
     h, x = add_norm(h, branch, _place(parts, before), before)
+    outputs, scales = list[Tensor](), layer.scales
     if layer.mixer is not None:
-        values = mixed(layer.mixer, attention, x, cache_argument(layer.module), paged_step)
-    elif layer.attention is not None and bare(attention) is layer.attention.module:
-        values = _attention(layer.attention, x, angles, paged_step)
-    else:
-        assert layer.attention is not None
-        own = _arguments_of(layer.attention.module, x, angles, paged_step)
-        own |= _positions(layer.attention, x[None])
-        values = attention(hidden_states=x[None], **own)[0][0]
+        place, cache_name = parts[layer.mixer_name], cache_argument(layer.module)
+        values = mixed(layer.mixer, place, x, cache_name, paged_step)
+        outputs.append(decoder_step.cap(values, scales.mixer_out))
+    if layer.attention is not None:
+        place, read = parts[layer.attention_name], scaled(x, scales.attention_in)
+        values = _attended(layer.attention, place, read, angles, paged_step)
+        outputs.append(decoder_step.cap(values, scales.attention_out))
+    values = _sum(outputs)
     scale = layer.residual_scale
     branch = Branch(values, scale, _place(parts, after), after)
     place = _place(parts, before_feed_forward)
@@ -88,10 +88,15 @@ def compute_layer(
         h = add_norm(h, branch, None, None)[0]
     else:
         h, x = add_norm(h, branch, place, before_feed_forward)
-    values, *others = [_feed_forward(block, parts, x) for block in layer.blocks]
+    values = _sum([_feed_forward(block, parts, x) for block in layer.blocks])
+    return h, Branch(values, scale, _place(parts, after_feed_forward), after_feed_forward)
+
+
+def _sum(outputs: Sequence[Tensor]) -> Tensor:
+    values, *others = outputs
     for other in others:
         values = decoder_step.add_norm(values, other, None)[0]
-    return h, Branch(values, scale, _place(parts, after_feed_forward), after_feed_forward)
+    return values
 
 
 def _place(parts: dict[str, Any], norm: Norm | None) -> nn.Module | None:
@@ -111,8 +116,9 @@ def _feed_forward(block: FeedForwardBlock, parts: dict[str, Any], x: Tensor) -> 
     places = children_of(facts.module)
     outputs = products(x, [places[name] for name in facts.inputs])
     gate, *up = outputs[0].split(facts.width, dim=-1) if facts.is_joined else outputs
+    gate = decoder_step.cap(gate, facts.gate_scale)
     values = decoder_step.gate(gate, up[0] if up else None, facts.activation)
-    return product(values, places[facts.output])
+    return decoder_step.cap(product(values, places[facts.output]), facts.scale)
 
 
 def _mixture(facts: Mixture, x: Tensor) -> Tensor | None:
@@ -166,6 +172,19 @@ def _positions(facts: Attention | None, rows: Tensor) -> dict[str, Tensor]:
     return {"position_ids": torch.zeros(rows.shape[:2], dtype=torch.int64, device=rows.device)}
 
 
+def _attended(
+    facts: Attention, place: Any, x: Tensor, angles: LayerAngles | None, paged_step: PagedStep
+) -> Tensor:
+    """Returns the output of an attention block; its own code computes it if something acts on
+    it."""
+    if bare(place) is facts.module:
+        return _attention(facts, x, angles, paged_step)
+    own = _arguments_of(facts.module, x, angles, paged_step)
+    own |= _positions(facts, x[None])
+    output: Tensor = place(hidden_states=x[None], **own)[0][0]
+    return output
+
+
 def _attention(
     facts: Attention, x: Tensor, angles: LayerAngles | None, paged_step: PagedStep
 ) -> Tensor:
@@ -206,7 +225,7 @@ def _heads(
     """Returns q, k and v (N, H, E) from the outputs of their layers, after norms that precede the
     rotation."""
     q, k, v = outputs[0].split(facts.widths, dim=-1) if facts.is_joined else outputs
-    size = facts.head_dim
+    k, size = decoder_step.cap(k, facts.key_scale), facts.head_dim
     if facts.norms and not facts.norms_last:
         q, k = (
             normed(values, places[norm.name], norm)

@@ -19,7 +19,7 @@ from veneer.execution.facts.layer_facts import (
 from veneer.execution.facts.mixer_facts import DELTA_RATES, RATES
 from veneer.execution.paged import PagedStep
 from veneer.execution.states import MATRIX, WINDOW, StepStates
-from veneer.execution.step_products import bare, normed, product, products
+from veneer.execution.step_products import bare, normed, product, products, scaled
 from veneer.kernels.decoding import decoder_step, state_step
 from veneer.private.torch import children_of
 
@@ -54,12 +54,16 @@ def _pass_on(mixer: Mixer, x: Tensor, states: StepStates) -> Tensor:
         out = normed(out, places[mixer.norm.name], mixer.norm)
         out = decoder_step.gate(gate, out.view(gate.shape)).view(out.shape)
         return product(out, places[mixer.output])
+    x = scaled(x, mixer.in_scale) if isinstance(mixer, StateSpace) else x
     joined = product(x, places[IN_PROJECTION])
     if isinstance(mixer, ShortConvolution):
         before, behind, rows = joined.chunk(3, dim=-1)
         out = state_step.window(window, rows, *taps, before_NC=before, behind_NC=behind)
         return product(out, places[OUT_PROJECTION])
     assert isinstance(mixer, StateSpace)
+    if mixer.factors:
+        factors = mixer.module.get_buffer(mixer.factors).flatten()
+        joined = decoder_step.cap(joined, 1.0, factors_V=factors)
     width, beside = mixer.heads * mixer.size, mixer.groups * mixer.width
     gate, rows, step = joined.split((width, width + 2 * beside, mixer.heads), dim=-1)
     rows = state_step.window(window, rows, *taps, has_silu=True)
@@ -67,7 +71,8 @@ def _pass_on(mixer: Mixer, x: Tensor, states: StepStates) -> Tensor:
     rates = state_step.HeadRates(*(mixer.module.get_parameter(name) for name in RATES))
     state, own_gate = states.state((mixer.number, MATRIX, 0)), gate if mixer.gate_first else None
     out = state_step.space(state, values, b, c, step, rates, own_gate, groups=mixer.groups)
-    out = normed(out, places[mixer.norm.name], mixer.norm)
+    if mixer.norm is not None:
+        out = normed(out, places[mixer.norm.name], mixer.norm)
     out = out if mixer.gate_first else decoder_step.gate(gate, out)
     return product(out, places[OUT_PROJECTION])
 

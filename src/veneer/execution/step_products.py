@@ -128,3 +128,10 @@ def norm_operand(place: nn.Module | None, facts: Norm | None) -> rules.Norm | No
     kind = facts.epsilon, facts.offset, facts.is_wide, facts.is_centred
     weight = norm.weight if facts.ones is None else facts.ones
     return rules.Norm(weight, *kind, bias)
+
+
+def scaled(x: Tensor, scale: float) -> Tensor:
+    """Returns scale * x (N, D), or x itself if the scale is 1."""
+    if scale == 1.0:
+        return x
+    return decoder_step.cap(decoder_step.compact(x[:, None]), scale)

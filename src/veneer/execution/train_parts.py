@@ -93,7 +93,9 @@ class FusedGate(StandIn):
         down: Callable[[Tensor], Tensor] = getattr(base, facts.output)
         outputs = apply_together([getattr(base, name) for name in facts.inputs], x)
         gate, *up = outputs[0].chunk(2, dim=-1) if facts.is_joined else outputs
-        return down(gated(gate, up[0] if up else None, facts.activation))
+        gate = gate if facts.gate_scale == 1.0 else gate * facts.gate_scale
+        y = down(gated(gate, up[0] if up else None, facts.activation))
+        return y if facts.scale == 1.0 else y * facts.scale
 
 
 class FusedAttention(StandIn):

@@ -214,7 +214,9 @@ def _is_one_node(path: str, layer: DecoderLayer, stand_ins: Mapping[str, StandIn
     """Whether the kernels compute a layer, or all of it but its feed-forward block: it is
     understood, in bf16, and has an adapted linear."""
     heads, gated, name = layer.attention, layer.feed_forward, layer.attention_name
-    if layer.unknown is not None or heads is None or heads.has_gate or not has_bf16():
+    if layer.unknown is not None or heads is None or layer.mixer is not None or not has_bf16():
+        return False
+    if heads.has_gate or heads.key_scale != 1.0 or (gated is not None and gated.has_scales):
         return False
     first = frozen_linear(unwrapped(heads.module.get_submodule(heads.inputs[0])))
     if first is None or first.dtype is not torch.bfloat16:

@@ -515,7 +515,13 @@ def _step(rng: random.Random) -> list[Call]:
         (step_calls.step_copy, {"x": q, "out": filled(dtype, *q.shape), "level": level}),
         (
             step_calls.step_cap,
-            {"x": x, "scale": 0.5, "cap": rng.choice([0.0, 30.0]), "level": level},
+            {
+                "x": x,
+                "factors": rng.choice([None, filled(dtype, width)]),
+                "scale": 0.5,
+                "cap": rng.choice([0.0, 30.0]),
+                "level": level,
+            },
         ),
         (
             step_calls.step_embed,

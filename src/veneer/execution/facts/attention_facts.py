@@ -6,7 +6,7 @@ as `attend` does, and compute the same bits from its output.
 Shapes: B batch, T tokens, H query heads, K key heads, S head size, D hidden.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from inspect import signature
 from itertools import product
@@ -19,7 +19,15 @@ from veneer.adapters.methods.adapted_linear import apply_together
 from veneer.adapters.placement.wrapping import unwrapped
 from veneer.execution.agreement import EXACT, agrees
 from veneer.execution.attention import attention_forward, mask_of, takes_layouts
-from veneer.execution.facts.layer_facts import Attention, Rotation, head_norms, names_in_attention
+from veneer.execution.facts.layer_facts import (
+    HEAD_NORMS,
+    JOINED_QKV,
+    OUTPUTS,
+    QKV,
+    QKV_BY_GROUP,
+    Attention,
+    Rotation,
+)
 from veneer.execution.facts.part_facts import find_norm
 from veneer.execution.facts.small_modules import (
     ROWS,
@@ -46,6 +54,19 @@ _ROTATIONS = (
     Rotation(0, neighbours=True, angle_order="first half", is_wide=True),
 )
 """The kinds of rotation that are tried, without their sizes."""
+_KEY_SCALE = "key_multiplier"
+
+
+def names_in_attention(children: Container[str]) -> tuple[tuple[str, ...], str]:
+    """Returns the names of the modules that compute q, k and v, and of the one that computes o."""
+    joined = [(name,) for name in (*JOINED_QKV, *QKV_BY_GROUP) if name in children]
+    inputs = joined[0] if joined else QKV
+    return inputs, next((name for name in OUTPUTS if name in children), OUTPUTS[0])
+
+
+def head_norms(children: Container[str]) -> tuple[str, ...]:
+    """Returns the names of the norms of q and of k, if both are there."""
+    return next((pair for pair in HEAD_NORMS if all(name in children for name in pair)), ())
 
 
 @torch.no_grad()
@@ -80,8 +101,9 @@ def find_attention(block: Any) -> Attention | None:
         inputs=inputs,
         output=output,
         has_gate=q == 2 * attended,
+        key_scale=float(getattr(block, _KEY_SCALE, 1.0)),
     )
-    if facts.group and norms:
+    if facts.group and (norms or facts.key_scale != 1.0):
         return None
     for width, limit in product(_rotated_sizes(block, size), _position_limits(block)):
         try:
@@ -199,6 +221,8 @@ def attend(
         q, k, v = outputs[0].split(facts.widths, dim=-1) if facts.is_joined else outputs
     if facts.query_scale != 1.0:
         q = q * facts.query_scale
+    if facts.key_scale != 1.0:
+        k = k * facts.key_scale
     if not facts.norms_last:
         q, k = _normed(facts, block, (q, k), (B, T))
     q, k = q.reshape(B * T, -1, S), k.reshape(B * T, -1, S)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from veneer.adapters.placement.wrapping import AdaptedModule, plain_modules, unwrapped
 from veneer.execution.attention import decoder
-from veneer.execution.facts.attention_facts import find_attention
+from veneer.execution.facts.attention_facts import find_attention, head_norms, names_in_attention
 from veneer.execution.facts.layer_facts import (
     ATTENTIONS,
     FEED_FORWARD,
@@ -31,8 +31,6 @@ from veneer.execution.facts.layer_facts import (
     DecoderLayer,
     FeedForward,
     FeedForwardBlock,
-    head_norms,
-    names_in_attention,
 )
 from veneer.execution.facts.mixer_facts import find_mixer
 from veneer.execution.facts.mixture_facts import find_mixture
@@ -104,32 +102,35 @@ def _own_module(place: nn.Module) -> nn.Module:
 
 def _find_layer(layer: nn.Module) -> DecoderLayer:
     parts = {name: unwrapped(child) for name, child in layer.named_children()}
-    known_names = (*ATTENTIONS, *MIXERS)
-    attention_name = next((name for name in known_names if name in parts), ATTENTIONS[0])
+    mixer_name = next((name for name in MIXERS if name in parts), "")
+    mixer = find_mixer(parts[mixer_name]) if mixer_name else None
+    attention_name = next((name for name in ATTENTIONS if name in parts), "")
+    if mixer is None:
+        attention_name = attention_name or ATTENTIONS[0]
+    mixing = [name for name in (attention_name, mixer_name if mixer else "") if name]
     attention = parts.pop(attention_name, layer)
+    parts = {name: part for name, part in parts.items() if name not in mixing}
     blocks, chains = _feed_forward_blocks(layer, parts)
     feed_names = [name for chain in chains for name in chain]
     parts = {name: part for name, part in parts.items() if name not in feed_names}
     parts = {name: part for name, part in parts.items() if not passes_values_on(part)}
-    children = {name for name, part in attention.named_children() if not passes_values_on(part)}
+    within = attention.named_children() if attention_name else ()
+    children = {name for name, part in within if not passes_values_on(part)}
     inputs, output = names_in_attention(children)
-    usual = {*inputs, output}
-    mixer = find_mixer(attention) if attention_name in MIXERS else None
-    if mixer is not None:
-        usual = children
+    usual = {*inputs, output} if attention_name else set[str]()
     beside = {name for name in parts if not _is_norm(name)}
-    beside |= {attention_name, *feed_names} - {name for name, _ in layer.named_children()}
+    beside |= {*mixing, *feed_names} - {name for name, _ in layer.named_children()}
     if beside or children not in (usual, usual | {*head_norms(children)}):
         unusual = sorted(beside | (children ^ usual))
         return DecoderLayer(layer, unknown=f"it has other parts than Llama: {', '.join(unusual)}")
-    row = None if mixer is not None else _input_row(attention, inputs[0])
+    row = _input_row(attention, inputs[0]) if attention_name else None
     norms = [norm for name, module in parts.items() if (norm := find_norm(module, name, row))]
     if len(norms) != len(parts):
         return DecoderLayer(layer, unknown="its norms are of no known kind")
-    heads = None if mixer is not None else find_attention(attention)
-    known_sums = find_places(layer, norms, attention_name, chains)
+    heads = find_attention(attention) if attention_name else None
+    known_sums = find_places(layer, norms, mixing, chains)
     unknown = None
-    if heads is None and mixer is None:
+    if heads is None and attention_name:
         unknown = "its attention block computes something else"
     elif known_sums is None:
         unknown = "it adds up its parts in another way"
@@ -137,7 +138,7 @@ def _find_layer(layer: nn.Module) -> DecoderLayer:
     adds = sums.is_parallel, sums.residual_scale
     names = attention_name, sums.gives_pair
     facts = DecoderLayer(layer, sums.norms, heads, blocks, *adds, unknown, *names)
-    return replace(facts, mixer=mixer)
+    return replace(facts, mixer=mixer, mixer_name=mixer_name, scales=sums.scales)
 
 
 def _feed_forward_blocks(

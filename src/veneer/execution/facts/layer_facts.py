@@ -4,9 +4,9 @@ h = x + scale * norm(attention(norm(x)))
 y = h + scale * norm(feed_forward(norm(h)))         any of these norms may be missing
 
 A parallel layer is y = x + attention(norm(x)) + feed_forward(norm(x)), by one norm or by two.
+A mixer stands in the place of attention or beside it. Each part may have multipliers.
 """
 
-from collections.abc import Container
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -41,26 +41,6 @@ FEED_FORWARD_IN_LAYER = ("fc1", "activation_fn", "fc2")
 
 ACTIVATIONS = (SILU, GELU_TANH, GELU_ERF, RELU, RELU_SQUARED)
 """Numbers of the activations of gates (kernels/bindings/row_calls.py)."""
-
-
-def names_in_attention(children: Container[str]) -> tuple[tuple[str, ...], str]:
-    """Returns the names of the modules that compute q, k and v, and of the one that computes o."""
-    joined = [(name,) for name in (*JOINED_QKV, *QKV_BY_GROUP) if name in children]
-    inputs = joined[0] if joined else QKV
-    return inputs, next((name for name in OUTPUTS if name in children), OUTPUTS[0])
-
-
-def head_norms(children: Container[str]) -> tuple[str, ...]:
-    """Returns the names of the norms of q and of k, if both are there."""
-    return next((pair for pair in HEAD_NORMS if all(name in children for name in pair)), ())
-
-
-def names_in_gate(children: Container[str]) -> tuple[tuple[str, ...], str]:
-    """Returns the names of the modules that compute gate and up, and of the one that computes
-    down."""
-    known: list[tuple[str, ...]] = [(name,) for name in JOINED_GATE_UP if name in children]
-    known += [NUMBERED_GATE_UP] if NUMBERED_GATE_UP[0] in children else []
-    return known[0] if known else GATE_UP, next((d for d in DOWN if d in children), DOWN[0])
 
 
 @dataclass(frozen=True)
@@ -99,7 +79,7 @@ class LayerNorms(NamedTuple):
 
 @dataclass(frozen=True)
 class FeedForward:
-    """down(activation(gate_proj(x)) * up_proj(x)).
+    """scale * down(activation(gate_scale * gate_proj(x)) * up_proj(x)).
 
     A plain block is down(activation(gate_proj(x))); there is no up.
 
@@ -115,10 +95,16 @@ class FeedForward:
     width: int
     inputs: tuple[str, ...] = GATE_UP
     output: str = DOWN[0]
+    gate_scale: float = 1.0
+    scale: float = 1.0
 
     @property
     def is_joined(self) -> bool:
         return self.inputs[0] in JOINED_GATE_UP
+
+    @property
+    def has_scales(self) -> bool:
+        return (self.gate_scale, self.scale) != (1.0, 1.0)
 
 
 class FeedForwardBlock(NamedTuple):
@@ -202,6 +188,7 @@ class Attention:
     output         name of the module that computes o
     query_scale    what q is multiplied by before its norm, and rounded; the kernels multiply scores
                    by it (kernel_rules), which rounds less
+    key_scale      what k is multiplied by before its norm
     position_limit the facts hold for positions below this one; None: for all
     has_gate       the module of q computes a gate behind q of each head; the output of the
                    attention is multiplied by its sigmoid
@@ -218,6 +205,7 @@ class Attention:
     inputs: tuple[str, ...] = QKV
     output: str = OUTPUTS[0]
     query_scale: float = 1.0
+    key_scale: float = 1.0
     position_limit: int | None = None
     has_gate: bool = False
 
@@ -270,19 +258,23 @@ class ShortConvolution(Mixer):
 @dataclass(frozen=True)
 class StateSpace(Mixer):
     """out_proj(norm(space(silu(window(x, b, c)), step), gate)), where gate, x, b, c and step are
-    the outputs of in_proj, side by side.
+    factors * in_proj(in_scale * input), side by side.
 
     heads, size    heads of x and of gate, and the size of each
     groups, width  groups of b and of c, and the width of each
-    norm           multiplied by silu(gate); gate_first: its input is, not its output
+    norm           multiplied by silu(gate); gate_first: its input is, not its output. None: what
+                   space gives is multiplied
+    factors        name of the buffer that holds them; "": there are none
     """
 
     heads: int
     size: int
     groups: int
     width: int
-    norm: Norm
+    norm: Norm | None
     gate_first: bool
+    in_scale: float = 1.0
+    factors: str = ""
 
 
 @dataclass(frozen=True)
@@ -319,17 +311,25 @@ class DeltaRule(Mixer):
         return [(known | dict.fromkeys("ba", self.heads))[part] for part in parts]
 
 
-NO_NORMS = LayerNorms()
+class MixingScales(NamedTuple):
+    """What the input and the output of attention are multiplied by, and the output of a mixer."""
+
+    attention_in: float = 1.0
+    attention_out: float = 1.0
+    mixer_out: float = 1.0
+
+
+NO_NORMS, NO_SCALES = LayerNorms(), MixingScales()
 
 
 @dataclass(frozen=True)
 class DecoderLayer:
     """Describes what a decoder layer computes.
 
-    attention_name  name of its attention block or mixer
+    attention_name  name of its attention block
     blocks          its feed-forward blocks, whose outputs are added
-    mixer           what is in the place of its attention, if that passes a state from token to
-                    token
+    mixer           passes a state from token to token, in the place of attention or beside it: then
+                    the outputs of both are added, times `scales`
     is_parallel     y = x + attention(n) + feed_forward(m), n = norm(x); m = norm(x) by the norm
                     before the feed-forward block, or n without such a norm
     gives_pair      its own code gives (y, None), not y
@@ -347,6 +347,8 @@ class DecoderLayer:
     attention_name: str = ATTENTIONS[0]
     gives_pair: bool = False
     mixer: Mixer | None = None
+    mixer_name: str = ""
+    scales: MixingScales = NO_SCALES
 
     @property
     def feed_forward(self) -> FeedForward | None:

@@ -26,12 +26,14 @@ from veneer.execution.facts.part_facts import NORM_KINDS
 from veneer.execution.facts.small_modules import passes_values_on, random_rows, with_small_weight
 from veneer.kernels.dense.fused import rms_norm
 from veneer.linear import frozen_linear
-from veneer.private.torch import parameters_of
+from veneer.private.torch import buffers_of, parameters_of
 
 CONVOLUTIONS = ("conv", "conv1d")
 RATES = ("A_log", "D", "dt_bias")
 """Parameters of a state space, one number a head: rates, skip and bias (state_step.HeadRates)."""
 SIZES = ("num_heads", "head_dim", "n_groups", "ssm_state_size")
+IN_SCALE = "ssm_in_multiplier"
+"""Name of an attribute: what the input of a state space is multiplied by."""
 DELTA_RATES = ("A_log", "dt_bias")
 DELTA_SIZES = ("num_v_heads", "head_v_dim", "num_k_heads", "head_k_dim")
 """Names of the parameters and of the sizes of a delta rule."""
@@ -127,8 +129,8 @@ def _find_short_convolution(block: _Block) -> ShortConvolution | None:
 
 def _find_state_space(block: _Block) -> StateSpace | None:
     names, sizes = {IN_PROJECTION, OUT_PROJECTION, "act", "norm"}, block.sizes(SIZES)
-    linears = block.linears([IN_PROJECTION, OUT_PROJECTION])
-    if {*block.parts} != names or block.own != {*RATES} or not block.is_silu:
+    linears, module = block.linears([IN_PROJECTION, OUT_PROJECTION]), block.mixer.module
+    if {*block.parts, "norm"} != names or block.own != {*RATES} or not block.is_silu:
         return None
     if sizes is None or linears is None:
         return None
@@ -137,9 +139,16 @@ def _find_state_space(block: _Block) -> StateSpace | None:
     fits = (out.in_features, block.channels) == (width, width + beside)
     if not fits or into.out_features != 2 * width + beside + heads:
         return None
-    if (found := _find_gated_norm(block.parts["norm"])) is None:
+    norm = block.parts.get("norm")
+    found = (None, True) if norm is None else _find_gated_norm(norm)
+    factors = {name: own for name, own in buffers_of(module).items() if own is not None}
+    if found is None or [own.numel() for own in factors.values()] not in ([], [into.out_features]):
         return None
-    return StateSpace(*_place_of(block), heads, size, groups, state, *found)
+    in_scale, name = float(getattr(module, IN_SCALE, 1.0)), next(iter(factors), "")
+    own_norm, gate_first = found
+    return StateSpace(
+        *_place_of(block), heads, size, groups, state, own_norm, gate_first, in_scale, name
+    )
 
 
 def _find_delta_rule(block: _Block) -> DeltaRule | None:

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from veneer.execution.agreement import EXACT, agrees
 from veneer.execution.attention import unused_mask
-from veneer.execution.facts.layer_facts import FEED_FORWARD, MIXERS, LayerNorms, Norm
+from veneer.execution.facts.layer_facts import (
+    FEED_FORWARD,
+    MIXERS,
+    NO_SCALES,
+    LayerNorms,
+    MixingScales,
+    Norm,
+)
 from veneer.execution.facts.small_modules import (
     WIDTH,
     first_of,
@@ -49,32 +56,48 @@ class Sums(NamedTuple):
     is_parallel: bool = False
     residual_scale: float = 1.0
     gives_pair: bool = False
+    scales: MixingScales = NO_SCALES
+
+
+MIXING_SCALES = ("attention_in_multiplier", "attn_out_multiplier", "ssm_out_multiplier")
+"""Names in a layer of its MixingScales, if it has both attention and a mixer."""
 
 
 def find_places(
     layer: nn.Module,
     norms: Sequence[Norm],
-    attention: str,
+    mixing: Sequence[str],
     feed_forward: Sequence[Sequence[str]] = ((FEED_FORWARD,),),
 ) -> Sums | None:
     """Returns the places of a layer's norms, and how it adds up its parts, by running it with known
     parts. Returns None if it does not add up its parts as in layer_facts.py, or does not pass on
-    the arguments they need. attention: the name of its attention block or mixer. feed_forward: for
-    each of its feed-forward blocks the name, or those of the block's parts in order."""
+    the arguments they need. mixing: the names of its attention block and of its mixer.
+    feed_forward: for each of its feed-forward blocks the name, or those of the block's parts in
+    order."""
     own: Mapping[str, Any] = {**parameters_of(layer), **buffers_of(layer)}
     if any(value is not None for value in own.values()) or len(norms) > len(LayerNorms._fields):
         return None
     called: list[str] = []
     feed_names = [name for block in feed_forward for name in block]
-    names = [attention, *feed_names, *(norm.name for norm in norms)]
-    is_mixer = attention in MIXERS
+    names = [*mixing, *feed_names, *(norm.name for norm in norms)]
+    attention = [name for name in mixing if name not in MIXERS]
     parts = {
-        name: _KnownPart(number, name, called, returns_pair=name == attention and not is_mixer)
+        name: _KnownPart(number, name, called, returns_pair=name in attention)
         for number, name in enumerate(names, 1)
     }
+    own_scales = NO_SCALES
+    if len(mixing) > 1:
+        own_scales = MixingScales(*(float(getattr(layer, own, 1.0)) for own in MIXING_SCALES))
 
     def mix(x: Tensor) -> Tensor:
-        return first_of(parts[attention](x))
+        of_attention, of_output, of_mixer = own_scales
+        outputs = [
+            first_of(parts[name](x * of_attention)) * of_output
+            if name in attention
+            else parts[name](x) * of_mixer
+            for name in mixing
+        ]
+        return sum(outputs[1:], outputs[0])
 
     def feed(x: Tensor) -> Tensor:
         chains = [nn.Sequential(*(parts[name] for name in block)) for block in feed_forward]
@@ -92,17 +115,20 @@ def find_places(
 
     def own_code(x: Tensor) -> tuple[Any, ...]:
         y = first_of(outputs(x))
-        keywords = parts[attention].keywords
-        return y, is_mixer or all(keywords.get(name) is own for name, own in arguments.items())
+        given = [parts[name].keywords for name in attention]
+        pass_on = all(own.get(name) is arguments[name] for own in given for name in arguments)
+        return y, pass_on
 
     try:
         gives_pair = isinstance(outputs(x), tuple)
     except Exception:  # modelling code may raise any, as in agreement.disagreement
         return None
     by_name = {norm.name: norm for norm in norms}
-    if (own_calls := _with_one_block(called, feed_names)) is None:
+    mixing_calls = _as_one(called, mixing, mixing[0])
+    own_calls = mixing_calls and _as_one(mixing_calls, feed_names, FEED_FORWARD)
+    if own_calls is None:
         return None
-    if (own_norms := _parallel_norms(own_calls, by_name, attention)) is not None:
+    if (own_norms := _parallel_norms(own_calls, by_name, mixing[0])) is not None:
         of_attention, of_feed_forward = own_norms
 
         def parallel(x: Tensor, order: Sequence[int]) -> tuple[Any, ...]:
@@ -117,9 +143,9 @@ def find_places(
                 places = LayerNorms(
                     before_attention=of_attention, before_feed_forward=of_feed_forward
                 )
-                return Sums(places, is_parallel=True, gives_pair=gives_pair)
+                return Sums(places, True, gives_pair=gives_pair, scales=own_scales)
     scales = [1.0, *(own for own in vars(layer).values() if type(own) is float and own != 1.0)]
-    for names_of_places, scale in product(_orders(own_calls, attention), scales):
+    for names_of_places, scale in product(_orders(own_calls, mixing[0]), scales):
         places = LayerNorms(*(by_name.get(name) for name in names_of_places))
 
         def computed(
@@ -132,18 +158,18 @@ def find_places(
             return h + fourth(feed(third(h))) * scale, True
 
         if agrees(own_code, computed, (x,), EXACT):
-            return Sums(places, residual_scale=scale, gives_pair=gives_pair)
+            return Sums(places, False, scale, gives_pair, own_scales)
     return None
 
 
-def _with_one_block(called: Sequence[str], names: Sequence[str]) -> tuple[str, ...] | None:
-    """Returns the calls with one for all parts of the feed-forward blocks. Returns None if these
-    were not called one after another."""
-    first = min((number for number, name in enumerate(called) if name in names), default=0)
+def _as_one(called: Sequence[str], names: Sequence[str], name: str) -> tuple[str, ...] | None:
+    """Returns the calls with one, of this name, in place of those of all these parts. Returns None
+    if these were not called one after another."""
+    first = min((number for number, own in enumerate(called) if own in names), default=0)
     behind = first + len(names)
     if sorted(called[first:behind]) != sorted(names):
         return None
-    return (*called[:first], FEED_FORWARD, *called[behind:])
+    return (*called[:first], name, *called[behind:])
 
 
 def _parallel_norms(

@@ -1,6 +1,7 @@
 """Finds what norms and gated feed-forward blocks compute, by running them on small random
 projections (layer_facts.py)."""
 
+from collections.abc import Container
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,15 @@ from torch import Tensor, nn
 
 from veneer.adapters.placement.wrapping import unwrapped
 from veneer.execution.agreement import EXACT, PART, agrees
-from veneer.execution.facts.layer_facts import ACTIVATIONS, FeedForward, Norm, names_in_gate
+from veneer.execution.facts.layer_facts import (
+    ACTIVATIONS,
+    DOWN,
+    GATE_UP,
+    JOINED_GATE_UP,
+    NUMBERED_GATE_UP,
+    FeedForward,
+    Norm,
+)
 from veneer.execution.facts.small_modules import (
     WIDTH,
     passes_values_on,
@@ -30,6 +39,8 @@ INNER = 12
 """Inner size of the small feed-forward block that is tried."""
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
 """Names of the activation in a feed-forward block."""
+SCALES = ("gate_multiplier", "down_multiplier")
+"""Names of what the outputs of gate and of down are multiplied by."""
 
 
 @torch.no_grad()
@@ -93,6 +104,14 @@ def _find_bare_norm(module: nn.Module, epsilon: float, name: str, row: Tensor) -
     return Norm(module, epsilon, is_wide=True, name=name, is_centred=True, ones=ones)
 
 
+def names_in_gate(children: Container[str]) -> tuple[tuple[str, ...], str]:
+    """Returns the names of the modules that compute gate and up, and of the one that computes
+    down."""
+    known: list[tuple[str, ...]] = [(name,) for name in JOINED_GATE_UP if name in children]
+    known += [NUMBERED_GATE_UP] if NUMBERED_GATE_UP[0] in children else []
+    return known[0] if known else GATE_UP, next((d for d in DOWN if d in children), DOWN[0])
+
+
 @torch.no_grad()
 def find_feed_forward(module: nn.Module) -> FeedForward | None:
     """Returns the facts of a feed-forward block, gated or plain; None for any other module, for
@@ -127,13 +146,14 @@ def find_feed_forward(module: nn.Module) -> FeedForward | None:
     def computed(x: Tensor, kind: int) -> Tensor:
         outputs = torch.cat([project(x) for project in projections], dim=-1)
         gate, up = (outputs, None) if layers == 1 else outputs.chunk(2, dim=-1)
-        return down(gated(gate, up, kind))
+        return down(gated(gate * gate_scale, up, kind)) * scale
 
     x = torch.linspace(-4, 4, 64, device="cpu")[None]
+    gate_scale, scale = (float(getattr(module, own, 1.0)) for own in SCALES)
     for kind in ACTIVATIONS:
         ours = partial(gated, up=torch.ones_like(x), activation=kind)
         rows = random_rows(WIDTH, dtype)
         alike = activation is None or agrees(ours, activation, (x,), PART)
         if alike and agrees(partial(computed, kind=kind), small, (rows,), PART):
-            return FeedForward(module, kind, width, inputs, output)
+            return FeedForward(module, kind, width, inputs, output, gate_scale, scale)
     return None

@@ -46,11 +46,11 @@ def with_small_weight(module: nn.Module, device: str | None = None) -> tuple[nn.
 
 
 def first_of(outputs: Any) -> Tensor:
-    """Returns what a layer or a block gives: a tensor, or the first of a pair (x, None)."""
+    """Returns what a layer or a block gives: a tensor, or the first of (x,) or (x, None)."""
     if not isinstance(outputs, tuple):
         return outputs
-    x, nothing = outputs
-    if nothing is not None:
+    x, *others = outputs
+    if others not in ([], [None]):
         raise ValueError("its second output is used")
     return x
 

@@ -330,7 +330,9 @@ def _scales(config: PreTrainedConfig) -> list[float]:
     values = [
         float(value)
         for name, value in vars(config).items()
-        if "logit" in name and "scal" in name and isinstance(value, int | float) and value
+        if (("logit" in name and "scal" in name) or name == "lm_head_multiplier")
+        and isinstance(value, int | float)
+        and value
     ]
     return list(dict.fromkeys([1.0, *values, *(1.0 / value for value in values)]))
 

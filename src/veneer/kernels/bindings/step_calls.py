@@ -131,10 +131,14 @@ def step_copy(x: Tensor, out: Tensor, level: int = ANY_LEVEL) -> None:
 
 
 @declare(
-    "veneer_step_cap(*, T, level: int32 0..3)", "x: T[rows, width]; rows, width; scale, cap: float"
+    "veneer_step_cap(*, T, level: int32 0..3)",
+    "x: T[rows, width]; factors: T[width]?; rows, width; scale, cap: float",
 )
-def step_cap(x: Tensor, scale: float, cap: float, level: int = ANY_LEVEL) -> None:
-    """Computes x = scale * x, and then x = cap * tanh(x / cap) unless cap is 0, in place."""
+def step_cap(
+    x: Tensor, factors: Tensor | None, scale: float, cap: float, level: int = ANY_LEVEL
+) -> None:
+    """Computes x (N, D) = scale * factors (D) * x, and then x = cap * tanh(x / cap) unless cap is
+    0, in place."""
 
 
 @declare(

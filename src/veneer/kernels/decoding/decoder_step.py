@@ -4,7 +4,7 @@
     rotate     each pair (a, b) of a head becomes (a cos - b sin, b cos + a sin), in place
     gate       activation(gate) * up
     compact    copies without gaps, side by side
-    cap        softcap * tanh(scale * x / softcap), in place
+    cap        softcap * tanh(scale * factors * x / softcap), in place
 
 For forwards without a gradient; compiled for float32 and bf16 on any processor
 (native/layers/decoder_step.c). Shapes: N rows, D width, H heads, E head size, R its
@@ -142,18 +142,22 @@ def compact(*parts_NKW: Tensor) -> Tensor:
     return out
 
 
-def cap(x_NV: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """Changes x to scale * x, and then to softcap * tanh(x / softcap) if there is a softcap, in
-    place; returns x."""
-    if scale == 1.0 and softcap is None:
+def cap(
+    x_NV: Tensor, scale: float, softcap: float | None = None, factors_V: Tensor | None = None
+) -> Tensor:
+    """Changes x to scale * factors * x, and then to softcap * tanh(x / softcap) if there is a
+    softcap, in place; returns x."""
+    if scale == 1.0 and softcap is None and factors_V is None:
         return x_NV
-    if usable(x_NV):
-        step_calls.step_cap(x_NV, scale, softcap or 0.0)
+    if usable(x_NV, factors_V):
+        step_calls.step_cap(x_NV, factors_V, scale, softcap or 0.0)
         return x_NV
-    return x_NV.copy_(cap_reference(x_NV, scale, softcap))
+    return x_NV.copy_(cap_reference(x_NV, scale, softcap, factors_V))
 
 
-def cap_reference(x_NV: Tensor, scale: float, softcap: float | None) -> Tensor:
+def cap_reference(
+    x_NV: Tensor, scale: float, softcap: float | None = None, factors_V: Tensor | None = None
+) -> Tensor:
     """Defines cap, in plain torch, in another tensor."""
-    x = x_NV * scale
+    x = (x_NV if factors_V is None else x_NV * factors_V) * scale
     return x if softcap is None else torch.tanh(x / softcap) * softcap

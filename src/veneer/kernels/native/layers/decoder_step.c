@@ -51,7 +51,8 @@ struct step_copy {
 };
 
 struct step_cap {
-    void *x; /* (rows, width), changed in place */
+    void *x;             /* (rows, width), changed in place */
+    const void *factors; /* (width), of x before scale; NULL, none */
     int64_t rows, width;
     float scale, cap; /* cap: 0, none */
 };
@@ -280,6 +281,13 @@ INLINE float tanh_of(float x) {
 /* Items are runs of CAP_RUN values, so that threads share a single row of many logits. */
 INLINE void cap_runs(const int bf16, const struct step_cap *a, int64_t from, int64_t to) {
     const int64_t count = a->rows * a->width, last = to * CAP_RUN < count ? to * CAP_RUN : count;
+    for (int64_t i = from * CAP_RUN, of_row; a->factors != 0 && i < last; i += of_row) {
+        const int64_t column = i % a->width, rest = a->width - column;
+        of_row = rest < last - i ? rest : last - i;
+        for (int64_t n = 0; n < of_row; n++)
+            put(bf16, a->x, i + n,
+                value_at(bf16, a->x, i + n) * value_at(bf16, a->factors, column + n));
+    }
     for (int64_t i = from * CAP_RUN; i < last; i++) {
         float x = rounded(bf16, value_at(bf16, a->x, i) * a->scale);
         if (a->cap > 0.0f) x = rounded(bf16, tanh_of(rounded(bf16, x / a->cap))) * a->cap;
