@@ -30,10 +30,6 @@ HYBRIDS = (
     DENSE_HYBRID,
     SCALED_HYBRID,
 )
-METHODS = {
-    "lora": LoRA(targets="all-linear", rank=3, alpha=5.0),
-    "dora": DoRA(targets=["out_proj"], rank=2, alpha=5.0),
-}
 NEW = 9
 IDENTITIES = ((), (("lora", 1.0),), (("dora", 1.0),))
 
@@ -41,8 +37,14 @@ IDENTITIES = ((), (("lora", 1.0),), (("dora", 1.0),))
 def with_adapters(family):
     base = family_base(family)
     assert decodes_packed(base) and has_states(base.model)
+    names = {path.rpartition(".")[2] for path, _ in base.model.named_modules()}
+    output = "out_proj" if "out_proj" in names else "o_proj"
+    methods = {
+        "lora": LoRA(targets="all-linear", rank=3, alpha=5.0),
+        "dora": DoRA(targets=[output], rank=2, alpha=5.0),
+    }
     applied = {}
-    for number, (name, config) in enumerate(METHODS.items()):
+    for number, (name, config) in enumerate(methods.items()):
         head, identity = base.model.get_output_embeddings(), ((name, 1.0),)
         attached = attach(
             base.model, config, name=name, routing=base.routing, head=head, seed=number
@@ -117,7 +119,7 @@ def test_logits_in_the_mix_are_those_alone(family):
         assert together == pytest.approx(single, abs=1e-4)
 
 
-@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize("family", [*HYBRIDS, "olmo_hybrid", "lara_mini"])
 def test_single_tokens_are_replayed_whichever_engine_has_the_states(family):
     base, applied = with_adapters(family)
     for seed in range(2):  # the second engine finds the recording of the first

@@ -56,6 +56,10 @@ def switched(family):
     return base
 
 
+ODD_HEADS = [("qwen3_5_text", (3, 9)), ("qwen3_next", (1, 3)), ("olmo_hybrid", (3, 3))]
+"""Key and value heads of delta rules."""
+
+
 @pytest.mark.parametrize("family", MIXERS)
 def test_layers_with_a_mixer_are_understood(family):
     layers = find_layers(switched(family).model)
@@ -79,7 +83,7 @@ def test_a_step_that_gives_other_values_is_not_taken(family, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("family", "heads"), [("qwen3_5_text", (3, 9)), ("qwen3_next", (1, 3))])
+@pytest.mark.parametrize(("family", "heads"), ODD_HEADS)
 def test_delta_rules_and_gated_attention_of_odd_sizes_are_those_of_the_model(family, heads, dtype):
     keys, values = heads
     config = CONFIG_MAPPING[family](linear_num_key_heads=keys, linear_num_value_heads=values, **ODD)
@@ -88,7 +92,7 @@ def test_delta_rules_and_gated_attention_of_odd_sizes_are_those_of_the_model(fam
     base = FrozenBase(model, tiny_tokenizer(), family, family)
     assert decodes_packed(base) and all(layer.unknown is None for layer in find_layers(model))
     forward, states = forward_by_layers(model), state_layers(model)
-    assert not isinstance(forward, str)
+    assert not isinstance(forward, str), forward
     for texts in (
         [[7, 9, 4, 3]],
         [[number + 3, *range(9, 12 + number % 5)] for number in range(16)],

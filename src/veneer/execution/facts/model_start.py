@@ -124,7 +124,9 @@ class ModelStart:
             return self
         kinds, of_layer = [*self.kinds], list[tuple[int, int] | None]()
         for numbers, rotation in zip(self.of_layer, rotations, strict=True):
-            assert numbers is not None
+            if numbers is None:
+                of_layer.append(None)
+                continue
             own = numbers[1]
             order = None if rotation is None or rotation.takes_halves else rotation
             kind = self.kinds[own]._replace(rotation=order)
@@ -207,7 +209,7 @@ def _start(inner: nn.Module, names: PartNames, gives_pair: bool) -> ModelStart |
         return None
     kinds, of_layer = list[AngleKind](), list[tuple[int, int] | None]()
     for layer in layers:
-        if has_table or positions is None:
+        if has_table or not layer.has_angles:
             of_layer.append(None)
             continue
         if layer.kind is None:
@@ -225,8 +227,11 @@ def _start(inner: nn.Module, names: PartNames, gives_pair: bool) -> ModelStart |
 
 @dataclass(frozen=True)
 class _LayerInput:
+    """kind: of its angles; None if it has none, or others than the rotary module gives."""
+
     input: Tensor
     kind: AngleKind | None
+    has_angles: bool
 
 
 def _run(
@@ -258,7 +263,7 @@ def _run(
     for layer in recorded:
         numbers = [n for n, angles in enumerate(rotary.angles) if angles is layer.angles]
         kind = rotary.kinds[numbers[0]] if numbers else None
-        inputs.append(_LayerInput(layer.input, kind))
+        inputs.append(_LayerInput(layer.input, kind, layer.angles is not None))
     return inputs
 
 
