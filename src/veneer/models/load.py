@@ -58,7 +58,7 @@ from veneer.models.few_rows import take_few_rows
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.narrow import keep_narrow
 from veneer.models.own_head import OWN_HEAD, attach_head, head_width
-from veneer.models.short_chunks import take_short_chunks
+from veneer.models.state_scans import take_scans
 from veneer.private.transformers import mark_initialized
 from veneer.quant.config import FOUR_BITS, Quantize, weight_format
 from veneer.sharded import Sharding
@@ -150,7 +150,7 @@ def load_base(
             if sharding is not None:
                 sharding.complete(model, compute.held)
             if place.type == "cpu":
-                take_short_chunks(model, is_whole=sharding is None)
+                take_scans(model, is_whole=sharding is None)
             remember_by_values(
                 "finite", model, bool, lambda: check_finite(model_folder.folder, model)
             )

@@ -40,7 +40,7 @@ from veneer.kernels.layout import round_up
 from veneer.models.checkpointing import checkpointed
 from veneer.models.left_out import reached_weights
 from veneer.models.own_head import head_width
-from veneer.models.short_chunks import shorten_chunks
+from veneer.models.state_scans import assume_scans
 from veneer.models.step import (
     ComputePaths,
     assume_paths,
@@ -223,7 +223,7 @@ def _run(
     """Runs one step of `model` at its depth; on a device other than meta, counts real tensors."""
     tracker, routing = Tracker(experts=experts, device=device), Routing()
     if step.on_cpu:
-        shorten_chunks(model)
+        assume_scans(model)
     with tracker.phase("load", label=WEIGHTS):
         for tensor in [*model.parameters(), *model.buffers()]:
             tracker.hold(tensor)
