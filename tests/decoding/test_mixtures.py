@@ -17,17 +17,21 @@ from veneer.decoding.engine import Engine
 from veneer.decoding.sampling.sampling import Sampling
 from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.sequence import Request
+from veneer.execution.attention import packed_states
 from veneer.execution.facts.decoder_layer import find_layers
 from veneer.execution.facts.layer_facts import FeedForward, Mixture
 from veneer.execution.facts.mixture_facts import find_mixture
 from veneer.execution.mixture import PREFIX, take_experts
+from veneer.execution.train_step import FusedLayer, fused, replacements
 from veneer.kernels.bindings import library as native
 from veneer.kernels.bindings.arguments import observe_calls
+from veneer.kernels.bindings.library import has_bf16
 from veneer.kernels.dense import few_rows
+from veneer.kernels.layout import BatchLayout
 from veneer.models.load import load_base
 
 pytestmark = pytest.mark.skipif(native.level() < 2, reason="steps of no compiled kernels here")
-NEW = 12
+NEW, BF16 = 12, torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -58,6 +62,34 @@ def test_the_outputs_of_experts_and_of_a_block_beside_them_are_added():
         assert kinds == {"shared_mlp": FeedForward, "block_sparse_moe": Mixture}
         assert layer.unknown is None and layer.residual_scale == 0.22
         assert layer.feed_forward is None  # neither alone is what the layer adds
+
+
+def test_a_node_of_attention_ends_before_blocks_whose_outputs_are_added():
+    fields = {"layer_types": ["full_attention"] * 2, "position_embedding_type": "rope"}
+    sizes = {"hidden_size": 128, "residual_multiplier": 1.0}
+    base = tiny_base("granitemoehybrid", BF16, **fields, **sizes)
+    _ = base.paths
+    head = base.model.get_output_embeddings()
+    made = attach(base.model, LoRA(rank=4), name="a", routing=base.routing, head=head)
+    move(made, seed=0)
+    base.routing.active = (("a", 1.0),)
+    parameters, layout = [*made.parameters().values()], BatchLayout.of(4, [76], torch.device("cpu"))
+    ids, positions = torch.arange(3, 83)[None], torch.arange(80)[None]
+
+    def states_and_gradients():
+        states, _ = packed_states(base.model, ids, positions, layout)
+        weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
+        gradients = torch.autograd.grad((states * weights).sum(), parameters, allow_unused=True)
+        return [states.detach(), *(own for own in gradients if own is not None)]
+
+    plain, stand_ins = states_and_gradients(), replacements(base.model)
+    nodes = [own for own in stand_ins.values() if isinstance(own, FusedLayer)]
+    assert len(nodes) == 2 * has_bf16()
+    with fused(base.model, stand_ins):
+        ours = states_and_gradients()
+    assert len(ours) == len(plain) > 1
+    for own, expected in zip(ours, plain, strict=True):
+        assert float((own - expected).norm()) <= 0.04 * float(expected.norm())
 
 
 def test_a_layer_that_joins_two_blocks_in_another_way_is_called_whole():
