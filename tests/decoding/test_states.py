@@ -138,6 +138,22 @@ def test_single_tokens_are_replayed_whichever_engine_has_the_states(family):
             assert answer.answer == alone(base, applied, prompt, identity)
 
 
+@pytest.mark.parametrize("family", ["lfm2", "bamba", DENSE_HYBRID])
+def test_an_answer_after_a_recording_calls_a_hook_that_is_new(family):
+    base, applied = with_adapters(family)
+
+    def answer():
+        engine = engine_of(base, applied)
+        (own,) = engine.add(Request(prompt=(9, 40, 7), max_new_tokens=NEW))
+        engine.run()
+        return own.answer
+
+    assert [answer(), answer()] == [alone(base, applied, (9, 40, 7))] * 2
+    table = base.model.get_input_embeddings()
+    table.register_forward_hook(lambda module, args, out: 1.7 * out + 0.3)
+    assert answer() == alone(base, applied, (9, 40, 7))
+
+
 def test_a_prompt_seen_before_is_read_again():
     base, applied = with_adapters("lfm2")
     engine = engine_of(base, applied)

@@ -123,6 +123,7 @@ class LayersForward:
         of_positions = self._start.of_positions(self.inner, h_1ND, rows[1:])
         inputs = [h_1ND[0], *(values[0] for values in of_positions)]
         head = self.model.get_output_embeddings()
+        self.steps.check_next()  # a prompt is read: hooks may be new
         with self.steps.leased() as free:
             if free and _passes_single_tokens(paged_step):
                 outside = embedding, head, self._positions

@@ -74,6 +74,10 @@ class RecordedSteps:
         """Whether the layers of a step are recorded, from one row on."""
         return any(step.least == 1 for step in self._steps)
 
+    def check_next(self) -> None:
+        """Has the next replay compare the snapshots."""
+        self._unchecked = 0
+
     def drop_references(self) -> None:
         """Drops references to adapters, except those of a step that another thread computes."""
         with self.leased() as free:
