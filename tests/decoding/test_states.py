@@ -138,8 +138,9 @@ def test_single_tokens_are_replayed_whichever_engine_has_the_states(family):
             assert answer.answer == alone(base, applied, prompt, identity)
 
 
-@pytest.mark.parametrize("family", ["lfm2", "bamba", DENSE_HYBRID])
-def test_an_answer_after_a_recording_calls_a_hook_that_is_new(family):
+@pytest.mark.parametrize("place", ["table", "first layer", "norm"])
+@pytest.mark.parametrize("family", ["lfm2", DENSE_HYBRID, "qwen3_next"])
+def test_an_answer_after_a_recording_calls_a_hook_that_is_new(family, place):
     base, applied = with_adapters(family)
 
     def answer():
@@ -148,10 +149,18 @@ def test_an_answer_after_a_recording_calls_a_hook_that_is_new(family):
         engine.run()
         return own.answer
 
-    assert [answer(), answer()] == [alone(base, applied, (9, 40, 7))] * 2
-    table = base.model.get_input_embeddings()
-    table.register_forward_hook(lambda module, args, out: 1.7 * out + 0.3)
-    assert answer() == alone(base, applied, (9, 40, 7))
+    def change(module, args, out):
+        return 1.7 * out + 0.3
+
+    before = alone(base, applied, (9, 40, 7))
+    assert [answer(), answer()] == [before] * 2
+    layer = base.model.get_decoder().layers[0]
+    norms = [part for name, part in layer.named_children() if "norm" in name]
+    hooked = {"table": base.model.get_input_embeddings(), "first layer": layer, "norm": norms[0]}
+    hooked[place].register_forward_hook(change)
+    expected = alone(base, applied, (9, 40, 7))
+    assert expected != before
+    assert answer() == expected
 
 
 def test_a_prompt_seen_before_is_read_again():

@@ -78,9 +78,11 @@ class LayersForward:
     @property
     def fits(self) -> bool:
         """Whether all parts are in their places, none acts on a table of positions that is read
-        past its module, and neither a prefix acts nor a hook of the decoder, which only the
-        model's own forward reads."""
+        past its module, and neither a prefix acts nor a hook that only the model's own forward
+        calls: one of the decoder, or of a layer where some pass states on."""
         if calls_hooks(self.inner) or (self._start.first_row and bare(self._positions) is None):
+            return False
+        if any(layer.mixer for layer in self.layers) and any(self._layers_with_hooks()):
             return False
         in_place = all(a is b.module for a, b in zip(self._places, self.layers, strict=True))
         return in_place and acting_prefix_length(self.model) == 0
@@ -123,7 +125,6 @@ class LayersForward:
         of_positions = self._start.of_positions(self.inner, h_1ND, rows[1:])
         inputs = [h_1ND[0], *(values[0] for values in of_positions)]
         head = self.model.get_output_embeddings()
-        self.steps.check_next()  # a prompt is read: hooks may be new
         with self.steps.leased() as free:
             if free and _passes_single_tokens(paged_step):
                 outside = embedding, head, self._positions
@@ -208,8 +209,10 @@ class DecodeStep:
 
     def logits(self, rows: Tensor, paged_step: PagedStep, kept: Tensor | None) -> Tensor:
         """Returns the logits (kept, V); kept None: of all rows. rows (2, N): ids and positions."""
-        if self._parts is not None and self._parts.fits:
-            return self._parts.logits(rows, paged_step, kept)
+        if self._parts is not None:
+            self._parts.steps.check_next()  # a prompt is read: hooks may be new
+            if self._parts.fits:
+                return self._parts.logits(rows, paged_step, kept)
         model = self._model()
         assert model is not None
         return own_forward(model)(rows, paged_step, kept)
