@@ -127,6 +127,9 @@ def test_a_router_or_a_block_that_computes_something_else_is_no_mixture():
     other = copy.deepcopy(block)
     other.__class__ = Doubled
     assert find_mixture(other) is None
+    with_values = copy.deepcopy(block)
+    with_values.register_parameter("scale", torch.nn.Parameter(torch.ones(8)))
+    assert find_mixture(with_values) is None
     block.gate.__class__ = Smallest
     assert find_mixture(block) is None
 

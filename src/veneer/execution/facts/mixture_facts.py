@@ -38,11 +38,10 @@ def find_mixture(module: nn.Module) -> Mixture | None:
     routers = [name for name in parts if name not in {*known, *gates}]
     if len(shared) > 1 or len(gates) > len(shared):
         return None
-    if len(stacks) != 1 or len(routers) != 1 or any(parameters_of(module).values()):
+    if len(stacks) != 1 or len(routers) != 1 or _own_parameters(module):
         return None
     router = parts[routers[0]]
-    names = {name for name, own in parameters_of(router).items() if own is not None}
-    if names not in ({"weight"}, {"weight", "bias"}) or any(router.children()):
+    if _own_parameters(router) not in ({"weight"}, {"weight", "bias"}) or any(router.children()):
         return None
     if buffers_of(router) or router.get_parameter("weight").dim() != 2:
         return None
@@ -65,6 +64,10 @@ def find_mixture(module: nn.Module) -> Mixture | None:
                 module, routers[0], stacks[0], *kind, shared=beside[0], shared_gate=beside[1]
             )
     return None
+
+
+def _own_parameters(module: nn.Module) -> set[str]:
+    return {name for name, own in parameters_of(module).items() if own is not None}
 
 
 def _is_stack(module: nn.Module) -> bool:
