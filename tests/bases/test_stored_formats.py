@@ -247,7 +247,7 @@ def test_an_adapter_trained_over_it_answers_is_measured_and_merged(tmp_path, mon
     assert main([*merging, "--into", "original", "--out", "no"]) != 0
     assert "these are not the original ones" in capsys.readouterr().err
     assert main([*merging, "--into", "dequantised", "--out", "merged"]) == 0
-    merged = load_base("merged")
+    merged = load_base("merged", dtype="float32")
     assert merged.quantize is None
     base = api.load(str(folder), dtype="float32")
     base.use(base.load_adapter(adapter))
