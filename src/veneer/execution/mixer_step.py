@@ -3,7 +3,7 @@
 Shapes: N rows of the step, which are texts, D width, G groups of heads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +23,10 @@ from veneer.execution.step_products import bare, normed, product, products, scal
 from veneer.kernels.decoding import decoder_step, state_step
 from veneer.private.torch import children_of
 
+Places = Mapping[str, Any]
+Window = Callable[..., Tensor]
+"""Passes on the window of a mixer's convolution, whose rows it gets (state_step.window)."""
+
 
 def mixed(mixer: Mixer, place: Any, x: Tensor, cache_name: str, paged_step: PagedStep) -> Tensor:
     """Returns the output (N, D) of a mixer. Its own code computes it if texts have several tokens,
@@ -41,33 +45,31 @@ def _pass_on(mixer: Mixer, x: Tensor, states: StepStates) -> Tensor:
     """Returns the output of a mixer for one token of each text."""
     places = children_of(mixer.module)
     convolution: Any = bare(places[mixer.convolution])
-    taps = convolution.weight.squeeze(1), convolution.bias
-    window = states.state((mixer.number, WINDOW, 0))
-    if isinstance(mixer, DeltaRule):
-        parts = _delta_parts(mixer, products(x, [places[name] for name, _ in mixer.inputs]))
-        rows = state_step.window(window, parts["qkv"], *taps, has_silu=True)
-        state = states.state((mixer.number, MATRIX, 0))
-        step, strength, gate = parts["a"], parts["b"], parts["z"]
-        log_rate, bias = map(mixer.module.get_parameter, DELTA_RATES)
-        most = mixer.most_strength
-        out = state_step.delta(state, rows, step, strength, log_rate, bias, most_strength=most)
-        out = normed(out, places[mixer.norm.name], mixer.norm)
-        out = decoder_step.gate(gate, out.view(gate.shape)).view(out.shape)
-        return product(out, places[mixer.output])
-    x = scaled(x, mixer.in_scale) if isinstance(mixer, StateSpace) else x
-    joined = product(x, places[IN_PROJECTION])
-    if isinstance(mixer, ShortConvolution):
-        before, behind, rows = joined.chunk(3, dim=-1)
-        out = state_step.window(window, rows, *taps, before_NC=before, behind_NC=behind)
-        return product(out, places[OUT_PROJECTION])
-    assert isinstance(mixer, StateSpace)
+    state, weight = states.state((mixer.number, WINDOW, 0)), convolution.weight.squeeze(1)
+
+    def window(rows: Tensor, **settings: Any) -> Tensor:
+        return state_step.window(state, rows, weight, convolution.bias, **settings)
+
+    return PASSES[type(mixer)](mixer, places, x, window, states)
+
+
+def _pass_convolution(
+    mixer: ShortConvolution, places: Places, x: Tensor, window: Window, states: StepStates
+) -> Tensor:
+    before, behind, rows = product(x, places[IN_PROJECTION]).chunk(3, dim=-1)
+    return product(window(rows, before_NC=before, behind_NC=behind), places[OUT_PROJECTION])
+
+
+def _pass_space(
+    mixer: StateSpace, places: Places, x: Tensor, window: Window, states: StepStates
+) -> Tensor:
+    joined = product(scaled(x, mixer.in_scale), places[IN_PROJECTION])
     if mixer.factors:
         factors = mixer.module.get_buffer(mixer.factors).flatten()
         joined = decoder_step.cap(joined, 1.0, factors_V=factors)
     width, beside = mixer.heads * mixer.size, mixer.groups * mixer.width
     gate, rows, step = joined.split((width, width + 2 * beside, mixer.heads), dim=-1)
-    rows = state_step.window(window, rows, *taps, has_silu=True)
-    values, b, c = rows.split((width, beside, beside), dim=-1)
+    values, b, c = window(rows, has_silu=True).split((width, beside, beside), dim=-1)
     rates = state_step.HeadRates(*(mixer.module.get_parameter(name) for name in RATES))
     state, own_gate = states.state((mixer.number, MATRIX, 0)), gate if mixer.gate_first else None
     out = state_step.space(state, values, b, c, step, rates, own_gate, groups=mixer.groups)
@@ -75,6 +77,27 @@ def _pass_on(mixer: Mixer, x: Tensor, states: StepStates) -> Tensor:
         out = normed(out, places[mixer.norm.name], mixer.norm)
     out = out if mixer.gate_first else decoder_step.gate(gate, out)
     return product(out, places[OUT_PROJECTION])
+
+
+def _pass_delta(
+    mixer: DeltaRule, places: Places, x: Tensor, window: Window, states: StepStates
+) -> Tensor:
+    parts = _delta_parts(mixer, products(x, [places[name] for name, _ in mixer.inputs]))
+    rows, state = window(parts["qkv"], has_silu=True), states.state((mixer.number, MATRIX, 0))
+    step, strength, gate = parts["a"], parts["b"], parts["z"]
+    log_rate, bias = map(mixer.module.get_parameter, DELTA_RATES)
+    most = mixer.most_strength
+    out = state_step.delta(state, rows, step, strength, log_rate, bias, most_strength=most)
+    out = normed(out, places[mixer.norm.name], mixer.norm)
+    out = decoder_step.gate(gate, out.view(gate.shape)).view(out.shape)
+    return product(out, places[mixer.output])
+
+
+PASSES: Mapping[type[Mixer], Callable[..., Tensor]] = {
+    ShortConvolution: _pass_convolution,
+    StateSpace: _pass_space,
+    DeltaRule: _pass_delta,
+}
 
 
 def _delta_parts(mixer: DeltaRule, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
