@@ -134,6 +134,19 @@ def test_a_router_or_a_block_that_computes_something_else_is_no_mixture():
     assert find_mixture(block) is None
 
 
+def test_a_router_whose_bias_is_left_out_is_understood():
+    block = tiny_model("mixtral").model.layers[0].mlp
+
+    class MayHaveBias(type(block.gate)):
+        def forward(self, x):
+            assert self.bias is None
+            return super().forward(x)
+
+    block.gate.register_parameter("bias", None)
+    block.gate.__class__ = MayHaveBias
+    assert find_mixture(block) is not None
+
+
 def adapted(base):
     """Gives a base three adapters of other ranks on linear layers and on experts, one on attention
     alone, one on some layers' experts, and one on all linear layers."""

@@ -93,9 +93,9 @@ def _with_random_parameters(router: nn.Module) -> tuple[nn.Module, Tensor, Tenso
 
 
 def _replace(router: nn.Module, values: dict[str, Tensor]) -> None:
-    replace_parameters(
-        router, {name: nn.Parameter(own, requires_grad=False) for name, own in values.items()}
-    )
+    parameters: dict[str, nn.Parameter | None] = dict.fromkeys(parameters_of(router))
+    parameters |= {name: nn.Parameter(own, requires_grad=False) for name, own in values.items()}
+    replace_parameters(router, parameters)
 
 
 def _outputs(router: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -103,7 +103,7 @@ def _outputs(router: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
     and numbers."""
     try:
         outputs: Any = router(x)
-    except (RuntimeError, ValueError, TypeError):
+    except (RuntimeError, ValueError, TypeError, AttributeError):
         return None
     if not isinstance(outputs, tuple) or len(outputs) != 3:
         return None
