@@ -22,6 +22,7 @@ from tests.families.page import PAGE as FAMILIES
 from tests.families.page import rows_of
 from veneer.adapters.config import LoRA
 from veneer.bases.quiet_transformers import quiet
+from veneer.decoding.proof import decodes_packed, prove_decoding
 from veneer.errors import VeneerError
 from veneer.execution.decode_step import forward_by_layers
 from veneer.execution.train_parts import FusedAttention, FusedGate, FusedNorm
@@ -71,7 +72,8 @@ def layer_paths(name: str) -> tuple[str, str]:
     with quiet(), tempfile.TemporaryDirectory() as folder:
         base = veneer.load(str(save_family(name, Path(folder))), dtype="bfloat16", device="cpu")
         _ = base.paths  # switches the model to packed attention
-        by_layers = forward_by_layers(base.model)
+        refusal = None if decodes_packed(base) else prove_decoding(base.model)
+        by_layers = refusal or forward_by_layers(base.model)
         decoding = by_layers if isinstance(by_layers, str) else LAYERS
         base.attach(LoRA(rank=2), name="a")
         stand_ins = list(replacements(base.model).values())
