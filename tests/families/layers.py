@@ -22,10 +22,9 @@ from tests.families.page import PAGE as FAMILIES
 from tests.families.page import rows_of
 from veneer.adapters.config import LoRA
 from veneer.bases.quiet_transformers import quiet
-from veneer.decoding.proof import decodes_packed, prove_decoding
+from veneer.decoding.proof import prove_decoding
 from veneer.errors import VeneerError
 from veneer.execution.decode_step import forward_by_layers
-from veneer.execution.states import has_states
 from veneer.execution.train_parts import FusedAttention, FusedGate, FusedNorm
 from veneer.execution.train_step import FusedLayer, replacements
 
@@ -57,9 +56,10 @@ Families that would need more than a description of their layers to become faste
 - **GPT-J, CodeGen**: each attention block computes its own angles from the positions.
 - **Hybrids** (Qwen3-Next, LFM2, Granite 4, Falcon-H1): layers carry a state from token to token.
   In training their own code computes these layers, text by text within packed rows; on a CPU state
-  spaces (Mamba-2) read the texts by our scan. In decoding kernels pass the states of LFM2, Bamba,
-  Granite 4, Falcon-H1, Qwen3-Next and Qwen3.5 on by one token. Prompts, and the layers of others,
-  are computed by their own code, equal lengths side by side.
+  spaces (Mamba-2) read the texts by our scan.
+- **Hybrids in decoding**: kernels pass the states of LFM2, Bamba, Granite 4, Falcon-H1, Qwen3-Next
+  and Qwen3.5 on by one token. Prompts, and the layers of others, are computed by their own code,
+  equal lengths side by side.
 - **DeepSeek V2 and V3, MiniCPM3, GLM-4.7-Flash, Youtu** (latent attention): q and k are joined from
   two parts, of which one is rotated and shared by all key heads, and values are narrower than keys.
 - **Gemma 4, Gemma 3n**: values have a norm, layers share keys and values, and each layer reads an
@@ -73,8 +73,10 @@ def layer_paths(name: str) -> tuple[str, str]:
     with quiet(), tempfile.TemporaryDirectory() as folder:
         base = veneer.load(str(save_family(name, Path(folder))), dtype="bfloat16", device="cpu")
         _ = base.paths  # switches the model to packed attention
-        refused = has_states(base.model) and not decodes_packed(base)
-        by_layers = prove_decoding(base.model) if refused else forward_by_layers(base.model)
+        try:
+            by_layers = forward_by_layers(base.model)
+        except ValueError:  # its own code refuses a cache with states
+            by_layers = prove_decoding(base.model)
         decoding = by_layers if isinstance(by_layers, str) else LAYERS
         base.attach(LoRA(rank=2), name="a")
         stand_ins = list(replacements(base.model).values())
