@@ -3,6 +3,7 @@ token on, whoever its neighbours are."""
 
 import pytest
 import torch
+from torch import nn
 
 from tests.training.test_places import mixer
 from veneer.adapters.attach import attach
@@ -174,3 +175,10 @@ def test_layers_are_prepared_once():
     before = layer.forward
     read_by_text(model)
     assert layer.forward is before
+
+
+def test_a_convolution_beside_the_layers_passes_no_state():
+    decoder, own, other = nn.Module(), nn.Module(), nn.Module()
+    own.conv, other.conv = nn.Conv1d(4, 4, 3, groups=4), nn.Conv1d(4, 4, 3)
+    decoder.layers, decoder.audio = nn.ModuleList([own]), other
+    assert state_modules(decoder) == [own]

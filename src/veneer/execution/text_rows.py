@@ -76,10 +76,13 @@ class TextRows:
 
 
 def state_modules(decoder: nn.Module) -> list[nn.Module]:
-    """Returns the modules of a decoder that hold a convolution over tokens."""
+    """Returns the modules of a decoder's layers that hold a convolution over tokens. Convolutions
+    beside the layers read other inputs, such as audio."""
+    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
     return [
         module
-        for module in decoder.modules()
+        for part in lists or [decoder]
+        for module in part.modules()
         if any(isinstance(unwrapped(child), nn.Conv1d) for child in module.children())
     ]
 
