@@ -78,7 +78,9 @@ class TextRows:
 def state_modules(decoder: nn.Module) -> list[nn.Module]:
     """Returns the modules of a decoder's layers that hold a convolution over tokens. Convolutions
     beside the layers read other inputs, such as audio."""
-    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
+    lists: list[nn.Module] = [
+        child for child in decoder.children() if isinstance(child, nn.ModuleList)
+    ]
     return [
         module
         for part in lists or [decoder]
