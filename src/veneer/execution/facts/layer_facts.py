@@ -312,7 +312,7 @@ class DeltaRule(Mixer):
 
 
 class MixingScales(NamedTuple):
-    """What the input and the output of attention are multiplied by, and the output of a mixer."""
+    """Factors of the input and the output of attention, and of the output of a mixer."""
 
     attention_in: float = 1.0
     attention_out: float = 1.0
