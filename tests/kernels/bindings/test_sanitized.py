@@ -83,7 +83,8 @@ RUN = (
             "test_a_recording_of_a_single_row_serves_any_number_of_rows[phi]",
             "test_one_recording_serves_prompts_and_answers_of_all_mixes_to_the_bit[torch.bfloat16]",
             "test_factors_of_adapters_that_went_are_never_read_again[torch.bfloat16]",
-            "test_calls_that_read_what_the_one_before_wrote_are_the_same_with_any_number_of_threads",
+            "test_calls_that_read_what_the_one_before_wrote_are_the_same"
+            "_with_any_number_of_threads",
             "test_calls_are_replayed_over_what_is_in_memory_now",
             "test_calls_are_made_again_of_fewer_and_more_rows_within_their_room",
             "test_products_over_blocks_that_are_made_together_give_what_each_gives",

@@ -22,7 +22,7 @@ from veneer.kernels.bindings.arguments import available
 
 TYPES = (torch.float32, torch.bfloat16)
 EPSILON = 1e-6
-"""Of the lengths of q and k of a delta rule."""
+"""Added to the squared lengths of q and k, so that no zero divides them."""
 
 
 class SlotStates(NamedTuple):

@@ -57,7 +57,7 @@ def state_scan_reference(
 
 
 class _Chunks(NamedTuple):
-    """What forward and backward compute of the inputs.
+    """The inputs in chunks, as forward and backward both compute them.
 
     x       (N, K, H, Q, P), times the step
     b, c    (N, K, G, Q, W)

@@ -8,7 +8,8 @@
 #include "row_values.h"
 #include <math.h>
 
-enum { LANES = 16, RUN = 64, COLUMNS = 64, MOST_WIDTH = 512 }; /* kernels/bindings/state_calls.py knows it too */
+/* kernels/bindings/state_calls.py knows MOST_WIDTH too. */
+enum { LANES = 16, RUN = 64, COLUMNS = 64, MOST_WIDTH = 512 };
 
 struct state_window {
     const void *x;               /* (rows, channels) */
