@@ -137,7 +137,7 @@ class _Stack(nn.Module):
         return x * (index * weights).sum(1, keepdim=True) + weights[:, :1]
 
 
-class _Shared(nn.Module):
+class _SharedExpert(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.roll(1, -1)
 
@@ -158,7 +158,7 @@ def _gives(
     """Whether a block gives what its experts give by the router's numbers and weights, and in sum
     with it what its shared expert gives."""
     places: dict[str, nn.Module] = {router: _Router(), experts: _Stack()}
-    places |= {} if shared is None else {shared.name: _Shared()}
+    places |= {} if shared is None else {shared.name: _SharedExpert()}
     places |= {gate: _Gate()} if gate else {}
     try:
         y = with_children(module, places)(x[None])
@@ -167,7 +167,7 @@ def _gives(
     _, weights, index = _Router()(x)
     expected = _Stack()(x, index, weights)
     if shared is not None:
-        of_shared = _Shared()(x)
+        of_shared = _SharedExpert()(x)
         expected = expected + (of_shared * _Gate()(x).sigmoid() if gate else of_shared)
     y = y[0] if isinstance(y, tuple) else y
     return (
