@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -18,25 +19,39 @@ from veneer.decoding import forward
 from veneer.kernels.cuda import launch
 
 ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "gpu"
 
 
-def run(*arguments):
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Returns a function that runs the script in this process: exit code, stdout, stderr."""
+    monkeypatch.syspath_prepend(str(SCRIPT))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    spec = spec_from_file_location("gpu_script", SCRIPT / "__main__.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        code = module.main()
+        return code, *capsys.readouterr()
+
+    return run
 
 
-def test_without_a_gpu_it_refuses_and_says_what_to_do(tmp_path):
-    done = run("--out", tmp_path / "out")
-    assert done.returncode == 2
-    assert "no CUDA device is here" in done.stderr and "--trial" in done.stderr
+def test_without_a_gpu_it_refuses_and_says_what_to_do(script, tmp_path):
+    code, _, said = script("--out", tmp_path / "out")
+    assert code == 2 and "no CUDA device is here" in said and "--trial" in said
     assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")
 def tried(tmp_path_factory):
     out = tmp_path_factory.mktemp("gpu")
-    return run("--trial", "--out", out), out / "trial"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(SCRIPT), "--trial", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    return done, out / "trial"
 
 
 def test_every_item_runs_and_its_result_is_written(tried):
@@ -53,7 +68,7 @@ def test_every_item_runs_and_its_result_is_written(tried):
     )
 
 
-def test_it_goes_on_where_it_was_cut_off(tried):
+def test_it_goes_on_where_it_was_cut_off(tried, script):
     _, out = tried
     (out / "1.1.json").unlink()
     (out / "1.2.json").write_text('{"here": {')
@@ -61,30 +76,28 @@ def test_it_goes_on_where_it_was_cut_off(tried):
     (out / "1.3.json").write_text(json.dumps({**failed, "error": "ended after 60 s"}))
     old = json.loads((out / "2.1.json").read_text())
     (out / "2.1.json").write_text(json.dumps({**old, "here": {**old["here"], "commit": "another"}}))
-    done = run("--trial", "--out", out.parent)
-    assert done.returncode == 0
-    again = [
-        line.partition(":")[0] for line in done.stdout.splitlines() if "there already" not in line
-    ]
+    code, shown, _ = script("--trial", "--out", out.parent)
+    assert code == 0
+    again = [line.partition(":")[0] for line in shown.splitlines() if "there already" not in line]
     items = ["1.1 versions", "1.2 product roof", "1.3 copy bandwidth", "2.1 decoded bits"]
     assert again[:4] == items and len(again) == 5
 
 
-def test_nothing_begins_without_time(tmp_path):
-    done = run("--trial", "--out", tmp_path, "--minutes", "0")
-    assert done.returncode == 1 and "the next call goes on here" in done.stdout
+def test_nothing_begins_without_time(script, tmp_path):
+    code, shown, _ = script("--trial", "--out", tmp_path, "--minutes", "0")
+    assert code == 1 and "the next call goes on here" in shown
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_an_item_by_itself_writes_its_value_as_one_line():
-    done = run("--trial", "--item", "1.1 versions")
-    assert done.returncode == 0 and json.loads(done.stdout)["gpu"] is None
+def test_an_item_by_itself_writes_its_value_as_one_line(script):
+    code, shown, _ = script("--trial", "--item", "1.1 versions")
+    assert code == 0 and json.loads(shown)["gpu"] is None
 
 
 def test_its_items_find_all_tensors_on_a_device_that_is_no_cpu(monkeypatch):
     """A pretended one (tests/support/accelerator.py), where an answer's steps are replayed from a
     tape."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
+    monkeypatch.syspath_prepend(str(SCRIPT))
     items, tiny = (
         importlib.import_module("parts").items,
         importlib.import_module("place").place(trial=True),

@@ -248,7 +248,7 @@ def test_what_the_base_alone_says_serves_every_method():
     ],
 )
 def test_three_small_depths_tell_the_whole_depth_to_the_byte(family, method, checkpointing):
-    depth = 13
+    depth = 9
     config = tiny_model(family).config
     for name in ("num_hidden_layers", "n_layer"):
         if name in config.to_dict():
