@@ -6,10 +6,14 @@ earlier modules: with those, each takes up to a second.
 
 One thread computes, since several processes test at a time; two where our own code shares work
 among threads. A thread that waits sleeps, so that another process goes on.
+
+Files of tests lie in memory where it has room for them: each file that is made durable on a disk
+takes some milliseconds.
 """
 
 import gc
 import os
+import shutil
 import signal
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,6 +24,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 HERE = Path(__file__).parent
+MEMORY, MEMORY_BYTES = Path("/dev/shm"), 4 << 30
+"""A file system in memory, and what of it must be free."""
+if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > MEMORY_BYTES:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # read when a file is wanted first
 ON_TWO_THREADS = {"kernels", "quant", "decoding"}
 COUNTED_ONCE = {"cli", "serve", "soak", "training", "tuning"}
 """Folders whose tests do not look at what dry runs count."""
