@@ -56,6 +56,14 @@ def unmeasured(short, monkeypatch):
     monkeypatch.setattr(tune_module._TuneRuns, "_measure", lambda self: None)
 
 
+@pytest.fixture
+def few(unmeasured, monkeypatch):
+    """Two settings, of which one goes on."""
+    plan = Schedule({2: 6, 8: 6}, [0.5], 1.0, 0.1, 0.03, True)
+    monkeypatch.setattr(tune_module, "schedule", lambda *_: plan)
+    monkeypatch.setattr(tune_module, "candidates", lambda advised: candidates(advised)[:2])
+
+
 @contextmanager
 def recorded_batches():
     """Yields a list to which the text of every tensor of token ids is added that a module gets."""
@@ -136,12 +144,7 @@ def test_one_command_makes_an_adapter_a_verdict_and_a_page(files, tmp_path, unme
     veneer.load(files / "base").load_adapter(out, name="t")
 
 
-def test_pairs_are_tuned_by_dpo_and_judged_by_the_preferred_answers(
-    files, tmp_path, unmeasured, monkeypatch
-):
-    plan = Schedule({2: 6, 8: 6}, [0.5], 1.0, 0.1, 0.03, True)
-    monkeypatch.setattr(tune_module, "schedule", lambda *_: plan)
-    monkeypatch.setattr(tune_module, "candidates", lambda advised: candidates(advised)[:2])
+def test_pairs_are_tuned_by_dpo_and_judged_by_the_preferred_answers(files, tmp_path, few):
     out, chance = tmp_path / "preferred", random.Random(2)
     rows = []
     for number in range(30):
@@ -200,7 +203,7 @@ def test_the_plan_advises_lora_and_counts_the_values_of_all_candidates(files, mo
 
 
 def test_labels_are_judged_by_accuracy_and_similar_prompts_make_the_verdict_unsure(
-    files, tmp_path, unmeasured
+    files, tmp_path, few
 ):
     """The rows to judge with are too few for so many labels: the others have them."""
     prompts = [json.loads(line)["prompt"] for line in (files / "rows.jsonl").open()]
@@ -214,7 +217,7 @@ def test_labels_are_judged_by_accuracy_and_similar_prompts_make_the_verdict_unsu
     assert result["verdict"][2].startswith("Not sure: the 36 prompts are only 9 groups")
 
 
-def test_an_interrupt_keeps_the_best_so_far(files, tmp_path, unmeasured, monkeypatch, capsys):
+def test_an_interrupt_keeps_the_best_so_far(files, tmp_path, few, monkeypatch, capsys):
     out, own = tmp_path / "tuned", Trainee.begin_step
 
     def begin_step(self):
@@ -236,9 +239,7 @@ def test_an_interrupt_keeps_the_best_so_far(files, tmp_path, unmeasured, monkeyp
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_a_judging_that_ends_early_leaves_the_result(
-    fault, files, tmp_path, unmeasured, monkeypatch
-):
+def test_a_judging_that_ends_early_leaves_the_result(fault, files, tmp_path, few, monkeypatch):
     def judge(*arguments, **keywords):
         raise fault
 
@@ -280,7 +281,7 @@ def test_measured_times_plan_a_real_search(files, tmp_path):
     assert result["run"]["steps"] >= 8
 
 
-def test_a_second_interrupt_names_the_runs_that_can_go_on(files, tmp_path, unmeasured, monkeypatch):
+def test_a_second_interrupt_names_the_runs_that_can_go_on(files, tmp_path, few, monkeypatch):
     own, out = Trainee.begin_step, tmp_path / "t"
 
     def begin_step(self):
