@@ -257,7 +257,7 @@ def commands(tmp_path_factory):
 
 
 def test_whichever_write_fails_it_is_told_nothing_is_lost_and_the_command_can_be_repeated(commands):
-    assert_no_faults(commands, COMMANDS, rounds("writes", ci=len(COMMANDS) + 12))
+    assert_no_faults(commands, COMMANDS, rounds("writes", ci=len(COMMANDS)))
 
 
 @pytest.mark.skipif(not rounds("slow_writes", ci=0), reason="takes minutes: make soak")
