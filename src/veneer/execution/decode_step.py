@@ -36,6 +36,7 @@ from veneer.execution.proofs.structure import LIMIT, sample_texts, structure_pro
 from veneer.execution.recorded import Inputs, RecordedEnds, RecordedSteps, Snapshot
 from veneer.execution.states import StepStates, cache_argument, has_states, state_layers
 from veneer.execution.step_products import DENSE, Branch, add_norm, bare, dense_operands, product
+from veneer.execution.switches import forget_lengths
 from veneer.kernels.decoding import decoder_step
 from veneer.kernels.dense.loss import Head
 from veneer.private.transformers import calls_hooks
@@ -276,7 +277,9 @@ def forward_by_layers(model: PreTrainedModel) -> LayersForward | str:
     states = state_layers(model)
 
     def compare() -> str | None:
+        forget_lengths(model)
         expected = read_and_continued(own_forward(model), texts, states)
+        forget_lengths(model)
         return disagreement(
             model,
             "its parts called one by one",
@@ -300,7 +303,9 @@ def _prove_on_copy(model: PreTrainedModel, logit_rules: LogitRules) -> str | Non
         return forward
 
     def measure() -> float:
+        forget_lengths(copy)
         logits = read_and_continued(forward.logits, texts, states)
+        forget_lengths(copy)
         return difference(logits, read_and_continued(own_forward(copy), texts, states))
 
     return disagreement(copy, "its parts called one by one", measure, LIMIT)
