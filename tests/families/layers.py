@@ -35,14 +35,14 @@ KINDS = {FusedAttention: "attention", FusedGate: "gates", FusedNorm: "norms"}
 OWN = "the model's own code"
 HEAD = f"""# Layers
 
-Written by `python -m tests.families.layers` on {{date}}. It says which code computes the layers of
-each family (see [families](families.md)): small random models in bfloat16 with a LoRA adapter on
-every linear layer, on a processor with bf16 instructions.
+Which code computes the layers of each family (see [families](families.md)): small random models in
+bfloat16 with a LoRA adapter on every linear layer, on a processor with bf16 instructions. Written
+by `python -m tests.families.layers` on {{date}}.
 
-- **training**: what the kernels compute as one node of the graph. The rest is {OWN}, with the
-  adapters' products. *Whole layers* is the fastest path: one node computes a decoder layer.
-  *Attention with norms in one node*: the node ends before the feed-forward block. The model's own
-  module computes that block: experts, or an unknown activation.
+- **training**: what the kernels compute as one node of the graph. {OWN.capitalize()} computes the
+  rest, with the adapters' products. *Whole layers* is the fastest path: one node computes a decoder
+  layer. *Attention with norms in one node*: the node ends before the feed-forward block. The
+  model's own module computes that block: experts, or an unknown activation.
 - **decoding**: *layer by layer* means that Veneer calls the parts of each layer itself, over blocks
   of keys and values. Else the model's own forward runs, and the table says why.
 """
@@ -53,17 +53,23 @@ Families that would need more than a description of their layers to become faste
 - **BLOOM, MPT, Falcon with ALiBi**: scores of attention get a bias by distance (ALiBi), which the
   kernels do not add, and their code does not offer transformers' attention interface. So rows are
   padded.
+
 - **GPT-J, CodeGen**: each attention block computes its own angles from the positions.
+
 - **Hybrids** (Qwen3-Next, LFM2, Granite 4, Falcon-H1): layers carry a state from token to token.
   In training their own code computes these layers, text by text within packed rows; on a CPU state
   spaces (Mamba-2) read the texts by our scan.
+
 - **Hybrids in decoding**: kernels pass the states of LFM2, Bamba, Granite 4, Falcon-H1, Qwen3-Next
   and Qwen3.5 on by one token. Prompts, and the layers of others, are computed by their own code,
   equal lengths side by side.
+
 - **DeepSeek V2 and V3, MiniCPM3, GLM-4.7-Flash, Youtu** (latent attention): q and k are joined from
   two parts, of which one is rotated and shared by all key heads, and values are narrower than keys.
+
 - **Gemma 4, Gemma 3n**: values have a norm, layers share keys and values, and each layer reads an
   input of its own.
+
 - **nanochat**: its norms of heads have no weight, and it normalises its embeddings.
 """
 
@@ -122,7 +128,13 @@ def page(paths: dict[str, tuple[str, str]]) -> str:
         ),
     ):
         lines.append(f"{start}{'; '.join(names)} |")
-    return HEAD.format(date=f"{date.today():%d %B %Y}") + "\n" + "\n".join(lines) + "\n" + END
+    return (
+        HEAD.format(date=f"{date.today().day} {date.today():%B %Y}")
+        + "\n"
+        + "\n".join(lines)
+        + "\n"
+        + END
+    )
 
 
 def main() -> None:
