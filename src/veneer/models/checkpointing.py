@@ -5,8 +5,6 @@ shapes use the same kernels. Unlike transformers' checkpointing it works in eval
 base's own dropout is off.
 """
 
-import ctypes
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -21,6 +19,7 @@ from veneer.adapters.placement.routing import Routing
 from veneer.errors import ConfigError
 from veneer.execution.facts.decoder_layer import decoder_layers
 from veneer.execution.stand_in import StandIn
+from veneer.files.memory import give_back
 
 GIVE_BACK_EVERY = 4
 """Free heap pages are returned before every so many layers. Otherwise small objects fragment the
@@ -62,13 +61,6 @@ class CheckpointedLayer(StandIn):
             give_back()
         with self.routing.held(acting):
             yield
-
-
-def give_back() -> None:
-    """Returns free heap pages to the system, if the C library is glibc."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 @contextmanager

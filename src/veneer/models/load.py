@@ -53,7 +53,7 @@ from veneer.errors import (
 )
 from veneer.execution.facts.decoder_layer import decoder_layers
 from veneer.execution.proofs.same_values import remember_by_values, snapshot_values
-from veneer.models.checkpointing import give_back
+from veneer.files.memory import give_back
 from veneer.models.few_rows import take_few_rows
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.narrow import keep_narrow

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from veneer.models.checkpointing import give_back
+from veneer.files.memory import give_back
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # malloc.h
 LARGEST_THRESHOLD = 32 * 2**20
