@@ -11,6 +11,7 @@ Files of tests lie in memory where it has room for them: each file that is made 
 takes some milliseconds.
 """
 
+import atexit
 import gc
 import os
 import shutil
@@ -81,8 +82,7 @@ def pytest_collection_finish():
     gc.enable()
 
 
-def pytest_unconfigure():
-    gc.unfreeze()  # some libraries report what is left at the end of the process
+atexit.register(gc.unfreeze)  # some libraries report what is left at the end of the process
 
 
 def pytest_collection_modifyitems(items):
