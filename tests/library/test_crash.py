@@ -1,7 +1,7 @@
 """Many processes at once, and a failure or a kill at every call that writes: nothing is lost,
 nothing half visible.
 
-VENEER_MANY_PROCESSES=200 sets how many processes add at once; default 50.
+VENEER_MANY_PROCESSES=200 sets how many processes add at once; default 20.
 """
 
 import errno
@@ -17,7 +17,7 @@ from tests.support.helpers import FailAt
 from veneer.errors import VeneerError
 from veneer.library.library import Library
 
-MANY = int(os.environ.get("VENEER_MANY_PROCESSES", "50"))
+MANY = int(os.environ.get("VENEER_MANY_PROCESSES", "20"))
 FORK = multiprocessing.get_context("fork")
 WRITES = [
     (os, "rename"),
