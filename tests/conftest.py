@@ -8,7 +8,7 @@ One thread computes, since several processes test at a time; two where our own c
 among threads. A thread that waits sleeps, so that another process goes on.
 
 Files of tests lie in memory where it has room for them: each file that is made durable on a disk
-takes some milliseconds.
+takes some milliseconds. PYTEST_DEBUG_TEMPROOT=/tmp puts them on the disk.
 """
 
 import atexit
