@@ -34,7 +34,7 @@ from veneer.library.pool import Pool
 from veneer.merge.fold.in_memory import MergedParameters, merged_weights
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
-from veneer.models.initial_values import begin
+from veneer.models.starts.initial_values import begin
 from veneer.training.own_loop.forward_queue import ForwardQueue
 from veneer.training.own_loop.state import TrainerOptions, choose_start
 from veneer.training.own_loop.trainer import Trainer, open_trainer

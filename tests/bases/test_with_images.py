@@ -29,8 +29,8 @@ from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.formats.loading import load_adapter
 from veneer.merge.export.export_run import export_adapter
 from veneer.merge.fold.folder import merge_into_folder
-from veneer.models.initial_values import begin
 from veneer.models.load import load_base
+from veneer.models.starts.initial_values import begin
 from veneer.plan.simulation.dry_run import attached_facts
 from veneer.plan.simulation.step_counts import Step
 from veneer.training.coordination import every_weight

@@ -38,7 +38,7 @@ from veneer.decoding.generate import generate
 from veneer.errors import RefusedError
 from veneer.execution.switches import forget_lengths
 from veneer.formats.adapter import manifest_for, write_adapter
-from veneer.models.initial_values import begin
+from veneer.models.starts.initial_values import begin
 from veneer.models.step import batch_of, parts_of
 
 ADAPTERS = {"a": LoRA(rank=3, alpha=5), "b": LoRA(rank=2, alpha=3, rslora=True)}

@@ -12,7 +12,7 @@ from veneer.adapters.config import Prefix
 from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, RefusedError
 from veneer.formats.adapter import adapter_file_bytes, manifest_for, read_adapter, write_adapter
 from veneer.formats.loading import load_adapter
-from veneer.models.initial_values import begin
+from veneer.models.starts.initial_values import begin
 from veneer.models.step import prepare
 
 IDS = torch.tensor([[5, 200, 17, 99, 3, 64, 230], [1, 90, 31, 7, 255, 12, 80]])

@@ -14,8 +14,8 @@ from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.formats.loading import load_adapter
 from veneer.formats.same_base import base_differences
 from veneer.models.frozen_base import FrozenBase
-from veneer.models.initial_values import begin
 from veneer.models.load import load_base
+from veneer.models.starts.initial_values import begin
 
 OTHER = CHATML.replace("assistant", "helper")
 

@@ -27,8 +27,8 @@ from veneer.merge.export.export_run import export_adapter, export_merged_gguf, l
 from veneer.merge.gguf.names import names_of
 from veneer.merge.gguf.tokenizer import word_rule
 from veneer.merge.programs import Program
-from veneer.models.initial_values import begin
 from veneer.models.load import load_base
+from veneer.models.starts.initial_values import begin
 
 
 @pytest.fixture(scope="module")

@@ -32,9 +32,9 @@ from veneer.kernels.dense import rank
 from veneer.merge.combine.extract import extract_adapter
 from veneer.merge.fold.folder import merge_into_folder
 from veneer.models.checkpointing import checkpointed
-from veneer.models.initial_values import begin
 from veneer.models.likelihood import example_nats
 from veneer.models.load import load_base
+from veneer.models.starts.initial_values import begin
 from veneer.training.config import RunConfig
 from veneer.training.inputs import TrainingInputs
 from veneer.training.loop import Loop

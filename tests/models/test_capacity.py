@@ -14,7 +14,7 @@ from veneer.cli import main
 from veneer.data.examples import Capacity
 from veneer.errors import DataError
 from veneer.models.capacity import capacity_of, configured_capacity
-from veneer.models.initial_values import begin
+from veneer.models.starts.initial_values import begin
 
 ROPE = {
     "plain": ({}, 1024),

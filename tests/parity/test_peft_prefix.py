@@ -16,7 +16,7 @@ from veneer.adapters.config import Prefix  # noqa: E402
 from veneer.data.examples import Example, RowRef  # noqa: E402
 from veneer.decoding.generate import generate  # noqa: E402
 from veneer.formats.loading import load_adapter  # noqa: E402
-from veneer.models.initial_values import begin  # noqa: E402
+from veneer.models.starts.initial_values import begin  # noqa: E402
 from veneer.models.step import prepare  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

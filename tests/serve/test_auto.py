@@ -16,7 +16,7 @@ from veneer.files import remembered
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.library.library import Library
 from veneer.library.prompts import write_prompts
-from veneer.models.initial_values import begin
+from veneer.models.starts.initial_values import begin
 from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
 
 DRAW = random.Random(0)

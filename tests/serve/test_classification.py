@@ -15,7 +15,7 @@ from veneer.adapters.config import DoRA, LoRA
 from veneer.adapters.labels import HeadSettings
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.library.library import Library
-from veneer.models.initial_values import begin
+from veneer.models.starts.initial_values import begin
 from veneer.serve.engine import classifier as classifier_module
 
 CLASSIFY, RERANK, CHAT = "/v1/classify", "/v1/rerank", "/v1/chat/completions"

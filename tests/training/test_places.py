@@ -25,8 +25,8 @@ from veneer.formats.loading import load_adapter
 from veneer.merge.export.export_run import export_adapter
 from veneer.merge.export.lint import lint
 from veneer.models.frozen_base import FrozenBase
-from veneer.models.initial_values import begin
 from veneer.models.load import load_base
+from veneer.models.starts.initial_values import begin
 from veneer.training.config import RunConfig
 from veneer.training.state.parents import begin_adapter
 

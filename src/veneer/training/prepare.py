@@ -29,8 +29,8 @@ from veneer.errors import RefusedError, fits_memory
 from veneer.execution.proofs.model import acting_prefix_length
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase, hidden_size
-from veneer.models.initial_values import FreshAdapter
 from veneer.models.own_head import attach_head, fresh_head
+from veneer.models.starts.initial_values import FreshAdapter
 from veneer.models.step import refuse_untrainable
 from veneer.objectives.labels import resolved
 from veneer.training.config import RunConfig

@@ -26,9 +26,9 @@ from veneer.decoding.generate import generate
 from veneer.errors import ConfigError
 from veneer.execution.attention import attention_forward
 from veneer.models.checkpointing import checkpointed
-from veneer.models.initial_values import begin
 from veneer.models.load import load_base
-from veneer.models.prefix_start import INSTRUCTION, choose_values
+from veneer.models.starts.initial_values import begin
+from veneer.models.starts.prefix import INSTRUCTION, choose_values
 from veneer.models.step import prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")

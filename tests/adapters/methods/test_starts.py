@@ -21,8 +21,8 @@ from veneer.adapters.placement.wrapping import plain_modules
 from veneer.errors import ConfigError
 from veneer.linear import frozen_linear
 from veneer.merge.combine.low_rank import cut_factors
-from veneer.models.initial_values import begin
 from veneer.models.load import load_base
+from veneer.models.starts.initial_values import begin
 
 IDS = torch.tensor([[5, 9, 30, 7, 5, 61, 2, 8, 44, 10, 11, 12]])
 

@@ -14,7 +14,7 @@ from veneer.errors import ConfigError, RefusedError
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.formats.loading import load_adapter
 from veneer.models.frozen_base import FrozenBase
-from veneer.models.initial_values import begin
+from veneer.models.starts.initial_values import begin
 from veneer.plan.simulation.dry_run import dry_run
 from veneer.plan.simulation.step_counts import Step
 from veneer.plan.workload import synthetic_rows

@@ -13,7 +13,7 @@ from tests.support.models.routed import batch_loss
 from veneer.adapters.config import LoRA
 from veneer.adapters.placement.acting import TokenKeys
 from veneer.models.checkpointing import checkpointed
-from veneer.models.initial_values import begin
+from veneer.models.starts.initial_values import begin
 from veneer.models.step import batch_of, parts_of
 
 pytest.importorskip("peft")

@@ -42,7 +42,7 @@ from veneer.errors import VeneerError
 from veneer.execution.proofs.small_copy import drawn, small_copy
 from veneer.execution.switches import forget_lengths
 from veneer.execution.train_step import fused, replacements
-from veneer.models.initial_values import begin
+from veneer.models.starts.initial_values import begin
 from veneer.models.step import batch_of, parts_of
 
 IDS, LONGEST = 90, 44

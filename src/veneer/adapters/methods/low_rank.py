@@ -118,7 +118,7 @@ _START: dict[str, Callable[[Tensor, LoRALayer, LoRA, torch.Generator], Factors]]
     "pissa": _pissa,
     "olora": _olora,
 }
-"""Starts that need only the weight. models/initial_values.py has those that need rows or the
+"""Starts that need only the weight. models/starts/initial_values.py has those that need rows or the
 original weight."""
 
 

@@ -201,7 +201,7 @@ def _device(decoder: nn.Module) -> torch.device:
 def build_prefix(site: Site, config: Prefix) -> None:
     """Attaches a prefix whose random keys and values have the standard deviation of the base's.
 
-    models/initial_values.py then starts it from a prompt. Raises ConfigError if the model or
+    models/starts/initial_values.py then starts it from a prompt. Raises ConfigError if the model or
     `layers` do not fit.
     """
     path, decoder = decoder_of(site.model)

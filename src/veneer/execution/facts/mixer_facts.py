@@ -68,7 +68,7 @@ DELTA_NAMES = (
 )
 
 
-class _Candidate(NamedTuple):
+class _ConvolutionBlock(NamedTuple):
     """A block that may be a mixer: it has a convolution by channels.
 
     parts    its other modules by their names
@@ -112,12 +112,12 @@ def find_mixer(module: nn.Module) -> Mixer | None:
         return None
     own = {name for name, value in parameters_of(module).items() if value is not None}
     is_silu = getattr(module, "activation", None) == "silu"
-    block = _Candidate(Mixer(module, number, name), channels, parts, own, is_silu)
+    block = _ConvolutionBlock(Mixer(module, number, name), channels, parts, own, is_silu)
     found = (find(block) for find in (_find_short_convolution, _find_state_space, _find_delta_rule))
     return next((mixer for mixer in found if mixer is not None), None)
 
 
-def _find_short_convolution(block: _Candidate) -> ShortConvolution | None:
+def _find_short_convolution(block: _ConvolutionBlock) -> ShortConvolution | None:
     if block.own or {*block.parts} != {IN_PROJECTION, OUT_PROJECTION}:
         return None
     if (linears := block.linears([IN_PROJECTION, OUT_PROJECTION])) is None:
@@ -127,7 +127,7 @@ def _find_short_convolution(block: _Candidate) -> ShortConvolution | None:
     return ShortConvolution(*_place_of(block)) if fits else None
 
 
-def _find_state_space(block: _Candidate) -> StateSpace | None:
+def _find_state_space(block: _ConvolutionBlock) -> StateSpace | None:
     names, sizes = {IN_PROJECTION, OUT_PROJECTION, "act", "norm"}, block.sizes(SIZES)
     linears, module = block.linears([IN_PROJECTION, OUT_PROJECTION]), block.mixer.module
     if {*block.parts, "norm"} != names or block.own != {*RATES} or not block.is_silu:
@@ -151,7 +151,7 @@ def _find_state_space(block: _Candidate) -> StateSpace | None:
     )
 
 
-def _find_delta_rule(block: _Candidate) -> DeltaRule | None:
+def _find_delta_rule(block: _ConvolutionBlock) -> DeltaRule | None:
     own = (names for names in DELTA_NAMES if names.of_parts == {*block.parts})
     names, sizes = next(own, None), block.sizes(DELTA_SIZES)
     if names is None or sizes is None or block.own != {*DELTA_RATES} or not block.is_silu:
@@ -182,7 +182,7 @@ def _find_delta_rule(block: _Candidate) -> DeltaRule | None:
     return facts if fits and block.channels == sum(facts.widths("qkv")) else None
 
 
-def _place_of(block: _Candidate) -> tuple[nn.Module, int, str]:
+def _place_of(block: _ConvolutionBlock) -> tuple[nn.Module, int, str]:
     return block.mixer.module, block.mixer.number, block.mixer.convolution
 
 

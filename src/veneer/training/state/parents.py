@@ -30,7 +30,7 @@ from veneer.library.library import Library
 from veneer.merge.combine.combine import Recipe
 from veneer.merge.combine.combine_run import combine_adapters
 from veneer.models.frozen_base import FrozenBase
-from veneer.models.initial_values import FreshAdapter, begin
+from veneer.models.starts.initial_values import FreshAdapter, begin
 from veneer.objectives.config import Classify
 from veneer.training.config import RunConfig, StartFrom
 

@@ -27,7 +27,7 @@ from veneer.formats.adapter import StoredAdapter, read_adapter
 from veneer.formats.loading import load_adapter
 from veneer.library.library import Library
 from veneer.models.frozen_base import FrozenBase
-from veneer.models.prefix_start import attach_text
+from veneer.models.starts.prefix import attach_text
 from veneer.models.step import predictions_of_runs
 from veneer.objectives.config import TeacherBase
 from veneer.objectives.objective import Predictions

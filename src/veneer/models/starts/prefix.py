@@ -21,8 +21,8 @@ from veneer.data.batching import shared_prompt
 from veneer.data.examples import Example
 from veneer.errors import ConfigError
 from veneer.models.capacity import configured_capacity
-from veneer.models.computed_starts import AdapterStart
 from veneer.models.frozen_base import FrozenBase
+from veneer.models.starts.computed import AdapterStart
 
 INSTRUCTION = (
     "Read the text below with care and give the answer that it asks for, in exactly the form in"

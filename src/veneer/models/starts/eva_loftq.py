@@ -24,8 +24,8 @@ from veneer.data.examples import Example
 from veneer.errors import ConfigError
 from veneer.execution.attention import decoder
 from veneer.linear import frozen_linear
-from veneer.models.computed_starts import AdapterStart
 from veneer.models.frozen_base import FrozenBase
+from veneer.models.starts.computed import AdapterStart
 from veneer.quant.config import FOUR_BITS, weight_format
 from veneer.sharded import whole_module
 

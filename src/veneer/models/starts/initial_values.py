@@ -11,11 +11,11 @@ from veneer.adapters.placement.reads import refused_by_peft
 from veneer.adapters.placement.token_rows import AddedTokens
 from veneer.data.activation import invocation_tokens
 from veneer.data.examples import Example
-from veneer.models.computed_starts import AdapterStart
-from veneer.models.eva_loftq import start_lora
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.own_head import fresh_head, head_line
-from veneer.models.prefix_start import start_prefix
+from veneer.models.starts.computed import AdapterStart
+from veneer.models.starts.eva_loftq import start_lora
+from veneer.models.starts.prefix import start_prefix
 from veneer.models.step import refuse_untrainable
 
 _STARTS: dict[type[AdapterConfig], Callable[..., AdapterStart]] = {
