@@ -128,13 +128,8 @@ def page(paths: dict[str, tuple[str, str]]) -> str:
         ),
     ):
         lines.append(f"{start}{'; '.join(names)} |")
-    return (
-        HEAD.format(date=f"{date.today().day} {date.today():%B %Y}")
-        + "\n"
-        + "\n".join(lines)
-        + "\n"
-        + END
-    )
+    head = HEAD.format(date=f"{date.today().day} {date.today():%B %Y}")
+    return "\n".join([head, *lines, END])
 
 
 def main() -> None:

@@ -34,7 +34,13 @@ from veneer.execution.proofs.small_copy import NoCopyError, small_copy
 from veneer.execution.proofs.steps import Run, read_and_continued
 from veneer.execution.proofs.structure import LIMIT, sample_texts, structure_proof
 from veneer.execution.recorded import Inputs, RecordedEnds, RecordedSteps, Snapshot
-from veneer.execution.states import StepStates, cache_argument, has_states, state_layers
+from veneer.execution.states import (
+    StateLayers,
+    StepStates,
+    cache_argument,
+    has_states,
+    state_layers,
+)
 from veneer.execution.step_products import DENSE, Branch, add_norm, bare, dense_operands, product
 from veneer.execution.switches import forget_lengths
 from veneer.kernels.decoding import decoder_step
@@ -277,18 +283,24 @@ def forward_by_layers(model: PreTrainedModel) -> LayersForward | str:
     states = state_layers(model)
 
     def compare() -> str | None:
-        forget_lengths(model)
-        expected = read_and_continued(own_forward(model), texts, states)
-        forget_lengths(model)
+        expected = _logits(model, own_forward(model), texts, states)
         return disagreement(
             model,
             "its parts called one by one",
-            lambda: difference(read_and_continued(by_layers, texts, states), expected),
+            lambda: difference(_logits(model, by_layers, texts, states), expected),
             MODEL.limits[expected.dtype],
         )
 
     reason = remember_by_values("by_parts", model, str | None, compare)
     return forward if reason is None else reason
+
+
+def _logits(
+    model: PreTrainedModel, run: Run, texts: Sequence[Sequence[int]], states: StateLayers
+) -> Tensor:
+    """Returns the logits of a run that no text before has given other rotary frequencies."""
+    forget_lengths(model)
+    return read_and_continued(run, texts, states)
 
 
 def _prove_on_copy(model: PreTrainedModel, logit_rules: LogitRules) -> str | None:
@@ -303,10 +315,8 @@ def _prove_on_copy(model: PreTrainedModel, logit_rules: LogitRules) -> str | Non
         return forward
 
     def measure() -> float:
-        forget_lengths(copy)
-        logits = read_and_continued(forward.logits, texts, states)
-        forget_lengths(copy)
-        return difference(logits, read_and_continued(own_forward(copy), texts, states))
+        logits = _logits(copy, forward.logits, texts, states)
+        return difference(logits, _logits(copy, own_forward(copy), texts, states))
 
     return disagreement(copy, "its parts called one by one", measure, LIMIT)
 
