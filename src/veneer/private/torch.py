@@ -4,7 +4,9 @@ Tried with torch 2.9 and 2.13. Nothing else in Veneer reads them. Operators (tor
 listed here if their name begins with an underscore: torch may change their arguments.
 """
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,6 +63,17 @@ def forward_hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
 def has_hooks(module: nn.Module) -> bool:
     """True if a forward of the module calls hooks."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+@contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """Within the block a forward of the module calls none of its own hooks."""
+    kept = module._forward_hooks, module._forward_pre_hooks
+    module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        module._forward_hooks, module._forward_pre_hooks = kept
 
 
 def has_gradient_hooks(tensor: Tensor) -> bool:

@@ -7,7 +7,8 @@
     several parts                       DoRA, LoRA with a bias, ...      _add_changes, part by part
 
 Rows without an adapter are the base's to the bit. Adapters of different methods on the same rows
-add their changes to the base's weight. Shapes: M rows, I in_features, O out_features.
+add their changes to the base's weight.
+Shapes: M rows, I in_features, O out_features.
 """
 
 from collections.abc import Sequence
@@ -76,9 +77,12 @@ class AdaptedLinear(AdaptedModule):
         return self.frozen.own_bias()
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._product(x) if not has_hooks(self.base) else self.hooked(self._product, x)
+
+    def _product(self, x: Tensor) -> Tensor:
         acting = self.routing.acting
         rows = x.numel() // x.shape[-1]
-        is_step = acting.counts(rows) and not has_hooks(self.base)
+        is_step = acting.counts(rows)
         if is_step and (updates := self._cached_updates(acting, rows, x.dtype)) is not None:
             y_MO = updates.product(x.reshape(rows, -1), self.bias, self.frozen)
         elif (adapters := acting.whole) is not None and not (adapters and is_step):
@@ -121,11 +125,11 @@ class AdaptedLinear(AdaptedModule):
 
     def _lora_of(self, adapters: Applied, x: Tensor, keys: TokenKeys | None) -> LoRALinear | None:
         """Returns the layer with the LoRA of these adapters, which act on all of x."""
-        if self.replaces(adapters) or has_hooks(self):
+        if self.replaces(adapters) or has_hooks(self) or has_hooks(self.base):
             return None
         layers = self.drawing(adapters, keys)
         if not layers:
-            return None if has_hooks(self.base) else unadapted(self.frozen)
+            return unadapted(self.frozen)
         layer, weight, keys = layers[0]
         if len(layers) > 1 or not isinstance(layer, LoRALayer) or layer.offset is not None:
             return None
@@ -136,7 +140,7 @@ class AdaptedLinear(AdaptedModule):
         """W, bias and cached updates of x_MI, all rows of a step of answers, for a call that
         computes several layers. Returns None if something else happens here."""
         acting = self.routing.acting
-        if has_hooks(self) or not acting.counts(len(x_MI)):
+        if has_hooks(self) or has_hooks(self.base) or not acting.counts(len(x_MI)):
             return None
         updates = self._cached_updates(acting, len(x_MI), x_MI.dtype)
         return None if updates is None else updates.in_one_call(x_MI, self.bias, self.frozen)
@@ -145,10 +149,8 @@ class AdaptedLinear(AdaptedModule):
         self, acting: Acting, rows: int, dtype: torch.dtype
     ) -> InferenceUpdates | None:
         """Updates from an earlier step of the same batch, or listed for all layers of this one.
-        Returns None while training, or if the base has a hook."""
+        Returns None while training."""
         if torch.is_grad_enabled() or acting.keys is not None:
-            return None
-        if has_hooks(self.base):
             return None
         layer_rows = self.key, dtype, acting.rows_of_parts(rows)
         updates = acting.plan.kept.get(layer_rows)

@@ -98,6 +98,10 @@ class AdaptedExperts(AdaptedModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes the base's arguments. A gated stack gets rows (M, D), expert numbers (M, top_k) and
         their weights."""
+        own = self._product_of_rows
+        return self.hooked(own, *args, **kwargs) if has_hooks(self.base) else own(*args, **kwargs)
+
+    def _product_of_rows(self, *args: Any, **kwargs: Any) -> Any:
         acting = self.routing.acting
         changed = any(self.layers_of(part.adapters) for part in acting.parts)
         trained = any(self.replaces(part.adapters) for part in acting.parts)
@@ -271,11 +275,9 @@ class AdaptedExperts(AdaptedModule):
         y = frozen_product(x, bias, frozen)
         y = summed_change(y, outputs) if outputs else y
         layers = self._layers(adapters, name, expert, None, factors)
-        return (
-            y + (low_rank_product(x, None, frozen, layers) - frozen_product(x, None, frozen))
-            if layers
-            else y
-        )
+        if not layers:
+            return y
+        return y + (low_rank_product(x, None, frozen, layers) - frozen_product(x, None, frozen))
 
     def _product(
         self,
@@ -294,11 +296,9 @@ class AdaptedExperts(AdaptedModule):
             keys = replace(keys, rows=F.pad(keys.rows[rows], (0, len(x) - len(rows))))
         if (whole := acting.whole) is not None:
             layers = self._layers(whole, name, expert, keys, factors)
-            return (
-                low_rank_product(x, bias, frozen, layers)
-                if layers
-                else frozen_product(x, bias, frozen)
-            )
+            if not layers:
+                return frozen_product(x, bias, frozen)
+            return low_rank_product(x, bias, frozen, layers)
         updates: list[RowUpdate] = []
         for segment in acting.select(rows).segments(len(rows)):
             of_segment = None if keys is None else keys.of(segment.rows)

@@ -7,6 +7,7 @@ base's own, as if there were no wrappers. A module may have several wrappers of 
 around the other. This module knows nothing of what a layer computes.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
@@ -17,7 +18,7 @@ from veneer.adapters.placement.acting import Applied, TokenKeys
 from veneer.adapters.placement.attachment import stands_alone, summed_change
 from veneer.adapters.placement.routing import Routing
 from veneer.adapters.placement.rows import by_part, rows_of
-from veneer.private.torch import children_of
+from veneer.private.torch import children_of, without_hooks
 
 Trained = dict[str, list[tuple[Tensor, float]]]
 """Parameter name -> values trained in its place, each with the weight of its adapter."""
@@ -125,6 +126,16 @@ class AdaptedModule(nn.Module):
         return any(
             key in adapter.wrapper_layers or key in adapter.replaced for adapter, _ in adapters
         )
+
+    def hooked(self, product: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Returns product(*args, **kwargs), this module with its adapters, where the base has
+        hooks. They get what the base computes without adapters; the change is added to what they
+        return, as in PEFT."""
+        if not any(self.concerned(part.adapters) for part in self.routing.acting.parts):
+            return self.base(*args, **kwargs)
+        with without_hooks(self.base):
+            change = product(*args, **kwargs) - self.base(*args, **kwargs)
+        return self.base(*args, **kwargs) + change
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the base, and for each part that has adapters here, `adapted` on its rows."""
