@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.adapters.test_methods import move
-from tests.models.test_step import loss_and_gradients
+from tests.models.test_step import assert_same, loss_and_gradients, own_loss_and_gradients
 from tests.support.helpers import make_examples
 from tests.support.tiny import tiny_base
 from veneer.adapters.attach import attach
@@ -16,6 +16,7 @@ from veneer.adapters.config import DoRA, LoRA
 from veneer.adapters.methods.adapted_linear import AdaptedLinear
 from veneer.adapters.methods.experts import AdaptedExperts
 from veneer.adapters.placement.acting import in_turn
+from veneer.adapters.placement.wrapping import unwrapped
 from veneer.decoding.engine import decode_step_of
 from veneer.execution.agreement import difference as apart
 from veneer.execution.proofs.steps import read_and_continued
@@ -63,11 +64,11 @@ class Adapted:
         }
 
 
-def adapted(family: str, method: str) -> Adapted:
+def adapted(family: str, method: LoRA) -> Adapted:
     base = tiny_base(family)
     _ = base.paths
     attachments = []
-    for seed, (name, config) in enumerate({"a": METHODS[method], "b": METHODS["lora"]}.items()):
+    for seed, (name, config) in enumerate({"a": method, "b": METHODS["lora"]}.items()):
         head = base.model.get_output_embeddings()
         attachment = attach(
             base.model, config, name=name, routing=base.routing, head=head, seed=seed
@@ -80,7 +81,7 @@ def adapted(family: str, method: str) -> Adapted:
 @pytest.mark.parametrize(("family", "method"), CELLS)
 def test_a_hook_of_the_base_acts_like_one_around_the_adapters(family, method, monkeypatch):
     monkeypatch.setattr(few_rows, "LEAST_VALUES", 1)
-    ours = adapted(family, method)
+    ours = adapted(family, METHODS[method])
     kinds = (AdaptedLinear, AdaptedExperts)
     wrappers = [module for module in ours.base.model.modules() if isinstance(module, kinds)]
     assert wrappers and (family != "mixtral" or AdaptedExperts in map(type, wrappers))
@@ -94,3 +95,17 @@ def test_a_hook_of_the_base_acts_like_one_around_the_adapters(family, method, mo
     for what, inside in found[0].items():
         for ours_of, around, without in zip(inside, found[1][what], plain[what], strict=True):
             assert apart(ours_of, around) < 1e-4 < apart(ours_of, without), what
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]], ids=["plain", "adapted"])
+def test_a_hook_of_the_head_changes_the_loss(targets):
+    ours = adapted("llama", LoRA(rank=3, alpha=5.0, targets=targets))
+    base, examples = ours.base, make_examples(4)
+    head = base.model.get_output_embeddings()
+    base.routing.active = (("a", 1.0),)
+    plain, _ = own_loss_and_gradients(base.model, ours.attachments[0], examples)
+    unwrapped(head).register_forward_hook(lambda module, given, logits: logits * 1.5)
+    expected = own_loss_and_gradients(base.model, ours.attachments[0], examples)
+    found = loss_and_gradients(base.model, base.paths, base.routing, ours.attachments[0], examples)
+    assert_same(found, expected)
+    assert abs(expected[0] - plain) > 0.01

@@ -38,7 +38,7 @@ from veneer.execution.proofs.model import (
 from veneer.execution.switches import RopeSwitches, forget_lengths, sides, switches
 from veneer.kernels.dense.loss import Head, head_nats
 from veneer.models.left_out import left_out
-from veneer.models.loss_head import AdaptedHead, loss_head
+from veneer.models.loss_head import CalledHead, loss_head
 from veneer.models.predictions import HeadPredictions, LogitPredictions, ScorePredictions
 from veneer.objectives.objective import ObjectiveLoss, Predictions
 
@@ -235,7 +235,7 @@ def predictions_of_runs(
 
 
 def _head_predictions(rows: Tensor, targets: Tensor, linear: Head) -> HeadPredictions:
-    return HeadPredictions(rows, targets, linear, adapted=isinstance(linear, AdaptedHead))
+    return HeadPredictions(rows, targets, linear, adapted=isinstance(linear, CalledHead))
 
 
 @torch.no_grad()
@@ -258,8 +258,8 @@ def _predicting(base: RoutedModel, states: Tensor, loss_rows: Tensor) -> tuple[T
 
     states: (N, D) of all rows
     """
-    linear = loss_head(base.model, base.paths.scale, base.paths.softcap)
-    if isinstance(linear, AdaptedHead):
+    linear = loss_head(base.model, base.routing, base.paths.scale, base.paths.softcap)
+    if isinstance(linear, CalledHead):
         linear = replace(linear, rows=base.routing.acting.select(loss_rows))
     return states.index_select(0, loss_rows), linear
 
