@@ -379,3 +379,15 @@ def test_beside_another_adapter_their_changes_add_up(row):
             original = tiny_model("llama").get_submodule(path).weight.data
             own += weight * (layer.folded(original) - original)
     torch.testing.assert_close(logits(model), both, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "dtype"), BASES.values(), ids=BASES)
+def test_doras_norms_are_those_of_the_weights_that_the_base_holds(family, dtype):
+    model = shared(family, dtype).model
+    attachment, _ = put(model, DoRA(rank=3, alpha=5.0), filled=True)
+    modules = plain_modules(model)
+    close = {"rtol": 1e-4 if dtype == torch.float32 else 5e-3, "atol": 0.0}
+    for path, layer in attachment.layers.items():
+        frozen, lora = frozen_linear(modules[path]), layer.low_rank
+        weight = frozen.dense_weight(torch.float32) + lora.scaling * lora.B @ lora.A
+        torch.testing.assert_close(layer.norm(frozen), weight.norm(dim=1), **close)
