@@ -291,6 +291,16 @@ def test_answers_and_files_are_those_of_the_adapter_as_it_stands(base, rows, tmp
         with pytest.raises(ConfigError, match="exists"):
             trainer.save(folder)
         trainer.save(folder, replace=True)
+        (tmp_path / "work").mkdir()
+        for other in (tmp_path / "work" / "rows.jsonl", tmp_path / "work"):
+            (tmp_path / "work" / "rows.jsonl").write_text("kept")
+            for write in (trainer.save, trainer.save_state):
+                with pytest.raises(ConfigError, match="is not replaced"):
+                    write(other, replace=True)
+            assert (tmp_path / "work" / "rows.jsonl").read_text() == "kept"
+        for replace in (False, True):
+            with pytest.raises(ConfigError, match=r"/ (exists|is not replaced)"):
+                trainer.save("/", replace=replace)
         with pytest.raises(ConfigError, match="trainer is open"):
             base.merge("mine")
     base.use(base.load_adapter(folder))

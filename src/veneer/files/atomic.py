@@ -41,7 +41,7 @@ def atomic_folder(
     block too.
     """
     path = Path(path).absolute()
-    aside = path.with_name(f".replaced-{path.name}")
+    aside = path.parent / f".replaced-{path.name}"
     with explained(path, needed_bytes=needed_bytes):
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
@@ -166,6 +166,22 @@ def refuse_existing(path: Path, *, unless: bool) -> None:
         raise ConfigError(
             f"{path} exists and is not overwritten", [], "Choose another path, or remove it first."
         )
+
+
+def refuse_other_content(path: str | Path, mark: str) -> None:
+    """Raises ConfigError unless a folder that holds a file named `mark` may replace what is at
+    `path`: nothing, an empty folder, or one that holds such a file too."""
+    path = Path(path).absolute()
+    with explained(path):
+        if not _exists(path):
+            return
+        if path.is_symlink() or not path.is_dir():
+            fault = "it is no folder"
+        elif any(path.iterdir()) and not (path / mark).is_file():
+            fault = f"it holds other files, and no {mark}"
+        else:
+            return
+    raise ConfigError(f"{path} is not replaced: {fault}", next_step="Choose another path.")
 
 
 def refuse_unwritable(path: str | Path) -> None:

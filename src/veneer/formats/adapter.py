@@ -26,7 +26,7 @@ from veneer.adapters.labels import HeadSettings
 from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.preamble import Preamble
 from veneer.errors import ConfigError, CorruptFileError, SourceError, UnsafeFileError
-from veneer.files.atomic import atomic_folder
+from veneer.files.atomic import atomic_folder, refuse_other_content
 from veneer.files.hashes import file_hash
 from veneer.files.strict_json import read_json
 from veneer.files.strict_tensors import read_tensor_file
@@ -201,8 +201,11 @@ def write_adapter(
     model: the adapter's, which decides how its targets are named; more_files: further texts for the
     folder, by name; dtype: rounds the tensors to this type. The same adapter and manifest give the
     same bytes. Raises CorruptFileError (values not finite: nothing is written; or the disk returned
-    other data), ConfigError (the folder exists), DoesNotFitError (disk full).
+    other data), ConfigError (the folder exists, or `replace` would replace something that is no
+    adapter), DoesNotFitError (disk full).
     """
+    if replace:
+        refuse_other_content(folder, CONFIG_NAME)
     tensors = _tensors(attachment, model)
     if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise CorruptFileError(

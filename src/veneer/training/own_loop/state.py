@@ -19,7 +19,7 @@ from veneer.bases.identity.fingerprint import Fingerprint
 from veneer.bounds import LENGTH, SEED, check_numbers
 from veneer.data.examples import TrainOn
 from veneer.errors import AdapterMismatchError, ConfigError, SourceError
-from veneer.files.atomic import atomic_folder, write_manifest
+from veneer.files.atomic import atomic_folder, refuse_other_content, write_manifest
 from veneer.files.home import expanded
 from veneer.files.strict_json import json_text
 from veneer.models.frozen_base import FrozenBase
@@ -97,6 +97,8 @@ def write_state(
         "reference": dict(state.reference),
     }
     folder = expanded(out)
+    if replace:
+        refuse_other_content(folder, "state.json")
     with atomic_folder(folder, replace=replace) as partial:
         write_adapter(partial / "adapter")
         write_tensors(partial / "state.safetensors", state.tensors or {})
