@@ -125,7 +125,7 @@ def test_who_listens_to_a_module_is_asked():
     assert len(heard) == 2 * 3 * 2  # of both ways, in three steps
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mixtral", "opt", "ministral3"])
+@pytest.mark.parametrize("family", ["qwen3", "mixtral", "opt", "ministral3", "gpt2", "phi"])
 def test_a_step_calls_each_hook_that_the_models_own_code_calls(family):
     base = based(family)
     found = by_parts(base)

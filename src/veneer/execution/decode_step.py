@@ -70,6 +70,8 @@ class LayersForward:
         self._model, self.layers, self.norm, self._start = ref(model), layers, norm, start
         self.inner: Any = inner
         self._logit_rules = logit_rules
+        others = [child for name, child in inner.named_children() if name not in start.names]
+        self._not_called = [inner, *(part for child in others for part in child.modules())]
         limits = [heads.position_limit for layer in layers if (heads := layer.attention)]
         self._position_limit = min((own for own in limits if own is not None), default=None)
         self.steps = RecordedSteps()
@@ -86,8 +88,11 @@ class LayersForward:
     def fits(self) -> bool:
         """Whether all parts are in their places, none acts on a table of positions that is read
         past its module, and neither a prefix acts nor a hook that only the model's own forward
-        calls: one of the decoder, or of a layer where some pass states on."""
-        if calls_hooks(self.inner) or (self._start.first_row and bare(self._positions) is None):
+        calls: one of the decoder or of a dropout beside its layers, or of a layer where some pass
+        states on."""
+        if any(map(calls_hooks, self._not_called)):
+            return False
+        if self._start.first_row and bare(self._positions) is None:
             return False
         if any(layer.mixer for layer in self.layers) and any(self._layers_with_hooks()):
             return False
