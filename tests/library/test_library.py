@@ -10,13 +10,20 @@ from hypothesis import strategies as st
 
 from tests.support.libraries import references
 from tests.support.tiny import tiny_base
-from veneer.errors import ConfigError, CorruptFileError, SourceError
+from veneer.errors import ConfigError, CorruptFileError, InputError, SourceError
 from veneer.files.atomic import MANIFEST
 from veneer.formats.adapter import WEIGHTS_NAME, read_adapter
 from veneer.formats.manifest import MANIFEST_NAME
 from veneer.library.index import INDEX
 from veneer.library.library import Library
 from veneer.library.names import check_name, parse_reference
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder that takes no files")
+def test_a_place_where_nothing_can_be_written_is_refused_before_the_work():
+    with pytest.raises(InputError, match="/proc"):
+        Library("/proc/library").require_place()
+
 
 # names and versions
 

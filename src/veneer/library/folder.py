@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from veneer.errors import ConfigError, CorruptFileError, SourceError
-from veneer.files.atomic import write_text
+from veneer.files.atomic import refuse_unwritable, write_text
 from veneer.files.home import data_folder, expanded
 from veneer.files.lock import locked
 from veneer.files.partial import sweep
@@ -89,7 +89,12 @@ class LibraryFolder:
             )
 
     def require_place(self) -> None:
-        """Raises an error if this folder is no library and cannot become one."""
+        """Raises an error if this folder is no library and cannot become one, or if nothing can be
+        written there."""
+        self._require_fit()
+        refuse_unwritable(self.folder / MARKER)
+
+    def _require_fit(self) -> None:
         if (self.folder / MARKER).is_file():
             self._require()
         elif self.folder.exists() and (not self.folder.is_dir() or _strangers(self.folder)):
@@ -101,7 +106,7 @@ class LibraryFolder:
 
     def make(self) -> None:
         """Makes the folder a library, if it is not one yet. Raises as require_place."""
-        self.require_place()
+        self._require_fit()
         with explained(self.folder), locked(self.folder / ".names.lock"):
             if not (self.folder / MARKER).is_file():
                 self.names.mkdir(exist_ok=True)
