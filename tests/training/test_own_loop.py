@@ -411,26 +411,6 @@ def test_a_custom_loss_gets_the_log_probabilities_of_each_row(base, rows, forwar
             assert torch.allclose(value, values(theirs)[name], rtol=DIVIDED, atol=DIVIDED)
 
 
-@pytest.mark.parametrize(
-    ("function", "words"),
-    [
-        (lambda examples, log_probs: 1 / 0, "loss_fn raised ZeroDivisionError"),
-        (lambda examples, log_probs: 3.0, "no loss that depends"),
-        (lambda examples, log_probs: log_probs[0].detach().sum(), "no loss that depends"),
-    ],
-)
-def test_a_custom_loss_that_fails_ends_its_own_step_alone(function, words, base, rows):
-    with base.trainer(METHODS["dora"]) as bad, base.trainer(METHODS["targets"]) as good:
-        loss = bad.forward_backward_custom(rows[:2], function)
-        assert good.forward_backward(rows[:2]).loss_sum > 0
-        with pytest.raises(ConfigError, match=words):
-            _ = loss.loss_sum
-        with pytest.raises(ConfigError, match=words):
-            bad.optim_step(veneer.AdamW(learning_rate=0.01))
-        assert good.optim_step(veneer.AdamW(learning_rate=0.01)).step == 1
-        assert step(bad, rows[:2]) > 0  # goes on
-
-
 def test_mistakes_are_refused_in_words(base, rows):
     with pytest.raises(ConfigError, match="length"):
         base.trainer(METHODS["lora"], length=0)

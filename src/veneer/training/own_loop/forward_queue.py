@@ -16,7 +16,14 @@ import torch
 from veneer.adapters.placement.acting import Acting
 from veneer.adapters.placement.attachment import Attachment
 from veneer.data.batching import Batch, used_length
-from veneer.errors import ConfigError, DivergedError, DoesNotFitError, VeneerError, is_out_of_memory
+from veneer.errors import (
+    ConfigError,
+    DivergedError,
+    DoesNotFitError,
+    VeneerError,
+    first_line,
+    is_out_of_memory,
+)
 from veneer.execution.proofs.model import acting_prefix_length
 from veneer.execution.stand_in import StandIn
 from veneer.execution.train_step import fused, one_node, replacements
@@ -182,18 +189,30 @@ class ForwardQueue:
         except BaseException as fault:
             for gradient in chosen:
                 gradient.begin_again()  # a part of this forward may be in the buffers
-            if isinstance(fault, VeneerError):
-                own_fault = fault
-            elif isinstance(fault, Exception) and is_out_of_memory(fault):
-                own_fault = _out_of_memory(room.lengths)
-            else:
+            if not isinstance(fault, Exception):  # Ctrl-C concerns no trainer
                 raise
+            own_fault = _own_fault(fault, room.lengths)
             if len(chosen) == 1:
                 chosen[0].fail(own_fault)
-            elif own_fault is fault:
-                self._single.update(chosen)  # one by one, only the cause fails
-            else:
+            elif isinstance(own_fault, DoesNotFitError) and own_fault is not fault:
                 self.budget = sum(room.lengths) // 2
+            else:
+                self._single.update(chosen)  # one by one, only the cause fails
+
+
+def _own_fault(fault: Exception, lengths: Sequence[int]) -> VeneerError:
+    """Returns the error that a trainer keeps for what its forward raised."""
+    if isinstance(fault, VeneerError):
+        return fault
+    if is_out_of_memory(fault):
+        return _out_of_memory(lengths)
+    error = VeneerError(
+        "forward or backward of these rows failed",
+        [first_line(fault)],
+        "The traceback shows where. A loss_fn returns its loss, and does not call backward.",
+    )
+    error.__cause__ = fault
+    return error
 
 
 def _out_of_memory(lengths: Sequence[int]) -> DoesNotFitError:

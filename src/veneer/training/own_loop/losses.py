@@ -6,6 +6,7 @@ Loss and gradient are sums over the rows of a call, not means. Nothing is comput
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from veneer.objectives.objective import (
 )
 from veneer.training.inputs import Teacher
 from veneer.training.teachers.teacher import Taught, teacher_examples
+from veneer.wording import kind_of
 
 
 class SummedLoss:
@@ -144,16 +146,69 @@ class CustomLoss(SummedLoss):
         """Calls the function, and keeps its figures. log_probs: of each example of the call"""
         try:
             result = self._function(self.examples, log_probs)
-        except Exception as fault:
+        except (Exception, SystemExit) as fault:  # sys.exit() in it ends this step, not all
             raise ConfigError(f"loss_fn raised {type(fault).__name__}: {fault}") from fault
-        loss, metrics = result if isinstance(result, tuple) else (result, {})
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        loss, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+        if not _is_loss(loss):
             raise ConfigError(
                 "loss_fn returned no loss that depends on the log-probabilities",
-                next_step="Return one number as a tensor, or that and a dict of figures.",
+                [f"the loss is {_described(loss)}"],
+                _RETURNS,
             )
-        self._metrics = {name: float(value) for name, value in metrics.items()}
+        self._metrics = _figures(metrics)
         return loss.reshape(())
+
+
+_RETURNS = "Return one real number as a tensor, or that and a dict of figures."
+
+
+def _is_loss(value: object) -> TypeGuard[Tensor]:
+    """Whether this is one real number with a gradient."""
+    return (
+        isinstance(value, Tensor)
+        and value.numel() == 1
+        and value.requires_grad
+        and not value.is_complex()
+    )
+
+
+def _figures(metrics: object) -> dict[str, float]:
+    """Returns the figures of a loss as numbers. Raises ConfigError with all that are none."""
+    if not isinstance(metrics, Mapping):
+        raise ConfigError(
+            f"the figures of loss_fn are a dict, and these are {kind_of(metrics)}",
+            next_step=_RETURNS,
+        )
+    figures: dict[str, float] = {}
+    faults = []
+    for name, value in metrics.items():
+        number = _number(value)
+        if number is None:
+            faults.append(f"{name} is {_described(value)}")
+        else:
+            figures[name] = number
+    if faults:
+        raise ConfigError(
+            "loss_fn returned figures that are not numbers",
+            faults,
+            "Each figure is one number, for instance that of tensor.item().",
+        )
+    return figures
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return None if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        kind = str(value.dtype).removeprefix("torch.")
+        with_gradient = "with" if value.requires_grad else "without"
+        return f"a {kind} tensor of shape {tuple(value.shape)} {with_gradient} a gradient"
+    return f"a tuple of {len(value)}" if isinstance(value, tuple) else kind_of(value)
 
 
 @dataclass(frozen=True)
