@@ -143,6 +143,8 @@ PROBABILITY = Number(float, 0, 1)
 ENERGY = Number(float, 0, 1, above=True, below=True)
 WEIGHT_DECAY = Number(float, 0, 1000)
 CLIP = Number(float, 0, 10**12, above=True)
+DIVISOR = Number(float, 0, 10**12, above=True)
+"""Number by which a summed gradient is divided."""
 SEED = Number(int, 0, 2**32 - 1)
 RANK = Number(int, 1, 4096)
 ALPHA = Number(float, 0, 10**6, above=True)

@@ -1,13 +1,16 @@
 """What a trainer is given by mistake ends its own step in words, and no other trainer's."""
 
 import sys
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
 import veneer
 from tests.support.joint import make_world
-from veneer.errors import VeneerError
+from veneer.errors import ConfigError, VeneerError
 from veneer.training.own_loop import forward_queue
 
 ADAMW = veneer.AdamW(learning_rate=0.01)
@@ -125,3 +128,55 @@ def test_calls_wait_again_after_an_interruption(trainers, monkeypatch):
                 failing()
     assert [trainer.optim_step(ADAMW).step for trainer in (first, second)] == [1, 1]
     assert losses[0].loss_sum == pytest.approx(losses[1].loss_sum)
+
+
+def norm_of_gradient(trainer):
+    return float(trainer._gradient.flat.gradient.norm())
+
+
+@pytest.mark.parametrize(
+    "divisor", [7, Fraction(7, 2), Decimal("3.5"), np.float32(3.5), np.int64(7), torch.tensor(3.5)]
+)
+def test_a_gradient_is_divided_by_any_real_number(divisor, trainers):
+    trainer, _ = trainers
+    assert trainer.forward_backward(ROWS).loss_sum > 0
+    norm = norm_of_gradient(trainer)
+    step = trainer.optim_step(ADAMW, divide_by=divisor)
+    assert step.gradient_norm == pytest.approx(norm / float(divisor))
+    assert norm_of_gradient(trainer) == 0
+
+
+@pytest.mark.parametrize(
+    "divisor",
+    [
+        *(0, -1, float("nan"), float("inf"), 10**400, Fraction(1, 10**400), Decimal("nan")),
+        *("3", None, True, np.True_, 3 + 0j, [1], torch.tensor([3.0, 4.0])),
+    ],
+)
+def test_a_wrong_divisor_changes_nothing(divisor, trainers):
+    right, wrong = trainers
+    for trainer in trainers:
+        trainer.forward_backward(ROWS)
+    with pytest.raises(ConfigError, match=r"divide_by is .* a number above 0"):
+        wrong.optim_step(ADAMW, divide_by=divisor)
+    assert wrong.step == 0
+    assert wrong.optim_step(ADAMW, divide_by=7) == right.optim_step(ADAMW, divide_by=7)
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), RuntimeError("no memory for this")])
+def test_a_step_that_ends_in_the_optimizer_leaves_no_gradient(fault, trainers):
+    def failing(*arguments):
+        raise fault
+
+    trainer, untouched = trainers
+    trainer.forward_backward(ROWS)
+    hook = trainer._optimizer.inner.register_step_pre_hook(failing)
+    with pytest.raises(type(fault)):
+        trainer.optim_step(ADAMW)
+    hook.remove()
+    assert norm_of_gradient(trainer) == 0
+    with pytest.raises(ConfigError, match="no gradient"):
+        trainer.optim_step(ADAMW)
+    for each in trainers:
+        each.forward_backward(ROWS[:1])
+    assert trainer.optim_step(ADAMW) == untouched.optim_step(ADAMW)

@@ -7,8 +7,8 @@ of their trainers are computed again.
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from weakref import WeakSet
 
 import torch
@@ -115,20 +115,25 @@ class TrainerGradient:
         self.waiting.clear()
         self._of_micro_batch.clear()
 
-    def end(self) -> list[SummedLoss]:
-        """Ends the step and returns its calls. Raises the error that ended it before, and drops the
-        gradient of calls that came after the error."""
+    @contextmanager
+    def ended(self) -> Iterator[list[SummedLoss]]:
+        """Ends the step, and gives its calls to the block. Raises the error that ended it before.
+
+        Any error drops the gradient, so the next step begins without one.
+        """
         calls, fault = self.calls, self._fault
         self.calls, self._fault = [], None
         self._of_micro_batch.clear()
-        if fault is not None:
+        try:
+            if fault is not None:
+                raise fault
+            yield calls
+        except BaseException:
             self.flat.gradient.zero_()
-            raise fault
-        return calls
+            raise
 
     def diverged(self, norm: float) -> DivergedError:
-        """Drops the gradient and returns the error for a norm that is not finite."""
-        self.flat.gradient.zero_()
+        """Returns the error for a norm that is not finite."""
         return DivergedError(
             f"the gradient norm is {norm} at step {self.step + 1}; the weights are those of step"
             f" {self.step}",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from veneer.adapters.placement.acting import Acting, Applied, check_answers
 from veneer.adapters.placement.attachment import Attachment
+from veneer.bounds import DIVISOR
 from veneer.data.activation import refuse_without_activation
 from veneer.data.checks.check import refuse_beyond
 from veneer.data.examples import Example
@@ -232,17 +233,17 @@ class Trainer:
         """Changes the adapter by the gradient of all calls since the last step.
 
         divide_by: the gradient is divided by this number first, for instance by the number of
-        tokens. Raises ConfigError if no call was made, DivergedError if the gradient is not finite,
-        and the error of a call that could not be computed. The adapter does not change then, and
-        the next step begins without a gradient.
+        tokens. Raises ConfigError for wrong arguments or if no call was made; nothing changes then.
+        Raises DivergedError if the gradient is not finite, and the error of a call that could not
+        be computed. The adapter does not change then, and the next step begins without a gradient.
         """
         optimizer = self._require_open()
         if not isinstance(adamw, AdamW):
             raise ConfigError(
                 f"optim_step takes veneer.AdamW(learning_rate=...), and this is {kind_of(adamw)}"
             )
-        if not (math.isfinite(divide_by) and divide_by > 0):
-            raise ConfigError(f"divide_by is {divide_by}, and takes a number above 0")
+        if not DIVISOR.holds(divide_by):
+            raise ConfigError(f"divide_by is {divide_by!r:.40}, and takes {DIVISOR.description}")
         if adamw.weight_decay and self.attachment.config.keeps_values:
             raise ConfigError(
                 "weight_decay changes the adapter's frozen tokens, too",
@@ -253,14 +254,15 @@ class Trainer:
                 "there is no gradient for a step", next_step="Call forward_backward first."
             )
         self._queue.compute()
-        calls, flat = self._gradient.end(), self._gradient.flat
-        if divide_by != 1.0:
-            flat.gradient.div_(divide_by)
-        norm = float(flat.gradient.norm())
-        if not math.isfinite(norm):
-            raise self._gradient.diverged(norm)
-        optimizer.configure(betas=adamw.betas, epsilon=adamw.eps, weight_decay=adamw.weight_decay)
-        optimizer.step(learning_rate=adamw.learning_rate, clip=adamw.max_norm, norm=norm)
+        flat, decay = self._gradient.flat, adamw.weight_decay
+        with self._gradient.ended() as calls:
+            if divide_by != 1.0:
+                flat.gradient.div_(float(divide_by))
+            norm = float(flat.gradient.norm())
+            if not math.isfinite(norm):
+                raise self._gradient.diverged(norm)
+            optimizer.configure(betas=adamw.betas, epsilon=adamw.eps, weight_decay=decay)
+            optimizer.step(learning_rate=adamw.learning_rate, clip=adamw.max_norm, norm=norm)
         self._gradient.step += 1
         loss_sum, tokens = sum(call.loss_sum for call in calls), sum(call.tokens for call in calls)
         return OptimizerStep(self.step, norm, loss_sum, tokens)
