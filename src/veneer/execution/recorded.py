@@ -35,7 +35,7 @@ from veneer.kernels.bindings import dense_calls, paged_calls, state_calls
 from veneer.kernels.dense.mixes import AdapterMix
 from veneer.kernels.packed.nf4 import FUSED_ROWS
 from veneer.kernels.tape.step_tape import RowMemory, StepTape, record_step
-from veneer.private.torch import buffers_of, children_of, forward_hooks, has_hooks, parameters_of
+from veneer.private.torch import buffers_of, children_of, has_hooks, hooks_of, parameters_of
 
 Inputs = Sequence[Tensor]
 """The input of the first layer, (N, D), and cosines and sines, (N, E), of each kind of layer."""
@@ -179,7 +179,7 @@ class Snapshot:
     def __init__(self, modules: Sequence[nn.Module], parents: Sequence[nn.Module] = ()) -> None:
         children = [children_of(module) for module in (*parents, *modules) if children_of(module)]
         self._children, self._children_then = children, [dict(names) for names in children]
-        self._hooks = [hooks for module in modules for hooks in forward_hooks(module)]
+        self._hooks = [hooks for module in modules for hooks in hooks_of(module)]
         self._last_hook_id = -1
         tables: list[dict[str, Any]] = [
             table for module in modules for table in (parameters_of(module), buffers_of(module))

@@ -55,25 +55,33 @@ def replace_children(module: nn.Module, children: dict[str, Any]) -> None:
     module._modules = children
 
 
-def forward_hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
-    """Returns the dicts of a module's hooks behind and before its forward."""
-    return module._forward_hooks, module._forward_pre_hooks
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
+    """Returns the dicts of a module's hooks behind and before its forward, and its backward."""
+    return [getattr(module, name) for name in _HOOKS]
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """True if a forward of the module calls hooks."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """True if a forward of the module, or its backward, calls hooks. Asked in every step."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 @contextmanager
 def without_hooks(module: nn.Module) -> Iterator[None]:
     """Within the block a forward of the module calls none of its own hooks."""
-    kept = module._forward_hooks, module._forward_pre_hooks
-    module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+    kept = {name: getattr(module, name) for name in _HOOKS}
+    vars(module).update({name: OrderedDict() for name in _HOOKS})
     try:
         yield
     finally:
-        module._forward_hooks, module._forward_pre_hooks = kept
+        vars(module).update(kept)
 
 
 def has_gradient_hooks(tensor: Tensor) -> bool:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from veneer.private.torch import forward_hooks
+from veneer.private.torch import hooks_of
 
 
 def attention_of(config: Any) -> Any:
@@ -44,9 +44,9 @@ def adds_distances(decoder: Any) -> bool:
 
 
 def calls_hooks(module: Any) -> bool:
-    """True if a forward of the module calls hooks, other than those by which transformers captures
-    outputs: once added they stay, and do nothing where none are captured."""
-    hooks = (hook for of_module in forward_hooks(module) for hook in of_module.values())
+    """True if a forward of the module, or its backward, calls hooks, other than those by which
+    transformers captures outputs: once added they stay, and do nothing where none are captured."""
+    hooks = (hook for of_module in hooks_of(module) for hook in of_module.values())
     places = [str(getattr(hook, "__module__", "")) for hook in hooks]
     return any(not place.startswith("transformers.") for place in places)
 

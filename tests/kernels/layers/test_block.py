@@ -471,8 +471,10 @@ def test_a_layer_that_is_one_node_calls_its_hooks(taken):
     assert "forward" not in vars(layer)
 
 
+@pytest.mark.filterwarnings("ignore:For backward hooks", "ignore:Full backward hook")
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook"])
 @pytest.mark.parametrize("family", ["qwen3", "mixtral", "opt"])
-def test_each_hook_that_the_models_own_code_calls_is_called(family):
+def test_each_hook_that_the_models_own_code_calls_is_called(family, register):
     trained = Trained(family, layers=1, targets=["q_proj"])
     head = trained.model.get_output_embeddings()  # wraps layers, and does not act
     attach(trained.model, LoRA(rank=4), name="b", routing=trained.routing, head=head)
@@ -480,9 +482,9 @@ def test_each_hook_that_the_models_own_code_calls_is_called(family):
 
     def is_heard(module, context):
         calls = []
-        hook = module.register_forward_hook(lambda *_: calls.append(1))
-        with torch.no_grad(), context():
-            batch_loss(trained, trained.batch, total=1.0)
+        hook = getattr(module, register)(lambda *_: calls.append(1))
+        with context():
+            batch_loss(trained, trained.batch, total=1.0).backward()
         hook.remove()
         return bool(calls)
 
