@@ -55,8 +55,8 @@ class Loop:
         self._new = list(trainees)
         """Trainees that `start` has not seen."""
         self.asked_to_stop = False
-        """Whether an interrupt came, also between two calls of `run`; the next one then stops after
-        a step."""
+        """Whether an interrupt came, also between two calls of `run`; the next one then stops once
+        all are saved, after a step at most."""
         self.supervisor.begin(self.trainees)
 
     def join(self, trainees: Sequence[Trainee]) -> None:
@@ -86,10 +86,11 @@ class Loop:
     def run(self) -> list[Trainee]:
         """Trains until a trainee has ended or failed; returns those that have ended.
 
-        Raises RunInterrupted after saving, and errors that concern all trainees.
+        After an interrupt all are saved. Those that have ended are returned all the same, and the
+        next call raises RunInterrupted for the others. Raises errors that concern all trainees.
         """
-        interrupted = False
         with Interrupt(asked=self.asked_to_stop) as interrupt:
+            interrupted = self.asked_to_stop and all(map(_is_saved, self.trainees))
             while self.trainees and not (interrupted or self.failed or self._ended()):
                 self._evaluate_and_save(self.step())
                 self.supervisor.review(self.trainees)
@@ -98,12 +99,13 @@ class Loop:
                     self.asked_to_stop = True
                     self._save_all()
                     self.supervisor.interrupted(self.trainees)
-        ended = self._ended()
-        if interrupted and len(ended) < len(self.trainees):
-            raise _interrupted(self.trainees, self.failed)
-        for trainee in ended:
-            with self._leaves_on_error(trainee):
-                trainee.take_best()
+            ended = self._ended()
+            if interrupted and self.trainees and not ended:
+                raise _interrupted(self.trainees, self.failed)
+            for trainee in ended:
+                with self._leaves_on_error(trainee):
+                    trainee.take_best()
+        self.asked_to_stop |= interrupt.asked
         self.trainees = [trainee for trainee in self.trainees if trainee not in ended]
         self._open = [trainee for trainee in self._open if trainee not in ended]
         self._single.difference_update(ended)
@@ -235,8 +237,12 @@ class Loop:
 
 def _save(trainee: Trainee) -> None:
     """Saves a trainee unless it is saved at this step."""
-    if trainee.saved_step != trainee.progress.step:
+    if not _is_saved(trainee):
         trainee.save()
+
+
+def _is_saved(trainee: Trainee) -> bool:
+    return trainee.saved_step == trainee.progress.step
 
 
 def _try_forward_backward(micro_batches: Sequence[MicroBatch]) -> VeneerError | MemoryError | None:

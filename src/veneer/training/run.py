@@ -138,18 +138,19 @@ class _JointRun:
             with self._computing(loop):
                 loop.start()
                 ended = loop.run()
-            self._end(loop, ended)
-            del ended  # what they hold is free before others are prepared
-            if loop.asked_to_stop and self._waiting:
+            with Interrupt(asked=loop.asked_to_stop) as interrupt:
+                self._end(loop, ended)
+                del ended  # what they hold is free before others are prepared
+                if not interrupt.asked:
+                    prepared = self._prepare_fitting()
+                    memory = self._plan_memory(prepared)
+                    loop.join(self._begin(prepared, memory))
+            loop.asked_to_stop |= interrupt.asked
+            if loop.asked_to_stop and self._waiting and not loop.trainees:
                 raise RunInterrupted(
                     f"stopped before {len(self._waiting)} jobs began",
                     next_step="Train these jobs to continue.",
                 )
-            with Interrupt() as interrupt:
-                prepared = self._prepare_fitting()
-                memory = self._plan_memory(prepared)
-                loop.join(self._begin(prepared, memory))
-            loop.asked_to_stop |= interrupt.asked
             if is_planned and memory is not None:
                 loop.limit(memory.tokens)
 

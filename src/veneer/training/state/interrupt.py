@@ -16,8 +16,9 @@ ASKING = [
 
 
 class Interrupt:
-    """Sets `asked` on the first signal within the block. Does nothing outside the main thread.
+    """Sets `asked` on the first signal within the block, and at its end that of a block around it.
 
+    Does nothing outside the main thread.
     asked: whether a signal came before the block
     """
 
@@ -45,3 +46,6 @@ class Interrupt:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+            around = getattr(handler, "__self__", None)
+            if isinstance(around, Interrupt):
+                around.asked |= self.asked
