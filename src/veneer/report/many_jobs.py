@@ -20,6 +20,11 @@ MOST_SETTINGS = 5
 """Most settings that are shown."""
 ALIKE = 0.02
 """Numbers of tokens that differ by less than this share count as equal."""
+_READ_BY = (
+    *("objective.", "template.", "new_tokens"),
+    *("data.format", "data.map", "data.train_on"),
+)
+"""Beginnings of the settings by which rows become tokens, and tokens a loss."""
 
 
 @dataclass(frozen=True)
@@ -102,21 +107,21 @@ def _curve(file: Path) -> tuple[list[CurvePoint], int]:
 
 
 def have_same_held_out(jobs: Sequence[JobRecord]) -> bool:
-    """Returns whether the settings say that all jobs are measured on the same held-out rows, by
-    the loss of the same objective."""
+    """Returns whether the settings say that all jobs are measured on the same tokens of the same
+    held-out rows, by the loss of the same objective."""
     return len({_measured_by(job.settings) for job in jobs}) == 1
 
 
 def _measured_by(settings: Mapping[str, Any]) -> str:
     """Returns the settings that a held-out loss depends on, besides what was trained."""
-    rows = settings.get("data.validation") or settings.get("data.train")
+    rows = settings.get("data.validation")
+    if rows is None:
+        rows = settings.get("data.train"), settings.get("data.validation_share")
     filled_in = {"objective.labels", "objective.content"}  # once a run has begun
-    objective = {
-        name: value
-        for name, value in settings.items()
-        if name.startswith("objective.") and name not in filled_in
-    }
-    return repr((rows, sorted(objective.items(), key=str)))
+    names = {name for name in settings if name.startswith(_READ_BY)} - filled_in
+    if settings.get("data.long_rows") != "refuse":
+        names |= {"data.long_rows", "length"}
+    return repr((rows, [(name, settings.get(name)) for name in sorted(names)]))
 
 
 def ranked(jobs: Sequence[JobRecord]) -> list[JobRecord]:

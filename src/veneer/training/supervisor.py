@@ -8,9 +8,11 @@ keeps its best values, and its summary names the reason. A job that it lets go s
 from which it can be resumed.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 
+from veneer.data.examples import Example
 from veneer.errors import ConfigError
 from veneer.training.inputs import TrainingInputs
 from veneer.training.trainee import Trainee
@@ -112,18 +114,27 @@ def best_loss(trainee: Trainee) -> float:
 
 
 def refuse_incomparable(jobs: Sequence[TrainingInputs]) -> None:
-    """Raises ConfigError if held-out losses do not exist, are over different rows, or are those of
-    different objectives: beta of DPO, for instance, changes the loss of the same answers."""
-    held_out = [[example.key for example in job.validation] for job in jobs]
-    if not all(held_out):
+    """Raises ConfigError if held-out losses do not exist, are over different rows or tokens, or are
+    those of different objectives: beta of DPO, for instance, changes the loss of the same
+    answers."""
+    if not all(len(job.validation) for job in jobs):
         raise ConfigError(
             "halving compares jobs by their held-out loss, and no rows are held out",
             next_step="Set data.validation_share, or give --validation.",
         )
+    held_out = [[example.key for example in job.validation] for job in jobs]
     if any(keys != held_out[0] for keys in held_out):
         raise ConfigError(
             "halving compares jobs by their held-out loss, and their held-out rows differ",
             next_step="Give all jobs the same rows, or leave --halving out.",
+        )
+    tokens = [_hash_tokens(job.validation) for job in jobs]
+    if any(hashed != tokens[0] for hashed in tokens):
+        raise ConfigError(
+            "halving compares jobs by their held-out loss, and the tokens of their held-out rows"
+            " differ, or which of them count",
+            next_step="Give all jobs the same data.train_on, data.long_rows, length, template and"
+            " new_tokens, or leave --halving out.",
         )
     if any(job.config.objective != jobs[0].config.objective for job in jobs):
         raise ConfigError(
@@ -131,3 +142,12 @@ def refuse_incomparable(jobs: Sequence[TrainingInputs]) -> None:
             sorted({f"{job.out}: {job.config.objective}" for job in jobs}),
             "Give all jobs the same objective, or leave --halving out.",
         )
+
+
+def _hash_tokens(examples: Sequence[Example]) -> bytes:
+    """Hashes the tokens of examples, and which of them are trained."""
+    hashed = hashlib.sha256()
+    for example in examples:
+        hashed.update(f"{example.kind} {len(example.ids)} {example.label} ".encode())
+        hashed.update(example.ids.tobytes() + example.trained.tobytes())
+    return hashed.digest()

@@ -106,10 +106,16 @@ def test_interrupted_jobs_are_ordinary_runs_that_resume(world, tmp_path, monkeyp
 
 
 def test_jobs_whose_held_out_losses_do_not_compare_are_refused_before_they_start(world, tmp_path):
-    none = {"data": {"train": str(world / "rows.jsonl"), "validation_share": 0.0}}
+    data = {"train": str(world / "rows.jsonl")}
     with pytest.raises(ConfigError, match="no rows are held out"):
-        halved(world, tmp_path / "none", **none)
+        halved(world, tmp_path / "none", data={**data, "validation_share": 0.0})
     jobs = [config(world, tmp_path / rows, rows=rows) for rows in ("rows", "others")]
+    with pytest.raises(ConfigError, match="held-out rows differ"):
+        together(jobs, supervisor=SuccessiveHalving([0.5]))
+    jobs = [
+        config(world, tmp_path / f"share-{share}", data={**data, "validation_share": share})
+        for share in (0.2, 0.4)
+    ]
     with pytest.raises(ConfigError, match="held-out rows differ"):
         together(jobs, supervisor=SuccessiveHalving([0.5]))
     jobs = [
@@ -121,3 +127,33 @@ def test_jobs_whose_held_out_losses_do_not_compare_are_refused_before_they_start
     with pytest.raises(ConfigError, match="objectives differ"):
         together(jobs, supervisor=SuccessiveHalving([0.5]))
     assert not list(tmp_path.rglob("run.yaml"))
+
+
+READ = {
+    "train_on": [{"data": {"train_on": part}} for part in ("assistant", "all")],
+    "length": [{"length": length} for length in (48, 256)],
+    "new_tokens": [{"new_tokens": tokens} for tokens in ([], ["rows"])],
+    "uncut": [{"length": length} for length in (200, 256)],
+}
+"""Settings of two jobs over the same rows. With those of `uncut` they are the same tokens, too."""
+
+
+@pytest.mark.parametrize("read", READ)
+def test_jobs_are_halved_only_if_the_tokens_of_their_held_out_rows_are_the_same(
+    read, world, tmp_path
+):
+    data = {"train": str(world / "rows.jsonl"), "validation_share": 0.5, "long_rows": "cut"}
+    jobs = [
+        config(
+            world,
+            tmp_path / str(number),
+            **{**settings, "data": data | settings.get("data", {}), "steps": 2},
+        )
+        for number, settings in enumerate(READ[read])
+    ]
+    if read == "uncut":
+        together(jobs, supervisor=SuccessiveHalving([0.5]))
+    else:
+        with pytest.raises(ConfigError, match="tokens of their held-out rows differ"):
+            together(jobs, supervisor=SuccessiveHalving([0.5]))
+        assert not list(tmp_path.rglob("run.yaml"))
