@@ -132,6 +132,21 @@ def test_settings_of_an_answer_of_another_kind_are_refused(
         base.generate("hi", **{"max_new_tokens": 1, **wrong})
 
 
+@pytest.mark.parametrize("wrong", [{"system": 3}, {"variables": ["a"]}, {"variables": 5}])
+def test_the_beginning_of_scored_rows_is_of_the_kind_of_an_answers(
+    base: Base, wrong: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))} is of type .*, not "):
+        base.score([{"prompt": "a", "completion": "b"}], **wrong)
+
+
+@pytest.mark.parametrize("texts", [5, "<order>", [5], [b"<order>"]])
+def test_new_tokens_are_a_list_of_texts(base: Base, texts: Any) -> None:
+    with pytest.raises(ConfigError, match=r"new.tokens .*texts, and th"):
+        base.attach(LoRA(rank=2), name="a", new_tokens=texts)
+    assert not base.attachments
+
+
 @pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_a_base_is_not_copied(base: Base, way: Any) -> None:
     with pytest.raises(ConfigError, match="cannot be copied or pickled"):

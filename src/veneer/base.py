@@ -13,12 +13,18 @@ from typing import Any, TypedDict, Unpack, overload
 from veneer.adapters.attach import check_settings
 from veneer.adapters.config import AdapterConfig
 from veneer.adapters.placement.attachment import Attachment
-from veneer.adapters.placement.names import active_adapters, adapter_names, check_name, name_error
+from veneer.adapters.placement.names import (
+    active_adapters,
+    adapter_names,
+    check_name,
+    chosen_name,
+    name_error,
+)
 from veneer.adapters.placement.routing import Active
 from veneer.bounds import LENGTH, ROWS, SEED, check_numbers
 from veneer.data.examples import TrainOn
 from veneer.data.files.writing import Record
-from veneer.data.template.new_tokens import bring
+from veneer.data.template.new_tokens import bring, token_texts
 from veneer.data.template.user_prompt import UserPrompt
 from veneer.decoding.answers import Answer as Answer
 from veneer.decoding.answers import answer_prompts
@@ -180,13 +186,11 @@ class Base(FrozenBase):
 
         Raises what attach and load_adapter raise.
         """
-        name = name or f"trainer {len(self.attachments) + 1}"
-        options = TrainerOptions(seed, length, train_on, variables, tuple(new_tokens))
+        name = chosen_name(name, "trainer", self.attachments)
+        options = TrainerOptions(seed, length, train_on, variables, token_texts(new_tokens))
         start = choose_start(self, method, options, resume)
         options = start.options
         if isinstance(start.method, str | Path):
-            if options.new_tokens:
-                raise ConfigError("new_tokens are for a new adapter, and this one exists")
             stored = read_adapter((self.library or Library(None)).locate(start.method))
             self._pool.adopt(lambda: load_adapter(self, stored, name=name))
             start = start.of_parent(stored.content_hash)

@@ -180,3 +180,33 @@ def test_a_step_that_ends_in_the_optimizer_leaves_no_gradient(fault, trainers):
     for each in trainers:
         each.forward_backward(ROWS[:1])
     assert trainer.optim_step(ADAMW) == untouched.optim_step(ADAMW)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"new_tokens": [5]}, "number 1 is of type int"),
+        ({"new_tokens": ["<order>", None]}, "number 2 is None"),
+        ({"new_tokens": 5}, "takes a list of texts, and this is of type int"),
+        ({"new_tokens": None}, "takes a list of texts, and this is None"),
+        ({"new_tokens": "<order>"}, "takes a list of texts, and this is of type str"),
+        ({"variables": 5}, "variables is of type int, not a dict"),
+        ({"variables": ["a"]}, "variables is of type list, not a dict"),
+        ({"name": 5}, "named by text"),
+        ({"name": ""}, "named by text"),
+    ],
+)
+def test_an_option_of_another_kind_is_refused(options, words, base):
+    with pytest.raises(ConfigError, match=words):
+        base.trainer(veneer.LoRA(rank=2), **options)
+    assert not base.attachments
+
+
+@pytest.mark.parametrize("closed", range(3))
+def test_trainers_open_whichever_others_were_closed(closed, base):
+    method = veneer.LoRA(rank=2)
+    opened = [base.trainer(method) for _ in range(3)]
+    opened[closed].close()
+    names = {base.trainer(method).name for _ in range(2)}
+    assert len(base.attachments) == 4 and names <= set(base.attachments)
+    assert opened[closed].name in names

@@ -11,6 +11,7 @@ from typing import Any
 
 from veneer.errors import ConfigError
 from veneer.files.nesting import is_text, too_deep, walk
+from veneer.wording import kind_of
 
 MOST_VARIABLES = 64
 _RESERVED = {
@@ -39,7 +40,20 @@ class Preamble:
     def overridden(
         self, system: str | None = None, variables: Mapping[str, Any] | None = None
     ) -> Preamble:
-        """Overrides the system turn ("" removes it) and variables (None removes one)."""
+        """Overrides the system turn ("" removes it) and variables (None removes one).
+
+        Raises ConfigError for a system turn that is no text, or variables that are no dict.
+        """
+        if system is not None and not isinstance(system, str):
+            raise ConfigError(
+                f"system is {kind_of(system)}, not text",
+                next_step='Give a text; "" is no system turn.',
+            )
+        if variables is not None and not isinstance(variables, Mapping):
+            raise ConfigError(
+                f"variables is {kind_of(variables)}, not a dict",
+                next_step="Give them as {name: value}.",
+            )
         chosen = self.system if system is None else system or None
         return replace(
             self, system=chosen, variables=without_none({**self.variables, **(variables or {})})

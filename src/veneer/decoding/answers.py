@@ -9,7 +9,6 @@ from veneer.decoding.schedule.lookup import LookupMode
 from veneer.decoding.text import TextStream, text_of
 from veneer.errors import ConfigError
 from veneer.models.frozen_base import FrozenBase
-from veneer.wording import kind_of
 
 
 class Answer(str):
@@ -42,15 +41,6 @@ def answer_prompts(
     The arguments are those of Base.generate.
     """
     _refuse_none(temperature=temperature, top_p=top_p, seed=seed, max_new_tokens=max_new_tokens)
-    if system is not None and not isinstance(system, str):
-        raise ConfigError(
-            f"system is {kind_of(system)}, not text", next_step='Give a text; "" is no system turn.'
-        )
-    if variables is not None and not isinstance(variables, Mapping):
-        raise ConfigError(
-            f"variables is {kind_of(variables)}, not a dict",
-            next_step="Give them as {name: value}.",
-        )
     prompts, several = prompt_list(prompt)
     if several and on_text is not None:
         raise ConfigError(

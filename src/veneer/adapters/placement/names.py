@@ -1,6 +1,7 @@
 """Checks what a user names as adapters in the Python API."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
+from itertools import count
 
 from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.routing import Active
@@ -49,6 +50,19 @@ def check_name(name: object) -> None:
     """Raises ConfigError if this cannot be an adapter's name."""
     if not isinstance(name, str) or not name:
         raise name_error(name)
+
+
+def chosen_name(name: str | None, word: str, taken: Container[str]) -> str:
+    """Returns the name that a user gave, or else a free one. Raises ConfigError for no text."""
+    if name is None:
+        return free_name(word, taken)
+    check_name(name)
+    return name
+
+
+def free_name(word: str, taken: Container[str]) -> str:
+    """Returns the word with the first number that makes a name which is not taken."""
+    return next(name for number in count(1) if (name := f"{word} {number}") not in taken)
 
 
 def name_error(name: object) -> ConfigError:

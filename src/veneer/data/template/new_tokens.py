@@ -7,13 +7,13 @@ one is split there, whoever wrote it. None is special, and answers show them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import ConfigError
 from veneer.files.nesting import is_text
-from veneer.wording import first_lines
+from veneer.wording import first_lines, kind_of
 
 if TYPE_CHECKING:
     from veneer.adapters.placement.token_rows import AddedTokens
@@ -52,6 +52,21 @@ def text_faults(texts: Sequence[str]) -> list[str]:
     return first_lines(faults, _SHOWN)
 
 
+def token_texts(new_tokens: object) -> tuple[str, ...]:
+    """Returns the texts of new tokens. Raises ConfigError if this is no list of texts."""
+    if isinstance(new_tokens, str | bytes) or not isinstance(new_tokens, Iterable):
+        fault = f"new_tokens takes a list of texts, and this is {kind_of(new_tokens)}"
+        raise ConfigError(fault, next_step="For instance ['<order>'].")
+    texts = tuple(new_tokens)
+    if faults := [
+        f"number {number} is {kind_of(text)}"
+        for number, text in enumerate(texts, 1)
+        if not isinstance(text, str)
+    ]:
+        raise ConfigError("new tokens are texts, and these are none", first_lines(faults, _SHOWN))
+    return texts
+
+
 def bring(tokenizer: Any, texts: Sequence[str], *, rows: int | None) -> AddedTokens | None:
     """Prepares new tokens for a base with this tokenizer. Returns None if there are none.
 
@@ -62,6 +77,7 @@ def bring(tokenizer: Any, texts: Sequence[str], *, rows: int | None) -> AddedTok
 
     if not texts:
         return None
+    texts = token_texts(texts)
     known = tokenizer.get_vocab()
     faults = text_faults(texts)
     taken = [

@@ -148,7 +148,7 @@ def choose_start(
 ) -> TrainerState:
     """Returns the state that a trainer starts from, a new or a stored one.
 
-    Raises ConfigError if both are asked for, or neither.
+    Raises ConfigError if both are asked for, or neither, and for options that do not fit.
     """
     if resume is None:
         if method is None:
@@ -156,6 +156,8 @@ def choose_start(
                 "a trainer needs a method, an adapter or resume=",
                 next_step="For instance base.trainer(veneer.LoRA(rank=16)).",
             )
+        if isinstance(method, str | Path) and options.new_tokens:
+            raise ConfigError("new_tokens are for a new adapter, and this one exists")
         return TrainerState(method, options)
     if method is not None or options != TrainerOptions():
         raise ConfigError(

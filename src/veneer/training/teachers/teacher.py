@@ -12,12 +12,12 @@ the student's own forward.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
 
 import torch
 
 from veneer.adapters.combinations import ACTIVATION, PREFIX, refuse_answers
 from veneer.adapters.placement.acting import Acting, Applied, in_turn
+from veneer.adapters.placement.names import free_name
 from veneer.bounds import PLACES
 from veneer.data.batching import shared_prompt
 from veneer.data.examples import Example
@@ -74,7 +74,7 @@ def attach_teacher(base: FrozenBase, stored: StoredAdapter | None) -> Applied:
     if stored is None:
         return ()
     refuse_answers([(str(stored.folder), stored.contents)])
-    return ((load_adapter(base, stored, name=_free_name(base)), 1.0),)
+    return ((load_adapter(base, stored, name=free_name("teacher", base.attachments)), 1.0),)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ def attach_prompt(base: FrozenBase, adapters: Applied, examples: Sequence[Exampl
     if reason is None:
         ids = examples[0].ids[:tokens].tolist()
         try:
-            prompt = attach_text(base, ids, name=_free_name(base), adapters=adapters)
+            prompt = attach_text(
+                base, ids, name=free_name("teacher", base.attachments), adapters=adapters
+            )
         except ConfigError as fault:
             reason = fault.headline
         else:
@@ -118,11 +120,6 @@ def _refusal(base: FrozenBase, adapters: Applied) -> str | None:
     if any(ACTIVATION in adapter.contents for adapter, _ in adapters):
         return "the teacher's adapter has an activation, and acts alone"
     return base.paths.packed_reason or base.paths.switches.words
-
-
-def _free_name(base: FrozenBase) -> str:
-    names = (f"teacher {number}" for number in count(1))
-    return next(name for name in names if name not in base.attachments)
 
 
 def teacher_examples(examples: Iterable[Example]) -> list[Example]:
