@@ -210,3 +210,18 @@ def test_trainers_open_whichever_others_were_closed(closed, base):
     names = {base.trainer(method).name for _ in range(2)}
     assert len(base.attachments) == 4 and names <= set(base.attachments)
     assert opened[closed].name in names
+
+
+def test_a_call_of_a_detached_adapter_fails_alone(trainers, base):
+    detached, good = trainers
+    loss, refused = good.forward_backward(ROWS), detached.forward_backward(ROWS)
+    read = detached.forward_backward(ROWS[:1])
+    base.detach(detached.name)
+    for failing in (
+        lambda: refused.loss_sum,
+        lambda: read.loss_sum,
+        lambda: detached.optim_step(ADAMW),
+    ):
+        with pytest.raises(ConfigError, match="was detached"):
+            failing()
+    assert loss.loss_sum > 0 and good.optim_step(ADAMW).gradient_norm > 0

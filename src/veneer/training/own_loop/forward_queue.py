@@ -168,8 +168,21 @@ class ForwardQueue:
             self._heap.close()
             self._stand_ins = None
 
+    def detached(self, gradient: TrainerGradient) -> ConfigError | None:
+        """Returns the error for an adapter that was taken off the base; None if it is there."""
+        ((attachment, _),) = gradient.forward.adapters
+        if self.base.attachments.get(attachment.name) is attachment:
+            return None
+        return ConfigError(
+            f"adapter {attachment.name!r} was detached from the base",
+            next_step="Close this trainer and make a new one.",
+        )
+
     def compute(self) -> None:
         """Computes all calls that wait. An error is kept for the trainer that it concerns."""
+        for gradient in self.gradients:
+            if gradient.waiting and (fault := self.detached(gradient)):
+                gradient.fail(fault)
         if not any(gradient.waiting for gradient in self.gradients):
             return
         with torch.enable_grad(), fused(self.base.model, self._fused_modules()):

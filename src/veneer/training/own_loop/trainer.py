@@ -366,11 +366,8 @@ class Trainer:
             raise ConfigError(
                 f"trainer {self.name!r} is closed", next_step="Make a new one: base.trainer(...)."
             )
-        if self._base.attachments.get(self.name) is not self.attachment:
-            raise ConfigError(
-                f"adapter {self.name!r} was detached from the base",
-                next_step="Close this trainer and make a new one.",
-            )
+        if fault := self._queue.detached(self._gradient):
+            raise fault
         return self._optimizer
 
     def __repr__(self) -> str:
