@@ -10,7 +10,7 @@ import torch
 
 import veneer
 from tests.support.joint import make_world
-from veneer.errors import ConfigError, VeneerError
+from veneer.errors import ConfigError, DataError, VeneerError
 from veneer.training.own_loop import forward_queue
 
 ADAMW = veneer.AdamW(learning_rate=0.01)
@@ -210,6 +210,43 @@ def test_trainers_open_whichever_others_were_closed(closed, base):
     names = {base.trainer(method).name for _ in range(2)}
     assert len(base.attachments) == 4 and names <= set(base.attachments)
     assert opened[closed].name in names
+
+
+TOKENS = ["<order>"]
+MANY = [f"<{number}>" for number in range(60)]
+"""More new tokens than the tiny base's table has rows to spare."""
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(TOKENS, []), (MANY, []), (MANY, TOKENS)])
+@pytest.mark.parametrize("custom", [False, True])
+def test_examples_with_tokens_of_another_trainer_are_refused(theirs, ours, custom, base):
+    method = veneer.LoRA(rank=2)
+    other, trainer = (base.trainer(method, new_tokens=texts) for texts in (theirs, ours))
+    row = {"prompt": "a", "completion": f"{theirs[-1]} b"}
+    examples = other.encode([*ROWS[:2], row])
+    with pytest.raises(ConfigError, match=r"token \d+ is unknown"):
+        if custom:
+            trainer.forward_backward_custom(examples, lambda _, log_probs: total(log_probs))
+        else:
+            trainer.forward_backward(examples)
+    ours_alone = trainer.forward_backward(trainer.encode([*ROWS[:2], row]))
+    assert trainer.forward_backward(examples[:2]).loss_sum < ours_alone.loss_sum
+    assert other.forward_backward(examples).loss_sum > 0
+
+
+def test_examples_that_an_adapter_cannot_learn_are_refused_however_they_come(base):
+    """An activation that they lack, and positions that a prefix takes."""
+    plain = base.trainer(veneer.LoRA(rank=2))
+    room = base.config.max_position_embeddings
+    long = {"prompt": "a", "completion": "b" * (room - 40)}
+    for method, row, words in (
+        (veneer.LoRA(rank=2, activation="now "), ROWS[0], "does not hold the activation"),
+        (veneer.Prefix(tokens=40), long, "positions"),
+    ):
+        with base.trainer(method) as trainer:
+            for rows in ([row], plain.encode([row])):
+                with pytest.raises(DataError, match=words):
+                    trainer.forward_backward(rows)
 
 
 def test_a_call_of_a_detached_adapter_fails_alone(trainers, base):

@@ -8,15 +8,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self, TypeGuard, cast
+from typing import Self, cast
 
 from torch import Tensor
 
 from veneer.adapters.placement.acting import Acting, Applied, check_answers
 from veneer.adapters.placement.attachment import Attachment
 from veneer.bounds import DIVISOR
-from veneer.data.activation import refuse_without_activation
-from veneer.data.checks.check import refuse_beyond
 from veneer.data.examples import Example
 from veneer.data.files.writing import Record
 from veneer.data.template.user_prompt import UserPrompt
@@ -27,13 +25,13 @@ from veneer.files.home import expanded
 from veneer.formats.adapter import manifest_for, read_adapter, write_adapter
 from veneer.formats.manifest import make_readable
 from veneer.library.library import Library
-from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
 from veneer.objectives.config import ObjectiveConfig
 from veneer.objectives.registry import make_objective
 from veneer.training.inputs import ForwardInputs, Teacher
 from veneer.training.optimizer.buffer import FlatAdamW, FlatParameters
 from veneer.training.own_loop.adamw import AdamW
+from veneer.training.own_loop.examples import are_encoded, refuse_foreign, refuse_unfit
 from veneer.training.own_loop.forward_queue import ForwardQueue, TrainerGradient
 from veneer.training.own_loop.losses import CustomLoss, LossFunction, SummedLoss
 from veneer.training.own_loop.objectives import CROSS_ENTROPY, Loss, check_examples, find_objective
@@ -119,7 +117,6 @@ class Trainer:
         self._require_open()
         row_source = [rows] if isinstance(rows, Mapping) else rows
         with base.routing.held(self._acting):
-            capacity, tokenizer = capacity_of(base), base.acting_tokenizer
             data = load_rows(
                 base,
                 row_source,
@@ -130,8 +127,7 @@ class Trainer:
                 teacher=objective.teacher_text(),
             )
             examples = self._numbered(data.train)
-            refuse_beyond("these rows do not fit", examples, capacity, tokenizer)
-            refuse_without_activation(examples, self.attachment.invocation)
+            refuse_unfit(base, self.attachment, examples)
         self._systems.add(data.preamble.system)
         self._keep_common_system()
         return examples
@@ -225,9 +221,13 @@ class Trainer:
     def _examples(
         self, rows: str | Path | Iterable[Record] | Sequence[Example], loss: Loss
     ) -> Sequence[Example]:
-        if _are_encoded(rows):
-            return rows
-        return self.encode(cast(Iterable[Record], rows), loss=loss)
+        """Returns examples as they are if this trainer can learn them, and encodes rows."""
+        if not are_encoded(rows):
+            return self.encode(cast(Iterable[Record], rows), loss=loss)
+        refuse_foreign(self._base, self.attachment, rows)
+        with self._base.routing.held(self._acting):
+            refuse_unfit(self._base, self.attachment, rows)
+        return rows
 
     def optim_step(self, adamw: AdamW, *, divide_by: float = 1.0) -> OptimizerStep:
         """Changes the adapter by the gradient of all calls since the last step.
@@ -384,12 +384,3 @@ def open_trainer(
     except BaseException:
         base.detach(attachment.name)
         raise
-
-
-def _are_encoded(rows: object) -> TypeGuard[Sequence[Example]]:
-    """Whether the rows are examples. Raises ConfigError if there are none."""
-    if not isinstance(rows, Sequence) or isinstance(rows, str):
-        return False
-    if not rows:
-        raise ConfigError("there are no rows to train on")
-    return all(isinstance(row, Example) for row in rows)
