@@ -66,10 +66,14 @@ def test_a_template_is_one_job_for_each_file(fleet):
     assert jobs[1].data.validation == "held-out/desk-0.jsonl" and jobs[1].method.rank == 3
 
 
+NO_PATTERNS = ["", ".", "..", "/", "a**", "**a/b", "[a", "a\0b", "x" * 300, "~nobody/*"]
+
+
 @pytest.mark.parametrize(
     ("job", "fault"),
     [
         ({"files": "none/*.jsonl", "out": "runs/{name}"}, "no file matches 'none/*.jsonl'"),
+        *(({"files": text, "out": "runs/{name}"}, repr(text)) for text in NO_PATTERNS),
         ({"files": 3, "out": "runs/{name}"}, "no file matches 3"),
         ({"files": "desks/*.jsonl", "out": "runs/one"}, "write {name} in out"),
         ({"files": "desks/*.jsonl", "out": "r/{name}", "data": "x.jsonl"}, "leave data out"),

@@ -29,7 +29,7 @@ from veneer.cli.config_file import (
     validate,
 )
 from veneer.cli.sweep_points import Point, draw, grid, read_axes
-from veneer.data.files.places import KINDS, PACKED
+from veneer.data.files.places import KINDS, PACKED, matching_files
 from veneer.errors import ConfigError
 from veneer.files.home import expanded
 from veneer.training.config import RunConfig
@@ -115,7 +115,7 @@ def _fill_template(
 ) -> Iterator[dict[Any, Any]]:
     """Yields the settings of a job for each of the template's files, in the order of the names."""
     pattern, texts = job["files"], {key: value for key, value in job.items() if key != "files"}
-    paths = [] if not isinstance(pattern, str) else _matching_files(pattern)
+    paths = matching_files(expanded(pattern)) if isinstance(pattern, str) else []
     origin = above.origin((*path, "files"))
     if not paths:
         faults.append(f"C315 {origin} files: no file matches {pattern!r}")
@@ -128,12 +128,6 @@ def _fill_template(
     for file in paths:
         values = _with_name(texts, _stem(file.name))
         yield {**values, "data": {"train": str(file), **values["data"]}}
-
-
-def _matching_files(pattern: str) -> list[Path]:
-    path = expanded(pattern)
-    files = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
-    return sorted(file for file in files if file.is_file())
 
 
 def _stem(name: str) -> str:

@@ -124,6 +124,15 @@ def _describe_missing(name: str, path: Path) -> str:
     return f"{name}" + (f"  did you mean {path.parent / similar[0]}?" if similar else "")
 
 
+def matching_files(pattern: Path) -> list[Path]:
+    """Returns the files that match, none if it is not a pattern, such as `a**` or an empty one."""
+    try:
+        files = Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))
+        return sorted(file for file in files if file.is_file())
+    except (IndexError, OSError, ValueError):
+        return []
+
+
 def _find_local(name: str, path: Path) -> list[RowFile]:
     if path.is_dir():
         paths = sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file.name))
@@ -131,11 +140,7 @@ def _find_local(name: str, path: Path) -> list[RowFile]:
     if path.exists():
         return [RowFile(name, path)]
     if any(mark in name for mark in "*?["):
-        root = Path(path.anchor or ".")
-        paths = sorted(
-            file for file in root.glob(str(path.relative_to(path.anchor))) if file.is_file()
-        )
-        paths = [file for file in paths if kind_of(file.name)]
+        paths = [file for file in matching_files(path) if kind_of(file.name)]
         return _check_count([RowFile(str(file), file) for file in paths], name)
     if _may_be_on_hub(name, path):
         return _find_on_hub(name)
