@@ -561,7 +561,9 @@ def test_the_micro_batch_that_is_planned_is_the_one_that_counts_the_most_bytes(f
         chosen = own.estimate(choice).peak_bytes
         assert len(own._runs) <= 2
         rows = RowSpans.of(own.workload.rows)
-        plans = plans_of_run(rows, batch=4, seed=seed, order=order, mixture=None, steps=8)
+        plans = plans_of_run(
+            own.workload.rows, rows, batch=4, seed=seed, order=order, mixture=None, steps=8
+        )
         parts = [
             plan.rows[a:b].tolist()
             for plan, taken in plans

@@ -4,7 +4,8 @@ The memory of a micro-batch rises with each count of Extent. So the largest micr
 those that no other exceeds in every count, and these are few. Shared prompts and padding are
 counted as they are computed.
 
-Most micro-batches are skipped: bounds that need no tokens show that another one exceeds them.
+Most micro-batches are skipped: bounds that need no tokens show that another one exceeds them. Of
+a run of many epochs the last ones are not planned: batches of its longest rows stand for them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +32,8 @@ from veneer.kernels.layout import round_up
 SLACK = 1.04
 """A micro-batch is skipped if another, times this, exceeds it in every count: memory differs by
 less."""
+MOST_EPOCHS = 1000
+"""Most epochs whose micro-batches are looked at. All differ unless they are in the file's order."""
 QUERY_ROWS = 256
 """Query rows whose scores attention holds at once (kernels/attention/packed.py BLOCK)."""
 
@@ -120,6 +123,7 @@ def _reduce_spans(reduce: np.ufunc, values: Counts, spans: Counts) -> Counts:
 
 
 def plans_of_run(
+    examples: Sequence[Example],
     rows: RowSpans,
     *,
     batch: int,
@@ -128,9 +132,14 @@ def plans_of_run(
     mixture: Mixture | None,
     steps: int,
 ) -> Iterator[tuple[EpochPlan, int]]:
-    """Yields the plan of each epoch, and how many of its batches the run takes."""
-    epoch = 0
-    while steps > 0:
+    """Yields the plan of each epoch, and how many of its batches the run takes.
+
+    Epochs in the order of the file are alike, so the first stands for all. Of others only
+    MOST_EPOCHS are yielded, then _worst_batches for all later ones.
+    """
+    is_plain = mixture is None or mixture.is_plain
+    epoch, most = 0, 1 if order == "file" and is_plain else MOST_EPOCHS
+    while steps > 0 and epoch < most:
         plan = plan_epoch(
             rows.lengths, batch=batch, seed=seed, epoch=epoch, order=order, mixture=mixture
         )
@@ -138,6 +147,22 @@ def plans_of_run(
             return
         yield plan, min(steps, len(plan))
         steps, epoch = steps - len(plan), epoch + 1
+    if steps > 0 and most > 1:
+        worst = _worst_batches(examples, rows, batch, 1 if mixture is None else mixture.most_uses)
+        yield worst, len(worst)
+
+
+def _worst_batches(
+    examples: Sequence[Example], rows: RowSpans, batch: int, most_uses: int
+) -> EpochPlan:
+    """Makes batches of the rows with the most tokens, with the longest examples, and with the most
+    trained tokens: no batch of the run has more of either. most_uses: of a row, in one batch"""
+    counts = _RowCounts.of(examples, rows)
+    orders = [
+        np.argsort(-part, kind="stable") for part in (counts.used, counts.longest, counts.trained)
+    ]
+    batches = [np.repeat(order[:batch], most_uses)[:batch] for order in orders]
+    return EpochPlan(np.concatenate(batches), len(batches[0]))
 
 
 def largest_micro_batches(

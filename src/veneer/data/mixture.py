@@ -7,6 +7,7 @@ rows of its set were used. Everything follows from (seed, epoch): a resumed run 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,12 @@ class Mixture:
     def is_plain(self) -> bool:
         """Whether an epoch uses every row once."""
         return all(size == draw for size, draw in zip(self.sizes, self.draws, strict=True))
+
+    @property
+    def most_uses(self) -> int:
+        """How often an epoch uses a row at most."""
+        uses = [draw / size for size, draw in zip(self.sizes, self.draws, strict=True) if size]
+        return 1 if self.is_plain else max(map(math.ceil, uses), default=0) + 1
 
     def rows(self, seed: int, epoch: int) -> NDArray[np.int64]:
         """Returns the row numbers of an epoch, set by set."""

@@ -129,6 +129,7 @@ class Workload:
         rows = RowSpans.of(examples)
         batches = len(self._plan(rows, mixture, choice))
         plans = plans_of_run(
+            examples,
             rows,
             batch=choice.batch,
             seed=self.seed,

@@ -160,19 +160,21 @@ class TrainingInputs:
     def find_largest(self) -> list[list[int]]:
         """Finds the micro-batches of all steps that may take the most memory (data/longest.py)."""
         config = self.config
-        plans = plans_of_run(
-            self.rows,
-            batch=config.batch,
-            seed=config.seed,
-            order=config.order,
-            mixture=self.mixture,
-            steps=self.steps,
-        )
         with self.routing.held(Acting.everywhere(self.adapters)):
             examples = self.longest_train
+            rows = self.rows if examples is self.train else RowSpans.of(examples)
+            plans = plans_of_run(
+                examples,
+                self.rows,
+                batch=config.batch,
+                seed=config.seed,
+                order=config.order,
+                mixture=self.mixture,
+                steps=self.steps,
+            )
             return largest_micro_batches(
                 examples,
-                self.rows if examples is self.train else RowSpans.of(examples),
+                rows,
                 plans,
                 micro_batch=config.rows_at_once,
                 packed=self.paths.packed,
