@@ -6,18 +6,20 @@ ask for others.
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel
+
 from veneer.cli.config_file import read_run_config
 from veneer.data.files.places import absolute
 from veneer.data.teacher_text import absolute_path
-from veneer.errors import ConfigError, CorruptFileError
+from veneer.errors import ConfigError
 from veneer.files.home import absolute_if_exists
+from veneer.files.strict_json import read_json, validated
 from veneer.library.names import is_name, name_of_run
 from veneer.training.config import RunConfig, like_begun
 from veneer.training.output.loggers import flat
@@ -36,6 +38,25 @@ class FileJob:
     config: RunConfig
     resume: bool
     summary: Mapping[str, Any] | None = None
+
+
+class _Interval(BaseModel):
+    low: float | None = None
+    high: float | None = None
+
+
+class _HeldOut(BaseModel):
+    loss: _Interval | None = None
+
+
+class _Summary(BaseModel):
+    """What the table of all jobs reads from a summary.json."""
+
+    reason: str
+    steps: int
+    last_loss: float | None
+    validation_loss: float | None
+    held_out: _HeldOut | None = None
 
 
 def new_jobs(configs: Sequence[RunConfig]) -> list[FileJob]:
@@ -97,10 +118,13 @@ def _read_summary(out: Path) -> dict[str, Any] | None:
     file = out / "summary.json"
     if not file.is_file():
         return None
-    try:
-        summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as fault:
-        raise CorruptFileError(f"{file} is not JSON: {fault}") from None
+    summary = read_json(file)
+    validated(
+        _Summary,
+        summary,
+        f"{file} does not hold a run's result",
+        "Remove it, and --resume writes it again.",
+    )
     return summary
 
 
