@@ -249,6 +249,47 @@ def test_interrupted_jobs_are_resumed_together_and_finished_ones_are_left_out(
     assert main(["train", "--resume", *folders]) == 2  # all are finished
 
 
+def test_jobs_interrupted_before_their_first_step_name_the_command_that_goes_on(
+    files, capsys, monkeypatch
+):
+    tmp_path, settings = files
+    jobs = [{"out": str(tmp_path / "a")}, {"out": str(tmp_path / "b")}]
+    run_file = tmp_path / "jobs.yaml"
+    run_file.write_text(yaml.safe_dump({**settings, "jobs": jobs}))
+    own = Trainee.start
+
+    def start(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        own(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainee, "start", start)
+        assert main(["train", str(run_file)]) == 130
+    assert f"Continue with: veneer train {run_file} --resume" in capsys.readouterr().err
+    assert main(["train", str(run_file), "--resume"]) == 0
+
+
+NO_RESULTS = ["", "{", "[]", "null", "{}", '{"reason": 1}', '{"reason": "done", "steps": "x"}']
+
+
+def test_a_damaged_result_of_a_finished_job_is_named_and_written_again(files, capsys):
+    tmp_path, settings = files
+    jobs = [{"out": str(tmp_path / "a"), "steps": 1}, {"out": str(tmp_path / "b"), "steps": 1}]
+    run_file = tmp_path / "jobs.yaml"
+    run_file.write_text(yaml.safe_dump({**settings, "jobs": jobs}))
+    assert main(["train", str(run_file)]) == 0
+    file = tmp_path / "a" / "summary.json"
+    whole = json.loads(file.read_text())
+    for text in [*NO_RESULTS, json.dumps({**whole, "held_out": {"loss": 3}})]:
+        file.write_text(text)
+        assert main(["train", str(run_file), "--resume"]) == 4, text
+        assert str(file) in capsys.readouterr().err
+    file.unlink()
+    assert main(["train", str(run_file), "--resume"]) == 0
+    again = json.loads(file.read_text())
+    assert (again["steps"], again["held_out"]) == (1, whole["held_out"])
+
+
 def test_halving_refuses_jobs_that_would_be_compared_after_other_rows(files, capsys):
     tmp_path, settings = files
     run = {**settings, "steps": 4, "out": str(tmp_path / "other-steps")}

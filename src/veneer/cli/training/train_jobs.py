@@ -100,6 +100,11 @@ def _train(
         raise RunInterrupted(
             interrupted.headline, interrupted.faults, f"Continue with: {_command_again(args)}"
         ) from None
+    except KeyboardInterrupt:  # before step 1, or the second one
+        raise RunInterrupted(
+            "stopped at once; checkpoints of earlier steps are kept",
+            next_step=f"Continue with: {_command_again(args)}",
+        ) from None
     return {job.config.out: result for job, result in zip(jobs, results, strict=True)}
 
 
