@@ -262,3 +262,24 @@ def test_a_call_of_a_detached_adapter_fails_alone(trainers, base):
         with pytest.raises(ConfigError, match="was detached"):
             failing()
     assert loss.loss_sum > 0 and good.optim_step(ADAMW).gradient_norm > 0
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("action", ["read", "step"])
+def test_a_custom_loss_neither_reads_losses_nor_takes_steps(own, action, trainers):
+    bad, good = trainers
+    loss = good.forward_backward(ROWS)
+
+    def loss_fn(examples, log_probs):
+        if action == "step":
+            (bad if own else good).optim_step(ADAMW)
+        else:
+            _ = (refused if own else loss).loss_sum
+        return total(log_probs)
+
+    refused = bad.forward_backward_custom(ROWS, loss_fn)
+    for failing in (lambda: refused.loss_sum, lambda: bad.optim_step(ADAMW)):
+        with pytest.raises(ConfigError, match="a loss_fn cannot read losses"):
+            failing()
+    assert good.optim_step(ADAMW).loss_sum == loss.loss_sum > 0
+    assert (bad.step, good.step) == (0, 1)

@@ -151,6 +151,7 @@ class ForwardQueue:
         self.base = base
         self.gradients: list[TrainerGradient] = []
         self.budget: int | None = None
+        self._is_computing = False
         self._single: WeakSet[TrainerGradient] = WeakSet()
         self._heap = ExitStack()
         self._stand_ins: tuple[list[Attachment], Mapping[str, StandIn]] | None = None
@@ -179,7 +180,22 @@ class ForwardQueue:
         )
 
     def compute(self) -> None:
-        """Computes all calls that wait. An error is kept for the trainer that it concerns."""
+        """Computes all calls that wait. An error is kept for the trainer that it concerns.
+
+        Raises ConfigError within a loss_fn: the calls of its forward have no results yet.
+        """
+        if self._is_computing:
+            raise ConfigError(
+                "a loss_fn cannot read losses of this base's trainers, nor take their steps",
+                next_step="Do that before the call or after it.",
+            )
+        self._is_computing = True
+        try:
+            self._compute_waiting()
+        finally:
+            self._is_computing = False
+
+    def _compute_waiting(self) -> None:
         for gradient in self.gradients:
             if gradient.waiting and (fault := self.detached(gradient)):
                 gradient.fail(fault)
