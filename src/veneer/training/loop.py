@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 
 from veneer.errors import DivergedError, RunInterrupted, VeneerError, is_out_of_memory
+from veneer.training.fault_of_one import error_of
 from veneer.training.forward_room import ForwardRoom
 from veneer.training.gradient import MicroBatch, forward_backward, out_of_memory
 from veneer.training.processes.world import ALONE, World
@@ -32,6 +33,8 @@ class Loop:
 
     budget      most tokens in a forward of several trainees; None: no limit
     supervisor  decides which trainees wait or stop
+    several     whether there are other jobs, also ones that have not joined: then an error that is
+                no VeneerError, a bug's too, ends its trainee alone
     one_node    whether decoder layers are computed as one node
     """
 
@@ -42,8 +45,10 @@ class Loop:
         world: World = ALONE,
         budget: int | None = None,
         supervisor: Supervisor | None = None,
+        several: bool = False,
     ) -> None:
         self.trainees, self.world, self.budget = list(trainees), world, budget
+        self._several = several
         self.supervisor = supervisor or Supervisor()
         self.one_node = False
         self.failed: dict[Trainee, VeneerError] = {}
@@ -170,7 +175,7 @@ class Loop:
                     chosen.append((trainee, sum(lengths)))
         taken = [trainee for trainee, _ in chosen]
         self._open = [trainee for trainee in self._open if trainee not in taken] + taken
-        fault = _try_forward_backward(micro_batches) if micro_batches else None
+        fault = self._try_forward_backward(micro_batches) if micro_batches else None
         if fault is None:
             return chosen
         if len(chosen) == 1:
@@ -184,6 +189,26 @@ class Loop:
         for trainee in taken:
             trainee.gradient.begin_again()
         return []
+
+    def _try_forward_backward(
+        self, micro_batches: Sequence[MicroBatch]
+    ) -> VeneerError | MemoryError | None:
+        """Runs forward_backward; returns its VeneerError, or a MemoryError if memory lacks. Of
+        several jobs it returns any other error, too.
+
+        Nothing of the forward is then held.
+        """
+        try:
+            forward_backward(micro_batches)
+        except Exception as fault:
+            if isinstance(fault, VeneerError):
+                return fault.with_traceback(None)
+            if is_out_of_memory(fault):
+                return MemoryError()
+            if not self._several:
+                raise
+            return error_of(fault)
+        return None
 
     # before the first step
 
@@ -209,10 +234,11 @@ class Loop:
         """
         try:
             yield
-        except VeneerError as fault:
-            if self.world.size > 1:
+        except Exception as fault:
+            is_own = self._several or isinstance(fault, VeneerError)
+            if self.world.size > 1 or not is_own:
                 raise
-            self.failed[trainee] = fault
+            self.failed[trainee] = error_of(fault)
             self._single.clear()
             self.trainees = [other for other in self.trainees if other is not trainee]
             self._open = [other for other in self._open if other is not trainee]
@@ -243,22 +269,6 @@ def _save(trainee: Trainee) -> None:
 
 def _is_saved(trainee: Trainee) -> bool:
     return trainee.saved_step == trainee.progress.step
-
-
-def _try_forward_backward(micro_batches: Sequence[MicroBatch]) -> VeneerError | MemoryError | None:
-    """Runs forward_backward; returns its VeneerError, or a MemoryError if memory lacks.
-
-    Nothing of the forward is then held.
-    """
-    try:
-        forward_backward(micro_batches)
-    except Exception as fault:
-        if isinstance(fault, VeneerError):
-            return fault.with_traceback(None)
-        if not is_out_of_memory(fault):
-            raise
-        return MemoryError()
-    return None
 
 
 def _finish_trial(trainee: Trainee) -> None:

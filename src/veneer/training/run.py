@@ -23,6 +23,7 @@ from veneer.training.announce import RunPlanner, teacher_bytes
 from veneer.training.budget import JobMemory, JointMemory, free_bytes, has_room, plan_jobs
 from veneer.training.config import RunConfig
 from veneer.training.coordination import require_common_settings
+from veneer.training.fault_of_one import error_of
 from veneer.training.job import Job, JobRun, Result
 from veneer.training.loop import Loop
 from veneer.training.optimizer.heap import steady_heap
@@ -132,7 +133,11 @@ class _JointRun:
         if is_planned and memory is not None:
             budget = memory.tokens
         loop = Loop(
-            list(self.running), world=self._world, budget=budget, supervisor=self._supervisor
+            list(self.running),
+            world=self._world,
+            budget=budget,
+            supervisor=self._supervisor,
+            several=len(self._runs) > 1,
         )
         while loop.trainees:
             with self._computing(loop):
@@ -170,11 +175,12 @@ class _JointRun:
             run = self._waiting.popleft()
             try:
                 run.prepare(self._plan, self._shared)
-            except VeneerError as fault:
+            except Exception as fault:
+                error = self._error_of(fault)
                 if len(self._runs) == 1:
                     raise
                 self._shared.detach_others()
-                self._fail(run, fault)
+                self._fail(run, error)
             else:
                 prepared.append(run)
                 self._shared.add(run.prepared)
@@ -250,10 +256,10 @@ class _JointRun:
             try:
                 run.announce(None if memory is None else memory.peak)
                 trainee = run.begin()
-            except VeneerError as fault:
+            except Exception as fault:
                 if not self._has_begun:
                     raise
-                self._fail(run, fault)
+                self._fail(run, self._error_of(fault))
             else:
                 self.running[trainee] = run
                 trainees.append(trainee)
@@ -270,8 +276,8 @@ class _JointRun:
         for run in [self.running.pop(trainee) for trainee in ended]:
             try:
                 run.write()
-            except VeneerError as fault:
-                results.append((run, fault))
+            except Exception as fault:
+                results.append((run, self._error_of(fault)))
             else:
                 results.append((run, run.result))
         for run, result in results:
@@ -283,9 +289,17 @@ class _JointRun:
         self._drop_teachers()
         try:
             self._finished(run.job, run.result)
-        except VeneerError as fault:
-            run.result = fault
-            self._finished(run.job, fault)
+        except Exception as fault:
+            run.result = self._error_of(fault)
+            self._finished(run.job, run.result)
+
+    def _error_of(self, fault: Exception) -> VeneerError:
+        """Returns the error of one job. Raises a fault that is no VeneerError if no job has begun,
+        or if there is no other."""
+        is_alone = len(self._runs) == 1 or not self._has_begun
+        if is_alone and not isinstance(fault, VeneerError):
+            raise fault
+        return error_of(fault)
 
     def _fail(self, run: JobRun, fault: VeneerError) -> None:
         """Gives a job that could not begin its error."""

@@ -10,6 +10,7 @@ from veneer import runs
 from veneer.errors import ConfigError, VeneerError
 from veneer.training import loop
 from veneer.training.config import RunConfig
+from veneer.training.job import JobRun
 from veneer.training.output.screen import QuietScreen
 from veneer.training.trainee import Trainee
 
@@ -68,9 +69,10 @@ def test_a_report_that_cannot_be_written_ends_its_job_alone(configs, monkeypatch
     assert summary["steps"] == 4
 
 
+@pytest.mark.parametrize("kind", [ConfigError, RuntimeError])
 @pytest.mark.parametrize("cause", ["a job", "several jobs together"])
 def test_an_error_in_a_joint_forward_ends_only_the_job_that_causes_it(
-    cause, configs, monkeypatch, tmp_path
+    cause, kind, configs, monkeypatch, tmp_path
 ):
     """An adapter may refuse the rows that a module gets, in forward or backward; or only a part of
     them, and then the job trains alone."""
@@ -82,13 +84,13 @@ def test_an_error_in_a_joint_forward_ends_only_the_job_that_causes_it(
         sizes.append(len(folders))
         is_late = micro_batches[0].gradient.step > 0
         if is_late and ("bad" in folders if cause == "a job" else len(folders) > 1):
-            raise ConfigError("a module gets other rows")
+            raise kind("a module gets other rows")
 
     monkeypatch.setattr(loop, "forward_backward", refusing)
     third = configs[1].model_copy(update={"out": str(tmp_path / "third"), "seed": 5})
     bad, *good = train([*configs, third])
     if cause == "a job":
-        assert isinstance(bad, ConfigError) and "other rows" in bad.headline
+        assert isinstance(bad, VeneerError) and "other rows" in bad.headline
         assert sizes[-1] == 2  # the others share forwards again
     else:
         assert bad["steps"] == 2 and sizes[-1] == 1
@@ -98,3 +100,40 @@ def test_an_error_in_a_joint_forward_ends_only_the_job_that_causes_it(
         (expected,) = train([alone])
         assert summary["last_loss"] == pytest.approx(expected["last_loss"], rel=2e-6)
         assert summary["steps"] == 4
+
+
+WORK = [
+    (Trainee, "begin_step"),
+    (Trainee, "end_step"),
+    (Trainee, "evaluate"),
+    (Trainee, "save"),
+    (Trainee, "take_best"),
+    (JobRun, "write"),
+]
+
+
+@pytest.mark.parametrize(("owner", "name"), WORK)
+def test_a_bug_in_the_work_of_one_job_ends_that_job_alone(owner, name, configs, monkeypatch):
+    own = getattr(owner, name)
+
+    def broken(self):
+        inputs = self.inputs if owner is Trainee else self.prepared.inputs
+        if inputs.out.name == "bad" and (owner is JobRun or self.progress.step == 2):
+            raise RuntimeError("index 5 is out of bounds")
+        return own(self)
+
+    configs[0] = configs[0].model_copy(update={"steps": 3 if name.endswith("_step") else 2})
+    monkeypatch.setattr(owner, name, broken)
+    failed, summary = train(configs)
+    assert "bug in Veneer: RuntimeError: index 5" in failed.headline
+    assert any("in broken" in fault for fault in failed.faults)
+    assert summary["steps"] == 4 and (Path(configs[1].out) / "adapter").is_dir()
+
+
+def test_a_bug_in_a_run_alone_is_raised_as_it_is(configs, monkeypatch):
+    def broken(self):
+        raise RuntimeError("index 5 is out of bounds")
+
+    monkeypatch.setattr(Trainee, "evaluate", broken)
+    with pytest.raises(RuntimeError, match="index 5"):
+        train(configs[:1])

@@ -30,7 +30,7 @@ def room_for_two(monkeypatch):
     monkeypatch.setattr(run, "has_room", lambda jobs, free: len(jobs) < 2)
 
 
-class Crash(Exception):
+class Crash(BaseException):
     """Ends the process of a run without a word."""
 
 
