@@ -323,6 +323,29 @@ def test_a_fault_names_its_place_and_what_was_meant(text, fault, tmp_path):
     assert any(fault in each for each in faults_of(tmp_path, text)), faults_of(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    ("value", "read"), [("010", 8), ("-0_7", -7), ("12:30:45", 45045), ("1:30.5", 90.5)]
+)
+def test_numbers_that_yaml_reads_in_another_base_are_refused_wherever_they_stand(
+    value, read, tmp_path
+):
+    fault = f"{value} would be read as {read}: write a decimal number"
+    file = tmp_path / "run.yaml"
+    for text in (f"steps: 3\nbatch: {value}", f"method: {{name: lora, targets: [{value}]}}"):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=re.escape(fault)):
+            read_run_config(file, NEEDED)
+    with pytest.raises(ConfigError, match=re.escape(fault)):
+        read_run_config(None, NEEDED, [f"batch={value}"])
+
+
+def test_numbers_in_the_usual_spellings_and_texts_in_quotes_are_read_as_they_look():
+    sets = ["batch=10", "seed=0", "warmup=0.05", "steps=1_000", "learning_rate=1e-3"]
+    config = read_run_config(None, NEEDED, [*sets, "new_tokens=['010', '12:30']"])
+    assert (config.batch, config.seed, config.warmup, config.steps) == (10, 0, 0.05, 1000)
+    assert (config.learning_rate, config.new_tokens) == (1e-3, ["010", "12:30"])
+
+
 def test_all_faults_of_file_flags_and_set_come_at_once(tmp_path):
     text = (
         "bsae: b\ndata: {valdation: v}\nsteps: 3\nepochs: 2\nmethod: {name: lora, lora_rank: 2}\n"

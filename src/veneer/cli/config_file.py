@@ -243,6 +243,8 @@ def _walk(node: yaml.Node, path: KeyPath, name: str, settings: UncheckedSettings
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             _walk(item, (*path, str(index)), name, settings)
+    if isinstance(node, yaml.ScalarNode):
+        _refuse_other_bases(node, name)
     if not isinstance(node, yaml.MappingNode):
         return
     first_lines: dict[str, int] = {}
@@ -259,6 +261,16 @@ def _walk(node: yaml.Node, path: KeyPath, name: str, settings: UncheckedSettings
             first_lines[key.value] = line
             settings.origins[key_path] = f"{name}:{line}"
             _walk(value, key_path, name, settings)
+
+
+def _refuse_other_bases(node: yaml.ScalarNode, name: str) -> None:
+    """Raises ConfigError for numbers that YAML 1.1 reads in base 8 or 60: 010 and 12:30."""
+    is_number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+    if is_number and re.fullmatch("[-+]?0[0-7_]+|.*:.*", node.value):
+        raise ConfigError(
+            f"{name}:{node.start_mark.line + 1} {node.value} would be read as"
+            f" {yaml.safe_load(node.value)}: write a decimal number, or a text in quotes"
+        )
 
 
 def _put_flag(settings: UncheckedSettings, name: str, value: Any) -> None:
