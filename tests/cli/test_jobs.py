@@ -98,6 +98,17 @@ def test_a_sweep_that_gives_one_setting_twice_is_refused(tmp_path):
     assert "--sweep gives method.rank 2 times" in str(refusal.value.faults)
 
 
+@pytest.mark.parametrize("values", ["8,08", "8,+8", "8,16,8.0", "8,'8'", "8,1_6,16"])
+def test_a_sweep_trains_no_setting_twice_under_two_spellings(values, tmp_path):
+    jobs = [{"out": "a"}, {"out": "b"}]
+    with pytest.raises(ConfigError, match=r"C314 --sweep: .* are the same settings: keep one"):
+        read(tmp_path, {**ABOVE, "jobs": jobs}, sweep=[f"rank={values}"])
+    found = read(tmp_path, {**ABOVE, "jobs": jobs}, sweep=["rank=8,16"])  # jobs may be alike
+    assert [(c.out, c.method.rank) for c in found] == [
+        (f"{out}/rank-{rank}", rank) for out in "ab" for rank in (8, 16)
+    ]
+
+
 def test_random_draws_are_within_their_ranges_and_follow_the_seed(tmp_path):
     sweep = [
         "learning_rate=log:1e-4..3e-3",

@@ -65,6 +65,7 @@ def read_jobs(
     _refuse_too_many(len(jobs))
     for job in jobs:
         override(job, flags, sets, columns)
+    num_swept = len(jobs)
     if sweep is not None:
         axes = read_axes(sweep, ranges=draws is not None, faults=faults)
         _refuse_too_many((draws or math.prod(len(axis) for axis in axes)) * len(jobs))
@@ -74,6 +75,8 @@ def read_jobs(
             for point in (grid(axes) if draws is None else draw(axes, draws, _seed(job), faults))
         ]
     configs = _validate_all(jobs, faults)
+    if sweep is not None and not faults:
+        faults += _equal_points(configs, len(jobs) // num_swept)
     if faults or above.faults:
         raise ConfigError(
             f"{above.source} do not describe jobs",
@@ -175,6 +178,18 @@ def _at_point(job: UncheckedSettings, point: Point) -> UncheckedSettings:
     if isinstance(out := settings.values.get("out"), str):
         settings.put(("out",), str(Path(out) / folder), settings.origin(("out",)))
     return settings
+
+
+def _equal_points(configs: Sequence[RunConfig], points: int) -> Iterator[str]:
+    """Yields a fault for each point of a job that has the settings of an earlier one. points: of
+    each job"""
+    first: dict[str, RunConfig] = {}
+    for number, config in enumerate(configs):
+        settings = f"{number // points} {config.model_dump(mode='json', exclude={'out'})}"
+        earlier = first.setdefault(settings, config)
+        if earlier is not config:
+            names = [Path(each.out).name for each in (earlier, config)]
+            yield f"C314 --sweep: {names[0]} and {names[1]} are the same settings: keep one"
 
 
 def _file_name(text: str) -> str:
