@@ -15,7 +15,7 @@ from typing import Any
 from veneer.adapters.placement.acting import score_head_of
 from veneer.data.batching import used_length
 from veneer.data.files.writing import Record
-from veneer.errors import VeneerError
+from veneer.errors import RefusedError, VeneerError
 from veneer.files.atomic import write_text
 from veneer.files.strict_json import json_text
 from veneer.training.announce import RunPlanner, forecast_run, start_record
@@ -156,6 +156,7 @@ class JobRun:
             write_text(file, json_text(summary), replace=True)
             if self.prepared.config.keep is None:
                 self._drop_checkpoints()
+            _refuse_emptied(self.prepared.inputs.out)
         self.result = summary
 
     def _drop_checkpoints(self) -> None:
@@ -180,6 +181,15 @@ class JobRun:
             self._stack.close()
         except VeneerError as fault:
             self.result = result if isinstance(result, VeneerError) else fault
+
+
+def _refuse_emptied(out: Path) -> None:
+    """Raises RefusedError if somebody removed the folder while the run trained."""
+    if not (out / "run.yaml").is_file():
+        raise RefusedError(
+            f"{out} was removed while the run trained: it holds the result, but no run.yaml and no"
+            " records; move it away to train the run again"
+        )
 
 
 @contextmanager

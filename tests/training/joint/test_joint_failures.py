@@ -1,6 +1,7 @@
 """A job whose records or report cannot be written ends alone: the others train to their end."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,23 @@ def test_a_report_that_cannot_be_written_ends_its_job_alone(configs, monkeypatch
     failed, summary = train(configs)
     assert isinstance(failed, VeneerError) and "report" in failed.headline
     assert summary["steps"] == 4
+
+
+def test_a_folder_removed_in_training_ends_its_job_and_says_what_to_do(configs, monkeypatch):
+    begin_step, folder = Trainee.begin_step, Path(configs[0].out)
+
+    def begin_after_removal(trainee):
+        if trainee.inputs.out == folder and trainee.progress.step == 1:
+            shutil.rmtree(folder)
+        begin_step(trainee)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainee, "begin_step", begin_after_removal)
+        failed, summary = train(configs)
+    assert f"{folder} was removed" in failed.headline and "move it away" in failed.headline
+    assert summary["steps"] == 4 and (folder / "adapter").is_dir()
+    folder.rename(folder.with_name("moved"))
+    assert train(configs[:1])[0]["steps"] == 2
 
 
 @pytest.mark.parametrize("kind", [ConfigError, RuntimeError])
