@@ -45,23 +45,28 @@ def test_candidates_are_the_advice_and_its_neighbours():
     assert {candidate.batch for candidate in TRIED} == {2, 8} and {
         candidate.rank for candidate in TRIED
     } == {8, 32}
-    assert {candidate.learning_rate for candidate in TRIED} == {6.5e-4, 1.3e-3, 2.6e-3}
+    assert {(candidate.learning_rate, candidate.lr_ratio) for candidate in TRIED} == {
+        (1.3e-3, 1.0),
+        (3.2e-4, 4.0),
+        (1.9e-3, 4.0),
+    }
 
 
 def test_the_run_of_a_candidate_has_its_settings_and_those_of_every_search(tmp_path):
     files = PartFiles(*(tmp_path / f"{name}.jsonl" for name in ("train", "search", "judge")))
 
     def run(steps):
-        tried = Candidate(2e-3, 32, 2)
+        tried = Candidate(2e-3, 4.0, 32, 2)
         return run_config(tried, ADVISED, base="b", files=files, out=tmp_path, steps=steps, seed=3)
 
     config = run(60)
-    assert config.method == LoRA(rank=32, alpha=64)
+    assert config.method == LoRA(rank=32, alpha=64, lr_ratio=4.0)
+    assert config.schedule == "linear"
     assert (config.learning_rate, config.batch, config.steps, config.seed) == (2e-3, 2, 60, 3)
     assert (config.evaluate_every, config.patience, config.keep) == (10, 3, 1)
     assert run(5).evaluate_every == 1 and config.warmup == MOST_WARMUP
     assert not config.show_answers and config.base == "b" and config.quantize is None
-    assert config.out == str(tmp_path / "rate-0.002_rank-32_batch-2")
+    assert config.out == str(tmp_path / "rate-0.002_ratio-4_rank-32_batch-2")
     assert "train.jsonl" in repr(config.data.train) and "judge.jsonl" not in repr(config)
 
 

@@ -1,7 +1,12 @@
 """The settings that `veneer tune` tries: the plan's advice, and a short list around it.
 
-batch 2 and 8  x  half the advised learning rate, the advised one, twice the advised one
-batch 2 and 8  x  four times the advised rank, at the advised learning rate
+batch 2 and 8  x  the advised rank and learning rate
+batch 2 and 8  x  four times the advised rank
+batch 2 and 8  x  a quarter of the advised rate, and B at four times A's (LoRA+), falling linearly
+batch 2 and 8  x  1.5 times the advised rate, and B likewise
+
+The last two learnt more than LoRA with one rate, on one base each (docs/recipes.md): which suits a
+base is not known before.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,8 +21,11 @@ from veneer.training.config import RunConfig
 from veneer.tuning.parts import PartFiles
 
 BATCHES = (2, 8)
-RATE_FACTORS = (1.0, 0.5, 2.0)
 RANK_FACTOR = 4
+RATIO = 4.0
+"""LoRA+: the learning rate of B divided by that of A."""
+RATE_FACTORS = (0.25, 1.5)
+"""A's rate of settings with this ratio, as a multiple of the advised one."""
 EVALUATIONS = 6
 """Evaluations of a run to its end, besides those at rungs."""
 PATIENCE = 3
@@ -27,15 +35,22 @@ MOST_WARMUP = 0.03
 @dataclass(frozen=True)
 class Candidate:
     learning_rate: float
+    lr_ratio: float
     rank: int
     batch: int
 
     @property
     def name(self) -> str:
-        return f"rate-{self.learning_rate:g}_rank-{self.rank}_batch-{self.batch}"
+        ratio = "" if self.lr_ratio == 1.0 else f"_ratio-{self.lr_ratio:g}"
+        return f"rate-{self.learning_rate:g}{ratio}_rank-{self.rank}_batch-{self.batch}"
+
+    @property
+    def schedule(self) -> str:
+        return "cosine" if self.lr_ratio == 1.0 else "linear"
 
     def __str__(self) -> str:
-        return f"learning rate {self.learning_rate:g}, rank {self.rank}, batch {self.batch}"
+        ratio = "" if self.lr_ratio == 1.0 else f"LoRA+ ratio {self.lr_ratio:g}, "
+        return f"learning rate {self.learning_rate:g}, {ratio}rank {self.rank}, batch {self.batch}"
 
 
 @dataclass(frozen=True)
@@ -56,16 +71,10 @@ class AdvisedSettings:
 def candidates(advised: AdvisedSettings) -> list[Candidate]:
     """Returns the list, the advice itself first."""
 
-    def rounded(factor: float) -> float:
-        return float(f"{factor * advised.learning_rate:.2g}")
-
-    rank = advised.method.rank
-    points = [(factor, rank) for factor in RATE_FACTORS] + [(1.0, RANK_FACTOR * rank)]
-    return [
-        Candidate(rounded(factor), point_rank, batch)
-        for factor, point_rank in points
-        for batch in reversed(BATCHES)
-    ]
+    rate, rank = advised.learning_rate, advised.method.rank
+    points = [(rate, 1.0, rank), (rate, 1.0, RANK_FACTOR * rank)]
+    points += [(float(f"{factor * rate:.2g}"), RATIO, rank) for factor in RATE_FACTORS]
+    return [Candidate(*point, batch) for point in points for batch in reversed(BATCHES)]
 
 
 def run_config(
@@ -86,9 +95,12 @@ def run_config(
         "base": base,
         "data": {"train": str(files.train), "validation": str(files.search)},
         "objective": advised.objective,
-        "method": method.model_copy(update={"rank": candidate.rank, "alpha": alpha}),
+        "method": method.model_copy(
+            update={"rank": candidate.rank, "alpha": alpha, "lr_ratio": candidate.lr_ratio}
+        ),
         "quantize": advised.quantize,
         "learning_rate": candidate.learning_rate,
+        "schedule": candidate.schedule,
         "batch": candidate.batch,
         "steps": steps,
         "warmup": warmup,

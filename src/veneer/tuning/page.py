@@ -12,7 +12,7 @@ from veneer.tuning.verdict import figure_text, title, verdict
 from veneer.wording import between, clock, number
 
 NAME = "tune.html"
-SEARCHED = ("learning_rate", "method.rank", "batch")
+SEARCHED = ("learning_rate", "method.lr_ratio", "method.rank", "batch")
 """Settings in which the candidates differ."""
 
 

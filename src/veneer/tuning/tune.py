@@ -135,7 +135,7 @@ def _plan_lines(base: str, outlook: Outlook, minutes: float) -> list[str]:
     weights = f" over {advised.quantize}" if advised.quantize else ""
     return [
         f"{base} · {advised.objective.name} · lora{weights} · {len(tried)} settings: learning rate"
-        f" {values('learning_rate')};"
+        f" {values('learning_rate')}; LoRA+ ratio {values('lr_ratio')};"
         f" rank {values('rank')}; batch {values('batch')}",
         f"time: {clock(60 * minutes)}, about a third for the search; judging comes after it",
         f"memory: {outlook.memory_line}",
