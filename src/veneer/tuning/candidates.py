@@ -5,8 +5,8 @@ batch 2 and 8  x  four times the advised rank
 batch 2 and 8  x  a quarter of the advised rate, and B at four times A's (LoRA+), falling linearly
 batch 2 and 8  x  1.5 times the advised rate, and B likewise
 
-The last two learnt more than LoRA with one rate, on one base each (docs/recipes.md): which suits a
-base is not known before.
+Each of the last two learnt more than LoRA with one rate on one base (docs/recipes.md). Which of
+them suits a base is not known before.
 """
 
 from collections.abc import Mapping, Sequence
