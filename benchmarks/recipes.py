@@ -58,11 +58,13 @@ def full(learning_rate: float, schedule: str) -> dict[str, Any]:
 
 
 RECIPES: dict[str, dict[str, Any]] = {
+    "default": {"method": "lora"},
     "rate x1": lora(1.3e-3, "cosine"),
     "rate x2": lora(2.6e-3, "cosine"),
     "rate x3.5": lora(4.5e-3, "cosine"),
     "rate x2, linear": lora(2.6e-3, "linear"),
     "rate x3.8, linear": lora(5e-3, "linear"),
+    "A x0.25, B x1, linear": lora(3e-4, "linear", lr_ratio=4),
     "A x0.25, B x4": lora(3.3e-4, "cosine", lr_ratio=16),
     "A x0.5, B x8": lora(6.5e-4, "cosine", lr_ratio=16),
     "B x4": lora(1.3e-3, "cosine", lr_ratio=4),
@@ -100,12 +102,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     "full at 1.5e-4": full(1.5e-4, "cosine"),
     "full at 3e-4": full(3e-4, "cosine"),
     "full at 6e-4": full(6e-4, "cosine"),
+    "full at 1e-4, linear": full(1e-4, "linear"),
     "full at 2e-4, linear": full(2e-4, "linear"),
     "full at 4e-4, linear": full(4e-4, "linear"),
     "full at 6e-4, linear": full(6e-4, "linear"),
     "full without embeddings at 6e-4, linear": full(6e-4, "linear"),
 }
-"""Settings by name. `rate`, A and B are the learning rate, as a multiple of the default 1.3e-3."""
+"""Settings by name. `rate`, A and B are the learning rate, as a multiple of 1.3e-3, the default for
+SmolLM2-135M."""
 
 
 @contextmanager
