@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import HfApi, constants
+from safetensors.torch import load_file, save_file
 
 from tests.bases.test_gguf import tiny, write_gguf
 from tests.support.tiny import save_tiny
@@ -30,6 +31,7 @@ from veneer.bases.names.sources import locate
 from veneer.errors import CorruptFileError, SourceError, UnsafeFileError, VeneerError
 from veneer.files.atomic import write_manifest
 from veneer.files.hashes import file_hash
+from veneer.models.load import load_base
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REQUIREMENT = "veneer-test.wheel==1.2"
@@ -116,18 +118,38 @@ def test_pickled_weights_are_refused_and_never_opened(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+def _index(weight_map: dict[str, str]) -> str:
+    return json.dumps({"metadata": {}, "weight_map": weight_map})
+
+
+def test_shards_that_both_hold_a_tensor_and_an_index_without_metadata_are_refused(
+    tmp_path: Path,
+) -> None:
+    folder = save_tiny(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    name, value = tensors.popitem()
+    save_file({**tensors, name: value}, folder / "model-1.safetensors", {"format": "pt"})
+    save_file({name: value + 1}, folder / "model-2.safetensors", {"format": "pt"})
+    weight_map = {**dict.fromkeys(tensors, "model-1.safetensors"), name: "model-2.safetensors"}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(_index(weight_map))
+    with pytest.raises(CorruptFileError, match=f"{name} is in model-1.safetensors and in model-2"):
+        load_base(str(folder))
+    save_file(tensors, folder / "model-1.safetensors", {"format": "pt"})
+    load_base(str(folder))
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert 'has no "metadata"' in refusal(CorruptFileError, folder)
+
+
 def test_an_index_that_points_out_of_its_folder_is_refused(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model")
     (folder / "model.safetensors").rename(tmp_path / "other.safetensors")
     index = folder / "model.safetensors.index.json"
     for name in ("../other.safetensors", "/etc/passwd", "a\\b.safetensors", "evil.bin", ""):
-        index.write_text(
-            json.dumps({"weight_map": {"a": name, "b": "model-00001-of-00001.safetensors"}})
-        )
+        index.write_text(_index({"a": name, "b": "model-00001-of-00001.safetensors"}))
         assert "its index was made to read other files" in refusal(UnsafeFileError, folder)
-    index.write_text(
-        json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
-    )
+    index.write_text(_index({"a": "model-1.safetensors", "b": "model-2.safetensors"}))
     text = refusal(CorruptFileError, folder)
     assert "model-1.safetensors" in text
     assert "model-2.safetensors" in text

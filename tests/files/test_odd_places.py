@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.tiny import save_tiny
 from veneer.cli.main import main
 from veneer.comparison.ray_trial import own_folder
 from veneer.comparison.store import RunStore
@@ -37,6 +38,18 @@ def test_a_set_that_nobody_can_mean_is_refused_by_its_name(
     said = capsys.readouterr().err
     assert "Traceback" not in said and "out.jsonl cannot be written" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text elsewhere")
+def test_an_output_whose_path_is_no_utf8_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "base")
+    for words in (["quantize"], ["merge", "--adapter", "a"]):
+        assert main([*words, "--base", "base", "--out", "b\udcffd/out"]) == 2
+        assert "is no UTF-8" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_a_home_of_nobody_is_a_name_like_any_other(

@@ -8,8 +8,9 @@ from pathlib import Path
 from veneer.bases.loading.shapes import shape_of
 from veneer.bases.names.named import refuse_unknown
 from veneer.data.files.places import refuse_missing
-from veneer.errors import DataError
+from veneer.errors import ConfigError, DataError
 from veneer.files.atomic import refuse_existing, refuse_unwritable
+from veneer.files.strict_json import illegible
 from veneer.training.config import RunConfig
 from veneer.training.state.place import locked_folder, refuse_finished, refuse_unless_new
 
@@ -57,7 +58,10 @@ def check_run(config: RunConfig) -> None:
 
 
 def check_new(out: str | Path) -> None:
-    """Raises ConfigError if the output exists, and InputError if it is not writable."""
+    """Raises ConfigError if the output exists or its path is no UTF-8, which tokenizers cannot
+    write to, and InputError if it is not writable."""
+    if faults := illegible(str(out), "output"):
+        raise ConfigError("the path of the output is no UTF-8", faults, "Choose another path.")
     refuse_unwritable(out)
     refuse_existing(Path(out), unless=False)
 

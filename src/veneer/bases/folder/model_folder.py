@@ -53,9 +53,15 @@ def weight_files(folder: Path) -> list[Path]:
         )
     if single.is_file():
         return [single]
-    weight_map = read_model_json(index).get("weight_map")
+    content = read_model_json(index)
+    weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFileError(f"{index} names no weights", next_step="Download the model again.")
+    if not isinstance(content.get("metadata"), dict):  # transformers reads it
+        raise CorruptFileError(
+            f'{index} has no "metadata"',
+            next_step='Download the model again, or add "metadata": {} to the file.',
+        )
     shards = sorted({str(name) for name in weight_map.values()})
     if climbing := [name for name in shards if not _SHARD.fullmatch(name)]:
         raise UnsafeFileError(

@@ -67,7 +67,7 @@ class StoredTensor:
 
 def stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
     """Returns the tensors of all files by name. Raises CorruptFileError for truncated or invalid
-    files."""
+    files, and for a tensor that two of them hold."""
     tensors: dict[str, StoredTensor] = {}
     faults = []
     for path in files:
@@ -79,12 +79,14 @@ def stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
             faults.append(f"{path.name}: {str(fault)[:200]}")
             continue
         for name, entry in header.items():
-            if name != "__metadata__":
+            if name in tensors:
+                faults.append(f"{name} is in {tensors[name].path.name} and in {path.name}")
+            elif name != "__metadata__":
                 start = 8 + length + entry["data_offsets"][0]
                 tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), start)
     if faults:
         raise CorruptFileError(
-            f"weights in {files[0].parent} cannot be read", faults, NEXT_DOWNLOAD
+            f"weights in {files[0].parent} cannot be read", faults[:8], NEXT_DOWNLOAD
         )
     return tensors
 
