@@ -33,6 +33,11 @@ def cut(text: str, characters: int) -> str:
     return text if len(text) <= characters else text[: characters - 1] + "…"
 
 
+def first_names(names: Sequence[str], most: int = 12) -> str:
+    """Lists the first names of a file, each shortened."""
+    return ", ".join(cut(name, 40) for name in names[:most]) + (", …" if len(names) > most else "")
+
+
 def first_lines(lines: Sequence[str], most: int) -> list[str]:
     """Returns the first lines, and how many more there are."""
     return [*lines[:most], *([f"and {len(lines) - most:,} more"] if len(lines) > most else [])]

@@ -383,12 +383,12 @@ def test_columns_that_fit_nothing_are_shown_shortened_with_what_to_rename() -> N
     with pytest.raises(RowFault) as fault:
         detect(frozenset(columns))
     assert (
-        f"columns {', '.join(name[:40] for name in columns[:12])}, … are not recognised"
+        f"columns {', '.join(name[:39] + '…' for name in columns[:12])}, … are not recognised"
         in fault.value.message
     )
     with pytest.raises(RowFault) as fault:
         detect(frozenset(columns[:12]))
-    assert f", {columns[11][:40]} are not recognised" in fault.value.message
+    assert f", {columns[11][:39]}… are not recognised" in fault.value.message
 
 
 @pytest.mark.parametrize(

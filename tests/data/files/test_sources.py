@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from veneer.data.examples import Problem, refusal
 from veneer.data.files import parquet, sources
+from veneer.data.files.records import MAX_COLUMNS
 from veneer.data.files.sources import read_rows, scan_rows
 from veneer.errors import DataError
 
@@ -190,7 +191,7 @@ def test_csv_rows_are_numbered_by_their_first_line(tmp_path: Path) -> None:
     [
         ("prompt;completion\na;b\n", "separated by semicolons"),
         ("prompt\tcompletion\na\tb\n", "separated by tabs"),
-        ("prompt,prompt\na,b\n", "'prompt' twice"),
+        ("prompt,prompt\na,b\n", "two columns are called 'prompt'"),
         ('prompt,completion\n"a,b\n', "rows.csv:2  is not CSV"),
         (
             "text,category\nLost card,card_lost\n",
@@ -205,6 +206,29 @@ def test_what_is_wrong_with_a_csv_file_is_said(tmp_path: Path, text: str, messag
     (tmp_path / "rows.csv").write_text(text)
     with pytest.raises(DataError, match=message):
         read_rows(tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_more_columns_than_the_limit_are_refused_and_few_names_are_shown(
+    tmp_path: Path, suffix: str
+) -> None:
+    def write_columns(count: int) -> Path:
+        names, file = [f"{place}" * 20 for place in range(count)], tmp_path / f"rows{suffix}"
+        if suffix == ".csv":
+            file.write_text(f"text,{','.join(names)}\nOnce.{',1' * count}\n")
+        else:
+            arrow, table = pytest.importorskip("pyarrow"), {"text": ["Once."]}
+            pytest.importorskip("pyarrow.parquet").write_table(
+                arrow.table(table | {name: [1] for name in names}), file
+            )
+        return file
+
+    with pytest.raises(DataError, match="has 10,001 columns, the limit is 10,000") as refused:
+        read_rows(write_columns(MAX_COLUMNS))
+    assert "D106" in str(refused.value)
+    with pytest.raises(DataError, match=r"text would leave out 0000.*, …") as refused:
+        read_rows(write_columns(MAX_COLUMNS - 1))
+    assert "D107" in str(refused.value) and len(str(refused.value)) < 2000
 
 
 def test_parquet_rows_equal_the_rows_they_were_written_from(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import get_args
 
 from veneer.data.examples import Format, Problem, Row, RowFault, RowKind
 from veneer.errors import DataError
+from veneer.wording import first_names
 
 FORMATS: tuple[Format, ...] = get_args(Format)
 NEEDS: dict[Format, tuple[str, ...]] = {
@@ -78,9 +79,7 @@ def detect(columns: frozenset[str], kind: RowKind = "answers") -> Format:
     it counts only if every other column is known to describe the text's origin.
     """
     fitting = _fitting(columns, kind)
-    shown = ", ".join(name[:40] for name in sorted(columns)[:12]) + (
-        ", …" if len(columns) > 12 else ""
-    )
+    shown = first_names(sorted(columns))
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -97,7 +96,7 @@ def detect(columns: frozenset[str], kind: RowKind = "answers") -> Format:
             return "text"
         raise RowFault(
             "D107",
-            f"columns {shown}: plain text would leave out {', '.join(others)}",
+            f"columns {shown}: plain text would leave out {first_names(others)}",
             f"{_suggest_renames(columns)}, or train on the text alone with format: text",
         )
     if kind in ("pairs", "ratings"):

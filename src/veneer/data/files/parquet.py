@@ -22,6 +22,7 @@ from veneer.data.files.records import (
     MAX_UNPACKED_RATIO,
     MIN_UNPACKED_BYTES,
     Records,
+    check_columns,
 )
 from veneer.files.nesting import TOO_DEEP, too_deep
 
@@ -101,9 +102,7 @@ def _batches(stream: BinaryIO) -> Iterator[tuple[Any, Sizes]]:
     columns = [metadata.schema.column(place) for place in range(metadata.num_columns)]
     texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
     table = parquet.ParquetFile(stream, metadata=metadata, read_dictionary=texts)
-    names = table.schema_arrow.names
-    if duplicates := sorted({name for name in names if names.count(name) > 1}):
-        raise RowFault("D105", f"two columns are called {', '.join(map(repr, duplicates))}")
+    check_columns(table.schema_arrow.names)
     for group in range(metadata.num_row_groups):
         _check_group(metadata.row_group(group), group + 1)
         for batch in table.iter_batches(batch_size=BATCH_ROWS, row_groups=[group]):

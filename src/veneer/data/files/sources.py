@@ -22,7 +22,7 @@ from veneer.data.files.labels import make_row
 from veneer.data.files.layouts import RowLayouts, detect, format_of
 from veneer.data.files.parquet import read_parquet
 from veneer.data.files.places import PACKED, ResolvedSets, RowFile, kind_of
-from veneer.data.files.records import MAX_JSON_FILE_BYTES, MAX_LINE_BYTES, Records
+from veneer.data.files.records import MAX_JSON_FILE_BYTES, MAX_LINE_BYTES, Records, check_columns
 
 READABLE_KINDS = (
     '.jsonl (one JSON object a line), .json (a list of objects, or {"data": [...]}), .csv (with a'
@@ -338,9 +338,7 @@ def _csv(stream: BinaryIO, file: str) -> Records:
 
 
 def _header(fields: list[str]) -> list[str]:
-    duplicates = sorted({name for name in fields if fields.count(name) > 1})
-    if duplicates:
-        raise RowFault("D105", f"the header names {', '.join(map(repr, duplicates))} twice")
+    check_columns(fields)
     for mark, name in ((";", "semicolons"), ("\t", "tabs")):
         if len(fields) == 1 and mark in fields[0]:
             raise RowFault(
