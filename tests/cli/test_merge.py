@@ -68,6 +68,18 @@ def test_merge_json_has_every_layer_and_nothing_else_on_stdout(made, capsys):
             ["merge", "--adapter", "a", "b", "--weights", "1", "--out", "m"],
             "2 adapters and 1 weights",
         ),
+        (
+            ["merge", "--adapter", "a", "--adapter", "b", "--weights", "1", "--out", "m"],
+            "2 adapters and 1 weights",
+        ),
+        (
+            ["combine", "a", "b", "--weights", "1", "2", "--weights", "3", "--out", "c"],
+            "2 adapters and 3 weights",
+        ),
+        (
+            ["evaluate", "--adapter", "a", "--adapter", "b", "--data", "rows.jsonl"],
+            "veneer evaluate: --adapter: takes one value, and is given several times",
+        ),
         (["merge", "--adapter", "a", "--into", "original", "--out", "m"], "is not quantised"),
         (["combine", "a", "b", "--rank", "3", "--out", "c"], "keeps the exact sum"),
         (

@@ -32,13 +32,13 @@ def add_base(parser: ArgumentParser, *, several: bool = False) -> None:
     )
     help_of_adapter = "name in the library (NAME or NAME@2), or folder of an adapter or a run"
     if several:
-        parser.add_argument(
+        add_value(
+            parser,
             "--adapter",
+            "A",
+            f"{help_of_adapter}; several may be given; default: the base alone",
             nargs="+",
-            action="extend",
             default=[],
-            metavar="A",
-            help=f"{help_of_adapter}; several may be given; default: the base alone",
         )
     else:
         add_value(parser, "--adapter", "A", help_of_adapter)

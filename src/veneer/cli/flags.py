@@ -23,9 +23,12 @@ def add_value(
 
     placeholder  stands for the value in the help; None: its name or its choices do
     type         parses the value, and checks it against bounds (bounds.py)
+    nargs        + or *: a flag takes several values, and may be given several times
     """
+    takes_several = name.startswith("-") and nargs in ("+", "*")
     action = parser.add_argument(
         name,
+        action="extend" if takes_several else "store",
         metavar=placeholder,
         help=help,
         type=type,

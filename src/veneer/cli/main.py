@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -19,20 +18,13 @@ from types import ModuleType
 from typing import Any, NoReturn, TextIO
 
 from veneer import __version__
+from veneer.cli.typed_flags import find_repeated_flags, find_unknown_flags
 from veneer.errors import DoesNotFitError, VeneerError, is_out_of_memory, missing_on_device
 from veneer.files.system_errors import refusal
 from veneer.private import argparse as private
 from veneer.private.interpreter import call_exit_functions, finish_threads
 from veneer.training.output.streams import LogStream, ResultStream, silence
-from veneer.vocabulary import (
-    ACTIONS_ELSEWHERE,
-    CHOICES_ELSEWHERE,
-    COMMANDS_ELSEWHERE,
-    NOT_NEEDED,
-    KeyPath,
-    nearest,
-    nearest_word,
-)
+from veneer.vocabulary import ACTIONS_ELSEWHERE, CHOICES_ELSEWHERE, COMMANDS_ELSEWHERE, nearest_word
 from veneer.wording import reflowed, shown, wrapped
 
 GROUPS = {
@@ -112,11 +104,16 @@ class Parser(private.Parser):
     """Parses arguments; errors look like all others: the fault, then what to do; exit code 2."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Reports unknown flags first, with suggestions, whatever else is missing."""
+        """Reports unknown flags first, with suggestions, then repeated ones, whatever else is
+        missing."""
         words = list(sys.argv[1:] if args is None else args)
-        if not private.has_subparsers(self) and (unknown := _find_unknown_flags(self, words)):
+        if private.has_subparsers(self):
+            return super().parse_known_args(words, namespace)
+        if unknown := find_unknown_flags(self, words):
             head = "unknown flag " if len(unknown) == 1 else f"{len(unknown)} unknown flags:\n  "
             self.error(head + "\n  ".join(unknown))
+        if repeated := find_repeated_flags(self, words):
+            self.error(f"{', '.join(repeated)}: takes one value, and is given several times")
         return super().parse_known_args(words, namespace)
 
     def check_value(self, action: argparse.Action, value: Any) -> None:
@@ -137,52 +134,6 @@ class Parser(private.Parser):
     def error(self, message: str) -> NoReturn:
         print_error(f"{self.prog}: {message}\nSee {self.prog} --help.")
         raise SystemExit(2)
-
-
-def _find_unknown_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
-    """Lists the flags that the parser does not have, each with a suggestion."""
-    unknown = []
-    for index, word in enumerate(words):
-        flag, sign, value = word.partition("=")
-        if word == "--":
-            break
-        if not re.fullmatch(r"--\w[\w-]*|-[a-zA-Z]", flag) or flag in private.flags_of(parser):
-            continue
-        following = words[index + 1 : index + 2]
-        value = (
-            value
-            if sign
-            else "".join(next_word for next_word in following if not next_word.startswith("-"))
-        )
-        key = flag.strip("-").replace("-", "_").lower()
-        suggestion = _find_meant_flag(parser, key, value or "...")
-        reason = NOT_NEEDED.get(key) if "--set" in private.flags_of(parser) else None
-        hint = (
-            f": did you mean {suggestion}?"
-            if suggestion
-            else f": remove it ({reason})"
-            if reason
-            else ""
-        )
-        unknown.append(flag + hint)
-    return unknown
-
-
-def _find_meant_flag(parser: argparse.ArgumentParser, key: str, value: str) -> str | None:
-    """Suggests a flag, or the --set of a setting without a flag, for an unknown flag."""
-    parser_flags = [flag for flag in private.flags_of(parser) if flag.startswith("--")]
-    names: dict[KeyPath, str] = {(flag[2:].replace("-", "_"),): flag for flag in parser_flags}
-    if "--set" in parser_flags:  # a command that takes settings, which has loaded them by now
-        from veneer.cli.config_file import FLAGS, list_setting_paths
-
-        flags = {path: "--" + name.replace("_", "-") for name, path in FLAGS.items()}
-        for path in list_setting_paths():
-            flag = flags.get(path)
-            names.setdefault(
-                path, flag if flag in parser_flags else f"--set {'.'.join(path)}={value}"
-            )
-    nearest_path = nearest((key,), names, value)
-    return None if nearest_path is None else names[nearest_path]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,6 +14,12 @@ def flags_of(parser: argparse.ArgumentParser) -> Mapping[str, argparse.Action]:
     return parser._option_string_actions
 
 
+def takes_one_value(parser: argparse.ArgumentParser, flag: str) -> bool:
+    """Returns whether this is a flag of the parser whose value a second one would replace."""
+    action = flags_of(parser).get(flag)
+    return isinstance(action, argparse._StoreAction) and action.nargs in (None, "?")
+
+
 def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     return parser._actions
 

@@ -76,7 +76,7 @@ def adapters(random: Random, folder: Path, world: Path) -> list[str]:
         ["generate", "--adapter", named, *base, "--max-new-tokens", "1", "x"],
         ["generate", "--adapter", named, *base, "--force-base", "--max-new-tokens", "1", "x"],
         ["merge", "--adapter", named, *base, *out],
-        ["combine", "--adapter", named, "--adapter", str(world / "a"), *base, *out],
+        ["combine", named, str(world / "a"), *base, *out],
     ]
     return random.choice(lines)
 
