@@ -226,6 +226,7 @@ def test_collecting_keeps_what_is_named_or_tagged_and_removes_the_rest(library, 
     library.remove("gone")
     (library.objects / ".partial-1-1").mkdir()
     (library.objects / ".partial-1-1" / "half").write_text("x")
+    (library.names / "Copy of tickets.json").write_text("no name of a library")
     told = library.collect(apply=False)
     assert told.versions == ["x@2"] and len(told.objects) == 1 and told.bytes > 0
     assert len(references(library, every_version=True)) == 4

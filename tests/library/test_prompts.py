@@ -8,6 +8,7 @@ import pytest
 from tests.support.tiny import save_tiny
 from veneer.cli.main import main
 from veneer.errors import CorruptFileError
+from veneer.library.folder import MARKER
 from veneer.library.prompts import (
     MAX_BYTES,
     MOST_CHARACTERS,
@@ -96,6 +97,13 @@ def test_a_damaged_file_of_prompts_is_refused_before_anything_is_added(
         library.add(run, name="x")
     assert str(run / NAME) in refused.value.headline and "remove it" in refused.value.next_step
     assert library.all_names() == []
+
+
+def test_a_library_that_lost_its_mark_is_one_again_prompts_included(library, run):
+    library.add(run, name="x")
+    (library.folder / MARKER).unlink()
+    library.add(run, name="y")
+    assert library.all_names() == ["x", "y"]
 
 
 @pytest.mark.parametrize("text", ['["mine"]', '{"prompts": ["mine"]}', "no JSON"])

@@ -21,7 +21,7 @@ from veneer.files.partial import sweep
 from veneer.files.strict_json import read_json
 from veneer.files.system_errors import explained
 from veneer.library.index import INDEX
-from veneer.library.names import check_name, nearest
+from veneer.library.names import check_name, is_name, nearest
 from veneer.library.prompts import FOLDER as PROMPTS
 from veneer.library.records import Record, read_record
 
@@ -39,14 +39,10 @@ class LibraryFolder:
 
     def all_names(self) -> list[str]:
         try:
-            files = [path.name for path in self.names.iterdir()]
+            files = [path for path in self.names.iterdir() if path.suffix == ".json"]
         except FileNotFoundError:
             return []
-        return sorted(
-            name.removesuffix(".json")
-            for name in files
-            if name.endswith(".json") and name[0] != "."
-        )
+        return sorted(path.stem for path in files if is_name(path.stem))
 
     def _file(self, name: str) -> Path:
         return self.names / f"{check_name(name)}.json"
@@ -132,5 +128,5 @@ def _strangers(folder: Path) -> bool:
     """Returns whether the path is not a folder, or holds files that are not a library's."""
     if not folder.is_dir():
         return True
-    known_names = {MARKER, INDEX, "names", "objects", "incoming"}
+    known_names = {MARKER, INDEX, PROMPTS, "names", "objects", "incoming"}
     return any(path.name not in known_names and path.name[0] != "." for path in folder.iterdir())

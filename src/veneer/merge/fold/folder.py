@@ -245,7 +245,9 @@ class _FileLayout:
             raise RefusedError(
                 f"values overflow in {self.dtype_name}",
                 overflowing,
-                "Take --dtype bf16 or --dtype fp32: they reach to 3e38.",
+                "Take --dtype bf16 or --dtype fp32: they reach to 3e38."
+                if self.dtype_name == "fp16"
+                else "Give the adapters lower weights.",
             )
         return survivals
 
