@@ -233,6 +233,27 @@ def test_an_upload_is_refused_as_the_command_line_refuses_the_file(server):
     assert server.http().get(f"{API}/drafts/{draft['id']}").status_code == 404
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "\ud800", "completion": "a"},
+        {"prompt": "a", "completion": "b", "\udfff": "c"},
+        {"pro\0mpt\ud800": "a", "answer\ud800": "\0"},
+        {"messages": [{"role": "user\ud800", "content": "\ud800"}]},
+    ],
+    ids=["value", "other column", "all columns", "messages"],
+)
+def test_half_a_surrogate_pair_in_a_file_is_answered_on_every_path(server, row):
+    uploaded = upload(server, json.dumps(row) + "\n", "rows.jsonl")
+    assert uploaded.status_code == 200, uploaded.text
+    path = f"{API}/drafts/{uploaded.json()['id']}"
+    for name in ("", "/check"):
+        assert server.http().get(path + name).status_code == 200, name
+    for name in ("/rows", "/plan"):
+        assert server.post(path + name, {}).status_code in (200, 400), name
+    assert server.post(f"{path}/remove", {}).status_code == 200
+
+
 def test_as_many_rows_as_the_page_takes_are_counted_and_one_more_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(row_preview, "MOST_ROWS", 3)
     file = RowFile("rows.jsonl", tmp_path / "rows.jsonl")

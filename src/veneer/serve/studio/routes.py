@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from veneer.files.strict_json import legible
 from veneer.serve.http.app import caller_of, catch_errors, position_after, require_train
 from veneer.serve.http.json_body import media_type, parsed, read_body, read_bytes
 from veneer.serve.http.uploads import Arrivals
@@ -66,14 +67,14 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
         name, owner = request.query_params.get("name", ""), caller_of(request).name
         with arrivals.one():
             content = await read_bytes(request, UPLOAD_BYTES)
-            return JSONResponse(await studio.run(lambda: studio.add(name, content, owner)))
+            return _json(await studio.run(lambda: studio.add(name, content, owner)))
 
     async def set_document(request: Request) -> Response:
         _check_upload(request)
         name, draft_id = request.query_params.get("name", ""), _id(request)
         content = await read_bytes(request, DOCUMENT_BYTES)
         card = await studio.run(lambda: studio.set_document(draft_id, name, content))
-        return JSONResponse(card)
+        return _json(card)
 
     async def remove_document(request: Request, body: NoBody) -> Any:
         return await studio.run(lambda: studio.remove_document(_id(request)))
@@ -211,7 +212,7 @@ def _check_upload(request: Request) -> None:
 def _get(path: str, answer: Answer) -> Route:
     async def endpoint(request: Request) -> Response:
         require_train(request)
-        return JSONResponse(await answer(request, None))
+        return _json(await answer(request, None))
 
     return Route(PREFIX + path, catch_errors(endpoint), methods=["GET"])
 
@@ -221,9 +222,15 @@ def _post(path: str, body: type[Body], answer: Answer) -> Route:
         require_train(request)
         text = await read_body(request, BODY_BYTES)
         fields = await asyncio.to_thread(lambda: body.read(parsed(text)))
-        return JSONResponse(await answer(request, fields))
+        return _json(await answer(request, fields))
 
     return Route(PREFIX + path, catch_errors(endpoint), methods=["POST"])
+
+
+def _json(value: Any) -> Response:
+    """Returns an answer, whose texts may come from a file: those may hold half a surrogate pair,
+    which no UTF-8 has."""
+    return JSONResponse(legible(value))
 
 
 def _stream(path: str, endpoint: Callable[[Request], Awaitable[Response]]) -> Route:
