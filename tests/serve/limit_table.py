@@ -10,6 +10,7 @@ from veneer.data.template.long_turns import MOST_RENDERED
 from veneer.data.template.worker import SECONDS as TEMPLATE_SECONDS
 from veneer.decoding.sampling.grammar import MOST_CHARACTERS, MOST_PATTERN, MOST_RULES
 from veneer.decoding.sampling.json_check import MOST_STEPS
+from veneer.decoding.schedule.limits import Limits
 from veneer.files.nesting import MAX_JSON_DEPTH
 from veneer.library.prompts import MOST_CHARACTERS as MOST_CHARACTERS_READ
 from veneer.serve.limits import (
@@ -87,6 +88,7 @@ LIMITS = {
         Limit("token ids of a prompt", MOST_IDS, "", "400"),
         Limit("log-probabilities of echoed prompts", MOST_PROMPT_LOGPROBS, "", "400"),
         Limit("answers to a prompt", CHOICES.most, "", "400"),
+        Limit("answers to all prompts (`--max-waiting`)", Limits().max_waiting, "", "400"),
         Limit("texts to classify, or documents to rank", MOST_CLASSIFIED, "", "400"),
         Limit("tokens of these texts", MOST_CLASSIFIED_TOKENS, "", "400"),
         Limit("messages", MOST_MESSAGES, "", "400"),

@@ -880,10 +880,19 @@ def test_too_many_that_wait_are_told_when_to_come_again(library):
             .chat.completions.create(model=BASE, messages=HELLO, max_tokens=1)
             .choices
         )
-        assert server.post(CHAT, {"model": BASE, "messages": HELLO, "n": 3}).status_code in (
-            400,
-            429,
-        )
+        assert server.post(CHAT, {"model": BASE, "messages": HELLO, "n": 3}).status_code == 400
+
+
+@pytest.mark.parametrize(("prompts", "n", "param"), [(3, 1, "prompt"), (1, 3, "n"), (2, 2, "n")])
+def test_more_answers_than_may_ever_wait_are_refused_for_good(library, prompts, n, param):
+    with running(library, limits=Limits(rows=1, step_tokens=16, max_waiting=2)) as server:
+        body = {"model": BASE, "prompt": ["a"] * prompts, "n": n, "max_tokens": 1}
+        found = server.post(COMPLETE, body)
+        assert (found.status_code, found.json()["error"]["param"]) == (400, param)
+        assert f"{prompts * n} answers, and at most 2 may" in found.json()["error"]["message"]
+        assert found.headers["x-should-retry"] == "false" and "retry-after" not in found.headers
+        fits = server.post(COMPLETE, {**body, "prompt": ["a"] * (2 // n or 1), "n": min(n, 2)})
+        assert fits.status_code == 200 and len(fits.json()["choices"]) == 2
 
 
 def test_a_request_ends_when_its_time_is_over_and_says_so(library):

@@ -67,6 +67,21 @@ def engine_requests(
     ]
 
 
+def refuse_many_answers(request: GenerationRequest, most: int) -> None:
+    """Raises Refusal if the answers to all prompts are more than may wait: an idle server would
+    have no room for them either."""
+    count = len(request.prompts) * request.choices
+    if count > most:
+        param = "n" if request.choices > 1 else "prompt"
+        raise Refusal(
+            400,
+            f"{param}: the prompts have {count:,} answers, and at most {most:,} may wait"
+            " (--max-waiting). Send several requests.",
+            param,
+            "invalid_request",
+        )
+
+
 def _refuse_many_logprobs(request: GenerationRequest, prompts: Sequence[Sequence[int]]) -> None:
     """Raises Refusal if the echoed prompts have more log-probabilities than the limit."""
     alternatives = request.sampling.logprobs

@@ -177,7 +177,7 @@ class EngineLoop:
         self.clock = clock
         self.steps = 0
         self._engine = engine
-        self._most_waiting = engine.scheduler.limits.max_waiting
+        self.most_waiting = engine.scheduler.limits.max_waiting
         self._events: asyncio.AbstractEventLoop | None = None
         self._commands: deque[Callable[[], None]] = deque()
         self._expected_requests = 0  # that are being read
@@ -204,8 +204,8 @@ class EngineLoop:
         the server is shutting down."""
         if self._closing:
             raise shutting_down()
-        if self._unseen_requests >= self._most_waiting:
-            raise QueueFullError(self._unseen_requests, self._most_waiting)
+        if self._unseen_requests >= self.most_waiting:
+            raise QueueFullError(self._unseen_requests, self.most_waiting)
         ticket = Ticket(self, request, inbox, number)
         self._unseen_requests += 1
         self._command(lambda: self._add(ticket))

@@ -27,7 +27,7 @@ from veneer.models.frozen_base import FrozenBase
 from veneer.serve.engine.chooser import Chooser
 from veneer.serve.engine.classifier import Classifier
 from veneer.serve.engine.fine_tuning import FineTuning
-from veneer.serve.engine.generation import Generation, engine_requests
+from veneer.serve.engine.generation import Generation, engine_requests, refuse_many_answers
 from veneer.serve.engine.grammars import ShapeGrammars
 from veneer.serve.engine.loop import EngineLoop
 from veneer.serve.engine.metrics import Metrics, engine_state, joined
@@ -217,6 +217,7 @@ class Service:
         self, request: GenerationRequest, caller: str
     ) -> tuple[ServedModel, Generation]:
         """Prepares the generation, which is queued once its block is entered. Refusal."""
+        refuse_many_answers(request, self.loop.most_waiting)
         if request.model == self.names.base_name and not request.adapters:
             served = self._read_model(request)  # reads no file
         else:
