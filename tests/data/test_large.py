@@ -251,6 +251,8 @@ def test_tokens_that_no_run_asks_for_are_shown_and_go_when_told(
         False,
     )
     assert one["files"] == [str(world / "a.jsonl")] and 30.9 < one["days"] < 31.1
+    assert main(["data", "gc", "--days", "7"]) == 0
+    assert "To delete them: veneer data gc --days 7 --yes\n" in capsys.readouterr().out
     assert main(["data", "gc", "--days", "32", "--yes"]) == 0 and first.is_dir()
     with locked(lock_of(first)):  # another process builds it
         assert main(["data", "gc", "--yes"]) == 0 and first.is_dir()

@@ -156,5 +156,6 @@ def _gc(args: Namespace) -> int:
     counts = f"tokens of {len(sets):,} set{'' if len(sets) == 1 else 's'}, {size(total)}"
     console.print(f"{'removed' if args.yes else f'not used for {args.days} days'}: {counts}")
     if sets and not args.yes:
-        console.print("Delete them: veneer data gc --yes. A run that needs them builds them again.")
+        console.print("A run that needs them builds them again.")
+        console.print(f"To delete them: veneer data gc --days {args.days} --yes")
     return 0
