@@ -1,6 +1,9 @@
 """veneer adapters: screens, JSON and exit codes."""
 
 import json
+import re
+import shlex
+import shutil
 
 import pytest
 
@@ -40,6 +43,81 @@ def test_every_action_prints_json_alone_on_stdout(library, sources, capsys):
     assert printed("verify")["checked"] == 2
     assert [entry["reference"] for entry in printed("rm", "c")] == ["c@1"]
     assert printed("gc", "--yes")["removed"] is True
+
+
+@pytest.fixture
+def odd_place(sources, tmp_path, monkeypatch, capsys):
+    """Returns a function that runs an action in a library with a space in its name, and one that
+    runs the command that was printed after the given words."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "p"):
+        shutil.copytree(sources / name, tmp_path / f"my {name}")
+    library = Library("my library")
+
+    def run(*words: str) -> str:
+        main(["adapters", *words, "--library", "my library"])
+        said = capsys.readouterr()
+        return said.out + said.err
+
+    def run_printed(said: str, before: str, **replaced: str) -> Library:
+        command = re.search(rf"{before}: (veneer adapters .*)", said)[1]
+        words = [replaced.get(word, word) for word in shlex.split(command)]
+        assert main(words[1:]) == 0
+        capsys.readouterr()
+        return library
+
+    return run, run_printed
+
+
+def test_the_printed_command_deletes_what_was_listed_and_no_more(odd_place):
+    run, run_printed = odd_place
+    for number in range(5):
+        run("add", f"my {'ab'[number % 2]}", "--name", "x")
+    said = run("gc", "--keep", "3")
+    listed = re.findall(r"x@\d", said)
+    assert listed == ["x@1", "x@2"]
+    library = run_printed(said, "To delete them")
+    left = [entry.reference for entry in library.entries(every_version=True)]
+    assert left == ["x@3", "x@4", "x@5"]
+
+
+def test_the_printed_commands_bring_a_removed_version_back_or_list_its_files(odd_place, capsys):
+    run, run_printed = odd_place
+    run("add", "my a", "--name", "x", "--tag", "best", "--note", "as it was")
+    before = Library("my library").get("x").version
+    said = run("rm", "x")
+    after = run_printed(said, "to add x@1 again").get("x").version
+    assert (after.object, after.tags, after.note) == (before.object, ["best"], "as it was")
+    said = run("rm", "x")
+    command = re.search("veneer (adapters gc .*)", said)[1]
+    assert main(shlex.split(command)) == 0
+    assert "unused: 1 object," in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("action", ["add", "pull"])
+def test_the_printed_command_checks_that_an_adapter_fits(action, odd_place, tmp_path):
+    run, run_printed = odd_place
+    Library(tmp_path / "other").add("my p", name="x")
+    words = {"add": ["my p", "--name", "x"], "pull": ["other", "x"]}[action]
+    said = run(action, *words)
+    save_tiny(tmp_path / "base", "llama_untied")
+    library = run_printed(said, "To check that it fits", B="base")
+    assert library.get("x").version.facts.base_proof == "stated"
+
+
+def test_the_printed_commands_add_to_a_library_that_is_new_or_empty(odd_place, sources):
+    run, run_printed = odd_place
+    library = run_printed(run("ls"), "Make one", ADAPTER=str(sources / "a"))
+    assert library.has("a")
+    run("rm", "a")
+    run_printed(run("ls"), "To add one", **{"runs/RUN": "my a", "NAME": "x"})
+    assert library.has("x")
+
+
+def test_no_library_is_advised_where_another_file_is(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").touch()
+    assert main(["adapters", "ls", "--library", str(tmp_path / "rows.jsonl")]) == 2
+    assert "Give the folder of a library, or a new one." in capsys.readouterr().err
 
 
 def test_screens_hold_in_80_columns_and_name_what_is_unverified(

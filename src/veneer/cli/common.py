@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import json
+import shlex
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO, get_args
 from veneer.bounds import LENGTH
 from veneer.cli.flags import add_repeated, add_switch, add_value
 from veneer.errors import ConfigError, InputError
+from veneer.files.home import expanded
 from veneer.files.strict_json import finite_or_null
 from veneer.private.argparse import Container
 from veneer.wording import cut, shown
@@ -181,6 +183,12 @@ def add_card(parser: ArgumentParser) -> None:
 
 def add_library(parser: ArgumentParser) -> None:
     add_value(parser, "--library", "DIR", "library folder; default: your own library")
+
+
+def adapters_command(args: Namespace, *words: object) -> str:
+    """Returns a `veneer adapters` command in the library of `args`, quoted for a shell."""
+    library = [] if args.library is None else ["--library", expanded(args.library).absolute()]
+    return shown(shlex.join(map(str, ["veneer", "adapters", *words, *library])))
 
 
 def add_data(parser: ArgumentParser, *others: str) -> None:

@@ -9,6 +9,7 @@
 A name changes under one lock, by one rename. An object is written before a name points to it.
 """
 
+import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -72,10 +73,13 @@ class LibraryFolder:
         if not marker.is_file():
             if self._own or (self.folder.is_dir() and not any(self.folder.iterdir())):
                 return
+            place = shlex.quote(str(self.folder.absolute()))
             raise SourceError(
                 f"{self.folder} is not a library of adapters",
                 [],
-                f"Make one: veneer adapters add ADAPTER --library {self.folder}",
+                "Give the folder of a library, or a new one."
+                if self._holds_other_files()
+                else f"Make one: veneer adapters add ADAPTER --library {place}",
             )
         if (version := read_json(marker).get("format_version")) != 1:
             raise CorruptFileError(
@@ -93,12 +97,21 @@ class LibraryFolder:
     def _require_fit(self) -> None:
         if (self.folder / MARKER).is_file():
             self._require()
-        elif self.folder.exists() and (not self.folder.is_dir() or _strangers(self.folder)):
+        elif self._holds_other_files():
             raise ConfigError(
                 f"{self.folder} holds other files and is not a library",
                 [],
                 "Give an empty or a new folder.",
             )
+
+    def _holds_other_files(self) -> bool:
+        """Returns whether the path is a file, or a folder of files that are not a library's."""
+        if not self.folder.is_dir():
+            return self.folder.exists()
+        known_names = {MARKER, INDEX, PROMPTS, "names", "objects", "incoming"}
+        return any(
+            path.name not in known_names and path.name[0] != "." for path in self.folder.iterdir()
+        )
 
     def make(self) -> None:
         """Makes the folder a library, if it is not one yet. Raises as require_place."""
@@ -122,11 +135,3 @@ class LibraryFolder:
 def default_folder() -> Path:
     """Returns the folder of the user's library."""
     return data_folder() / "adapters"
-
-
-def _strangers(folder: Path) -> bool:
-    """Returns whether the path is not a folder, or holds files that are not a library's."""
-    if not folder.is_dir():
-        return True
-    known_names = {MARKER, INDEX, PROMPTS, "names", "objects", "incoming"}
-    return any(path.name not in known_names and path.name[0] != "." for path in folder.iterdir())

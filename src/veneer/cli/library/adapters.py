@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.bounds import COUNT
 from veneer.cli.bases import add_dtype, load_plain_base, resolve_weight_format, storage_dtype
 from veneer.cli.common import (
+    adapters_command,
     add_action,
     add_card,
     add_json,
@@ -124,15 +125,10 @@ def _add(args: Namespace, library: Library) -> int:
     base = load_plain_base(args)
     with working(f"adding {shown(args.source)}"):
         entry = library.add(args.source, name=name, tags=args.tag, note=args.note, base=base)
-    return _print_added(
-        entry,
-        library,
-        args,
-        again=f"veneer adapters add {shown(args.source)} --name {name} --base B",
-    )
+    return _print_added(entry, library, args, source=args.source)
 
 
-def _print_added(entry: Entry, library: Library, args: Namespace, *, again: str) -> int:
+def _print_added(entry: Entry, library: Library, args: Namespace, *, source: str | Path) -> int:
     if args.json:
         print_json(entry.to_dict())
         return 0
@@ -144,6 +140,7 @@ def _print_added(entry: Entry, library: Library, args: Namespace, *, again: str)
         console.print(
             "  base: unverified, since the files hold no fingerprint of its weights. " + base_note
         )
+        again = adapters_command(args, "add", source, "--name", entry.name, "--base", "B")
         console.print(f"  To check that it fits: {again}")
     elif facts.base_proof == "stated":
         console.print(
@@ -202,10 +199,8 @@ def _pull(args: Namespace, library: Library) -> int:
 
     with working(f"pulling from {args.place}"):
         entry = pull(library, args.place, args.adapter, name=args.name)
-    again = (
-        f"veneer adapters add {library.objects / entry.version.object} --name {entry.name} --base B"
-    )
-    return _print_added(entry, library, args, again=again)
+    source = (library.objects / entry.version.object).absolute()
+    return _print_added(entry, library, args, source=source)
 
 
 def _rm(args: Namespace, library: Library) -> int:
@@ -215,11 +210,13 @@ def _rm(args: Namespace, library: Library) -> int:
         return 0
     console = make_console()
     console.print(f"removed {', '.join(entry.reference for entry in removed)}")
-    newest = library.objects / removed[-1].version.object
-    console.print(
-        f"  `veneer adapters gc` deletes the files; to undo: veneer adapters add {newest}"
-        f" --name {removed[-1].name}"
-    )
+    console.print(f"  to see which files are unused: {adapters_command(args, 'gc')}")
+    newest = removed[-1]
+    source = (library.objects / newest.version.object).absolute()
+    tags = [f"--tag={tag}" for tag in newest.version.tags]
+    note = [f"--note={newest.version.note}"] if newest.version.note else []
+    again = adapters_command(args, "add", source, "--name", newest.name, *tags, *note)
+    console.print(f"  to add {newest.reference} again: {again}")
     return 0
 
 
@@ -308,5 +305,6 @@ def _gc(args: Namespace, library: Library) -> int:
     counts = f"{objects}, {len(unused.remains):,} unfinished files, {size(unused.bytes)}"
     console.print(f"{'removed' if args.yes else 'unused'}: {counts}")
     if not args.yes and (unused.versions or unused.objects or unused.remains):
-        console.print("Delete them: veneer adapters gc --yes. To keep a version, tag it.")
+        delete = adapters_command(args, "gc", "--keep", args.keep, "--yes")
+        console.print(f"To keep a version, tag it. To delete them: {delete}")
     return 0

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, get_args
 
-from veneer.cli.common import print_json
+from veneer.cli.common import adapters_command, print_json
 from veneer.cli.flags import add_switch, add_value
 from veneer.wording import between, cut, number, shown, size
 
@@ -56,7 +56,8 @@ def _ls(args: Namespace, library: Library) -> int:
         what = "no adapter matches" if filtered else "no adapters yet"
         print(f"{what} in {shown(library.folder)}")
         if not filtered:
-            print("To add one: veneer adapters add runs/RUN --name NAME")
+            add = adapters_command(args, "add", "runs/RUN", "--name", "NAME")
+            print(f"To add one: {add}")
         return 0
     width = get_terminal_size().columns if sys.stdout.isatty() else None
     print("\n".join(table(HEAD, [_row(entry) for entry in entries], width)))
