@@ -172,8 +172,8 @@ TOP_P = Number(float, 0, 1)
 TOP_K = Number(int, 0, 10**9)
 """0 allows all tokens."""
 MIN_P = Number(float, 0, 1)
-REPETITION = Number(float, 0, 100, above=True)
-"""Divisor of the logits of earlier tokens; 1 changes nothing."""
+REPETITION = Number(float, 0.01, 100)
+"""Divisor of the logits of earlier tokens; 1 changes nothing, and near 0 they would overflow."""
 PENALTY = Number(float, -100, 100)
 BIAS = Number(float, -1000, 1000)
 """Added to one token's logit."""

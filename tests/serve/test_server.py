@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.serve.server import BASE, add_adapter, made_base, running
+from veneer.bounds import PENALTY, REPETITION, TEMPERATURE
 from veneer.decoding.schedule.limits import Limits
 from veneer.errors import VeneerError
 from veneer.library.library import Library
@@ -324,6 +325,11 @@ def test_models_are_listed_with_what_they_are(server, client):
         (CHAT, {"model": BASE, "messages": HELLO, "guided_json": {"type": 3}}, "guided_json"),
         (CHAT, {"model": BASE, "messages": HELLO, "min_tokens": 3, "stop": "a"}, "min_tokens"),
         (CHAT, {"model": BASE, "messages": HELLO, "n": 99, "best_of": 3}, "best_of"),
+        (
+            CHAT,
+            {"model": BASE, "messages": HELLO, "repetition_penalty": 1e-300},
+            "repetition_penalty",
+        ),
         (COMPLETE, {"model": BASE, "prompt": [5, 999]}, "prompt"),
         ("/detokenize", {"tokens": [5, 999]}, "tokens"),
     ],
@@ -332,6 +338,24 @@ def test_what_does_not_fit_is_refused_before_it_waits(server, path, body, param)
     found = server.post(path, body)
     assert (found.status_code, found.json()["error"]["param"]) == (400, param)
     assert found.headers["x-should-retry"] == "false" and found.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("field", "bounds"),
+    [
+        ("repetition_penalty", REPETITION),
+        ("presence_penalty", PENALTY),
+        ("frequency_penalty", PENALTY),
+        ("temperature", TEMPERATURE),
+    ],
+)
+def test_numbers_at_the_ends_of_their_bounds_are_answered(server, field, bounds):
+    for number in (bounds.least, bounds.most, 1e-300):
+        if bounds.holds(number):
+            body = {"model": BASE, "prompt": "a a a", "max_tokens": 4, "logprobs": 2, field: number}
+            found = server.post(COMPLETE, {**body, "ignore_eos": True})
+            assert found.status_code == 200, (number, found.text)
+            assert len(found.json()["choices"][0]["logprobs"]["tokens"]) == 4, number
 
 
 SCHEMA = {
