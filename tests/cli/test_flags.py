@@ -6,6 +6,7 @@ from contextlib import suppress
 import pytest
 
 from veneer.cli import main
+from veneer.cli.training.train_jobs import _command_again
 from veneer.private.argparse import actions_of, subparsers_of
 
 
@@ -68,3 +69,11 @@ def test_a_flag_given_twice_keeps_both_values_or_is_refused(flag, capsys):
 def test_what_follows_two_dashes_is_no_repeated_flag(capsys):
     assert main.main(["explain", "--", "--json", "--json"]) == 2
     assert "several times" not in capsys.readouterr().err
+
+
+def test_the_command_that_goes_on_names_each_folder_once():
+    words = ["train", "--resume=a", "--quiet", "--resume", "b"]
+    args = PARSERS["train"].parse_args(words[1:])
+    args.words = words
+    assert args.resume == ["a", "b"]
+    assert _command_again(args) == "veneer train --quiet --resume a b"

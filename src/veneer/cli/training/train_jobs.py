@@ -142,7 +142,9 @@ def _command_again(args: Namespace, folders: Iterable[str] = ()) -> str:
     folders: of these jobs, if only some can go on
     """
     dropped = {"--resume", "--halving", *(args.resume or ())}
-    words = [word for word in args.words[1:] if word not in dropped]
+    words = [
+        word for word in args.words[1:] if word not in dropped and not word.startswith("--resume=")
+    ]
     resumed = [] if args.run is not None else folders or args.resume
     return shlex.join(["veneer", "train", *words, "--resume", *resumed])
 
