@@ -14,6 +14,8 @@ from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.cli.main import main
 from veneer.formats.adapter import manifest_for, write_adapter
+from veneer.formats.manifest import MANIFEST_NAME
+from veneer.library.library import Library
 from veneer.models.load import load_base
 from veneer.training.output.records import Records
 
@@ -103,6 +105,19 @@ def test_what_does_not_go_together_is_told_and_nothing_is_written(typed, said, m
     assert main(typed) == 2
     assert said in capsys.readouterr().err
     assert sorted(path.name for path in made.iterdir()) == before
+
+
+@pytest.mark.parametrize("command", ["merge --adapter", "combine"])
+@pytest.mark.parametrize("second", ["a", "copy", "kept", "foreign"])
+def test_two_names_of_one_adapter_are_refused(command, second, made, capsys):
+    shutil.copytree("a", "copy")
+    shutil.copytree("a", "foreign")
+    (made / "foreign" / MANIFEST_NAME).unlink()
+    Library(made / "library").add("a", name="kept")
+    words = [*command.split(), "a", "b", second, "--library", "library", "--out", "out"]
+    assert main(words) == 2
+    assert f"a and {second} are the same adapter" in capsys.readouterr().err
+    assert not (made / "out").exists()
 
 
 def test_combine_prints_its_error(made, capsys):

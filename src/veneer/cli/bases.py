@@ -170,14 +170,35 @@ def pair_with_weights(
     names: Sequence[str], weights: Sequence[float] | None, library: str | None
 ) -> list[tuple[Path, float]]:
     """Pairs the folders of adapters with their weights, 1 by default. ConfigError if the numbers of
-    adapters and weights differ."""
+    adapters and weights differ, or if two are the same adapter."""
     if weights and len(weights) != len(names):
         raise ConfigError(
             f"{len(names)} adapters and {len(weights)} weights",
             next_step="Give one weight for each.",
         )
     folders = [locate_adapter(name, library) for name in names]
+    names_by_content: dict[str, str] = {}
+    for name, folder in zip(names, folders, strict=True):
+        content = _hash_content(folder)
+        if content in names_by_content:
+            raise ConfigError(
+                f"{names_by_content[content]} and {name} are the same adapter",
+                next_step="Give it once, with the sum of its weights.",
+            )
+        names_by_content[content] = name
     return list(zip(folders, weights or [1.0] * len(names), strict=True))
+
+
+def _hash_content(folder: Path) -> str:
+    """Returns an adapter's content hash; without weights its path, and reading reports what is
+    missing."""
+    from veneer.formats.manifest import content_hash
+    from veneer.library.adapter_folder import CONFIG_NAME, WEIGHTS_NAME
+
+    weights = folder / WEIGHTS_NAME
+    if not weights.is_file():
+        return str(folder)
+    return content_hash(weights, read_json(folder / CONFIG_NAME))
 
 
 def read_quantize(folder: Path) -> Quantize | None:
