@@ -33,6 +33,11 @@ def cut(text: str, characters: int) -> str:
     return text if len(text) <= characters else text[: characters - 1] + "…"
 
 
+def shown_line(text: object, characters: int = 200) -> str:
+    """Makes text safe for one line of a terminal, and shortens it."""
+    return cut(" ".join(shown(text).split()), characters)
+
+
 def first_names(names: Sequence[str], most: int = 12) -> str:
     """Lists the first names of a file, each shortened."""
     return ", ".join(cut(name, 40) for name in names[:most]) + (", …" if len(names) > most else "")

@@ -7,11 +7,11 @@ import shutil
 
 import pytest
 
-from tests.support.adapter_files import adapted, write
+from tests.support.adapter_files import adapted, edit_config, write
 from tests.support.helpers import filled_lora
 from tests.support.tiny import save_tiny
 from veneer.cli.main import main
-from veneer.errors import SourceError, VeneerError
+from veneer.errors import CorruptFileError, SourceError, VeneerError
 from veneer.formats.adapter import WEIGHTS_NAME, manifest_for, write_adapter
 from veneer.library.library import Library
 from veneer.models.load import load_base
@@ -135,6 +135,23 @@ def test_screens_hold_in_80_columns_and_name_what_is_unverified(
         screen = capsys.readouterr().out
         assert action[0] != "show" or " · float32 · by fingerprint" in screen
         assert max(map(len, screen.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    "base", ["evil\n$(x)\t\u2028\x1b[2J", "y" * 4000], ids=["controls", "long"]
+)
+def test_a_base_is_one_short_line_whatever_the_files_name(library, sources, tmp_path, capsys, base):
+    folder = shutil.copytree(sources / "p", tmp_path / "p")
+    edit_config(folder, base_model_name_or_path=base)
+    assert adapters(library, "add", str(folder), "--name", "stranger") == 0
+    assert adapters(library, "ls") == 0
+    assert adapters(library, "show", "stranger") == 0
+    screen = capsys.readouterr().out
+    assert "\n$(x)" not in screen and not set("\t\u2028\x1b") & set(screen)
+    assert max(map(len, screen.splitlines())) < 300
+    edit_config(folder, base_model_name_or_path="y" * 4097)
+    with pytest.raises(CorruptFileError, match="has 4,097 characters, the limit is 4,096"):
+        library.add(folder, name="longer")
 
 
 def test_what_is_wider_than_the_screen_stands_below_each_other_setting_by_setting(

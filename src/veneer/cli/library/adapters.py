@@ -32,7 +32,7 @@ from veneer.cli.common import (
 from veneer.cli.early import check_files
 from veneer.cli.flags import add_repeated, add_switch, add_value
 from veneer.errors import ConfigError
-from veneer.wording import shown, size
+from veneer.wording import shown, shown_line, size
 
 if TYPE_CHECKING:
     from veneer.library.entry import Entry
@@ -136,7 +136,7 @@ def _print_added(entry: Entry, library: Library, args: Namespace, *, source: str
     console = make_console()
     console.print(f"{entry.reference} · {facts.method} · {size(facts.bytes)} · {library.folder}")
     if facts.base_proof == "unverified":
-        base_note = f"Its files name the base {shown(facts.base)!r}." if facts.base else ""
+        base_note = f"Its files name the base {shown_line(facts.base)!r}." if facts.base else ""
         console.print(
             "  base: unverified, since the files hold no fingerprint of its weights. " + base_note
         )
@@ -144,7 +144,7 @@ def _print_added(entry: Entry, library: Library, args: Namespace, *, source: str
         console.print(f"  To check that it fits: {again}")
     elif facts.base_proof == "stated":
         console.print(
-            f"  base: {shown(facts.base)}, as given with --base: names and shapes fit."
+            f"  base: {shown_line(facts.base)}, as given with --base: names and shapes fit."
             " The adapter now loads only on these weights."
         )
     return 0

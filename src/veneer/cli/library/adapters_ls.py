@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, get_args
 
 from veneer.cli.common import adapters_command, print_json
 from veneer.cli.flags import add_switch, add_value
-from veneer.wording import between, cut, number, shown, size
+from veneer.wording import between, cut, number, shown, shown_line, size
 
 if TYPE_CHECKING:
     from veneer.library.entry import Entry
@@ -75,10 +75,10 @@ def _row(entry: Entry) -> tuple[str, ...]:
     )
     return tuple(
         map(
-            shown,
+            shown_line,
             (
                 entry.reference,
-                base + proof,
+                cut(base, 60) + proof,
                 facts.method + (f" r{facts.rank}" if facts.rank else ""),
                 size(facts.bytes),
                 ""

@@ -12,7 +12,16 @@ from veneer.cli.common import make_console, print_json
 from veneer.cli.flags import add_value
 from veneer.cli.library.adapters_ls import age, table
 from veneer.training.output.loggers import flat
-from veneer.wording import folded, interval_of_95, millions, number, shown, size, wrapped
+from veneer.wording import (
+    folded,
+    interval_of_95,
+    millions,
+    number,
+    shown,
+    shown_line,
+    size,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     from veneer.formats.adapter import StoredAdapter
@@ -93,7 +102,7 @@ def _show(args: Namespace, library: Library) -> int:
     if facts.metrics:
         lines.append(
             "  metrics   "
-            + " · ".join(f"{k} {number(v)}" for k, v in sorted(facts.metrics.items()))
+            + " · ".join(f"{shown_line(k)} {number(v)}" for k, v in sorted(facts.metrics.items()))
         )
     if manifest is not None and manifest.held_out is not None:
         lines.append("  held out  " + _held_out(manifest.held_out))
@@ -153,7 +162,7 @@ def _head(
         "stated": "as stated when it was added",
         "unverified": "unverified: only the name is known",
     }[facts.base_proof]
-    lines.append(f"  base      {facts.base or '?'}{_weights(stored)} · {proof}{digest}")
+    lines.append(f"  base      {shown_line(facts.base or '?')}{_weights(stored)} · {proof}{digest}")
     lines.append(
         f"  content   {facts.content_hash[:12]}… · data {(facts.data_fingerprint or '?')[:12]}"
     )

@@ -28,6 +28,8 @@ MAX_PATTERN = 4000
 MAX_EXPRESSIONS = 500
 """Limit for patterns that are more than a name; names are only looked up."""
 MAX_ENTRIES = 10_000
+MAX_BASE = 4096
+"""Characters of the name or path of a base, and of its revision."""
 
 _CHANGES_THE_MATHS = {
     "use_qalora": "QALoRA pools the inputs of A: not supported",
@@ -182,6 +184,10 @@ def _value_faults(config: PeftLoRA) -> list[str]:
         faults.append("lora_bias and use_dora exclude each other")
     if config.alora_invocation_tokens == []:
         faults.append("alora_invocation_tokens is empty: the adapter would act on no token")
+    for name in ("base_model_name_or_path", "revision"):
+        if len(getattr(config, name) or "") > MAX_BASE:
+            count = len(getattr(config, name))
+            faults.append(f"{name} has {count:,} characters, the limit is {MAX_BASE:,}")
     for name in PeftLoRA.model_fields:
         entries = getattr(config, name)
         if isinstance(entries, (list, dict)):
