@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import yaml
 
 import veneer
@@ -39,6 +40,17 @@ def test_train_ends_with_the_next_commands(api, capsys):
     out = capsys.readouterr().out
     assert "veneer chat --adapter o" in out
     assert "veneer evaluate --adapter o --data v.jsonl" in out
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_next_commands_quote_names_with_a_space(method, api, capsys):
+    files = ["--data", "d", "--validation", "my rows.jsonl", "--out", "my run"]
+    main.main(["train", "--base", "b", "--method", method, *files])
+    out = capsys.readouterr().out
+    flag = "--base 'my run/model'" if method == "full" else "--adapter 'my run'"
+    assert f"veneer chat {flag}\n" in out
+    assert f"veneer evaluate {flag} --data 'my rows.jsonl'" in out
+    assert ("veneer adapters add 'my run'" in out) == (method == "lora")
 
 
 def test_full_fine_tuning_ends_with_the_model_as_base(api, capsys):

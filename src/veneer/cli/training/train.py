@@ -17,6 +17,7 @@ Flags override the run file, and --set overrides both.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Mapping, Sequence
@@ -297,10 +298,10 @@ def _resumed_config(folder: str) -> RunConfig:
 
 def _suggest_next(config: RunConfig, *, is_kept: bool) -> str:
     """Suggests the commands that come after a run."""
-    flag = f"--base {config.out}/model" if config.method.trains_base else f"--adapter {config.out}"
-    validation = config.data.validation
-    held_out = f" --data {validation}" if isinstance(validation, str) else " --data HELD_OUT.jsonl"
-    add = f"\n        veneer adapters add {config.out}"
-    keep = "" if is_kept or config.method.trains_base else add
+    trains_base, validation = config.method.trains_base, config.data.validation
+    name, folder = ("--base", f"{config.out}/model") if trains_base else ("--adapter", config.out)
+    flag = f"{name} {shlex.quote(folder)}"
+    rows = shlex.quote(validation) if isinstance(validation, str) else "HELD_OUT.jsonl"
+    keep = "" if is_kept or trains_base else f"\n        veneer adapters add {shlex.quote(folder)}"
     chat = f"veneer chat {flag}\n        " if config.objective.answers else ""
-    return f"next: {chat}veneer evaluate {flag}{held_out}{keep}"
+    return f"next: {chat}veneer evaluate {flag} --data {rows}{keep}"
