@@ -277,6 +277,19 @@ def test_settings_are_refused_as_the_command_line_refuses_them(server):
     assert server.post(f"{API}/drafts/{draft['id']}/stop", {}).status_code == 404
 
 
+def test_choices_that_are_refused_are_not_kept(server):
+    draft = upload(server, CSV.replace("ticket,queue", "prompt,completion")).json()
+    path = f"{API}/drafts/{draft['id']}"
+    kept = server.http().get(path).json()["method"]
+    for body in ({"base": "/etc"}, {"settings": {"out": "/tmp"}}):
+        for action in ("plan", "train"):
+            assert server.post(f"{path}/{action}", body).status_code in (400, 404)
+            assert server.http().get(path).json()["method"] == kept, (action, body)
+        assert server.http().get(f"{path}/check").status_code == 200
+    assert server.post(f"{path}/plan", {"kind": "style", "keep": True}).status_code == 200
+    assert server.http().get(path).json()["method"]["kind"] == "style"
+
+
 def test_each_setting_on_the_page_has_the_help_of_the_command_line(server):
     described = server.http().get(f"{API}/settings").json()["settings"]
     assert described["batch"]["help"] == RunConfig.model_fields["batch"].description

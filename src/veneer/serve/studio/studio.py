@@ -146,9 +146,11 @@ class Studio:
         )
 
         def prepare() -> tuple[Draft, dict[str, Any]]:
-            change = self.drafts.change if body.keep else self.drafts.changed
-            draft = change(draft_id, method=choices.model_dump())
-            return draft, self.run_settings(draft)
+            draft = self.drafts.changed(draft_id, method=choices.model_dump())
+            settings = self.run_settings(draft)
+            if body.keep:  # choices that are refused are not kept
+                draft = self.drafts.change(draft_id, method=draft.method)
+            return draft, settings
 
         draft, settings = await self.run(prepare)
         file, folder = self.drafts.row_file(draft), self.drafts.place(draft.id)
@@ -198,11 +200,11 @@ class Studio:
     def start(self, draft_id: str, choices: MethodChoices, owner: str) -> dict[str, Any]:
         """Queues the run of a draft with these choices; returns its job."""
         with self._starts:  # two pages may start the same draft at once
-            draft = self.drafts.change(draft_id, method=choices.model_dump())
+            draft = self.drafts.changed(draft_id, method=choices.model_dump())
             rows = self.drafts.row_file(draft).path
             job = start_job(self.jobs, draft, rows, self.run_settings(draft), owner)
             self.results.forget(draft_id)
-            self.drafts.change(draft_id, job=job.id, model=None)
+            self.drafts.change(draft_id, method=draft.method, job=job.id, model=None)
         return self._job_card(job)
 
     def stop(self, draft_id: str) -> dict[str, Any]:
