@@ -20,7 +20,7 @@ from veneer.data.files.writing import split_rows
 from veneer.errors import ConfigError, CorruptFileError, RefusedError
 from veneer.files import atomic
 from veneer.files.addresses import file_system
-from veneer.files.home import expanded, home
+from veneer.files.home import absolute_if_exists, expanded, home, name_of
 
 ROW = '{"prompt": "q", "completion": "a"}\n'
 
@@ -38,6 +38,11 @@ def test_a_set_that_nobody_can_mean_is_refused_by_its_name(
     said = capsys.readouterr().err
     assert "Traceback" not in said and "out.jsonl cannot be written" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "/" + "y" * 3000])
+def test_a_base_whose_name_no_path_can_have_is_a_name_all_the_same(name: str) -> None:
+    assert name.endswith(name_of(name)) and absolute_if_exists(name) == name
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are text elsewhere")

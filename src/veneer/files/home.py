@@ -18,7 +18,7 @@ def expanded(name: str | Path) -> Path:
 def absolute_if_exists(named: str) -> str:
     """Returns the absolute path of a file or folder that exists; any other name unchanged."""
     path = expanded(named)
-    return str(path.absolute()) if path.exists() else named
+    return str(path.absolute()) if _exists(path) else named
 
 
 def home() -> Path:
@@ -34,9 +34,18 @@ def home() -> Path:
 def name_of(source: str) -> str:
     """Returns the public name of a base: a hub name, or the last part of a path."""
     path = expanded(source)
-    if path.exists():
+    if _exists(path):
         return path.resolve().name
     return path.name if path.is_absolute() else source
+
+
+def _exists(path: Path) -> bool:
+    """Whether a path exists; False for a name that no path can have, such as one that is too
+    long."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def data_folder() -> Path:

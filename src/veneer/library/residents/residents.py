@@ -43,6 +43,7 @@ from veneer.library.residents.limits import LoadLimits
 from veneer.library.residents.resident import VersionFiles
 from veneer.library.residents.tiers import Tiers
 from veneer.models.frozen_base import FrozenBase
+from veneer.wording import shown_line
 
 T = TypeVar("T")
 MOST_KNOWN = 1024
@@ -342,7 +343,7 @@ class Residents:
             self.base.weights_digests,
         )
         if digest is not None and digest not in base_digests:
-            trained_on = name_of(entry.version.facts.base or "without a name")
+            trained_on = shown_line(name_of(entry.version.facts.base or "without a name"))
             raise AdapterMismatchError(
                 f"{entry.reference} was trained on another base than {name_of(base.name_or_path)}",
                 [f"{trained_on}, fingerprint {digest[:12]}… against {base_digests[0][:12]}…"],
