@@ -21,6 +21,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import veneer
+from tests.support.helpers import files_limited_to
 from tests.support.tiny import save_tiny
 from veneer.cli.training.compare import _comparison_table
 from veneer.comparison import environment
@@ -180,16 +181,9 @@ def test_a_method_whose_values_on_the_test_rows_are_not_finite_has_diverged(
 def test_a_full_disk_ends_a_comparison_and_is_no_result_of_a_method(compared: Any) -> None:
     """Exit code 3 is memory, which is a result, and the disk, which is none. Checkpoints are above
     the limit here."""
-    import resource
-
     folder, arguments, _ = compared
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
-    try:
-        with pytest.raises(VeneerError, match="files that large") as told:
-            veneer.compare(["lora", "full"], **{**arguments, "steps": 3, "place": None})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with files_limited_to(30_000), pytest.raises(VeneerError, match="files that large") as told:
+        veneer.compare(["lora", "full"], **{**arguments, "steps": 3, "place": None})
     assert told.value.exit_code == 3
     assert not list((folder / "out").rglob("failure.json"))
 

@@ -154,6 +154,7 @@ def test_a_limit_on_the_size_of_files_is_told_also_of_what_safetensors_writes(tm
         "from safetensors.torch import save_file\n"
         "from veneer.files.atomic import atomic_file, atomic_folder\n"
         "from veneer.errors import DoesNotFitError\n"
+        "sys.dont_write_bytecode = True  # it would be cut off\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "try:\n"
         "    with atomic_folder(sys.argv[1]) as partial:\n"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.soak.world import FROM_LIBRARY, READING, make_world
-from tests.support.helpers import run_where_it_may_only_be_read
+from tests.support.helpers import files_limited_to, run_where_it_may_only_be_read
 from veneer.cli.main import main
 from veneer.files.partial import unfinished
 from veneer.library.index import INDEX
@@ -62,16 +62,10 @@ def world(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("limit", [16, 3_000, 20_000])
 def test_a_gguf_model_that_finds_no_room_is_told_as_such(world, tmp_path, capsys, limit):
     """numpy's own way to a file gives no reason."""
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        out = tmp_path / "o.gguf"
-        line = f"export {world}/a --to llamacpp --merged --base {world}/base --out {out}"
+    out = tmp_path / "o.gguf"
+    line = f"export {world}/a --to llamacpp --merged --base {world}/base --out {out}"
+    with files_limited_to(limit):
         assert main(line.split()) == 3
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "files that large" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 

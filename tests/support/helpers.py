@@ -28,6 +28,23 @@ from veneer.models.step import part_nats, parts_of
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@contextmanager
+def files_limited_to(size):
+    """Within the block this process and its children write no files above `size` bytes (Linux).
+    Python writes no bytecode meanwhile: it would be cut off without an error."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "dont_write_bytecode", True)
+        patch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def make_examples(count, *, vocab=272, prompt=5, longest=24, seed=0):
     """`count` examples of ragged length that begin with the same `prompt` tokens; the first is the
     longest."""
