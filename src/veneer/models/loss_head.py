@@ -31,11 +31,7 @@ def loss_head(
     )
     if any(map(has_hooks, (*wrappers, plain))):
         return called_head
-    concerned = [
-        wrapper
-        for wrapper in wrappers
-        if any(wrapper.concerned(part.adapters) for part in acting.parts)
-    ]
+    concerned = [wrapper for wrapper in wrappers if wrapper.acts()]
     if not concerned:
         return plain_head
     if acting.whole is not None and [type(wrapper) for wrapper in concerned] == [ExtendedHead]:

@@ -3,7 +3,7 @@
 batch 2 and 8  x  the advised rank and learning rate
 batch 2 and 8  x  four times the advised rank
 batch 2 and 8  x  a quarter of the advised rate, and B at four times A's (LoRA+), falling linearly
-batch 2 and 8  x  1.5 times the advised rate, and B likewise
+batch 2 and 8  x  1.5 times the advised rate, and B at four times A's, falling linearly
 
 Each of the last two learnt more than LoRA with one rate on one base (docs/recipes.md). Which of
 them suits a base is not known before.

@@ -7,8 +7,7 @@
     several parts                       DoRA, LoRA with a bias, ...      _add_changes, part by part
 
 Rows without an adapter are the base's to the bit. Adapters of different methods on the same rows
-add their changes to the base's weight.
-Shapes: M rows, I in_features, O out_features.
+add their changes to the base's weight. Shapes: M rows, I in_features, O out_features.
 """
 
 from collections.abc import Sequence
@@ -77,7 +76,7 @@ class AdaptedLinear(AdaptedModule):
         return self.frozen.own_bias()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._product(x) if not has_hooks(self.base) else self.hooked(self._product, x)
+        return self.hooked(self._product, x) if has_hooks(self.base) else self._product(x)
 
     def _product(self, x: Tensor) -> Tensor:
         acting = self.routing.acting

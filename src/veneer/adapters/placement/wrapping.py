@@ -127,11 +127,15 @@ class AdaptedModule(nn.Module):
             key in adapter.wrapper_layers or key in adapter.replaced for adapter, _ in adapters
         )
 
+    def acts(self) -> bool:
+        """Whether an adapter changes this module for any row of the forward."""
+        return any(self.concerned(part.adapters) for part in self.routing.acting.parts)
+
     def hooked(self, product: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Returns product(*args, **kwargs), this module with its adapters, where the base has
         hooks. They get what the base computes without adapters; the change is added to what they
         return, as in PEFT."""
-        if not any(self.concerned(part.adapters) for part in self.routing.acting.parts):
+        if not self.acts():
             return self.base(*args, **kwargs)
         with without_hooks(self.base):
             change = product(*args, **kwargs) - self.base(*args, **kwargs)

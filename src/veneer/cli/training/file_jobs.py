@@ -50,7 +50,7 @@ class _HeldOut(BaseModel):
 
 
 class _Summary(BaseModel):
-    """What the table of all jobs reads from a summary.json."""
+    """The fields of a summary.json that the table of all jobs shows."""
 
     reason: str
     steps: int
