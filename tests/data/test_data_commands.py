@@ -9,7 +9,8 @@ import pytest
 
 from tests.support.row_files import lines, prompts, records
 from veneer.cli import main
-from veneer.data.files.sources import scan_rows
+from veneer.data.examples import prompt_key, row_key
+from veneer.data.files.sources import iterate_rows, scan_rows
 
 # what is done with them by hand
 
@@ -87,6 +88,58 @@ def test_rows_that_cannot_be_read_keep_a_file_from_being_written_unless_they_are
     assert main.main([*command, "--leave-out"]) == 0
     assert "skipped: D101" in capsys.readouterr().out
     assert len(prompts(str(tmp_path / "out.jsonl"))) == 3
+
+
+def test_bad_answers_are_never_written_as_good_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rated = [{**row, "label": number % 2 == 0} for number, row in enumerate(records(6))]
+    (tmp_path / "rows.jsonl").write_bytes(lines([*rated, {"prompt": "x", "completion": ""}]))
+    out = tmp_path / "out.jsonl"
+    for verb in (["convert"], ["sample"]):
+        count = ["3"] if verb == ["sample"] else []
+        command = ["data", *verb, str(tmp_path / "rows.jsonl"), *count, "--out", str(out)]
+        assert main.main([*command, "--leave-out"]) == 2 and not out.exists()
+        assert "D116" in capsys.readouterr().err
+    command = ["data", "convert", str(tmp_path / "rows.jsonl"), "--out", str(out), "--leave-out"]
+    assert main.main([*command, "--format", "ratings"]) == 0
+    assert [row.liked for row in scan_rows(out, kind="ratings")[0]] == [True, False] * 3
+
+
+USER, SAID = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+EVERY_LAYOUT: dict[str, dict[str, Any]] = {
+    "chat": {"messages": [USER, {**SAID, "weight": 0}, USER, SAID], "tools": [{"name": "f"}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "h"}, {"from": "gpt", "value": "g"}]},
+    "prompt_completion": {"prompt": [USER, SAID, USER], "completion": "b", "references": ["c"]},
+    "alpaca": {"instruction": "i", "input": "n", "output": "o", "system": "s"},
+    "text": {"text": "t", "unfinished": True},
+    "pairs": {"prompt": "p", "chosen": "c", "rejected": [SAID, USER, SAID]},
+    "openai_pairs": {
+        "input": {"messages": [USER], "tools": [{"name": "f"}]},
+        "preferred_output": [SAID],
+        "non_preferred_output": [{**SAID, "content": "b"}],
+    },
+    "ranked": {"prompt": "p", "ranked": ["a", "b", "c"]},
+    "ratings": {"prompt": "p", "completion": "c", "label": False},
+    "labels": {"text": "t", "label": ["a", "b"]},
+    "relevance": {"query": "q\nDocument: x", "document": "Document: d", "label": 0.5},
+}
+
+
+@pytest.mark.parametrize("layout", EVERY_LAYOUT)
+def test_a_row_of_every_layout_is_the_same_row_when_it_is_read_again(
+    layout: str, tmp_path: Path
+) -> None:
+    file, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    file.write_bytes(lines([EVERY_LAYOUT[layout]]))
+    command = ["data", "split", str(file), "--validation", "0", "--out", str(out)]
+    named = layout in ("ratings", "labels", "relevance")
+    assert main.main([*command, *(["--format", layout] if named else [])]) == 0
+    kind: Any = {"ratings": "ratings"}.get(layout, "labels") if named else "any"
+    (row,) = iterate_rows(file, kind=kind)
+    (again,) = iterate_rows(out / "train.jsonl", kind=kind)
+    assert (row_key(again), prompt_key(again)) == (row_key(row), prompt_key(row))
+    assert (again.references, again.unfinished) == (row.references, row.unfinished)
 
 
 def test_split_rows_are_those_that_a_run_would_hold_out_and_no_prompt_is_in_two(

@@ -38,7 +38,7 @@ def add_row_actions(actions: Any) -> None:
         )
         add_json(parser)
 
-    convert = verb("convert", _convert, "write rows of any format as chat or prompt and completion")
+    convert = verb("convert", _convert, "write rows as chat, prompt and completion, or pairs")
     add_value(
         convert,
         "data",

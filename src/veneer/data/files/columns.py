@@ -60,6 +60,8 @@ class ColumnRenames:
         ]
 
 
+RATED_BAD = "D116"
+"""Code of the problem that answers are marked as bad."""
 _BOOLEANS = {"true": True, "false": False}
 
 
@@ -108,4 +110,4 @@ class KtoLabels:
                 f"label is false, so the answer is marked as bad ({self._good:,} rows of the"
                 " set have true)"
             )
-            yield Problem("D116", file, message, tuple(lines), step)
+            yield Problem(RATED_BAD, file, message, tuple(lines), step)

@@ -25,7 +25,8 @@ from veneer.data.examples import (
     row_key,
     sampling_key,
 )
-from veneer.data.files.columns import ColumnMap
+from veneer.data.files.columns import RATED_BAD, ColumnMap
+from veneer.data.files.labels import pair_text
 from veneer.data.files.sources import iterate_rows
 from veneer.data.split import part_of, parts_of_shares
 from veneer.errors import ConfigError, DataError, hide_path
@@ -101,12 +102,17 @@ ROWS_NAME = "rows"
 def record_of(row: Row) -> dict[str, Any]:
     """Converts the row to a record of its layout; alpaca and ShareGPT become chat, and OpenAI's
     pairs become `pairs`."""
-    end = {"unfinished": True} if row.unfinished else {}
+    end: Record = {"unfinished": True} if row.unfinished else {}
+    if row.liked is not None or row.label is not None:
+        end = {**end, "label": row.label if row.liked is None else row.liked}
+    if row.text is not None and row.query is not None:
+        document = row.text.removeprefix(pair_text(row.query, ""))
+        return {"query": row.query, "document": document, **end}
     if row.text is not None:
         return {"text": row.text, **end}
     record: dict[str, Any] = {"messages": row.messages}
     # A base without a chat template cannot use messages.
-    if row.others or row.format == "prompt_completion":
+    if row.others or row.format in ("prompt_completion", "ratings"):
         trained = (
             number
             for number, message in enumerate(row.messages)
@@ -119,7 +125,7 @@ def record_of(row: Row) -> dict[str, Any]:
         record["tools"] = row.tools
     if row.references:
         record["references"] = list(row.references)
-    return record | end
+    return {**record, **end}
 
 
 def _answer_columns(format: Format, answers: list[list[dict[str, Any]]]) -> dict[str, Any]:
@@ -220,10 +226,13 @@ class _RowSource:
     leave_out: bool
 
     def readable_rows(self, sets: Iterable[str], report: WriteReport) -> Iterator[Row]:
-        """Yields the readable rows. Faults go to `report`, or are raised after the last row."""
+        """Yields the readable rows. Faults go to `report`, or are raised after the last row.
+
+        Answers that are marked as bad are readable, so they cannot be left out.
+        """
         problems: list[Problem] = []
         for name in sets:
-            for row in iterate_rows(name, self.format, self.columns):
+            for row in iterate_rows(name, self.format, self.columns, kind="any"):
                 if isinstance(row, Row):
                     yield row
                 else:
@@ -231,6 +240,8 @@ class _RowSource:
         report.problems = grouped(problems)
         if problems and not self.leave_out:
             raise refusal("some rows cannot be read, and nothing is written", problems)
+        if bad := [problem for problem in problems if problem.code == RATED_BAD]:
+            raise refusal("bad answers would be written as good ones: nothing is written", bad)
 
 
 def _write_parts(
