@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import veneer
 from tests.support.helpers import files_limited_to
+from tests.support.models.reasoning import conversation, reasoning_tokenizer
 from tests.support.tiny import save_tiny
 from veneer.cli.training.compare import _comparison_table
 from veneer.comparison import environment
@@ -38,6 +39,7 @@ from veneer.data.examples import prompt_key
 from veneer.data.files.sources import read_rows
 from veneer.errors import DataError, InputError, VeneerError
 from veneer.evaluation.metrics.metric import ratio
+from veneer.evaluation.predictions import read_predictions
 from veneer.files.lock import BusyError
 from veneer.report.scatter import ScatterMark, scatter_chart
 from veneer.training.config import RunConfig
@@ -441,6 +443,51 @@ def test_a_run_without_a_held_out_loss_is_told(here: KeptExecutor, tmp_path: Pat
             general=str(rows),
             place=here,
         )
+
+
+def test_a_conversation_that_becomes_an_example_for_each_answer_is_one_row(
+    here: KeptExecutor, tmp_path: Path
+) -> None:
+    """Its figures are those of the evaluations, and a row is shown with its own last answer."""
+    base = save_tiny(tmp_path / "base")
+    reasoning_tokenizer().save_pretrained(base)
+
+    def written(name: str, *turns: int) -> str:
+        rows = [
+            {"messages": conversation(count, reasons=True, tools=False, system=True)}
+            for count in turns
+        ]
+        lines = [json.dumps(row).replace("question", name + str(n)) for n, row in enumerate(rows)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        return str(tmp_path / f"{name}.jsonl")
+
+    figures = veneer.compare(
+        ["lora", "full"],
+        base=str(base),
+        data=written("train", 1, 2),
+        validation=written("validation", 1),
+        test=written("test", 2, 1, 3),
+        steps=1,
+        rates=(1.0,),
+        seeds=1,
+        metrics=("rougeL",),
+        max_new_tokens=4,
+        out=tmp_path / "out",
+        general=written("general", 1, 1),
+        place=here,
+    )
+    assert figures["test_rows"] == 3 == len(figures["disagreements"])
+    for method in figures["methods"]:
+        run = tmp_path / "out" / method["runs"][0]
+        reported = json.loads((run / "evaluation.json").read_text())
+        assert reported["rows"] == 3 and method["quality"]["loss"]["value"] == reported["loss"]
+        ends = reported["intervals"]["loss"]
+        assert method["quality"]["loss"]["interval"] == pytest.approx(ends)
+        lines = read_predictions(run / "predictions.jsonl")
+        assert len(lines) == 6
+        last = {int(line["row"][-1]): line["answer"] for line in lines}
+        for row in figures["disagreements"]:
+            assert row["answers"][method["name"]]["text"] == last[int(row["row"][-1])]
 
 
 def test_methods_are_compared_over_pairs_by_the_preferred_answers(

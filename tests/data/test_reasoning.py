@@ -31,6 +31,7 @@ from veneer.data.examples import Capacity, Problem
 from veneer.data.large import training_data
 from veneer.data.load import DataSet, examine_data, load_data
 from veneer.errors import DataError
+from veneer.evaluation.predictions import read_predictions
 from veneer.models.likelihood import example_nats
 from veneer.models.step import prepare
 
@@ -159,9 +160,10 @@ def test_a_run_over_rows_of_several_examples_learns_and_says_so(tmp_path: Any) -
         str(tmp_path / "base"), data, out=tmp_path / "run", steps=3, batch=4, micro_batch=2
     )
     assert run["last_loss"] < run["first_loss"]
-    assert veneer.evaluate(veneer.load(str(tmp_path / "base")), data)["rows"] == sum(
-        1 + n % 3 for n in range(8)
-    )
+    file = tmp_path / "predictions.jsonl"
+    base = veneer.load(str(tmp_path / "base"))
+    assert veneer.evaluate(base, data, predictions=file)["rows"] == len(rows)
+    assert len(read_predictions(file)) == sum(1 + n % 3 for n in range(8))
 
 
 def codes(data: DataSet) -> dict[str, Problem]:

@@ -437,6 +437,25 @@ def test_rows_with_the_same_prompt_are_one_observation_of_every_interval(
     assert found["intervals"]["exact_match"][1] > 0.4  # sixteen rows, all wrong: 0.21
 
 
+def test_answers_of_one_conversation_are_one_observation_and_one_row(base: FrozenBase) -> None:
+    """As where a template drops earlier reasoning, and a row becomes an example for each answer."""
+    asked = [row(i // 4 + 1, f"question {i}", "it") for i in range(16)]
+    examples = [replace(example(2 + i, i // 4 + 1), row=i // 4) for i in range(16)]
+    losses = np.stack([[0.1, 0.9, 0.2, 0.7] for _ in range(4)]).T.ravel()  # alike within a row
+
+    def nats(of: Sequence[Example]) -> Counts:
+        tokens = np.array([e.trained_tokens for e in of], dtype=np.float64)
+        return np.stack([losses * tokens, tokens], axis=1)
+
+    found = evaluate(base, asked, examples, EvaluationOptions(), nats=nats)
+    apart = evaluate(
+        base, asked, [replace(e, row=None) for e in examples], EvaluationOptions(), nats=nats
+    )
+    assert (found["rows"], apart["rows"]) == (4, 16) and found["loss"] == apart["loss"]
+    widths = [np.ptp(result["intervals"]["loss"]) for result in (found, apart)]
+    assert widths[0] > 1.5 * widths[1]
+
+
 def test_predictions_hold_any_answer(tmp_path: Path) -> None:
     line = {
         "row": "x",
@@ -451,11 +470,30 @@ def test_predictions_hold_any_answer(tmp_path: Path) -> None:
 
 def test_predictions_of_other_rows_are_refused_by_name(base: FrozenBase, tmp_path: Path) -> None:
     run(base, rows(["a"] * 3), [], predictions=tmp_path / "a.jsonl")
+    late: dict[str, Any] = {"against": tmp_path / "a.jsonl", "nats": nothing_computed}
     with pytest.raises(DataError, match="other rows: 1 do not match") as caught:
-        run(base, rows(["a"] * 2), [], against=tmp_path / "a.jsonl")
+        run(base, rows(["a"] * 2), [], **late)
     assert "rows.jsonl:3 is only in" in caught.value.faults[0]
     with pytest.raises(DataError, match="no answers"):
-        run(base, rows(["a"] * 3), ["exact_match"], against=tmp_path / "a.jsonl")
+        run(base, rows(["a"] * 3), ["exact_match"], **late)
+
+
+def test_a_function_that_fails_is_told_before_answers_or_keeps_them(
+    base: FrozenBase, tmp_path: Path
+) -> None:
+    def broken(answer: str, references: list[str]) -> float:
+        return answer.missing  # type: ignore[attr-defined,no-any-return]
+
+    def picky(answer: str, references: list[str]) -> float:
+        return 1 / references.count(answer)
+
+    asked, file = rows(["a"] * 3), tmp_path / "a.jsonl"
+    with pytest.raises(ConfigError, match="broken failed: AttributeError"):
+        run(base, asked, [broken], predictions=file, nats=nothing_computed)  # type: ignore[list-item]
+    assert not file.exists()
+    with pytest.raises(ConfigError, match="picky failed: ZeroDivisionError"):
+        run(base, asked, [picky], predictions=file)  # type: ignore[list-item]
+    assert [line["answer"] for line in read_predictions(file)] == own_answers(base, asked)
 
 
 def test_every_line_that_is_no_prediction_is_named_and_the_bounds_of_its_numbers_are_exact(

@@ -6,6 +6,7 @@ the best, between the same rows and seeds. Costs are those of the first run that
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from veneer.comparison.plan import Candidate, Comparison
 from veneer.data.examples import Row, prompt_key
 from veneer.evaluation.intervals import Counts, interval, paired_difference
 from veneer.evaluation.metrics.metric import ratio
-from veneer.evaluation.predictions import Line, read_predictions
+from veneer.evaluation.predictions import Line, lines_of_rows, read_predictions
 from veneer.training.output.records import read_records
 
 FORMAT_VERSION = 1
@@ -56,7 +57,9 @@ def make_figures(
     order.
     """
     base_lines = read_predictions(comparison.out / "base" / "predictions.jsonl")
-    test = test_measures(comparison, base_lines, [prompt_key(row) for row in rows])
+    groups = zip(rows, lines_of_rows(base_lines), strict=True)
+    prompts = [prompt_key(row) for row, row_lines in groups for _ in row_lines]
+    test = test_measures(comparison, base_lines, prompts)
     measures, primary = test.measures, test.primary
     successful = [result for result in results if result.best is not None]
     lines = {
@@ -258,8 +261,8 @@ def _disagreements(
     rows: Sequence[Row],
     test: TestMeasures,
 ) -> list[Figures]:
-    """Returns the rows on which the candidates (with seed 0) differ most, by the deciding
-    measure.
+    """Returns the rows on whose last answer the candidates (with seed 0) differ most, by the
+    deciding measure.
     """
     first = {name: seeds[0] for name, seeds in lines.items()}
     if len(first) < 2:
@@ -275,7 +278,10 @@ def _disagreements(
         for name in first
     }
     distances = []
-    for number in range(len(rows)):
+    last_lines = [
+        end - 1 for end in accumulate(map(len, lines_of_rows(next(iter(first.values())))))
+    ]
+    for number in last_lines:
         candidate_lines = [line_list[number] for line_list in first.values()]
         losses = [line["nats"] / max(line["tokens"], 1) for line in candidate_lines]
         of_row = [of_rows[number] for of_rows in values.values()]
@@ -288,7 +294,10 @@ def _disagreements(
             "prompt": _question(rows[n]),
             "expected": _expected(rows[n]),
             "answers": {
-                name: {"text": line_list[n].get(field), "value": values[name][n]}
+                name: {
+                    "text": line_list[last_lines[n]].get(field),
+                    "value": values[name][last_lines[n]],
+                }
                 for name, line_list in first.items()
             },
         }

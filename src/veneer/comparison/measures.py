@@ -20,7 +20,7 @@ from veneer.objectives.registry import make_objective
 class Measure(NamedTuple):
     """Computes a figure from sums of counts.
 
-    share: it is between 0 and 1. prompts: a number for each row, equal for rows with the same
+    share: it is between 0 and 1. prompts: a number for each line, equal for rows with the same
     prompt.
     """
 
@@ -49,7 +49,7 @@ class TestMeasures:
 def test_measures(
     comparison: Comparison, base_lines: Sequence[Line], prompts: Sequence[int]
 ) -> TestMeasures:
-    """Returns what is measured on these rows. base_lines: the base's. prompts: of each row"""
+    """Returns what is measured on these rows. base_lines: the base's. prompts: of each line"""
     if comparison.row_kind == "pairs":
         return _of_pairs(comparison, base_lines, prompts)
     metrics = comparison.found

@@ -7,9 +7,11 @@ The function `nats` computes a batch (models/likelihood.py).
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from veneer.data.batching import RowSpans
 from veneer.data.examples import Example, Row, prompt_key
 from veneer.decoding.schedule.lookup import LookupMode
 from veneer.errors import DataError
@@ -29,8 +31,10 @@ from veneer.evaluation.predictions import (
     Line,
     counts_of,
     differences,
+    line_of,
     matched,
     read_predictions,
+    refuse_unanswered,
     write_predictions,
 )
 from veneer.files.atomic import refuse_unwritable
@@ -87,13 +91,15 @@ def evaluate(
         labels            for accuracy: own (whether the choices are the rows' own answers), names,
                           confusion, uncalibrated and calibrated (label_figures.py)
         intervals         {loss, metric: [low, high]}, 95%, over rows, those with the same prompt
-                          as one (intervals.py); a figure without an interval is left out
+                          as one (intervals.py), and so the answers of one conversation; a figure
+                          without an interval is left out
         general           of general text: loss, interval, and with an adapter: before, forgetting
         against           of the other predictions: {loss, metric: other, difference, interval}
 
     nats   examples -> (N, 2), on this base with its active adapters
-    Raises DataError for rows that a metric cannot be computed on, before anything is computed, and
-    DivergedError for rows whose loss is not finite.
+    Raises DataError for rows that a metric cannot be computed on and for predictions that these
+    cannot be compared with, before anything is computed, and DivergedError for rows whose loss is
+    not finite.
     """
     report = progress or (lambda label, done, total: None)
     if choices.predictions is not None:
@@ -101,33 +107,36 @@ def evaluate(
     references = references_of(base, rows, choices.variables) if choices.metrics else []
     _refuse_references(choices.metrics, rows, references)
     labels = _labels(choices, rows, references)
-    other_lines = None if choices.against is None else read_predictions(choices.against)
+    lines = [line_of(example) for example in examples]
+    other_lines = None
+    if choices.against is not None:
+        other_lines = matched(lines, read_predictions(choices.against), str(choices.against))
+        refuse_unanswered(other_lines, choices.metrics)
     general = read_general(base, choices.general)
 
     losses = finite(nats(examples), examples)
     if not losses[:, 1].sum():
         raise DataError("no token to evaluate", [], "See what is trained on: veneer data check")
-    lines: list[Line] = [
-        {
-            "row": str(example.ref),
-            "key": f"{example.key:016x}",
-            "nats": float(row_nats),
-            "tokens": int(row_tokens),
-        }
-        for example, (row_nats, row_tokens) in zip(examples, losses, strict=True)
-    ]
+    for line, (row_nats, row_tokens) in zip(lines, losses, strict=True):
+        line.update(nats=float(row_nats), tokens=int(row_tokens))
     of_labels = _answer(base, rows, references, labels, choices, nats, lines, report)
-    prompts = [prompt_key(row) for row in rows]
-    result = _figures(losses, lines, choices.metrics, prompts)
+    if choices.predictions is not None:  # the answers are kept if a user's metric fails on one
+        write_predictions(choices.predictions, lines)
+    spans = RowSpans.of(examples)
+    prompts = [  # of whole rows: the examples of a row depend on each other
+        prompt_key(rows[end - 1])
+        for start, end in pairwise(spans.starts)
+        for _ in range(start, end)
+    ]
+    result = {"rows": len(spans.lengths), **_figures(losses, lines, choices.metrics, prompts)}
     if labels:
         result["labels"] = {"own": not choices.labels, "names": labels, **of_labels}
     if general is not None:
         result["general"] = evaluate_general(base, *general, nats)
     if other_lines is not None:
-        matched_lines = matched(lines, other_lines, str(choices.against))
         result["against"] = {
             "file": str(choices.against),
-            **differences(lines, matched_lines, choices.metrics, prompts),
+            **differences(lines, other_lines, choices.metrics, prompts),
         }
     if choices.predictions is not None:
         write_predictions(choices.predictions, lines)
@@ -146,6 +155,8 @@ def _refuse_references(
                 [row.ref for row, fault in zip(rows, reasons, strict=True) if fault],
                 "Ask for exact_match instead.",
             )
+        if references:  # a user's function may fail
+            metric.counts([references[0][0]], references[:1])
 
 
 def _labels(
@@ -216,7 +227,6 @@ def _figures(
 ) -> Figures:
     loss = ratio(losses.sum(axis=0))
     result: Figures = {
-        "rows": len(losses),
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
         "tokens": int(losses[:, 1].sum()),

@@ -3,7 +3,7 @@
 One JSON object per line:
 
     row, key      position of the row, and a hash of its content (hexadecimal), by which rows are
-                  matched
+                  matched. A row that became several examples has a line for each
     references    the right answers; the first is the row's last turn
     nats, tokens  of the row's trained tokens
     answer, cut   the generated answer, if requested; whether it was cut at max_new_tokens
@@ -14,12 +14,13 @@ One JSON object per line:
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from veneer.data.examples import RowFault
+from veneer.data.examples import Example, RowFault
 from veneer.data.files.json_text import whole_value
 from veneer.errors import DataError
 from veneer.evaluation.intervals import Counts, OfTotals, paired_difference
@@ -28,6 +29,11 @@ from veneer.files.atomic import write_text
 
 Line = dict[str, Any]
 NAMED_ROWS = 10
+
+
+def line_of(example: Example) -> Line:
+    """Begins the line of an example: which row it is."""
+    return {"row": str(example.ref), "key": f"{example.key:016x}"}
 
 
 def write_predictions(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -83,6 +89,11 @@ def _is_prediction(line: Any) -> bool:
     )
 
 
+def lines_of_rows(lines: Sequence[Line]) -> list[list[Line]]:
+    """Groups the lines by row: a conversation may have become an example for each answer."""
+    return [list(group) for _, group in groupby(lines, key=lambda line: line["row"])]
+
+
 def matched(lines: Sequence[Line], other_lines: Sequence[Line], file: str) -> list[Line]:
     """Returns their lines in the order of ours. DataError names rows that are not in both."""
     waiting: dict[str, list[Line]] = {}
@@ -109,14 +120,25 @@ def matched(lines: Sequence[Line], other_lines: Sequence[Line], file: str) -> li
     return matches
 
 
+def refuse_unanswered(lines: Sequence[Line], metrics: Iterable[Metric]) -> None:
+    """Raises DataError if the lines lack the answers or labels that a metric is about."""
+    for metric in metrics:
+        field = _field_of(metric)
+        if any(not isinstance(line.get(field), str) for line in lines):
+            step = f"Make them with veneer evaluate --metrics {metric.name} --predictions FILE."
+            raise DataError(
+                f"these predictions have no {field}s, which {metric.name} is about", next_step=step
+            )
+
+
+def _field_of(metric: Metric) -> str:
+    return "answer" if metric.needs == "answers" else "label"
+
+
 def counts_of(lines: Sequence[Line], metric: Metric) -> Counts:
     """Returns (N, K) counts of a metric from answers. DataError if the lines have none."""
-    field = "answer" if metric.needs == "answers" else "label"
-    if any(not isinstance(line.get(field), str) for line in lines):
-        raise DataError(
-            f"these predictions have no {field}s, which {metric.name} is about",
-            next_step=f"Make them with veneer evaluate --metrics {metric.name} --predictions FILE.",
-        )
+    refuse_unanswered(lines, [metric])
+    field = _field_of(metric)
     return metric.counts([line[field] for line in lines], [line["references"] for line in lines])
 
 

@@ -25,7 +25,13 @@ from veneer.evaluation.evaluation import EvaluationOptions, evaluate_general, re
 from veneer.evaluation.intervals import Counts, Figures, interval, paired_difference
 from veneer.evaluation.label_scores import Nats
 from veneer.evaluation.metrics.metric import ratio
-from veneer.evaluation.predictions import Line, matched, read_predictions, write_predictions
+from veneer.evaluation.predictions import (
+    Line,
+    line_of,
+    matched,
+    read_predictions,
+    write_predictions,
+)
 from veneer.files.atomic import refuse_unwritable
 from veneer.models.frozen_base import FrozenBase
 from veneer.objectives.objective import AnswerBatch, Objective
@@ -61,15 +67,18 @@ def evaluate_preferences(
     """
     if options.predictions is not None:
         refuse_unwritable(options.predictions)
-    others = None if options.against is None else read_predictions(options.against)
-    general = read_general(base, options.general)
     starts = [int(start) for start in RowSpans.of(examples).starts]
+    others = None
+    if options.against is not None:
+        own = [line_of(examples[start]) for start in starts[:-1]]
+        others = matched(own, read_predictions(options.against), str(options.against))
+    general = read_general(base, options.general)
     prompts = [prompt_key(parts[start]) for start in starts[:-1]]
     lines = _lines(examples, starts, finite(nats(examples), examples))
     reference: list[Line] | None = None
     adapted = bool(base.routing.acting.adapters)
     if others is not None:
-        reference = matched(lines, others, str(options.against))
+        reference = others
     elif adapted:
         with base.routing.none():
             reference = _lines(examples, starts, finite(nats(examples), examples))
@@ -90,8 +99,7 @@ def _lines(examples: Sequence[Example], starts: Sequence[int], nats: Counts) -> 
     """Returns a line for each row. nats: nats and tokens of each answer, (E, 2)"""
     return [
         {
-            "row": str(examples[start].ref),
-            "key": f"{examples[start].key:016x}",
+            **line_of(examples[start]),
             "references": [],
             "nats": float(nats[start, 0]),
             "tokens": int(nats[start, 1]),

@@ -8,9 +8,14 @@ from zipfile import ZipFile
 import pytest
 
 from tests.serve.server import running
+from tests.support.models.reasoning import conversation, reasoning_tokenizer
 from tests.support.running_job import running_job
 from tests.support.tiny import save_tiny
 from veneer.api import load
+from veneer.data.config import DataConfig
+from veneer.data.encoder import RowRules
+from veneer.data.examples import Capacity
+from veneer.data.load import examine_data
 from veneer.errors import ConfigError, InputError, QuotaError
 from veneer.files.partial import unfinished
 from veneer.files.strict_json import read_yaml
@@ -25,7 +30,7 @@ from veneer.serve.studio.bodies import ExportBody
 from veneer.serve.studio.commands import CommandLine
 from veneer.serve.studio.drafts import Drafts
 from veneer.serve.studio.exports import export_report, finish_export
-from veneer.serve.studio.judging import JudgedModel, save_result, worse_rows
+from veneer.serve.studio.judging import JudgedModel, save_result, whole_rows, worse_rows
 from veneer.serve.studio.results import Results
 from veneer.serve.studio.work import WorkKey, WorkQueue, work_look
 
@@ -316,12 +321,40 @@ def test_events_of_work_have_what_changed(monkeypatch):
 
 def test_rows_that_became_worse_are_listed_worst_first():
     rows = [{"line": line} for line in (2, 3, 4, 5)]
-    before = [{"nats": nats, "tokens": 2, "label": "a", "accuracy": 1.0} for nats in (2, 2, 2, 2)]
-    after = [{"nats": nats, "tokens": 2, "label": "b", "accuracy": 0.0} for nats in (3, 1, 6, 2)]
+
+    def lines(nats, label, accuracy):
+        """Row 3 became two examples, of which the last one is shown."""
+        places = ("r:1", "r:2", "r:3", "r:3", "r:4")
+        same = {"tokens": 2, "label": label, "accuracy": accuracy}
+        return [{"row": place, "nats": n, **same} for place, n in zip(places, nats, strict=True)]
+
+    before, after = lines((2, 2, 3, 1, 2), "a", 1.0), lines((3, 1, 1, 11, 2), "b", 0.0)
+    after[2]["label"] = "c"
     worse = worse_rows(rows, before, after, ["accuracy"])
     assert worse["count"] == 2 and [row["line"] for row in worse["rows"]] == [4, 2]
     assert worse["rows"][0]["losses"] == [1, 3]
     assert worse["rows"][0]["before"] == {"answer": "a", "metrics": {"accuracy": 1.0}}
+    assert worse["rows"][0]["after"]["answer"] == "b"
+
+
+@pytest.mark.parametrize("kind", ["conversations", "pairs"])
+def test_a_row_that_became_several_examples_is_judged_once(kind, tmp_path):
+    """Each of its examples as a row would be divided again."""
+    texts = [
+        {"messages": conversation(turns, reasons=True, tools=False, system=True)}
+        for turns in (2, 1, 3)
+    ]
+    if kind == "pairs":
+        texts = [{"prompt": f"q{n}", "chosen": f"a{n}", "rejected": "b"} for n in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    files = {"train": str(tmp_path / "rows.jsonl"), "validation": str(tmp_path / "rows.jsonl")}
+    rules = RowRules(2048, Capacity(), kind="any")
+    data = examine_data(DataConfig.of(files), rules, reasoning_tokenizer())
+    assert len(data.validation) == 6
+    rows = whole_rows(data, {"length": 2048, "data": {}})
+    assert [row.ref.line for row in rows] == [1, 2, 3]
+    last = [row.get("messages", [{"content": row.get("chosen")}])[-1]["content"] for row in texts]
+    assert [row.messages[-1]["content"] for row in rows] == last
 
 
 def test_an_export_that_is_a_folder_is_packed_into_one_file(tmp_path):

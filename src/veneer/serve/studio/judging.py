@@ -11,15 +11,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from veneer.data.batching import RowSpans
 from veneer.data.examples import Row
 from veneer.data.files.writing import record_of
 from veneer.data.load import DataSet
 from veneer.errors import ConfigError
 from veneer.evaluation.metrics.fitting import longest_answer, metrics_for
-from veneer.evaluation.predictions import Line, read_predictions
+from veneer.evaluation.predictions import Line, lines_of_rows, read_predictions
 from veneer.files.atomic import write_text
 from veneer.files.strict_json import json_text, legible, read_json
 from veneer.wording import cut
@@ -48,7 +50,13 @@ def whole_rows(data: DataSet, settings: dict[str, Any]) -> Sequence[Row]:
 
     settings: of the run
     """
-    rows, length = data.validation_rows, settings["length"]
+    length = settings["length"]
+    starts = RowSpans.of(data.validation).starts
+    answers = [  # the last example of a row is the whole row
+        [n for n in range(*ends) if data.validation[n].kind in ("answer", "chosen")]
+        for ends in pairwise(starts)
+    ]
+    rows = [data.validation_rows[numbers[-1]] for numbers in answers if numbers]
     if settings["data"].get("long_rows") != "cut":
         return rows
     cut_lines = {example.ref.line for example in data.validation if len(example.ids) >= length}
@@ -169,12 +177,15 @@ def worse_rows(
     metrics: Sequence[str],
 ) -> dict[str, Any]:
     """Counts the rows that have a higher loss per token than before, and returns the MOST_WORSE
-    rows with the largest difference."""
+    rows with the largest difference, with their last answers."""
     worse = []
-    for row, line_before, line_after in zip(rows, before, after, strict=True):
-        losses = [line["nats"] / max(line["tokens"], 1) for line in (line_before, line_after)]
+    for row, *of_models in zip(rows, lines_of_rows(before), lines_of_rows(after), strict=True):
+        losses = [
+            sum(line["nats"] for line in lines) / max(sum(line["tokens"] for line in lines), 1)
+            for lines in of_models
+        ]
         if losses[1] > losses[0]:
-            sides = [_side(line, metrics) for line in (line_before, line_after)]
+            sides = [_side(lines[-1], metrics) for lines in of_models]
             worse.append({**row, "losses": losses, "before": sides[0], "after": sides[1]})
     worse.sort(key=lambda row: row["losses"][0] - row["losses"][1])
     return {"count": len(worse), "rows": worse[:MOST_WORSE]}
