@@ -138,8 +138,40 @@ def test_a_huge_line_is_skipped_and_the_next_keeps_its_number(
     assert [row.ref.line for row in rows] == [1, 4]
 
 
+def test_a_huge_row_of_a_csv_is_skipped_and_the_next_keeps_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1000)
+    huge, lines = b"a," + b"x" * 5000, b'b,"' + b"\n".join([b"y" * 600] * 2)
+    rows, problems = scan_rows(
+        write(tmp_path / "rows.csv", b"prompt,completion", b"a,b", huge, lines, b"c,d")
+    )
+    assert found(problems) == {3: "D106", 4: "D106"}
+    assert [row.ref.line for row in rows] == [2, 6]
+
+
+def test_a_small_csv_file_with_a_large_line_takes_little_memory(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "rows.csv.gz", "wb", compresslevel=1) as file:
+        file.write(b"prompt,completion\na,")
+        for _ in range(128):
+            file.write(b"x" * 2**20)
+    tracemalloc.start()
+    try:
+        _, problems = scan_rows(tmp_path / "rows.csv.gz")
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found(problems) == {2: "D106"} and most < 80 * 2**20
+
+
 @pytest.mark.parametrize(
-    "layout", ["[%s, %s]", '{"version": {"n": 1}, "data": [%s, %s]}', " [\n%s\n,%s]\n"]
+    "layout",
+    [
+        "[%s, %s]",
+        '{"version": {"n": 1}, "data": [%s, %s]}',
+        '{"data": [%s, %s] , "n": [1], "m": "]"}\n',
+        " [\n%s\n,%s]\n",
+    ],
 )
 def test_a_json_file_is_a_list_or_holds_one_under_data(tmp_path: Path, layout: str) -> None:
     (tmp_path / "rows.json").write_text(layout % (json.dumps(chat("A")), json.dumps(chat("B"))))
@@ -154,6 +186,12 @@ def test_a_json_file_is_a_list_or_holds_one_under_data(tmp_path: Path, layout: s
         ('{"rows": [%s, %s]}', "keys: rows"),
         ("[%s, %s", "cut off"),
         ("[%s %s]", "comma"),
+        ("[%s]\n[%s]", "rows.json:1  something follows the list of rows"),
+        ('{"data": [%s]}{"data": [%s]}', "something follows the list of rows"),
+        ('{"data": [%s], "n": 1', "does not end: the file may be cut off"),
+        ('{"data": [%s]', "does not end: the file may be cut off"),
+        ('{"data": [%s], "n" 1}', "does not end"),
+        ('{"data": [%s], "data": [%s]}', 'two lists are called "data"'),
         ("3", "neither a list"),
         ("[%s, 7, %s]", "rows.json:2  is a number"),
         ('[%s, {"a": 1, "a": 2}, %s]', "rows.json:2  duplicate key 'a'"),

@@ -239,7 +239,7 @@ def _json(stream: BinaryIO, file: str) -> Records:
             raise RowFault("D106", message, "Write the rows as .jsonl, which is read by lines.")
         json_text = JSONText(_utf8(content.removeprefix(b"\xef\xbb\xbf")))
         at = json_text.skip(0)
-        if json_text.after(at) == "{":
+        if is_object := json_text.after(at) == "{":
             at = _find_data(json_text, at)
         elif json_text.after(at) not in ("[", ""):
             raise RowFault("D105", "is neither a list nor an object")
@@ -266,6 +266,7 @@ def _json(stream: BinaryIO, file: str) -> Records:
                 )
             if json_text.after(at) == ",":
                 at = json_text.skip(at + 1)
+        _check_end(json_text, at + 1, is_object)
     except RowFault as fault:
         lines = (number,) if number else ()
         message = fault.message + ("; records after it were not read" if number else "")
@@ -302,6 +303,57 @@ def _find_data(json_text: JSONText, at: int) -> int:
     )
 
 
+def _check_end(json_text: JSONText, at: int, is_object: bool) -> None:
+    """Raises RowFault if the text does not end behind the list of rows, whose end is before `at`.
+
+    is_object: whether the list is a value of an object, which may have further keys
+    """
+    at = json_text.skip(at)
+    while is_object and json_text.after(at) == ",":
+        key, at = json_text.value(json_text.skip(at + 1))
+        if key == "data":
+            raise RowFault("D104", 'two lists are called "data"', "Write all rows into one.")
+        at = json_text.skip(at)
+        if json_text.after(at) != ":":
+            break
+        _, at = json_text.value(json_text.skip(at + 1))
+        at = json_text.skip(at)
+    if is_object and json_text.after(at) != "}":
+        raise RowFault("D103", "the object of the rows does not end: the file may be cut off")
+    if json_text.after(json_text.skip(at + is_object)):
+        step = "Write all rows into one list, or one row a line into a .jsonl file."
+        raise RowFault("D103", "something follows the list of rows", step)
+
+
+class _CsvLines:
+    """Gives csv.reader the lines of a file. A record of more than MAX_LINE_BYTES characters raises
+    RowFault, and the rest of its line is skipped without being held in memory."""
+
+    def __init__(self, lines: io.TextIOWrapper) -> None:
+        self._lines, self._length, self.number = lines, 0, 0
+
+    def begin_record(self) -> int:
+        """Begins a record. Returns the number of its first line."""
+        self._length = 0
+        return self.number + 1
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._lines.readline(MAX_LINE_BYTES + 1 - self._length)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        self._length += len(line)
+        if self._length > MAX_LINE_BYTES:
+            while line and not line.endswith(("\n", "\r")):
+                line = self._lines.readline(MAX_LINE_BYTES)
+            message = f"the row is longer than {MAX_LINE_BYTES // 2**20} MiB"
+            raise RowFault("D106", message, "Look for a quotation mark that is never closed.")
+        return line
+
+
 def _csv(stream: BinaryIO, file: str) -> Records:
     csv.field_size_limit(
         max(csv.field_size_limit(), MAX_LINE_BYTES)
@@ -309,12 +361,12 @@ def _csv(stream: BinaryIO, file: str) -> Records:
     # Bad bytes pass the reader as lone surrogates, so that each is reported with its row.
     with io.TextIOWrapper(
         stream, encoding="utf-8-sig", errors="surrogateescape", newline=""
-    ) as lines:
+    ) as text:
+        lines = _CsvLines(text)
         reader = csv.reader(lines, strict=True)
         header: list[str] = []
-        first = 0
         while True:
-            first = reader.line_num + 1
+            first = lines.begin_record()
             try:
                 fields = next(reader, None)
                 if fields is None:
