@@ -94,6 +94,38 @@ def test_a_plan_takes_what_is_mixed_in_batches_and_a_plain_mixture_is_none() -> 
         assert plain == [*plan_epoch(lengths, epoch=1, **asked)]  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("weight", [0.5, 2.0])
+def test_a_weight_counts_for_a_single_set_too(weight: float, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(lines(records(8)))
+    mixture = loaded([{"path": str(tmp_path / "rows.jsonl"), "weight": weight}]).mixture
+    assert mixture is not None and len(mixture.rows(0, 0)) == 8 * weight
+    assert loaded([str(tmp_path / "rows.jsonl")]).mixture is None
+
+
+def test_weights_that_leave_an_epoch_without_rows_are_refused(tmp_path: Path) -> None:
+    sets = [{"path": str(tmp_path / f"{name}.jsonl"), "weight": 0.1} for name in "ab"]
+    for data_set, count in zip(sets, (8, 9), strict=True):
+        Path(str(data_set["path"])).write_bytes(lines(records(count)))
+    with pytest.raises(ConfigError, match=r"less than one row[\s\S]*0.8 of 8 rows"):
+        loaded(sets)
+    Path(str(sets[0]["path"])).write_bytes(lines(records(10)))
+    assert loaded(sets).mixture.draws == pytest.approx((1.0, 0.9))
+
+
+@pytest.mark.parametrize(
+    ("validation", "said"),
+    [
+        ([{"path": "v", "weight": 0.5}], "v is held out"),
+        ([{"path": "v", "share": 0.5}], "v is held out"),
+        ([{"path": "v", "name": "x"}, {"path": "w", "name": "x"}], "two sets are called x"),
+    ],
+)
+def test_settings_that_no_evaluation_reads_are_refused(validation: Any, said: str) -> None:
+    data = {"train": "t", "validation": validation}
+    with pytest.raises(ConfigError, match=said):
+        veneer.RunConfig.of({"base": "b", "out": "o", "data": data})
+
+
 @pytest.mark.parametrize(
     ("train", "said"),
     [

@@ -83,6 +83,7 @@ class ExampleCollector:
             extra = extra_of(own) if own else []
             if extra is None:
                 problems.append(Problem("D117", set_size.name, fault))
+                self.sets.append(replace(set_size, rows=0, examples=0, tokens=0))
                 continue
             spans = RowSpans.of(own)
             for row, example in enumerate(extra):

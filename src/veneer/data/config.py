@@ -105,9 +105,16 @@ class DataConfig(StrictSettings):
                 raise ValueError(
                     f"the sets' shares add up to {whole:g}, not 1: leave out one share for the rest"
                 )
-            names = [train_set.called for train_set in self.train]
+        for sets in (self.train_sets, self.validation_sets):
+            names = [data_set.called for data_set in sets]
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(f"two sets are called {', '.join(twice)}: give each a name")
+        for data_set in self.validation_sets:
+            if data_set.weight != 1.0 or data_set.share is not None:
+                raise ValueError(
+                    f"{data_set.called} is held out, and an evaluation uses each of its rows once:"
+                    " leave weight and share out"
+                )
         return self
 
     @property

@@ -181,7 +181,7 @@ def read_data(
         long_rows=data.long_rows,
         stop_tokens=[template.tokenizer.decode([number]) for number in template.stop_ids],
     )
-    mixture = None if len(training.sets) < 2 else _mixture_of_sets(data, training.sets)
+    mixture = _mixture_of_sets(data, training.sets)
     return DataSet(
         train_examples,
         validation_examples,
@@ -200,7 +200,7 @@ def read_data(
 def _mixture_of_sets(data: DataConfig, set_sizes: Sequence[SetSize]) -> Mixture | None:
     """Mixes the training sets. Returns None if an epoch uses every row once.
 
-    Raises ConfigError for a share that a set is too small for.
+    Raises ConfigError for a share that a set is too small for, and if an epoch may have no row.
     """
     sets = data.train_sets
     sizes, tokens = [s.rows for s in set_sizes], [s.tokens for s in set_sizes]
@@ -215,6 +215,15 @@ def _mixture_of_sets(data: DataConfig, set_sizes: Sequence[SetSize]) -> Mixture 
                 [f"share {data_set.share} of an epoch; {SET_WEIGHT.most:,} times at most"],
                 "Give it a smaller share, or more rows.",
             )
+    if any(sizes) and max(mixture.draws) < 1:
+        raise ConfigError(
+            "an epoch would take less than one row of each set",
+            [
+                f"{data_set.called}: {draw:.2g} of {size:,} rows"
+                for data_set, size, draw in zip(sets, sizes, mixture.draws, strict=True)
+            ],
+            "Give larger weights.",
+        )
     return None if mixture.is_plain else mixture
 
 
