@@ -150,6 +150,13 @@ EARLY = {
         "evaluate --base {0} --data {0}/rows.jsonl --predictions {0}/rows.jsonl/new",
         "new cannot be written",
     ),
+    "a setting that a comparison decides": (
+        (
+            "compare --base {0} --data {0}/rows.jsonl --methods lora,full --set steps=5 --set"
+            " seed=1 --out {0}/c"
+        ),
+        "--set steps: give --steps or --seconds",
+    ),
     "a comparison below a file": (
         "compare --base {0} --data {0}/rows.jsonl --methods lora,full --out {0}/rows.jsonl/new",
         "comparison.json cannot be written",

@@ -304,6 +304,26 @@ def test_what_makes_no_sense_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_labels_are_what_accuracy_chooses_from_where_it_is_not_asked_for_too(
+    tmp_path: Path,
+) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", 4)
+    shared = {"base": "b", "data": str(file), "out": "o"}
+    candidates = [
+        Candidate(name, RunConfig.of({**shared, "method": name})) for name in ("lora", "full")
+    ]
+
+    def measured(*metrics: str, labels: str | None) -> list[str]:
+        comparison = Comparison(
+            candidates, "b", file, file, file, tmp_path, metrics=metrics, labels=labels
+        )
+        return [metric.name for metric in comparison.found]
+
+    assert measured(labels="a,b") == ["accuracy"] and measured(labels=None) == []
+    assert measured("rougeL", labels="a,b") == ["rougeL", "accuracy"]
+    assert measured("accuracy", "rougeL", labels="a,b") == ["accuracy", "rougeL"]
+
+
 def test_rows_without_files_of_their_own_are_divided_by_their_prompts(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", 200)
     prepared = prepare_rows(str(data), None, None, "auto", tmp_path / "out")

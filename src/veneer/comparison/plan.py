@@ -14,7 +14,7 @@ from veneer.data.files.writing import record_of
 from veneer.data.split import split_by_shares
 from veneer.errors import ConfigError, DataError
 from veneer.evaluation.general import BUILT_IN, general_documents
-from veneer.evaluation.labels import read_labels
+from veneer.evaluation.labels import read_labels, with_accuracy
 from veneer.evaluation.metrics.metric import Metric
 from veneer.evaluation.metrics.registry import find_metrics
 from veneer.evaluation.preferences import PREFERENCES_ONLY
@@ -52,6 +52,7 @@ class Comparison:
     extend    how often the search continues beyond an end of `factors` if the best rate is there
     seeds     runs of each candidate with its best rate: seeds 0, 1, ...
     metrics   names of metrics; the first decides, or the loss if there is none
+    labels    what accuracy chooses from, which is measured then
     general   text to measure forgetting, or None
     """
 
@@ -85,7 +86,9 @@ class Comparison:
         ]
         if len({c.name for c in self.candidates}) < max(2, len(self.candidates)):
             names = ", ".join(c.name for c in self.candidates) or "none"
-            faults.append(f"at least two different candidates are compared; here: {names}")
+            faults.append(
+                f"at least two candidates with different names are compared; here: {names}"
+            )
         if bases := {c.config.base for c in self.candidates} - {self.base}:
             faults.append(
                 f"all candidates start from one base; {self.base} and {', '.join(sorted(bases))}"
@@ -99,7 +102,8 @@ class Comparison:
             faults.append(f"{PREFERENCES_ONLY}: leave metrics and labels out")
         if faults:
             raise ConfigError("this comparison cannot be run", faults)
-        object.__setattr__(self, "found", find_metrics(self.metrics))
+        metrics = with_accuracy(self.metrics, self.labels or ())
+        object.__setattr__(self, "found", find_metrics(metrics))
         if self.labels is not None:
             read_labels(self.labels)
         if self.general is not None:

@@ -266,12 +266,31 @@ def _comparison_table(figures: dict[str, Any]) -> Table:
     return table
 
 
+_DECIDED = {
+    "steps": "--steps or --seconds",
+    "epochs": "--steps or --seconds",
+    "seed": "--seeds",
+    "out": "--out",
+    "data.validation_share": "--validation and --test",
+}
+"""Settings that a comparison decides for all its runs, with the flags that say them."""
+
+
+def _check_sets(sets: Sequence[str]) -> None:
+    """Raises ConfigError for settings that no run would read."""
+    paths = [path for text in sets if (path := text.partition("=")[0].strip()) in _DECIDED]
+    if paths:
+        faults = [f"--set {path}: give {_DECIDED[path]}" for path in paths]
+        raise ConfigError("a comparison decides these settings for all its runs", faults)
+
+
 def _read_candidates(args: Namespace) -> list[tuple[str, RunConfig]]:
     """Reads (name, settings) of every candidate.
 
     Raises ConfigError with the faults of all candidates.
     """
     methods, columns = _split_names(args.methods), parse_columns(args)
+    _check_sets(args.sets)
     if bool(methods) == bool(args.runs):
         raise ConfigError(
             "nothing to compare", [], "Give --methods M,M with --base and --data, or run files."
