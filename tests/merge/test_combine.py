@@ -402,6 +402,23 @@ def test_a_trained_module_of_one_adapter_is_kept(bases, tmp_path):
     assert torch.equal(kept, load_adapter(base, one, name="x").values["lm_head.weight"])
 
 
+def test_updates_that_all_lie_in_modules_trained_in_full_are_no_adapter(bases, tmp_path):
+    base, (q, v) = bases["llama_untied"], (f"layers.0.self_attn.{n}_proj" for n in "qv")
+    adapters = [
+        make(
+            tmp_path / name,
+            base,
+            {"rank": 2, "alpha": 3, "targets": [own], "train_modules": [other]},
+            seed=1,
+        )
+        for name, own, other in (("x", q, v), ("y", v, q))
+    ]
+    with pytest.raises(RefusedError, match=r"no low-rank update is left(.|\n)*veneer merge"):
+        combine_adapters(
+            [(a, 1.0) for a in adapters], Recipe("cat"), base=str(base), out=tmp_path / "o"
+        )
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

@@ -13,7 +13,7 @@ from veneer.adapters.placement.wrapping import plain_modules
 from veneer.bases.identity.fingerprint import Fingerprint
 from veneer.bases.loading.without_weights import load_skeleton
 from veneer.bounds import check_weights
-from veneer.errors import AdapterMismatchError, ConfigError
+from veneer.errors import AdapterMismatchError, ConfigError, RefusedError
 from veneer.formats.adapter import StoredAdapter, read_adapter, write_adapter
 from veneer.formats.same_base import base_differences
 from veneer.merge.combine.combine import FactorPair, Recipe, combine_updates, total_error
@@ -28,6 +28,7 @@ from veneer.merge.combine.low_rank_adapters import (
 from veneer.merge.fold.fold import Trained, is_transposed_at, stored_tensors, trained_values
 from veneer.models.load import load_base
 from veneer.quant.config import Quantize
+from veneer.wording import first_lines
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,15 @@ def combine_adapters(
     values = trained_values(
         [(adapter.values, weight) for adapter, weight in zip(placed, weights, strict=True)]
     )
-    attachment = attachment_of(
-        *_separate(updates, _summed(values, base, stored), skeleton.model), trained, skeleton.model
-    )
+    low_rank, summed = _separate(updates, _summed(values, base, stored), skeleton.model)
+    if not low_rank:
+        raise RefusedError(
+            "no low-rank update is left: each one is in a module that another adapter trained in"
+            " full",
+            first_lines(trained, 6),
+            "Merge the adapters into their base: veneer merge.",
+        )
+    attachment = attachment_of(low_rank, summed, trained, skeleton.model)
     settings: dict[str, Any] = {
         "how": recipe.how,
         "rank": recipe.rank,
