@@ -1,5 +1,6 @@
 """report.html: made from a run folder alone, nothing loaded, nothing run, nothing lost."""
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -258,6 +259,21 @@ def test_the_same_run_gives_the_same_page_and_leaves_no_other_file(tmp_path):
 
 def test_a_long_run_makes_a_small_page(tmp_path):
     assert len(page_of(run_folder(tmp_path, steps=20_000))) < 300_000
+
+
+def test_the_held_out_loss_shown_is_that_of_the_values_that_were_kept(tmp_path):
+    """A run that only makes the held-out loss worse keeps its best step, not what it began with."""
+    folder = run_folder(tmp_path, steps=0)
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step, loss in ((20, 9.5), (40, 7.25)):
+            record = {"kind": "evaluation", "step": step, "loss": loss, "seconds": 1.0}
+            file.write(json.dumps(record) + "\n")
+    assert "<b>7.25</b><span>held-out loss, best</span><small>first 2.00" in page_of(folder)
+    (folder / "summary.json").write_text('{"best_step": 20, "validation_loss": 9.5}')
+    assert "<b>9.50</b><span>held-out loss, best</span><small>step 20 · first" in page_of(folder)
+    (tmp_path / "begun").mkdir()
+    begun = page_of(run_folder(tmp_path / "begun", steps=0))
+    assert "<b>2.00</b><span>held-out loss before step 1</span>" in begun
 
 
 def test_a_chart_draws_each_point_where_it_belongs():

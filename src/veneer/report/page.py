@@ -122,15 +122,16 @@ def _figures(
     evaluations: Sequence[Record],
 ) -> str:
     figures: list[tuple[str, str, str]] = []  # value, name, note
-    held_out = [r["loss"] for r in evaluations if r["loss"] is not None]
-    if held_out:
+    held_out = [(r["step"], r["loss"]) for r in evaluations if r["loss"] is not None]
+    # What stood before step 1 is never kept, however low its loss.
+    kept = summary.get("validation_loss") or min((y for x, y in held_out if x), default=None)
+    if kept is not None:
         best_step = [f"step {summary['best_step']:,}"] if summary.get("best_step") else []
-        note = (
-            best_step
-            + ([f"first {number(held_out[0])}"] if len(held_out) > 1 else [])
-            + _intervals(summary)
-        )
-        figures.append((number(min(held_out)), "held-out loss, best", " · ".join(note)))
+        first = [f"first {number(held_out[0][1])}"] if len(held_out) > 1 else []
+        note = " · ".join([*best_step, *first, *_intervals(summary)])
+        figures.append((number(kept), "held-out loss, best", note))
+    elif held_out:
+        figures.append((number(held_out[0][1]), "held-out loss before step 1", ""))
     losses = [r["loss"] for r in steps if r["loss"] is not None]
     if losses:
         tenth = losses[-max(len(losses) // 10, 1) :]
