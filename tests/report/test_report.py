@@ -10,6 +10,7 @@ from markdown_it import MarkdownIt
 
 from veneer.errors import CorruptFileError, SourceError, VeneerError
 from veneer.formats.manifest import BaseIdentity, Figure, HeldOut, Manifest, SetHeldOut
+from veneer.report import page
 from veneer.report.card import licence_of, model_card
 from veneer.report.page import write_report
 from veneer.report.plots import Series, label, line_chart, smooth, thin, ticks
@@ -259,6 +260,22 @@ def test_the_same_run_gives_the_same_page_and_leaves_no_other_file(tmp_path):
 
 def test_a_long_run_makes_a_small_page(tmp_path):
     assert len(page_of(run_folder(tmp_path, steps=20_000))) < 300_000
+
+
+def test_the_time_of_a_page_grows_with_the_steps_and_no_faster(tmp_path, monkeypatch):
+    """A million steps took an hour: each mean is over a fiftieth of them."""
+    taken = 0
+
+    class Counted(list):
+        def __getitem__(self, key):
+            nonlocal taken
+            found = super().__getitem__(key)
+            taken += len(found) if isinstance(key, slice) else 1
+            return found
+
+    monkeypatch.setattr(page, "smooth", lambda values, *of, **a: smooth(Counted(values), *of, **a))
+    page_of(run_folder(tmp_path, steps=20_000))
+    assert 0 < taken < 30 * 20_000
 
 
 def test_the_held_out_loss_shown_is_that_of_the_values_that_were_kept(tmp_path):

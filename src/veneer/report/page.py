@@ -24,7 +24,7 @@ from veneer.formats.manifest import MANIFEST_NAME, read_manifest
 from veneer.objectives.config import OBJECTIVES
 from veneer.report.html import html_page, section, table
 from veneer.report.labels import label_section
-from veneer.report.plots import Series, bars, line_chart, smooth
+from veneer.report.plots import MAX_POINTS, Series, bars, line_chart, smooth
 from veneer.report.preferences import loss_label, preference_section
 from veneer.training.config import RunConfig
 from veneer.training.output.loggers import flat
@@ -192,8 +192,9 @@ def _intervals(summary: Mapping[str, Any]) -> list[str]:
 def _loss_chart(start: Record, steps: Sequence[Record], evaluations: Sequence[Record]) -> str:
     raw = [(r["step"], r["loss"]) for r in steps]
     # The mean over a fiftieth of the run to each side smooths noise and keeps trends.
-    means = smooth([y for _, y in raw], len(raw) // 50)
-    smoothed = [(x, mean) for (x, _), mean in zip(raw, means, strict=True)]
+    every = len(raw) // MAX_POINTS + 1
+    means = smooth([y for _, y in raw], len(raw) // 50, every=every)
+    smoothed = [(x, mean) for (x, _), mean in zip(raw[::every], means, strict=True)]
     return line_chart(
         [
             Series("each step", raw, "quiet"),

@@ -56,12 +56,12 @@ def line_chart(
     return f"<figure>{caption}{drawings}</figure>"
 
 
-def smooth(values: Sequence[float | None], reach: int) -> list[float | None]:
+def smooth(values: Sequence[float | None], reach: int, *, every: int = 1) -> list[float | None]:
     """Returns the mean over `reach` values to each side, fewer near the ends: no lag, no bias
-    there.
+    there. every: at every so-many-th value
     """
     smoothed: list[float | None] = []
-    for i in range(len(values)):
+    for i in range(0, len(values), every):
         near = min(reach, i, len(values) - 1 - i)
         values_near = [y for y in values[i - near : i + near + 1] if y is not None]
         smoothed.append(sum(values_near) / len(values_near) if values_near else None)
