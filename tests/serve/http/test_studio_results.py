@@ -3,6 +3,7 @@
 import asyncio
 import json
 import subprocess
+from contextlib import contextmanager
 from zipfile import ZipFile
 
 import pytest
@@ -18,7 +19,7 @@ from veneer.data.examples import Capacity
 from veneer.data.load import examine_data
 from veneer.errors import ConfigError, InputError, QuotaError
 from veneer.files.partial import unfinished
-from veneer.files.strict_json import read_yaml
+from veneer.files.strict_json import read_json, read_yaml
 from veneer.jobs.limits import JobLimits
 from veneer.jobs.record import write_record
 from veneer.jobs.uploads import UploadStore
@@ -58,15 +59,21 @@ def server(folder):
         yield running_server
 
 
-@pytest.fixture
-def draft(server):
+@contextmanager
+def uploaded(server, text, name="rows.jsonl"):
     """The path of uploaded rows, while another job runs, so that none is started."""
     headers = {"content-type": "application/octet-stream"}
     with running_job(server.service.fine_tuning.store), server.http(headers=headers) as client:
-        sent = client.post(f"{API}/drafts", params={"name": "rows.csv"}, content=ROWS)
+        sent = client.post(f"{API}/drafts", params={"name": name}, content=text)
         path = f"{API}/drafts/{sent.json()['id']}"
         yield path
         server.post(f"{path}/remove", {})
+
+
+@pytest.fixture
+def draft(server):
+    with uploaded(server, ROWS, "rows.csv") as path:
+        yield path
 
 
 def finish(server, job_id):
@@ -165,6 +172,42 @@ def test_rows_that_the_run_cuts_are_not_evaluated(server, draft, folder, tmp_pat
         return
     results._prepare_evaluation(job, tmp_path / "judge" / job_id)
     assert len((tmp_path / "judge" / job_id / "rows.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "classify"])
+def test_a_run_is_judged_by_the_answers_that_it_should_give(server, folder, tmp_path, objective):
+    """Rejected answers were judged as right ones, also those that were only rated."""
+    records = {
+        "dpo": lambda n: {"prompt": f"say {n}", "chosen": f"yes {n}", "rejected": "no"},
+        "kto": lambda n: {
+            "prompt": f"say {n}",
+            "completion": "yes" if n % 2 else "no",
+            "label": n % 2 > 0,
+        },
+        "classify": lambda n: {"text": f"say {n}", "label": "ab"[n % 2]},
+    }
+    text = "".join(json.dumps(records[objective](number)) + "\n" for number in range(40))
+    with uploaded(server, text) as draft:
+        choices = {"layout": "auto", "validation_share": 0.5}
+        assert server.post(f"{draft}/rows", choices).status_code == 200
+        settings = {"steps": 2, "objective.name": objective}
+        started = server.post(f"{draft}/train", {"settings": settings})
+        assert started.status_code == 200, started.text
+        held_out = server.http().get(f"{draft}/held_out").json()
+        job = server.service.fine_tuning.store.get(started.json()["id"])
+        judged, results = tmp_path / "judge" / job.id, results_of(server, folder)
+        if objective == "classify":
+            with pytest.raises(ConfigError, match="labels are not judged on this page"):
+                results._prepare_evaluation(job, judged)
+            assert held_out == {"rows": 20, "questions": []}
+            return
+        results._prepare_evaluation(job, judged)
+    shown = read_json(judged / "evaluation.json")["rows"]
+    assert held_out["rows"] == len(held_out["questions"]) == len(shown)
+    assert len(shown) == 20 if objective == "dpo" else 0 < len(shown) < 20
+    assert all(row["expected"].startswith("yes") for row in [*shown, *held_out["questions"]])
+    lines = map(json.loads, (judged / "rows.jsonl").read_text().splitlines())
+    assert all(line["completion"][0]["content"].startswith("yes") for line in lines)
 
 
 def test_figures_of_an_earlier_run_are_not_those_of_the_next(server, draft, folder):

@@ -45,18 +45,22 @@ class JudgedModel:
     adapter: Path | None = None
 
 
-def whole_rows(data: DataSet, settings: dict[str, Any]) -> Sequence[Row]:
-    """Returns the held-out rows that the run did not cut: `veneer evaluate` refuses longer ones.
-
-    settings: of the run
-    """
-    length = settings["length"]
+def held_out_rows(data: DataSet) -> list[Row]:
+    """Returns each held-out row once, with its best answer; none for rejected answers alone."""
     starts = RowSpans.of(data.validation).starts
     answers = [  # the last example of a row is the whole row
         [n for n in range(*ends) if data.validation[n].kind in ("answer", "chosen")]
         for ends in pairwise(starts)
     ]
-    rows = [data.validation_rows[numbers[-1]] for numbers in answers if numbers]
+    return [data.validation_rows[numbers[-1]] for numbers in answers if numbers]
+
+
+def whole_rows(data: DataSet, settings: dict[str, Any]) -> Sequence[Row]:
+    """Returns the held-out rows that the run did not cut: `veneer evaluate` refuses longer ones.
+
+    settings: of the run
+    """
+    rows, length = held_out_rows(data), settings["length"]
     if settings["data"].get("long_rows") != "cut":
         return rows
     cut_lines = {example.ref.line for example in data.validation if len(example.ids) >= length}
@@ -67,12 +71,18 @@ def whole_rows(data: DataSet, settings: dict[str, Any]) -> Sequence[Row]:
 
 
 def write_rows(folder: Path, rows: Sequence[Row], settings: dict[str, Any], tokenizer: Any) -> None:
-    """Writes the rows, and how they are evaluated. ConfigError: there are none.
+    """Writes the rows, and how they are evaluated. ConfigError: there are none, or they have
+    labels.
 
     settings: of the run
     """
     if not rows:
         raise ConfigError("the run has no held-out rows, so there is nothing to judge it by")
+    if any(row.label is not None for row in rows):
+        raise ConfigError(
+            "labels are not judged on this page",
+            next_step="Evaluate the adapter with: veneer evaluate --adapter RUN --data FILE",
+        )
     rows = rows[:MOST_ROWS]
     text = "".join(json.dumps(record_of(row), ensure_ascii=False) + "\n" for row in rows)
     write_text(folder / "rows.jsonl", text, replace=True)

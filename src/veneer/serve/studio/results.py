@@ -34,6 +34,7 @@ from veneer.serve.studio.judging import (
     JudgedModel,
     arguments_for,
     comparison,
+    held_out_rows,
     is_judged,
     save_result,
     whole_rows,
@@ -116,7 +117,7 @@ class Results:
     def held_out(self, draft_id: str) -> dict[str, Any]:
         """Returns the rows that the job held out, as questions and expected answers. Choices that
         were changed since would hold out others, which the job has trained on."""
-        rows = self._examined(self.job(draft_id)).validation_rows
+        rows = held_out_rows(self._examined(self.job(draft_id)))
         return {"rows": len(rows), "questions": held_out_questions(rows)}
 
     def _examined(self, job: TrainingJob) -> DataSet:

@@ -22,10 +22,11 @@ from veneer.data.files.layouts import NEEDS, detect, likely_columns
 from veneer.data.files.places import RowFile
 from veneer.data.files.preferences import make_row
 from veneer.data.files.sources import iterate_records
-from veneer.data.load import DataSet, examine_closely
+from veneer.data.load import DataSet, examine_closely, examine_data
 from veneer.errors import DataError
 from veneer.files.strict_json import read_yaml
 from veneer.serve.studio.bodies import RowChoices
+from veneer.training.config import RunConfig
 from veneer.wording import cut
 
 RECORDS_FOR_COLUMNS = 200
@@ -212,10 +213,11 @@ def examine(file: RowFile, choices: RowChoices, *, tokenizer: Any, capacity: Cap
 
 
 def examine_job(run_file: Path, *, tokenizer: Any, capacity: Capacity) -> DataSet:
-    """Reads and encodes the rows of a job as its run file says."""
-    settings = read_yaml(run_file)
-    rules = RowRules(settings["length"], capacity)
-    return examine_closely(DataConfig.of(settings["data"]), rules, tokenizer)
+    """Reads and encodes the rows of a job as its run does."""
+    config = RunConfig.of(read_yaml(run_file))
+    objective = config.objective
+    rules = RowRules(config.length, capacity, kind=objective.rows, head=objective.head)
+    return examine_data(config.data, rules, tokenizer)
 
 
 def describe_check(file: RowFile, data_set: DataSet, tokenizer: Any) -> dict[str, Any]:
@@ -236,10 +238,6 @@ def describe_check(file: RowFile, data_set: DataSet, tokenizer: Any) -> dict[str
             "more": max(len(example.ids) - MOST_TOKENS, 0),
         }
         for example in examples
-    ]
-    plain["held_out_rows"] = [
-        {"line": row.ref.line, "messages": _messages(row)}
-        for row in data_set.validation_rows[:SHOWN_ROWS]
     ]
     return plain
 
