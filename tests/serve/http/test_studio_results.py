@@ -8,7 +8,7 @@ from zipfile import ZipFile
 
 import pytest
 
-from tests.serve.server import running
+from tests.serve.server import add_adapter, running
 from tests.support.models.reasoning import conversation, reasoning_tokenizer
 from tests.support.running_job import running_job
 from tests.support.tiny import save_tiny
@@ -235,6 +235,30 @@ def test_names_of_judged_adapters_are_not_kept(server, draft):
     finish(server, job["id"])
     refusal = server.post(f"{draft}/keep", {"name": "trial-0123456789abcdef"})
     assert refusal.status_code == 400 and "Choose another name" in refusal.text
+
+
+def test_a_kept_adapter_is_asked_also_if_its_name_has_a_newer_version(server, tmp_path):
+    """Two sets of rows were kept under one name: the first was judged by the second's answers."""
+    library = server.library
+    with uploaded(server, ROWS, "a.csv") as first, uploaded(server, ROWS, "b.csv") as second:
+        for seed, path in enumerate((first, second)):
+            job_id = server.post(f"{path}/train", {"settings": {"steps": 2}}).json()["id"]
+            finish(server, job_id)
+            adapter = server.service.fine_tuning.store.get(job_id).run_folder / "adapter"
+            adapter.rmdir()
+            add_adapter(Library(tmp_path / str(seed)), adapter, "made", seed)
+            kept = server.post(f"{path}/keep", {"name": "tickets"}).json()
+            assert (kept["model"], kept["reference"]) == ("tickets", f"tickets@{seed + 1}")
+
+        def model(path):
+            return server.post(f"{path}/try", {}).json()["model"]
+
+        assert [model(first), model(second)] == ["tickets@1", "tickets@2"]
+        own = library.get(model(first)).version.object
+        library.remove("tickets@1")
+        assert library.get(model(first)).version.object == own, "removed, and judged all the same"
+        library.remove("tickets")
+        assert model(first).startswith("trial-") and model(second).startswith("trial-")
 
 
 @pytest.fixture

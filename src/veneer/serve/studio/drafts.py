@@ -58,6 +58,8 @@ class Draft(StrictSettings):
     """Id of the job that trains the rows."""
     model: str | None = None
     """Name in the library of the adapter that was kept."""
+    kept: str | None = None
+    """Object in the library of that adapter; the name may have other versions."""
 
 
 class Drafts:

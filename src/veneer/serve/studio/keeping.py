@@ -13,6 +13,7 @@ from veneer.errors import ConfigError
 from veneer.files.system_errors import explained
 from veneer.jobs.published import may_publish, note_published
 from veneer.jobs.record import TrainingJob
+from veneer.library.entry import Entry
 from veneer.library.library import Library
 from veneer.report.card import card_for
 from veneer.serve.engine.names import TRIAL
@@ -28,13 +29,22 @@ def trial_name(draft_id: str) -> str:
     return f"{TRIAL}{draft_id}"
 
 
-def publish(store_folder: Path, library: Library, job: TrainingJob, name: str) -> str:
-    """Adds a job's adapter to the library; returns its reference, such as tickets@2."""
+def publish(store_folder: Path, library: Library, job: TrainingJob, name: str) -> Entry:
+    """Adds a job's adapter to the library."""
     if job.state != "done":
         raise ConfigError(f"the job is {job.state}: only a finished run has an adapter to keep")
     entry = library.add(job.run_folder, name=name)
     note_published(store_folder, entry)
-    return str(entry.reference)
+    return entry
+
+
+def kept_reference(library: Library, name: str, kept: str | None) -> str | None:
+    """Returns the reference of the version of a name that holds an object, such as tickets@2; None
+    if it was removed."""
+    for entry in library.entries(name=name, every_version=True):
+        if entry.version.object == kept:
+            return entry.reference
+    return None
 
 
 def check_may_keep(store_folder: Path, library: Library, name: str) -> None:

@@ -43,6 +43,7 @@ from veneer.serve.studio.judging import (
 from veneer.serve.studio.keeping import (
     check_may_keep,
     held_out_questions,
+    kept_reference,
     publish,
     result_file,
     trial_name,
@@ -127,7 +128,7 @@ class Results:
     def try_out(self, draft_id: str) -> dict[str, Any]:
         """Returns the model that answers with a finished job's adapter.
 
-        It has a name of its own in the library until it is kept under another.
+        That is the version that was kept, or else a name of its own in the library.
         """
         draft, job = self._drafts.get(draft_id), self.job(draft_id)
         base = self.base(job)
@@ -137,8 +138,10 @@ class Results:
                 f"The adapter was trained on {base['name']}, and this server answers with"
                 f" {self._bases.name}. To ask it: {base['command']}",
             )
-        if draft.model is not None:
-            return {"model": draft.model}
+        if draft.model is not None and (
+            reference := kept_reference(self._library, draft.model, draft.kept)
+        ):
+            return {"model": reference}
         name = trial_name(draft.id)
         publish(self._store.folder, self._library, job, name)
         return {"model": name}
@@ -222,9 +225,10 @@ class Results:
             raise Refusal(400, message, "name")
         if not may_replace:
             check_may_keep(self._store.folder, self._library, name)
-        reference = publish(self._store.folder, self._library, self.job(draft_id), name)
+        entry = publish(self._store.folder, self._library, self.job(draft_id), name)
         unpublish(self._library, trial_name(draft_id))
-        return self._drafts.change(draft_id, model=name), reference
+        draft = self._drafts.change(draft_id, model=name, kept=entry.version.object)
+        return draft, entry.reference
 
     def take(self, draft_id: str, kind: str) -> tuple[bytes, str]:
         """Returns a file of the result and its name: the adapter, the report or the card."""

@@ -204,7 +204,7 @@ class Studio:
             rows = self.drafts.row_file(draft).path
             job = start_job(self.jobs, draft, rows, self.run_settings(draft), owner)
             self.results.forget(draft_id)
-            self.drafts.change(draft_id, method=draft.method, job=job.id, model=None)
+            self.drafts.change(draft_id, method=draft.method, job=job.id, model=None, kept=None)
         return self._job_card(job)
 
     def stop(self, draft_id: str) -> dict[str, Any]:

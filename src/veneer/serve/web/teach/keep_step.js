@@ -56,7 +56,7 @@ async function keep(event) {
   await teachSafely(async () => {
     const draft = await studio(draftPath("/keep"), { body: { name } });
     Object.assign(lesson.draft, draft);
-    judging.model = draft.model;
+    judging.model = draft.reference;
     await Promise.all([loadModels(), listDrafts()]);
   });
   showKept();
