@@ -3,6 +3,7 @@
 import asyncio
 import json
 import subprocess
+import sys
 from contextlib import contextmanager
 from zipfile import ZipFile
 
@@ -32,6 +33,7 @@ from veneer.serve.studio.commands import CommandLine
 from veneer.serve.studio.drafts import Drafts
 from veneer.serve.studio.exports import export_report, finish_export
 from veneer.serve.studio.judging import JudgedModel, save_result, whole_rows, worse_rows
+from veneer.serve.studio.plans import Plans
 from veneer.serve.studio.results import Results
 from veneer.serve.studio.work import WorkKey, WorkQueue, work_look
 
@@ -359,6 +361,31 @@ def test_a_draft_keeps_a_bounded_number_of_records(queue, tmp_path, monkeypatch)
     asyncio.run(scenario())
     records = tmp_path / "drafts" / ("a" * 16) / "work"
     assert len(list(records.glob("*.json"))) == len(list(records.glob("*.lock"))) == 2
+
+
+def test_a_plan_is_stopped_by_a_later_one_of_its_draft_alone(tmp_path, monkeypatch):
+    """Two people who planned at once stopped each other's plans."""
+    script = "import time; time.sleep(1); print('{}')"
+    monkeypatch.setattr(commands, "module_command", lambda _: [sys.executable, "-c", script])
+    plans = Plans()
+    for name in "ab":
+        (tmp_path / name).mkdir()
+
+    def plan(name, steps):
+        return plans.plan(tmp_path / name, {"steps": steps}, kind="task", compare=False)
+
+    async def plan_both(first, later):
+        begun = asyncio.create_task(first)
+        await asyncio.sleep(0.5)
+        return await asyncio.gather(begun, later, return_exceptions=True)
+
+    async def plan_twice():
+        of_two = await plan_both(plan("a", 1), plan("b", 1))
+        return of_two, await plan_both(plan("a", 2), plan("a", 3))
+
+    of_two, (stopped, made) = asyncio.run(plan_twice())
+    assert of_two == [{}, {}] and made == {}
+    assert isinstance(stopped, InputError) and "veneer plan was stopped" in str(stopped)
 
 
 def test_a_command_is_stopped_once_the_disk_space_is_used_up(monkeypatch):

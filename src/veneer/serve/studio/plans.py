@@ -64,16 +64,18 @@ def with_names(value: Any, names: Mapping[str, str]) -> Any:
 
 class Plans:
     """Plans runs, one at a time, and remembers the answers of this process. A new request ends the
-    plan that is being made."""
+    plan that is being made of the same draft; a draft is named by its folder."""
 
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
         self._commands = CommandLine(PLAN_SECONDS)
+        self._planned: Path | None = None
         self._answers: dict[tuple[str, ...], dict[str, Any]] = {}
 
-    def stop(self) -> None:
-        """Ends the plan that is being made."""
-        self._commands.stop()
+    def stop(self, folder: Path) -> None:
+        """Ends the plan of a draft that is being made."""
+        if folder == self._planned:
+            self._commands.stop()
 
     async def plan(
         self, folder: Path, settings: Mapping[str, Any], *, kind: TaskKind, compare: bool
@@ -86,11 +88,12 @@ class Plans:
         flags = ["--kind", kind, "--json", *["--compare"] * compare]
         key = (str(folder), text, *flags)
         if key not in self._answers:
-            self.stop()
+            self.stop(folder)
         async with self._turn:
             if key not in self._answers:
                 file = folder / "plan.yaml"
                 await asyncio.to_thread(lambda: write_text(file, text, replace=True))
+                self._planned = folder
                 answer = await self._commands.run(["plan", str(file), *flags])
                 while len(self._answers) >= MOST_PLANS:
                     del self._answers[next(iter(self._answers))]

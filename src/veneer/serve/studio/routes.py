@@ -93,7 +93,7 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
 
     async def train(request: Request, body: MethodChoices) -> Any:
         owner = caller_of(request).name
-        studio.plans.stop()  # it would compete with the trainer
+        studio.plans.stop(studio.drafts.place(_id(request)))  # it would compete with the trainer
         await studio.results.work.stop(_id(request))  # of the run before
         return await studio.run(lambda: studio.start(_id(request), body, owner))
 
