@@ -10,6 +10,7 @@ import pytest
 from veneer.data.examples import Format, RowFault, RowRef
 from veneer.data.files.formats import to_row
 from veneer.data.files.layouts import detect
+from veneer.data.files.preferences import make_row
 
 REF = RowRef("rows.jsonl", 1)
 ASK = {"role": "user", "content": "2 + 2?"}
@@ -234,6 +235,31 @@ def test_what_cannot_be_learnt_from_is_a_fault(code: str, record: dict[str, Any]
     with pytest.raises(RowFault) as fault:
         to_row(record, REF, detect(frozenset(record)))
     assert fault.value.code == code
+
+
+@pytest.mark.parametrize(
+    "text", ['[{"role": "user", "content": "a"}]', " [ {'content': 'a', 'role': 'user'} ] "]
+)
+def test_messages_that_were_written_as_text_are_not_learnt_as_text(text: str) -> None:
+    for column in ("prompt", "completion", "chosen"):
+        answers = ["completion"] if column != "chosen" else ["chosen", "rejected"]
+        record = {"prompt": "a", **dict.fromkeys(answers, "b"), column: text}
+        with pytest.raises(RowFault, match=f"'{column}' is a text that holds messages"):
+            make_row(record, REF, "pairs" if column == "chosen" else "prompt_completion")
+    row = to_row({"messages": [ASK, {**ANSWER, "content": text}]}, REF, "chat")
+    assert row.messages[1]["content"] == text
+    to_row({"prompt": f"{text} Is this polite?", "completion": "[1]"}, REF, "prompt_completion")
+
+
+def test_a_csv_says_true_false_and_nothing_in_text() -> None:
+    row = {"prompt": "a", "completion": "b", "parallel_tool_calls": ""}
+    for text, unfinished in (("", False), ("False", False), ("true", True)):
+        assert (
+            to_row({**row, "unfinished": text}, REF, "prompt_completion").unfinished is unfinished
+        )
+    for name in ("unfinished", "parallel_tool_calls"):
+        with pytest.raises(RowFault, match=name):
+            to_row({**row, name: "yes"}, REF, "prompt_completion")
 
 
 def test_a_named_format_says_which_column_is_missing() -> None:

@@ -71,6 +71,14 @@ def rating_of(label: Any) -> Any:
     return _BOOLEANS.get(label.strip().lower()) if isinstance(label, str) else label
 
 
+def flag_of(value: Any) -> Any:
+    """Returns text that says true or false as a boolean, and empty text as None: a .csv holds texts
+    alone. Other values are returned as they are."""
+    if not isinstance(value, str):
+        return value
+    return _BOOLEANS.get(value.strip().lower(), value) if value.strip() else None
+
+
 class KtoLabels:
     """Recognises the KTO layout: rows of prompt, completion and a `label` that rates the answer.
 

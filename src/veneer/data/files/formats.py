@@ -18,9 +18,11 @@ layout reads are ignored, except beside `text`: see `detect`.
 Knows nothing of files or tokens.
 """
 
+import re
 from typing import Any
 
 from veneer.data.examples import Format, Row, RowFault, RowRef
+from veneer.data.files.columns import flag_of
 from veneer.data.files.json_text import whole_value
 from veneer.data.files.layouts import NEEDS
 from veneer.files.nesting import walk
@@ -36,6 +38,10 @@ _SHAREGPT_ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
+_MESSAGES = re.compile(
+    r"""\s*\[\s*\{\s*(["'])(?:role|content|from|value)\1\s*:.*\}\s*\]\s*""", re.DOTALL
+)
+"""A text that holds a list of messages: as JSON, or as Python shows it."""
 _ROLES = ("system", "user", "assistant", "tool")
 _SHOWN = 40  # characters of a value in a message
 _MEDIA = ("images", "image", "audio", "audios", "video", "videos")
@@ -80,13 +86,13 @@ def to_row(record: dict[str, Any], ref: RowRef, format: Format) -> Row:
     check_order(messages)
     _check_parallel_calls(messages, record.get("parallel_tool_calls"))
     tools, references = _tools(record.get("tools")), _references(record.get("references"))
-    _check_values(messages, tools)
+    check_values(messages, tools)
     return Row(ref, messages, tools, None, format, references, _unfinished(record))
 
 
 def _check_parallel_calls(messages: list[dict[str, Any]], allowed: Any) -> None:
     """Raises RowFault if a row says that calls come one at a time, and a message has several."""
-    if allowed is None or allowed is True:
+    if (allowed := flag_of(allowed)) is None or allowed is True:
         return
     if allowed is not False:
         raise RowFault("D113", f"'parallel_tool_calls' is {_kind(allowed)}, not true or false")
@@ -120,7 +126,7 @@ def to_conversation(
     Raises RowFault.
     """
     conversation, functions = parse_messages(messages, "messages"), _tools(tools)
-    _check_values(conversation, functions)
+    check_values(conversation, functions)
     return conversation, functions
 
 
@@ -139,12 +145,12 @@ def _messages(record: dict[str, Any], format: Format) -> list[dict[str, Any]]:
     before = (
         parse_messages(prompt, "prompt")
         if isinstance(prompt, list)
-        else [_user(_text(prompt, "prompt"))]
+        else [_user(_plain_text(prompt, "prompt"))]
     )
     if isinstance(completion, list):
         after = parse_messages(completion, "completion")
     else:
-        after = [_assistant(_text(completion, "completion"))]
+        after = [_assistant(_plain_text(completion, "completion"))]
     # Messages in the prompt are not trained on, whatever their role.
     before = [
         {**message, "weight": 0} if message["role"] == "assistant" else message
@@ -184,7 +190,7 @@ def _parse_json(text: str, code: str, what: str) -> Any:
         raise RowFault(code, f"the text of {what}: {fault.message}") from None
 
 
-def _check_values(*parts: Any) -> None:
+def check_values(*parts: Any) -> None:
     """Checks the nested values of a row: each must be JSON that can become tokens. Raises
     RowFault."""
     for value, _ in walk(list(parts)):
@@ -212,6 +218,18 @@ def _text(value: Any, name: str) -> str:
             f"'{name}' is empty" + (": nothing to learn" if trained else ""),
         )
     return str(value)
+
+
+def _plain_text(value: Any, name: str) -> str:
+    """Checks that a value is a text, and not messages that were written as text."""
+    text = _text(value, name)
+    if _MESSAGES.fullmatch(text):
+        raise RowFault(
+            "D109",
+            f"'{name}' is a text that holds messages, not a list of them",
+            "Write the list in .jsonl or .parquet. If the text is meant, put it in a message.",
+        )
+    return text
 
 
 def _kind(value: Any) -> str:
@@ -346,7 +364,7 @@ def _references(value: Any) -> tuple[str, ...]:
 
 
 def _unfinished(record: dict[str, Any]) -> bool:
-    value = record.get("unfinished") or False
+    value = flag_of(record.get("unfinished")) or False
     if not isinstance(value, bool):
         raise RowFault("D109", f"'unfinished' is {_kind(value)}; true and false are read")
     return value
