@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -16,8 +17,12 @@ from tests.support.helpers import killed_after_saving
 from tests.support.joint import FLOAT32, assert_same_run, config, together
 from tests.support.tiny import save_tiny, tiny_tokenizer
 from veneer.adapters.labels import HeadSettings
-from veneer.data.examples import Example, Row, RowRef
+from veneer.data.config import DataConfig
+from veneer.data.encoder import RowRules
+from veneer.data.examples import Capacity, Example, Row, RowRef
 from veneer.data.files.labels import with_labels
+from veneer.data.files.sources import scan_rows
+from veneer.data.load import load_data
 from veneer.errors import (
     AdapterMismatchError,
     ConfigError,
@@ -446,6 +451,52 @@ def test_labels_of_rows_are_checked(world, tmp_path):
     with pytest.raises(DataError, match="'q' is not one of the 2 labels"):
         rows = [{"text": f"{n}", "label": "pq"[n % 2]} for n in range(9)]
         run(rows, "unknown", objective={"name": "classify", "labels": ["p", "r"]})
+
+
+def test_a_weight_of_zero_which_may_leave_a_step_nothing_to_learn_is_refused():
+    with pytest.raises(ConfigError, match="a class weight of 0"):
+        RunConfig.of(
+            {
+                "base": "b",
+                "out": "o",
+                "data": {"train": "t"},
+                "objective": {"name": "classify", "class_weights": {"a": 0}},
+            }
+        )
+    assert Classify(kind="labels", labels=["a", "b"], class_weights={"a": 0}).class_weights
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "labels"),
+    [
+        ("regression", [Decimal("0.25"), Decimal(2)], [(0.25,), (2.0,)]),
+        ("label", [b"a", b"b"], "holds a value of type bytes"),
+    ],
+)
+def test_labels_of_every_type_in_parquet_are_read_or_named(kind, values, labels, tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    file = tmp_path / "rows.parquet"
+    table = arrow.table({"text": ["t", "u"], "label": arrow.array(values)})
+    pytest.importorskip("pyarrow.parquet").write_table(table, file)
+    data, head = DataConfig(train=str(file), validation_share=0.0), Classify(kind=kind).head
+    rules = RowRules(64, Capacity(), kind="labels", head=head)
+    if isinstance(labels, str):
+        with pytest.raises(DataError, match=labels):
+            load_data(data, rules, tiny_tokenizer())
+    else:
+        assert [e.label for e in load_data(data, rules, tiny_tokenizer()).train] == labels
+
+
+def test_labels_that_no_file_could_hold_are_refused_and_lists_are_read_from_csv(tmp_path):
+    half = tmp_path / "rows.jsonl"
+    half.write_text('{"text": "t", "label": "\\ud83d"}\n{"text": "u", "label": "b"}\n')
+    _, problems = scan_rows(half, kind="labels")
+    assert [(problem.code, problem.lines) for problem in problems] == [("D102", (1,))]
+    listed = tmp_path / "rows.csv"
+    listed.write_text('text,label\nt,"[""a"", ""b""]"\nu,[]\n')
+    data = DataConfig(train=str(listed), validation_share=0.0)
+    rules = RowRules(64, Capacity(), kind="labels", head=Classify(kind="labels").head)
+    assert [e.label for e in load_data(data, rules, tiny_tokenizer()).train] == [(1, 1), (0, 0)]
 
 
 def test_labels_are_in_one_order_in_every_process():

@@ -312,6 +312,10 @@ class Classify(ObjectiveConfig):
             raise ValueError("labels names a label twice")
         if not self.head.names_outputs and (self.labels or self.class_weights or self.balanced):
             raise ValueError(f"kind {self.kind} has one output: leave labels and class_weights out")
+        if self.kind == "label" and 0 in self.class_weights.values():
+            raise ValueError(
+                "a class weight of 0 leaves the rows of the label out: leave them out of the data"
+            )
         unknown = sorted({*self.class_weights, *self.thresholds} - set(self.labels))
         if self.labels and unknown:
             raise ValueError(f"{', '.join(unknown)}: weights and thresholds of unknown labels")

@@ -13,12 +13,14 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
+from decimal import Decimal
 from typing import Any
 
 from veneer.adapters.labels import MOST_LABELS, HeadSettings
 from veneer.data.examples import Format, Problem, Row, RowFault, RowRef
 from veneer.data.files import preferences
-from veneer.data.files.formats import require_columns, to_row
+from veneer.data.files.formats import check_values, require_columns, to_row
+from veneer.data.files.json_text import whole_value
 
 PAIR_TEXT = "Query: {query}\nDocument: {document}"
 _BOOLEANS = {"true": 1.0, "false": 0.0}
@@ -37,7 +39,9 @@ def make_row(record: dict[str, Any], ref: RowRef, format: Format) -> Row:
                 raise RowFault("D109", f"'{name}' is not a string")
         text = pair_text(record["query"], record["document"])
     row = to_row({**record, "text": text}, ref, "text")
-    return replace(row, format=format, label=record["label"], query=query, unfinished=False)
+    label = float(record["label"]) if isinstance(record["label"], Decimal) else record["label"]
+    check_values(label)
+    return replace(row, format=format, label=label, query=query, unfinished=False)
 
 
 def pair_text(query: str, document: str) -> str:
@@ -94,8 +98,13 @@ def label_name(label: Any) -> str:
 
 
 def label_list(label: Any) -> list[Any]:
-    if isinstance(label, list):
-        return label
+    """Returns the labels of a row. A .csv holds the list as JSON. Raises RowFault if it is none."""
+    value = label
+    if isinstance(label, str):
+        with suppress(RowFault):
+            value = whole_value(label)
+    if isinstance(value, list):
+        return value
     raise RowFault(
         "D119",
         f"'label' is {str(label)[:_SHOWN]!r}, and kind labels learns lists of names",
