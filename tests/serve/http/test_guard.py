@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import logging
+import shlex
 import stat
 
 import httpx
@@ -10,6 +11,7 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
+from veneer.cli.main import main
 from veneer.errors import ConfigError, SourceError
 from veneer.serve.http.app import catch_errors
 from veneer.serve.http.guard import Guard, check_origins, for_browsers
@@ -286,3 +288,22 @@ def test_a_file_that_holds_no_keys_is_refused_with_every_line(tmp_path):
         read_keys(file, {})
     with pytest.raises(ConfigError, match="a key needs at least 16"):
         read_keys(None, {"VENEER_API_KEY": "short"})
+
+
+def test_the_step_after_a_wrong_file_of_keys_works(tmp_path):
+    file = tmp_path / "my keys"
+    for content in (None, ""):
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises((SourceError, ConfigError)) as caught:
+            read_keys(file, {})
+        command = shlex.split(caught.value.next_step.removeprefix("Make one: "))
+        assert main(command[1:]) == 0 and read_keys(file, {})
+        file.unlink()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    (tmp_path / "text").write_text("my-plain-key\n")
+    for name in ("folder", "binary", "text"):
+        with pytest.raises((SourceError, ConfigError)) as caught:
+            read_keys(tmp_path / name, {})
+        assert caught.value.next_step.endswith("--keys FILE")

@@ -13,6 +13,7 @@ import hmac
 import os
 import re
 import secrets
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,10 +99,11 @@ def _read_file(file: Path) -> list[ApiKey]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as fault:
         raise SourceError(
-            f"{file} cannot be read: {fault.strerror}", [], f"Make one: {_make(file)}"
+            f"{file} cannot be read: {fault.strerror}",
+            next_step=_make(file if isinstance(fault, FileNotFoundError) else None),
         ) from fault
     except UnicodeDecodeError:
-        raise ConfigError(f"{file} is not text", next_step=f"Make one: {_make(file)}") from None
+        raise ConfigError(f"{file} is not text", next_step=_make(None)) from None
     keys, faults = list[ApiKey](), list[str]()
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
@@ -118,13 +120,15 @@ def _read_file(file: Path) -> list[ApiKey]:
         raise ConfigError(
             f"{file} is not a file of keys",
             faults or ["it has no keys"],
-            f"Make one: {_make(file)}",
+            _make(None if faults else file),
         )
     return keys
 
 
-def _make(file: Path) -> str:
-    return f"veneer serve --new-key use --keys {file}"
+def _make(file: Path | None) -> str:
+    """Names the command that makes a key. file: None if what stands there is no file of keys."""
+    name = "FILE" if file is None else shlex.quote(str(file))
+    return f"Make one: veneer serve --new-key use --keys {name}"
 
 
 def new_key(file: Path, scope: Scope) -> str:
