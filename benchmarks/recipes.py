@@ -94,6 +94,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "last 20 layers of rank 24, linear": lora(
         2e-3, "linear", lr_ratio=4, rank=24, alpha=48, layers=LATE_LAYERS
     ),
+    "batch 4": {**lora(1.3e-3, "cosine"), "batch": 4},
+    "batch 2": {**lora(1.3e-3, "cosine"), "batch": 2},
     "batch 2, B x3, linear": {**lora(1e-3, "linear", lr_ratio=4), "batch": 2},
     "rank 32, linear": lora(1e-3, "linear", rank=32, alpha=256),
     "rank 64": lora(6.5e-4, "cosine", **WIDE),
@@ -106,6 +108,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "full at 2e-4, linear": full(2e-4, "linear"),
     "full at 4e-4, linear": full(4e-4, "linear"),
     "full at 6e-4, linear": full(6e-4, "linear"),
+    "batch 2, full at 3e-4, linear": {**full(3e-4, "linear"), "batch": 2},
     "full without embeddings at 6e-4, linear": full(6e-4, "linear"),
 }
 """Settings by name. `rate`, A and B are the learning rate, as a multiple of 1.3e-3, the default for
