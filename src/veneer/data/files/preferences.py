@@ -79,9 +79,12 @@ def _with_prompt(record: Record) -> tuple[Record, list[tuple[str, Any]]]:
             )
         return record, list(answers.items())
     common = _common_messages(*whole.values())
-    last = None if not common else common[-1].get("content")
-    question = prompt[-1].get("content") if isinstance(prompt, list) and prompt else prompt
-    if not common or (isinstance(question, str) and question != last):
+    if isinstance(prompt, list) and prompt:
+        asked = parse_messages(prompt, "prompt")
+        is_asked = common[-len(asked) :] == asked
+    else:
+        is_asked = not isinstance(prompt, str) or [prompt] == [m["content"] for m in common[-1:]]
+    if not common or not is_asked:
         raise RowFault(
             "D117",
             "'chosen' and 'rejected' begin with different messages"
