@@ -186,7 +186,10 @@ class SetEncoder:
         collector: ExampleCollector,
     ) -> None:
         """Adds a row whose answers are compared or rated: one example for each answer."""
-        if fault := preference_fault(encodings):
+        fault = preference_fault(encodings)
+        if self.data.train_on == "all":
+            fault = "train_on all trains prompts too, and answers are compared: leave train_on out"
+        if fault:
             self.findings.problems.append(row.ref.problem("D117", fault))
             return
         kinds: list[AnswerKind] = ["rejected"] * (1 + len(row.others))

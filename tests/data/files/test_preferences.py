@@ -34,6 +34,11 @@ PAIRS = {
         "messages": [ASK, GOOD],
         "score_chosen": 8.0,
     },
+    "whole conversations with their prompt as messages": {
+        "prompt": [ASK],
+        "chosen": [ASK, GOOD],
+        "rejected": [ASK, BAD],
+    },
     "of OpenAI": {
         "input": {"messages": [ASK], "parallel_tool_calls": True},
         "preferred_output": [GOOD],
@@ -87,6 +92,15 @@ FAULTS = {
         {"prompt": "3?", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
         "'prompt' is not the question",
     ),
+    "a prompt with a system turn that they do not have": (
+        "D117",
+        {
+            "prompt": [{"role": "system", "content": "Be brief."}, ASK],
+            "chosen": [ASK, GOOD],
+            "rejected": [ASK, BAD],
+        },
+        "'prompt' is not the question",
+    ),
     "one whole conversation": (
         "D117",
         {"prompt": "2 + 2?", "chosen": [ASK, GOOD], "rejected": [BAD]},
@@ -137,6 +151,15 @@ def test_a_row_is_left_out_whole_if_one_answer_is_too_long(tmp_path):
     long = {**PAIRS["texts"], "rejected": "5" * 300}
     data, *_ = examine(tmp_path, [PAIRS["texts"], long], "pairs", long_rows="drop")
     assert len(data.train) == 2 and data.report.dropped == 1
+
+
+@pytest.mark.parametrize("kind", ["pairs", "ratings"])
+def test_prompts_of_compared_answers_are_never_trained(kind, tmp_path):
+    rated = [{"prompt": f"{n}?", "completion": "4", "label": n > 0} for n in range(2)]
+    rows = [PAIRS["texts"]] if kind == "pairs" else rated
+    data, *_ = examine(tmp_path, rows, kind, train_on="all")
+    (problem,) = (p for p in data.report.problems if p.code == "D117" and p.lines)
+    assert "train_on all" in problem.message and problem.fatal and not data.train
 
 
 def test_another_label_is_another_set_and_another_row(tmp_path):
