@@ -78,6 +78,18 @@ def test_near_texts_are_found_among_thousands_as_comparing_all_of_them_finds_the
     assert missed <= 1 and any(found)
 
 
+def test_an_instruction_that_all_prompts_share_makes_them_no_leak() -> None:
+    draw = random.Random(0)
+    words = [f"w{n}" for n in range(400)]
+    instruction = " ".join(draw.choices(words, k=200))
+    asked = [" ".join(draw.choices(words, k=12)) for _ in range(60)]
+    train = [row(n, f"{instruction} {text}") for n, text in enumerate(asked[:50])]
+    new = [row(n + 100, f"{instruction} {text}") for n, text in enumerate(asked[50:])]
+    assert "D223" not in told(train, new)
+    again = row(200, f"{instruction} {asked[7]} please")
+    assert told(train, [*new, again])["D223"].lines == (200,)
+
+
 def test_short_prompts_are_never_called_alike() -> None:
     assert not told([row(1, "how are you")], [row(2, "how are you today")])
 

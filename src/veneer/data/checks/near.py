@@ -16,6 +16,8 @@ WORDS = 3
 LEAST = 8
 COMMON = 0.1
 """Share of texts from which on a shingle is common to them."""
+MANY = 20.0
+"""Texts that may share a shingle before it is common, however few texts there are."""
 PLACES, BANDS = 48, 16
 _PRIME = (1 << 31) - 1
 _NONE = np.zeros(0, dtype=np.int64)
@@ -86,10 +88,7 @@ def similar_groups(texts: Sequence[str], *, least: float) -> list[int]:
     Shingles of more than COMMON of all texts, such as those of a shared instruction, do not count.
     Returns the number of each text's group: that of its first text.
     """
-    of_texts = [shingles(text) for text in texts]
-    all_shingles, counts = np.unique(np.concatenate([*of_texts, _NONE]), return_counts=True)
-    common = all_shingles[counts > max(2.0, COMMON * len(texts))]
-    of_texts = [np.setdiff1d(values, common, assume_unique=True) for values in of_texts]
+    of_texts = _without_common([shingles(text) for text in texts], 2.0)
     groups = DisjointSets(range(len(texts)))
     texts_by_band: dict[bytes, list[int]] = {}
     for number, values in enumerate(of_texts):
@@ -104,21 +103,29 @@ def similar_groups(texts: Sequence[str], *, least: float) -> list[int]:
     return groups.names()
 
 
+def _without_common(of_texts: Sequence[NDArray[np.int64]], most: float) -> list[NDArray[np.int64]]:
+    """Removes the shingles of more than COMMON of the texts, and of more than `most` of them."""
+    all_shingles, counts = np.unique(np.concatenate([*of_texts, _NONE]), return_counts=True)
+    common = all_shingles[counts > max(most, COMMON * len(of_texts))]
+    return [np.setdiff1d(values, common, assume_unique=True) for values in of_texts]
+
+
 def nearest(
     texts: Sequence[str], among: Sequence[str], *, least: float
 ) -> list[tuple[int, float] | None]:
     """Finds for each text the most similar text among `among`.
 
-    Returns its number and similarity, or None if none reaches `least`.
+    Shingles of many texts do not count, as in similar_groups. Returns the number and similarity of
+    each, or None if none reaches `least`.
     """
     texts_by_band: dict[bytes, list[int]] = {}
-    known_shingles = [shingles(text) for text in among]
+    of_texts = _without_common([shingles(text) for text in (*texts, *among)], MANY)
+    known_shingles = of_texts[len(texts) :]
     for number, values in enumerate(known_shingles):
         for band in _bands(values) if len(values) else ():
             texts_by_band.setdefault(band, []).append(number)
     results: list[tuple[int, float] | None] = []
-    for text in texts:
-        text_shingles = shingles(text)
+    for text_shingles in of_texts[: len(texts)]:
         candidates = {
             n
             for band in (_bands(text_shingles) if len(text_shingles) else ())
