@@ -1,6 +1,7 @@
 """The commands that read rows: data check and evaluate."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -231,6 +232,22 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_loaded(
     assert main.main([*WRITES[name], str(tmp_path / "file" / "out")]) == 2
     assert "cannot be written" in capsys.readouterr().err and api.calls == []
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such files here")
+@pytest.mark.parametrize("there", ["folder", "pipe"])
+@pytest.mark.parametrize(
+    "command",
+    [WRITES["evaluate"], [*WRITES["plan"][:-1], "--html"], WRITES["score"], WRITES["plan"]],
+    ids=["evaluate", "plan_html", "score", "plan"],
+)
+def test_what_is_no_file_is_not_replaced_and_is_refused_before_anything_is_loaded(
+    api, tmp_path, capsys, command, there
+):
+    (tmp_path / "out").mkdir() if there == "folder" else os.mkfifo(tmp_path / "out")
+    assert main.main([*command, str(tmp_path / "out")]) == 2
+    assert re.search("not replaced|not overwritten", capsys.readouterr().err) and api.calls == []
+    assert not (tmp_path / "out").is_file()
 
 
 @pytest.mark.parametrize("resume", [False, True])

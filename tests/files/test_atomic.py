@@ -15,7 +15,14 @@ from safetensors.torch import save_file
 from tests.support.helpers import FailAt
 from veneer.errors import ConfigError, DoesNotFitError, InputError
 from veneer.files import atomic
-from veneer.files.atomic import atomic_file, atomic_folder, verify_manifest, write_manifest
+from veneer.files.atomic import (
+    atomic_file,
+    atomic_folder,
+    refuse_unwritable_file,
+    verify_manifest,
+    write_manifest,
+    write_text,
+)
 from veneer.files.system_errors import free_bytes
 
 WRITE_CALLS = [(os, name) for name in ("rename", "replace", "fsync", "open", "mkdir")]
@@ -244,6 +251,23 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     with atomic_file(path, replace=True) as partial:
         partial.write_text("new")
     assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["s.json"]
+
+
+@pytest.mark.parametrize("there", ["folder", "pipe", "link to a pipe"])
+def test_what_is_no_file_is_never_replaced(tmp_path, there):
+    """A device neither: /dev/null would become a file for all programs."""
+    place, pipe = tmp_path / "place", tmp_path / ("place" if there == "pipe" else "pipe")
+    os.mkfifo(pipe)
+    if there == "folder":
+        place.mkdir()
+    elif there != "pipe":
+        place.symlink_to(pipe)
+    before = place.lstat()
+    with pytest.raises(ConfigError, match="is not replaced: it is"):
+        write_text(place, "x", replace=True)
+    with pytest.raises(ConfigError, match="is not replaced: it is"):
+        refuse_unwritable_file(place)
+    assert place.lstat() == before and pipe.is_fifo()
 
 
 def test_every_change_to_a_written_folder_is_found(tmp_path):

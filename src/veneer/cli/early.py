@@ -9,7 +9,7 @@ from veneer.bases.loading.shapes import shape_of
 from veneer.bases.names.named import refuse_unknown
 from veneer.data.files.places import refuse_missing
 from veneer.errors import ConfigError, DataError
-from veneer.files.atomic import refuse_existing, refuse_unwritable
+from veneer.files.atomic import refuse_existing, refuse_unwritable, refuse_unwritable_file
 from veneer.files.strict_json import illegible
 from veneer.training.config import RunConfig
 from veneer.training.state.place import locked_folder, refuse_finished, refuse_unless_new
@@ -67,10 +67,11 @@ def check_new(out: str | Path) -> None:
 
 
 def check_writable(*files: str | Path | None) -> None:
-    """Raises InputError if one of the output files is not writable."""
+    """Raises InputError if one of the output files is not writable, and ConfigError if a folder or
+    device is there."""
     for file in files:
         if file is not None:
-            refuse_unwritable(file)
+            refuse_unwritable_file(file)
 
 
 def check_files(files: Iterable[Path | None]) -> None:

@@ -37,7 +37,7 @@ from veneer.evaluation.predictions import (
     refuse_unanswered,
     write_predictions,
 )
-from veneer.files.atomic import refuse_unwritable
+from veneer.files.atomic import refuse_unwritable_file
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
 
@@ -103,7 +103,7 @@ def evaluate(
     """
     report = progress or (lambda label, done, total: None)
     if choices.predictions is not None:
-        refuse_unwritable(choices.predictions)
+        refuse_unwritable_file(choices.predictions)
     references = references_of(base, rows, choices.variables) if choices.metrics else []
     _refuse_references(choices.metrics, rows, references)
     labels = _labels(choices, rows, references)

@@ -32,7 +32,7 @@ from veneer.evaluation.predictions import (
     read_predictions,
     write_predictions,
 )
-from veneer.files.atomic import refuse_unwritable
+from veneer.files.atomic import refuse_unwritable_file
 from veneer.models.frozen_base import FrozenBase
 from veneer.objectives.objective import AnswerBatch, Objective
 
@@ -66,7 +66,7 @@ def evaluate_preferences(
                               interval}; their own accuracy is one half
     """
     if options.predictions is not None:
-        refuse_unwritable(options.predictions)
+        refuse_unwritable_file(options.predictions)
     starts = [int(start) for start in RowSpans.of(examples).starts]
     others = None
     if options.against is not None:

@@ -85,6 +85,7 @@ def atomic_file(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
         refuse_existing(path, unless=replace)
+        _refuse_no_file(path)
         with unfinished(path.parent) as partial:
             partial.touch(exist_ok=False)
             mode = partial.stat().st_mode
@@ -195,6 +196,19 @@ def refuse_unwritable(path: str | Path) -> None:
         existing_parent = next(parent for parent in path.parents if _exists(parent))
         with unfinished(existing_parent) as partial:
             partial.mkdir()
+
+
+def refuse_unwritable_file(path: str | Path) -> None:
+    """Raises what refuse_unwritable raises, and ConfigError if a folder or device is there."""
+    refuse_unwritable(path)
+    _refuse_no_file(Path(path).absolute())
+
+
+def _refuse_no_file(path: Path) -> None:
+    """Raises ConfigError if what is there is no file: root would replace a device for everyone."""
+    if _exists(path) and path.exists() and not path.is_file():
+        fault = "it is a folder" if path.is_dir() else "it is no regular file"
+        raise ConfigError(f"{path} is not replaced: {fault}", next_step="Choose another path.")
 
 
 def _exists(path: Path) -> bool:

@@ -212,7 +212,7 @@ def read_question(args: Namespace, config: RunConfig) -> PlanQuestion:
     for base in bases:
         check_plannable(base)
     check_rows(args.data)
-    check_writable(args.write)
+    check_writable(args.write, args.html)
     with pause_collection():
         from veneer.plan.ask import PlanQuestion
         from veneer.plan.choice import Choice
