@@ -158,9 +158,11 @@ def test_rows_that_are_too_long_are_refused_by_name(base: Base, folder: Path) ->
     with pytest.raises(DataError, match=r"rows\.jsonl cannot be scored") as caught:
         base.score(folder / "rows.jsonl", length=70)
     assert "rows.jsonl:3, 6" in str(caught.value) and "longer than 70 tokens" in str(caught.value)
+    assert str(caught.value).splitlines()[-1].endswith(", or remove them")
     long = {"prompt": "x" * 4000, "completion": "y"}
-    with pytest.raises(DataError, match="positions"):
+    with pytest.raises(DataError, match="positions") as caught:
         base.score([*ROWS, long])
+    assert "long_rows" not in str(caught.value)  # nothing here reads that setting
 
 
 def test_scores_that_are_not_finite_are_an_error_that_names_the_rows(base: Base) -> None:

@@ -7,7 +7,7 @@ sets in tokens.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,10 @@ from veneer.data.template.reasoning import reasoning_problems
 
 TOO_LITTLE = 0.01
 """Share of trained tokens below which a set is suspicious."""
+TRAINED = "trained on"
+"""What a run does with its rows, as its errors name it."""
+_LONG_ROWS = ", or choose what happens to them: long_rows: drop or long_rows: cut"
+"""A setting of runs: whoever evaluates, scores or replays rows has none."""
 _SHOWN_LENGTHS = 5
 _REFUSED_LATER = ("D116",)
 """Problems that earlier versions did not check. A run that such a version started can resume."""
@@ -196,7 +200,7 @@ def check(
 
 
 def refuse(
-    report: CheckReport, file: str, purpose: str = "trained on", *, resumes: bool = False
+    report: CheckReport, file: str, purpose: str = TRAINED, *, resumes: bool = False
 ) -> None:
     """Raises DataError with every problem that prevents a run; returns if there is none.
 
@@ -207,6 +211,11 @@ def refuse(
     fatal = [
         problem for problem in report.problems if problem.fatal and problem.code not in accepted
     ]
+    if purpose != TRAINED:
+        fatal = [
+            replace(problem, next_step=problem.next_step.replace(_LONG_ROWS, ", or remove them"))
+            for problem in fatal
+        ]
     if fatal:
         raise refusal(f"{file} cannot be {purpose}", fatal)
 
@@ -235,7 +244,7 @@ def _length_problems(
     ]
     limit = f"the model's {length:,} positions" if by_model else f"{length:,} tokens"
     message = f"{verb} {limit} (the longest: {longest:,})"
-    step = f"{remedy}, or choose what happens to them: long_rows: drop or long_rows: cut"
+    step = f"{remedy}{_LONG_ROWS}"
     sizes = sorted(
         ((size, row.ref) for row, size in findings.too_long), key=lambda entry: -entry[0]
     )
