@@ -37,6 +37,9 @@ def test_files_folders_patterns_and_packed_files_are_read(tmp_path: Path) -> Non
     packed = pyarrow.compress(lines(records(2, "c")), codec="zstd", asbytes=True)
     (tmp_path / "rows" / "deep" / "c.jsonl.zst").write_bytes(packed)
     (tmp_path / "rows" / "README.md").write_text("no rows")
+    for hidden in (".ipynb_checkpoints/a-checkpoint.jsonl", "deep/._c.jsonl"):
+        (tmp_path / "rows" / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / "rows" / hidden).write_bytes(lines(records(2, "copy")))
     whole = prompts(str(tmp_path / "rows"))
     assert whole == [f"{name} {n}" for name in "abc" for n in range(2)]
     assert prompts(str(tmp_path / "rows" / "*.jsonl*")) == whole[:4]

@@ -135,7 +135,14 @@ def matching_files(pattern: Path) -> list[Path]:
 
 def _find_local(name: str, path: Path) -> list[RowFile]:
     if path.is_dir():
-        paths = sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file.name))
+        # Programs keep copies in hidden folders: .ipynb_checkpoints of Jupyter, for instance.
+        paths = sorted(
+            file
+            for file in path.rglob("*")
+            if file.is_file()
+            and kind_of(file.name)
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        )
         return _check_count([RowFile(str(file), file) for file in paths], name)
     if path.exists():
         return [RowFile(name, path)]
