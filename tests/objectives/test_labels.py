@@ -20,7 +20,7 @@ from veneer.adapters.labels import HeadSettings
 from veneer.data.config import DataConfig
 from veneer.data.encoder import RowRules
 from veneer.data.examples import Capacity, Example, Row, RowRef
-from veneer.data.files.labels import with_labels
+from veneer.data.files.labels import label_name, with_labels
 from veneer.data.files.sources import scan_rows
 from veneer.data.load import load_data
 from veneer.errors import (
@@ -451,6 +451,15 @@ def test_labels_of_rows_are_checked(world, tmp_path):
     with pytest.raises(DataError, match="'q' is not one of the 2 labels"):
         rows = [{"text": f"{n}", "label": "pq"[n % 2]} for n in range(9)]
         run(rows, "unknown", objective={"name": "classify", "labels": ["p", "r"]})
+
+
+def test_settings_name_labels_as_rows_do():
+    settings = Classify.model_validate(
+        {"labels": [0, True, "c"], "class_weights": {0: 2, True: 3}, "kind": "labels"}
+        | {"thresholds": {0: 0.3}}
+    )
+    assert settings.labels == [label_name(label) for label in (0, True, "c")]
+    assert settings.class_weights == {"0": 2, "true": 3} and settings.thresholds == {"0": 0.3}
 
 
 def test_a_weight_of_zero_which_may_leave_a_step_nothing_to_learn_is_refused():

@@ -298,13 +298,13 @@ class Classify(ObjectiveConfig):
     def head(self) -> HeadSettings:
         return HeadSettings(self.kind, tuple(self.labels), tuple(sorted(self.thresholds.items())))
 
-    @field_validator("labels", mode="before")
+    @field_validator("labels", "class_weights", "thresholds", mode="before")
     @classmethod
     def _numbers_are_names(cls, value: object) -> object:
-        """Reads numbers as names, since labels in rows may be numbers."""
-        if not isinstance(value, list):
-            return value
-        return [str(label) if type(label) is int else label for label in value]
+        """Reads whole numbers, true and false as names, since labels in rows may be such."""
+        if isinstance(value, dict):
+            return {_label_name(label): number for label, number in value.items()}
+        return [_label_name(label) for label in value] if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _check_labels(self) -> Self:
@@ -320,6 +320,13 @@ class Classify(ObjectiveConfig):
         if self.labels and unknown:
             raise ValueError(f"{', '.join(unknown)}: weights and thresholds of unknown labels")
         return self
+
+
+def _label_name(label: object) -> object:
+    """Returns the name of a label as rows give it (data/files/labels.py)."""
+    if isinstance(label, int):
+        return str(label).lower()
+    return label
 
 
 AnyObjective = Annotated[
