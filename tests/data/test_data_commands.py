@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.row_files import lines, prompts, records
+from tests.support.tiny import save_tiny
 from veneer.cli import main
 from veneer.data.examples import prompt_key, row_key
 from veneer.data.files.sources import iterate_rows, scan_rows
@@ -140,6 +141,15 @@ def test_a_row_of_every_layout_is_the_same_row_when_it_is_read_again(
     (again,) = iterate_rows(out / "train.jsonl", kind=kind)
     assert (row_key(again), prompt_key(again)) == (row_key(row), prompt_key(row))
     assert (again.references, again.unfinished) == (row.references, row.unfinished)
+
+
+def test_a_held_out_row_is_shown_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, file = str(save_tiny(tmp_path / "base")), tmp_path / "rows.jsonl"
+    file.write_bytes(lines(records(40)))
+    (row,) = held_out_of(str(file), 0.02)
+    command = ["data", "check", str(file), "--base", base, "--row", str(row.ref.line)]
+    assert main.main(command) == 0
+    assert row.messages[0]["content"] in capsys.readouterr().out
 
 
 def test_split_rows_are_those_that_a_run_would_hold_out_and_no_prompt_is_in_two(

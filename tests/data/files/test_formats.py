@@ -106,8 +106,9 @@ def test_text_is_recognised_beside_columns_about_its_origin_only() -> None:
     record = {"text": "Once.", "url": "x", "id": 3}
     assert detect(frozenset(record)) == "text"
     assert (to_row(record, REF, "text").text, to_row(record, REF, "text").messages) == ("Once.", [])
-    with pytest.raises(RowFault, match="would leave out label"):
+    with pytest.raises(RowFault, match="would leave out label") as fault:
         detect(frozenset({"text", "label"}))
+    assert "--objective classify" in fault.value.next_step
 
 
 def test_rows_that_fit_two_layouts_are_refused() -> None:

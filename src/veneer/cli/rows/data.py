@@ -107,7 +107,7 @@ def _check(args: Namespace) -> int:
         print_json(data.report.to_dict())
     else:
         console = make_console()
-        _print_sample(console, data.train, tokenizer, args.row)
+        _print_sample(console, [*data.train, *data.validation], tokenizer, args.row)
         _print_report(console, args.data, data.report)
     return 4 if data.report.refused else 0
 
@@ -125,7 +125,7 @@ def _print_sample(
         if line is None:
             return
         raise InputError(
-            f"line {line} has no row to train on", [], "Choose another line, or leave --row out."
+            f"line {line} has no row to show", [], "Choose another line, or leave --row out."
         )
     coloured = console.color_system is not None and not console.no_color
     text = Text()

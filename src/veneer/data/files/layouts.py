@@ -97,7 +97,8 @@ def detect(columns: frozenset[str], kind: RowKind = "answers") -> Format:
         raise RowFault(
             "D107",
             f"columns {shown}: plain text would leave out {first_names(others)}",
-            f"{_suggest_renames(columns)}, or train on the text alone with format: text",
+            f"{_suggest_renames(columns)}, or train on the text alone with format: text"
+            + (", or learn the labels with --objective classify" if "label" in columns else ""),
         )
     if kind in ("pairs", "ratings"):
         raise _no_preference(columns, kind, shown)
