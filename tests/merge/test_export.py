@@ -126,6 +126,19 @@ def test_a_value_that_f16_does_not_hold_is_refused(untied, tmp_path):
         export_adapter(adapter, to="peft", base=untied, out=tmp_path / "p", dtype="f16")
     assert not (tmp_path / "p").exists()
     export_adapter(adapter, to="peft", base=untied, out=tmp_path / "p", dtype="bf16")
+    file = tmp_path / "p.gguf"
+    with pytest.raises(RefusedError, match=r"65504(.|\n)*Keep f32") as caught:
+        export_adapter(adapter, to="llamacpp", base=untied, out=file, dtype="f16")
+    assert "bf16" not in caught.value.next_step and not file.exists()
+
+
+def test_a_gguf_adapter_says_what_half_precision_lost_and_has_no_bf16(untied, tmp_path):
+    adapter = make(tmp_path / "a", untied, PATTERNS, seed=1)
+    half = export_adapter(adapter, to="llamacpp", base=untied, out=tmp_path / "h.gguf", dtype="f16")
+    assert "f16: rounding changed a tensor by at most 0.0" in half.notes[-1]
+    with pytest.raises(ConfigError, match="f32 or f16"):
+        export_adapter(adapter, to="llamacpp", base=untied, out=tmp_path / "b.gguf", dtype="bf16")
+    assert not (tmp_path / "b.gguf").exists()
 
 
 # llama.cpp, the adapter

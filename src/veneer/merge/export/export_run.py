@@ -18,7 +18,13 @@ from veneer.formats.adapter import StoredAdapter, read_adapter
 from veneer.formats.manifest import CARD_NAME, MANIFEST_NAME
 from veneer.library.names import said_of
 from veneer.merge.combine.low_rank_adapters import fit_adapter, place
-from veneer.merge.export.folders import ExportReport, OtherFiles, export_peft, export_vllm
+from veneer.merge.export.folders import (
+    ExportReport,
+    OtherFiles,
+    export_peft,
+    export_vllm,
+    rounding_note,
+)
 from veneer.merge.export.lint import LintFinding, lint, peft_refusal
 from veneer.merge.export.ollama import modelfile
 from veneer.merge.export.serving import commands, whole_model_commands
@@ -100,8 +106,9 @@ def _export(
         return export_vllm(placed, skeleton, out, other_files, dtype, base=base)
     _require_gguf_name(out)
     with atomic_file(out) as partial:
-        size = write_gguf_adapter(partial, placed, skeleton.model, dtype=dtype)
-    return ExportReport(Path(out), size)
+        size, rounding = write_gguf_adapter(partial, placed, skeleton.model, dtype=dtype)
+    notes = [] if rounding is None else [rounding_note(dtype, rounding)]
+    return ExportReport(Path(out), size, notes)
 
 
 def _check_peft_loads(stored: StoredAdapter, base: str) -> None:

@@ -109,7 +109,7 @@ def export_vllm(
         dtype=_TYPES.get(dtype),
     )
     if written.rounding is not None:
-        notes.append(_rounding_note(dtype, written.rounding))
+        notes.append(rounding_note(dtype, written.rounding))
     return ExportReport(Path(out), written.bytes, notes, rank=needed_rank)
 
 
@@ -145,7 +145,7 @@ def export_peft(
             if (stored.folder / name).is_file():
                 shutil.copyfile(stored.folder / name, partial / name)
         if dtype in _TYPES:
-            notes.append(_rounding_note(dtype, _round(stored, partial, dtype)))
+            notes.append(rounding_note(dtype, _round(stored, partial, dtype)))
         for name, text in other_files(None).items():
             (partial / name).write_text(text, encoding="utf-8")
         size = (partial / WEIGHTS_NAME).stat().st_size
@@ -171,5 +171,6 @@ def _round(stored: StoredAdapter, folder: Path, dtype: AdapterType) -> float:
     return rounding
 
 
-def _rounding_note(dtype: AdapterType, rounding: float) -> str:
+def rounding_note(dtype: AdapterType, rounding: float) -> str:
+    """Says what rounding to this type changed."""
     return f"{dtype}: rounding changed a tensor by at most {100 * rounding:.2g}% of its norm"

@@ -12,12 +12,13 @@ Source: llama.cpp, src/llama-adapter.cpp; checked by loading in llama.cpp.
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
+import torch
 from gguf import GGUFValueType, GGUFWriter
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from veneer.errors import RefusedError
+from veneer.errors import ConfigError, RefusedError
+from veneer.formats.rounding import rounded
 from veneer.merge.combine.combine import FactorPair
 from veneer.merge.combine.low_rank_adapters import PlacedAdapter
 from veneer.merge.gguf.bytes import as_writable
@@ -68,10 +69,12 @@ def adapter_tensors(
 
 def write_gguf_adapter(
     path: Path, placed: PlacedAdapter, model: PreTrainedModel, *, dtype: AdapterType = "f32"
-) -> int:
-    """Writes the file; returns its size. model: the base's skeleton. RefusedError lists all
-    faults.
+) -> tuple[int, float | None]:
+    """Writes the file; returns its size, and in f16 the largest relative change of a tensor. model:
+    the base's skeleton. RefusedError lists all faults.
     """
+    if dtype == "bf16":
+        raise ConfigError("a .gguf adapter is f32 or f16", next_step="Leave the type out.")
     if faults := gguf_adapter_faults(placed, model):
         raise RefusedError(
             "llama.cpp cannot use this adapter",
@@ -81,6 +84,9 @@ def write_gguf_adapter(
     names = names_of(model.config)
     ranks = [update.A.shape[0] for update in placed.updates.values()]
     alpha = float(max(ranks))
+    tensors, rounding = adapter_tensors(placed.updates, names, alpha), None
+    if dtype == "f16":
+        tensors, rounding = rounded(tensors, torch.float16, instead="Keep f32.")
     writer = GGUFWriter(path, names.architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
@@ -88,12 +94,10 @@ def write_gguf_adapter(
     if placed.stored.file.invocation:
         ids, array = list(placed.stored.file.invocation), GGUFValueType.ARRAY
         writer.add_key_value(INVOCATION, ids, array, GGUFValueType.UINT32)
-    for name, tensor in adapter_tensors(placed.updates, names, alpha).items():
-        writer.add_tensor(
-            name, as_writable(tensor.numpy().astype(np.float16 if dtype == "f16" else np.float32))
-        )
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, as_writable(tensor.numpy()))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path.stat().st_size
+    return path.stat().st_size, rounding
