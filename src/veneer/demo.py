@@ -48,6 +48,8 @@ from veneer.training.state.place import locked_folder
 from veneer.wording import cut, shown, size
 
 BASE = "smollm2-135m"
+NOTE = "demo.json"
+WRITTEN = ("train.jsonl", "held_out.jsonl", "untuned.json", "tuned.json", "run")
 EPOCHS = 4
 SHOWN = 5
 TRIED = 2  # rows of a step, and held-out rows, if --steps only tests the installation
@@ -98,6 +100,7 @@ def run_demo(
 
 def _demo(out: Path, *, again: bool, base: str, schedule: dict[str, Any]) -> dict[str, Any]:
     console = log_console(stderr=False)
+    _claim_folder(out)
     _say(console, "Teaching a small language model to answer with function calls, on this machine.")
     held_out = _prepare_rows(out, console, most=TRIED if "steps" in schedule else None)
     loaded = api.load(base)
@@ -125,6 +128,20 @@ def _demo(out: Path, *, again: bool, base: str, schedule: dict[str, Any]) -> dic
     _print_shares(console, shares, len(held_out.calls))
     _print_next(console, out, held_out, summary)
     return {**shares, "summary": summary}
+
+
+def _claim_folder(out: Path) -> None:
+    """Marks the folder as the demo's. Raises ConfigError if another program's files are in it."""
+    note = out / NOTE
+    if note.is_file():
+        return
+    if others := [name for name in WRITTEN if (out / name).exists()]:
+        raise ConfigError(
+            f"{out} was not made by the demo, which writes files of these names",
+            others,
+            "Take another folder: veneer demo --out DIR",
+        )
+    write_text(note, json.dumps({"run": None}))
 
 
 def _context(loaded: Base, held_out: _DemoRows) -> list[str]:
@@ -218,7 +235,7 @@ def _find_or_train(
     again: bool,
 ) -> dict[str, Any]:
     """Returns the summary of the run in OUT/run, which is found finished, continued or started."""
-    run, note = out / "run", out / "demo.json"
+    run, note = out / "run", out / NOTE
     config = RunConfig(
         base=base,
         dtype=dtype,

@@ -171,14 +171,16 @@ def test_damaged_answers_are_made_anew(run: Demo, first: dict[str, Any], out: Pa
     assert run() == first
 
 
-def test_a_folder_that_the_demo_did_not_make_is_left_alone(run: Demo, out: Path) -> None:
+@pytest.mark.parametrize("name", ["run/precious.txt", "train.jsonl", "held_out.jsonl"])
+def test_a_folder_that_the_demo_did_not_make_is_left_alone(run: Demo, out: Path, name: str) -> None:
     shutil.rmtree(out)
-    precious = out / "run" / "precious.txt"
+    precious = out / name
     precious.parent.mkdir(parents=True)
     precious.write_text("mine")
     with pytest.raises(ConfigError, match="not made by the demo"):
         run(again=True)
     assert precious.read_text() == "mine"
+    assert [path for path in out.rglob("*") if path.is_file()] == [precious]
 
 
 def test_a_download_that_fails_says_what_to_do(run: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
