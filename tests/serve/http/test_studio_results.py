@@ -232,10 +232,12 @@ def test_figures_of_an_earlier_run_are_not_those_of_the_next(server, draft, fold
     assert not asyncio.run(results.evaluation(draft_id, ""))["whole"]
 
 
-def test_names_of_judged_adapters_are_not_kept(server, draft):
+@pytest.mark.parametrize("name", ["trial-0123456789abcdef", "tiny"])
+def test_names_of_judged_adapters_and_of_the_base_are_not_kept(server, draft, name):
+    """Under the base's name, the base would answer instead."""
     job = server.post(f"{draft}/train", {"settings": {"steps": 2}}).json()
     finish(server, job["id"])
-    refusal = server.post(f"{draft}/keep", {"name": "trial-0123456789abcdef"})
+    refusal = server.post(f"{draft}/keep", {"name": name})
     assert refusal.status_code == 400 and "Choose another name" in refusal.text
 
 

@@ -218,10 +218,13 @@ class Results:
         this server at once, if it was trained on this server's base.
 
         may_replace: whether it may become a version of an adapter that no job has made. Refusal:
-        403, or 400 for a name of adapters that are judged.
+        403, or 400 for a name of adapters that are judged, and for that of the base.
         """
         if name.startswith(TRIAL):
             message = f"Names that begin with {TRIAL} are reserved. Choose another name."
+            raise Refusal(400, message, "name")
+        if name == self._bases.name:
+            message = f"{name} is the base, which answers under this name. Choose another name."
             raise Refusal(400, message, "name")
         if not may_replace:
             check_may_keep(self._store.folder, self._library, name)
