@@ -1,9 +1,12 @@
 """Which jobs of several are ranked by their held-out losses."""
 
+from pathlib import Path
+
 import pytest
 
 from veneer.errors import VeneerError
-from veneer.report.many_jobs import have_same_held_out, read_job
+from veneer.report.jobs_page import job_sections
+from veneer.report.many_jobs import CurvePoint, JobRecord, have_same_held_out, read_job
 from veneer.training.config import RunConfig
 
 OWN_ROWS = {"data": {"validation": "held.jsonl"}}
@@ -53,3 +56,28 @@ def test_losses_over_other_rows_or_tokens_do_not_compare(first, second):
 )
 def test_losses_over_the_same_rows_compare_whatever_was_trained(common, first, second):
     assert compare(common, first, second)
+
+
+@pytest.mark.parametrize(
+    ("setting", "values", "reason", "has_best"),
+    [
+        ("learning_rate", (1e-3, 1e-2), "done", True),
+        ("objective.beta", (0.1, 0.5), "done", False),
+        ("data.train", ("a.jsonl", "b.jsonl"), "done", False),
+        ("learning_rate", (1e-3, 1e-2), "failed", False),
+    ],
+)
+def test_a_page_names_a_job_best_only_if_the_jobs_compare(setting, values, reason, has_best):
+    jobs = [
+        JobRecord(
+            Path(str(value)),
+            {setting: value},
+            reason,
+            loss=loss,
+            curve=[CurvePoint(step, 10 * step, loss + 1 / step) for step in (1, 2)],
+        )
+        for value, loss in zip(values, (3.0, 2.0), strict=True)
+    ]
+    page = job_sections(jobs)
+    assert "polyline" in page
+    assert (">best</span>" in page) == has_best

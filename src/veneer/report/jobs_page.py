@@ -10,6 +10,7 @@ from veneer.report.many_jobs import (
     JobRecord,
     different_settings,
     equal_tokens,
+    have_same_held_out,
     interval_text,
     ranked,
     setting_text,
@@ -67,9 +68,11 @@ def tokens_note(tokens: int) -> str:
     )
 
 
-def group_of(job: JobRecord, best: JobRecord) -> str:
-    """Returns the name of the job's group in the legend."""
-    if job is best:
+def group_of(job: JobRecord, order: Sequence[JobRecord]) -> str:
+    """Returns the name of the job's group in the legend. No job is the best if their losses do not
+    compare. order: as of `ranked`"""
+    is_first = job is order[0] and job.reason != "failed"
+    if is_first and have_same_held_out(order):
         return "best"
     if job.reason in ("failed", "interrupted"):
         return "not finished"
@@ -81,9 +84,9 @@ def _curves(order: Sequence[JobRecord], *, by_tokens: bool) -> str:
         Series(
             job_name(job, order),
             [(point.tokens if by_tokens else point.step, point.loss) for point in job.curve],
-            COLOURS[group_of(job, order[0])],
+            COLOURS[group_of(job, order)],
             marks=True,
-            group=group_of(job, order[0]),
+            group=group_of(job, order),
         )
         for job in reversed(order)
     ]
@@ -102,7 +105,7 @@ def _coordinates(order: Sequence[JobRecord]) -> str:
         Line(
             job_name(job, order),
             [*(_axis_value(job.settings.get(name)) for name in names), job.loss],
-            COLOURS[group_of(job, order[0])],
+            COLOURS[group_of(job, order)],
         )
         for job in reversed(order)
         if job.loss is not None
