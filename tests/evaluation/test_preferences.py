@@ -9,7 +9,7 @@ import veneer
 from tests.support.tiny import save_tiny
 from veneer.cli.main import main
 from veneer.errors import DataError, RefusedError
-from veneer.evaluation.predictions import read_predictions
+from veneer.evaluation.predictions import read_predictions, write_predictions
 from veneer.evaluation.preferences import objective_counts
 from veneer.objectives.config import DPO
 from veneer.objectives.preferences import DPOObjective
@@ -111,6 +111,20 @@ def test_predictions_of_another_evaluation_are_the_reference_and_general_text_is
     ]
     assert losses[:, 0] == pytest.approx(np.log1p(np.exp(-0.3 * np.array(margins))))
     assert losses[:, 1].tolist() == [1.0] * len(PAIRS)
+
+
+@pytest.mark.parametrize(
+    "answers", [None, "x", [[1.0, 2]], [[None, 2], [1.0, 2]], [[1.0], [2.0, 1]], [[1e300, 2]] * 2]
+)
+def test_predictions_without_the_likelihood_of_each_answer_are_refused(base, tmp_path, answers):
+    file = tmp_path / "base.jsonl"
+    veneer.evaluate(base, PAIRS, predictions=file)
+    lines = read_predictions(file)
+    lines[1]["answers"] = answers
+    write_predictions(file, lines)
+    with pytest.raises(DataError, match="likelihood of each answer") as caught:
+        veneer.evaluate(base, PAIRS, against=file)
+    assert caught.value.faults == ["rows:2"]
 
 
 def test_what_needs_one_answer_is_refused_and_the_command_shows_the_rest(base, tmp_path, capsys):

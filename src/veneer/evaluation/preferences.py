@@ -15,12 +15,14 @@ Source: Rafailov et al. 2023, arXiv:2305.18290: without beta, the rewards that d
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from veneer.data.batching import RowSpans
 from veneer.data.examples import AnswerKind, Example, Row, RowRef, prompt_key
-from veneer.evaluation.answers import finite
+from veneer.errors import DataError
+from veneer.evaluation.answers import NAMED_ROWS, finite
 from veneer.evaluation.evaluation import EvaluationOptions, evaluate_general, read_general
 from veneer.evaluation.intervals import Counts, Figures, interval, paired_difference
 from veneer.evaluation.label_scores import Nats
@@ -35,6 +37,7 @@ from veneer.evaluation.predictions import (
 from veneer.files.atomic import refuse_unwritable_file
 from veneer.models.frozen_base import FrozenBase
 from veneer.objectives.objective import AnswerBatch, Objective
+from veneer.wording import first_lines
 
 PREFERENCES_ONLY = "rows of preferences are evaluated by the likelihood of their answers"
 
@@ -72,6 +75,8 @@ def evaluate_preferences(
     if options.against is not None:
         own = [line_of(examples[start]) for start in starts[:-1]]
         others = matched(own, read_predictions(options.against), str(options.against))
+        sizes = [end - start for start, end in pairwise(starts)]
+        _refuse_other_answers(others, sizes, str(options.against))
     general = read_general(base, options.general)
     prompts = [prompt_key(parts[start]) for start in starts[:-1]]
     lines = _lines(examples, starts, finite(nats(examples), examples))
@@ -93,6 +98,30 @@ def evaluate_preferences(
     if options.predictions is not None:
         write_predictions(options.predictions, lines)
     return result
+
+
+def _refuse_other_answers(others: Sequence[Line], sizes: Sequence[int], file: str) -> None:
+    """Raises DataError for lines without nats and tokens of each answer. sizes: answers of a row"""
+    refs = [
+        str(line["row"])
+        for line, size in zip(others, sizes, strict=True)
+        if not _are_answers(line.get("answers"), size)
+    ]
+    if refs:
+        raise DataError(
+            f"{file} does not hold the likelihood of each answer",
+            first_lines(refs, NAMED_ROWS),
+            "Make it with veneer evaluate --predictions FILE on the same rows.",
+        )
+
+
+def _are_answers(value: Any, size: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == size
+        and all(isinstance(answer, list) and len(answer) == 2 for answer in value)
+        and all(type(n) in (int, float) and abs(n) < 2**53 for answer in value for n in answer)
+    )
 
 
 def _lines(examples: Sequence[Example], starts: Sequence[int], nats: Counts) -> list[Line]:
