@@ -173,22 +173,20 @@ def test_export_to_ollama_writes_model_modelfile_and_card(made, capsys):
 
 def test_a_held_out_row_stands_in_the_card_only_where_it_is_asked_for(made):
     shutil.copytree(made / "a", made / "run" / "adapter")
-    sample = {"prompt": "what a customer asked", "expected": "e", "before": "b", "answer": "a"}
+    sample = {"prompt": "what a customer asked", "expected": "e", "before": "b"}
     with Records(made / "run" / "metrics.jsonl") as records:
-        records.write(
-            {
-                "kind": "evaluation",
-                "step": 1,
-                "loss": 2.0,
-                "best": True,
-                "seconds": 2.0,
-                "sample": sample,
-            }
-        )
+        for step, loss in ((0, 3.0), (1, 2.0), (2, 4.0)):
+            fields = {"step": step, "loss": loss, "best": step == 1, "seconds": 2.0}
+            sample["answer"] = f"as of step {step}"
+            records.write({"kind": "evaluation", **fields, "sample": dict(sample)})
+    (made / "run" / "summary.json").write_text('{"best_step": 1}')
     for typed, shown in ([], False), (["--sample"], True):
         out = f"out{len(typed)}"
         assert main(["export", "run", "--to", "peft", "--out", out, *typed]) == 0
-        assert ("what a customer asked" in (made / out / "README.md").read_text()) is shown
+        card = (made / out / "README.md").read_text()
+        assert ("what a customer asked" in card) is shown
+        assert ("as of step 1" in card) is shown, "the answer of the values that were kept"
+        assert "as of step 2" not in card
 
 
 def test_a_rounded_file_says_what_its_error_is_beside_the_base_rounded_alike(made, capsys):

@@ -199,7 +199,7 @@ def card_for(
 ) -> str | None:
     """Returns the card of an adapter's folder, None without a manifest. base: our name of it.
 
-    sample: include the held-out row that its run showed last; readers of the card then see it.
+    sample: include a held-out row that its run showed; readers of the card then see it.
     """
     stored = read_adapter(folder)
     if stored.manifest is None:
@@ -216,8 +216,8 @@ def card_for(
 
 
 def sample_of(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
-    """Returns the last answer to a held-out row of the run that made the adapter, if it still
-    exists.
+    """Returns the adapter's answer to a held-out row, from the run that made it, if the run still
+    exists; without a summary of the run its last answer.
     """
     out = (manifest.recipe or {}).get("out")
     for run in [folder.parent, *([Path(out)] if isinstance(out, str) else [])]:
@@ -228,10 +228,11 @@ def sample_of(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
                 and read_manifest(manifest_file).content_hash == manifest.content_hash
             ):
                 records = read_records(run / "metrics.jsonl")
-                return next(
-                    (r["sample"] for r in reversed(records) if isinstance(r.get("sample"), dict)),
-                    None,
-                )
+                sampled = [r for r in reversed(records) if isinstance(r.get("sample"), dict)]
+                summary = run / "summary.json"
+                best_step = read_json(summary).get("best_step") if summary.is_file() else None
+                kept = [record for record in sampled if record.get("step") == best_step]
+                return next((record["sample"] for record in kept + sampled), None)
         except (VeneerError, OSError):
             continue
     return None
