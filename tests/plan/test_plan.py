@@ -27,6 +27,7 @@ from veneer.data import longest
 from veneer.data.batching import RowSpans
 from veneer.data.examples import Example, RowRef
 from veneer.data.longest import plans_of_run
+from veneer.data.mixture import Mixture
 from veneer.errors import ConfigError, DoesNotFitError, SourceError
 from veneer.kernels.layout import STEP, round_up
 from veneer.plan.advise import TuningTask, advise
@@ -41,7 +42,15 @@ from veneer.plan.estimate import (
     compiled_kernels,
     estimate,
 )
-from veneer.plan.fit import _largest, _lower_rank, _offload, find_remedy, fits, largest_batch
+from veneer.plan.fit import (
+    SHORTEST,
+    _largest,
+    _lower_rank,
+    _offload,
+    find_remedy,
+    fits,
+    largest_batch,
+)
 from veneer.plan.machine import named_gpu
 from veneer.plan.planner import SAMPLE_SIZES, Planner
 from veneer.plan.simulation import dry_run as counting
@@ -114,6 +123,17 @@ def test_the_shortest_list_of_changes_makes_it_fit_and_says_what_it_costs(planne
     assert fits(planner, way.choice, memory) and way.needed_bytes <= memory
     assert way.time_ratio > 0.9
     assert find_remedy(planner, TINY, 1000, lambda c: 1.0) is None
+
+
+@pytest.mark.parametrize("mixture", [None, Mixture((4, 2), (1.2, 0.6))])
+def test_a_length_at_which_no_row_trains_is_no_remedy(planner, mixture):
+    rows = make_examples(6, prompt=80, longest=100)
+    choice = replace(TINY, length=2 * SHORTEST)
+    for kept in (rows, [*make_examples(1), *rows[1:]]):
+        own = Planner(planner.blueprint, Workload(kept, mixture=mixture), idle_bytes=0)
+        assert find_remedy(own, choice, 1000, lambda c: 1.0) is None
+        remedy = find_remedy(own, choice, needs(own, choice) - 1, lambda c: 1.0)
+        assert remedy is None or own.workload.learns_at(remedy.choice.length)
 
 
 def test_a_search_of_a_70b_base_spares_dry_runs_that_cannot_succeed(monkeypatch):

@@ -275,6 +275,8 @@ def test_a_mixtures_rows_are_planned_as_the_run_takes_them(place: Path) -> None:
 def test_of_rows_that_are_cut_the_mixture_keeps_those_that_train() -> None:
     made = Mixture((4, 3), (4.0, 6.0)).among(np.array([0, 2, 3, 5]))
     assert (made.sizes, made.draws) == ((3, 1), (3.0, 2.0))
+    few = Mixture((4, 2), (1.2, 0.6)).among(np.array([0, 4]))
+    assert len(few.rows(0, 0)) >= 1 and few.draws == (1.0, 1.0)
     rows = [
         replace(
             e, ids=np.tile(e.ids, 3), trained=np.r_[e.trained & False, e.trained & False, e.trained]

@@ -52,13 +52,14 @@ class Mixture:
         return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
     def among(self, rows: NDArray[np.int64]) -> Mixture:
-        """Restricts the mixture to these rows, whose numbers rise; each keeps its frequency."""
+        """Restricts the mixture to these rows, whose numbers rise; each keeps its frequency, unless
+        an epoch would take less than a row of each set."""
         ends = np.searchsorted(rows, np.cumsum([0, *self.sizes]))
         sizes = tuple(np.diff(ends).tolist())
-        draws = zip(self.draws, sizes, self.sizes, strict=True)
-        return Mixture(
-            sizes, tuple(draw * left / before if before else 0.0 for draw, left, before in draws)
-        )
+        parts = zip(self.draws, sizes, self.sizes, strict=True)
+        draws = [draw * left / before if before else 0.0 for draw, left, before in parts]
+        least = min(max(draws), 1.0) or 1.0
+        return Mixture(sizes, tuple(draw / least for draw in draws))
 
 
 def rows_in_cycles(

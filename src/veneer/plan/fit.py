@@ -301,9 +301,9 @@ def _lower_rank(planner: Planner, choice: Choice) -> Change | None:
 
 
 def _half_length(planner: Planner, choice: Choice) -> Change | None:
-    if choice.length < 2 * SHORTEST:
-        return None
     half = choice.length // 2
+    if half < SHORTEST or not planner.workload.learns_at(half):
+        return None
     return Change(f"length={half}", f"rows of at most {half} tokens", replace(choice, length=half))
 
 

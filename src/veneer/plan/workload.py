@@ -195,6 +195,11 @@ class Workload:
         parts = [[self.held_out[i] for i in part] for part in by_length(self.held_out, batch)]
         return frozenset(packed_rows(part, share_prompt=True) for part in parts)
 
+    def learns_at(self, length: int) -> bool:
+        """Whether a row trains a token if rows are cut at this length; true without rows."""
+        students = [row for row in self.rows if row.kind != "teacher"]
+        return not students or any(row.trained[:length].any() for row in students)
+
     def _plan(self, rows: RowSpans, mixture: Mixture | None, choice: Choice) -> EpochPlan:
         """Returns the batches of the first epoch."""
         return plan_epoch(
