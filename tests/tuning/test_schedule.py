@@ -19,13 +19,13 @@ from veneer.tuning.candidates import (
     run_config,
 )
 from veneer.tuning.parts import PartFiles
-from veneer.tuning.schedule import MOST_EPOCHS, Pace, schedule
+from veneer.tuning.schedule import MOST_EPOCHS, Pace, read_pace, schedule
 from veneer.tuning.supervisors import TIME, TimedSearch
 from veneer.tuning.verdict import is_better, verdict
 
 ADVISED = AdvisedSettings(Answers(), LoRA(rank=8, alpha=16), 1.3e-3, None, [])
 TRIED = candidates(ADVISED)
-PACE = Pace({2: 0.12, 8: 0.1}, evaluation=0.5, start=5.0)
+PACE = Pace({2: 0.12, 8: 0.1}, evaluation=0.5, start=5.0, probe=8.0)
 
 
 def search_seconds(plan, pace, count):
@@ -81,15 +81,35 @@ def test_search_and_training_fit_into_the_time(seconds, rows):
         assert rung_steps(steps, plan.rungs)[-1] < steps
     assert plan.warmup == min(MOST_WARMUP, plan.rungs[0] / 2)
     longest = max(PACE.seconds_per_row[batch] * batch * n for batch, n in plan.steps.items())
-    total = PACE.start + plan.search_seconds + longest + EVALUATIONS * PACE.evaluation
+    total = PACE.probe + PACE.start + plan.search_seconds + longest + EVALUATIONS * PACE.evaluation
     assert total <= seconds + 1e-3
-    assert plan.is_whole or total >= seconds - PACE.longest_step
+    assert all(plan.is_whole.values()) or total >= seconds - PACE.longest_step
 
 
 def test_a_whole_run_has_a_bounded_number_of_passes():
     plan = schedule(TRIED, 60, PACE, 3600)
-    assert plan.is_whole and plan.steps == {8: 60, 2: 240}
-    assert not schedule(TRIED, 50_000, PACE, 600).is_whole
+    assert plan.steps == {8: 60, 2: 240} and plan.is_whole == {8: True, 2: True}
+    assert schedule(TRIED, 50_000, PACE, 600).is_whole == {8: False, 2: False}
+
+
+def test_the_time_may_allow_all_passes_for_one_batch_size_alone():
+    plan = schedule(TRIED, 60, PACE, 105)
+    assert plan.steps[8] == 60 and plan.steps[2] < 240
+    assert plan.is_whole == {8: True, 2: False}
+
+
+def test_the_pace_is_that_of_rows_of_mean_length():
+    def run(batch, row_tokens):
+        steps = [
+            {"kind": "step", "seconds": seconds, "tokens": batch * row_tokens}
+            for seconds in (9.0, 0.01 * batch * row_tokens, 0.01 * batch * row_tokens)
+        ]
+        return [*steps, {"kind": "evaluation", "seconds": 2.0}, {"kind": "end"}]
+
+    pace = read_pace([2, 8], [run(2, 30), run(8, 60)], 100.0, 60.0)
+    assert pace.seconds_per_row == pytest.approx({2: 1.0, 8: 1.0})
+    assert (pace.evaluation, pace.probe) == (2.0, 60.0)
+    assert pace.start == pytest.approx(60 - 18 - 2 * 0.6 - 2 * 4.8 - 4)
 
 
 def test_a_first_rung_that_would_be_too_early_is_left_out():
@@ -100,9 +120,9 @@ def test_a_first_rung_that_would_be_too_early_is_left_out():
 
 def test_too_little_time_is_refused_with_what_is_needed():
     with pytest.raises(ConfigError) as refusal:
-        schedule(TRIED, 300, Pace({2: 2.0, 8: 2.0}, 4.0, 20.0), 60)
+        schedule(TRIED, 300, Pace({2: 2.0, 8: 2.0}, 4.0, 20.0, 30.0), 60)
     minutes = int(str(refusal.value.faults[0]).split()[1])
-    schedule(TRIED, 300, Pace({2: 2.0, 8: 2.0}, 4.0, 20.0), 60 * minutes + 60)
+    schedule(TRIED, 300, Pace({2: 2.0, 8: 2.0}, 4.0, 20.0, 30.0), 60 * minutes + 60)
 
 
 def result(interval, *, forgetting=(0.1, [0.05, 0.15]), interrupted=False, runner_up=0.02):

@@ -46,7 +46,7 @@ def files(tmp_path_factory):
 @pytest.fixture
 def short(monkeypatch):
     """Runs of a few steps, whatever the clock says."""
-    plan = Schedule({2: 12, 8: 8}, [0.125, 0.25, 0.5], 1.0, 0.1, 0.03, True)
+    plan = Schedule({2: 12, 8: 8}, [0.125, 0.25, 0.5], 1.0, 0.1, 0.03, {2: True, 8: True})
     monkeypatch.setattr(tune_module, "schedule", lambda *_: plan)
 
 
@@ -59,7 +59,7 @@ def unmeasured(short, monkeypatch):
 @pytest.fixture
 def few(unmeasured, monkeypatch):
     """Two settings, of which one goes on."""
-    plan = Schedule({2: 6, 8: 6}, [0.5], 1.0, 0.1, 0.03, True)
+    plan = Schedule({2: 6, 8: 6}, [0.5], 1.0, 0.1, 0.03, {2: True, 8: True})
     monkeypatch.setattr(tune_module, "schedule", lambda *_: plan)
     monkeypatch.setattr(tune_module, "candidates", lambda advised: candidates(advised)[:2])
 

@@ -12,8 +12,9 @@ before its third is over. The winner also stops at its last evaluation within th
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from veneer.errors import ConfigError
 from veneer.tuning.candidates import EVALUATIONS, MOST_WARMUP, Candidate
@@ -32,11 +33,12 @@ ROUNDING = 1e-6
 @dataclass(frozen=True)
 class Pace:
     """Measured times. seconds_per_row: of training, by batch size. evaluation: of one evaluation.
-    start: of loading the base and trying the largest batch."""
+    start: of loading the base and trying the largest batch. probe: of the measurement itself."""
 
     seconds_per_row: dict[int, float]
     evaluation: float
     start: float
+    probe: float
 
     @property
     def longest_step(self) -> float:
@@ -44,17 +46,42 @@ class Pace:
         return max(batch * seconds for batch, seconds in self.seconds_per_row.items())
 
 
+def read_pace(
+    batches: Sequence[int],
+    records: Sequence[Sequence[Mapping[str, Any]]],
+    row_tokens: float,
+    seconds: float,
+) -> Pace:
+    """Reads the times of measuring runs, one of each batch size, from their records.
+
+    Their few rows may be shorter or longer than most, so a row's time is that of row_tokens, the
+    mean number of tokens. seconds: of the whole measurement
+    """
+    of_rows: dict[int, float] = {}
+    training, evaluations = 0.0, list[float]()
+    for batch, run in zip(batches, records, strict=True):
+        steps = [record for record in run if record["kind"] == "step"]
+        times, tokens = ([step[field] for step in steps] for field in ("seconds", "tokens"))
+        # The first step is slower: it allocates.
+        of_rows[batch] = sum(times[1:]) / sum(tokens[1:]) * row_tokens
+        training += sum(times)
+        evaluations += [record["seconds"] for record in run if record["kind"] == "evaluation"]
+    start = max(seconds - training - sum(evaluations), 0.0)
+    return Pace(of_rows, sum(evaluations) / len(evaluations), start, seconds)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """steps: of a run to its end, by batch size. rungs: shares of these steps, rising.
-    evaluation_seconds: of one evaluation. is_whole: the time allows MOST_EPOCHS passes."""
+    evaluation_seconds: of one evaluation. is_whole: by batch size, the time allows MOST_EPOCHS
+    passes."""
 
     steps: dict[int, int]
     rungs: Sequence[float]
     search_seconds: float
     evaluation_seconds: float
     warmup: float
-    is_whole: bool
+    is_whole: dict[int, bool]
 
 
 def schedule(candidates: Sequence[Candidate], rows: int, pace: Pace, seconds: float) -> Schedule:
@@ -117,7 +144,7 @@ def _with_rungs(
 ) -> Schedule | None:
     """Returns the schedule with so many rungs; None if the time is too short for them. A single
     rung may take more than the search's share."""
-    left = seconds - pace.start
+    left = seconds - pace.probe - pace.start
     search, least = SEARCH_SHARE * left, _least_search(candidates, rungs, pace)
     if least > search and rungs > 1:
         return None
@@ -134,7 +161,7 @@ def _with_rungs(
     longest = max(min(train, seconds_whole) for seconds_whole in whole.values())
     last = min(training / (_cost(candidates, rungs) * longest), LARGEST_RUNG)
     rung_shares = [last * share for share in _shares(rungs)]
-    is_whole = min(train / value for value in whole.values()) >= 1
+    is_whole = {batch: train >= seconds_whole for batch, seconds_whole in whole.items()}
     # The warm-up is over before the first rung, where rates are compared.
     warmup = min(MOST_WARMUP, rung_shares[0] / 2)
     return Schedule(steps, rung_shares, search, pace.evaluation, warmup, is_whole)
@@ -145,4 +172,4 @@ def _needed_minutes(candidates: Sequence[Candidate], pace: Pace) -> int:
     training = LEAST_STEPS * pace.longest_step + EVALUATIONS * pace.evaluation
     share = SEARCH_SHARE / (1 - SEARCH_SHARE) * training
     search = max(_least_search(candidates, 1, pace), share)
-    return math.ceil((pace.start + search + training) / 60)
+    return math.ceil((pace.probe + pace.start + search + training) / 60)

@@ -46,7 +46,7 @@ from veneer.tuning.judging import judge
 from veneer.tuning.page import NAME as PAGE
 from veneer.tuning.page import make_page
 from veneer.tuning.parts import PartFiles, RowParts, divide, write_parts
-from veneer.tuning.schedule import Pace, Schedule, schedule
+from veneer.tuning.schedule import Pace, Schedule, read_pace, schedule
 from veneer.tuning.screens import JobProgress
 from veneer.tuning.supervisors import INTERRUPTED, SequentialSupervisor, TimedSearch
 from veneer.tuning.verdict import verdict
@@ -106,7 +106,8 @@ def tune(
             say(line)
         if confirm is not None and not confirm():
             raise RunInterrupted("nothing was started")
-        runs = _TuneRuns(str(base), folder, parts, outlook, seed, say)
+        row_tokens = data_set.report.tokens / data_set.report.rows
+        runs = _TuneRuns(str(base), folder, parts, outlook, seed, say, row_tokens)
         result, jobs = runs.run(60 * minutes)
         _write_result(folder, result, jobs)
         if not result["interrupted"]:
@@ -154,12 +155,20 @@ class _Search:
 
 
 class _TuneRuns:
-    """The runs of one call, in the folder `out`."""
+    """The runs of one call, in the folder `out`. row_tokens: of a row, the mean"""
 
     def __init__(
-        self, base: str, out: Path, parts: RowParts, outlook: Outlook, seed: int, say: Say
+        self,
+        base: str,
+        out: Path,
+        parts: RowParts,
+        outlook: Outlook,
+        seed: int,
+        say: Say,
+        row_tokens: float,
     ) -> None:
         self.base, self.out, self.parts, self.seed, self.say = base, out, parts, seed, say
+        self.row_tokens = row_tokens
         self.advised = outlook.advised
         self.tried = candidates(outlook.advised)
         self.files: PartFiles = write_parts(out / "data", parts)
@@ -195,7 +204,7 @@ class _TuneRuns:
                 "epochs": steps * chosen.batch / len(self.parts.train),
                 "reason": search.best.reason,
                 "loss": search.best.loss,
-                "whole": plan.is_whole,
+                "whole": plan.is_whole[chosen.batch],
             },
             "interrupted": search.interrupted,
             "judging": None,
@@ -308,7 +317,8 @@ class _TuneRuns:
             raise KeyboardInterrupt from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        return _pace(configs, records, time.monotonic() - start)
+        batches = [config.batch for config in configs]
+        return read_pace(batches, records, self.row_tokens, time.monotonic() - start)
 
     def _search_facts(self, search: _Search) -> dict[str, Any]:
         """Returns what the search did, for tune.json."""
@@ -369,22 +379,6 @@ def _best_job(
         raise next(result for result in results if isinstance(result, VeneerError))
     survivors = [job for job in finished if job.reason not in ("halving", INTERRUPTED)]
     return (survivors or finished)[0]
-
-
-def _pace(
-    configs: Sequence[RunConfig], records: Sequence[Sequence[Mapping[str, Any]]], seconds: float
-) -> Pace:
-    """Reads the times of the probe's runs. seconds: of the whole probe"""
-    of_rows: dict[int, float] = {}
-    training, evaluations = 0.0, list[float]()
-    for config, run in zip(configs, records, strict=True):
-        steps = [record["seconds"] for record in run if record["kind"] == "step"]
-        # The first step is slower: it allocates.
-        of_rows[config.batch] = sum(steps[1:]) / (len(steps) - 1) / config.batch
-        training += sum(steps)
-        evaluations += [r["seconds"] for r in run if r["kind"] == "evaluation"]
-    start = max(seconds - training - sum(evaluations), 0.0)
-    return Pace(of_rows, sum(evaluations) / len(evaluations), start)
 
 
 def _range(values: Sequence[int]) -> str:
