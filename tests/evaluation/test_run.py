@@ -489,7 +489,8 @@ def test_a_function_that_fails_is_told_before_answers_or_keeps_them(
 
     asked, file = rows(["a"] * 3), tmp_path / "a.jsonl"
     with pytest.raises(ConfigError, match="broken failed: AttributeError"):
-        run(base, asked, [broken], predictions=file, nats=nothing_computed)  # type: ignore[list-item]
+        metrics = [broken]
+        run(base, asked, metrics, predictions=file, nats=nothing_computed)
     assert not file.exists()
     with pytest.raises(ConfigError, match="picky failed: ZeroDivisionError"):
         run(base, asked, [picky], predictions=file)  # type: ignore[list-item]

@@ -22,9 +22,9 @@ from veneer.data.template.reasoning import reasoning_problems
 TOO_LITTLE = 0.01
 """Share of trained tokens below which a set is suspicious."""
 TRAINED = "trained on"
-"""What a run does with its rows, as its errors name it."""
+"""The purpose of rows in a run, for its errors: they "cannot be trained on"."""
 _LONG_ROWS = ", or choose what happens to them: long_rows: drop or long_rows: cut"
-"""A setting of runs: whoever evaluates, scores or replays rows has none."""
+"""Advice to set long_rows, which only runs have: evaluating, scoring and replaying do not."""
 _SHOWN_LENGTHS = 5
 _REFUSED_LATER = ("D116",)
 """Problems that earlier versions did not check. A run that such a version started can resume."""
