@@ -380,7 +380,13 @@ def test_default_rates_fall_with_the_width_and_for_starts_that_are_as_large_as_t
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("24GiB", 24 * 2**30), ("24 gb", 24 * 10**9), ("1.5G", 1_500_000_000), ("512MiB", 2**29)],
+    [
+        ("24GiB", 24 * 2**30),
+        ("24 gb", 24 * 10**9),
+        ("1.5G", 1_500_000_000),
+        ("512MiB", 2**29),
+        ("8000000000", 8 * 10**9),
+    ],
 )
 def test_sizes_are_read_as_people_write_them(text, size):
     assert command.parse_size(text) == size
@@ -390,6 +396,11 @@ def test_sizes_are_read_as_people_write_them(text, size):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ConfigError, match="not a memory size"):
         command.parse_size(text)
+
+
+def test_a_size_whose_unit_was_forgotten_is_refused():
+    with pytest.raises(ConfigError, match="10GB"):
+        command.parse_size("10")
 
 
 def test_the_page_shows_the_plan_and_nothing_foreign_becomes_a_tag(planner):

@@ -198,9 +198,14 @@ def parse_size(text: str) -> int:
     unit = match[2].upper() if match else "?"
     unit = unit if unit in UNITS else unit + "B"
     size_bytes = 0 if match is None or unit not in UNITS else float(match[1]) * UNITS[unit]
-    if not BYTES.least <= size_bytes <= BYTES.most:
+    if match is None or not BYTES.least <= size_bytes <= BYTES.most:
         raise ConfigError(
             f"{text!r} is not a memory size", next_step="Write for instance 24GiB, 24GB or 512MiB."
+        )
+    if not match[2] and size_bytes < UNITS["MB"]:
+        raise ConfigError(
+            f"{text!r} has no unit, and no base fits into so few bytes",
+            next_step=f"Write for instance {match[1]}GB.",
         )
     return int(size_bytes)
 
