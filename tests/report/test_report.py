@@ -14,6 +14,7 @@ from veneer.report import page
 from veneer.report.card import licence_of, model_card
 from veneer.report.page import write_report
 from veneer.report.plots import Series, label, line_chart, smooth, thin, ticks
+from veneer.report.preferences import preference_section
 from veneer.training.config import RunConfig
 from veneer.training.output.records import Records
 
@@ -308,6 +309,14 @@ def test_a_value_that_is_not_finite_leaves_a_gap():
     points = [(0, 1.0), (1, 2.0), (2, None), (3, 1.0), (4, 2.0)]
     chart = line_chart([Series("a", points, "a")], title="t", x_label="x", y_label="y")
     assert chart.count("<polyline") == 2 * 2  # two runs, in the wide and in the narrow drawing
+
+
+def test_the_lines_of_the_scores_of_preferences_differ():
+    accuracy = {"value": 0.5, "low": None, "high": None}
+    scores = {"chosen": 0.1, "rejected": -0.1, "accuracy": accuracy}
+    steps = [{"step": step, "preference": scores} for step in (1, 2)]
+    keys = re.findall('class="key ([^"]+)"', preference_section(steps, steps))
+    assert len(set(keys)) == len(keys) == 4
 
 
 def test_a_chart_without_points_is_nothing():

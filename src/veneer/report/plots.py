@@ -22,7 +22,8 @@ Point = tuple[float, float | None]
 class Series:
     """Describes a line. A point without y (a loss that was not finite) leaves a gap.
 
-    colour   a CSS class of the page: a, b or quiet; comparison/page.py has one for each method
+    colour   CSS classes of the page: a, b or quiet, and pale beside one of them; comparison/page.py
+             has one for each method
     marks    also draw each point, with its value as a tooltip
     group    lines of a group share one entry of the legend, which names the group
     """

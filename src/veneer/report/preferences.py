@@ -22,12 +22,12 @@ def preference_section(steps: Sequence[Record], evaluations: Sequence[Record]) -
     scores = line_chart(
         [
             *(
-                Series(name, _points(steps, name), colour)
-                for name, colour in (("chosen", "a"), ("rejected", "quiet"))
+                Series(name, _points(steps, name), f"{colour} pale")
+                for name, colour in (("chosen", "a"), ("rejected", "b"))
             ),
             *(
-                Series(f"held-out {name}", _points(evaluations, name), "b", marks=True)
-                for name in ("chosen", "rejected")
+                Series(f"held-out {name}", _points(evaluations, name), colour, marks=True)
+                for name, colour in (("chosen", "a"), ("rejected", "b"))
             ),
         ],
         title="Scores",

@@ -38,6 +38,7 @@ svg.narrow { display: none; }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .line.quiet { stroke: var(--quiet); stroke-width: 1; } .line.a { stroke: var(--a); }
 .line.b { stroke: var(--b); }
+.pale.line, .pale.key::before { opacity: .4; } circle.pale { fill-opacity: .4; }
 circle { stroke: var(--paper); stroke-width: 1.5; fill: var(--quiet); }
 circle.a { fill: var(--a); } circle.b { fill: var(--b); }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 32px; }
