@@ -280,6 +280,25 @@ def test_jobs_interrupted_before_their_first_step_name_the_command_that_goes_on(
     assert main(["train", str(run_file), "--resume"]) == 0
 
 
+def test_a_run_interrupted_before_its_first_step_names_the_command_that_goes_on(
+    files, capsys, monkeypatch
+):
+    tmp_path, settings = files
+    out, run_file = tmp_path / "a", tmp_path / "run.yaml"
+    run_file.write_text(yaml.safe_dump({**settings, "out": str(out)}))
+    own = Trainee.start
+
+    def start(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        own(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainee, "start", start)
+        assert main(["train", str(run_file)]) == 130
+    assert f"Continue with: veneer train --resume {out}" in capsys.readouterr().err
+    assert main(["train", "--resume", str(out)]) == 0
+
+
 NO_RESULTS = ["", "{", "[]", "null", "{}", '{"reason": 1}', '{"reason": "done", "steps": "x"}']
 
 

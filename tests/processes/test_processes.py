@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -389,6 +390,26 @@ def test_the_command_starts_its_processes_and_torchrun_starts_the_same_run(world
     for out in ("started", "torchrun"):
         other = values(tmp_path / out)
         assert all(one[key].equal(other[key]) for key in one)
+
+
+def test_processes_that_are_stopped_say_once_how_to_go_on(world, tmp_path):
+    run = {**settings(world, tmp_path / "run", **RUNS["lora"]), "steps": 100_000}
+    (tmp_path / "run.yaml").write_text(json.dumps(run))
+    command = [sys.executable, "-m", "veneer", "train", str(tmp_path / "run.yaml"), "--quiet"]
+    with subprocess.Popen(
+        [*command, "--processes", "2"],
+        env={**environment_for(os.environ), "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        records, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + LIMIT
+        while not (records.is_file() and '"step"' in records.read_text()):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=LIMIT)[1]
+    assert process.returncode == 130
+    assert said.count("Continue with: veneer train --resume") == 1, said
 
 
 @pytest.mark.parametrize(

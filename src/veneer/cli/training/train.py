@@ -40,7 +40,7 @@ from veneer.cli.flags import add_repeated, add_switch, add_value
 from veneer.cli.job_settings import read_jobs
 from veneer.cli.training.file_jobs import FileJob, begun_jobs, find_library, new_jobs
 from veneer.cli.training.plan import parse_size
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, RunInterrupted
 from veneer.library.names import name_of_run
 from veneer.private.argparse import Group
 from veneer.training.config import RunConfig
@@ -198,6 +198,17 @@ def _train_run(job: FileJob | None, args: Namespace, library: Library | None) ->
             for line in changes:
                 screen.message(line)
         summary = api.train_run(config, resume=resume, screen=screen)
+    except RunInterrupted:
+        if leads:
+            raise
+        return RunInterrupted.exit_code  # process 0 reports it
+    except KeyboardInterrupt:  # before step 1, or the second one
+        if config is None or not (Path(config.out) / "run.yaml").is_file():
+            raise
+        raise RunInterrupted(
+            "stopped at once; checkpoints of earlier steps are kept",
+            next_step=f"Continue with: veneer train --resume {shlex.quote(config.out)}",
+        ) from None
     finally:
         screen.close()
     if config is not None and library is not None:
