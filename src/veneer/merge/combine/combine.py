@@ -4,8 +4,9 @@
     linear     the same sum at its numerical rank (to float32's precision)
     svd        the same sum, the best approximation at a rank
     magnitude  each D_i keeps its largest entries (share `density`), then the sum, then the rank
-    ties       the same; then for each entry the sign with more weight wins and the D_i of that sign
-               are averaged (Yadav et al. 2023, arXiv:2306.01708: trim, elect, disjoint mean)
+    ties       the same; then for each entry the sign with the larger sum of w_i D_i wins and those
+               of that sign are averaged (Yadav et al. 2023, arXiv:2306.01708: trim, elect, disjoint
+               mean). PEFT elects by the sum of D_i: with unequal weights another sign may win
     dare       each D_i drops entries at random and scales the others by 1 / density, then the sum,
                then the rank (Yu et al. 2023, arXiv:2311.03099)
 
