@@ -19,7 +19,7 @@ from veneer.tuning.candidates import (
     run_config,
 )
 from veneer.tuning.parts import PartFiles
-from veneer.tuning.schedule import MOST_EPOCHS, Pace, read_pace, schedule
+from veneer.tuning.schedule import MOST_EPOCHS, SPARE, Pace, read_pace, schedule
 from veneer.tuning.supervisors import TIME, TimedSearch
 from veneer.tuning.verdict import is_better, verdict
 
@@ -48,7 +48,7 @@ def test_candidates_are_the_advice_and_its_neighbours():
     assert {(candidate.learning_rate, candidate.lr_ratio) for candidate in TRIED} == {
         (1.3e-3, 1.0),
         (3.2e-4, 4.0),
-        (1.9e-3, 4.0),
+        (1.3e-3, 4.0),
     }
 
 
@@ -81,9 +81,12 @@ def test_search_and_training_fit_into_the_time(seconds, rows):
         assert rung_steps(steps, plan.rungs)[-1] < steps
     assert plan.warmup == min(MOST_WARMUP, plan.rungs[0] / 2)
     longest = max(PACE.seconds_per_row[batch] * batch * n for batch, n in plan.steps.items())
-    total = PACE.probe + PACE.start + plan.search_seconds + longest + EVALUATIONS * PACE.evaluation
-    assert total <= seconds + 1e-3
-    assert all(plan.is_whole.values()) or total >= seconds - PACE.longest_step
+    trials = 3 * (8 * 0.1 + 2 * 0.12)  # of the six candidates that the probe did not have
+    before = PACE.probe + PACE.start + trials + plan.search_seconds
+    training = longest + EVALUATIONS * PACE.evaluation
+    assert training <= (1 - SPARE) * (seconds - before) + 1e-3
+    is_filled = training >= (1 - SPARE) * (seconds - before) - PACE.longest_step
+    assert is_filled or all(plan.is_whole.values())
 
 
 def test_a_whole_run_has_a_bounded_number_of_passes():
@@ -93,7 +96,7 @@ def test_a_whole_run_has_a_bounded_number_of_passes():
 
 
 def test_the_time_may_allow_all_passes_for_one_batch_size_alone():
-    plan = schedule(TRIED, 60, PACE, 105)
+    plan = schedule(TRIED, 60, PACE, 115)
     assert plan.steps[8] == 60 and plan.steps[2] < 240
     assert plan.is_whole == {8: True, 2: False}
 

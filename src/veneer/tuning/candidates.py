@@ -2,8 +2,8 @@
 
 batch 2 and 8  x  the advised rank and learning rate
 batch 2 and 8  x  four times the advised rank
-batch 2 and 8  x  a quarter of the advised rate, and B at four times A's (LoRA+), falling linearly
-batch 2 and 8  x  1.5 times the advised rate, and B at four times A's, falling linearly
+batch 2 and 8  x  the advised rate, and B at four times A's (LoRA+), falling linearly
+batch 2 and 8  x  a quarter of the advised rate, and B at four times A's, falling linearly
 
 Each of the last two learnt more than LoRA with one rate on one base (docs/recipes.md). Which of
 them suits a base is not known before.
@@ -24,7 +24,7 @@ BATCHES = (2, 8)
 RANK_FACTOR = 4
 RATIO = 4.0
 """LoRA+: the learning rate of B divided by that of A."""
-RATE_FACTORS = (0.25, 1.5)
+RATE_FACTORS = (1.0, 0.25)
 """A's rate of settings with this ratio, as a multiple of the advised one."""
 EVALUATIONS = 6
 """Evaluations of a run to its end, besides those at rungs."""

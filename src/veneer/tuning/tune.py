@@ -41,7 +41,7 @@ from veneer.training.state.interrupt import Interrupt
 from veneer.training.state.place import locked_folder, refuse_unless_new
 from veneer.training.supervisor import SuccessiveHalving
 from veneer.tuning.advice import Outlook, ask_plan, choose_objective
-from veneer.tuning.candidates import BATCHES, Candidate, candidates, run_config
+from veneer.tuning.candidates import Candidate, candidates, run_config
 from veneer.tuning.judging import judge
 from veneer.tuning.page import NAME as PAGE
 from veneer.tuning.page import make_page
@@ -296,13 +296,16 @@ class _TuneRuns:
         )
 
     def _measure(self) -> Pace:
-        """Trains a few steps of each batch size, one after the other, and drops the runs."""
+        """Trains a few steps of each batch size at the largest rank, one after the other, and drops
+        the runs."""
         start, folder = time.monotonic(), self.out / "probe"
+        rank = max(candidate.rank for candidate in self.tried)
         configs = [
             self._config(candidate, PROBE_STEPS, 0.0, "probe").model_copy(
                 update={"evaluate_every": PROBE_STEPS, "save_every": PROBE_STEPS}
             )
-            for candidate in self.tried[: len(BATCHES)]
+            for candidate in self.tried
+            if candidate.rank == rank
         ]
         screens = [QuietScreen() for _ in configs]
         try:
