@@ -444,7 +444,8 @@ def parse_flags(*flags):
 @pytest.mark.parametrize("name", ["lora", "qlora", "dora"])
 def test_a_rank_is_planned_with_every_method_that_has_one(name):
     config = parse_flags("--method", name, "--rank", "8")
-    assert (config.method.rank, config.method.alpha) == (8, 16.0)
+    run = {"base": "b", "data": "d", "out": "o", "method": {"name": name, "rank": 8}}
+    assert config.method == RunConfig.of(run).method and config.method.rank == 8
     assert config.quantize == ("nf4" if name == "qlora" else None)
 
 

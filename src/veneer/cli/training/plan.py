@@ -73,9 +73,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         parser, "--objective", "O", "answers, dpo, ipo, kto, orpo or classify; default: answers"
     )
     add_value(parser, "--method", "M", "lora, qlora, prefix, full, ...; default: lora")
-    add_value(
-        parser, "--rank", "R", "rank of lora and dora; alpha becomes twice the rank", type=RANK
-    )
+    add_value(parser, "--rank", "R", "rank of lora and dora", type=RANK)
     add_value(
         parser, "--quantize", None, "format of the base's linear layers in memory", choices=FORMATS
     )

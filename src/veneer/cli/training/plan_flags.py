@@ -5,7 +5,6 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from veneer.adapters.config import METHODS
 from veneer.cli.common import make_console, parse_columns, pause_collection, print_json
 from veneer.cli.config_file import FLAGS, read_run_config
 from veneer.errors import ConfigError
@@ -55,10 +54,7 @@ def read_flags(args: Namespace, *sets: str, out: str = "planned") -> RunConfig:
     flags |= {"base": bases[0], "data": args.data or "ROWS.jsonl", "out": out}
     if args.reduce:
         sets = (*sets, f"reduce={args.reduce}")
-    config = read_run_config(None, flags, sets, parse_columns(args))
-    if args.rank is None:
-        return config
-    return config.model_copy(update={"method": METHODS[config.method.name]().of_rank(args.rank)})
+    return read_run_config(None, flags, sets, parse_columns(args))
 
 
 def run_probe(args: Namespace) -> int:
