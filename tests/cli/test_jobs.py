@@ -260,32 +260,14 @@ def test_interrupted_jobs_are_resumed_together_and_finished_ones_are_left_out(
     assert main(["train", "--resume", *folders]) == 2  # all are finished
 
 
-def test_jobs_interrupted_before_their_first_step_name_the_command_that_goes_on(
-    files, capsys, monkeypatch
-):
-    tmp_path, settings = files
-    jobs = [{"out": str(tmp_path / "a")}, {"out": str(tmp_path / "b")}]
-    run_file = tmp_path / "jobs.yaml"
-    run_file.write_text(yaml.safe_dump({**settings, "jobs": jobs}))
-    own = Trainee.start
-
-    def start(self):
-        os.kill(os.getpid(), signal.SIGINT)
-        own(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainee, "start", start)
-        assert main(["train", str(run_file)]) == 130
-    assert f"Continue with: veneer train {run_file} --resume" in capsys.readouterr().err
-    assert main(["train", str(run_file), "--resume"]) == 0
-
-
-def test_a_run_interrupted_before_its_first_step_names_the_command_that_goes_on(
-    files, capsys, monkeypatch
+@pytest.mark.parametrize("several", [True, False])
+def test_what_is_interrupted_before_its_first_step_names_the_command_that_goes_on(
+    several, files, capsys, monkeypatch
 ):
     tmp_path, settings = files
     out, run_file = tmp_path / "a", tmp_path / "run.yaml"
-    run_file.write_text(yaml.safe_dump({**settings, "out": str(out)}))
+    jobs = {"jobs": [{"out": str(out)}, {"out": str(tmp_path / "b")}]}
+    run_file.write_text(yaml.safe_dump({**settings, **(jobs if several else {"out": str(out)})}))
     own = Trainee.start
 
     def start(self):
@@ -295,8 +277,9 @@ def test_a_run_interrupted_before_its_first_step_names_the_command_that_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(Trainee, "start", start)
         assert main(["train", str(run_file)]) == 130
-    assert f"Continue with: veneer train --resume {out}" in capsys.readouterr().err
-    assert main(["train", "--resume", str(out)]) == 0
+    again = ["train", str(run_file), "--resume"] if several else ["train", "--resume", str(out)]
+    assert f"Continue with: veneer {' '.join(again)}" in capsys.readouterr().err
+    assert main(again) == 0
 
 
 NO_RESULTS = ["", "{", "[]", "null", "{}", '{"reason": 1}', '{"reason": "done", "steps": "x"}']

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from veneer.cli.config_file import read_run_config
 from veneer.data.files.places import absolute
 from veneer.data.teacher_text import absolute_path
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, RunInterrupted
 from veneer.files.home import absolute_if_exists
 from veneer.files.strict_json import read_json, validated
 from veneer.library.names import is_name, name_of_run
@@ -38,6 +38,14 @@ class FileJob:
     config: RunConfig
     resume: bool
     summary: Mapping[str, Any] | None = None
+
+
+def stopped_at_once(command: str) -> RunInterrupted:
+    """Returns the error after Ctrl-C before step 1, or after a second one. command: that goes on"""
+    return RunInterrupted(
+        "stopped at once; checkpoints of earlier steps are kept",
+        next_step=f"Continue with: {command}",
+    )
 
 
 class _Interval(BaseModel):

@@ -38,7 +38,13 @@ from veneer.cli.config_file import (
 from veneer.cli.early import check_place, check_run
 from veneer.cli.flags import add_repeated, add_switch, add_value
 from veneer.cli.job_settings import read_jobs
-from veneer.cli.training.file_jobs import FileJob, begun_jobs, find_library, new_jobs
+from veneer.cli.training.file_jobs import (
+    FileJob,
+    begun_jobs,
+    find_library,
+    new_jobs,
+    stopped_at_once,
+)
 from veneer.cli.training.plan import parse_size
 from veneer.errors import ConfigError, RunInterrupted
 from veneer.library.names import name_of_run
@@ -202,13 +208,10 @@ def _train_run(job: FileJob | None, args: Namespace, library: Library | None) ->
         if leads:
             raise
         return RunInterrupted.exit_code  # process 0 reports it
-    except KeyboardInterrupt:  # before step 1, or the second one
+    except KeyboardInterrupt:
         if config is None or not (Path(config.out) / "run.yaml").is_file():
             raise
-        raise RunInterrupted(
-            "stopped at once; checkpoints of earlier steps are kept",
-            next_step=f"Continue with: veneer train --resume {shlex.quote(config.out)}",
-        ) from None
+        raise stopped_at_once(f"veneer train --resume {shlex.quote(config.out)}") from None
     finally:
         screen.close()
     if config is not None and library is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.cli.common import pause_collection, print_json
 from veneer.cli.early import check_place, check_run
-from veneer.cli.training.file_jobs import FileJob
+from veneer.cli.training.file_jobs import FileJob, stopped_at_once
 from veneer.errors import ConfigError, RunInterrupted, VeneerError
 from veneer.library.folder import default_folder
 from veneer.library.names import name_of_run
@@ -100,11 +100,8 @@ def _train(
         raise RunInterrupted(
             interrupted.headline, interrupted.faults, f"Continue with: {_command_again(args)}"
         ) from None
-    except KeyboardInterrupt:  # before step 1, or the second one
-        raise RunInterrupted(
-            "stopped at once; checkpoints of earlier steps are kept",
-            next_step=f"Continue with: {_command_again(args)}",
-        ) from None
+    except KeyboardInterrupt:
+        raise stopped_at_once(_command_again(args)) from None
     return {job.config.out: result for job, result in zip(jobs, results, strict=True)}
 
 
