@@ -336,7 +336,7 @@ def test_a_run_of_a_comparison_is_known_by_settings_rows_and_circumstances(
     here = environment.circumstances(comparison.base)
 
     def key(changed: RunConfig = config, around: dict[str, str] = here) -> str:
-        return JobRunner(comparison, 32, around, lambda text: None, [])._key(changed)
+        return JobRunner(comparison, around, lambda text: None, [])._key(changed)
 
     keys = [
         key(),
@@ -371,7 +371,7 @@ def test_an_evaluation_is_not_used_beside_other_predictions(comparison: Comparis
     file, here = comparison.out / "base" / "predictions.jsonl", {"torch": "1"}
 
     def evaluates(around: dict[str, str] = here, changed: Comparison = comparison) -> bool:
-        asking = JobRunner(changed, 32, around, lambda text: None, []).evaluate("the base", None)
+        asking = JobRunner(changed, around, lambda text: None, []).evaluate("the base", None)
         with suppress(StopIteration):
             (job,) = next(asking)
             file.write_text('{"loss": 1.5}\n')

@@ -26,7 +26,6 @@ from rich.table import Table
 from rich.text import Text
 
 from veneer import api
-from veneer.adapters.config import LoRA
 from veneer.base import Base
 from veneer.bases.compute import DtypeName
 from veneer.bases.names.packages import fetch_wheel
@@ -240,9 +239,7 @@ def _find_or_train(
         base=base,
         dtype=dtype,
         data=DataConfig(train=str(held_out.train_file), validation=str(held_out.held_out_file)),
-        method=LoRA(rank=16, alpha=32),
         **schedule,
-        learning_rate=1e-3,
         # No evaluation in between: held-out rows must not choose the step that is kept.
         evaluate_every=10**6,
         out=str(run),

@@ -28,7 +28,7 @@ from veneer.bases.compute import choose
 from veneer.bases.identity.fingerprint import earlier_fingerprint
 from veneer.bases.loading.blueprint import Blueprint
 from veneer.bases.quiet_transformers import quiet
-from veneer.comparison.comparison import with_dtype
+from veneer.comparison.comparison import resolved
 from veneer.comparison.environment import find_environment
 from veneer.comparison.plan import Candidate
 from veneer.errors import AdapterMismatchError, ConfigError
@@ -322,10 +322,8 @@ def test_a_comparison_names_one_type_for_all_its_processes(slow, tmp_path):
     save_tiny(tmp_path / "base", "llama", torch.bfloat16)
     candidate = Candidate("lora", settings(tmp_path, "out"))
     found = find_environment(str(tmp_path / "base"), [candidate.config])
-    assert (
-        found.dtypes == ["float32"]
-        and with_dtype(candidate, found.dtypes[0]).config.dtype == "float32"
-    )
+    assert found.dtypes == ["float32"]
+    assert resolved(candidate, found.dtypes[0], found.rates[0]).config.dtype == "float32"
     assert (
         compute_of(str(tmp_path / "base"), dtype="bfloat16", device="cpu", quantize=None).name
         == "bfloat16"

@@ -24,8 +24,10 @@ import veneer
 from tests.support.helpers import files_limited_to
 from tests.support.models.reasoning import conversation, reasoning_tokenizer
 from tests.support.tiny import save_tiny
+from veneer.adapters.config import LoRA
 from veneer.cli.training.compare import _comparison_table
 from veneer.comparison import environment
+from veneer.comparison.comparison import resolved
 from veneer.comparison.conclusion import conclude
 from veneer.comparison.execute import JobRunner
 from veneer.comparison.figures import Measure, _differences, _figure
@@ -202,7 +204,7 @@ def test_another_base_in_the_same_place_is_evaluated_and_trained_anew(
     asked = Comparison(candidates, str(base), test, test, test, tmp_path / "out", general=None)
 
     def worker() -> JobRunner:
-        return JobRunner(asked, 32, environment.circumstances(str(base)), lambda text: None, [])
+        return JobRunner(asked, environment.circumstances(str(base)), lambda text: None, [])
 
     def evaluated() -> dict[str, Any]:
         return run_jobs(worker().evaluate("the base", None), here, lambda text: None)
@@ -592,7 +594,6 @@ class Losses:
         self.losses, self.dropped, self.asked, self.pace = losses, [], [], Pace(3)
         self.said: list[str] = []
         self.say = self.said.append
-        self.hidden_size = 576
         self.comparison = type("C", (), {"factors": (1 / 3, 1.0, 3.0), "extend": extend})()
 
     def train(
@@ -636,7 +637,9 @@ def test_a_search_whose_best_rate_lies_inside_or_may_not_go_on_says_nothing() ->
 
 
 def test_the_search_starts_at_the_default_of_this_base() -> None:
-    candidate = Candidate("lora", RunConfig(base="b", data="d", out="o"))  # type: ignore[arg-type]
+    config = RunConfig(base="b", data="d", out="o")  # type: ignore[arg-type]
+    candidate = resolved(Candidate("lora", config), "float32", 1.3e-3)
+    assert candidate.config.method == LoRA(lr_ratio=4.0)  # as where no rate is given
     worker = Losses({4.33e-4: 3.0, 1.3e-3: 1.0, 3.9e-3: 2.0}, extend=0)
     assert searched(worker, candidate)[1] == 1
     assert worker.asked == [4.33e-4, 1.3e-3, 3.9e-3]

@@ -52,7 +52,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> JobRunner:
         max_new_tokens=2,
         general=None,
     )
-    return JobRunner(comparison, 32, {}, lambda text: None, [], shares_forwards=True)
+    return JobRunner(comparison, {}, lambda text: None, [], shares_forwards=True)
 
 
 @pytest.fixture(scope="module")

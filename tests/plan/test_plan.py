@@ -4,7 +4,7 @@ what it measured."""
 import argparse
 import copy
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -349,33 +349,49 @@ def test_advice_gives_a_method_and_its_reason(job, fits_all, label, word):
     assert word in " ".join(found.reasons)
 
 
-def test_the_advised_rate_is_the_methods_own_for_this_width():
+def test_the_advised_rate_is_the_methods_default_or_left_to_the_weights():
     def rate(**about):
         return advise(TuningTask(**about), TINY, lambda choice: True).learning_rate
 
-    assert rate(kind="task", hidden_size=576) == LoRA().default_learning_rate(576) == 1.3e-3
-    assert rate(kind="task", hidden_size=4096) == 2.9e-4
+    assert rate(kind="task", hidden_size=576) is None
     assert rate(kind="knowledge", hidden_size=4096, parameters=7 * 10**9) == 2.9e-5
-    wide = rate(kind="knowledge", variants=2, hidden_size=4096)
-    assert wide == LoRA().default_learning_rate(4096) / 2  # rank 128, scaled by its root
+    compiled = {"rows": 1000, "fixed_instruction": True}
+    assert rate(kind="task", hidden_size=4096, **compiled) == 1.5e-2
 
 
-def test_default_rates_fall_with_the_width_and_for_starts_that_are_as_large_as_the_weight():
-    for method, narrow, wide in [
-        (LoRA(), 1.3e-3, 2.9e-4),
-        (DoRA(), 1.3e-3, 2.9e-4),
+@dataclass(frozen=True)
+class Size:
+    hidden_size: int
+    weight_rms: float
+
+
+def test_default_rates_follow_the_width_or_the_weights_and_the_start():
+    narrow, wide = Size(576, 0.19), Size(4096, 0.02)
+    for method, of_narrow, of_wide in [
         (Full(), 1.3e-4, 2.9e-5),
         (Bottleneck(), 2.6e-3, 5.7e-4),
-        (LoRA(init="pissa"), 3.3e-4, 7.1e-5),
-        (LoRA(init="olora"), 3.3e-4, 7.1e-5),
-        (LoRA(init="eva"), 1.3e-3, 2.9e-4),
-        (LoRA(lr_ratio=16), 3.3e-4, 7.1e-5),
-        (LoRA(lr_ratio=4, init="pissa"), 1.7e-4, 3.6e-5),
         (Prefix(), 1.5e-2, 1.5e-2),
         (Prefix(projection=64), 5e-4, 5e-4),
+        (LoRA(), 2.6e-3, 2.7e-4),
+        (DoRA(lr_ratio=4), 1.3e-3, 1.4e-4),
+        (LoRA(lr_ratio=16), 6.4e-4, 6.8e-5),
+        (LoRA(init="pissa"), 6.4e-4, 6.8e-5),
+        (LoRA(init="olora"), 6.4e-4, 6.8e-5),
+        (LoRA(init="eva"), 2.6e-3, 2.7e-4),
+        (LoRA(lr_ratio=4, init="pissa"), 3.2e-4, 3.4e-5),
     ]:
-        assert method.default_learning_rate(576) == narrow
-        assert method.default_learning_rate(4096) == wide
+        assert method.default_learning_rate(narrow) == of_narrow
+        assert method.default_learning_rate(wide) == of_wide
+
+
+def test_lora_plus_is_the_default_where_no_learning_rate_is_given():
+    for method in (LoRA(), DoRA()):
+        assert method.for_learning_rate(None).lr_ratio == 4.0
+        assert method.for_learning_rate(1e-3).lr_ratio == 1.0
+    assert LoRA(lr_ratio=2).for_learning_rate(None).lr_ratio == 2
+    assert LoRA(lr_ratio=2).for_learning_rate(1e-3).lr_ratio == 2
+    assert LoRA().rate_of("B") == 1.0
+    assert Prefix().for_learning_rate(None) == Prefix()
 
 
 @pytest.mark.parametrize(

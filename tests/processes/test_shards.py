@@ -18,7 +18,7 @@ from veneer.training.processes.assignment import group_by_cost
 
 __all__ = ["world"]
 SHARDED = {
-    "lora": {**RUNS["lora"], "show_answers": True},
+    "lora": {**RUNS["lora"], "show_answers": True, "learning_rate": None},  # the weights give it
     "dora nf4": RUNS["dora nf4"],
     "full": {
         "show_answers": True,

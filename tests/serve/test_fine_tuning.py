@@ -28,13 +28,13 @@ from veneer.jobs.record import JobRecord, TrainingJob, write_record
 from veneer.jobs.store import JobStore
 from veneer.jobs.suspension import PIPE
 from veneer.library.library import Library
-from veneer.models.frozen_base import hidden_size
 from veneer.serve.engine.fine_tuning import TrainSettings, page_of
 from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
 from veneer.serve.http.uploads import Arrivals
 from veneer.serve.limits import MOST_UPLOADS
 from veneer.serve.protocols.fine_tuning import CreateJobBody, job_object
 from veneer.serve.refusals import Refusal
+from veneer.training.config import RunConfig
 
 USE, TRAIN = "use-" + "k" * 20, "train-" + "k" * 20
 KEYS = ApiKeys([ApiKey("use", hashed(USE), "asker"), ApiKey("train", hashed(TRAIN), "teacher")])
@@ -270,9 +270,28 @@ def test_the_usual_rate_of_a_continued_adapter_is_that_of_its_method(tmp_path, s
         "hyperparameters": {"learning_rate_multiplier": 1},
     }
     settings = server.service.fine_tuning._settings(CreateJobBody.read(body))
-    assert settings["learning_rate"] == Prefix().default_learning_rate(
-        hidden_size(base.model.config)
-    )
+    assert settings["learning_rate"] == Prefix().default_learning_rate(base)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", {"name": "dora", "lr_ratio": 2}])
+def test_a_multiplier_of_one_trains_as_auto_does(server, base, method):
+    def settings(multiplier):
+        body = {
+            "model": BASE,
+            "training_file": "f",
+            "hyperparameters": {"learning_rate_multiplier": multiplier},
+        }
+        made = server.service.fine_tuning._settings(CreateJobBody.read(body))
+        config = RunConfig.of({**made, "data": "rows.jsonl", "out": "out"})
+        return config.resolved(base, rows=10), config.method.for_learning_rate(config.learning_rate)
+
+    server.service.fine_tuning.run["method"] = method
+    try:
+        (auto, auto_method), (one, one_method) = settings("auto"), settings(1)
+    finally:
+        del server.service.fine_tuning.run["method"]
+    assert auto_method == one_method and auto_method.lr_ratio in (2.0, 4.0)
+    assert (auto.learning_rate, auto.quantize) == (one.learning_rate, one.quantize)
 
 
 def test_only_the_scope_train_and_this_site_may_touch_files_and_jobs(server):

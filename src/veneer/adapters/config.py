@@ -31,9 +31,14 @@ from veneer.bounds import (
 )
 from veneer.patterns import pattern
 
+DEFAULT_RATIO = 4.0
+"""LoRA+ ratio where no learning rate is given: docs/recipes.md."""
+
 
 class LowRank(AdapterConfig):
     """Settings that LoRA and its variants share."""
+
+    rate_of_weights = 0.0135
 
     rank: Annotated[int, RANK] = 16
     """Rank of the update; a linear layer trains rank * (in + out) parameters."""
@@ -62,9 +67,10 @@ class LowRank(AdapterConfig):
     """Also train biases of the base: of all modules (all) or of the targeted ones (lora_only)."""
     train_modules: list[str] = Field(default_factory=list)
     """Modules (names or endings) to train in full as well, for instance lm_head."""
-    lr_ratio: Annotated[float, RATIO] = 1.0
-    """LoRA+: learning rate of B divided by that of A; its authors take 16; 1: off. learning_rate is
-    A's; its default is lower by the square root of this ratio."""
+    lr_ratio: Annotated[float, RATIO] | None = None
+    """LoRA+: learning rate of B divided by that of A, which is learning_rate; 1: off. Default: 4 if
+    learning_rate is left out, else 1. A's default rate is lower by the square root of this
+    ratio."""
 
     @model_validator(mode="after")
     def _patterns_compile(self) -> "LowRank":
@@ -92,7 +98,7 @@ class LowRank(AdapterConfig):
     @property
     def share_of_rate(self) -> float:
         """LoRA+: keeps the geometric mean of the rates of A and B at the usual rate."""
-        return float(self.lr_ratio**-0.5)
+        return float(self.rate_of("B") ** -0.5)
 
     @property
     def update_rank(self) -> int | None:
@@ -105,8 +111,12 @@ class LowRank(AdapterConfig):
         """Returns rank and alpha as a layer's file states them, with the same scaling."""
         return rank, alpha
 
+    def for_learning_rate(self, given: float | None) -> Self:
+        ratio = DEFAULT_RATIO if given is None else 1.0
+        return self.model_copy(update={} if self.lr_ratio is not None else {"lr_ratio": ratio})
+
     def rate_of(self, part: str) -> float:
-        return self.lr_ratio if part == "B" else 1.0
+        return self.lr_ratio or 1.0 if part == "B" else 1.0
 
 
 class LoRA(LowRank):

@@ -5,7 +5,7 @@ The methods are in config.py.
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 from veneer.adapters.combinations import Content
 from veneer.files.settings import StrictSettings
@@ -13,16 +13,30 @@ from veneer.files.settings import StrictSettings
 USUAL_WIDTH = 2000
 
 
+class RateBasis(Protocol):
+    """What default learning rates depend on: a base (models/frozen_base.py)."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def weight_rms(self) -> float:
+        """Returns the root mean square of the weights of the linear layers."""
+        ...
+
+
 class MethodConfig(StrictSettings):
     """Base class of methods: properties of a method besides its settings.
 
     trains_base  whether it trains the base's own weights, which must be dense, so that the result
                  is a model and not an adapter
-    usual_rate   default peak learning rate at a hidden size of USUAL_WIDTH
-    rate_falls   exponent by which the default rate falls in wider models: Tinker's rule for Llama,
+    usual_rate   peak learning rate at a hidden size of USUAL_WIDTH
+    rate_falls   exponent by which that rate falls in wider models: Tinker's rule for Llama,
                  from sweeps of LoRA over 35 models (tinker-cookbook, hyperparam_utils.py). Full
                  fine-tuning takes a tenth of LoRA's rate (Schulman et al. 2025, "LoRA Without
                  Regret"). docs/benchmarks.md compares both with searches at hidden size 576
+    rate_of_weights  default peak learning rate as a share of the root mean square of the base's
+                 linear weights, from docs/recipes.md; None: the default goes by width alone
     of_document  settings that start it from a document that a teacher reads
     """
 
@@ -30,15 +44,27 @@ class MethodConfig(StrictSettings):
     of_document: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     usual_rate: ClassVar[float]
     rate_falls: ClassVar[float] = 0.781
+    rate_of_weights: ClassVar[float | None] = None
 
     name: str = ""
     """Name in the run file; every method has one."""
 
-    def default_learning_rate(self, hidden_size: int) -> float:
-        """Returns the default peak rate of these settings on a base of this hidden size, rounded to
-        two digits."""
+    def default_learning_rate(self, base: RateBasis) -> float:
+        """Returns the default peak rate of these settings on a base, rounded to two digits."""
+        if self.rate_of_weights is None:
+            return self.rate_by_width(base.hidden_size)
+        return float(f"{self.rate_of_weights * self.share_of_rate * base.weight_rms:.1e}")
+
+    def rate_by_width(self, hidden_size: int) -> float:
+        """Returns the peak rate of these settings by the hidden size alone, rounded to two
+        digits."""
         rate = self.usual_rate * self.share_of_rate * (USUAL_WIDTH / hidden_size) ** self.rate_falls
         return float(f"{rate:.1e}")
+
+    def for_learning_rate(self, given: float | None) -> Self:
+        """Returns the settings with those resolved that depend on whether a learning rate is
+        given."""
+        return self
 
     @property
     def share_of_rate(self) -> float:

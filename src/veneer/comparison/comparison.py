@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 from veneer.bases.compute import DtypeName
-from veneer.bases.loading.without_weights import load_skeleton
 from veneer.comparison.conclusion import conclude
 from veneer.comparison.execute import JobRunner
 from veneer.comparison.figures import CandidateResult, make_figures
@@ -24,7 +23,6 @@ from veneer.data.examples import Row
 from veneer.data.files.sources import read_rows
 from veneer.evaluation.labels import labels_of
 from veneer.files.atomic import write_text
-from veneer.models.frozen_base import hidden_size
 
 
 def run_comparison(comparison: Comparison, executor: JobExecutor, say: Say) -> dict[str, Any]:
@@ -38,17 +36,14 @@ def run_comparison(comparison: Comparison, executor: JobExecutor, say: Say) -> d
     layout = comparison.candidates[0].config.data.format
     rows = read_rows(comparison.test, layout, kind=comparison.row_kind)
     _refuse_free_text(comparison, rows)
-    width = hidden_size(load_skeleton(comparison.base).model.config)
     try:
         environment = executor.inspect(
             comparison.base, [candidate.config for candidate in comparison.candidates]
         )
         for line in environment.lines:
             say(line)
-        pairs = zip(comparison.candidates, environment.dtypes, strict=True)
-        comparison = replace(
-            comparison, candidates=[with_dtype(candidate, dtype) for candidate, dtype in pairs]
-        )
+        found = zip(comparison.candidates, environment.dtypes, environment.rates, strict=True)
+        comparison = replace(comparison, candidates=[resolved(*of_one) for of_one in found])
         runs = len(comparison.candidates) * (len(comparison.factors) + comparison.seeds - 1)
         say(
             _runs_text(
@@ -60,7 +55,6 @@ def run_comparison(comparison: Comparison, executor: JobExecutor, say: Say) -> d
         )
         runner = JobRunner(
             comparison,
-            width,
             environment.circumstances,
             say,
             ran=[],
@@ -108,9 +102,13 @@ def _refuse_free_text(comparison: Comparison, rows: Sequence[Row]) -> None:
         )
 
 
-def with_dtype(candidate: Candidate, dtype: DtypeName) -> Candidate:
-    """Returns the candidate with a fixed type of its base, so that no process chooses another."""
-    return replace(candidate, config=candidate.config.model_copy(update={"dtype": dtype}))
+def resolved(candidate: Candidate, dtype: DtypeName, rate: float) -> Candidate:
+    """Returns the candidate with a fixed type of its base, so that no process chooses another, and
+    with its default learning rate, around which the search goes."""
+    config = candidate.config
+    method = config.method.for_learning_rate(config.learning_rate)
+    update = {"dtype": dtype, "learning_rate": rate, "method": method}
+    return replace(candidate, config=config.model_copy(update=update))
 
 
 def train_candidate(runner: JobRunner, candidate: Candidate) -> JobGenerator[CandidateResult]:

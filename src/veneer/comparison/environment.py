@@ -12,19 +12,22 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from veneer.bases.compute import DtypeName
+from veneer.bases.loading.without_weights import load_skeleton
 from veneer.bases.names.sources import locate
 from veneer.errors import VeneerError
 from veneer.files.hashes import file_hash
 from veneer.files.home import expanded
 from veneer.files.processor import processor
 from veneer.files.remembered import own_files_hash
-from veneer.models.load import compute_of
+from veneer.models.frozen_base import hidden_size
+from veneer.models.load import compute_of, load_base
 from veneer.training.config import RunConfig
 
 READ = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
@@ -33,9 +36,11 @@ READ = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
 
 @dataclass(frozen=True)
 class NodeEnvironment:
-    """Describes a machine. dtypes: of the base, for each settings. lines: why, for people."""
+    """Describes a machine. dtypes: of the base, for each settings. rates: the learning rate of
+    each, or its default. lines: why these types, for people."""
 
     dtypes: list[DtypeName]
+    rates: list[float]
     lines: list[str]
     circumstances: dict[str, str]
 
@@ -47,7 +52,26 @@ def find_environment(base: str, configs: Sequence[RunConfig]) -> NodeEnvironment
         for config in configs
     ]
     lines = dict.fromkeys(compute.line for compute in computes if compute.line is not None)
-    return NodeEnvironment([compute.name for compute in computes], list(lines), circumstances(base))
+    basis = _WeightsOnDemand(base)
+    rates = [config.peak_learning_rate(basis) for config in configs]
+    dtypes = [compute.name for compute in computes]
+    return NodeEnvironment(dtypes, rates, list(lines), circumstances(base))
+
+
+@dataclass(frozen=True)
+class _WeightsOnDemand:
+    """What default learning rates depend on, read from the files of a base; weights only if a
+    method asks for them."""
+
+    base: str
+
+    @property
+    def hidden_size(self) -> int:
+        return hidden_size(load_skeleton(self.base).model.config)
+
+    @cached_property
+    def weight_rms(self) -> float:
+        return load_base(self.base, device="cpu").weight_rms
 
 
 def circumstances(base: str) -> dict[str, str]:

@@ -81,13 +81,12 @@ class FinishedRun:
 class JobRunner:
     """Yields commands of Veneer as jobs (jobs.py).
 
-    hidden_size: of the base, for default learning rates. circumstances: see environment.py. say:
-    shows progress. ran: folders of what was not finished before. pace: counts finished runs.
+    circumstances: see environment.py. say: shows progress. ran: folders of what was not finished
+    before. pace: counts finished runs.
     shares_forwards: whether the learning rates of a search train in the same forwards.
     """
 
     comparison: Comparison
-    hidden_size: int
     circumstances: Mapping[str, str]
     say: Say
     ran: list[Path]

@@ -29,10 +29,16 @@ TEST_SHARE = VALIDATION_SHARE = 0.15
 
 @dataclass(frozen=True)
 class Candidate:
-    """Names a candidate. config: its settings, without learning rate, steps, seed and folder."""
+    """Names a candidate. config: its settings, without steps, seed and folder. Its learning rate is
+    where the search starts; a comparison sets it to the default once the base is known."""
 
     name: str
     config: RunConfig
+
+    @property
+    def usual_rate(self) -> float:
+        assert self.config.learning_rate is not None
+        return self.config.learning_rate
 
     def over(self, files: "RowFiles") -> "Candidate":
         """Returns the candidate with these files."""

@@ -18,7 +18,7 @@ def steps_within(runner: JobRunner, candidate: Candidate, seconds: float) -> Job
     """Returns the optimizer steps that fit into this training time, from a short run on this
     machine.
     """
-    rate = candidate.config.peak_learning_rate(runner.hidden_size)
+    rate = candidate.usual_rate
     probe = yield from runner.train(
         candidate, rate=rate, seed=0, steps=PROBE_STEPS, with_result=False
     )
@@ -33,7 +33,7 @@ def search(
 ) -> JobGenerator[tuple[list[tuple[float, FinishedRun]], int | None]]:
     """Returns ((rate, run) by increasing rate, index of the best or None if every run failed)."""
     comparison = runner.comparison
-    default = candidate.config.peak_learning_rate(runner.hidden_size)
+    default = candidate.usual_rate
     factors = sorted(comparison.factors)
     step = factors[-1] / factors[-2] if len(factors) > 1 else 3.0
     runs: dict[float, FinishedRun] = {}

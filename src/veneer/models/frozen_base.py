@@ -28,6 +28,7 @@ from veneer.errors import ConfigError
 from veneer.execution.proofs.same_values import remember_by_values
 from veneer.model_record import record_of
 from veneer.models.step import ComputePaths, keep_paths, prepare
+from veneer.models.weight_size import weight_size
 from veneer.quant.config import Quantize
 from veneer.sharded import Sharding
 
@@ -126,6 +127,17 @@ class FrozenBase:
     @property
     def config(self) -> PreTrainedConfig:
         return self.model.config
+
+    @property
+    def hidden_size(self) -> int:
+        return hidden_size(self.config)
+
+    @property
+    def weight_rms(self) -> float:
+        """Returns the root mean square of the weights of the linear layers, without the output
+        head. All processes that share a sharded base ask for it together."""
+        head = self.model.get_output_embeddings()
+        return weight_size(self.model, head=head).root_mean_square
 
     def fingerprint(self) -> Fingerprint:
         """Returns the fingerprint of the weights as they were loaded, in their stored type.

@@ -37,7 +37,8 @@ class TuningTask:
 @dataclass(frozen=True)
 class Advice:
     choice: Choice
-    learning_rate: float
+    learning_rate: float | None
+    """None: training takes it from the base's weights."""
     reasons: list[str]
     fits: bool
 
@@ -48,7 +49,7 @@ def advise(task: TuningTask, choice: Choice, fits: Callable[[Choice], bool]) -> 
     choice: gives batch, length and the rest. fits: returns whether a choice fits the memory.
     """
     full = replace(choice, method=Full(), quantize=None)
-    high_rank = replace(choice, method=LoRA(rank=128, alpha=64.0, rslora=True))
+    high_rank = replace(choice, method=LoRA(rank=128, alpha=32.0, rslora=True))
     default_lora = replace(choice, method=LoRA(), quantize=None)
     reasons: list[str] = []
     single_variant = task.variants == 1
@@ -124,7 +125,9 @@ def advise(task: TuningTask, choice: Choice, fits: Callable[[Choice], bool]) -> 
     return Advice(chosen, _rate(chosen.method, task), reasons, fits(chosen))
 
 
-def _rate(method: MethodConfig, task: TuningTask) -> float:
-    """Returns the rate to start a search from, by halves and doubles."""
-    rate = method.default_learning_rate(task.hidden_size)
-    return rate / 2 if (method.update_rank or 0) >= 128 else rate
+def _rate(method: MethodConfig, task: TuningTask) -> float | None:
+    """Returns the default rate of a method; None if it depends on weights, which a plan does not
+    read."""
+    if method.rate_of_weights is not None:
+        return None
+    return method.rate_by_width(task.hidden_size)

@@ -21,7 +21,7 @@ from veneer.files.home import name_of
 from veneer.files.system_errors import explained
 from veneer.library.library import Library
 from veneer.library.residents.residents import Residents
-from veneer.models.frozen_base import FrozenBase, hidden_size
+from veneer.models.frozen_base import FrozenBase
 from veneer.plan.machine import memory_bytes
 from veneer.serve.engine.fine_tuning import FineTuning, TrainSettings
 from veneer.serve.engine.names import ModelNames
@@ -134,8 +134,7 @@ def service_of(base: FrozenBase, library: Library, settings: ServeSettings) -> S
     asked = partial(Preamble.overridden, system=settings.system, variables=settings.variables)
     fine_tuning = None
     if settings.train is not None:
-        size = hidden_size(base.model.config)
-        fine_tuning = FineTuning(settings.train, library, names, hidden_size=size, length=positions)
+        fine_tuning = FineTuning(settings.train, library, names, base=base, length=positions)
     service = Service(
         base,
         engine,

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from veneer.adapters.config import LoRA, Method, MethodConfig
+from veneer.adapters.method_config import RateBasis
 from veneer.adapters.preamble import variable_faults
 from veneer.bounds import (
     BETA,
@@ -25,6 +26,7 @@ from veneer.bounds import (
 )
 from veneer.data.config import DataConfig as DataConfig
 from veneer.data.template.new_tokens import text_faults
+from veneer.errors import ConfigError
 from veneer.files.home import expanded
 from veneer.files.settings import StrictSettings
 from veneer.objectives.config import Answers, AnyObjective
@@ -152,10 +154,11 @@ class RunConfig(StrictSettings):
     share_prompt: bool = True
     """Compute the prompt that all rows of a batch share once."""
     learning_rate: Annotated[float, LEARNING_RATE] | None = None
-    """Peak rate; default: the method's own, lower for wider bases (hidden size 576: lora 1.3e-3,
-    full 1.3e-4; 4096: 2.9e-4, 2.9e-5)."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the rate after warm-up; cosine and linear end at 0."""
+    """Peak rate. Default of lora and dora: 0.7% of the root mean square of the base's linear
+    weights for A and 4 times that for B (SmolLM2-135M: 1.3e-3 and 5.2e-3). Default of other
+    methods: lower for wider bases (full: 1.3e-4 at hidden size 576, 2.9e-5 at 4096)."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the rate after warm-up; linear and cosine end at 0."""
     warmup: Annotated[float, SHARE] = 0.03
     """Share of the steps in which the rate rises to its peak."""
     weight_decay: Annotated[float, WEIGHT_DECAY] = 0.0
@@ -209,7 +212,7 @@ class RunConfig(StrictSettings):
         epochs = EPOCHS_UNSAID if self.epochs is None else self.epochs
         return self.steps or max(1, math.ceil(epochs * -(-rows // self.batch)))
 
-    def resolved(self, hidden_size: int, rows: int) -> "RunConfig":
+    def resolved(self, base: RateBasis, rows: int) -> "RunConfig":
         """Returns the settings with the defaults that depend on others, on the base or on the rows.
 
         A run records them, so that it resumes with what it began with, whatever the defaults are by
@@ -219,7 +222,7 @@ class RunConfig(StrictSettings):
         return self.model_copy(
             update={
                 "epochs": self.epochs if has_length else EPOCHS_UNSAID,
-                "learning_rate": self.peak_learning_rate(hidden_size),
+                "learning_rate": self.peak_learning_rate(base),
                 "evaluate_every": self.evaluation_interval(self.num_steps(rows)),
             }
         )
@@ -228,11 +231,19 @@ class RunConfig(StrictSettings):
         """Returns after how many steps a run of so many is evaluated."""
         return self.evaluate_every or max(1, math.ceil(steps / 5))
 
-    def peak_learning_rate(self, hidden_size: int) -> float:
-        """Returns the peak rate that is set, else the method's for this hidden size, or the
-        objective's share of it."""
-        usual = self.method.default_learning_rate(hidden_size)
-        return self.learning_rate or float(f"{usual * self.objective.share_of_rate:.1e}")
+    def peak_learning_rate(self, base: RateBasis) -> float:
+        """Returns the peak rate that is set, else the method's for this base, or the objective's
+        share of it. Raises ConfigError if none is set and the base's weights give none."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        usual = self.method.for_learning_rate(None).default_learning_rate(base)
+        rate = float(f"{usual * self.objective.share_of_rate:.1e}")
+        if not LEARNING_RATE.holds(rate):
+            raise ConfigError(
+                f"this base has no default learning rate: its weights give {rate:g}",
+                next_step="Set learning_rate.",
+            )
+        return rate
 
     @model_validator(mode="before")
     @classmethod

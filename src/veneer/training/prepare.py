@@ -28,7 +28,7 @@ from veneer.data.template.new_tokens import bring, extended, room_with
 from veneer.errors import RefusedError, fits_memory
 from veneer.execution.proofs.model import acting_prefix_length
 from veneer.models.capacity import capacity_of
-from veneer.models.frozen_base import FrozenBase, hidden_size
+from veneer.models.frozen_base import FrozenBase
 from veneer.models.own_head import attach_head, fresh_head
 from veneer.models.starts.initial_values import FreshAdapter
 from veneer.models.step import refuse_untrainable
@@ -205,7 +205,7 @@ def prepare_run(
             "held-out rows do not fit", data.validation, capacity_of(base), base.acting_tokenizer
         )
         rows_of_epoch = _rows_of_epoch(config, data)
-        config = config.resolved(hidden_size(base.config), rows_of_epoch)
+        config = config.resolved(base, rows_of_epoch)
         origin = _origin(config, base, data, day, started)
         run_manifest(config, base, data)  # raises now if it could not be written at the end
         with fits_memory("on the trained values and their gradient", next_step=FEWER_VALUES):
@@ -346,7 +346,7 @@ def _training_inputs(
         train=data.train,
         validation=data.validation,
         config=config,
-        learning_rate=config.peak_learning_rate(hidden_size(base.config)),
+        learning_rate=config.peak_learning_rate(base),
         steps=steps,
         out=Path(config.out),
         sample=sample_of(base, data.validation_rows, data.preamble) if shows_answers else None,

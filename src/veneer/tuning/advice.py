@@ -71,11 +71,12 @@ def ask_plan(base: str, data: DataSet, objective: AnyObjective) -> Outlook:
             f"{base} does not fit into the memory of this machine, even in 4 bits",
             next_step=f"See what would fit: veneer plan --base {base} --compare",
         )
-    rank, rate = advice.choice.method.update_rank, advice.learning_rate
+    rank = advice.choice.method.update_rank
     if rank is None:
         reasons.append(f"The search is over settings of LoRA, not of {advice.choice.method.name}.")
-        rank, rate = LoRA().rank, LoRA().default_learning_rate(base_width(base))
-    method, rate = LoRA(rank=rank, alpha=ALPHA_OF_RANK * rank), rate * objective.share_of_rate
+        rank = LoRA().rank
+    method = LoRA(rank=rank, alpha=ALPHA_OF_RANK * rank)
+    rate = method.rate_by_width(base_width(base)) * objective.share_of_rate
     advised = AdvisedSettings(objective, method, rate, advice.choice.quantize, reasons)
     row = answer.rows[0]
     planned_rank = row.choice.method.update_rank or rank

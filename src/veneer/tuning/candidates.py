@@ -1,9 +1,9 @@
 """The settings that `veneer tune` tries: the plan's advice, and a short list around it.
 
-batch 2 and 8  x  the advised rank and learning rate
+batch 2 and 8  x  the advised rank, and one learning rate by the base's width
 batch 2 and 8  x  four times the advised rank
-batch 2 and 8  x  the advised rate, and B at four times A's (LoRA+), falling linearly
-batch 2 and 8  x  a quarter of the advised rate, and B at four times A's, falling linearly
+batch 2 and 8  x  that rate, and B at four times A's (LoRA+), falling linearly
+batch 2 and 8  x  a quarter of that rate, and B at four times A's, falling linearly
 
 Each of the last two learnt more than LoRA with one rate on one base (docs/recipes.md). Which of
 them suits a base is not known before.
@@ -25,7 +25,7 @@ RANK_FACTOR = 4
 RATIO = 4.0
 """LoRA+: the learning rate of B divided by that of A."""
 RATE_FACTORS = (1.0, 0.25)
-"""A's rate of settings with this ratio, as a multiple of the advised one."""
+"""A's rate of settings with this ratio, as a multiple of the one by width."""
 EVALUATIONS = 6
 """Evaluations of a run to its end, besides those at rungs."""
 PATIENCE = 3
@@ -57,8 +57,9 @@ class Candidate:
 class AdvisedSettings:
     """Holds the plan's advice for these rows and this machine.
 
-    objective   the objective of all runs
-    method      always LoRA
+    objective      the objective of all runs
+    method         always LoRA
+    learning_rate  the one of A and B, by the base's width
     """
 
     objective: AnyObjective

@@ -39,7 +39,9 @@ def print_plan(console: Console, answer: PlanAnswer, question: PlanQuestion) -> 
     for fault in answer.faults:
         console.print(Text("  " + shown(fault), style="dim"))
     if (advice := answer.advice) is not None:
-        recommendation = f"take {advice.choice.label}, learning rate {advice.learning_rate:g}"
+        rate = advice.learning_rate
+        rate_text = "by the base's weights (default)" if rate is None else f"{rate:g}"
+        recommendation = f"take {advice.choice.label}, learning rate {rate_text}"
         console.print(Text(recommendation, style="bold"))
         for reason in advice.reasons:
             console.print(Text("  " + reason))

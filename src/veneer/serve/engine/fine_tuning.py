@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from veneer.adapters.method_config import RateBasis
 from veneer.bounds import PART, check_numbers
 from veneer.data.examples import Problem, RowKind
 from veneer.data.files.sources import iterate_rows
@@ -66,8 +67,8 @@ class TrainSettings:
 
 
 class FineTuning:
-    """Uploads files and makes jobs of them. hidden_size: of the served base.
-    length: most tokens of a row, None for a run's default"""
+    """Uploads files and makes jobs of them. base: what is served. length: most tokens of a row,
+    None for a run's default"""
 
     def __init__(
         self,
@@ -75,7 +76,7 @@ class FineTuning:
         library: Library,
         names: ModelNames,
         *,
-        hidden_size: int,
+        base: RateBasis,
         length: int | None,
     ) -> None:
         self.store = JobStore(
@@ -87,7 +88,7 @@ class FineTuning:
         library.make()
         self.uploads = UploadStore(self.store.folder, settings.limits)
         self._library, self._names, self.run = library, names, settings.run
-        self._hidden_size = hidden_size
+        self._base = base
         self._length = length or RunConfig.model_fields["length"].default
 
     async def start_jobs(self) -> None:
@@ -195,7 +196,10 @@ class FineTuning:
             settings["from_adapter"] = str(self._library.path(entry.reference))
         if (factor := body.chosen.learning_rate_multiplier) != "auto":
             config = with_parent_settings(_run_config(settings))
-            settings["learning_rate"] = factor * config.peak_learning_rate(self._hidden_size)
+            method = config.method.for_learning_rate(None)
+            settings["method"] = method.model_dump(mode="json")
+            settings["quantize"] = config.quantize  # which `qlora` gave
+            settings["learning_rate"] = factor * config.peak_learning_rate(self._base)
         return settings
 
     def job(self, job_id: str) -> TrainingJob:

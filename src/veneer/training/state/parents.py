@@ -57,7 +57,7 @@ def begin_adapter(
     if not config.from_adapter or resumes:
         started = begin(
             base,
-            config.method,
+            config.method.for_learning_rate(config.learning_rate),
             name=name,
             seed=config.seed,
             examples=examples,
@@ -115,7 +115,8 @@ def with_parent_settings(config: RunConfig) -> RunConfig:
         for parent in stored:
             refuse_combining([(str(parent.folder), parent.contents)])
         settings = settings.of_rank(set_by_user.get("rank") or sum(rank or 0 for rank in ranks))
-    return with_tokens(config).model_copy(update={"method": _merge_settings(settings, set_by_user)})
+    merged = _merge_settings(settings, set_by_user).for_learning_rate(config.learning_rate)
+    return with_tokens(config).model_copy(update={"method": merged})
 
 
 def _from_parents(
@@ -143,6 +144,7 @@ def _from_parents(
         try:
             assert isinstance(old.config, AdapterConfig)
             settings = _merge_settings(old.config, set_by_user)
+            settings = settings.for_learning_rate(config.learning_rate)
             if settings.keeps_values and config.weight_decay:
                 raise ConfigError(
                     "weight_decay changes the adapter's frozen tokens, too",
@@ -244,7 +246,7 @@ def _merge_settings(settings: AdapterConfig, set_by_user: Mapping[str, Any]) -> 
         settings if rank is None or "alpha" in set_by_user else settings.of_rank(rank)
     )  # its update keeps its strength
     values = {
-        **resized.model_dump(),
+        **resized.model_dump(exclude={"lr_ratio"}),  # goes with the learning rate of this run
         **{
             n: v for n, v in set_by_user.items() if n in type(settings).model_fields and n != "init"
         },
