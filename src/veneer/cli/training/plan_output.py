@@ -40,7 +40,9 @@ def print_plan(console: Console, answer: PlanAnswer, question: PlanQuestion) -> 
         console.print(Text("  " + shown(fault), style="dim"))
     if (advice := answer.advice) is not None:
         rate = advice.learning_rate
-        rate_text = "by the base's weights (default)" if rate is None else f"{rate:g}"
+        rate_text = (
+            "from the base's weights (set when training starts)" if rate is None else f"{rate:g}"
+        )
         recommendation = f"take {advice.choice.label}, learning rate {rate_text}"
         console.print(Text(recommendation, style="bold"))
         for reason in advice.reasons:
