@@ -151,12 +151,16 @@ def test_a_dropped_file_becomes_a_model_that_answers(server, tab, folder):
     drop_tickets(tab)
     tab.click("#go-method")
     tab.until("document.querySelector('[data-path=steps]') !== null")
-    for setting, value in {"steps": 400, "batch": 2, "evaluate_every": 100}.items():
+    for setting, value in {"steps": 200, "batch": 2, "evaluate_every": 50}.items():
         choose(tab, f"[data-path={setting}]", str(value))
     tab.until("document.querySelector('#method-plan .advice') !== null", WAIT)
     draft = server.http().get(f"{API}/drafts").json()["data"][0]
     plan = server.post(f"{API}/drafts/{draft['id']}/plan", draft["method"])  # it is remembered
     assert plan.json()["plans"][0]["base"] == "tiny" and str(folder) not in plan.text
+    assert "learning rate from the base's weights (default)" in tab.text(".advice h3")
+    tab.run("document.querySelector('[data-path=learning_rate]').value = '0.1'")
+    tab.click("#method-plan .advice button")
+    assert tab.run("document.querySelector('[data-path=learning_rate]').value") == ""
     tab.click("#method-next")
     tab.click("#train-start")
     points = "(document.querySelector('#train-curve .line.a')?.getAttribute('points') ?? '').length"
@@ -172,7 +176,7 @@ def test_a_dropped_file_becomes_a_model_that_answers(server, tab, folder):
     tab.call("Page.reload")
     tab.click("#train-resume")  # a reload finds the run, at its step
     tab.until("!document.querySelector('#train-next').hidden", WAIT)
-    assert tab.text("#train-facts").startswith("400 of 400")
+    assert tab.text("#train-facts").startswith("200 of 200")
     assert tab.run(points) > stopped
     tab.click("#train-next")
     answers = "document.querySelectorAll('.judged .right, .judged .wrong').length === %d"

@@ -73,7 +73,7 @@ function takeAdvice(advice) {
   const method = advice.quantize ? "qlora" : advice.method;
   byId("method-name").value = method;
   const { rank, alpha, rslora } = advice.settings;
-  const settings = { ...chosenSettings(), learning_rate: advice.learning_rate };
+  const settings = { ...chosenSettings(), learning_rate: advice.learning_rate ?? undefined };
   if (rank)
     Object.assign(settings, {
       "method.rank": rank,

@@ -52,7 +52,8 @@ function verdictText(plan) {
 
 function adviceSection(advice) {
   const rank = advice.settings.rank ? `, rank ${advice.settings.rank}` : "";
-  const title = `Advice: ${advice.method}${rank}, learning rate ${advice.learning_rate}`;
+  const rate = advice.learning_rate ?? "from the base's weights (default)";
+  const title = `Advice: ${advice.method}${rank}, learning rate ${rate}`;
   const take = make("button", { onclick: () => takeAdvice(advice) }, "Take it");
   const reasons = advice.reasons.map((reason) => make("p", {}, reason));
   return make("section", { className: "advice" }, make("h3", {}, title), ...reasons, take);
