@@ -24,11 +24,12 @@ import veneer
 from tests.support.helpers import files_limited_to
 from tests.support.models.reasoning import conversation, reasoning_tokenizer
 from tests.support.tiny import save_tiny
-from veneer.adapters.config import LoRA
+from veneer.adapters.config import DoRA, Full, LoRA, MethodConfig, Prefix
 from veneer.cli.training.compare import _comparison_table
 from veneer.comparison import environment
 from veneer.comparison.comparison import resolved
 from veneer.comparison.conclusion import conclude
+from veneer.comparison.environment import find_environment
 from veneer.comparison.execute import JobRunner
 from veneer.comparison.figures import Measure, _differences, _figure
 from veneer.comparison.jobs import CommandJob, JobGenerator, Outcome, run_jobs, run_together
@@ -43,6 +44,7 @@ from veneer.errors import DataError, InputError, VeneerError
 from veneer.evaluation.metrics.metric import ratio
 from veneer.evaluation.predictions import read_predictions
 from veneer.files.lock import BusyError
+from veneer.models.load import load_base
 from veneer.report.scatter import ScatterMark, scatter_chart
 from veneer.training.config import RunConfig
 from veneer.training.output.records import read_records
@@ -634,6 +636,20 @@ def test_a_search_whose_best_rate_lies_inside_or_may_not_go_on_says_nothing() ->
     ):
         worker = Losses(dict(losses), extend=extend)
         assert searched(worker, CANDIDATE)[1] is not None and not worker.said
+
+
+def test_the_default_rate_of_each_method_is_the_one_of_a_run(tmp_path: Path) -> None:
+    folder = str(save_tiny(tmp_path / "base"))
+    methods: list[MethodConfig] = [LoRA(), DoRA(lr_ratio=2), Full(), Prefix()]
+    configs = [
+        RunConfig(base=folder, data="d", out="o", method=method)  # type: ignore[arg-type]
+        for method in methods
+    ]
+    configs.append(configs[0].model_copy(update={"learning_rate": 0.01}))
+    base = load_base(folder)
+    rates = find_environment(folder, configs).rates
+    assert rates == [config.resolved(base, rows=9).learning_rate for config in configs]
+    assert rates[-1] == 0.01 and len(set(rates)) == 5
 
 
 def test_the_search_starts_at_the_default_of_this_base() -> None:

@@ -35,6 +35,13 @@ def test_it_is_the_root_mean_square_of_the_linear_weights_with_an_adapter_and_wi
     assert base.weight_rms == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_head_that_an_adapter_wraps_counts_no_more_than_a_plain_one():
+    expected = tiny_base("llama").weight_rms
+    base = tiny_base("llama")
+    filled_lora(base, targets=["q_proj", "lm_head"])
+    assert base.weight_rms == expected
+
+
 @pytest.mark.parametrize(("family", "quantize"), [("llama", "nf4"), ("olmoe", "fp4")])
 def test_packed_weights_have_nearly_the_size_of_the_dense_ones(tmp_path, family, quantize):
     folder = str(save_tiny(tmp_path / "base", family))

@@ -61,7 +61,7 @@ def find_environment(base: str, configs: Sequence[RunConfig]) -> NodeEnvironment
 @dataclass(frozen=True)
 class _WeightsOnDemand:
     """What default learning rates depend on, read from the files of a base; weights only if a
-    method asks for them."""
+    method asks for them, and then in their stored type, mapped rather than copied."""
 
     base: str
 
@@ -71,7 +71,7 @@ class _WeightsOnDemand:
 
     @cached_property
     def weight_rms(self) -> float:
-        return load_base(self.base, device="cpu").weight_rms
+        return load_base(self.base, dtype="stored", device="cpu").weight_rms
 
 
 def circumstances(base: str) -> dict[str, str]:

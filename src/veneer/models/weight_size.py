@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.methods.expert_stack import expert_parameters
-from veneer.adapters.placement.wrapping import plain_modules
+from veneer.adapters.placement.wrapping import plain_modules, unwrapped
 from veneer.linear import PackedExperts, frozen_linear
 from veneer.model_record import record_of
 from veneer.sharded import whole_module
@@ -33,8 +33,9 @@ def weight_size(model: nn.Module, *, head: nn.Module | None) -> WeightSize:
 @torch.no_grad()
 def _measure(model: nn.Module, head: nn.Module | None) -> WeightSize:
     squares, count = 0.0, 0
+    plain_head = None if head is None else unwrapped(head)
     for module in plain_modules(model).values():
-        if module is head:
+        if module is plain_head:
             continue
         with whole_module(module):
             for weight in _weights(module):

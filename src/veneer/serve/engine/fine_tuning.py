@@ -196,7 +196,7 @@ class FineTuning:
             settings["from_adapter"] = str(self._library.path(entry.reference))
         if (factor := body.chosen.learning_rate_multiplier) != "auto":
             config = with_parent_settings(_run_config(settings))
-            method = config.method.for_learning_rate(None)
+            method = config.method.for_learning_rate(config.learning_rate)
             settings["method"] = method.model_dump(mode="json")
             settings["quantize"] = config.quantize  # which `qlora` gave
             settings["learning_rate"] = factor * config.peak_learning_rate(self._base)
