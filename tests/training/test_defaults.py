@@ -22,7 +22,7 @@ from veneer.training.output.loggers import flat
 from veneer.training.output.screen import QuietScreen
 from veneer.training.run import run_training
 from veneer.training.state.folder import resume_config
-from veneer.training.state.origin import MAY_CHANGE
+from veneer.training.state.origin import MAY_CHANGE, with_rate_by_width
 
 RUNS: dict[str, dict[str, Any]] = {
     "lora": {"reduce": "exact"},
@@ -143,9 +143,11 @@ def assert_complete(recorded):
 def test_a_run_that_recorded_no_rate_still_resumes(world, tmp_path):
     """Earlier versions left these settings open in run.yaml and in checkpoints."""
     open_settings = dict.fromkeys(("epochs", "learning_rate", "evaluate_every"))
-    config = config_of(world, tmp_path)
+    config = config_of(world, tmp_path, method={"name": "lora", "lr_ratio": 1.0})
     with pytest.MonkeyPatch.context() as patch, killed_after_saving(2):
         patch.setattr(RunConfig, "resolved", lambda self, hidden_size, rows: self)
         run_training(config, resume=False, screen=QuietScreen())
     assert open_settings.items() <= read_yaml(tmp_path / "run.yaml").items()
+    resumed = with_rate_by_width(resume_config(tmp_path), hidden_size=576)
+    assert resumed.learning_rate == 1.3e-3  # what those versions took
     assert run_training(resume_config(tmp_path), resume=True, screen=QuietScreen())["steps"] == 6

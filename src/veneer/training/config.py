@@ -154,7 +154,7 @@ class RunConfig(StrictSettings):
     share_prompt: bool = True
     """Compute the prompt that all rows of a batch share once."""
     learning_rate: Annotated[float, LEARNING_RATE] | None = None
-    """Peak rate. Default of lora and dora: 0.7% of the root mean square of the base's linear
+    """Peak rate. Default of lora and dora: 0.675% of the root mean square of the base's linear
     weights for A and 4 times that for B (SmolLM2-135M: 1.3e-3 and 5.2e-3). Default of other
     methods: lower for wider bases (full: 1.3e-4 at hidden size 576, 2.9e-5 at 4096)."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"

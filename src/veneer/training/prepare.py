@@ -53,6 +53,7 @@ from veneer.training.state.origin import (
     check_rows,
     check_settings,
     origin_of,
+    with_rate_by_width,
 )
 from veneer.training.state.parents import ADAPTER_NAME, begin_adapter, with_tokens
 from veneer.training.teachers.teacher import locate_teacher, teacher_examples
@@ -162,6 +163,7 @@ def prepare_run(
             config = with_tokens(config)
         else:
             check_base(started, origin_of(config, base, day), config)
+            config = with_rate_by_width(config, base.hidden_size)
         new_tokens = bring(base.tokenizer, config.new_tokens, rows=capacity_of(base).tokens)
         teacher_text = config.objective.teacher_text()
         rows_key = (

@@ -104,6 +104,15 @@ def with_rows_at_once(started: Origin, config: RunConfig) -> RunConfig:
     return config.model_copy(update={"micro_batch": started.rows_at_once or config.batch})
 
 
+def with_rate_by_width(config: RunConfig, hidden_size: int) -> RunConfig:
+    """Returns the settings of a resumed run with its learning rate. Versions that wrote none down
+    took the method's for this hidden size."""
+    if config.learning_rate is not None:
+        return config
+    rate = config.method.rate_by_width(hidden_size) * config.objective.share_of_rate
+    return config.model_copy(update={"learning_rate": float(f"{rate:.1e}")})
+
+
 def check_settings(started: Origin, config: RunConfig) -> None:
     """Raises ConfigError with every setting that differs; settings newer than the run had their
     default.

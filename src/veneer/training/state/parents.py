@@ -1,8 +1,8 @@
 """What a trained adapter starts from: nothing, an existing adapter, or the sum of several.
 
-An adapter continues with its own settings, PEFT's too; a larger rank keeps its update and adds
-directions to it. Existing values are copied bit for bit: a run of no steps would write the same
-tensors.
+An adapter continues with its own settings, PEFT's too, but for the ratio of its learning rates. A
+larger rank keeps its update and adds directions to it. Existing values are copied bit for bit: a
+run of no steps would write the same tensors.
 """
 
 import json
