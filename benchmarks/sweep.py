@@ -18,9 +18,8 @@ from pathlib import Path
 
 from veneer import api
 from veneer.adapters.config import Bottleneck, DoRA, Full, LoRA, MethodConfig, Prefix
-from veneer.bases.loading.from_config import blueprint
 from veneer.errors import DivergedError
-from veneer.models.frozen_base import hidden_size
+from veneer.models.load import load_base
 from veneer.training.config import DataConfig, RunConfig
 from veneer.training.output.screen import QuietScreen
 
@@ -78,8 +77,9 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
-    hidden = hidden_size(blueprint(args.base).config)
-    defaults = {name: METHODS[name].default_learning_rate(hidden) for name in args.methods}
+    base = load_base(args.base, device="cpu")
+    methods = {name: METHODS[name].for_learning_rate(None) for name in args.methods}
+    defaults = {name: method.default_learning_rate(base) for name, method in methods.items()}
     budget = {"base": args.base, "steps": args.steps, "batch": args.batch, "seed": args.seed}
     stored = (
         json.loads(args.out.read_text()) if args.out.exists() else {"budget": budget, "losses": {}}
@@ -94,7 +94,7 @@ def main() -> None:
                 rate = defaults[name] * factor
                 key = f"{task} {name} {rate:g}"
                 if key not in losses:
-                    loss = held_out(args, files, METHODS[name], rate)
+                    loss = held_out(args, files, methods[name], rate)
                     losses[key] = loss if math.isfinite(loss) else None
                     args.out.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
                     print(f"{key}: {loss:.4f}", flush=True)

@@ -21,7 +21,7 @@ class RateBasis(Protocol):
 
     @property
     def weight_rms(self) -> float:
-        """Returns the root mean square of the weights of the linear layers."""
+        """Returns the root mean square of the weights of the linear layers, without the head."""
         ...
 
 
@@ -33,7 +33,7 @@ class MethodConfig(StrictSettings):
     usual_rate   peak learning rate at a hidden size of USUAL_WIDTH
     rate_falls   exponent by which that rate falls in wider models: Tinker's rule for Llama,
                  from sweeps of LoRA over 35 models (tinker-cookbook, hyperparam_utils.py). Full
-                 fine-tuning takes a tenth of LoRA's rate (Schulman et al. 2025, "LoRA Without
+                 fine-tuning takes a tenth of that (Schulman et al. 2025, "LoRA Without
                  Regret"). docs/benchmarks.md compares both with searches at hidden size 576
     rate_of_weights  default peak learning rate as a share of the root mean square of the base's
                  linear weights, from docs/recipes.md; None: the default goes by width alone
