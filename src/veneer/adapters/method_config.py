@@ -14,7 +14,8 @@ USUAL_WIDTH = 2000
 
 
 class RateBasis(Protocol):
-    """What default learning rates depend on: a base (models/frozen_base.py)."""
+    """Holds what a method's default learning rate is computed from. A base is one
+    (models/frozen_base.py)."""
 
     @property
     def hidden_size(self) -> int: ...

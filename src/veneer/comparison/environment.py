@@ -60,8 +60,8 @@ def find_environment(base: str, configs: Sequence[RunConfig]) -> NodeEnvironment
 
 @dataclass(frozen=True)
 class _WeightsOnDemand:
-    """What default learning rates depend on, read from the files of a base; weights only if a
-    method asks for them, and then in their stored type, mapped rather than copied."""
+    """Reads what default learning rates are computed from out of the files of a base. Weights are
+    read if a method needs them, in their stored type: the files are mapped, not copied."""
 
     base: str
 
