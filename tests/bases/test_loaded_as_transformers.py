@@ -41,7 +41,7 @@ def saved(family: str, folder: Path) -> Path:
 
 def of_transformers(folder: Path) -> Any:
     with quiet():
-        return AutoModelForCausalLM.from_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, use_kernels=False)
 
 
 @pytest.mark.parametrize("family", [*DENSE, *MIXTURES, *WITH_STATE])
@@ -54,6 +54,15 @@ def test_a_loaded_base_has_the_attributes_that_transformers_gives_it(
         del vars(module)["forward"]  # our scan sums in another order (models/test_state_scans.py)
     assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
     assert differences(ours, theirs) == []
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_no_layer_is_exchanged_for_a_kernel_from_the_hub(quantize: Any, tmp_path: Path) -> None:
+    """Such kernels are code of strangers, downloaded when a model is read."""
+    model: Any = api.load(save_tiny(tmp_path, "llama"), quantize=quantize).model
+    assert model.use_kernels is False
+    named = (type(module) for module in model.modules())
+    assert not any(kind.__module__.startswith("kernels") for kind in named)
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "fp8"])

@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from torch.nn.functional import rms_norm
 
 from tests.support.helpers import fill, make_examples
 from tests.support.models.routed import Routed, batch_loss
@@ -15,7 +15,7 @@ from veneer.adapters.config import LoRA
 from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import make_batch
 from veneer.execution.agreement import difference
-from veneer.execution.attention import NAME, LayoutAttention, mask_of, takes_layouts, unused_mask
+from veneer.execution.attention import NAME, LayoutAttention, mask_of
 from veneer.execution.decode_step import LayersForward, forward_by_layers, own_forward
 from veneer.execution.facts.attention_facts import attend, find_attention
 from veneer.execution.facts.decoder_layer import find_layers, unknown_layers
@@ -191,23 +191,6 @@ def test_queries_scaled_from_a_position_on_are_computed_by_facts_below_it(longes
     assert torch.equal(by_facts, own) == is_near
 
 
-def test_attention_of_torch_is_ours_where_code_calls_it_itself_and_a_layout_is_given():
-    """Falcon does not look attention up by name, so its model stays as it is; a mask leads it."""
-    model = tiny_model("falcon")
-    own = model.config._attn_implementation
-    assert prepare(model).packed and model.config._attn_implementation == own == "sdpa"
-    block = model.transformer.h[0].self_attention
-    assert takes_layouts(model) and takes_layouts(block) and not takes_layouts(tiny_model("llama"))
-    q, v = torch.randn(2, 1, 4, 6, 8)
-    mask = mask_of(LayoutAttention(LAYOUT), q.device)
-    for rules in ({}, {"scale": 0.7}):
-        ours = scaled_dot_product_attention(q, q, v, attn_mask=mask, **rules)
-        own = scaled_dot_product_attention(q, q, v, is_causal=True, **rules)
-        torch.testing.assert_close(ours, own)
-    with pytest.raises(ValueError, match="was changed"):
-        scaled_dot_product_attention(q, q, q, attn_mask=unused_mask(q.device))
-
-
 def test_a_model_that_adds_biases_by_distance_is_padded_and_says_so():
     for model in (tiny_model("falcon", alibi=True), tiny_model("bloom")):
         reason = "adds biases by distance to the scores of attention (ALiBi)"
@@ -217,19 +200,16 @@ def test_a_model_that_adds_biases_by_distance_is_padded_and_says_so():
 
 
 def test_attention_with_a_bias_of_positions_is_computed_by_its_own_code():
-    """The facts of Falcon's blocks hold without ALiBi alone."""
+    """A mask that stands for no layout, such as ALiBi's, leads past the stand-in."""
     model = tiny_model("falcon", torch.bfloat16)
     block = prepared("falcon", dtype=torch.bfloat16).transformer.h[0].self_attention
     stand_in, x = FusedAttention(block, find_attention(block)), torch.randn(1, 6, 32).bfloat16()
     mask = mask_of(LayoutAttention(LAYOUT), x.device)
     angles = model.transformer.rotary_emb(x, torch.arange(6)[None])
-    alibi = torch.randn(4, 1, 6).bfloat16()
     bias = torch.randn(1, 4, 6, 6).bfloat16()
-    own = block(x, alibi, bias, position_embeddings=angles)[0]
-    given = {"position_embeddings": angles, "attention_mask": mask}
-    assert torch.equal(stand_in(x, alibi=None, **given)[0], block(x, alibi=None, **given)[0])
-    given["attention_mask"] = bias
-    assert torch.equal(stand_in(x, alibi=alibi, **given)[0], own)
+    for given in (mask, bias):
+        rows = {"position_embeddings": angles, "attention_mask": given}
+        assert torch.equal(stand_in(x, **rows)[0], block(x, **rows)[0])
 
 
 def test_a_first_layer_without_a_norm_and_joined_gates_of_other_names_are_found():

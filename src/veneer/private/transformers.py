@@ -1,4 +1,4 @@
-"""Private parts of transformers. Tried with transformers 5.20 and 5.24.
+"""Private parts of transformers. Tried with transformers 5.25.
 
 It imports nothing of it, so that folders which do not know transformers may use it.
 """

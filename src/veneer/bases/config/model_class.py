@@ -21,16 +21,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from veneer.private.transformers import constructor_of
 
-_STOPS_ON_TEXT = ("Llama4ForConditionalGeneration",)
-"""Classes whose forward fails on text (transformers 5.24: the language model returns no
-image_outputs). The text class reads such a checkpoint without its tower.
-tests/bases/test_with_images.py fails once transformers is fixed."""
+_READ_AS_TEXT = ("Llama4ForConditionalGeneration",)
+"""Classes that are loaded as their text model, without the tower: before transformers 5.25 their
+forward failed on text."""
 
 
 def whole_class(config: PreTrainedConfig) -> str | None:
     """Returns the class of texts and images that the files name, if only its text class is
     loaded."""
-    return next((name for name in config.architectures or () if name in _STOPS_ON_TEXT), None)
+    return next((name for name in config.architectures or () if name in _READ_AS_TEXT), None)
 
 
 def parts_not_read(
@@ -78,7 +77,7 @@ def model_class(config: PreTrainedConfig) -> Any:
         config
     )
     multimodal: Any = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), None)
-    architectures = set(config.architectures or ()).difference(_STOPS_ON_TEXT)
+    architectures = set(config.architectures or ()).difference(_READ_AS_TEXT)
     return (
         multimodal
         if multimodal is not None and (causal is None or multimodal.__name__ in architectures)

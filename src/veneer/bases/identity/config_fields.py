@@ -104,6 +104,7 @@ READ_ANYWAY = frozenset(
             "sliding_window",
             "attention_chunk_size",
             "kv_sharing_modes",
+            "limit_after_act",
         ),
         *(
             "number_of_conv_states",

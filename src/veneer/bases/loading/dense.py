@@ -19,6 +19,7 @@ def build_dense(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> P
         # sdpa if the class supports it, else eager; never the file's choice
         attn_implementation=None,
         experts_implementation=None,
+        use_kernels=False,  # kernels from the hub are code of strangers
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,

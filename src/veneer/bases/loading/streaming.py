@@ -268,6 +268,7 @@ def build_packed(
         device_map={"": device},
         attn_implementation=None,  # as for dense weights: never the file's choice
         experts_implementation=None,
+        use_kernels=False,  # kernels from the hub are code of strangers
         trust_remote_code=False,
         ignore_mismatched_sizes=True,  # check_loaded refuses them all at once, with both shapes
         output_loading_info=True,
