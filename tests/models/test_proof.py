@@ -333,7 +333,51 @@ def test_prompts_go_one_by_one_where_padding_on_the_left_changes_answers():
     assert answers == [generate_ids(model, prompt, 6) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen2_moe", "jamba", "llama4_text"])
+ROTATED = {
+    "head_dim": 8,
+    "num_local_experts": 2,
+    "intermediate_size_mlp": 48,
+    "attention_chunk_size": 64,
+    "floor_scale": 64,
+}
+
+
+def test_prompts_go_one_by_one_where_one_layer_in_four_scales_by_position():
+    model = make_model("llama4_text", num_hidden_layers=4, **ROTATED)
+    assert model.config.no_rope_layers == [1, 1, 1, 0]
+    assert loops(model).beside is not None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"no_rope_layers": [1, 1, 1, 0]},
+        {"no_rope_layers": [1, 1, 1, 1, 1, 1, 0, 1]},
+        {"no_rope_layers": [1, 1, 1, 0], "moe_layers": [0, 3]},
+        {"no_rope_layers": [1, 1, 1, 0], "moe_layers": [0, 1, 2, 3]},
+        {"no_rope_layers": [1, 1, 1, 0], "layer_scales": [0.1, 0.2, 0.3, 0.4]},
+    ],
+)
+def test_the_copy_holds_a_layer_of_each_kind_whatever_the_type_of_its_facts(fields):
+    depth = len(fields["no_rope_layers"])
+    config = CONFIG_MAPPING["llama4_text"](
+        **{**SMALL, **ROTATED, **fields, "num_hidden_layers": depth}
+    )
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(config)
+    copy = small_copy(type(whole), config)
+
+    def kinds(model):
+        return {
+            (bool(layer.self_attn.use_rope), layer.is_moe_layer) for layer in model.model.layers
+        }
+
+    assert kinds(copy) == kinds(whole)
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "gemma3_text", "qwen2_moe", "jamba", "llama4_text", "got_ocr2"]
+)
 def test_the_copy_holds_every_kind_of_module_in_little(kind):
     config = CONFIG_MAPPING[kind]()
     with torch.device("meta"):

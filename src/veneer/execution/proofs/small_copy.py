@@ -80,8 +80,8 @@ def small_copy(
     with quiet():
         for narrow, thin in _SIZES:
             try:
-                kinds = _kinds(_on_meta(kind, _plain(config)))
-                return _try_size(kind, config, kinds, _Target(window, switch, narrow, thin))
+                whole = _on_meta(kind, _plain(config))
+                return _try_size(kind, config, whole, _Target(window, switch, narrow, thin))
             except Exception as refusal:  # modelling code may refuse a size with anything
                 faults.append(f"{type(refusal).__name__}: {str(refusal).strip()[:80]}")
     raise NoCopyError(f"no small copy of its structure could be made ({faults[0]})")
@@ -103,12 +103,12 @@ _SIZES = ((1, True), (1, False), (2, True), (3, True), (4, True), (0, True), (0,
 
 
 def _try_size(
-    kind: type[PreTrainedModel],
-    config: PreTrainedConfig,
-    kinds: set[tuple[object, ...]],
-    target: _Target,
+    kind: type[PreTrainedModel], config: PreTrainedConfig, whole: nn.Module, target: _Target
 ) -> PreTrainedModel:
-    """Makes the copy with the fewest layers that have every kind of module."""
+    """Makes the copy with the fewest layers that have every kind of module of `whole`, the
+    model on the meta device."""
+    numbers = _numbers_of_modules(whole)
+    kinds = _kinds(whole, numbers)
     missing, fault = kinds, None
     for layers in _choices_of_layers(config):
         small = _plain(config)
@@ -118,7 +118,7 @@ def _try_size(
         except Exception as refusal:  # too few layers for a model that ties or shares them
             missing, fault = kinds, refusal
             continue
-        missing, fault = kinds - _kinds(model), None
+        missing, fault = kinds - _kinds(model, numbers), None
         if missing:
             continue
         if sum(p.numel() for p in model.parameters()) > MAX_PARAMETERS:
@@ -158,16 +158,42 @@ def _built(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedM
     return constructor_of(kind)(config, dtype=torch.float32)
 
 
-def _kinds(model: nn.Module) -> set[tuple[object, ...]]:
+def _choices(module: nn.Module) -> Iterator[tuple[str, bool | str | float | None]]:
+    """Yields the plain values of a module by name."""
+    for name, value in vars(module).items():
+        if not name.startswith("_") and (
+            value is None or isinstance(value, bool | str | int | float)
+        ):
+            yield name, value
+
+
+def _numbers_of_modules(model: nn.Module) -> set[tuple[type, str]]:
+    """Returns the class and name of values that only number the modules, as layer_idx does: no two
+    modules of the class share one."""
+    found: dict[tuple[type, str], list[object]] = {}
+    for module in model.modules():
+        for name, value in _choices(module):
+            found.setdefault((type(module), name), []).append(value)
+    return {
+        key
+        for key, values in found.items()
+        if len(values) > 1
+        and all(type(value) is int for value in values)
+        and len(set(values)) == len(values)
+    }
+
+
+def _kinds(model: nn.Module, numbers: set[tuple[type, str]]) -> set[tuple[object, ...]]:
     """Returns the kinds of modules: the class, and every choice of the module (a flag, a word,
-    whether a value is present)."""
+    whether a value is present, whether a number is zero: many models write a flag as 0 or 1).
+
+    numbers: of _numbers_of_modules, which are no choices."""
     kinds = set()
     for module in model.modules():
         choices = [
-            (name, value if isinstance(value, bool | str) else value is None)
-            for name, value in vars(module).items()
-            if not name.startswith("_")
-            and (value is None or isinstance(value, bool | str | int | float))
+            (name, value if value is None or isinstance(value, str) else bool(value))
+            for name, value in _choices(module)
+            if (type(module), name) not in numbers
         ]
         kinds.add((type(module), *sorted(choices, key=str)))
     return kinds
@@ -208,22 +234,33 @@ def _choices_of_layers(config: PreTrainedConfig) -> Iterator[list[int]]:
     according to the lists by layer, then the first few layers, then all."""
     text = config.get_text_config()
     depth = _depth(text)
-    lists: list[Any] = [
-        v for v in vars(text).values() if isinstance(v, list | tuple) and len(v) == depth
-    ]
-    if layer_settings := _settings_by_layer(text):
-        lists.append([layer_settings.get(layer) for layer in range(depth)])
-    first: dict[str, int] = {}
-    for layer in range(depth):
-        first.setdefault(repr([values[layer] for values in lists]), layer)
-    layers = sorted(first.values())
-    if lists and len(layers) < depth:
-        yield layers if len(layers) > 1 else [layers[0], layers[0] + 1]
+    if layers := _one_of_each_kind(text, depth):
+        yield layers
     seen = set()
     for count in (2, 3, 4, 6, 8, 12, 24, depth):
         if 0 < count <= depth and count <= 48 and count not in seen:
             seen.add(count)
             yield list(range(count))
+
+
+def _one_of_each_kind(config: PreTrainedConfig, depth: int) -> list[int]:
+    """Returns a layer of each kind according to the lists by layer, two at least; none if there is
+    no such list, or if it makes every layer another kind."""
+    lists: list[Any] = []
+    for name, value in vars(config).items():
+        if _numbers_layers(name, value, depth):
+            lists.append([layer in value for layer in range(depth)])
+        elif isinstance(value, list | tuple) and len(value) == depth:
+            lists.append(value)
+    if layer_settings := _settings_by_layer(config):
+        lists.append([layer_settings.get(layer) for layer in range(depth)])
+    first: dict[str, int] = {}
+    for layer in range(depth):
+        first.setdefault(repr([values[layer] for values in lists]), layer)
+    layers = sorted(first.values())
+    if not lists or len(layers) == depth:
+        return []
+    return layers if len(layers) > 1 else [layers[0], layers[0] + 1]
 
 
 @dataclass(frozen=True)
@@ -243,7 +280,9 @@ def _shrink(config: PreTrainedConfig, layers: Sequence[int], target: _Target) ->
     for part in _parts(config):
         depth = _depth(part)
         is_text = part is config.get_text_config() or part is config
-        part_layers = layers if is_text else list(range(min(2, depth)))
+        part_layers = (
+            layers if is_text else _one_of_each_kind(part, depth) or list(range(min(2, depth)))
+        )
         depth_left = len(part_layers)
         sizes = _sizes(part, depth_left, target)
         count = part.attribute_map.get("num_hidden_layers", "num_hidden_layers")
@@ -350,15 +389,23 @@ def _shrink_list(name: str, value: Any, layers: Sequence[int], depth: int, sizes
             key: _shrink_value(str(key) + inside, entry, layers, depth, sizes)
             for key, entry in value.items()
         }
+    if _numbers_layers(name, value, depth):
+        return type(value)(new for new, old in enumerate(layers) if old in value)
     if depth and len(value) == depth and not _BY_PART.search(name):
         return type(value)(_shrink_value(name, value[old], layers, depth, sizes) for old in layers)
-    if (
-        value
-        and all(type(v) is int and 0 <= v < depth for v in value)
-        and re.search(r"layer|idx|ids", name)
-    ):
-        return type(value)(new for new, old in enumerate(layers) if old in value)
     return value
+
+
+def _numbers_layers(name: str, value: Any, depth: int) -> bool:
+    """Whether a field lists layers by number, each once; as long as the model is deep it lists all
+    of them. Other lists of that length hold a value for each layer."""
+    return bool(
+        isinstance(value, list | tuple)
+        and value
+        and re.search(r"layer|idx|ids|index", name)
+        and all(type(entry) is int and 0 <= entry < depth for entry in value)
+        and len(set(value)) == len(value)
+    )
 
 
 def _renumbered(value: dict[Any, Any], layers: Sequence[int]) -> dict[Any, Any]:
