@@ -177,6 +177,22 @@ def test_the_tokenizer_the_template_and_the_stop_tokens_are_rebuilt(tmp_path: Pa
     assert stored["eos_token_id"] == [257, 258]
 
 
+@pytest.mark.parametrize("eos", ["<|im_end|>", "<|endoftext|>"])
+def test_an_answer_ends_at_the_end_of_a_turn_and_of_a_text_whichever_the_file_names(
+    tmp_path: Path, eos: str
+) -> None:
+    """As in llama.cpp, and in the generation_config.json of such models beside safetensors."""
+    ours = load_base(str(write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", eos=eos)))
+    assert ours.tokenizer.eos_token == eos
+    assert ours.model.generation_config.eos_token_id == [257, 258]
+
+
+def test_an_answer_ends_at_the_tokens_that_the_header_names(tmp_path: Path) -> None:
+    named = {"tokenizer.ggml.eot_token_id": 65, "tokenizer.ggml.eom_token_id": 66}
+    ours = load_base(str(write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", extra=named)))
+    assert ours.model.generation_config.eos_token_id == [65, 66, 257, 258]
+
+
 @pytest.mark.parametrize(
     ("pre", "digits", "word"),
     [

@@ -21,7 +21,7 @@ from veneer.files.system_errors import explained
 
 _log = logging.getLogger(__name__)
 
-CONVERTER_VERSION = 2
+CONVERTER_VERSION = 3
 """Increased when Veneer changes how it writes converted folders, so that older ones are not
 read."""
 _READERS = ("gguf", "transformers")

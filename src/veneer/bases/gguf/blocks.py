@@ -167,7 +167,7 @@ def _write(isolated: Path, header: Header, folder: Path) -> None:
         json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8"
     )
     model.config.save_pretrained(folder)
-    generation_settings(tokenizer, model).save_pretrained(folder)
+    generation_settings(tokenizer, model, header.fields).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

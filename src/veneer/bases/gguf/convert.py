@@ -5,7 +5,7 @@ tensors    each tensor of the file maps to one parameter, and each weight comes 
            (weights.py)
 tokenizer  rebuilt by transformers; refused if tokenizer.ggml.pre, the rule that splits text before
            merges, is unknown
-stop       every token that ends a turn is in generation_config.json
+stop       every token that ends a turn, here or in llama.cpp, is in generation_config.json
 manifest   the hash of every file: a folder that was changed afterwards is converted again
 
 Weights of quantised files are written as bf16, those of f32, f16 and bf16 files in the type of most
@@ -38,7 +38,7 @@ from transformers import (
 from veneer.bases.config.announced import announced_faults, built_faults, without_storage
 from veneer.bases.gguf.config import ARCHITECTURES, OTHER_SOURCE, described_config
 from veneer.bases.gguf.layout import LayoutError, check_layout
-from veneer.bases.gguf.tokenizer import rebuild_tokenizer, split_rule_faults
+from veneer.bases.gguf.tokenizer import end_token_ids, rebuild_tokenizer, split_rule_faults
 from veneer.bases.gguf.weights import (
     count_parts,
     dense_values,
@@ -100,7 +100,7 @@ def convert(path: Path, sha256: str) -> Path:
         with converted_into(path, target) as (isolated, header, folder):
             tokenizer = rebuild_tokenizer(isolated, header.pre_tokenizer)
             model = dense_model(header)
-            model.generation_config = generation_settings(tokenizer, model)
+            model.generation_config = generation_settings(tokenizer, model, header.fields)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     return target
@@ -177,11 +177,12 @@ def converted_into(path: Path, target: Path) -> Iterator[tuple[Path, Header, Pat
 
 
 def generation_settings(
-    tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, fields: Mapping[str, Any]
 ) -> GenerationConfig:
-    """Returns the generation config with the tokens that end a turn.
+    """Returns the generation config with the tokens that end a turn or a text.
 
-    Also sets the tokenizer's longest row, and removes settings of how it was loaded.
+    fields: of the header. Also sets the tokenizer's longest row, and removes settings of how it was
+    loaded.
     """
     positions = getattr(
         model.config, "max_position_embeddings", None
@@ -189,9 +190,10 @@ def generation_settings(
     tokenizer.model_max_length = positions or model.config.seq_length
     for setting in ("local_files_only", "is_local"):  # these describe how it was loaded
         tokenizer.init_kwargs.pop(setting, None)
+    ends = {*stop_token_ids(tokenizer, model.generation_config), *end_token_ids(tokenizer, fields)}
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=list(stop_token_ids(tokenizer, model.generation_config)),
+        eos_token_id=sorted(ends),
         pad_token_id=tokenizer.pad_token_id,
     )
 

@@ -1,6 +1,8 @@
 """Rebuilds the tokenizer of a .gguf file, and refuses unknown rules of splitting text."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -53,6 +55,30 @@ _WHOLE_WORDS = (
     "midm-2.0",
     "tekken",
 )
+
+# Tokens that end an answer under these names, though no key of the header says so: llama.cpp's
+# list (special_eog_ids), from src/llama-vocab.cpp.
+_ENDS = frozenset(
+    """<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn>
+    <|endoftext|> </s> <|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance>
+    <eos>""".split()
+)
+_END_KEYS = ("eos", "eot", "eom")
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerFast, fields: Mapping[str, Any]) -> set[int]:
+    """Returns the ids of tokens at which llama.cpp ends an answer: those that the header names, and
+    special tokens of known names. fields: of the header."""
+    keys = [f"tokenizer.ggml.{key}_token_id" for key in _END_KEYS]
+    named = {int(fields[key]) for key in keys if fields.get(key) is not None}
+    special = {
+        token.content: index
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if token.content in _ENDS
+    }
+    if {"<|return|>", "<|call|>", "<|end|>"} <= special.keys():
+        del special["<|end|>"]  # between the messages of one answer (gpt-oss)
+    return named | set(special.values())
 
 
 def rebuild_tokenizer(folder: Path, split_rule: str | None) -> PreTrainedTokenizerFast:
