@@ -312,8 +312,10 @@ def test_an_adapter_file_that_updates_such_a_weight_is_refused_and_one_with_a_ze
     write_adapter(folder, made, manifest_for(base, method="lora"), model=base.model)
     (folder / "veneer.json").unlink()
     fresh = mixer_base("mamba")
-    with pytest.raises(AdapterMismatchError, match=r"dt_proj\.weight, 2 places"):
+    with pytest.raises(AdapterMismatchError, match=r"dt_proj\.weight, 2 places") as refused:
         load_adapter(fresh, folder, name="a")
+    assert "train it again without these modules" in str(refused.value.next_step)
+    assert "made for" not in str(refused.value), "this is the base that it was made for"
     tensors = load_file(folder / "adapter_model.safetensors")
     for name, tensor in tensors.items():
         if "dt_proj.lora_B" in name:

@@ -29,6 +29,7 @@ class Fit:
     scaling    path -> factor of the update
     faults     why they do not fit, one line each; empty if they do
     concerned  number of the file's and the base's tensors that the faults are about
+    next_step  what to do, where another base does not help; empty: another base may fit
     """
 
     settings: AdapterConfig | None
@@ -36,6 +37,7 @@ class Fit:
     scaling: Mapping[str, float] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     concerned: int = 0
+    next_step: str = ""
 
 
 @dataclass(frozen=True)

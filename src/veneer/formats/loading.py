@@ -67,12 +67,17 @@ def load_adapter(
     )
     if misfits:
         misfit_lines = first_lines(misfits, MAX_UNFIT if faults else MAX_UNFIT_ALONE)
-        made_for = f"; it was made for {stored.name_or_path}" if stored.name_or_path else ""
+        made_for = (
+            f"; it was made for {stored.name_or_path}"
+            if stored.name_or_path and not fit.next_step
+            else ""
+        )
         share = f", {fit.concerned} of {len(stored.tensors)} tensors" if fit.concerned else ""
         raise AdapterMismatchError(
             f"adapter {name!r} does not fit {base.source}{share}{made_for}",
             [*first_lines(faults + text_faults, MAX_DIFFERENT), *misfit_lines],
-            (
+            fit.next_step
+            or (
                 f"Load it on {stored.name_or_path}."
                 if stored.name_or_path
                 else "Load it on the base it was made for; the file does not name it."

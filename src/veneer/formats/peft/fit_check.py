@@ -82,7 +82,14 @@ def fit(
     try:
         targets = find_targets(modules, settings, head=plain_head, read_past=read_past)
     except ConfigError as fault:
-        return Fit(None, faults=fault.faults)
+        return Fit(
+            None,
+            faults=fault.faults,
+            next_step=(
+                "On no base would it act there, nor does it in PEFT: train it again without these"
+                " modules."
+            ),
+        )
     depth = {owner: len(group) for owner, group in wrappers(slots, modules).items()}
     replaced_paths = [f"{path}.bias" for path in targets.biases]
     replaced_paths += [

@@ -71,7 +71,7 @@ def fit_adapter(stored: StoredAdapter, model: nn.Module) -> Fit:
         raise AdapterMismatchError(
             f"{stored.folder} does not fit the base",
             faults,
-            f"It was made for {stored.name_or_path}: name that base.",
+            fit.next_step or f"It was made for {stored.name_or_path}: name that base.",
         )
     return fit
 
