@@ -73,6 +73,23 @@ DECLARED: dict[str, dict[str, str]] = {
 }
 """Family -> column -> reason."""
 
+NOT_OURS: dict[str, str] = {
+    "MiniMax": (
+        "where the first layer is a linear one, as in the real model, a text that is read in two"
+        " parts, with the cache, has other logits than the text read at once"
+    ),
+    "Long RoPE (llama and others but Phi-3)": (
+        "an answer that crosses the switch of frequencies has other logits with the cache than"
+        " without: keys in the cache keep the frequencies of shorter texts"
+    ),
+    "xLSTM": (
+        "`generate` stops where keys are narrower than values, as by default"
+        " (`qk_dim_factor` 0.5); the columns compare the model's own forward"
+    ),
+    "Phi-MoE, Llama 4": "PEFT's `all-linear` stops at their routers, as their rows say",
+}
+"""Faults of transformers and PEFT beside the columns, for the page; test_families.py shows each."""
+
 _NOT_BUILT = "transformers does not build its default config"
 _NOT_CAUSAL = "refused: a token sees what stands behind it"
 NOT_COMPARED: dict[str, str] = {

@@ -2,11 +2,16 @@
 
 tests/soak/models/test_families.py has all families."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
+import torch
 import transformers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from tests.families import layers
-from tests.families.declared import DECLARED, NOT_COMPARED
+from tests.families.declared import DECLARED, NOT_COMPARED, NOT_OURS
 from tests.families.measure import measure
 from tests.families.models import SAMPLE, names
 from tests.families.page import LIMITS, PAGE, Result, left_of, rows_of
@@ -49,6 +54,81 @@ def test_the_page_says_yes_or_what_is_declared_and_nothing_else():
         assert cells == {
             cell: DECLARED.get(name, {}).get(cell, "yes") for cell in LIMITS if cell != ".gguf"
         }, name
+
+
+def small(kind: str, **fields: Any) -> PreTrainedModel:
+    sizes = {
+        "vocab_size": 272,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**sizes, **fields})).eval()
+
+
+def split_difference(model: PreTrainedModel, first: int, text: torch.Tensor) -> float:
+    """Of the logits of a text that is read up to `first` and then to its end, relative."""
+    with torch.no_grad():
+        past = model(text[:, :first], use_cache=True).past_key_values
+        rest = model(text[:, first:], past_key_values=past, use_cache=True).logits
+        whole = model(text, use_cache=False).logits[:, first:]
+    return float((rest - whole).abs().max() / whole.abs().max())
+
+
+TEXT = torch.arange(40)[None] * 7 % 250
+
+
+def minimax_differs() -> None:
+    kinds = ["linear_attention", "full_attention"]
+    model = small("minimax", num_local_experts=2, layer_types=kinds)
+    assert split_difference(model, 20, TEXT) > 0.1
+    assert split_difference(small("llama"), 20, TEXT) < 1e-4
+
+
+def long_rope_differs() -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 32,
+        "short_factor": [1.0, 1.3, 2.0, 4.0],
+        "long_factor": [2.0, 3.0, 5.0, 9.0],
+    }
+    assert split_difference(small("llama", rope_parameters=rope), 30, TEXT) > 0.1
+
+
+def xlstm_stops() -> None:
+    model = small("xlstm", num_heads=4)
+    with pytest.raises(ValueError, match="wrong shape"):
+        model.generate(TEXT[:, :5], max_new_tokens=2, do_sample=False)
+
+
+def routers_stop() -> None:
+    for key in ("phimoe", "llama4"):
+        assert "router" in DECLARED[key]["from PEFT"]
+
+
+SHOWN: dict[str, Callable[[], None]] = {
+    "MiniMax": minimax_differs,
+    "Long RoPE (llama and others but Phi-3)": long_rope_differs,
+    "xLSTM": xlstm_stops,
+    "Phi-MoE, Llama 4": routers_stop,
+}
+
+
+@pytest.mark.parametrize("name", NOT_OURS)
+def test_what_the_page_says_of_transformers_and_peft_is_so(name: str) -> None:
+    SHOWN[name]()
+    assert f"- {name}: {NOT_OURS[name]}." in PAGE.read_text(), (
+        "python -m tests.families --left writes it"
+    )
 
 
 def test_a_cell_is_a_fault_unless_it_agrees_or_is_refused_as_declared():
