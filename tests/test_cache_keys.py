@@ -47,6 +47,7 @@ from veneer.plan.simulation.step_counts import Step
 from veneer.plan.simulation.tracker import Work
 from veneer.plan.workload import synthetic_rows
 from veneer.training.config import DataConfig, RunConfig, StartFrom
+from veneer.training.output.records import process_memory_bytes
 
 CPU = torch.device("cpu")
 
@@ -172,11 +173,21 @@ def test_the_memory_of_an_idle_process_is_measured_again_after_an_upgrade(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = iter((1, 2))
-    monkeypatch.setattr(remembered, "process_memory_bytes", lambda: next(sizes))
+    monkeypatch.setattr(remembered, "idle_bytes", lambda: next(sizes))
     assert [remembered.remember_idle_bytes(), remembered.remember_idle_bytes()] == [1, 1]
     monkeypatch.setattr(memory, "own_files_hash", lambda: "other files")
     memory.surroundings.cache_clear()
     assert remembered.remember_idle_bytes() == 2
+
+
+def test_the_memory_of_an_idle_process_is_not_that_of_a_process_that_has_worked(
+    cache: Path,
+) -> None:
+    """As one that converted a base, and plans afterwards."""
+    held = bytearray(500 * 10**6)
+    held[:: 2**12] = b"x" * len(held[:: 2**12])
+    remembered.idle_bytes.cache_clear()
+    assert 50 * 10**6 < remembered.remember_idle_bytes() < len(held) < process_memory_bytes()
 
 
 class Store:

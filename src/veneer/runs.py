@@ -57,6 +57,7 @@ def train_run(
             config, resume=resume, screen=screen, plan=forecast, world=world, rows=rows
         )
         if world.leads:
+            forecast.compare(config.out, summary)
             write_report(Path(config.out))
             screen.end(summary)
     return summary
@@ -84,6 +85,7 @@ def train_jobs(
             job.screen.failure(result.headline)
         else:
             out = Path(job.config.out)
+            forecast.compare(job.config.out, result)
             write_report(out)
             if library is not None:
                 library.add(out, name=name_of_run(out))

@@ -13,13 +13,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.support.tiny import save_tiny
 from veneer.adapters.config import LoRA
 from veneer.adapters.labels import HeadSettings
 from veneer.bases.loading.blueprint import named_size
 from veneer.cli import main as cli
 from veneer.execution.proofs.structure import Proven, remember_proof
 from veneer.files import remembered as memory
-from veneer.plan import machine
+from veneer.plan import ask, machine, probe
 from veneer.plan.machine import Rates, this_machine
 from veneer.plan.simulation import dry_run as counting
 from veneer.plan.simulation import remembered
@@ -27,6 +28,9 @@ from veneer.plan.simulation.dry_run import attached_facts, dry_run
 from veneer.plan.simulation.step_counts import Step
 from veneer.plan.simulation.tracker import Work
 from veneer.plan.workload import synthetic_rows
+from veneer.runs import train_run
+from veneer.training.config import RunConfig
+from veneer.training.output.screen import QuietScreen
 
 
 @dataclass(frozen=True)
@@ -332,6 +336,7 @@ def test_rates_are_measured_once_a_week(cache, monkeypatch):
     work.products[(16, 32, 32)] = 1000
     real = machine._measured
     monkeypatch.setattr(machine, "_measured", lambda *given: measured.append(1) or real(*given))
+    monkeypatch.setattr(machine, "processor_share", lambda device: 1.0)
     first = this_machine(work, torch.float32)
     assert first.measured == date.today()
     second = this_machine(work, torch.float32)
@@ -347,7 +352,73 @@ def test_rates_are_measured_once_a_week(cache, monkeypatch):
     work.products[(16, 32, 48)] = 10
     this_machine(work, torch.float32)
     assert len(measured) == 3, "of other shapes"
-    assert not replace_day(date.today() + timedelta(days=1)).recent, "a clock that was wrong"
+    assert not replace_day(date.today() + timedelta(days=1)).holds, "a clock that was wrong"
+
+
+def test_rates_of_a_busy_machine_are_used_once_and_say_what_they_are(cache, monkeypatch):
+    work, shares = Work(), iter([1.0, 0.3, 1.0, 1.0])
+    work.products[(16, 32, 32)] = 1000
+    monkeypatch.setattr(machine, "processor_share", lambda device: next(shares))
+    busy = this_machine(work, torch.float32)
+    assert busy.is_busy and busy.got == 0.3
+    assert "30% of the processors were left" in ask._load_words(busy)
+    free = this_machine(work, torch.float32)
+    assert not free.is_busy and not ask._load_words(free)
+    assert this_machine(work, torch.float32).rate((16, 32, 32)) == free.rate((16, 32, 32))
+
+
+def test_a_machine_with_programs_at_work_leaves_a_measurement_less_of_its_processors():
+    spin = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(spin) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        shares = [machine.processor_share(torch.device("cpu")) for _ in range(8)]
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert min(shares) < machine.FREE
+
+
+def test_a_run_that_is_faster_than_rates_allow_makes_plans_measure_anew(cache, monkeypatch):
+    work, measured = Work(), []
+    work.products[(16, 32, 32)] = 1000
+
+    def measure(*given):
+        measured.append(1)
+        return Rates(date.today(), (1e9,), 1e9, 1e9, 1e-6)
+
+    monkeypatch.setattr(machine, "_measured", measure)
+    this_machine(work, torch.float32)
+    for flops, dtype, expected in (
+        (1e9, torch.float32, 1),  # as planned
+        (1e8, torch.float32, 1),  # something else was at work during the run
+        (1e10, torch.bfloat16, 1),  # of another type
+        (1e10, torch.float32, 2),
+    ):
+        machine.doubt_rates(flops, dtype)
+        this_machine(work, torch.float32)
+        assert len(measured) == expected
+
+
+def test_a_run_tells_plans_how_fast_it_was(cache, monkeypatch, tmp_path):
+    doubts = []
+    monkeypatch.setattr(probe, "doubt_rates", lambda *given: doubts.append(given))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a b", "completion": "c d"}\n' * 8)
+    settings = RunConfig.model_validate(
+        {
+            "base": str(save_tiny(tmp_path / "base")),
+            "data": {"train": str(rows)},
+            "out": str(tmp_path / "run"),
+            "steps": 3,
+            "batch": 2,
+            "method": {"name": "lora", "rank": 2},
+        }
+    )
+    summary = train_run(settings, resume=False, screen=QuietScreen())
+    ((flops, dtype, device),) = doubts
+    assert (dtype, device) == (torch.float32, "cpu")
+    assert flops / summary["tokens_per_second"] > 4 * summary["total_parameters"] / 3
 
 
 @pytest.mark.parametrize("changed", ["torch", "our own library"])

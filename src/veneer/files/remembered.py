@@ -115,6 +115,18 @@ def remember(
     return value
 
 
+def forget(kind: str, value_type: Any, is_wrong: Callable[[Mapping[str, Any], Any], bool]) -> None:
+    """Removes the entries of a kind that are found to be wrong by their key and value."""
+    if not is_on():
+        return
+    adapter: TypeAdapter[Any] = TypeAdapter(value_type)
+    for path in (cache_folder() / "found" / kind).glob("*.json"):
+        with suppress(VeneerError, ValidationError, OSError, ValueError, TypeError, KeyError):
+            entry = read_json(path, max_bytes=MOST_BYTES)
+            if is_wrong(json.loads(entry["key"]), adapter.validate_json(entry["value"])):
+                path.unlink(missing_ok=True)
+
+
 def is_known(kind: type) -> bool:
     """Whether the key covers this class's code: it belongs to transformers, whose version is
     in it."""

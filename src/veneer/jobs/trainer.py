@@ -46,6 +46,7 @@ def train(store: JobStore, job_ids: Sequence[str]) -> None:
         if isinstance(result, VeneerError):
             write_outcome(folders.pop(out.name), outcome_of(result))
         else:
+            forecast.compare(job.config.out, result)
             write_report(out)
             write_outcome(folders.pop(out.name), Outcome(kind="done"))
 

@@ -23,6 +23,7 @@ from veneer.plan.simulation.remembered import remember_idle_bytes
 from veneer.plan.spread import HOP_SECONDS
 from veneer.plan.table import PlanRow, all_methods, plan_row
 from veneer.plan.workload import Workload
+from veneer.wording import percent
 
 MOST_TOKENS = 2**22
 """Most tokens of a planned micro-batch: its rows are made, and no machine runs a larger one."""
@@ -202,6 +203,15 @@ def _advice(
     )
 
 
+def _load_words(machine: Machine) -> str:
+    if not machine.is_busy:
+        return ""
+    return (
+        f" while other programs were at work: {percent(machine.got, 1.0)} of the processors were"
+        " left, and a run alone is faster. They are measured again by the next plan"
+    )
+
+
 def _notes(machine: Machine, planner: Planner, question: PlanQuestion) -> list[str]:
     rows = (
         "the largest and the median batch of the data"
@@ -222,7 +232,7 @@ def _notes(machine: Machine, planner: Planner, question: PlanQuestion) -> list[s
     )
     time = (
         f"Time: rates of this machine, measured on {machine.measured.isoformat()} at the step's own"
-        " shapes."
+        f" shapes{_load_words(machine)}."
         if machine.measured is not None
         else (
             f"Time: published figures of the {machine.name}, half of its product rate assumed: not"

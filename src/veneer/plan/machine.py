@@ -21,7 +21,7 @@ import torch
 
 from veneer.errors import ConfigError
 from veneer.files.memory import container_bytes
-from veneer.files.remembered import remember
+from veneer.files.remembered import forget, remember
 from veneer.kernels.bindings.library import has_amx, has_bf16
 from veneer.kernels.dense import products
 from veneer.plan.simulation.tracker import Shape, Work
@@ -34,7 +34,13 @@ ENOUGH_SECONDS, ROUNDS = 0.05, 2
 """Seconds per figure, and rounds over all figures: short enough to answer at once, long enough to
 pass slow first calls. Several rounds, so that a slow moment does not decide a figure."""
 MEASURED_FOR = timedelta(days=7)
-"""Time for which measured rates are used."""
+"""Time for which rates are used that were measured on a machine that was free."""
+FREE = 0.8
+"""Share of its processors that a measurement must get; below it something else was at work, and its
+rates are used once."""
+DOUBT = 1.5
+"""A run that is so many times faster than rates allow shows that they were measured at a bad
+moment."""
 STEP_SHARE = 0.73
 """Measured over predicted speed of whole steps on a CPU, whose rates are those of products alone:
 the median of ten runs of benchmarks/plan_time.py on Zen 4 with torch's products, their predictions
@@ -97,7 +103,8 @@ class Machine:
 
     memory_bytes: 0 if unknown. link: bytes a second to other machines, None if unknown. share: of
     these rates that a whole step reaches; replayed_share: that of a step with replayed layers.
-    measured: the day, for this machine's own figures; None for published ones.
+    measured: the day, for this machine's own figures; None for published ones. got: share of the
+    processors that the measurement got.
     """
 
     name: str
@@ -109,6 +116,12 @@ class Machine:
     share: float
     replayed_share: float
     link: float | None = None
+    got: float = 1.0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something else was at work when it was measured."""
+        return self.got < FREE
 
     def seconds(self, work: Work) -> float:
         """Predicts the seconds of one step's forward and backward."""
@@ -155,7 +168,7 @@ def named_gpu(name: str) -> Machine:
 @dataclass(frozen=True)
 class Rates:
     """Holds measured rates: FLOP a second of each shape and of others; bytes a second; start
-    seconds.
+    seconds; the share of the processors that the measurement got.
     """
 
     day: date
@@ -163,15 +176,17 @@ class Rates:
     other: float
     bytes_per_second: float
     start_seconds: float
+    got: float = 1.0
 
     @property
-    def recent(self) -> bool:
-        return timedelta() <= date.today() - self.day < MEASURED_FOR
+    def holds(self) -> bool:
+        """Whether they are recent, and of a machine that was free."""
+        return self.got >= FREE and timedelta() <= date.today() - self.day < MEASURED_FOR
 
 
 def this_machine(work: Work, dtype: torch.dtype, device: str = "cpu") -> Machine:
-    """Measures this machine at the shapes that `work` spends most in, about a second, once a
-    week.
+    """Measures this machine at the shapes that `work` spends most in, about a second; once a
+    week, if nothing else is at work.
     """
     torch_device = torch.device(device)
     plain_products = Counter({shape: flops for shape, flops in work.products.items() if all(shape)})
@@ -180,20 +195,17 @@ def this_machine(work: Work, dtype: torch.dtype, device: str = "cpu") -> Machine
     label = torch.cuda.get_device_name(torch_device) if cuda else f"{threads} threads"
     key = {
         "shapes": [[*shape, flops] for shape, flops in largest.items()],
-        "dtype": str(dtype),
-        "device": [device, label],
+        **_place(dtype, torch_device),
     }
     rates = remember(
         "rates",
         key,
         Rates,
         lambda: _measured(largest, dtype, torch_device),
-        is_valid=lambda found: found.recent,
+        is_valid=lambda found: found.holds,
     )
     of_shapes = dict(zip(largest, rates.of_shapes, strict=True))
-    share, replayed_share = STEP_SHARE, STEP_SHARE
-    if dtype is torch.bfloat16 and not cuda and has_bf16():
-        share, replayed_share = SHARES_OF_TILES if has_amx() else SHARES_OF_PAIRS
+    share, replayed_share = _shares(dtype, torch_device)
     machine_name = f"this machine ({threads} thread{'' if threads == 1 else 's'})"
     return Machine(
         name=label if cuda else machine_name,
@@ -206,11 +218,40 @@ def this_machine(work: Work, dtype: torch.dtype, device: str = "cpu") -> Machine
         start_seconds=rates.start_seconds,
         share=share,
         replayed_share=replayed_share,
+        got=rates.got,
     )
+
+
+def doubt_rates(flops_per_second: float, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Forgets rates of this machine that do not allow what a run just reached."""
+    torch_device = torch.device(device)
+    place = _place(dtype, torch_device)
+    most_share = max(_shares(dtype, torch_device))
+
+    def is_disproved(key: Mapping[str, object], rates: Rates) -> bool:
+        here = all(key.get(name) == value for name, value in place.items())
+        return here and flops_per_second > DOUBT * most_share * rates.other
+
+    forget("rates", Rates, is_disproved)
+
+
+def _place(dtype: torch.dtype, device: torch.device) -> dict[str, object]:
+    """Returns what all rates depend on besides shapes."""
+    cuda = device.type == "cuda"
+    label = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
+    return {"dtype": str(dtype), "device": [device.type, label]}
+
+
+def _shares(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """Returns the shares of the rates that steps reach: share, replayed_share."""
+    if dtype is torch.bfloat16 and device.type != "cuda" and has_bf16():
+        return SHARES_OF_TILES if has_amx() else SHARES_OF_PAIRS
+    return STEP_SHARE, STEP_SHARE
 
 
 def _measured(shapes: Mapping[Shape, int], dtype: torch.dtype, device: torch.device) -> Rates:
     """Measures products of these shapes, each with the FLOP spent in it."""
+    got = processor_share(device)
     rates: dict[Shape, float] = {}
     for timed_shape in [*dict.fromkeys(map(_timed, shapes))] * ROUNDS:
         rates[timed_shape] = max(
@@ -221,9 +262,22 @@ def _measured(shapes: Mapping[Shape, int], dtype: torch.dtype, device: torch.dev
     mean_rate = (
         sum(shapes.values()) / seconds if rates else product_rate((512, 512, 512), dtype, device)
     )
-    return Rates(
-        date.today(), of_shapes, mean_rate, bandwidth(dtype, device), start_seconds(device)
-    )
+    moved, start = bandwidth(dtype, device), start_seconds(device)
+    got = min(got, processor_share(device))
+    return Rates(date.today(), of_shapes, mean_rate, moved, start, got)
+
+
+def processor_share(device: torch.device) -> float:
+    """Measures the share of the processors that products of this process get: 1 where nothing else
+    is at work."""
+    if device.type != "cpu":
+        return 1.0
+    x = torch.full((512, 512), 0.01)
+    torch.mm(x, x)
+    began, spent = time.perf_counter(), time.process_time()
+    while (seconds := time.perf_counter() - began) < ENOUGH_SECONDS:
+        torch.mm(x, x)
+    return min(1.0, (time.process_time() - spent) / (seconds * torch.get_num_threads()))
 
 
 def _timed(shape: Shape) -> Shape:

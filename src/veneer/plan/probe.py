@@ -3,8 +3,9 @@
 Units: bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -20,6 +21,7 @@ from veneer.plan.choice import Choice
 from veneer.plan.estimate import Device
 from veneer.plan.fit import find_remedy, nearest
 from veneer.plan.joint import job_memory
+from veneer.plan.machine import doubt_rates
 from veneer.plan.planner import Planner
 from veneer.plan.simulation.teacher_weights import PlannedTeachers
 from veneer.plan.workload import Workload
@@ -80,7 +82,10 @@ def fit_config(
 
 
 class Forecast:
-    """Forecasts runs for training/run.py."""
+    """Forecasts runs for training/run.py, and learns from them how fast this machine is."""
+
+    def __init__(self) -> None:
+        self._counted: dict[str, tuple[float, torch.dtype, str]] = {}
 
     def __call__(
         self,
@@ -108,9 +113,17 @@ class Forecast:
         )
         choice = replace(Choice.of(config, processes), dtype=NAMES[dtype])
         index, estimate = planner.largest_estimate(choice)
+        tokens = sum(len(row.ids) for row in planner.largest(choice)[index])
+        if processes == 1 and tokens:
+            self._counted[config.out] = estimate.run.work.flops / tokens, dtype, device
         traffic = planner.sent(choice)
         memory = job_memory(estimate, config.objective.teacher_base)
         return RunForecast(memory, index, traffic.gradient, traffic.layers)
+
+    def compare(self, out: str, summary: Mapping[str, Any]) -> None:
+        """Compares the rates that plans use with the speed of the run in folder `out`."""
+        flops_per_token, dtype, device = self._counted.pop(out, (0.0, torch.float32, "cpu"))
+        doubt_rates(flops_per_token * (summary["tokens_per_second"] or 0.0), dtype, device)
 
     def teacher_bytes(self, teacher: TeacherBase, device: str) -> int:
         """Counts the bytes of a teacher's weights, before they are loaded."""

@@ -9,24 +9,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from veneer.bases.loading.blueprint import Blueprint
+from veneer.child import environment_for
 from veneer.data.examples import Example
 from veneer.files.remembered import is_known, remember
 from veneer.plan.simulation.step_counts import DryRun, Step
 from veneer.private.transformers import attention_of
-from veneer.training.output.records import process_memory_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from veneer.plan.simulation.dry_run import AttachedFacts, BaseFacts
 
+_IDLE = """
+import veneer.training.run
+from veneer.training.output.records import process_memory_bytes
+print(process_memory_bytes())
+"""
 _NO_STEP = ("_name_or_path", "transformers_version")
 
 
@@ -51,14 +60,22 @@ def config_facts(base: Blueprint) -> ConfigFacts:
 
 
 def remember_idle_bytes() -> int:
-    """Returns the memory of a process that has imported training, 0 if unknown."""
+    """Returns the memory of a process that has imported training and nothing else, 0 if unknown."""
+    return remember("idle", {}, int, idle_bytes)
 
-    def measured() -> int:
-        import veneer.training.run  # noqa: F401
 
-        return process_memory_bytes() or 0
-
-    return remember("idle", {}, int, measured)
+@cache
+def idle_bytes() -> int:
+    """Measures it in a process of its own: this one may have converted a base or answered
+    before."""
+    answer = subprocess.run(
+        [sys.executable, "-P", "-c", _IDLE],
+        env=environment_for(os.environ),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return int(answer.stdout) if answer.returncode == 0 and answer.stdout.strip().isdigit() else 0
 
 
 def remember_attached_facts(
