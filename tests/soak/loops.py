@@ -60,6 +60,11 @@ LOOPS = {
     ),
     "requests": Loop("soak/serve/test_requests.py", 1000, 10_000),
     "linear": Loop("soak/serve/test_linear.py", 60, 400),
+    "growth": Loop(
+        "soak/serve/test_growth.py::test_time_and_memory_for_a_dimension_grow_in_proportion_to_it",
+        60,
+        900,
+    ),
     "clients": Loop("soak/serve/test_clients.py", 60, 1000),
     "cycles": Loop("soak/serve/test_cycles.py", 300, 1000),
     "mixes": Loop("soak/models/test_mixes.py", 100, 10_000),
