@@ -293,7 +293,7 @@ class EngineLoop:
                 self._wake.wait()
                 self._gather_requests()
             self._wake.clear()
-            while self._commands:
+            for _ in range(len(self._commands)):  # those that come meanwhile wait for a step
                 self._commands.popleft()()
             if self._aborting:
                 self._end(list(self._open.values()), shutting_down())
