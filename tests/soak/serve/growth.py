@@ -6,6 +6,7 @@ of linear_requests.py are asked here too, of a whole server.
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -237,6 +238,10 @@ def _row(text: str) -> Json:
     return {"messages": [{"role": "user", "content": text}, answer]}
 
 
+def _packed(n: int) -> bytes:
+    return gzip.compress(b'[{"messages": [' + b",".join([b"[]"] * n) + b"]}]")
+
+
 def _upload(content: bytes, name: str = "rows.jsonl", **data: str) -> Sent:
     given = {"purpose": "fine-tune", **data}
     return Sent("POST", "/v1/files", files={"file": (name, content)}, data=given)
@@ -293,6 +298,13 @@ def files() -> Iterator[Dimension]:
         )
         yield Dimension(
             ("POST", f"{STUDIO}/drafts"), name, size, lambda n, m=make, k=kind: _dropped(m(n), k)
+        )
+    for route, send in (("/v1/files", _upload), (f"{STUDIO}/drafts", _dropped)):
+        yield Dimension(
+            ("POST", route),
+            "values in a packed file",
+            100_000,
+            lambda n, s=send: s(_packed(n), "rows.json.gz"),
         )
     rows = lines([_row("hi")] * 4)
     for route, send in (("/v1/files", _upload), (f"{STUDIO}/drafts", _dropped)):

@@ -26,6 +26,7 @@ from tests.soak.serve.growth import (
     ALL_BODIES,
     DRAFT,
     STUDIO,
+    TEXTS,
     Dimension,
     Sent,
     dimensions,
@@ -53,8 +54,8 @@ MOST = 12
 LEAST = {"tokens": 400, "values": 400, "positions": 400}
 """Counts below these are taken for these: what every request costs."""
 STEP_TOKENS = 64
-LONGEST_GAP = 8 * STEP_TOKENS
-"""Positions that are computed between two tokens of the stream: some steps."""
+LONGEST_GAP = 2 * STEP_TOKENS
+"""Tokens that are computed between two steps of the engine, each a token of the stream."""
 TRIES = 4
 FLOOR_SECONDS, FLOOR_BYTES = 0.05, 24 * 2**20
 LONGEST_GAP_SECONDS = 1.0
@@ -76,12 +77,14 @@ class Counts:
     values: int = 0
     positions: int = 0
     longest_forward: int = 0
-    since_streamed: int = 0
+    between_steps: int = 0
     longest_gap: int = 0
+    """Tokens of forwards between two steps of the engine, while answers are under way."""
+    engine: Any = None
+    in_step: bool = False
 
     def clear(self) -> None:
         self.tokens = self.values = self.positions = self.longest_forward = self.longest_gap = 0
-        self.since_streamed = 0
 
 
 @dataclass
@@ -211,8 +214,10 @@ def counted(base: Any, counts: Counts, patch: pytest.MonkeyPatch) -> Iterator[No
         length = 0 if ids is None else int(ids.shape[0] * ids.shape[1])
         counts.positions += length
         counts.longest_forward = max(counts.longest_forward, length)
-        counts.since_streamed += length
-        counts.longest_gap = max(counts.longest_gap, counts.since_streamed)
+        engine = counts.engine
+        if engine is not None and not counts.in_step and not engine.scheduler.idle:
+            counts.between_steps += length
+            counts.longest_gap = max(counts.longest_gap, counts.between_steps)
 
     handle = base.model.get_decoder().register_forward_pre_hook(positions, with_kwargs=True)
     try:
@@ -245,8 +250,23 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     ):
         store = server.service.fine_tuning.store  # type: ignore[union-attr]
         with running_job(store):  # no trainer starts beside it
+            server.ask_engine(lambda engine: count_steps(engine, counts))
             yield Place(server, routes_of(server), counts, store, http)
     patch.undo()
+
+
+def count_steps(engine: Any, counts: Counts) -> None:
+    """Tells what is computed in a step of the engine from what is computed between two."""
+    step = engine.step
+
+    def counted_step(now: float) -> Any:
+        counts.in_step = True
+        try:
+            return step(now)
+        finally:
+            counts.in_step, counts.between_steps = False, 0
+
+    engine.step, counts.engine = counted_step, engine
 
 
 class Stream:
@@ -281,7 +301,6 @@ class Stream:
                             now = time.monotonic()
                             self.gap, last = max(self.gap, now - last), now
                             self.tokens += 1
-                            self.place.counts.since_streamed = 0
                         if self._ended:
                             break
 
@@ -333,7 +352,9 @@ NO_JSON = {
 
 
 LONG_FORWARDS = {
-    f"POST {path} a text that fits" for path in ("/v1/classify", "/v1/rerank", "/rerank")
+    f"POST {path} a text that {fits}"
+    for path in ("/v1/classify", "/v1/rerank", "/rerank")
+    for fits in ("fits", "does not fit")
 }
 """A text that is classified is one forward, however long it is."""
 
@@ -358,6 +379,35 @@ def test_what_a_request_makes_a_server_count_grows_in_proportion_to_it(place: Pl
         if dimension.route not in SKIPPED:
             faults += count_faults(dimension, *counts_of(place, dimension))
     assert not faults, "\n".join(faults)
+
+
+def test_a_stream_goes_on_beside_texts_of_any_number_and_length(place: Place) -> None:
+    faults = []
+    with Stream(place):
+        for dimension in dimensions(place.routes):
+            if dimension.route[1] not in TEXTS:
+                continue
+            counts = counts_of(place, dimension)
+            most = max(one["longest_gap"] for one in counts)
+            if most > LONGEST_GAP and dimension.words not in LONG_FORWARDS:
+                faults.append(f"{dimension.words}: {most:,} tokens between two steps")
+    assert not faults, "\n".join(faults)
+
+
+def test_work_between_steps_that_asks_for_more_waits_for_a_step(place: Place) -> None:
+    loop, steps, ended = place.server.service.loop, list[int](), threading.Event()
+
+    def again() -> None:
+        steps.append(loop.steps)
+        if len(steps) < 20:
+            loop._command(again)
+        else:
+            ended.set()
+
+    with Stream(place):
+        loop._command(again)
+        assert ended.wait(30)
+    assert steps == sorted(set(steps))
 
 
 def counts_of(place: Place, dimension: Dimension) -> list[dict[str, int]]:
