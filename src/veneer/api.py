@@ -151,7 +151,9 @@ def check_data(
     )
     data_set = examine_closely(
         fields,
-        RowRules(length, configured_capacity(config), Preamble(variables=variables or {})),
+        RowRules(
+            length, configured_capacity(config), Preamble(variables=variables or {}), kind="any"
+        ),
         tokenizer,
     )
     return checked_for(data_set, activation, tokenizer), tokenizer

@@ -97,11 +97,11 @@ def examine_data(
 
 
 def examine_closely(data: DataConfig, rules: RowRules, tokenizer: Any) -> DataSet:
-    """Examines answers or pairs, and reports near-duplicates and personal data too.
+    """Examines rows, and reports near-duplicates and personal data too.
 
     Raises what examine_data raises.
     """
-    data_set = examine_data(data, replace(rules, kind="any"), tokenizer)
+    data_set = examine_data(data, rules, tokenizer)
     kept, held_out = (
         [row for row, example in zip(rows, examples, strict=True) if example.kind != "rejected"]
         for rows, examples in (

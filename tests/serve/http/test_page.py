@@ -181,8 +181,10 @@ def test_what_differs_from_the_base_is_marked_and_may_be_hidden(server, tab):
     )
     assert "".join(text for kind, text in parts if kind != "DEL") == own
     assert "".join(text for kind, text in parts if kind != "INS") == base
+    display = "getComputedStyle(document.querySelector('.turn del')).display"
+    assert tab.run(display) == "none", "the answer first"
     tab.click("#differences")
-    assert tab.run("getComputedStyle(document.querySelector('.turn del')).display") == "none"
+    assert tab.run(display) != "none"
 
 
 def test_a_column_that_is_done_or_fails_lets_the_others_go_on(server, tab):

@@ -44,6 +44,7 @@ OFFERED = (
     "objective.system",
 )
 """Settings that the page offers, in its order."""
+OBJECTIVE = "objective.name"
 DOCUMENT = "objective.document"
 """A setting whose file is uploaded: the page never names a path."""
 Column = Annotated[str, Length(1, MOST_COLUMN)]

@@ -8,6 +8,7 @@ from typing import Any
 
 from veneer.errors import VeneerError
 from veneer.serve.refusals import Refusal, refusal_of
+from veneer.serve.studio.wording import messages_in_page_words
 
 EVERY_SECONDS = 0.7
 """Seconds between two looks."""
@@ -58,4 +59,4 @@ async def follow(look: Look, closing: Callable[[], bool]) -> AsyncIterator[bytes
 
 
 def _event(content: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(content)}\n\n".encode()
+    return f"data: {json.dumps(messages_in_page_words(content))}\n\n".encode()

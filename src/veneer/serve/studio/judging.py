@@ -33,6 +33,8 @@ MOST_WORSE = 200
 MOST_TEXT = 2000
 """Characters of a question or an answer that are sent."""
 BASE, ADAPTER = "base", "adapter"
+HEAD_METRICS = ("accuracy", "macro_f1", "mean_error", "ndcg_at_10")
+"""Figures of score heads; each kind of head has some of them."""
 PLAN = "evaluation.json"
 
 
@@ -71,26 +73,24 @@ def whole_rows(data: DataSet, settings: dict[str, Any]) -> Sequence[Row]:
 
 
 def write_rows(folder: Path, rows: Sequence[Row], settings: dict[str, Any], tokenizer: Any) -> None:
-    """Writes the rows, and how they are evaluated. ConfigError: there are none, or they have
-    labels.
+    """Writes the rows, and how they are evaluated. ConfigError: there are none.
 
+    Labels are evaluated by the adapter's score head, which the base does not have.
     settings: of the run
     """
     if not rows:
         raise ConfigError("the run has no held-out rows, so there is nothing to judge it by")
-    if any(row.label is not None for row in rows):
-        raise ConfigError(
-            "labels are not judged on this page",
-            next_step="Evaluate the adapter with: veneer evaluate --adapter RUN --data FILE",
-        )
     rows = rows[:MOST_ROWS]
     text = "".join(json.dumps(record_of(row), ensure_ascii=False) + "\n" for row in rows)
     write_text(folder / "rows.jsonl", text, replace=True)
-    metrics = metrics_for(rows)
+    has_labels = any(row.label is not None for row in rows)
+    metrics = HEAD_METRICS if has_labels else metrics_for(rows)
     flags = ["--length", str(settings["length"])]
-    if "train_on" in settings["data"]:
+    if has_labels:
+        flags += ["--format", rows[0].format]
+    elif "train_on" in settings["data"]:
         flags += ["--train-on", settings["data"]["train_on"]]
-    if metrics:
+    if metrics and not has_labels:
         flags += ["--metrics", ",".join(metrics)]
         flags += ["--max-new-tokens", str(longest_answer(tokenizer, rows))]
     for name in ("dtype", "device", "quantize"):
@@ -99,14 +99,22 @@ def write_rows(folder: Path, rows: Sequence[Row], settings: dict[str, Any], toke
     plan = {
         "base": settings["base"],
         "metrics": list(metrics),
+        "has_labels": has_labels,
         "flags": flags,
         "rows": [_shown_row(row) for row in rows],
     }
     write_text(folder / PLAN, json_text(legible(plan)), replace=True)
 
 
+def label_text(label: Any) -> str:
+    """Returns a label as the server names it."""
+    return label if isinstance(label, str) else json.dumps(label, ensure_ascii=False)
+
+
 def _shown_row(row: Row) -> dict[str, Any]:
     *before, last = row.messages or [{"content": row.text}]
+    if row.label is not None:
+        before, last = [{"role": "user", "content": row.text}], {"content": label_text(row.label)}
     question = next((m["content"] for m in reversed(before) if m.get("role") == "user"), "")
     texts = (str(question or ""), str(last.get("content") or ""))
     return {
@@ -120,10 +128,13 @@ def arguments_for(folder: Path, model: JudgedModel) -> list[str]:
     """Returns the arguments of the command that evaluates a model on the rows."""
     plan = read_json(folder / PLAN)
     arguments = ["evaluate", "--base", plan["base"], "--data", str(folder / "rows.jsonl")]
-    arguments += ["--json", "--general", "--predictions", str(folder / f"{model.key}.jsonl")]
-    arguments += plan["flags"]
+    arguments += ["--json", *plan["flags"]]
     if model.adapter is not None:
         arguments += ["--adapter", str(model.adapter)]
+    if plan["has_labels"]:
+        return arguments
+    arguments += ["--general", "--predictions", str(folder / f"{model.key}.jsonl")]
+    if model.adapter is not None:
         arguments += ["--against", str(folder / f"{BASE}.jsonl")]
     return arguments
 
@@ -169,7 +180,10 @@ def _figures(shown: str, result: dict[str, Any], metrics: Sequence[str]) -> dict
             "change_interval": against.get(name, {}).get("interval"),
         }
         for name in ("loss", *metrics)
+        if name in result
     }
+    if not general:
+        return {"name": shown, "figures": figures, "documents": None}
     figures["general"] = {
         "value": general.get("loss"),
         "interval": general.get("interval"),

@@ -19,6 +19,7 @@ from veneer.report.card import card_for
 from veneer.serve.engine.names import TRIAL
 from veneer.serve.refusals import MOST_SHOWN, Refusal
 from veneer.serve.studio.exports import write_zip
+from veneer.serve.studio.judging import label_text
 
 MOST_HELD_OUT = 200
 """Held-out rows that the page may ask about."""
@@ -66,10 +67,15 @@ def unpublish(library: Library, name: str) -> None:
 
 
 def held_out_questions(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Returns the held-out rows that can be asked: messages up to the last turn, and that turn."""
+    """Returns the held-out rows that can be asked: messages up to the last turn, and that turn; or
+    a text and its label."""
     questions = []
     for row in rows:
-        if row.messages and isinstance(row.messages[-1].get("content"), str) and not row.tools:
+        if row.label is not None:
+            messages = [{"role": "user", "content": row.text or ""}]
+            expected = label_text(row.label)
+            questions.append({"line": row.ref.line, "messages": messages, "expected": expected})
+        elif row.messages and isinstance(row.messages[-1].get("content"), str) and not row.tools:
             messages = [
                 {"role": turn["role"], "content": turn["content"]} for turn in row.messages[:-1]
             ]

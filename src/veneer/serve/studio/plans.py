@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,16 @@ def run_settings(
     rows: Mapping[str, Any],
     length: int,
     choices: MethodChoices,
+    objective_name: str,
     document: Path | None = None,
 ) -> dict[str, Any]:
     """Returns the settings of a run, without `out`. ConfigError: one of them is wrong.
 
-    shared: of every run of the server, such as its base. rows: the `data` settings. document: read
-    by the teacher of objective distil, as by veneer distil --document
+    shared: of every run of the server, such as its base. rows: the `data` settings.
+    objective_name: of the run. document: read by the teacher of objective distil, as by veneer
+    distil --document
     """
-    settings: dict[str, Any] = {**shared, "data": dict(rows), "length": length}
+    settings: dict[str, Any] = {**deepcopy(dict(shared)), "data": dict(rows), "length": length}
     settings["method"] = {"name": choices.method}
     for path, value in choices.settings.items():
         part, dot, name = path.partition(".")
@@ -42,8 +45,9 @@ def run_settings(
             settings.setdefault(part, {})[name] = value
         else:
             settings[path] = value
-    objective = settings.get("objective", {})
-    if document is not None and objective.get("name") == "distil":
+    objective = settings.setdefault("objective", {})
+    objective.setdefault("name", objective_name)
+    if document is not None and objective["name"] == "distil":
         method, _ = SHORT_FORMS.get(choices.method, (choices.method, None))
         settings["objective"] = {"system": ABOUT_DOCUMENT, **objective, "document": str(document)}
         settings["method"] = {**METHODS[method].of_document, **settings["method"]}

@@ -118,8 +118,9 @@ class Results:
     def held_out(self, draft_id: str) -> dict[str, Any]:
         """Returns the rows that the job held out, as questions and expected answers. Choices that
         were changed since would hold out others, which the job has trained on."""
-        rows = held_out_rows(self._examined(self.job(draft_id)))
-        return {"rows": len(rows), "questions": held_out_questions(rows)}
+        job = self.job(draft_id)
+        rows = held_out_rows(self._examined(job))
+        return {"rows": len(rows), "questions": held_out_questions(rows), "head": has_head(job)}
 
     def _examined(self, job: TrainingJob) -> DataSet:
         tokenizer, capacity = self._bases.reader(_source(job))
@@ -155,12 +156,11 @@ class Results:
         return job, self._judged_models(job, other_adapter), self.judged_folder(draft_id, job)
 
     def _judged_models(self, job: TrainingJob, other_adapter: str) -> list[JudgedModel]:
-        """Returns the base, the job's adapter and, if it is named, another one. ConfigError: the
-        library has no such adapter."""
-        models = [
-            JudgedModel(BASE, self.base(job)["name"]),
-            JudgedModel(ADAPTER, "this adapter", job.run_folder / "adapter"),
-        ]
+        """Returns the base, unless labels are learnt, the job's adapter and, if it is named,
+        another one. ConfigError: the library has no such adapter."""
+        models = [JudgedModel(ADAPTER, "this adapter", job.run_folder / "adapter")]
+        if not has_head(job):  # the base has no score head
+            models.insert(0, JudgedModel(BASE, self.base(job)["name"]))
         if other_adapter:
             entry = self._library.get(other_adapter)
             folder = self._library.path(entry.reference)
@@ -312,6 +312,11 @@ class Results:
 
 def _evaluation_key(draft_id: str, models: Sequence[JudgedModel]) -> WorkKey:
     return WorkKey(draft_id, JUDGE, models[-1].key)
+
+
+def has_head(job: TrainingJob) -> bool:
+    """Whether a job trains a score head, which gives labels instead of answers."""
+    return RunConfig.of(read_yaml(job.run_file)).objective.head is not None
 
 
 def _source(job: TrainingJob) -> str:

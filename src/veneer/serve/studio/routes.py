@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
 
@@ -16,13 +17,14 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from veneer.errors import VeneerError
 from veneer.files.strict_json import legible
 from veneer.serve.http.app import caller_of, catch_errors, position_after, require_train
 from veneer.serve.http.json_body import media_type, parsed, read_body, read_bytes
 from veneer.serve.http.uploads import Arrivals
 from veneer.serve.limits import BODY_BYTES
 from veneer.serve.protocols.body import Body
-from veneer.serve.refusals import Refusal
+from veneer.serve.refusals import Refusal, refusal_of
 from veneer.serve.studio.bodies import (
     ExportBody,
     JudgeBody,
@@ -37,6 +39,7 @@ from veneer.serve.studio.events import Look, follow
 from veneer.serve.studio.settings import describe_settings
 from veneer.serve.studio.studio import Studio
 from veneer.serve.studio.training import job_look
+from veneer.serve.studio.wording import in_page_words, messages_in_page_words
 from veneer.serve.studio.work import work_look
 
 PREFIX = "/studio/api"
@@ -87,6 +90,9 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
 
     async def check(request: Request, body: None) -> Any:
         return await studio.check(_id(request))
+
+    async def method(request: Request, body: MethodChoices) -> Any:
+        return await studio.run(lambda: studio.choose_method(_id(request), body))
 
     async def plan(request: Request, body: PlanBody) -> Any:
         return await studio.plan(_id(request), body)
@@ -175,12 +181,13 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
         _get("/settings", settings),
         _get("/bases", bases),
         _get("/drafts", drafts),
-        Route(f"{PREFIX}/drafts", catch_errors(upload), methods=["POST"]),
+        Route(f"{PREFIX}/drafts", _answering(upload), methods=["POST"]),
         _get("/drafts/{id}", show),
         _post("/drafts/{id}/rows", RowChoices, preview),
-        Route(f"{PREFIX}/drafts/{{id}}/document", catch_errors(set_document), methods=["POST"]),
+        Route(f"{PREFIX}/drafts/{{id}}/document", _answering(set_document), methods=["POST"]),
         _post("/drafts/{id}/document/remove", NoBody, remove_document),
         _get("/drafts/{id}/check", check),
+        _post("/drafts/{id}/method", MethodChoices, method),
         _post("/drafts/{id}/plan", PlanBody, plan),
         _post("/drafts/{id}/train", MethodChoices, train),
         _post("/drafts/{id}/stop", NoBody, stop),
@@ -214,7 +221,7 @@ def _get(path: str, answer: Answer) -> Route:
         require_train(request)
         return _json(await answer(request, None))
 
-    return Route(PREFIX + path, catch_errors(endpoint), methods=["GET"])
+    return Route(PREFIX + path, _answering(endpoint), methods=["GET"])
 
 
 def _post(path: str, body: type[Body], answer: Answer) -> Route:
@@ -224,18 +231,31 @@ def _post(path: str, body: type[Body], answer: Answer) -> Route:
         fields = await asyncio.to_thread(lambda: body.read(parsed(text)))
         return _json(await answer(request, fields))
 
-    return Route(PREFIX + path, catch_errors(endpoint), methods=["POST"])
+    return Route(PREFIX + path, _answering(endpoint), methods=["POST"])
 
 
 def _json(value: Any) -> Response:
     """Returns an answer, whose texts may come from a file: those may hold half a surrogate pair,
     which no UTF-8 has."""
-    return JSONResponse(legible(value))
+    return JSONResponse(legible(messages_in_page_words(value)))
+
+
+def _answering(endpoint: Callable[[Request], Awaitable[Response]]) -> Any:
+    """Turns errors into responses, in the words of the page."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except (Refusal, VeneerError) as fault:
+            refusal = refusal_of(fault)
+            raise replace(refusal, message=in_page_words(refusal.message)) from None
+
+    return catch_errors(answer)
 
 
 def _stream(path: str, endpoint: Callable[[Request], Awaitable[Response]]) -> Route:
     """Returns a route whose response is no JSON."""
-    return Route(PREFIX + path, catch_errors(endpoint), methods=["GET"])
+    return Route(PREFIX + path, _answering(endpoint), methods=["GET"])
 
 
 def _event_stream(look: Look, closing: Callable[[], bool]) -> Response:

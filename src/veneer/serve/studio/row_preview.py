@@ -17,15 +17,17 @@ import numpy as np
 from veneer.data.config import DataConfig
 from veneer.data.encoder import RowRules
 from veneer.data.examples import Capacity, Example, Format, Layout, Problem, Row, RowFault, RowRef
-from veneer.data.files.columns import ColumnRenames
+from veneer.data.files.columns import ColumnRenames, rating_of
+from veneer.data.files.labels import make_row
 from veneer.data.files.layouts import NEEDS, detect, likely_columns
 from veneer.data.files.places import RowFile
-from veneer.data.files.preferences import make_row
 from veneer.data.files.sources import iterate_records
 from veneer.data.load import DataSet, examine_closely, examine_data
 from veneer.errors import DataError
 from veneer.files.strict_json import read_yaml
+from veneer.objectives.config import ObjectiveConfig
 from veneer.serve.studio.bodies import RowChoices
+from veneer.serve.studio.objective import objectives_for
 from veneer.training.config import RunConfig
 from veneer.wording import cut
 
@@ -54,6 +56,9 @@ OPTIONAL: dict[Format, tuple[str, ...]] = {
     "pairs": ("prompt",),
 }
 """Columns that a layout reads if the file has them."""
+
+OF_BASE = frozenset(("D201", "D202", "D207", "D214", "D217", "D218", "D219"))
+"""Faults of rows that another base may not have, with its template, tokens and positions."""
 
 
 def count_records(file: RowFile) -> int:
@@ -85,6 +90,7 @@ def describe_columns(file: RowFile, choices: RowChoices) -> dict[str, Any]:
         "columns": [{"name": name, "example": example} for name, example in columns.items()],
         "layout": layout,
         "reason": reason,
+        "objectives": objectives_for(layout),
         "needed": list(NEEDS.get(likely_layout, ())),
         "optional": list(OPTIONAL.get(likely_layout, ())),
         "likely": _likely(present, likely_layout),
@@ -109,14 +115,37 @@ def first_choices(file: RowFile, records: int) -> RowChoices:
     """
     share = round(min(max(LEAST_SHARE, LEAST_HELD_OUT / max(records, 1)), MOST_SHARE), 2)
     columns = frozenset(column_names(file))
-    layout, _ = _layout(columns, "auto")
-    if layout is not None or not columns:
+    if (marked := _marked_layout(file, columns)) is not None:
+        return RowChoices(layout=marked, validation_share=share)
+    if layout_of(file, RowChoices()) is not None or not columns:
         return RowChoices(validation_share=share)
     return RowChoices(
         layout="prompt_completion",
         columns=_likely(columns, "prompt_completion"),
         validation_share=share,
     )
+
+
+def layout_of(file: RowFile, choices: RowChoices) -> Format | None:
+    """Returns the layout that is chosen, or that the columns of the first records fit."""
+    renames = column_map(names := column_names(file), choices.columns)
+    columns = frozenset(filter(None, (renames.get(name, name) for name in names)))
+    return _layout(columns, choices.layout)[0]
+
+
+def _marked_layout(file: RowFile, columns: frozenset[str]) -> Format | None:
+    """Returns the layout of texts with labels or of rated answers; None for other rows.
+
+    A label beside prompt and completion rates the answer only where it is true or false.
+    """
+    if columns >= set(NEEDS["ratings"]):
+        labels = {
+            rating_of(record.get("label"))
+            for _, record in islice(_records_of(file), RECORDS_FOR_COLUMNS)
+            if isinstance(record.get("label"), str | bool)
+        }
+        return "ratings" if labels == {True, False} else None
+    return "labels" if columns >= set(NEEDS["labels"]) else None
 
 
 def _layout(columns: frozenset[str], chosen: Layout) -> tuple[Format | None, str]:
@@ -173,8 +202,11 @@ def _as_trained(
 
 def _messages(row: Row) -> list[dict[str, str]]:
     if row.text is not None:
-        return [{"role": "text", "content": cut(row.text, MOST_MESSAGE)}]
+        label = [] if row.label is None else [{"role": "label", "content": _text(row.label)}]
+        return [{"role": "text", "content": cut(row.text, MOST_MESSAGE)}, *label]
     messages = [_message(message) for message in row.messages]
+    if row.liked is not None:
+        messages.append({"role": "rated", "content": "good" if row.liked else "bad"})
     for answers in row.others:
         messages.append({**_message(answers[-1]), "role": "rejected"})
     return messages
@@ -206,10 +238,18 @@ def column_names(file: RowFile) -> list[str]:
     return list(names)
 
 
-def examine(file: RowFile, choices: RowChoices, *, tokenizer: Any, capacity: Capacity) -> DataSet:
+def examine(
+    file: RowFile,
+    choices: RowChoices,
+    objective: ObjectiveConfig,
+    *,
+    tokenizer: Any,
+    capacity: Capacity,
+) -> DataSet:
     """Reads and encodes the rows as a run would, and reports what is wrong with them."""
     settings = DataConfig.of(data_settings(file, choices))
-    return examine_closely(settings, RowRules(choices.length, capacity), tokenizer)
+    rules = RowRules(choices.length, capacity, kind=objective.rows, head=objective.head)
+    return examine_closely(settings, rules, tokenizer)
 
 
 def examine_job(run_file: Path, *, tokenizer: Any, capacity: Capacity) -> DataSet:
@@ -224,9 +264,11 @@ def describe_check(file: RowFile, data_set: DataSet, tokenizer: Any) -> dict[str
     """Returns the report of `veneer data check`, each finding with some of its rows, and the first
     examples token by token."""
     report = data_set.report
+    fatal = [problem for problem in report.problems if problem.fatal]
     wanted = {line for problem in report.problems for line in problem.lines[:SHOWN_EXCERPTS]}
     excerpts = _excerpts(file, wanted)
     plain = report.to_dict()
+    plain["of_base"] = bool(fatal) and all(p.code in OF_BASE for p in fatal)
     plain["histogram"] = [{"up_to": longest, "rows": rows} for longest, rows in report.histogram]
     plain["problems"] = [_problem(file, problem, excerpts) for problem in report.problems]
     examples = list(islice(data_set.train, SHOWN_EXAMPLES))

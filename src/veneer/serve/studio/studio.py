@@ -15,12 +15,14 @@ from veneer.data.load import DataSet
 from veneer.errors import QuotaError, UnknownNameError, VeneerError, hide_path
 from veneer.jobs.record import AT_WORK, TrainingJob
 from veneer.library.library import Library
+from veneer.objectives.config import ObjectiveConfig
 from veneer.serve.engine.fine_tuning import FineTuning
 from veneer.serve.refusals import Refusal
 from veneer.serve.studio.bases import StudioBases
-from veneer.serve.studio.bodies import MethodChoices, PlanBody, RowChoices
+from veneer.serve.studio.bodies import OBJECTIVE, MethodChoices, PlanBody, RowChoices
 from veneer.serve.studio.documents import Document, remove_documents, store_document
 from veneer.serve.studio.drafts import Draft, Drafts, public_name
+from veneer.serve.studio.objective import chosen_objective, objectives_for
 from veneer.serve.studio.plans import Plans, run_settings, with_names
 from veneer.serve.studio.results import Results
 from veneer.serve.studio.row_preview import (
@@ -30,6 +32,7 @@ from veneer.serve.studio.row_preview import (
     describe_columns,
     examine,
     first_choices,
+    layout_of,
 )
 from veneer.serve.studio.training import job_card, job_records_after, start_job
 
@@ -112,7 +115,12 @@ class Studio:
 
     def preview(self, draft_id: str, choices: RowChoices) -> dict[str, Any]:
         """Keeps the choices of a draft, and returns its columns and first rows."""
-        self.drafts.change(draft_id, rows=choices.model_dump())
+        draft = self.drafts.change(draft_id, rows=choices.model_dump())
+        method = MethodChoices.read(draft.method)
+        layout = layout_of(self.drafts.row_file(draft), choices)
+        if method.settings.get(OBJECTIVE) not in objectives_for(layout):
+            method.settings.pop(OBJECTIVE, None)  # it was for another layout
+            self.drafts.change(draft_id, method=method.model_dump())
         return self.show(draft_id)
 
     def set_document(self, draft_id: str, name: str, content: bytes) -> dict[str, Any]:
@@ -137,6 +145,12 @@ class Studio:
             keep.add(str(self.results.job(draft_id).record.details.get("document")))
         remove_documents(self.drafts.place(draft_id), keep=keep)
         return self.card(draft)
+
+    def choose_method(self, draft_id: str, choices: MethodChoices) -> dict[str, Any]:
+        """Keeps the choices, whether or not the rows can be trained on with them: another base may
+        read rows that this one cannot. Refusal: 404, the base is not on this machine."""
+        self.bases.source(choices.base)
+        return self.card(self.drafts.change(draft_id, method=choices.model_dump()))
 
     async def plan(self, draft_id: str, body: PlanBody) -> dict[str, Any]:
         """Returns the plan of a draft's run with these choices, which are kept if the body says
@@ -171,6 +185,7 @@ class Studio:
             data_settings(self.drafts.row_file(draft), rows),
             rows.length,
             method,
+            self._objective(draft).name,
             self.drafts.document_path(draft),
         )
 
@@ -190,8 +205,18 @@ class Studio:
         tokenizer, capacity = self._reader(draft)
         with hide_path(file.path, file.name):
             return examine(
-                file, RowChoices.read(draft.rows), tokenizer=tokenizer, capacity=capacity
+                file,
+                RowChoices.read(draft.rows),
+                self._objective(draft),
+                tokenizer=tokenizer,
+                capacity=capacity,
             )
+
+    def _objective(self, draft: Draft) -> ObjectiveConfig:
+        """Returns the objective of a draft's run: the chosen one, or the usual one for the rows."""
+        layout = layout_of(self.drafts.row_file(draft), RowChoices.read(draft.rows))
+        name = MethodChoices.read(draft.method).settings.get(OBJECTIVE)
+        return chosen_objective(layout, name)
 
     def _reader(self, draft: Draft) -> tuple[Any, Capacity]:
         """Returns the tokenizer and the capacity of the base that was chosen for a draft."""

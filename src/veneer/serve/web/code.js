@@ -2,8 +2,8 @@
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
-function curlOf(body) {
-  const address = `${location.origin}/v1/chat/completions`;
+function curlOf(body, path = "/v1/chat/completions") {
+  const address = `${location.origin}${path}`;
   const lines = [`curl ${address}`, "-H 'content-type: application/json'"];
   if (session.key) lines.push('-H "authorization: Bearer $VENEER_API_KEY"');
   return [...lines, `-d ${quoted(JSON.stringify(body, null, 1))}`].join(" \\\n  ");
@@ -39,6 +39,25 @@ function pythonOf(body) {
     ...fields,
     ")",
     "print(answer.choices[0].message.content)",
+    "",
+  ].join("\n");
+}
+
+/** Writes a request as Python without a client of this API. */
+function pythonRequestOf(body, path) {
+  const headers = ['    "content-type": "application/json",'];
+  if (session.key) headers.push('    "authorization": f"Bearer {os.environ[\'VENEER_API_KEY\']}",');
+  return [
+    "import json",
+    ...(session.key ? ["import os"] : []),
+    "from urllib.request import Request, urlopen",
+    "",
+    `body = ${literal(body)}`,
+    "headers = {",
+    ...headers,
+    "}",
+    `request = Request("${location.origin}${path}", json.dumps(body).encode(), headers)`,
+    'print(json.load(urlopen(request))["data"][0])',
     "",
   ].join("\n");
 }

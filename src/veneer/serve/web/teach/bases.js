@@ -29,8 +29,10 @@ function showBaseNote() {
 async function chooseBase() {
   showBaseNote();
   keepFocus(["#method-base"], () => byId("method-compared").replaceChildren());
-  await planChosen();
+  lesson.draft.method = chosenMethod();
+  await teachSafely(() => studio(draftPath("/method"), { body: lesson.draft.method }));
   await checkRows(); // another tokenizer counts other tokens
+  await planChosen();
 }
 
 /** Plans the run on each base, one after another, and shows a table that grows. */

@@ -10,9 +10,11 @@ function percent(part, whole) {
 }
 
 function countsOf(report) {
-  const examples = report.examples > report.rows ? `, ${count(report.examples)} examples` : "";
+  const isPairs = ["pairs", "openai_pairs"].includes(lesson.preview.layout);
+  const examples =
+    report.examples > report.rows && !isPairs ? `, ${count(report.examples)} examples` : "";
   return [
-    [`${count(report.rows)} rows${examples}`, "to train on"],
+    [`${count(report.rows)} ${isPairs ? "pairs" : "rows"}${examples}`, "to train on"],
     [count(report.validation_rows), "held out"],
     [count(report.tokens), "tokens"],
     [percent(report.trained_tokens, report.tokens), "of them trained"],
@@ -88,14 +90,25 @@ async function checkRows() {
   });
   if (lesson.draft?.id !== id) return; // another draft was opened meanwhile
   lesson.report = report;
+  lesson.rowsFault = rowsFaultOf(report, isChecked ? "" : place.textContent);
   if (isChecked) showReport(report);
   showSteps();
+}
+
+/** Says why the base cannot read the rows; null if it can, or if no base could. */
+function rowsFaultOf(report, faultShown) {
+  if (report === null) return faultShown;
+  if (!report.of_base) return null;
+  const { code, message } = report.problems.find((problem) => problem.fatal);
+  return `${titleOf(lesson.draft.method.base ?? "")} cannot learn these rows: ${code} ${message}.`;
 }
 
 function showReport(report) {
   const parts = [make("div", { className: "counts" }, ...figureCells(countsOf(report)))];
   if (report.refused) {
-    const advice = "A run would refuse these rows. Fix what is red, and drop the file again.";
+    const advice = report.of_base
+      ? "This base cannot learn these rows. Choose another one in step 2, or fix what is red."
+      : "A run would refuse these rows. Fix what is red, and drop the file again.";
     parts.push(make("p", { className: "bad", role: "alert" }, advice));
   }
   const { problems, samples } = report;

@@ -7,8 +7,8 @@ const JUDGE_SETTINGS = { temperature: 0, max_tokens: 96, seed: 1 };
  * worse: questions that only the base answers correctly.
  */
 const noAnswers = () => ({ asked: 0, right: [], worse: 0 });
-/** draft, job: whose adapter is judged. model: its name here. ends: stops the answers. */
-const judging = { draft: null, job: null, model: null, questions: [], ends: null, ...noAnswers() };
+/** draft, job: whose adapter is judged. model: its name here. head: it gives labels. ends: stops the answers. */
+const judging = { draft: null, job: null, model: null, questions: [], head: false, ends: null, ...noAnswers() };
 
 async function showJudge() {
   const base = training.job?.base;
@@ -41,9 +41,9 @@ async function loadQuestions() {
   byId("judge-said").textContent = "Loading the adapter …";
   await teachSafely(async () => {
     const { model } = await studio(draftPath("/try"), { body: {} });
-    const { questions } = await studio(draftPath("/held_out"));
+    const { questions, head } = await studio(draftPath("/held_out"));
     if (judging.draft !== id) return; // other rows were opened meanwhile
-    Object.assign(judging, { model, questions });
+    Object.assign(judging, { model, questions, head });
     await loadModels();
     showOtherAdapters();
     await askNext();
@@ -62,10 +62,8 @@ function forgetAnswers() {
 
 /** Returns the models that answer: [name of the model, name of the column]. */
 function judgedModels() {
-  const models = [
-    [served.base, served.base],
-    [judging.model, "this adapter"],
-  ];
+  const models = [[judging.model, "this adapter"]];
+  if (!judging.head) models.unshift([served.base, served.base]); // a base has no labels
   const other = otherAdapter();
   return other ? [...models, [other, other]] : models;
 }
@@ -121,7 +119,7 @@ async function askRow(question, signal) {
   if (signal.aborted) return; // other models are asked now
   judging.asked++;
   judging.right = right.map((isRight, column) => (judging.right[column] ?? 0) + Number(isRight));
-  if (right[0] && !right[1]) {
+  if (!judging.head && right[0] && !right[1]) {
     judging.worse++;
     row.classList.add("worse");
   }
@@ -138,13 +136,26 @@ function questionCard({ line, messages, expected }, cells) {
 
 /** Asks a model, and shows its answer in a cell. Returns whether it is the expected one. */
 async function askModel(name, question, cell, signal) {
-  const body = bodyOf({ name, weight: 1 }, question.messages, JUDGE_SETTINGS);
   const place = cell.lastChild;
-  const { text } = await streamAnswer(body, (answer) => (place.textContent = answer.text), signal);
+  const show = (answer) => (place.textContent = answer.text);
+  const { text } = await (judging.head ? classifyText : streamAnswer)(
+    bodyOf({ name, weight: 1 }, question.messages, JUDGE_SETTINGS),
+    show,
+    signal,
+  );
   place.classList.remove("waits");
   const isRight = isSameText(text, question.expected);
   cell.classList.add(isRight ? "right" : "wrong");
   return isRight;
+}
+
+/** Asks a score head for the label of the last message's text. */
+async function classifyText({ model, messages }, show, signal) {
+  const body = { model, input: messages.at(-1).content };
+  const { data } = await read("/v1/classify", { body, signal });
+  const answer = { text: data[0].label };
+  show(answer);
+  return answer;
 }
 
 async function askNext() {

@@ -18,9 +18,9 @@ function showKeep() {
 async function findQuestion() {
   const { id } = lesson.draft;
   await teachSafely(async () => {
-    const { questions } = await studio(draftPath("/held_out"));
+    const { questions, head } = await studio(draftPath("/held_out"));
     if (lesson.draft?.id !== id) return; // other rows were opened meanwhile
-    lesson.question = questions[0]?.messages ?? null;
+    Object.assign(lesson, { question: questions[0]?.messages ?? null, head });
     showKept();
   });
 }
@@ -31,10 +31,18 @@ function showKept() {
   if (!model) return byId("keep-said").replaceChildren();
   const base = training.job?.base;
   const isServed = !base || base.served;
-  byId("keep-ask").hidden = byId("keep-code").hidden = !isServed;
+  byId("keep-code").hidden = !isServed;
+  byId("keep-ask").hidden = !isServed || lesson.head; // the tab Ask shows answers, not labels
   showWhereItIs(base, isServed);
   const question = lesson.question ?? [{ role: "user", content: "…" }];
-  const body = bodyOf({ name: model, weight: 1 }, question, { max_tokens: 96 });
+  if (lesson.head) {
+    const body = { model, input: question.at(-1).content };
+    byId("keep-curl").textContent = curlOf(body, "/v1/classify");
+    byId("keep-python").textContent = pythonRequestOf(body, "/v1/classify");
+    return;
+  }
+  const { temperature } = JUDGE_SETTINGS; // as the answers that were judged
+  const body = bodyOf({ name: model, weight: 1 }, question, { temperature, max_tokens: 96 });
   byId("keep-curl").textContent = curlOf(body);
   byId("keep-python").textContent = pythonOf(body);
 }

@@ -29,6 +29,7 @@ async function showMethod() {
   showBases(base);
   byId("method-kind").value = kind;
   byId("method-name").value = method;
+  showObjectives(settings[OBJECTIVE]);
   showMethodSettings(method, settings);
   byId("method-compared").replaceChildren();
   await planChosen();
@@ -47,9 +48,11 @@ async function askForPlan(place, compare, partsOf) {
     const body = { ...lesson.draft.method, compare };
     const answer = await studio(draftPath("/plan"), { body, signal });
     place.replaceChildren(...partsOf(answer));
+    if (!compare) lesson.planFault = answer.plans.length ? "" : "No plan was made.";
     return answer;
   } catch (fault) {
     if (signal.aborted) return null;
+    if (!compare) lesson.planFault = "What is red above has to change first.";
     const look = { className: "bad fault", role: "alert" };
     place.replaceChildren(make("p", look, faultText(fault) ?? ""));
     return null;
@@ -57,8 +60,9 @@ async function askForPlan(place, compare, partsOf) {
 }
 
 async function planChosen() {
-  lesson.plan = null;
+  Object.assign(lesson, { plan: null, planFault: "" });
   showSteps();
+  if (lesson.rowsFault !== null) return byId("method-plan").replaceChildren();
   lesson.plan = await askForPlan(byId("method-plan"), false, planParts);
   showSteps();
 }
@@ -96,6 +100,7 @@ function beginMethod() {
   byId("method-name").append(...optionsOf(METHODS));
   byId("method-kind").addEventListener("change", planChosen);
   byId("method-name").addEventListener("change", (event) => chooseMethod(event.target.value));
+  byId("method-objective").addEventListener("change", changeSettings);
   byId("method-next").addEventListener("click", () => openStep("train"));
   for (const id of ["main-settings", "more-settings"])
     byId(id).addEventListener("change", changeSettings);

@@ -9,6 +9,8 @@ const LAYOUTS = {
   sharegpt: "conversations (ShareGPT)",
   text: "plain text",
   pairs: "a good and a bad answer",
+  ratings: "an answer and its rating",
+  labels: "a text and its label",
 };
 /** Names of a layout's columns in plain words. */
 const COLUMN_TITLES = {
@@ -16,6 +18,8 @@ const COLUMN_TITLES = {
   completion: "answer",
   system: "system message",
   output: "answer",
+  chosen: "good answer",
+  rejected: "bad answer",
 };
 const TRAIN_ON = { assistant: "every answer", last: "the last answer", all: "all tokens" };
 const LONG_ROWS = { refuse: "are an error", drop: "are left out", cut: "are cut" };

@@ -1,8 +1,17 @@
 // Fields of a run's settings. Their help texts, defaults and choices come from the server.
 
 const MAIN_SETTINGS = ["method.rank", "epochs", "learning_rate"];
+const OBJECTIVE = "objective.name";
+const OBJECTIVES = {
+  answers: "answers: write them as the rows do",
+  dpo: "dpo: prefer the good answer to the bad one",
+  ipo: "ipo: prefer it by a fixed margin",
+  orpo: "orpo: write the good answer, and prefer it",
+  kto: "kto: learn from answers rated good or bad",
+  distil: "distil: answer as the teacher does",
+  classify: "classify: give a text its label",
+};
 const SETTING_TITLES = {
-  "objective.name": "objective",
   "objective.system": "the teacher's system prompt",
 };
 const TEXT_SETTINGS = ["objective.system"];
@@ -48,11 +57,19 @@ function settingValue(field) {
 /** Whether a method has this setting. */
 const applies = (path, method) => !path.startsWith("method.") || LOW_RANK.includes(method);
 
+/** Lists the objectives that learn from the rows; the first is the usual one. */
+function showObjectives(chosenName) {
+  const list = byId("method-objective");
+  const names = lesson.preview.objectives;
+  list.replaceChildren(...optionsOf(Object.fromEntries(names.map((n) => [n, OBJECTIVES[n]]))));
+  list.value = names.includes(chosenName) ? chosenName : names[0];
+}
+
 const settingOf = (path) => document.querySelector(`#step-method [data-path="${path}"]`);
 
 /** Shows what the teacher reads only with the objective that has a teacher. */
 function showTeacher() {
-  const hasTeacher = settingOf("objective.name").value === "distil";
+  const hasTeacher = byId("method-objective").value === "distil";
   const system = settingOf("objective.system");
   system.closest("label").hidden = byId("document-field").hidden = !hasTeacher;
   if (!hasTeacher) system.value = "";
@@ -60,7 +77,7 @@ function showTeacher() {
 
 /** Shows the fields of a method. values: by path */
 function showMethodSettings(method, values) {
-  const isField = (path) => path !== DOCUMENT && applies(path, method);
+  const isField = (path) => ![DOCUMENT, OBJECTIVE].includes(path) && applies(path, method);
   const paths = Object.keys(lesson.settings).filter(isField);
   const main = MAIN_SETTINGS.filter((path) => paths.includes(path));
   const more = paths.filter((path) => !MAIN_SETTINGS.includes(path));
@@ -76,5 +93,7 @@ function showMethodSettings(method, values) {
 function chosenSettings() {
   const fields = document.querySelectorAll("#step-method [data-path]");
   const pairs = [...fields].map((field) => [field.dataset.path, settingValue(field)]);
-  return Object.fromEntries(pairs.filter(([, value]) => value !== undefined));
+  const values = Object.fromEntries(pairs.filter(([, value]) => value !== undefined));
+  const objective = byId("method-objective").value;
+  return objective ? { ...values, [OBJECTIVE]: objective } : values;
 }

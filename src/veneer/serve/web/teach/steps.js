@@ -6,7 +6,9 @@ const OPEN_STEP = `${OPEN_DRAFT}-step`;
 /**
  * draft: the open set of rows as the server describes it, or null.
  * preview: its columns and first rows. report: the result of its check.
- * plan: the last plan of its run. question: a held-out one.
+ * rowsFault: why the chosen base cannot read the rows; another may. plan: the last plan of its run.
+ * planFault: why its run cannot start. question: a held-out one.
+ * head: whether the adapter gives labels.
  * settings: descriptions of a run's settings by path. bases: the other bases on this machine.
  * step: the one that is shown.
  */
@@ -14,8 +16,11 @@ const lesson = {
   draft: null,
   preview: null,
   report: null,
+  rowsFault: null,
   plan: null,
+  planFault: "",
   question: null,
+  head: false,
   settings: {},
   bases: [],
   step: "rows",
@@ -26,11 +31,18 @@ const whenStepLeft = {};
 /** By step: whether it can be opened. */
 const stepIsOpen = {
   rows: () => true,
-  method: () => lesson.report !== null && !lesson.report.refused,
-  train: () => stepIsOpen.method() || Boolean(lesson.draft?.job),
+  method: () => rowsAreReady() || lesson.rowsFault !== null,
+  train: () => startFault() === "" || Boolean(lesson.draft?.job),
   judge: () => Boolean(lesson.draft?.job) && lesson.draft.state === "done",
   keep: () => stepIsOpen.judge(),
 };
+
+const rowsAreReady = () => lesson.report !== null && !lesson.report.refused;
+/** Why no training can start; empty if it can. */
+function startFault() {
+  if (lesson.rowsFault !== null) return `${lesson.rowsFault} Choose another base, or other rows.`;
+  return rowsAreReady() ? lesson.planFault : "The rows are not checked yet.";
+}
 
 const studio = (path, settings) => read(`/studio/api${path}`, settings);
 const draftPath = (rest = "") => `/drafts/${lesson.draft.id}${rest}`;
@@ -55,6 +67,9 @@ function showSteps() {
     byId(`step-${step}`).hidden = step !== lesson.step;
   }
   byId("rows-next").disabled = !stepIsOpen.method();
+  byId("method-next").disabled = !stepIsOpen.train();
+  byId("method-reason").textContent = lesson.draft === null ? "" : startFault();
+  byId("train-start").disabled = startFault() !== "";
 }
 
 /**
@@ -100,7 +115,7 @@ async function teachSafely(work) {
 async function openDraft(id, step = "rows") {
   await teachSafely(async () => {
     const { preview, ...draft } = await studio(`/drafts/${encodeURIComponent(id)}`);
-    Object.assign(lesson, { draft, preview, report: null, plan: null, question: null });
+    Object.assign(lesson, { draft, preview, report: null, rowsFault: null, plan: null, planFault: "", question: null });
     if (!draft.training) draft.job = null; // it was deleted
     forgetTraining();
     training.job = draft.training;
@@ -108,14 +123,14 @@ async function openDraft(id, step = "rows") {
     byId("drafts").value = id;
     if (step === "rows" || !columnsAreChosen()) return;
     const check = checkRows();
-    if (step === "method") await check; // later steps do not wait for it
+    if (step === "method" || step === "train") await check; // later steps do not wait for it
   });
   showDraftButtons();
   openStep(step);
 }
 
 function closeDraft() {
-  Object.assign(lesson, { draft: null, preview: null, report: null, plan: null });
+  Object.assign(lesson, { draft: null, preview: null, report: null, rowsFault: null, plan: null });
   localStorage.removeItem(OPEN_DRAFT);
   byId("drafts").value = "";
   showDraftButtons();
