@@ -223,6 +223,7 @@ def test_texts_of_a_file_are_text(tab):
 
 def test_an_upload_is_refused_as_the_command_line_refuses_the_file(server):
     assert "the extension decides" in upload(server, "a", "rows.txt").json()["error"]["message"]
+    assert "as CSV" in upload(server, "a", "rows.XLSX").json()["error"]["message"]
     refusal = server.http().post(f"{API}/drafts", params={"name": "a.csv"}, data={"a": "b"})
     assert refusal.status_code == 415
     assert server.http().get(f"{API}/drafts/..%2F..%2Fetc").status_code == 404

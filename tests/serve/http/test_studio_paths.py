@@ -132,3 +132,29 @@ def test_texts_with_labels_become_a_model_that_gives_labels(server, tab):
     assert "/v1/classify" in tab.text("#keep-curl")
     answer = server.post("/v1/classify", {"model": "labels", "input": "The tap is late."})
     assert answer.json()["data"][0]["label"] in ("repairs", "shipping")
+
+
+def press(tab, selector):
+    """Presses a button with the keyboard alone."""
+    tab.until(f"!document.querySelector({selector!r}).disabled")
+    tab.run(f"document.querySelector({selector!r}).focus()")
+    tab.press("Enter")
+
+
+def test_tool_calls_become_a_model_by_keyboard_alone(server, tab):
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
+    rows = []
+    for n in range(20):
+        call = {"type": "function", "function": {"name": "look_up", "arguments": {"order": n}}}
+        turns = [
+            {"role": "user", "content": f"Where is order {n}?"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+        rows.append({"messages": turns, "tools": tools})
+    drop(tab, "calls.jsonl", lines_of(rows))
+    train(tab, press, name="tools")
+    assert tab.run("document.querySelector('#method-objective').value") == "answers"
+    keep(tab, press, "tools")
+    press(tab, "#keep-ask")
+    tab.until("[...document.querySelectorAll('.column input')].some((e) => e.value === 'tools')")
+    assert not tab.run("document.querySelector('#differences').checked")

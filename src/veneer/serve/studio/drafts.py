@@ -12,7 +12,7 @@ import threading
 import time
 from contextlib import suppress
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from pydantic import Field, JsonValue
@@ -31,6 +31,8 @@ from veneer.serve.studio.documents import Document
 
 MOST_DRAFTS = 200
 MOST_NAME = 120
+SHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
+"""Extensions of workbooks."""
 _ID = re.compile(r"[0-9a-f]{16}")
 _FILE = "draft.json"
 
@@ -90,6 +92,11 @@ class Drafts:
         if len(self.all()) >= MOST_DRAFTS:
             raise Refusal(409, f"There are {MOST_DRAFTS} sets of rows already: remove one.")
         shown_name = public_name(name)
+        if PurePath(shown_name).suffix.lower() in SHEETS:
+            raise DataError(
+                f"{shown_name} is a workbook, which is not read",
+                next_step="Save its sheet as CSV (Excel: Save as, CSV UTF-8), and drop that file.",
+            )
         if not kind_of(shown_name):
             raise DataError(
                 f"{shown_name}: the extension decides how a file is read",

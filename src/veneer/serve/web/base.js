@@ -105,6 +105,9 @@ const touches = () => matchMedia("(pointer: coarse)").matches;
 const figure = (value) => (value === null ? "–" : String(Number(Number(value).toPrecision(4))));
 const count = (value) => Number(value).toLocaleString("en");
 
+/** Writes a number with its noun: 1 step, 2 steps. */
+const countOf = (value, noun) => `${count(value)} ${noun}${value === 1 ? "" : "s"}`;
+
 function bytes(value) {
   if (value < 1e6) return `${Math.round(value / 1e3)} kB`;
   if (value < 1e9) return `${(value / 1e6).toFixed(1)} MB`;

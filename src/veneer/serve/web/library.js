@@ -2,7 +2,7 @@
 
 const TIERS = { ready: "in memory", loading: "on its way", failed: "broken", disk: "on disk" };
 const PROOFS = {
-  fingerprint: "this one, by its fingerprint",
+  fingerprint: "this base",
   stated: "stated when it was added",
   unverified: "unverified",
 };

@@ -72,7 +72,7 @@ function addEvent(result, event, seconds) {
   if (since > 0.05 && result.tokens > 1) result.rate = (result.tokens - 1) / since;
 }
 
-const ENDS = { length: "cut at new tokens", stop: "ended", tool_calls: "calls a tool" };
+const ENDS = { length: "stopped at the token limit", stop: "ended", tool_calls: "calls a tool" };
 
 function figuresOf({ rate, first, cached, prompt, tokens, reason }) {
   const parts = [];

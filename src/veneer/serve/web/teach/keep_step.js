@@ -32,6 +32,7 @@ function showKept() {
   const base = training.job?.base;
   const isServed = !base || base.served;
   byId("keep-code").hidden = !isServed;
+  byId("export").hidden = lesson.head; // other programs have no score heads
   byId("keep-ask").hidden = !isServed || lesson.head; // the tab Ask shows answers, not labels
   showWhereItIs(base, isServed);
   const question = lesson.question ?? [{ role: "user", content: "…" }];
@@ -50,7 +51,10 @@ function showKept() {
 /** Says where the kept adapter is, and what serves it if this server does not. */
 function showWhereItIs(base, isServed) {
   const place = byId("keep-said");
-  const where = `${lesson.draft.reference ?? lesson.draft.model} is in the library`;
+  const { reference, model } = lesson.draft;
+  const version = Number(reference?.split("@").at(-1) ?? 1);
+  const taken = version > 1 ? ` as version ${version} of a name that was taken` : "";
+  const where = `${reference ?? model} is in the library${taken}`;
   if (isServed) return (place.textContent = `${where}, and a model of this server.`);
   const reason =
     `${where}. It was trained on ${base.name}, and this server answers with ${served.base}. ` +

@@ -43,7 +43,8 @@ async function askForPlan(place, compare, partsOf) {
   planning.ends?.abort();
   const { signal } = (planning.ends = new AbortController());
   lesson.draft.method = chosenMethod();
-  place.replaceChildren(make("p", { className: "soft" }, "Planning …"));
+  place.querySelector(".planning")?.remove();
+  place.prepend(make("p", { className: "soft planning" }, "Planning …")); // above the last plan
   try {
     const body = { ...lesson.draft.method, compare };
     const answer = await studio(draftPath("/plan"), { body, signal });

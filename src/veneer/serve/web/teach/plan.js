@@ -50,19 +50,22 @@ function verdictText(plan) {
   return make("p", { className: "bad", role: "alert" }, text);
 }
 
+/** Shows the advice; null if it is a method that the page does not offer. */
 function adviceSection(advice) {
+  if (!(advice.method in METHODS)) return null;
   const rank = advice.settings.rank ? `, rank ${advice.settings.rank}` : "";
   const rate = advice.learning_rate ?? "from the base's weights (default)";
   const title = `Advice: ${advice.method}${rank}, learning rate ${rate}`;
   const take = make("button", { onclick: () => takeAdvice(advice) }, "Take it");
-  const reasons = advice.reasons.map((reason) => make("p", {}, reason));
+  const isHere = (reason) => !reason.includes("full fine-tuning"); // which the page does not offer
+  const reasons = advice.reasons.filter(isHere).map((reason) => make("p", {}, reason));
   return make("section", { className: "advice" }, make("h3", {}, title), ...reasons, take);
 }
 
 /** Returns the parts that show a plan. */
 function planParts({ plans: [plan], memory_bytes: memory, advice, notes }) {
   const facts = [
-    [duration(plan.run_seconds), `for ${count(plan.steps ?? 0)} steps`],
+    [duration(plan.run_seconds), `for ${countOf(plan.steps ?? 0, "step")}`],
     [count(Math.round(plan.tokens_per_second)), "tokens a second"],
     [large(plan.trainable_parameters), `parameters trained, of ${large(plan.total_parameters)}`],
     [bytes(plan.file_bytes), "size of the adapter"],

@@ -14,6 +14,13 @@ const OBJECTIVES = {
 const SETTING_TITLES = {
   "objective.system": "the teacher's system prompt",
 };
+/** Shorter help than that of the command line. */
+const SETTING_HELP = {
+  learning_rate: "Leave empty: chosen for the base.",
+  "method.alpha": "Strength of the update.",
+};
+/** Settings that the page chooses itself. */
+const HIDDEN_SETTINGS = ["micro_batch"];
 const TEXT_SETTINGS = ["objective.system"];
 /** A setting whose file is uploaded (document.js). */
 const DOCUMENT = "objective.document";
@@ -33,7 +40,7 @@ function settingField(path, value) {
   field.value = value === undefined ? "" : String(value);
   field.dataset.path = path;
   const title = make("span", {}, settingTitle(path));
-  return make("label", { className: "setting" }, title, field, make("small", {}, help));
+  return make("label", { className: "setting" }, title, field, make("small", {}, SETTING_HELP[path] ?? help));
 }
 
 function wordField(words, empty) {
@@ -77,7 +84,7 @@ function showTeacher() {
 
 /** Shows the fields of a method. values: by path */
 function showMethodSettings(method, values) {
-  const isField = (path) => ![DOCUMENT, OBJECTIVE].includes(path) && applies(path, method);
+  const isField = (path) => ![DOCUMENT, OBJECTIVE, ...HIDDEN_SETTINGS].includes(path) && applies(path, method);
   const paths = Object.keys(lesson.settings).filter(isField);
   const main = MAIN_SETTINGS.filter((path) => paths.includes(path));
   const more = paths.filter((path) => !MAIN_SETTINGS.includes(path));

@@ -147,7 +147,8 @@ async function listDrafts() {
   const entries = data.map((draft) => {
     const seconds = Date.now() / 1000 - draft.created;
     const age = seconds < 60 ? "just now" : ago(seconds);
-    const parts = [draft.name, draft.model ?? draft.state, age];
+    const state = draft.state === "paused" ? "stopped" : draft.state;
+    const parts = [draft.name, draft.model ?? state, age];
     return make("option", { value: draft.id }, parts.filter(Boolean).join(" · "));
   });
   const list = byId("drafts");

@@ -70,7 +70,8 @@ function showTrainingNow() {
   byId("train-start").hidden = !STARTABLE.includes(state);
   byId("train-start").className = isNew ? "main" : "";
   byId("train-start").textContent = isNew ? "Start training" : "Train again";
-  byId("train-stop").hidden = !job?.open || state === "stopping";
+  byId("train-stop").hidden = !job?.open; // it keeps the focus until Resume takes it
+  byId("train-stop").ariaDisabled = String(state === "stopping");
   byId("train-resume").hidden = !job?.resumable;
   byId("train-next").hidden = state !== "done";
   byId("train-stays").hidden = !job?.open;
@@ -84,6 +85,8 @@ function jobStatus(state) {
   if (state === "queued" && ahead > 1)
     return `Waiting: ${count(ahead)} jobs are before it. ${TOGETHER}`;
   if (state === "running" && together) return `Training, together with ${otherJobs(together)}.`;
+  if (state === "running" && !training.steps.length)
+    return "Training: the base is being loaded and the rows prepared; no step is done yet.";
   return JOB_STATES[state] ?? "";
 }
 
@@ -154,6 +157,7 @@ function trainingSample() {
 
 /** Changes the job by one of its verbs: train, stop, resume. */
 async function changeJob(verb) {
+  if (verb === "stop" && training.job?.state === "stopping") return;
   const isChanged = await teachSafely(async () => {
     const body = verb === "train" ? lesson.draft.method : {}; // a plan may not have stored it yet
     const job = await studio(draftPath(`/${verb}`), { body });
