@@ -27,6 +27,7 @@ STUDIO_BODIES: dict[str, type[Body]] = {
     f"{DRAFT}/document/remove": studio.NoBody,
     f"{DRAFT}/plan": studio.PlanBody,
     f"{DRAFT}/train": studio.MethodChoices,
+    f"{DRAFT}/method": studio.MethodChoices,
     f"{DRAFT}/stop": studio.NoBody,
     f"{DRAFT}/resume": studio.NoBody,
     f"{DRAFT}/try": studio.NoBody,
