@@ -214,7 +214,7 @@ def _messages(row: Row) -> list[dict[str, str]]:
 
 def _message(message: Mapping[str, Any]) -> dict[str, str]:
     calls = message.get("tool_calls")
-    text = str(message.get("content") or "") + (f"\n{_text(calls)}" if calls else "")
+    text = "\n".join(filter(None, (str(message.get("content") or ""), calls and _text(calls))))
     return {"role": str(message["role"]), "content": cut(text, MOST_MESSAGE)}
 
 

@@ -103,7 +103,7 @@ function showJudged() {
   const worseText = worse ? ` Only the base answers ${count(worse)} of them correctly.` : "";
   byId("judge-said").textContent = questions.length
     ? `Correct answers to ${count(asked)} questions: ${counts.join(", ")}.${worseText}`
-    : "There are no held-out questions to ask.";
+    : "No held-out row is a question with a text as its answer: the figures above judge the rows.";
 }
 
 const isSameText = (text, expected) => text.trim() === expected.trim();
