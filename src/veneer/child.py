@@ -49,6 +49,11 @@ def module_command(name: str) -> list[str]:
     return [sys.executable, "-P", "-m", name]
 
 
+def code_command(code: str) -> list[str]:
+    """Returns the command that runs Python code with this Python."""
+    return [sys.executable, "-P", "-c", code]
+
+
 def environment_for(variables: Mapping[str, str]) -> dict[str, str]:
     """Adds a PYTHONPATH that finds this Veneer. Empty entries are dropped: they mean the current
     folder."""

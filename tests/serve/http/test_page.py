@@ -23,7 +23,7 @@ NAMES = ["poems", "tickets", "weather"]
 CHAT = "/v1/chat/completions"
 FIGURES = (
     r"([\d.]+ tokens/s · )?first after \d+ ms · \d+ of \d+ prompt tokens cached · \d+ tokens,"
-    r" (cut.*|ended)"
+    r" (stopped.*|ended)"
 )
 
 

@@ -198,17 +198,17 @@ def test_a_run_is_judged_by_the_answers_that_it_should_give(server, folder, tmp_
         held_out = server.http().get(f"{draft}/held_out").json()
         job = server.service.fine_tuning.store.get(started.json()["id"])
         judged, results = tmp_path / "judge" / job.id, results_of(server, folder)
-        if objective == "classify":
-            with pytest.raises(ConfigError, match="labels are not judged on this page"):
-                results._prepare_evaluation(job, judged)
-            assert held_out == {"rows": 20, "questions": []}
-            return
         results._prepare_evaluation(job, judged)
     shown = read_json(judged / "evaluation.json")["rows"]
     assert held_out["rows"] == len(held_out["questions"]) == len(shown)
+    wanted = [row["expected"] for row in [*shown, *held_out["questions"]]]
+    lines = [json.loads(line) for line in (judged / "rows.jsonl").read_text().splitlines()]
+    if objective == "classify":
+        assert len(shown) == 20 and set(wanted) == {"a", "b"}
+        assert {line["label"] for line in lines} == {"a", "b"}
+        return
     assert len(shown) == 20 if objective == "dpo" else 0 < len(shown) < 20
-    assert all(row["expected"].startswith("yes") for row in [*shown, *held_out["questions"]])
-    lines = map(json.loads, (judged / "rows.jsonl").read_text().splitlines())
+    assert all(answer.startswith("yes") for answer in wanted)
     assert all(line["completion"][0]["content"].startswith("yes") for line in lines)
 
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from veneer.bases.loading.blueprint import Blueprint
-from veneer.child import environment_for
+from veneer.child import code_command, environment_for
 from veneer.data.examples import Example
 from veneer.files.remembered import is_known, remember
 from veneer.plan.simulation.step_counts import DryRun, Step
@@ -69,7 +68,7 @@ def idle_bytes() -> int:
     """Measures it in a process of its own: this one may have converted a base or answered
     before."""
     answer = subprocess.run(
-        [sys.executable, "-P", "-c", _IDLE],
+        code_command(_IDLE),
         env=environment_for(os.environ),
         capture_output=True,
         text=True,

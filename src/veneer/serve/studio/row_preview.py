@@ -16,7 +16,7 @@ import numpy as np
 
 from veneer.data.config import DataConfig
 from veneer.data.encoder import RowRules
-from veneer.data.examples import Capacity, Example, Format, Layout, Problem, Row, RowFault, RowRef
+from veneer.data.examples import Capacity, Example, Format, Problem, Row, RowFault, RowRef
 from veneer.data.files.columns import ColumnRenames, rating_of
 from veneer.data.files.labels import make_row
 from veneer.data.files.layouts import NEEDS, detect, likely_columns
@@ -84,7 +84,7 @@ def describe_columns(file: RowFile, choices: RowChoices) -> dict[str, Any]:
             if value not in (None, ""):
                 columns.setdefault(name, cut(_text(value), MOST_CELL))
     present = frozenset(columns)
-    layout, reason = _layout(present, choices.layout)
+    layout, reason = _layout([record for _, record in records], choices)
     likely_layout = layout or "prompt_completion"
     return {
         "columns": [{"name": name, "example": example} for name, example in columns.items()],
@@ -102,7 +102,7 @@ def describe_columns(file: RowFile, choices: RowChoices) -> dict[str, Any]:
             for line, record in records[:SHOWN_ROWS]
         ],
         "rows": [
-            _as_trained(file.name, line, record, choices, columns)
+            _as_trained(file.name, line, record, choices, columns, layout)
             for line, record in records[:SHOWN_ROWS]
         ],
     }
@@ -114,10 +114,11 @@ def first_choices(file: RowFile, records: int) -> RowChoices:
     A small set holds out ten rows, but at most a fifth.
     """
     share = round(min(max(LEAST_SHARE, LEAST_HELD_OUT / max(records, 1)), MOST_SHARE), 2)
-    columns = frozenset(column_names(file))
-    if (marked := _marked_layout(file, columns)) is not None:
+    first = _first_records(file)
+    columns = frozenset(name for record in first for name in record)
+    if (marked := _marked_layout(first, columns)) is not None:
         return RowChoices(layout=marked, validation_share=share)
-    if layout_of(file, RowChoices()) is not None or not columns:
+    if _layout(first, RowChoices())[0] is not None or not columns:
         return RowChoices(validation_share=share)
     return RowChoices(
         layout="prompt_completion",
@@ -127,35 +128,37 @@ def first_choices(file: RowFile, records: int) -> RowChoices:
 
 
 def layout_of(file: RowFile, choices: RowChoices) -> Format | None:
-    """Returns the layout that is chosen, or that the columns of the first records fit."""
-    renames = column_map(names := column_names(file), choices.columns)
-    columns = frozenset(filter(None, (renames.get(name, name) for name in names)))
-    return _layout(columns, choices.layout)[0]
+    """Returns the layout that is chosen, or that the first records fit."""
+    return _layout(_first_records(file), choices)[0]
 
 
-def _marked_layout(file: RowFile, columns: frozenset[str]) -> Format | None:
+def _layout(records: Sequence[dict[str, Any]], choices: RowChoices) -> tuple[Format | None, str]:
+    """Returns the layout, or None and why none is recognised."""
+    if choices.layout != "auto":
+        return choices.layout, ""
+    try:
+        names = dict.fromkeys(name for record in records for name in record)
+        renames = ColumnRenames(column_map(list(names), choices.columns))
+        rows = [renames.rename(record) for record in records]
+        columns = frozenset(
+            name for row in rows for name, value in row.items() if value not in (None, "")
+        )
+        return _marked_layout(rows, columns) or detect(columns, "any"), ""
+    except RowFault as fault:
+        return None, fault.message
+
+
+def _marked_layout(rows: Sequence[dict[str, Any]], columns: frozenset[str]) -> Format | None:
     """Returns the layout of texts with labels or of rated answers; None for other rows.
 
     A label beside prompt and completion rates the answer only where it is true or false.
     """
     if columns >= set(NEEDS["ratings"]):
         labels = {
-            rating_of(record.get("label"))
-            for _, record in islice(_records_of(file), RECORDS_FOR_COLUMNS)
-            if isinstance(record.get("label"), str | bool)
+            rating_of(row.get("label")) for row in rows if isinstance(row.get("label"), str | bool)
         }
         return "ratings" if labels == {True, False} else None
     return "labels" if columns >= set(NEEDS["labels"]) else None
-
-
-def _layout(columns: frozenset[str], chosen: Layout) -> tuple[Format | None, str]:
-    """Returns the layout, or None and why none is recognised."""
-    if chosen != "auto":
-        return chosen, ""
-    try:
-        return detect(columns, "any"), ""
-    except RowFault as fault:
-        return None, fault.message
 
 
 def _likely(columns: frozenset[str], layout: Format) -> dict[str, str]:
@@ -182,14 +185,20 @@ def column_map(columns: Sequence[str], chosen: Mapping[str, str]) -> dict[str, s
 
 
 def _as_trained(
-    file: str, line: int, record: dict[str, Any], choices: RowChoices, columns: Mapping[str, str]
+    file: str,
+    line: int,
+    record: dict[str, Any],
+    choices: RowChoices,
+    columns: Mapping[str, str],
+    layout: Format | None,
 ) -> dict[str, Any]:
     """Returns a row's messages as the model will see them, or its fault."""
     try:
         renames = ColumnRenames(column_map(list(columns), choices.columns))
         values = renames.rename(record)
         present = frozenset(name for name, value in values.items() if value is not None)
-        layout = detect(present, "any") if choices.layout == "auto" else choices.layout
+        if layout is None or (choices.layout == "auto" and layout not in ("ratings", "labels")):
+            layout = detect(present, "any")  # rows of a file may differ
         row = make_row(values, RowRef(file, line), layout)
     except RowFault as fault:
         return {
@@ -232,10 +241,11 @@ def data_settings(file: RowFile, choices: RowChoices) -> dict[str, Any]:
 
 def column_names(file: RowFile) -> list[str]:
     """Returns the names of the columns that the first records have."""
-    names: dict[str, None] = {}
-    for _, record in islice(_records_of(file), RECORDS_FOR_COLUMNS):
-        names.update(dict.fromkeys(record))
-    return list(names)
+    return list(dict.fromkeys(name for record in _first_records(file) for name in record))
+
+
+def _first_records(file: RowFile) -> list[dict[str, Any]]:
+    return [record for _, record in islice(_records_of(file), RECORDS_FOR_COLUMNS)]
 
 
 def examine(

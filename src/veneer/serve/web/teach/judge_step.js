@@ -7,8 +7,19 @@ const JUDGE_SETTINGS = { temperature: 0, max_tokens: 96, seed: 1 };
  * worse: questions that only the base answers correctly.
  */
 const noAnswers = () => ({ asked: 0, right: [], worse: 0 });
-/** draft, job: whose adapter is judged. model: its name here. head: it gives labels. ends: stops the answers. */
-const judging = { draft: null, job: null, model: null, questions: [], head: false, ends: null, ...noAnswers() };
+/**
+ * draft, job: whose adapter is judged. model: its name here.
+ * head: it gives labels. ends: stops the answers.
+ */
+const judging = {
+  draft: null,
+  job: null,
+  model: null,
+  questions: [],
+  head: false,
+  ends: null,
+  ...noAnswers(),
+};
 
 async function showJudge() {
   const base = training.job?.base;

@@ -40,7 +40,8 @@ function settingField(path, value) {
   field.value = value === undefined ? "" : String(value);
   field.dataset.path = path;
   const title = make("span", {}, settingTitle(path));
-  return make("label", { className: "setting" }, title, field, make("small", {}, SETTING_HELP[path] ?? help));
+  const text = make("small", {}, SETTING_HELP[path] ?? help);
+  return make("label", { className: "setting" }, title, field, text);
 }
 
 function wordField(words, empty) {
@@ -84,7 +85,8 @@ function showTeacher() {
 
 /** Shows the fields of a method. values: by path */
 function showMethodSettings(method, values) {
-  const isField = (path) => ![DOCUMENT, OBJECTIVE, ...HIDDEN_SETTINGS].includes(path) && applies(path, method);
+  const elsewhere = [DOCUMENT, OBJECTIVE, ...HIDDEN_SETTINGS];
+  const isField = (path) => !elsewhere.includes(path) && applies(path, method);
   const paths = Object.keys(lesson.settings).filter(isField);
   const main = MAIN_SETTINGS.filter((path) => paths.includes(path));
   const more = paths.filter((path) => !MAIN_SETTINGS.includes(path));

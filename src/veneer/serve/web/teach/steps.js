@@ -115,7 +115,8 @@ async function teachSafely(work) {
 async function openDraft(id, step = "rows") {
   await teachSafely(async () => {
     const { preview, ...draft } = await studio(`/drafts/${encodeURIComponent(id)}`);
-    Object.assign(lesson, { draft, preview, report: null, rowsFault: null, plan: null, planFault: "", question: null });
+    Object.assign(lesson, { draft, preview, report: null, rowsFault: null });
+    Object.assign(lesson, { plan: null, planFault: "", question: null });
     if (!draft.training) draft.job = null; // it was deleted
     forgetTraining();
     training.job = draft.training;
