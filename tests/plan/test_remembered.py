@@ -426,6 +426,7 @@ def test_rates_are_measured_again_after_an_upgrade(cache, monkeypatch, changed):
     work, measured = Work(), []
     work.products[(16, 32, 32)] = 1000
     real = machine._measured
+    monkeypatch.setattr(machine, "processor_share", lambda device: 1.0)
     monkeypatch.setattr(machine, "_measured", lambda *given: measured.append(1) or real(*given))
     own = cache / "veneer"
     (own / "files").mkdir(parents=True)
