@@ -135,9 +135,7 @@ def main() -> None:
             bare, requests_for([()] * asked.requests, asked.uneven)
         )
         for number in numbers:
-            residents = Residents(
-                base, library, budget_bytes=asked.budget_mb * 2**20, base_names=["base"]
-            )
+            residents = Residents(base, library, budget_bytes=asked.budget_mb * 2**20)
             engine = Engine(base, budget_bytes=room, adapters=residents.tiers)
             names = asked_for(number, asked.requests)
             identities = [residents.resolve(f"a{each}") for each in names]

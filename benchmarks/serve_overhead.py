@@ -192,7 +192,7 @@ def serving(base: str, library: Path) -> tuple[subprocess.Popen[bytes], int]:
 def beside_a_library(base: Base, folder: Path, room: int) -> Engine:
     """With all of its adapters in memory."""
     library = make_library(folder, base, ADAPTERS)
-    residents = Residents(base, library, budget_bytes=2**30, base_names=["base"])
+    residents = Residents(base, library, budget_bytes=2**30)
     engine = Engine(base, budget_bytes=room, adapters=residents.tiers)
     names = [residents.resolve(f"a{number}") for number in range(ADAPTERS)]
     in_flight(

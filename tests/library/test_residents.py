@@ -53,6 +53,8 @@ METHODS = {
     "bottleneck": Bottleneck(placement="houlsby", size=5),
 }
 ALIKE = ("a", "b", "c", "d", "e", "f")
+BASE = "the base"
+"""Asks for the base in these tests. It has no name in a library; its identity is ()."""
 PROMPT = tuple((7 * n) % 250 for n in range(21))
 
 
@@ -112,12 +114,7 @@ class Served:
         self.base = tiny_base("llama_untied")
         size = library.get("a").version.facts.parameters * 4
         self.residents = Residents(
-            self.base,
-            library,
-            budget_bytes=int(size * room),
-            base_names=["tiny"],
-            limits=limits,
-            clock=lambda: self.now,
+            self.base, library, budget_bytes=int(size * room), limits=limits, clock=lambda: self.now
         )
         self.engine = Engine(
             self.base, budget_bytes=2**22, adapters=self.residents.tiers, limits=Limits(**engine)
@@ -126,7 +123,7 @@ class Served:
         self.residents.tiers.changed = self.came.set
 
     def add(self, *names: str, new: int = 4, prompt=PROMPT, **asked):
-        own = tuple(pair for name in names for pair in self.residents.resolve(name))
+        own = tuple(pair for name in names if name != BASE for pair in self.residents.resolve(name))
         return self.engine.add(Request(prompt=prompt, max_new_tokens=new, adapter=own, **asked))[0]
 
     def step(self):
@@ -172,9 +169,7 @@ def right(made):
             base = tiny_base("llama_untied")
             _ = base.paths
             own = (
-                ()
-                if name == "tiny"
-                else ((load_adapter(base, library.path(name), name=name), 1.0),)
+                () if name == BASE else ((load_adapter(base, library.path(name), name=name), 1.0),)
             )
             known[name] = generate_alone(base, own, list(PROMPT))
         return known[name][:new]
@@ -207,13 +202,8 @@ def test_a_name_means_a_content_whichever_way_it_is_said(library):
     residents = Served(library).residents
     (own,) = residents.resolve("lora")
     assert own == (library.get("lora").version.object, 1.0)
-    assert (
-        residents.resolve("lora@1")
-        == residents.resolve("lora@best")
-        == residents.resolve("tiny:lora")
-        == (own,)
-    )
-    assert residents.resolve("tiny") == () and residents.resolve("lora", 0.5) == ((own[0], 0.5),)
+    assert residents.resolve("lora@1") == residents.resolve("lora@best") == (own,)
+    assert residents.resolve("lora", 0.5) == ((own[0], 0.5),)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +212,7 @@ def test_a_name_means_a_content_whichever_way_it_is_said(library):
         ("lorra", "Did you mean 'lora'"),
         ("lora@9", "lora has @1 (best)"),
         ("lora@old", "lora has @1 (best)"),
-        ("tiny:nobody", "'"),
+        ("tiny:lora", "Did you mean"),  # the names of models are the server's (serve/engine)
         ("other:lora", "Did you mean"),
         ("../../etc/passwd", "nothing is called"),
         ("x" * 5000, "nothing is called"),
@@ -269,7 +259,7 @@ def test_an_adapter_of_an_edited_config_over_the_same_weights_is_refused_when_it
 
 def test_every_method_is_read_when_it_is_asked_for_and_answers_as_alone(library, right):
     served = Served(library)
-    names = ["tiny", *METHODS]
+    names = [BASE, *METHODS]
     asked = {served.add(name): name for name in [*names, *names]}
     assert set(served.run()) == set(asked)
     for answer, name in asked.items():
@@ -299,7 +289,7 @@ def test_a_base_in_bf16_holds_factors_in_bf16_and_answers_as_with_those_of_the_f
     )
     for each in (base, other):
         _ = each.paths
-    residents = Residents(base, library, budget_bytes=2**20, base_names=["tiny"])
+    residents = Residents(base, library, budget_bytes=2**20)
     engine = Engine(base, budget_bytes=2**22, adapters=residents.tiers)
     (held,) = engine.add(
         Request(prompt=PROMPT, max_new_tokens=8, adapter=residents.resolve("lora"))
@@ -326,7 +316,7 @@ def test_factors_are_laid_out_once_as_long_as_it_is_here_and_counted(tmp_path, m
     base, times = wide(), []
     made = few_rows.laid_out
     monkeypatch.setattr(few_rows, "laid_out", lambda *given: times.append(1) or made(*given))
-    residents = Residents(base, library, budget_bytes=2**20, base_names=["tiny"])
+    residents = Residents(base, library, budget_bytes=2**20)
     engine = Engine(base, budget_bytes=2**22, adapters=residents.tiers)
     said = []
     for _ in range(2):  # nobody uses it between these
@@ -347,7 +337,7 @@ def test_with_room_for_few_all_are_answered_each_as_alone_and_the_budget_holds(
     library, right, room
 ):
     served = Served(library, room=room)
-    order = [*ALIKE, "tiny", *ALIKE[::-1], "a", "tiny", "a"]
+    order = [*ALIKE, BASE, *ALIKE[::-1], "a", BASE, "a"]
     asked = {served.add(name): name for name in order}
     assert set(served.run()) == set(asked)
     for answer, name in asked.items():
@@ -381,7 +371,7 @@ def test_one_that_is_larger_than_the_budget_is_an_error_of_its_own(library, righ
     served = Served(library, room=0.5)
     with pytest.raises(BudgetFullError, match="bytes"):
         served.add("a")
-    assert served.add("low") in served.run() and served.add("tiny") in served.run()
+    assert served.add("low") in served.run() and served.add(BASE) in served.run()
 
 
 def test_two_requests_that_each_need_two_adapters_do_not_wait_for_each_other(library):
@@ -408,7 +398,7 @@ def test_two_prefixes_together_end_their_own_request_alone(library):
 def test_a_disk_that_hangs_holds_up_its_own_requests_alone(library, reads, right):
     served = Served(library, limits=LoadLimits(at_once=1, slow_seconds=1, load_seconds=30))
     reads.jammed = {library.path("a").name}
-    stuck, behind, base = served.add("a"), served.add("b"), served.add("tiny", new=9)
+    stuck, behind, base = served.add("a"), served.add("b"), served.add(BASE, new=9)
     ended = []
     while base not in ended:
         ended += served.step()
@@ -441,13 +431,13 @@ def test_a_broken_adapter_ends_its_own_requests_and_is_not_read_again_at_once(
     whole = file.read_bytes()
     file.write_bytes(whole[:-4] + b"\0\0\0\0")
     reads.jammed = {library.path("a").name}
-    bad, worse, fine, base = served.add("a"), served.add("a"), served.add("b"), served.add("tiny")
+    bad, worse, fine, base = served.add("a"), served.add("a"), served.add("b"), served.add(BASE)
     reads.free.set()  # not before both wait: the second would be told at once
     served.run()
     assert {bad.reason, worse.reason} == {FinishReason.ERROR} and isinstance(
         bad.error, CorruptFileError
     )
-    assert fine.answer == right("b") and base.answer == right("tiny")
+    assert fine.answer == right("b") and base.answer == right(BASE)
     for _ in range(3):
         with pytest.raises(CorruptFileError):
             served.add("a")
@@ -533,7 +523,7 @@ def test_a_version_in_flight_ends_as_it_began_and_goes_while_new_requests_get_th
     served.quiet()
     assert served.tiers() == {"a@2": "ready"} and len(served.base.attachments) == 1
     blocks = served.engine.scheduler.blocks
-    assert served.add("tiny") and served.run()
+    assert served.add(BASE) and served.run()
     assert not any(own == content for _, adapter in blocks._names.values() for own, _ in adapter)
     explicit = served.add("a@1", new=9)
     served.run()
@@ -700,7 +690,7 @@ def test_an_adapter_that_makes_room_for_a_waiting_request_takes_no_further_users
 
 def test_what_has_come_for_a_request_that_waits_is_not_sent_away_for_the_next(library, reads):
     served = Served(library, room=1, rows=1)
-    served.add("tiny", new=30)
+    served.add(BASE, new=30)
     served.add("a"), served.add("b")
     served.run()
     assert set(reads.values()) == {1}
@@ -748,7 +738,7 @@ def test_with_adapters_in_memory_and_none_acting_the_base_makes_the_same_calls(l
         served = Served(library)
         for name in names:
             served.residents.load(name)
-        served.add("tiny")
+        served.add(BASE)
         with Calls() as calls:
             served.run()
         found.append(calls.found)
@@ -798,11 +788,12 @@ def test_any_traffic_ends_each_request_once_and_within_the_budget(library, right
             limits=LoadLimits(max_overtaken=2),
             rows=draw.choice([1, 3]),
         )
-        names, asked, ended = [*ALIKE, "low", "prefix", "tiny"], {}, []
+        adapters, asked, ended = [*ALIKE, "low", "prefix"], {}, []
         for _ in range(40):
-            what, name = draw.random(), draw.choice(names)
+            what, name = draw.random(), draw.choice(adapters)
             if what < 0.5:
-                asked[served.add(name, new=draw.randint(1, 6))] = name
+                model = draw.choice([*adapters, BASE])
+                asked[served.add(model, new=draw.randint(1, 6))] = model
             elif what < 0.6 and asked:
                 served.engine.cancel(draw.choice(list(asked)))
             elif what < 0.65:
@@ -816,7 +807,7 @@ def test_any_traffic_ends_each_request_once_and_within_the_budget(library, right
         for answer, name in asked.items():
             assert answer.new == right(name, 9)[: len(answer.new)]
             assert answer.reason in (FinishReason.LENGTH, FinishReason.CANCELLED)
-        for name in names:
+        for name in adapters:
             served.residents.unload(name)
         served.quiet()
         assert served.residents.tiers.used_bytes() == 0 and not served.base.attachments

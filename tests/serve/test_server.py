@@ -855,6 +855,29 @@ def test_what_is_in_memory_is_told_and_can_be_made_to_stay(server):
     assert server.post("/v1/adapters/pin", {"name": "wide"}).status_code == 422
 
 
+@pytest.mark.parametrize("name", [BASE, "tiny-llama"])  # the base's name, and its source
+def test_an_adapter_that_is_called_like_the_base_answers_as_itself(tmp_path, name):
+    library = Library(tmp_path / "adapters")
+    add_adapter(library, tmp_path / "made", name, 1)
+    with running(library) as server:
+
+        def answer(model):
+            body = {"model": model, "messages": HELLO, **GREEDY, "logprobs": True}
+            answered = server.post(CHAT, body).json()
+            return answered["system_fingerprint"], answered["choices"][0]["logprobs"]["content"]
+
+        base, listed = server.openai().models.list().data
+        assert (base.id, listed.id) == (BASE, f"{BASE}:{name}" if name == BASE else name)
+        assert answer(listed.id) == answer(f"{BASE}:{name}") == answer(f"{name}@1")
+        assert all(own != other for own, other in zip(answer(listed.id), answer(BASE), strict=True))
+        assert f'veneer:adapter_in_memory_bytes{{adapter="{listed.id}"}}' in (
+            server.http().get("/metrics").text
+        )
+        server.post("/v1/adapters/pin", {"name": listed.id}).raise_for_status()
+        assert server.http().get("/v1/adapters").json()["data"][0]["pinned"]
+        assert server.post("/v1/adapters/pin", {"name": BASE}).status_code == 404
+
+
 def test_a_version_that_is_published_is_served_at_once(server, library, tmp_path):
     body = {"model": "fresh", "messages": HELLO, **GREEDY}
     assert server.post(CHAT, body).status_code == 404

@@ -17,6 +17,7 @@ from veneer.bounds import BYTES, SECONDS, check_numbers
 from veneer.decoding.engine import Engine
 from veneer.decoding.schedule.limits import Limits
 from veneer.decoding.schedule.lookup import LookupMode, check_lookup
+from veneer.errors import UnknownNameError
 from veneer.files.home import name_of
 from veneer.files.system_errors import explained
 from veneer.library.library import Library
@@ -32,6 +33,7 @@ from veneer.serve.http.fine_tuning import fine_tuning_routes
 from veneer.serve.http.guard import Guard, check_origins, for_browsers
 from veneer.serve.http.keys import ApiKeys, read_keys
 from veneer.serve.http.paths import PATHS
+from veneer.serve.refusals import Refusal
 from veneer.serve.run import check_reach, listening
 from veneer.serve.runs import Runs
 
@@ -117,10 +119,7 @@ def keys_of(settings: ServeSettings, environment: Mapping[str, str]) -> ApiKeys:
 def service_of(base: FrozenBase, library: Library, settings: ServeSettings) -> Service:
     """Makes the service. VeneerError: the base cannot be served, a pinned adapter does not fit."""
     name = settings.name or name_of(base.source)
-    names_of_base = {name, base.source, base.name_or_path}
-    residents = Residents(
-        base, library, budget_bytes=settings.adapters_bytes, base_names=names_of_base
-    )
+    residents = Residents(base, library, budget_bytes=settings.adapters_bytes)
     engine = Engine(
         base,
         budget_bytes=cache_bytes(settings),
@@ -149,8 +148,17 @@ def service_of(base: FrozenBase, library: Library, settings: ServeSettings) -> S
     )
     residents.tiers.changed = service.loop.wake
     for adapter in settings.pinned:
-        residents.pin(adapter)
+        residents.pin(_pinned_reference(names, adapter))
     return service
+
+
+def _pinned_reference(names: ModelNames, adapter: str) -> str:
+    """Returns the library's reference of an adapter to pin. UnknownNameError: there is none."""
+    try:
+        return names.reference(adapter)
+    except Refusal as refusal:
+        step = "Name an adapter of the library; veneer adapters ls lists them."
+        raise UnknownNameError(f"--pin {adapter[:80]}", [refusal.message], step) from None
 
 
 def _runs_folder(settings: ServeSettings, fine_tuning: FineTuning | None) -> Path | None:

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 import pytest
 
 from tests.serve.server import add_adapter, made_base
+from veneer.errors import UnknownNameError
 from veneer.library.library import Library
 from veneer.library.residents.residents import Residents
 from veneer.serve.engine.names import LOADED, UNLOADED, ModelNames
 from veneer.serve.refusals import Refusal
+from veneer.serve.start import ServeSettings, service_of
 
 LIBRARY = {"bar": 2, "poems": 1}
 """Name -> the number of its versions, before anything happens."""
@@ -193,7 +195,7 @@ def library(tmp_path, folders):
 
 @pytest.fixture
 def residents(base, library):
-    return Residents(base, library, budget_bytes=2**30, base_names={"tiny"})
+    return Residents(base, library, budget_bytes=2**30)
 
 
 @pytest.fixture
@@ -241,6 +243,54 @@ def test_an_adapter_stays_pinned_when_its_alias_is_unloaded_and_not_when_it_is(
     assert pinned() == ["bar@1", "poems@1"]  # which the alias means
     names.remove("mine")
     assert pinned() == ["bar@1", "poems@1"]
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-llama"])  # the base's name, and its source
+def test_the_base_s_name_is_the_base_and_an_adapter_of_that_name_is_itself(
+    names, library, residents, name
+):
+    Publish(name).run(names, library)
+    content = library.get(name).version.object
+    listed = f"tiny:{name}" if name == "tiny" else name
+    assert names.model("tiny").identity == ()
+    for asked in (listed, f"tiny:{name}", f"{name}@1"):
+        model = names.model(asked)
+        assert (model.identity, model.adapters) == (((content, 1.0),), ((listed, content),))
+    assert listed in [card["id"] for card in names.cards()]
+    assert names.card("tiny")["parent"] is None and names.card(listed)["root"] == f"{name}@1"
+    names.check("mine", name, in_place=False)
+    names.add("mine", name)
+    assert names.model("mine").identity == ((content, 1.0),)
+    assert residents.load(name) == ((content, 1.0),)
+
+
+def test_the_base_is_no_adapter(names, library):
+    Publish("tiny").run(names, library)
+    with pytest.raises(Refusal, match="tiny:tiny") as refused:
+        names.entry("tiny")
+    assert refused.value.status == 404
+    with pytest.raises(Refusal, match="none is the base"):
+        names.model("tiny", (("tiny", 1.0), ("bar", 1.0)))
+    assert len(names.model("tiny", (("tiny:tiny", 1.0), ("bar", 1.0))).identity) == 2
+
+
+@pytest.mark.parametrize("pinned", ["bar", "tiny:bar", "bar@1", "tiny:tiny", "tiny-llama"])
+def test_a_pin_names_an_adapter_as_a_request_does(library, pinned):
+    for name in ("tiny", "tiny-llama"):
+        library.add(library.path("poems"), name=name)
+    settings = ServeSettings(name="tiny", cache_bytes=2**20, pinned=[pinned])
+    service = service_of(made_base(), library, settings)
+    (shown,) = service.residents.tiers.shown()
+    own = library.get(pinned.removeprefix("tiny:"))
+    assert (shown.reference, shown.pinned) == (own.reference, True)
+    service.prompts.close()
+
+
+@pytest.mark.parametrize("pinned", ["tiny", "nobody", "other:bar"])
+def test_a_pin_of_no_adapter_is_refused(library, pinned):
+    settings = ServeSettings(name="tiny", cache_bytes=2**20, pinned=[pinned])
+    with pytest.raises(UnknownNameError, match=pinned):
+        service_of(made_base(), library, settings)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
-"""The adapters of a library for a server, looked up by name and kept in memory while in use
+"""The adapters of a library for a server, looked up by reference and kept in memory while in use
 (tiers.py).
 
-A name is looked up when a request comes, and means the version of that moment: a version published
-while a request runs is for later requests. A version that no name means any more is evicted when
-nobody uses it.
+References are the library's own: NAME, NAME@2, NAME@TAG. The base has none; its identity is ().
+A reference is looked up when a request comes, and means the version of that moment: a version
+published while a request runs is for later requests. A version that no name means any more is
+evicted when nobody uses it.
 """
 
 import threading
@@ -51,12 +52,11 @@ MOST_KNOWN = 1024
 
 
 class Residents:
-    """Looks adapters up by name. Every method may be called from any thread, and looks names up on
-    that thread.
+    """Looks adapters up by reference. Every method may be called from any thread, and looks
+    references up on that thread.
 
     budget_bytes  of all adapters in memory
     tiers         the adapters by content: what an engine asks
-    base_names    names of the base; NAME:adapter is an adapter too
     """
 
     def __init__(
@@ -65,12 +65,10 @@ class Residents:
         library: Library,
         *,
         budget_bytes: int,
-        base_names: Collection[str] = (),
         limits: LoadLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.base, self.library = base, library
-        self.base_names = frozenset(base_names) or frozenset({base.source, base.name_or_path})
         self.tiers = Tiers(base, budget_bytes=budget_bytes, limits=limits, clock=clock)
         self._lock = threading.Lock()
         self._meant: dict[str, str] = {}  # reference -> the content it last meant
@@ -81,20 +79,17 @@ class Residents:
         with base.routing.changing:
             self._plain, self._read_past = plain_copy(base.model), base.read_past
 
-    # by name
+    # by reference
 
-    def resolve(self, name: str, weight: float = 1.0) -> Identity:
-        """Returns what name, name@2, name@tag or BASE:name means now; () is the base alone.
+    def resolve(self, reference: str, weight: float = 1.0) -> Identity:
+        """Returns what name, name@2 or name@tag means now.
 
         Reads the library's record. Raises UnknownNameError with the nearest name,
         AdapterMismatchError if it was trained on another base, and the error of a load that failed
         just now.
         """
         check_numbers(weight=(WEIGHT, weight))
-        if name in self.base_names:
-            return ()
-        reference = self._reference(name)
-        return ((self._know(reference, self._entry(reference, name)), weight),)
+        return ((self._know(reference, self._entry(reference)), weight),)
 
     def preamble(self, identity: Identity) -> Preamble:
         """Returns the preamble that all these adapters were trained with."""
@@ -193,14 +188,14 @@ class Residents:
             self._remember(self._preambles, files.folder, preamble)
         return preamble
 
-    def load(self, name: str, *, seconds: float = 60.0) -> Identity:
+    def load(self, reference: str, *, seconds: float = 60.0) -> Identity:
         """Loads an adapter and waits for it.
 
         Raises the errors of `resolve` and of loading; BudgetFullError if others are pinned or in
         use for longer than `seconds`.
         """
         check_numbers(seconds=(SECONDS, seconds))
-        identity = self.resolve(name)
+        identity = self.resolve(reference)
         self.tiers.wait(identity, seconds)
         return identity
 
@@ -230,35 +225,29 @@ class Residents:
         ]
         return any(evictions)
 
-    def pin(self, name: str, *, seconds: float = 60.0) -> None:
+    def pin(self, reference: str, *, seconds: float = 60.0) -> None:
         """Loads an adapter and keeps it in memory, whatever the budget; follows its name's
         versions.
         """
-        if name in self.base_names:
-            return
-        reference = self._reference(name)
-        content = self._know(reference, self._entry(reference, name))
+        content = self._know(reference, self._entry(reference))
         with self._lock:
             self._pins.add(reference)
             self._apply_pins(content, self._meant.get(reference, content))
         try:
-            self.load(name, seconds=seconds)
+            self.load(reference, seconds=seconds)
         except BaseException:
             with self._lock:
                 self._pins.discard(reference)
                 self._apply_pins(content)
             raise
 
-    def unpin(self, name: str) -> None:
+    def unpin(self, reference: str) -> None:
         """Allows an adapter to be evicted."""
-        self._unpinned(name)
+        self._unpinned(reference)
 
-    def _unpinned(self, name: str) -> str | None:
-        """Unpins a name; returns the content it meant, None if it was never asked for."""
-        if name in self.base_names:
-            return None
-        reference = self._reference(name)
-        self._entry(reference, name)
+    def _unpinned(self, reference: str) -> str | None:
+        """Unpins a reference; returns the content it meant, None if it was never asked for."""
+        self._entry(reference)
         with self._lock:
             self._pins.discard(reference)
             content = self._meant.get(reference)
@@ -268,20 +257,15 @@ class Residents:
 
     # helpers
 
-    def _reference(self, name: str) -> str:
-        """Returns the library's reference in a name. UnknownNameError: it cannot be one."""
-        base_name, colon, adapter_name = name.rpartition(":")
-        reference = adapter_name if colon and base_name in self.base_names else name
+    def _entry(self, reference: str) -> Entry:
+        """Finds the entry in the library. Raises UnknownNameError."""
         if not is_reference(reference):
-            raise self._unknown(name)
-        return reference
-
-    def _entry(self, reference: str, name: str) -> Entry:
+            raise self._unknown(reference)
         try:
             return self.library.get(reference)
         except ConfigError as fault:
             self._mean(reference, None)
-            raise self._unknown(name, fault) from None
+            raise self._unknown(reference, fault) from None
 
     def _know(self, reference: str, entry: Entry) -> str:
         """Registers the content of an entry, so that it can be asked for; returns it."""
@@ -350,9 +334,11 @@ class Residents:
                 "Serve it with the base that it was trained on.",
             )
 
-    def _unknown(self, name: str, fault: ConfigError | None = None) -> UnknownNameError:
-        """Returns the error for an unknown name. fault: the library's error, for a known name."""
-        if fault is not None and self.library.has(name.rpartition(":")[2]):
+    def _unknown(self, reference: str, fault: ConfigError | None = None) -> UnknownNameError:
+        """Returns the error for an unknown reference. fault: the library's error, for a known
+        name."""
+        if fault is not None and self.library.has(reference):
             return UnknownNameError(fault.headline, fault.faults, fault.next_step)
-        names = {*self.base_names, *self.library.all_names()}
-        return UnknownNameError(f"nothing is called {name[:80]!r}", [], nearest(name[:80], names))
+        name = reference[:80]
+        hint = nearest(name, self.library.all_names())
+        return UnknownNameError(f"nothing is called {name!r}", [], hint)

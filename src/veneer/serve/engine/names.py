@@ -5,6 +5,9 @@ the moment.
     tickets                 the newest version of an adapter;  tickets@2, tickets@best: that one
     smollm2-135m:tickets    the same, as SGLang's clients write it
 
+All names are resolved here. The base's name always means the base: an adapter that has the same
+name is listed, and chosen, as BASE:NAME alone.
+
 /v1/load_lora_adapter adds an alias: a further name of an adapter in the library. It comes before an
 adapter that is published under the same name later. /v1/unload_lora_adapter takes a name away: an
 alias, or an adapter with all its versions, which the server hides until it is loaded again. Files
@@ -35,6 +38,7 @@ NOT_AUTO = (
     "{0}: auto is no model by itself: the server chooses an adapter for each answer. Name a model"
     " here; an adapter called auto is {1}:auto."
 )
+NO_ADAPTER = "{0!r} is the base, not an adapter. An adapter of that name is {0}:{0}."
 MAX_COMPARED = 1000
 """Names that an unknown one is compared with, for a hint."""
 NO_PATH = (
@@ -123,13 +127,21 @@ class ModelNames:
             identity = self._adapters.resolve(reference, weight)
         except UnknownNameError:
             raise self._unknown(name) from None
-        adapter = reference.partition("@")[0]
+        adapter = self.listed_name(reference.partition("@")[0])
         return ServedModel(name, identity, tuple((adapter, content) for content, _ in identity))
+
+    def listed_name(self, adapter: str) -> str:
+        """Returns the name under which an adapter is listed: BASE:NAME where its own name means
+        something else."""
+        is_taken = adapter == self.base_name or (self._has_auto and adapter == AUTO)
+        return f"{self.base_name}:{adapter}" if is_taken else adapter
 
     def reference(self, name: str) -> str:
         """Returns the reference in the library. Refusal: 404, for missing and for unloaded names
-        alike."""
+        alike, and for the base."""
         self._refuse_auto(name, "model")
+        if name == self.base_name:
+            raise Refusal(404, NO_ADAPTER.format(name), "model", "adapter_not_found")
         adapter = self._without_base(name)
         with self._lock:
             reference = self._aliases.get(adapter, adapter)
@@ -147,11 +159,8 @@ class ModelNames:
         """Makes a 404 that suggests a close name. Reads no file of an adapter."""
         with self._lock:
             hidden, aliases = set(self._hidden), sorted(self._aliases)
-        known = [
-            self.base_name,
-            *aliases,
-            *(name for name in self._library.all_names() if name not in hidden),
-        ]
+        adapters = [*aliases, *(name for name in self._library.all_names() if name not in hidden)]
+        known = [self.base_name, *map(self.listed_name, adapters)]
         return unknown_model(name, nearest(name[:80], known[:MAX_COMPARED]))
 
     def _without_base(self, name: str) -> str:
@@ -182,11 +191,10 @@ class ModelNames:
             if entry.name in hidden or entry.name in aliases:
                 continue
             if self._adapters.fits(entry):
-                taken = entry.name == self.base_name or (self._has_auto and entry.name == AUTO)
-                yield f"{self.base_name}:{entry.name}" if taken else entry.name, entry
+                yield self.listed_name(entry.name), entry
         for name, reference in sorted(aliases.items()):
             try:
-                yield name, self._library.get(reference)
+                yield self.listed_name(name), self._library.get(reference)
             except VeneerError:  # removed since
                 continue
 

@@ -363,7 +363,8 @@ class Service:
         sizes: Counter[str] = Counter()
         for adapter in self.residents.tiers.shown():
             if adapter.tier is Tier.READY:
-                name = self._labels.get(adapter.content, adapter.reference.partition("@")[0])
+                own_name = self.names.listed_name(adapter.reference.partition("@")[0])
+                name = self._labels.get(adapter.content, own_name)
                 sizes[name] += adapter.bytes
         return sizes
 
