@@ -3,16 +3,25 @@ never stopped."""
 
 import importlib.util
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from tests.support.tiny import tiny_model
+from veneer.adapters.attach import attach
+from veneer.adapters.config import LoRA
+from veneer.adapters.placement.routing import Routing
 from veneer.errors import ConfigError
+from veneer.formats import loading
+from veneer.library.residents.eviction import hold_as
+from veneer.private.torch import version_of
 from veneer.training.config import MOMENT_BYTES
 from veneer.training.optimizer import optimizers
 from veneer.training.optimizer.buffer import FlatAdamW, FlatParameters
 from veneer.training.optimizer.optimizers import AdamW8bit, make_optimizer
+from veneer.training.own_loop.reference import StartReference
 from veneer.training.state.checkpoint import load_checkpoint, save_checkpoint
 
 needs_library = pytest.mark.skipif(
@@ -137,6 +146,57 @@ def test_without_the_library_it_says_what_to_install(monkeypatch):
 
 def test_the_names_are_those_of_the_settings():
     assert isinstance(make_optimizer("adamw", flat_of((10, 7)), weight_decay=0.0), FlatAdamW)
+
+
+def step_once(flat):
+    steps(FlatAdamW(flat, weight_decay=0.0), 0, 1)
+
+
+def step_once_in_8_bits(flat):
+    steps(AdamW8bit(flat, weight_decay=0.0), 0, 1)
+
+
+def load_a_state(flat):
+    optimizer = FlatAdamW(flat, weight_decay=0.0)
+    optimizer.load(optimizer.state() | {"values": flat.values.data + 1})
+
+
+def exchange_for_a_reference(flat):
+    with StartReference(None, flat, start=flat.values.data + 1, known={})._first_values():
+        pass
+
+
+def fill_from_a_file(flat):
+    values = {name: p.detach() + 1 for name, p in flat.parameters.items()}
+    loading._fill(SimpleNamespace(parameters=lambda: flat.parameters), values, take=True)
+
+
+WRITERS = {
+    "a step": step_once,
+    "a step in 8 bits": pytest.param(step_once_in_8_bits, marks=needs_library),
+    "a state": load_a_state,
+    "a reference": exchange_for_a_reference,
+    "a file": fill_from_a_file,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_every_write_raises_the_version_of_every_trained_tensor(write, dtype):
+    """Caches of trained values end by it: DoRA's norms, a library's list of changed adapters, and
+    what was proven about a base whose own weights train."""
+    flat = flat_of((96, 64), dtype)
+    before = {name: version_of(p) for name, p in flat.parameters.items()}
+    write(flat)
+    assert all(version_of(p) > before[name] for name, p in flat.parameters.items())
+
+
+def test_factors_that_are_rounded_for_answers_have_a_new_version():
+    model = tiny_model("llama")
+    attachment = attach(model, LoRA(rank=2), name="a", routing=Routing(), head=model.lm_head)
+    before = {name: version_of(p) for name, p in attachment.parameters().items()}
+    hold_as(attachment, torch.bfloat16)
+    assert all(version_of(p) > before[name] for name, p in attachment.parameters().items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -310,6 +310,22 @@ def test_answers_and_files_are_those_of_the_adapter_as_it_stands(base, rows, tmp
     assert entry.reference == "mine@1"
 
 
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_scores_after_a_step_are_those_of_the_saved_adapter(method, base, rows, tmp_path):
+    """What answers computed before a step is not used after it."""
+    adamw = veneer.AdamW(learning_rate=0.05)
+    with base.trainer(method, name="mine") as trainer:
+        for _ in range(2):
+            assert trainer.forward_backward(rows[:3]).loss_sum > 0
+            trainer.sample("row 1", max_new_tokens=2)
+            trainer.optim_step(adamw)
+        folder = trainer.save(tmp_path / "saved")
+        scores = base.score(rows[:4], adapter="mine")
+    loaded = base.load_adapter(folder)
+    assert scores == base.score(rows[:4], adapter=loaded)
+    base.detach(loaded)
+
+
 def test_a_trainer_goes_on_with_an_adapter(base, rows, tmp_path):
     with base.trainer(METHODS["dora"]) as trainer:
         step(trainer, rows[:3])

@@ -10,7 +10,7 @@ import torch
 
 import veneer
 from tests.support.joint import FLOAT32, alone, losses, make_world, write_preferences
-from tests.training.test_own_loop import GUIDE
+from tests.training.test_own_loop import GUIDE, METHODS
 from veneer.errors import ConfigError
 from veneer.training.own_loop import forward_queue, reference
 
@@ -188,6 +188,28 @@ def test_a_reference_is_computed_once_and_goes_on_with_a_state(base, world, tmp_
         assert steps(trainer, [rows[2:8]], "dpo") == expected and computed == [4]
         for name, value in trainer.attachment.parameters().items():
             assert torch.equal(value, expected_values[name]), name
+
+
+@pytest.mark.parametrize("method", ["targets", "dora", "bottleneck", "prefix"])
+def test_a_reference_is_that_of_the_start_whatever_was_computed_before(
+    method, base, world, tmp_path
+):
+    rows = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
+    adamw = veneer.AdamW(learning_rate=0.05)
+    with base.trainer(METHODS[method]) as trainer:
+        trainer.forward_backward(world / "answers.jsonl")
+        trainer.optim_step(adamw)
+        parent = trainer.save(tmp_path / "parent")
+    figures = []
+    for samples in (False, True):
+        with base.trainer(parent) as trainer:
+            trainer.forward_backward(rows[:2], loss="dpo")
+            trainer.optim_step(adamw)
+            if samples:
+                trainer.sample("p 1", max_new_tokens=2)
+            call = trainer.forward_backward(rows[2:6], loss="dpo")
+            figures.append((call.loss_sum, dict(call.metrics)))
+    assert figures[0] == figures[1]
 
 
 def test_an_objective_has_figures_and_counts_of_its_own(base, world):

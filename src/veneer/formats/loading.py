@@ -25,6 +25,7 @@ from veneer.formats.same_base import base_differences, text_differences, wrong_b
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.own_head import fresh_head
+from veneer.private.torch import raise_versions
 from veneer.wording import first_lines
 
 MAX_DIFFERENT = 8
@@ -179,6 +180,7 @@ def _fill(attachment: Attachment, values: Mapping[str, Tensor], *, take: bool) -
             parameter.data = value
         else:
             parameter.copy_(value)
+    raise_versions(parameters.values())
 
 
 def _check_scaling(stored: StoredAdapter, scaling: Mapping[str, float]) -> None:

@@ -5,12 +5,13 @@ listed here if their name begins with an underscore: torch may change their argu
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["TorchDispatchMode"]
@@ -90,8 +91,15 @@ def has_gradient_hooks(tensor: Tensor) -> bool:
 
 
 def version_of(tensor: Tensor) -> int:
-    """Returns a number that rises when torch changes the tensor in place."""
+    """Returns a number that rises whenever the tensor's values change: when torch changes them in
+    place, and when `raise_versions` says that they were changed in another way."""
     return tensor._version
+
+
+def raise_versions(tensors: Iterable[Tensor]) -> None:
+    """Raises `version_of` after a change that torch does not count: one through `.data`, through
+    another tensor of the same memory, or by a fused optimizer. Caches of the old values end."""
+    increment_version(tensors)
 
 
 def storage_key(tensor: Tensor) -> int:

@@ -48,8 +48,8 @@ class DoRALayer:
     def norm(self, base: FrozenLinear) -> Tensor:
         """Returns the row norms (O) of W + scaling * B A, cached unless a gradient is recorded.
 
-        The optimizer changes A and B without raising torch's version counters. Therefore every
-        forward that records a gradient clears the cache.
+        A forward that records a gradient clears the cache, since torch's own fused optimizers
+        change A and B without raising their versions.
         """
         if torch.is_grad_enabled():
             self._kept = None

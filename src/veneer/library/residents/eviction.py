@@ -14,6 +14,7 @@ from veneer.adapters.methods.lora import LoRALayer
 from veneer.adapters.placement.attachment import Attachment
 from veneer.errors import CorruptFileError
 from veneer.formats.adapter import StoredAdapter, read_adapter
+from veneer.private.torch import raise_versions
 
 Key = TypeVar("Key")
 HELD_ITEM_BYTES = 4
@@ -69,6 +70,7 @@ def hold_as(attachment: Attachment, dtype: torch.dtype) -> None:
             and layer.start is None
         ):
             layer.A.data, layer.B.data = layer.A.data.to(dtype), layer.B.data.to(dtype)
+            raise_versions((layer.A, layer.B))
 
 
 def bytes_needed(stored: StoredAdapter) -> int:

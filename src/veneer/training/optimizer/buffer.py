@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from veneer.private.torch import raise_versions
 from veneer.sharded import is_sharded
 from veneer.training.processes.world import World
 from veneer.training.state.checkpoint import SplitTensor, tensor_hash
@@ -39,8 +40,13 @@ class FlatValues(ABC):
     apart: bool
     _hooks: list[RemovableHandle]
 
-    @abstractmethod
     def publish(self) -> None:
+        """Makes the model compute with the values. Every write to `values` ends with this call."""
+        self._copy_to_model()
+        raise_versions(self.parameters.values())
+
+    @abstractmethod
+    def _copy_to_model(self) -> None:
         """Rounds the values into the parameters that the model computes with."""
 
     def release(self) -> None:
@@ -110,8 +116,7 @@ class FlatParameters(FlatValues):
                 )
             offset += size
 
-    def publish(self) -> None:
-        """Rounds the masters into the parameters that the model computes with."""
+    def _copy_to_model(self) -> None:
         for parameter, master in self._masters:
             parameter.data.copy_(master)
 

@@ -92,7 +92,7 @@ class ShardedValues(FlatValues):
         """Returns this process's rows of each parameter, of a tensor like `values`."""
         return [own[place].view(shape) for place, shape in self._places]
 
-    def publish(self) -> None:
+    def _copy_to_model(self) -> None:
         """Lets the next gathering read the values; rows that FSDP2 had to pad are copied."""
         self.sharding.reshard()
         for parameter, master in zip(
