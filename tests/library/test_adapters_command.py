@@ -86,7 +86,7 @@ def test_the_printed_commands_bring_a_removed_version_back_or_list_its_files(odd
     run("add", "my a", "--name", "x", "--tag", "best", "--note", "as it was")
     before = Library("my library").get("x").version
     said = run("rm", "x")
-    after = run_printed(said, "to add x@1 again").get("x").version
+    after = run_printed(said, "to add x@1 again as the next version").get("x").version
     assert (after.object, after.tags, after.note) == (before.object, ["best"], "as it was")
     said = run("rm", "x")
     command = re.search("veneer (adapters gc .*)", said)[1]

@@ -84,6 +84,51 @@ def test_versions_are_never_numbered_twice_and_a_removed_one_is_gone(library, so
         library.get("x")
 
 
+def test_a_name_that_comes_back_counts_on(library, sources):
+    library.add(sources / "a", name="x", tags=["best"])
+    library.add(sources / "b", name="x")
+    library.remove("x")
+    assert "x" not in library.all_names() and not library.has("x")
+    assert library.add(sources / "p", name="x").reference == "x@3"
+    for gone in ("x@1", "x@2", "x@best"):
+        with pytest.raises(ConfigError, match="there is no x@"):
+            library.get(gone)
+    library.remove("x@3")
+    library.collect()
+    assert library.add(sources / "a", name="x").reference == "x@4"
+    library.rename("x", "y")
+    assert library.add(sources / "b", name="x").reference == "x@5"
+
+
+def test_a_rename_gives_no_number_that_meant_another_adapter(library, sources):
+    library.add(sources / "a", name="x")
+    library.add(sources / "b", name="x")
+    library.remove("x")
+    library.add(sources / "p", name="y")
+    with pytest.raises(ConfigError, match=r"x@1 was another adapter[\s\S]*as x@3"):
+        library.rename("y", "x")
+    assert references(library) == ["y@1"]
+    library.rename("y", "z")
+    library.rename("z", "y")
+    assert library.add(sources / "a", name="y").reference == "y@2"
+    library.rename("y", "z")
+    library.remove("z@2")
+    library.rename("z", "y")
+    assert library.add(sources / "b", name="y").reference == "y@3"
+
+
+def test_a_rename_counts_on_from_the_higher_of_both_names(library, sources):
+    for source in "abp":
+        library.add(sources / source, name="x")
+    library.remove("x@2")
+    library.rename("x", "y")
+    library.remove("y@3")
+    library.add(sources / "a", name="x")
+    library.remove("x")
+    library.rename("y", "z")
+    assert library.add(sources / "b", name="z").reference == "z@4"
+
+
 def test_a_rename_keeps_versions_and_overwrites_nothing(library, sources):
     library.add(sources / "a", name="x", tags=["best"])
     library.add(sources / "b", name="y")

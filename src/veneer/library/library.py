@@ -43,6 +43,11 @@ from veneer.library.records import (
     read_record,
     write_record,
 )
+from veneer.library.used_versions import (
+    read_used_versions,
+    refuse_other_objects,
+    write_used_versions,
+)
 from veneer.wording import html_table
 
 if TYPE_CHECKING:
@@ -214,7 +219,10 @@ class Library(LibraryFolder):
         """Makes a stored object the newest version of a name."""
         with self._changing():
             path = self._file(name)
-            record = read_record(path) if path.exists() else Record()
+            if path.exists():
+                record = read_record(path)
+            else:
+                record = Record(next_version=read_used_versions(path).next_version)
             untagged = [
                 version.model_copy(
                     update={"tags": [tag for tag in version.tags if tag not in tags]}
@@ -246,7 +254,10 @@ class Library(LibraryFolder):
         return Entry(name, version)
 
     def remove(self, reference: str) -> list[Entry]:
-        """Removes a version, or a name with all its versions. `collect` removes the objects."""
+        """Removes a version, or a name with all its versions. `collect` removes the objects.
+
+        The numbers of removed versions are not used again.
+        """
         parsed = parse_reference(reference)
         self._require()
         with self._changing():
@@ -261,19 +272,28 @@ class Library(LibraryFolder):
                     self._file(parsed.name), record.model_copy(update={"versions": remaining})
                 )
             else:
+                write_used_versions(self._file(parsed.name), record)
                 self._file(parsed.name).unlink()
         return [Entry(parsed.name, version) for version in removed]
 
     def rename(self, old: str, new: str) -> None:
-        """Renames at once: every version has the old name or the new one at any moment."""
+        """Renames at once: every version has the old name or the new one at any moment.
+
+        Raises ConfigError if a version has a number that meant another adapter under the new name.
+        """
         check_name(old), check_name(new)
         self._require()
         with self._changing():
-            self.record(old)
+            record = self.record(old)
             if self._file(new).exists():
                 raise ConfigError(
                     f"an adapter {new!r} exists already", [], "Take another name, or remove it."
                 )
+            refuse_other_objects(new, used := read_used_versions(self._file(new)), record)
+            if record.next_version < used.next_version:
+                record = record.model_copy(update={"next_version": used.next_version})
+                write_record(self._file(old), record)
+            write_used_versions(self._file(old), record)
             self._file(old).rename(self._file(new))
 
     def change(

@@ -216,7 +216,7 @@ def _rm(args: Namespace, library: Library) -> int:
     tags = [f"--tag={tag}" for tag in newest.version.tags]
     note = [f"--note={newest.version.note}"] if newest.version.note else []
     again = adapters_command(args, "add", source, "--name", newest.name, *tags, *note)
-    console.print(f"  to add {newest.reference} again: {again}")
+    console.print(f"  to add {newest.reference} again as the next version: {again}")
     return 0
 
 
