@@ -2,6 +2,7 @@
 at once."""
 
 import json
+from itertools import combinations
 from random import Random
 from typing import Annotated, Literal
 
@@ -506,6 +507,51 @@ def test_shapes_of_answers_are_read_from_each_dialect():
         {"structured_outputs": {"json_object": False}},
     ):
         assert chat.PROTOCOL.read({**ASK["/v1/chat/completions"], **none}).shape is None
+
+
+CALL = {"tools": [TOOL], "tool_choice": "required"}
+SHAPES = {
+    "tool_choice": CALL,
+    "response_format": {"response_format": {"type": "json_object"}},
+    "structured_outputs.json": {"structured_outputs": {"json": {}}},
+    "structured_outputs.json_object": {"structured_outputs": {"json_object": True}},
+    "structured_outputs.regex": {"structured_outputs": {"regex": "a"}},
+    "structured_outputs.choice": {"structured_outputs": {"choice": ["a"]}},
+    "structured_outputs.grammar": {"structured_outputs": {"grammar": "root ::= 'a'"}},
+    "guided_json": {"guided_json": {}},
+    "guided_regex": {"guided_regex": "a"},
+    "guided_choice": {"guided_choice": ["a"]},
+    "guided_grammar": {"guided_grammar": "root ::= 'a'"},
+}
+"""Fields that require a shape of an answer, in the order in which an error names them."""
+
+
+@pytest.mark.parametrize(("first", "second"), list(combinations(SHAPES, 2)))
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_two_shapes_of_an_answer_are_refused_with_both_names(path, first, second):
+    if path == "/v1/completions" and first == "tool_choice":
+        return  # it has no tools
+    changes = {}
+    for name in (first, second):
+        for key, value in SHAPES[name].items():
+            changes[key] = {**changes.get(key, {}), **value} if isinstance(value, dict) else value
+    refusal = refused(path, changes)
+    assert (refusal.status, refusal.param) == (400, second) and first in refusal.message
+
+
+def test_a_format_beside_a_required_call_is_refused_in_responses_too():
+    tool = {"type": "function", **TOOL["function"]}
+    named = {"type": "function", "name": TOOL["function"]["name"]}
+    schema = {"type": "json_schema", "name": "x", "schema": {}}
+    for choice in ("required", named):
+        for form in ({"type": "json_object"}, schema):
+            changes = {"tools": [tool], "tool_choice": choice, "text": {"format": form}}
+            refusal = refused("/v1/responses", changes)
+            assert (refusal.status, refusal.param) == (400, "text.format")
+            assert "tool_choice" in refusal.message
+    changes = {"tools": [tool], "text": {"format": {"type": "json_object"}}}
+    shape = responses.PROTOCOL.read({**ASK["/v1/responses"], **changes}).shape
+    assert (shape.kind, shape.param) == ("schema", "text.format")
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,8 @@ class ShapedBody(Body):
     guided_whitespace_pattern: NotSupported = None
     """up to 32 blanks between the parts of a value are allowed"""
 
-    def shape(self) -> AnswerShape | None:
-        """Returns the shape that the body requires. Refusal: 400 if two fields require one."""
+    def shapes(self) -> list[AnswerShape | None]:
+        """Returns the shape that each field requires; None for a format of any text."""
         outputs = self.structured_outputs or StructuredOutputs()
         any_object = ANY_OBJECT if outputs.json_object else None
         fields: tuple[tuple[ShapeKind, str, Any], ...] = (
@@ -100,16 +100,26 @@ class ShapedBody(Body):
             ("grammar", "guided_grammar", self.guided_grammar),
         )
         shapes = [AnswerShape(kind, name, spec) for kind, name, spec in fields if spec is not None]
-        if (formatted := format_shape(self.response_format)) is not None:
-            shapes.insert(0, formatted)
-        if len(shapes) > 1:
-            first, second = shapes[0].param, shapes[1].param
-            raise refuse([Fault(second, f"and {first} are both given: an answer has one shape")])
-        return shapes[0] if shapes else None
+        return [format_shape(self.response_format, "response_format"), *shapes]
 
 
-def format_shape(response_format: ResponseFormat | NamedSchema | None) -> AnswerShape | None:
-    """Returns the shape that a response format of either form requires."""
+def only_shape(*required: AnswerShape | None) -> AnswerShape | None:
+    """Returns the shape that an answer must have, of all that its request requires; None: any.
+
+    Refusal: 400 if there are several.
+    """
+    shapes = [shape for shape in required if shape is not None]
+    if len(shapes) > 1:
+        first, *others = (shape.param for shape in shapes)
+        reason = f"cannot be used with {first}: an answer has one shape"
+        raise refuse([Fault(other, reason) for other in others])
+    return shapes[0] if shapes else None
+
+
+def format_shape(
+    response_format: ResponseFormat | NamedSchema | None, param: str
+) -> AnswerShape | None:
+    """Returns the shape that a response format of either form requires. param: its field."""
     if isinstance(response_format, _SchemaFormat):
         response_format = response_format.json_schema
     if isinstance(response_format, NamedSchema):
@@ -118,4 +128,4 @@ def format_shape(response_format: ResponseFormat | NamedSchema | None) -> Answer
         schema = ANY_OBJECT
     else:
         return None
-    return AnswerShape("schema", "response_format", schema)
+    return AnswerShape("schema", param, schema)

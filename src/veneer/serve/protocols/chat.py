@@ -12,7 +12,7 @@ from pydantic import Field
 
 from veneer.bounds import LOGPROBS
 from veneer.decoding.sampling.sampling import Sampling
-from veneer.serve.protocols.answer_formats import ShapedBody
+from veneer.serve.protocols.answer_formats import ShapedBody, only_shape
 from veneer.serve.protocols.answers import (
     AnswerDelta,
     ApiProtocol,
@@ -125,7 +125,7 @@ class ChatBody(TemplateVariables, ShapedBody, ChoicesBody):
         return replace(
             self.request_for(prompt),
             max_new_tokens=self.max_tokens or self.max_completion_tokens,
-            shape=required_call(self.tools, tool) or self.shape(),
+            shape=only_shape(required_call(self.tools, tool), *self.shapes()),
         )
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, cast
 from veneer.bounds import CHOICES, LOGPROBS, NEW_TOKENS, Number
 from veneer.decoding.sampling.sampling import Sampling
 from veneer.serve.limits import MOST_IDS, MOST_PROMPTS, MOST_TEXT
-from veneer.serve.protocols.answer_formats import ShapedBody
+from veneer.serve.protocols.answer_formats import ShapedBody, only_shape
 from veneer.serve.protocols.answers import (
     AnswerDelta,
     ApiProtocol,
@@ -70,7 +70,7 @@ class CompletionBody(ShapedBody, ChoicesBody):
         return replace(
             self.request_for(*self._prompts()),
             max_new_tokens=self.max_tokens or 1,
-            shape=self.shape(),
+            shape=only_shape(*self.shapes()),
             repeats_prompt=self.echo,
             prompt_only=not self.max_tokens,
         )

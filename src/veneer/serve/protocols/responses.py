@@ -12,7 +12,7 @@ from pydantic import Field
 
 from veneer.bounds import Number
 from veneer.serve.limits import MOST_MESSAGES, MOST_PARTS, MOST_TEXT, MOST_TOOLS
-from veneer.serve.protocols.answer_formats import FlatFormat, format_shape
+from veneer.serve.protocols.answer_formats import FlatFormat, format_shape, only_shape
 from veneer.serve.protocols.answers import ApiProtocol
 from veneer.serve.protocols.body import (
     BY_TYPE,
@@ -172,12 +172,13 @@ class ResponseBody(OpenAIBody):
         tools = None
         if self.tools is not None:
             tools = [{"type": "function", "function": _without_type(tool)} for tool in self.tools]
-        text_format = self.text.format if self.text else None
+        call = required_call(tools, self.tool_choice)
+        text_shape = format_shape(self.text.format if self.text else None, "text.format")
         echoed = self.model_dump(include={"text", "tool_choice"}, exclude_unset=True)
         return replace(
             self.request_for(conversation(self._messages(), tools, choice=self.tool_choice)),
             max_new_tokens=self.max_output_tokens,
-            shape=required_call(tools, self.tool_choice) or format_shape(text_format),
+            shape=only_shape(call, text_shape),
             echo={
                 "instructions": self.instructions,
                 "max_output_tokens": self.max_output_tokens,
