@@ -482,8 +482,18 @@ def test_rows_that_booleans_mark_as_good_and_bad_answers_are_refused(
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_answers_that_are_all_marked_as_bad_are_refused(tmp_path: Path, suffix: str) -> None:
+    file = write(tmp_path / f"rows{suffix}", _labelled(suffix, [False, "", False]))
+    _, (problem,) = scan_rows(file)
+    assert (problem.code, len(problem.lines)) == ("D116", 2)
+    assert "no row of the set have true" in problem.message
+    rated = write(tmp_path / f"rated{suffix}", _labelled(suffix, [False, False]))
+    assert [row.liked for row in read_rows(rated, kind="ratings")] == [False, False]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 @pytest.mark.parametrize(
-    "labels", [[False, False], [True, True], [0, 1], ["spam", "ham"], [True, False, "unknown"]]
+    "labels", [[True, True], [0, 1], ["spam", "ham"], [True, False, "unknown"]]
 )
 def test_other_labels_are_metadata(tmp_path: Path, suffix: str, labels: list[Any]) -> None:
     file = write(tmp_path / f"rows{suffix}", _labelled(suffix, labels))

@@ -212,6 +212,19 @@ def test_a_run_is_judged_by_the_answers_that_it_should_give(server, folder, tmp_
     assert all(line["completion"][0]["content"].startswith("yes") for line in lines)
 
 
+def test_answers_that_are_all_rated_bad_are_ratings_and_none_is_expected(server, folder, tmp_path):
+    record = {"completion": "no", "label": False}
+    text = "".join(json.dumps({"prompt": f"say {n}", **record}) + "\n" for n in range(20))
+    with uploaded(server, text) as draft:
+        server.post(f"{draft}/rows", {"layout": "auto", "validation_share": 0.5}).raise_for_status()
+        started = server.post(f"{draft}/train", {"settings": {"steps": 2}})
+        assert started.status_code == 200, started.text
+        job = server.service.fine_tuning.store.get(started.json()["id"])
+        assert read_yaml(job.run_file)["objective"]["name"] == "kto"
+        with pytest.raises(ConfigError, match="no held-out rows with a right answer"):
+            results_of(server, folder)._prepare_evaluation(job, tmp_path / "judge" / job.id)
+
+
 def test_figures_of_an_earlier_run_are_not_those_of_the_next(server, draft, folder):
     store, draft_id = server.service.fine_tuning.store, draft.rpartition("/")[2]
     results = results_of(server, folder)

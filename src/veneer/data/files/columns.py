@@ -82,9 +82,9 @@ def flag_of(value: Any) -> Any:
 class KtoLabels:
     """Recognises the KTO layout: rows of prompt, completion and a `label` that rates the answer.
 
-    A label rates answers only if all labels of a set are booleans and both values occur. In any
-    other set it is metadata. JSON holds booleans, and CSV holds their names. Eight bytes are held
-    for each row whose label is false.
+    Labels rate answers if all labels of a set are booleans; in any other set they are metadata.
+    JSON holds booleans, and CSV holds their names. Eight bytes are held for each row whose label is
+    false.
     """
 
     def __init__(self) -> None:
@@ -104,9 +104,14 @@ class KtoLabels:
         else:
             self._other = True
 
+    @property
+    def mark_bad_answers(self) -> bool:
+        """Whether the labels rate answers, and rate some of them as bad."""
+        return bool(self._bad) and not self._other
+
     def problems(self) -> Iterator[Problem]:
         """Yields a problem for each file that holds bad answers."""
-        if self._other or not self._good:
+        if not self.mark_bad_answers:
             return
         step = (
             "Train with --objective kto, which learns from bad answers too, or leave these rows out"
@@ -114,8 +119,8 @@ class KtoLabels:
             " label=null"
         )
         for file, lines in self._bad.items():
+            good = f"{self._good:,} rows" if self._good else "no row"
             message = (
-                f"label is false, so the answer is marked as bad ({self._good:,} rows of the"
-                " set have true)"
+                f"label is false, so the answer is marked as bad ({good} of the set have true)"
             )
             yield Problem(RATED_BAD, file, message, tuple(lines), step)

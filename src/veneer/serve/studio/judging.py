@@ -79,7 +79,7 @@ def write_rows(folder: Path, rows: Sequence[Row], settings: dict[str, Any], toke
     settings: of the run
     """
     if not rows:
-        raise ConfigError("the run has no held-out rows, so there is nothing to judge it by")
+        raise ConfigError("the run has no held-out rows with a right answer to judge it by")
     rows = rows[:MOST_ROWS]
     text = "".join(json.dumps(record_of(row), ensure_ascii=False) + "\n" for row in rows)
     write_text(folder / "rows.jsonl", text, replace=True)

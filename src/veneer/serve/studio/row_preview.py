@@ -17,7 +17,7 @@ import numpy as np
 from veneer.data.config import DataConfig
 from veneer.data.encoder import RowRules
 from veneer.data.examples import Capacity, Example, Format, Problem, Row, RowFault, RowRef
-from veneer.data.files.columns import ColumnRenames, rating_of
+from veneer.data.files.columns import ColumnRenames, KtoLabels
 from veneer.data.files.labels import make_row
 from veneer.data.files.layouts import NEEDS, detect, likely_columns
 from veneer.data.files.places import RowFile
@@ -151,13 +151,13 @@ def _layout(records: Sequence[dict[str, Any]], choices: RowChoices) -> tuple[For
 def _marked_layout(rows: Sequence[dict[str, Any]], columns: frozenset[str]) -> Format | None:
     """Returns the layout of texts with labels or of rated answers; None for other rows.
 
-    A label beside prompt and completion rates the answer only where it is true or false.
+    Rows whose ratings are all good are answers.
     """
     if columns >= set(NEEDS["ratings"]):
-        labels = {
-            rating_of(row.get("label")) for row in rows if isinstance(row.get("label"), str | bool)
-        }
-        return "ratings" if labels == {True, False} else None
+        labels = KtoLabels()
+        for line, row in enumerate(rows):
+            labels.add(row.get("label"), RowRef("", line))
+        return "ratings" if labels.mark_bad_answers else None
     return "labels" if columns >= set(NEEDS["labels"]) else None
 
 
