@@ -1,5 +1,6 @@
 """OpenAI's fine-tuning API, asked with OpenAI's own client; trainers are real processes."""
 
+import asyncio
 import csv
 import io
 import json
@@ -9,10 +10,12 @@ import socket
 import sys
 import time
 from argparse import ArgumentParser
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 
@@ -29,6 +32,7 @@ from veneer.jobs.store import JobStore
 from veneer.jobs.suspension import PIPE
 from veneer.library.library import Library
 from veneer.serve.engine.fine_tuning import TrainSettings, page_of
+from veneer.serve.http.download import BYTES_TYPE, Download
 from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
 from veneer.serve.http.uploads import Arrivals
 from veneer.serve.limits import MOST_UPLOADS
@@ -444,8 +448,54 @@ def test_a_finished_job_without_its_files_leaves_the_lists_whole(server, client)
     (result,) = client.fine_tuning.jobs.retrieve(job.id).result_files
     assert job.id in [listed.id for listed in client.fine_tuning.jobs.list()]
     assert result not in [file.id for file in client.files.list()]
-    with pytest.raises(openai.BadRequestError):
+    with pytest.raises(openai.NotFoundError):
         client.files.retrieve(result)
+    with pytest.raises(openai.NotFoundError):
+        client.files.content(result)
+
+
+def test_a_download_beside_a_deletion_is_whole_or_not_found(client, server, caplog):
+    """It ended in 500, with the file's path in a traceback."""
+    statuses = set()
+    with ThreadPoolExecutor(2) as threads, server.http(headers=AUTHORIZED) as http:
+        for _ in range(40):
+            path = f"/v1/files/{upload(client).id}"
+            download = threads.submit(http.get, f"{path}/content")
+            deleted = threads.submit(server.http(headers=AUTHORIZED).delete, path)
+            statuses.add(status := download.result().status_code)
+            assert deleted.result().status_code == 200
+            assert status == 404 or download.result().content == lines(ROWS)
+    assert statuses <= {200, 404} and "Traceback" not in caplog.text
+
+
+def test_a_file_that_was_opened_is_sent_whole_although_it_is_deleted(client, server):
+    fine_tuning = server.service.fine_tuning
+    file = upload(client)
+
+    folder = fine_tuning.uploads.folder / file.id
+
+    def download(**headers):
+        response = Download(fine_tuning.content(file.id), "rows, é.jsonl")
+        moved = folder.rename(folder.with_name("moved"))
+        transport = httpx.ASGITransport(response)
+
+        async def read():
+            async with httpx.AsyncClient(transport=transport, base_url="http://x") as http:
+                return await http.get("/", headers=headers)
+
+        sent = asyncio.run(read())
+        moved.rename(folder)
+        assert response._file.closed
+        return sent
+
+    whole, part = download(), download(range="bytes=3-9")
+    assert whole.content == lines(ROWS) and part.content == lines(ROWS)[3:10]
+    assert part.status_code == 206 and whole.headers["content-type"] == BYTES_TYPE
+    name = "attachment; filename*=UTF-8''rows%2C%20%C3%A9.jsonl"
+    assert whole.headers["content-disposition"] == name
+    client.files.delete(file.id)
+    with pytest.raises(Refusal, match="no file"):
+        fine_tuning.content(file.id)
 
 
 @contextmanager

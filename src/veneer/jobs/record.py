@@ -151,8 +151,8 @@ def unknown_job(job_id: str) -> UnknownNameError:
 
 
 def read_record(folder: Path) -> JobRecord:
-    """Reads a job's record. Raises SourceError, or CorruptFileError."""
-    return read_stored(JobRecord, folder / "job.json", "job")
+    """Reads a job's record. Raises UnknownNameError, SourceError, or CorruptFileError."""
+    return read_stored(JobRecord, folder / "job.json", "job", missing=unknown_job(folder.name))
 
 
 def write_record(folder: Path, record: JobRecord, **changes: Any) -> JobRecord:

@@ -69,7 +69,6 @@ from veneer.jobs.record import (
     new_id,
     num_jobs_together,
     read_record,
-    unknown_job,
     write_record,
 )
 from veneer.jobs.stored import read_entries
@@ -115,8 +114,6 @@ class JobStore:
 
     def get(self, job_id: str) -> TrainingJob:
         folder = self.job_folder(job_id)
-        if not (folder / "job.json").is_file():
-            raise unknown_job(job_id)
         record = read_record(folder)
         state: State = record.state
         error = record.error
@@ -336,6 +333,7 @@ class JobStore:
     def _check_room(self) -> None:
         """Raises QuotaError if a further job is beyond the limits."""
         sweep(self.jobs_folder)
+        sweep(self.runs_folder)
         jobs, limits = self.jobs(), self.limits
         waiting = sum(job.state == "queued" for job in jobs)
         for count, most, state in (

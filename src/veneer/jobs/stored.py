@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from veneer.errors import CorruptFileError, VeneerError
+from veneer.errors import CorruptFileError, SourceError, VeneerError
 from veneer.files.settings import StrictSettings
 from veneer.files.strict_json import field_faults, read_json
 
@@ -16,11 +16,20 @@ RecordT = TypeVar("RecordT", bound=StrictSettings)
 EntryT = TypeVar("EntryT")
 
 
-def read_stored(model: type[RecordT], path: Path, noun: str) -> RecordT:
+def read_stored(
+    model: type[RecordT], path: Path, noun: str, *, missing: Exception | None = None
+) -> RecordT:
     """Reads a record. Raises SourceError, or CorruptFileError, which says that the file does not
-    describe a `noun`."""
+    describe a `noun`.
+
+    missing: the error if there is no such file, also if it is deleted at this moment
+    """
     try:
         return model.model_validate(read_json(path))
+    except SourceError as fault:
+        if missing is None or not isinstance(fault.__cause__, FileNotFoundError):
+            raise
+        raise missing from None
     except ValidationError as fault:
         raise CorruptFileError(f"{path} does not describe a {noun}", field_faults(fault)) from None
 

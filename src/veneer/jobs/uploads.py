@@ -81,10 +81,10 @@ class UploadStore:
 
     def get(self, file_id: str) -> UploadedFile:
         """Returns a file. Raises UnknownNameError."""
-        path = self.folder / file_id / "file.json"
-        if _ID.fullmatch(file_id) is None or not path.is_file():
+        if _ID.fullmatch(file_id) is None:
             raise unknown_file(file_id)
-        return read_stored(UploadedFile, path, "file")
+        path = self.folder / file_id / "file.json"
+        return read_stored(UploadedFile, path, "file", missing=unknown_file(file_id))
 
     def content_path(self, file_id: str) -> Path:
         """Returns where the content is, for JobStore.create. Raises UnknownNameError."""

@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from zipfile import ZipFile
 
@@ -147,6 +148,36 @@ def test_an_export_writes_no_larger_file_than_there_is_room_for(tmp_path):
     with (tmp_path / "file").open("wb") as file:
         subprocess.run(["head", "-c", "100", "/dev/zero"], stdout=file, **settings)
     assert (tmp_path / "file").stat().st_size == 10
+
+
+@pytest.mark.parametrize("file", ["export/file", "files/adapter", "files/report", "files/card"])
+def test_a_download_beside_the_removal_of_its_rows_is_whole_or_not_found(
+    server, folder, tmp_path, file, caplog
+):
+    statuses, contents = set(), set()
+    for number in range(12):
+        with uploaded(server, ROWS, "rows.csv") as path:
+            job_id = server.post(f"{path}/train", {"settings": {"steps": 2}}).json()["id"]
+            finish(server, job_id)
+            run = server.service.fine_tuning.store.get(job_id).run_folder
+            (run / "adapter").rmdir()
+            add_adapter(Library(tmp_path / str(number)), run / "adapter", "made", 1)
+            (run / "report.html").write_text("report")
+            export = folder / "jobs" / "drafts" / path.rpartition("/")[2] / "export"
+            export.mkdir()
+            (export / "rows.gguf").write_bytes(bytes(200_000))
+            (export / "export.json").write_text('{"file": "rows.gguf"}')
+            if number == 0:
+                whole = server.http().get(f"{path}/{file}")
+                assert whole.status_code == 200
+            with ThreadPoolExecutor(2) as threads:
+                download = threads.submit(server.http().get, f"{path}/{file}")
+                removed = threads.submit(server.post, f"{path}/remove", {})
+                assert removed.result().status_code == 200
+            statuses.add(download.result().status_code)
+            contents.add(len(download.result().content) * (download.result().status_code == 200))
+    assert statuses <= {200, 404} and contents <= {0, len(whole.content)}
+    assert "Traceback" not in caplog.text
 
 
 def results_of(server, folder):

@@ -8,8 +8,8 @@ import asyncio
 import logging
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +24,7 @@ from veneer.jobs.limits import JobLimits
 from veneer.jobs.record import TrainingJob, num_jobs_together
 from veneer.jobs.result_file import RESULT
 from veneer.jobs.store import TRAIN_SHARE, JobStore
-from veneer.jobs.uploads import UploadedFile, UploadStore
+from veneer.jobs.uploads import UploadStore
 from veneer.library.library import Library
 from veneer.serve.engine.names import ModelNames
 from veneer.serve.limits import JOB_LIMITS, MOST_TRAINING_ROWS
@@ -118,39 +118,38 @@ class FineTuning:
 
     def file(self, file_id: str) -> dict[str, Any]:
         job = self._result_job(file_id)
-        return file_object(self._uploaded(file_id)) if job is None else result_file_object(job)
+        with _refusing_unknown(file_id, "file", "file_id"):
+            return (
+                file_object(self.uploads.get(file_id)) if job is None else result_file_object(job)
+            )
 
-    def content(self, file_id: str) -> Path:
-        """Returns the path of an uploaded file or a result file."""
+    def content(self, file_id: str) -> BinaryIO:
+        """Opens an uploaded file or a result file. A deletion does not change what is open."""
         job = self._result_job(file_id)
-        return self._uploaded_path(file_id) if job is None else job.folder / RESULT
+        path = self._uploaded_path(file_id) if job is None else job.folder / RESULT
+        try:
+            return path.open("rb")
+        except FileNotFoundError:  # deleted meanwhile
+            raise unknown(file_id, "file", "file_id") from None
 
     def delete_file(self, file_id: str) -> dict[str, Any]:
         if self._result_job(file_id) is not None:
             raise Refusal(400, "A result file is deleted with its job.", "file_id")
-        self._uploaded(file_id)
-        self.uploads.delete(file_id)
+        with _refusing_unknown(file_id, "file", "file_id"):
+            self.uploads.delete(file_id)
         return {"id": file_id, "object": "file", "deleted": True}
 
-    def _uploaded(self, file_id: str, param: str = "file_id") -> UploadedFile:
-        try:
-            return self.uploads.get(file_id)
-        except UnknownNameError:
-            raise unknown(file_id, "file", param) from None
-
     def _uploaded_path(self, file_id: str, param: str = "file_id") -> Path:
-        self._uploaded(file_id, param)
-        return self.uploads.content_path(file_id)
+        with _refusing_unknown(file_id, "file", param):
+            return self.uploads.content_path(file_id)
 
     def _result_job(self, file_id: str) -> TrainingJob | None:
         """Returns the finished job whose result file this is."""
         job_id = job_of_result(file_id)
         if job_id is None:
             return None
-        try:
+        with _refusing_unknown(file_id, "file", "file_id"):
             job = self.store.get(job_id)
-        except UnknownNameError:
-            raise unknown(file_id, "file", "file_id") from None
         if job.state != "done":
             raise unknown(file_id, "file", "file_id")
         return job
@@ -204,15 +203,13 @@ class FineTuning:
 
     def job(self, job_id: str) -> TrainingJob:
         """Returns a job. Raises Refusal 404 for an unknown one."""
-        try:
+        with _refusing_unknown(job_id, "job", "fine_tuning_job_id"):
             return self.store.get(job_id)
-        except UnknownNameError:
-            raise unknown(job_id, "job", "fine_tuning_job_id") from None
 
     def change(self, job_id: str, change: Callable[[str], TrainingJob]) -> dict[str, Any]:
         """Changes a job's state: store.pause, resume or cancel. Refusal: 400, 404."""
-        self.job(job_id)
-        return self.describe(change(job_id))
+        with _refusing_unknown(job_id, "job", "fine_tuning_job_id"):
+            return self.describe(change(job_id))
 
     def describe(self, job: TrainingJob) -> dict[str, Any]:
         """Returns the object of a job."""
@@ -251,6 +248,15 @@ def row_faults(path: Path, kind: RowKind, param: str) -> list[str]:
 
 def unknown(name: str, noun: str, param: str) -> Refusal:
     return Refusal(404, f"There is no {noun} `{name[:MOST_SHOWN]}`.", param, f"{noun}_not_found")
+
+
+@contextmanager
+def _refusing_unknown(name: str, noun: str, param: str) -> Iterator[None]:
+    """Turns an UnknownNameError of the block into a Refusal: 404."""
+    try:
+        yield
+    except UnknownNameError:
+        raise unknown(name, noun, param) from None
 
 
 def _model_name(suffix: str | None) -> str:

@@ -6,16 +6,16 @@ Every one of them needs a key with the scope `train`: files hold training rows. 
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from veneer.serve.engine.fine_tuning import FineTuning, page_of
 from veneer.serve.engine.service import Service
 from veneer.serve.http.app import Handler, caller_of, catch_errors, require_train
+from veneer.serve.http.download import Download
 from veneer.serve.http.json_body import parsed, read_body
 from veneer.serve.http.uploads import Arrivals, read_upload
 from veneer.serve.protocols.body import Object
@@ -92,7 +92,9 @@ class _Routes:
             self._route("GET", FILES, listed),
             self._route("GET", FILES + "/{id}", self._by_id(fine_tuning.file)),
             self._route(
-                "GET", FILES + "/{id}/content", self._by_id(fine_tuning.content, _attachment)
+                "GET",
+                FILES + "/{id}/content",
+                self._by_id(fine_tuning.content, lambda request, file: Download(file)),
             ),
             self._route("DELETE", FILES + "/{id}", self._by_id(fine_tuning.delete_file)),
         ]
@@ -137,12 +139,6 @@ class _Routes:
                 )
             ),
         ]
-
-
-def _attachment(request: Request, path: Path) -> Response:
-    """Sends a file, never as a type that a browser would show as a page of this server."""
-    headers = {"x-content-type-options": "nosniff", "content-disposition": "attachment"}
-    return FileResponse(path, media_type="application/octet-stream", headers=headers)
 
 
 def _page(

@@ -18,9 +18,8 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from veneer.bounds import BETA, COUNT, LEARNING_RATE, ROWS, SEED, Number
-from veneer.errors import VeneerError
+from veneer.errors import UnknownNameError, VeneerError
 from veneer.files.strict_json import read_json
-from veneer.files.system_errors import explained
 from veneer.jobs.record import ENDED, ID_PREFIX, State, TrainingJob
 from veneer.jobs.result_file import RESULT, job_records
 from veneer.jobs.uploads import UploadedFile
@@ -339,9 +338,11 @@ def file_object(file: UploadedFile) -> Object:
 
 
 def result_file_object(job: TrainingJob) -> Object:
-    """Describes the result file of a job. Raises InputError if it was removed."""
-    with explained(RESULT, reading=True):
+    """Describes the result file of a job. Raises UnknownNameError if it was removed."""
+    try:
         size = (job.folder / RESULT).stat().st_size
+    except FileNotFoundError:
+        raise UnknownNameError(f"job {job.id} has no file {RESULT}") from None
     created = job.record.ended or job.record.created
     return _file_object(result_file_id(job.id), RESULT, size, created, "fine-tune-results")
 

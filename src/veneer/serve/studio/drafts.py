@@ -23,7 +23,8 @@ from veneer.errors import DataError, UnknownNameError, VeneerError
 from veneer.files.atomic import atomic_folder, write_text
 from veneer.files.partial import unfinished
 from veneer.files.settings import StrictSettings
-from veneer.files.strict_json import json_text, legible, read_json
+from veneer.files.strict_json import json_text, legible
+from veneer.jobs.stored import read_stored
 from veneer.jobs.uploads import UploadStore
 from veneer.serve.refusals import Refusal
 from veneer.serve.studio.documents import FOLDER as DOCUMENTS
@@ -82,9 +83,7 @@ class Drafts:
     def get(self, draft_id: str) -> Draft:
         """Reads a draft. Refusal: 404."""
         file = self.place(draft_id) / _FILE
-        if not file.is_file():
-            raise _unknown(draft_id)
-        return Draft.of(read_json(file))
+        return read_stored(Draft, file, "draft", missing=_unknown(draft_id))
 
     def add(self, name: str, content: bytes, owner: str = "") -> Draft:
         """Stores uploaded rows. Refusal: there are too many drafts. DataError: the name's extension

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from veneer.errors import SourceError
 from veneer.files.atomic import write_text
 from veneer.files.partial import remove
 from veneer.files.strict_json import json_text, legible, read_json
@@ -71,14 +72,19 @@ def finish_export(folder: Path, body: ExportBody, result: dict[str, Any]) -> Non
 
 def export_report(folder: Path) -> dict[str, Any] | None:
     """Describes the finished export of a folder."""
-    file = folder / REPORT
-    return read_json(file) if file.is_file() else None
+    try:
+        return read_json(folder / REPORT)
+    except SourceError as fault:
+        if isinstance(fault.__cause__, FileNotFoundError):
+            return None
+        raise
 
 
 def write_zip(folder: Path, file: Path | IO[bytes]) -> None:
     """Writes the files of a folder into a zip archive. They are not compressed: tensors are random
-    bytes."""
+    bytes. Raises FileNotFoundError if the folder is removed meanwhile."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for path in sorted(folder.rglob("*")):
-            if path.is_file() and not path.is_symlink():
-                archive.write(path, f"{folder.name}/{path.relative_to(folder).as_posix()}")
+        for path in paths:
+            archive.write(path, f"{folder.name}/{path.relative_to(folder).as_posix()}")
+    folder.stat()

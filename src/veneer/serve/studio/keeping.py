@@ -10,7 +10,6 @@ from typing import Any
 
 from veneer.data.examples import Row
 from veneer.errors import ConfigError
-from veneer.files.system_errors import explained
 from veneer.jobs.published import may_publish, note_published
 from veneer.jobs.record import TrainingJob
 from veneer.library.entry import Entry
@@ -93,8 +92,7 @@ def result_file(job: TrainingJob, kind: str, *, name: str, base: str) -> tuple[b
     if not adapter.is_dir():
         raise ConfigError("the run has no adapter yet")
     if kind == "report":
-        with explained("the report", reading=True):
-            return (job.run_folder / "report.html").read_bytes(), f"{name}.html"
+        return (job.run_folder / "report.html").read_bytes(), f"{name}.html"
     if kind == "card":
         commands = [f"veneer serve --base {base}"]
         card = card_for(adapter, name=name, commands=commands, base=base) or ""

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from veneer.data.load import DataSet
-from veneer.errors import ConfigError, QuotaError, VeneerError
+from veneer.errors import ConfigError, QuotaError, UnknownNameError, VeneerError
 from veneer.files.partial import remove, sweep
 from veneer.files.strict_json import read_yaml
+from veneer.files.system_errors import explained
 from veneer.jobs.launch import share_of_machine
 from veneer.jobs.record import TrainingJob
 from veneer.jobs.store import JobStore
@@ -101,7 +102,10 @@ class Results:
         draft = self._drafts.get(draft_id)
         if draft.job is None:
             raise Refusal(404, "No run was started on these rows yet.", "id", "job_not_found")
-        return self._store.get(draft.job)
+        try:
+            return self._store.get(draft.job)
+        except UnknownNameError:
+            raise _removed_run() from None
 
     def _finished_job(self, draft_id: str) -> TrainingJob:
         job = self.job(draft_id)
@@ -235,9 +239,14 @@ class Results:
 
     def take(self, draft_id: str, kind: str) -> tuple[bytes, str]:
         """Returns a file of the result and its name: the adapter, the report or the card."""
-        job = self.job(draft_id)
-        name = _file_name(self._drafts.get(draft_id))
-        return result_file(job, kind, name=name, base=_source(job))
+        draft, job = self._drafts.get(draft_id), self.job(draft_id)
+        try:
+            with explained(f"the {kind}", reading=True):
+                return result_file(job, kind, name=_file_name(draft), base=_source(job))
+        except VeneerError:
+            if job.run_folder.is_dir():
+                raise
+            raise _removed_run() from None
 
     # exporting
 
@@ -293,12 +302,14 @@ class Results:
 
         return dict(await self._read(state))
 
-    def exported_file(self, draft_id: str) -> Path:
-        """Returns the path of the finished export. Refusal: 404."""
+    def exported_file(self, draft_id: str) -> tuple[BinaryIO, str]:
+        """Opens the finished export; returns the file and its name. Refusal: 404."""
         folder = self._folder(draft_id, EXPORT)
-        if (report := export_report(folder)) is None:
-            raise Refusal(404, "Nothing is exported yet.", "id", "export_not_found")
-        return folder / str(report["file"])
+        if (report := export_report(folder)) is not None:
+            name = str(report["file"])
+            with suppress(FileNotFoundError):  # removed meanwhile
+                return (folder / name).open("rb"), name
+        raise Refusal(404, "Nothing is exported yet.", "id", "export_not_found")
 
     def forget(self, draft_id: str) -> None:
         """Removes the trial name, evaluation and export of an earlier run of a draft."""
@@ -317,6 +328,10 @@ def _evaluation_key(draft_id: str, models: Sequence[JudgedModel]) -> WorkKey:
 def has_head(job: TrainingJob) -> bool:
     """Whether a job trains a score head, which gives labels instead of answers."""
     return RunConfig.of(read_yaml(job.run_file)).objective.head is not None
+
+
+def _removed_run() -> Refusal:
+    return Refusal(404, "The run on these rows was removed.", "id", "job_not_found")
 
 
 def _source(job: TrainingJob) -> str:

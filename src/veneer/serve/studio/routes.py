@@ -11,15 +11,15 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
-from urllib.parse import quote
 
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from veneer.errors import VeneerError
 from veneer.files.strict_json import legible
 from veneer.serve.http.app import caller_of, catch_errors, position_after, require_train
+from veneer.serve.http.download import BYTES_TYPE, Download, download_headers
 from veneer.serve.http.json_body import media_type, parsed, read_body, read_bytes
 from veneer.serve.http.uploads import Arrivals
 from veneer.serve.limits import BODY_BYTES
@@ -43,7 +43,6 @@ from veneer.serve.studio.wording import in_page_words, messages_in_page_words
 from veneer.serve.studio.work import work_look
 
 PREFIX = "/studio/api"
-BYTES_TYPE = "application/octet-stream"
 UPLOAD_BYTES = 256 * 2**20
 DOCUMENT_BYTES = 2**20
 MOST_IN_MEMORY = 2
@@ -157,8 +156,8 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
 
     async def exported_file(request: Request) -> Response:
         require_train(request)
-        path = await studio.run(lambda: studio.results.exported_file(_id(request)))
-        return FileResponse(path, media_type=BYTES_TYPE, headers=_download_headers(path.name))
+        file, name = await studio.run(lambda: studio.results.exported_file(_id(request)))
+        return Download(file, name)
 
     async def keep(request: Request, body: KeepBody) -> Any:
         may_replace = caller_of(request).scope == "admin"
@@ -170,7 +169,7 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
         require_train(request)
         kind = str(request.path_params["kind"])
         content, name = await studio.run(lambda: studio.results.take(_id(request), kind))
-        return Response(content, media_type=BYTES_TYPE, headers=_download_headers(name))
+        return Response(content, media_type=BYTES_TYPE, headers=download_headers(name))
 
     async def remove(request: Request, body: NoBody) -> Any:
         await studio.results.work.stop(_id(request))
@@ -262,15 +261,6 @@ def _event_stream(look: Look, closing: Callable[[], bool]) -> Response:
     headers = {"cache-control": "no-store"}
     stream = follow(look, closing)
     return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
-
-
-def _download_headers(name: str) -> dict[str, str]:
-    """Returns headers of a file that is downloaded, and never shown as a page of this site."""
-    return {
-        "content-disposition": f"attachment; filename*=UTF-8''{quote(name)}",
-        "content-security-policy": "sandbox",
-        "x-content-type-options": "nosniff",
-    }
 
 
 def _id(request: Request) -> str:

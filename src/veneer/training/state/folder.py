@@ -1,6 +1,5 @@
 """A run's folder: its files, and the checkpoint to resume from."""
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +14,9 @@ from veneer.data.files.writing import Record, write_records
 from veneer.errors import ConfigError, CorruptFileError
 from veneer.files.atomic import write_text
 from veneer.files.home import absolute_if_exists
-from veneer.files.partial import PREFIX, remove
+from veneer.files.partial import PREFIX, remove, unfinished
 from veneer.files.strict_json import field_faults, read_yaml
+from veneer.files.system_errors import explained
 from veneer.training.config import RunConfig
 from veneer.training.state.checkpoint import newest_valid, numbers
 from veneer.training.state.place import locked_folder, refuse_finished
@@ -112,10 +112,11 @@ def resume_config(folder: str | Path) -> RunConfig:
 
 
 def remove_run(folder: Path) -> None:
-    """Removes a run, unless a process works in it: BusyError."""
+    """Removes a run, unless a process works in it: BusyError. Whoever reads it meanwhile finds it
+    whole or not at all."""
     if folder.exists():
-        with locked_folder(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+        with explained(folder), unfinished(folder.parent) as gone, locked_folder(folder):
+            folder.rename(gone)
 
 
 def sweep(out: Path) -> None:
