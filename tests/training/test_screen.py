@@ -6,6 +6,7 @@ import io
 import pytest
 from rich.console import Console
 
+from veneer.training.output.job_screen import make_job_screens
 from veneer.training.output.screen import (
     LiveScreen,
     PlainScreen,
@@ -122,6 +123,22 @@ def test_the_end_says_where_the_result_is():
         "  loss 2.50 → 0.250 · held-out loss 0.310 · 1,602 tokens/s · peak 1.31 GB",
         "  ✓ runs/t/adapter · 19.6 MB · sha256 9f3c9f3c9f3c…",
     ]
+
+
+def test_a_loss_that_did_not_change_is_one_figure():
+    assert end_lines({**SUMMARY, "last_loss": 2.501})[0].startswith("  loss 2.50 · ")
+
+
+def test_a_few_jobs_say_each_sentence_once(capsys):
+    names = [f"job{number}" for number in range(6)]
+    for number, screen in enumerate(make_job_screens(names)):
+        screen.start({**INFO, "train_rows": 1100 + number})
+        screen.message(f"largest batch fits: 2 rows, up to {30 + number} tokens")
+    shown_lines = [" ".join(line.split()[1:]) for line in capsys.readouterr().out.splitlines()]
+    assert len(shown_lines) == len(set(shown_lines))
+    assert sum("rows to train on" in line for line in shown_lines) == len(names)
+    assert sum("modules adapted" in line for line in shown_lines) == 1
+    assert sum("largest batch fits" in line for line in shown_lines) == 1
 
 
 def test_the_end_says_what_the_held_out_loss_was_and_how_sure_it_is():

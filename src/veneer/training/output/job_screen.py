@@ -20,6 +20,7 @@ from veneer.training.output.screen import (
     QuietScreen,
     Screen,
     StepFigures,
+    loss_text,
     start_lines,
 )
 from veneer.wording import clock, cut, folded, number, percent, shown, wrapped
@@ -31,15 +32,28 @@ MOST_NAME = 32
 
 
 class JobScreen(PlainScreen):
-    """Prints the lines of one job of a few, each after the job's name."""
+    """Prints the lines of one job of a few, each after the job's name.
 
-    def __init__(self, console: Console, name: str, width: int, *, is_first: bool) -> None:
+    said: what the jobs' screens have said; a sentence of another job is not said again.
+    """
+
+    def __init__(self, console: Console, name: str, width: int, said: set[str]) -> None:
         super().__init__(console)
-        self._name, self._is_first = cut(shown(name), MOST_NAME).ljust(width), is_first
+        self._name, self._said = cut(shown(name), MOST_NAME).ljust(width), said
 
     def start(self, info: Facts) -> None:
-        """Shows the start record; how steps are computed is shown for the first job alone."""
-        super().start(info if self._is_first else {**info, "paths": []})
+        """Shows the start record, without facts that an earlier job has shown."""
+        self._progress = StepFigures(info)
+        title, *facts = start_lines(info)
+        for line in [title, *(line for line in facts if line not in self._said)]:
+            self._print(line)
+        self._said.update(facts)
+
+    def message(self, text: str) -> None:
+        """Shows a message, once if several jobs have it with other numbers."""
+        if (pattern := _without_numbers(text)) not in self._said:
+            self._said.add(pattern)
+            super().message(text)
 
     def evaluation(self, record: Facts) -> None:
         super().evaluation({**record, "sample": None})
@@ -84,8 +98,7 @@ class JointProgress:
 
     def message(self, name: str, text: str) -> None:
         """Shows a message, once if several jobs have it with other numbers."""
-        pattern = re.sub(r"\d[\d.,]*", "0", text)
-        if pattern not in self._messages:
+        if (pattern := _without_numbers(text)) not in self._messages:
             self._messages.add(pattern)
             self._print(f"  {name}: {shown(text)}")
 
@@ -152,7 +165,7 @@ class SharedScreen(QuietScreen):
         figures, reason = summary.get("held_out") or {}, summary["reason"]
         before, after = figures.get("before"), summary["validation_loss"]
         if after is None:
-            text = f"loss {number(summary['first_loss'])} → {number(summary['last_loss'])}"
+            text = loss_text(summary)
         else:
             text = "held-out loss " + (f"{number(before['value'])} → " if before else "")
             text += number(after)
@@ -173,6 +186,9 @@ def make_job_screens(
     if len(names) > FEW_JOBS:
         return JointProgress(console, names).screens
     width = min(max(map(len, names)), MOST_NAME)
-    return [
-        JobScreen(console, name, width, is_first=number == 0) for number, name in enumerate(names)
-    ]
+    said: set[str] = set()
+    return [JobScreen(console, name, width, said) for name in names]
+
+
+def _without_numbers(text: str) -> str:
+    return re.sub(r"\d[\d.,]*", "0", text)

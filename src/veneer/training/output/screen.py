@@ -354,9 +354,15 @@ def _held_out(summary: Facts) -> str:
     )
 
 
+def loss_text(summary: Facts) -> str:
+    """Returns: loss 2.18 → 1.07; one figure alone if both are the same."""
+    ends = dict.fromkeys(number(summary[name]) for name in ("first_loss", "last_loss"))
+    return f"loss {' → '.join(ends)}"
+
+
 def end_lines(summary: Facts) -> list[str]:
     """Returns the main figures, and where the result is."""
-    figures = [f"loss {number(summary['first_loss'])} → {number(summary['last_loss'])}"]
+    figures = [loss_text(summary)]
     if summary["validation_loss"] is not None:
         figures.append(f"held-out loss {_held_out(summary)}")
     if summary["tokens_per_second"]:
