@@ -31,6 +31,10 @@ def test_every_action_prints_json_alone_on_stdout(library, sources, capsys):
     assert printed("add", str(sources / "a"), "--name", "x", "--tag", "best")["reference"] == "x@1"
     assert printed("add", str(sources / "b"))["reference"] == "b@1"
     assert [entry["name"] for entry in printed("ls")] == ["b", "x"]
+    printed("add", str(sources / "b"), "--name", "trial-0123")
+    assert [entry["name"] for entry in printed("ls")] == ["b", "x"], "the studio has not kept it"
+    assert [entry["name"] for entry in printed("ls", "--name", "trial-*")] == ["trial-0123"]
+    printed("rm", "trial-0123")
     shown = printed("show", "x")
     assert shown["modules"]["model.layers.0.self_attn.v_proj"]["scaling"] == 7 / 2
     assert shown["modules"]["model.layers.0.self_attn.v_proj"]["norm"] > 0

@@ -130,10 +130,10 @@ def test_a_loss_that_did_not_change_is_one_figure():
 
 
 def test_a_few_jobs_say_each_sentence_once(capsys):
-    names = [f"job{number}" for number in range(6)]
-    for number, screen in enumerate(make_job_screens(names)):
-        screen.start({**INFO, "train_rows": 1100 + number})
-        screen.message(f"largest batch fits: 2 rows, up to {30 + number} tokens")
+    names = [f"job{place}" for place in range(6)]
+    for place, screen in enumerate(make_job_screens(names)):
+        screen.start({**INFO, "train_rows": 1100 + place})
+        screen.message(f"largest batch fits: 2 rows, up to {30 + place} tokens")
     shown_lines = [" ".join(line.split()[1:]) for line in capsys.readouterr().out.splitlines()]
     assert len(shown_lines) == len(set(shown_lines))
     assert sum("rows to train on" in line for line in shown_lines) == len(names)

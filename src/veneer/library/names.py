@@ -14,6 +14,9 @@ from pathlib import Path
 
 from veneer.errors import ConfigError
 
+TRIAL = "trial-"
+"""Begins the names of adapters that are judged in the studio and are not kept yet; lists and
+`model: auto` leave them out."""
 MAX_NAME = 64
 MAX_NOTE = 1000
 _NAME = re.compile(r"[a-z0-9]+([._-][a-z0-9]+)*")

@@ -9,7 +9,7 @@ import pytest
 
 from tests.serve.http.browser import CHROMIUM
 from tests.serve.http.test_studio import choose, drop, settings
-from tests.serve.server import running
+from tests.serve.server import add_adapter, running
 from tests.support.tiny import save_tiny
 from veneer.api import load
 from veneer.library.library import Library
@@ -93,10 +93,25 @@ def train(tab, press, *, name, steps=4):
 def keep(tab, press, name):
     look(tab, f"{name}-4-judge")
     press(tab, "#judge-next")
+    tab.until("document.querySelector('#keep-name').checkVisibility()")
     tab.run("document.querySelector('#keep-name').value = ''")
     tab.type("#keep-name", f"{name}\n")
     tab.until(f"document.querySelector('#keep-python').textContent.includes({name!r})")
     look(tab, f"{name}-5-keep")
+
+
+def keep_under_a_taken_name(server, tab):
+    """The page asks first; without consent nothing is kept."""
+    add_adapter(server.library, Path(server.library.folder).parent / "other", "taken", 1)
+    tab.run("window.confirm = (text) => { window.asked = text; return false; }")
+    click(tab, "#judge-next")
+    tab.until("document.querySelector('#keep-name').checkVisibility()")
+    tab.type("#keep-name", "taken\n")
+    assert "next version of taken?" in tab.until("window.asked")
+    assert [entry.reference for entry in server.library.entries(name="taken")] == ["taken@1"]
+    assert tab.run("document.querySelector('#kept').hidden")
+    tab.said.clear()  # the refusal is in the console
+    click(tab, "#go-judge")
 
 
 def click(tab, selector):
@@ -114,6 +129,7 @@ def test_pairs_of_answers_become_a_model_that_prefers_the_good_ones(server, tab)
         "[...document.querySelectorAll('#method-objective option')].map(o => o.value)"
     )
     assert offered == ["dpo", "ipo", "kto", "orpo"]
+    keep_under_a_taken_name(server, tab)
     keep(tab, click, "pairs")
     assert '"temperature": 0' in tab.text("#keep-curl")
     assert "temperature=0" in tab.text("#keep-python")

@@ -295,7 +295,12 @@ def test_a_kept_adapter_is_asked_also_if_its_name_has_a_newer_version(server, tm
             adapter = server.service.fine_tuning.store.get(job_id).run_folder / "adapter"
             adapter.rmdir()
             add_adapter(Library(tmp_path / str(seed)), adapter, "made", seed)
-            kept = server.post(f"{path}/keep", {"name": "tickets"}).json()
+            if seed:
+                refusal = server.post(f"{path}/keep", {"name": "tickets"})
+                assert refusal.status_code == 409 and "tickets@1 is in" in refusal.text
+            body = {"name": "tickets", "next_version": bool(seed)}
+            kept = server.post(f"{path}/keep", body).json()
+            assert server.post(f"{path}/keep", {"name": "tickets"}).json() == kept, "once more"
             assert (kept["model"], kept["reference"]) == ("tickets", f"tickets@{seed + 1}")
 
         def model(path):

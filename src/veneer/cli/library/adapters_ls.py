@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, get_args
 
 from veneer.cli.common import adapters_command, print_json
 from veneer.cli.flags import add_switch, add_value
+from veneer.library.names import TRIAL
 from veneer.wording import between, cut, number, shown, shown_line, size
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def add_ls(action: Callable[..., ArgumentParser]) -> None:
     from veneer.library.entry import SortKey
 
     ls = action("ls", _ls, "list adapters: the newest version of every name")
-    add_value(ls, "--name", "GLOB", 'names that match, for instance "support-*"', default="*")
+    names = 'names that match: "support-*"; "trial-*" for those that the studio has not kept'
+    add_value(ls, "--name", "GLOB", names, default="*")
     add_value(
         ls, "--base", "GLOB", "adapters of this base: its name or the start of its fingerprint"
     )
@@ -48,6 +50,8 @@ def _ls(args: Namespace, library: Library) -> int:
         every_version=args.versions,
         sort=args.sort,
     )
+    if not args.name.startswith(TRIAL):
+        entries = [entry for entry in entries if not entry.name.startswith(TRIAL)]
     if args.json:
         print_json([entry.to_dict() for entry in entries])
         return 0

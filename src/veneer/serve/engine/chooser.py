@@ -25,11 +25,12 @@ from veneer.errors import InputError, VeneerError
 from veneer.files.remembered import remember
 from veneer.files.system_errors import explained
 from veneer.library.entry import Entry
+from veneer.library.names import TRIAL
 from veneer.library.prompts import beginning, question_of
 from veneer.library.residents.residents import Residents
 from veneer.models.frozen_base import FrozenBase
 from veneer.serve.engine.loop import EngineLoop, Inbox
-from veneer.serve.engine.names import TRIAL, ModelNames
+from veneer.serve.engine.names import ModelNames
 from veneer.serve.engine.nearness import GENERAL_QUESTIONS, NearnessSpace, States
 from veneer.serve.engine.prompts import Prompts
 from veneer.serve.limits import MOST_CANDIDATES, MOST_QUESTION_TOKENS

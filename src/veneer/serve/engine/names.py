@@ -30,8 +30,6 @@ from veneer.library.residents.residents import Residents
 from veneer.serve.limits import MAX_ALIASES
 from veneer.serve.refusals import Refusal, unknown_adapter, unknown_model
 
-TRIAL = "trial-"
-"""Begins the names of adapters that are judged in the studio, which `model: auto` leaves out."""
 AUTO = "auto"
 """The model name that leaves the choice of an adapter to the server (chooser.py)."""
 NOT_AUTO = (

@@ -137,6 +137,8 @@ class KeepBody(Body):
 
     name: Annotated[str, Length(1, MOST_NAME)]
     """name in the library"""
+    next_version: bool = False
+    """whether it may be the next version of a name that is taken"""
 
 
 class NoBody(Body):

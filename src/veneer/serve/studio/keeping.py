@@ -14,8 +14,8 @@ from veneer.jobs.published import may_publish, note_published
 from veneer.jobs.record import TrainingJob
 from veneer.library.entry import Entry
 from veneer.library.library import Library
+from veneer.library.names import TRIAL
 from veneer.report.card import card_for
-from veneer.serve.engine.names import TRIAL
 from veneer.serve.refusals import MOST_SHOWN, Refusal
 from veneer.serve.studio.exports import write_zip
 from veneer.serve.studio.judging import label_text
@@ -56,6 +56,18 @@ def check_may_keep(store_folder: Path, library: Library, name: str) -> None:
             " Choose another name, or use an admin key to add a version to it.",
             "name",
             "wrong_scope",
+        )
+
+
+def check_is_free(library: Library, name: str, kept: str | None) -> None:
+    """Raises Refusal 409 if a name is taken, and none of its versions holds this object."""
+    if library.has(name) and kept_reference(library, name, kept) is None:
+        raise Refusal(
+            409,
+            f"{library.get(name).reference} is in the library. Keep this adapter as the next"
+            f" version of {name}? Who asks for {name} then gets this one.",
+            "name",
+            "name_taken",
         )
 
 

@@ -22,10 +22,10 @@ from veneer.jobs.launch import share_of_machine
 from veneer.jobs.record import TrainingJob
 from veneer.jobs.store import JobStore
 from veneer.library.library import Library
-from veneer.serve.engine.names import TRIAL
+from veneer.library.names import TRIAL
 from veneer.serve.refusals import Refusal
 from veneer.serve.studio.bases import StudioBases
-from veneer.serve.studio.bodies import ExportBody
+from veneer.serve.studio.bodies import ExportBody, KeepBody
 from veneer.serve.studio.commands import CommandLine
 from veneer.serve.studio.drafts import Draft, Drafts
 from veneer.serve.studio.exports import EXPORTS, export_arguments, export_report, finish_export
@@ -42,6 +42,7 @@ from veneer.serve.studio.judging import (
     write_rows,
 )
 from veneer.serve.studio.keeping import (
+    check_is_free,
     check_may_keep,
     held_out_questions,
     kept_reference,
@@ -217,13 +218,15 @@ class Results:
 
     # keeping
 
-    def keep(self, draft_id: str, name: str, *, may_replace: bool) -> tuple[Draft, str]:
+    def keep(self, draft_id: str, body: KeepBody, *, may_replace: bool) -> tuple[Draft, str]:
         """Adds the adapter to the library under a name; returns its reference. It is a model of
         this server at once, if it was trained on this server's base.
 
         may_replace: whether it may become a version of an adapter that no job has made. Refusal:
-        403, or 400 for a name of adapters that are judged, and for that of the base.
+        403, 409 for a name that is taken unless the body allows a next version, or 400 for a name
+        of adapters that are judged, and for that of the base.
         """
+        name = body.name
         if name.startswith(TRIAL):
             message = f"Names that begin with {TRIAL} are reserved. Choose another name."
             raise Refusal(400, message, "name")
@@ -232,7 +235,10 @@ class Results:
             raise Refusal(400, message, "name")
         if not may_replace:
             check_may_keep(self._store.folder, self._library, name)
-        entry = publish(self._store.folder, self._library, self.job(draft_id), name)
+        job = self.job(draft_id)
+        if not body.next_version:
+            check_is_free(self._library, name, self._drafts.get(draft_id).kept)
+        entry = publish(self._store.folder, self._library, job, name)
         unpublish(self._library, trial_name(draft_id))
         draft = self._drafts.change(draft_id, model=name, kept=entry.version.object)
         return draft, entry.reference

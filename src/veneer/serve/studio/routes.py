@@ -161,9 +161,7 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
 
     async def keep(request: Request, body: KeepBody) -> Any:
         may_replace = caller_of(request).scope == "admin"
-        return await studio.run(
-            lambda: studio.keep(_id(request), body.name, may_replace=may_replace)
-        )
+        return await studio.run(lambda: studio.keep(_id(request), body, may_replace=may_replace))
 
     async def take(request: Request) -> Response:
         require_train(request)

@@ -19,7 +19,7 @@ from veneer.objectives.config import ObjectiveConfig
 from veneer.serve.engine.fine_tuning import FineTuning
 from veneer.serve.refusals import Refusal
 from veneer.serve.studio.bases import StudioBases
-from veneer.serve.studio.bodies import OBJECTIVE, MethodChoices, PlanBody, RowChoices
+from veneer.serve.studio.bodies import OBJECTIVE, KeepBody, MethodChoices, PlanBody, RowChoices
 from veneer.serve.studio.documents import Document, remove_documents, store_document
 from veneer.serve.studio.drafts import Draft, Drafts, public_name
 from veneer.serve.studio.objective import chosen_objective, objectives_for
@@ -264,9 +264,9 @@ class Studio:
             for queue_job in self.jobs.jobs()
         )
 
-    def keep(self, draft_id: str, name: str, *, may_replace: bool) -> dict[str, Any]:
+    def keep(self, draft_id: str, body: KeepBody, *, may_replace: bool) -> dict[str, Any]:
         """Adds the adapter to the library under a name, as Results.keep does."""
-        draft, reference = self.results.keep(draft_id, name, may_replace=may_replace)
+        draft, reference = self.results.keep(draft_id, body, may_replace=may_replace)
         return {**self.card(draft), "reference": reference}
 
     def remove(self, draft_id: str) -> None:

@@ -12,9 +12,9 @@ function percent(part, whole) {
 function countsOf(report) {
   const isPairs = ["pairs", "openai_pairs"].includes(lesson.preview.layout);
   const examples =
-    report.examples > report.rows && !isPairs ? `, ${count(report.examples)} examples` : "";
+    report.examples > report.rows && !isPairs ? `, ${countOf(report.examples, "example")}` : "";
   return [
-    [`${count(report.rows)} ${isPairs ? "pairs" : "rows"}${examples}`, "to train on"],
+    [`${countOf(report.rows, isPairs ? "pair" : "row")}${examples}`, "to train on"],
     [count(report.validation_rows), "held out"],
     [count(report.tokens), "tokens"],
     [percent(report.trained_tokens, report.tokens), "of them trained"],

@@ -97,7 +97,7 @@ function figuresOfRun() {
   const facts = Object.entries(losses)
     .filter(([, loss]) => loss)
     .flatMap(([name, loss]) => [make("dt", {}, name), make("dd", {}, intervalOf(loss))]);
-  const title = `Loss on ${count(heldOut.rows)} held-out rows, with 95% intervals`;
+  const title = `Loss on ${countOf(heldOut.rows, "held-out row")}, with 95% intervals`;
   return [make("h3", {}, title), make("dl", {}, ...facts)];
 }
 

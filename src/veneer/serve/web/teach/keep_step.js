@@ -1,5 +1,8 @@
 // Step 5: the adapter gets a name in the library, where it is a model of this server at once.
 
+/** The status of a request that would add a version to an adapter of the library. */
+const NAME_TAKEN = 409;
+
 /** Returns a name that the library accepts, made of the file's. */
 function nameFrom(file) {
   const stem = file.replace(/\.[^.]*$/, "").toLowerCase();
@@ -62,11 +65,23 @@ function showWhereItIs(base, isServed) {
   place.replaceChildren(reason, make("code", {}, base.command));
 }
 
+/** Keeps the adapter under a name; null if the name is taken and should stay as it is. */
+async function keepAs(name) {
+  const send = (body) => studio(draftPath("/keep"), { body });
+  try {
+    return await send({ name });
+  } catch (fault) {
+    if (fault.status !== NAME_TAKEN) throw fault;
+    return confirm(fault.message) ? send({ name, next_version: true }) : null;
+  }
+}
+
 async function keep(event) {
   event.preventDefault();
   const name = byId("keep-name").value.trim();
   await teachSafely(async () => {
-    const draft = await studio(draftPath("/keep"), { body: { name } });
+    const draft = await keepAs(name);
+    if (draft === null) return;
     Object.assign(lesson.draft, draft);
     judging.model = draft.reference;
     await Promise.all([loadModels(), listDrafts()]);

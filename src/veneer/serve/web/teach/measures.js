@@ -86,7 +86,7 @@ function figureCell({ value, interval, unit, change, change_interval: changeInte
 
 /** Makes a table of figures; a column for each model. */
 function figuresTable({ rows, models }) {
-  const titles = [`${count(rows)} held-out rows`, ...models.map(({ name }) => name)];
+  const titles = [countOf(rows, "held-out row"), ...models.map(({ name }) => name)];
   const head = make("tr", {}, ...titles.map((title) => make("th", {}, title)));
   const lines = Object.keys(models[0].figures).map((name) => {
     const title = make("td", {}, FIGURE_NAMES[name] ?? name.replaceAll("_", " "));

@@ -40,7 +40,8 @@ function memoryFigure(plan, memory) {
 function verdictText(plan) {
   if (plan.fits === null) return null;
   if (plan.fits) {
-    const rows = `${count(plan.largest_batch ?? plan.batch)} rows of ${count(plan.length)} tokens`;
+    const largest = countOf(plan.largest_batch ?? plan.batch, "row");
+    const rows = `${largest} of ${countOf(plan.length, "token")}`;
     return make("p", {}, `It fits, with up to ${rows} at once.`);
   }
   const change = plan.changes?.length

@@ -94,7 +94,7 @@ const otherJobs = (number) => (number === 1 ? "1 other job" : `${count(number)} 
 
 function planSummary() {
   const { base = "", method = "lora" } = lesson.draft.method;
-  const rows = lesson.report ? ` on ${count(lesson.report.rows)} rows` : "";
+  const rows = lesson.report ? ` on ${countOf(lesson.report.rows, "row")}` : "";
   const time = lesson.plan ? `, about ${duration(lesson.plan.plans[0].run_seconds)}` : "";
   return `${METHODS[method] ?? method} over ${titleOf(base)}${rows}${time}.`;
 }
