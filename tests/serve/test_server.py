@@ -958,7 +958,7 @@ def test_a_request_ends_when_its_time_is_over_and_says_so(library):
 
 def test_a_key_and_its_scope_are_asked_for(library):
     use, admin = "u" * 32, "a" * 32
-    keys = ApiKeys([ApiKey("use", hashed(use), "u"), ApiKey("admin", hashed(admin), "a")])
+    keys = ApiKeys([ApiKey("use", hashed(use), "one"), ApiKey("admin", hashed(admin), "one")])
     with running(library, keys=keys) as server:
         ask = {"model": BASE, "messages": HELLO, "max_tokens": 1}
         assert server.post(CHAT, ask).status_code == 401
@@ -973,7 +973,7 @@ def test_a_key_and_its_scope_are_asked_for(library):
             assert found.status_code == status
         assert server.http().get("/metrics").status_code == 401
         assert server.http().get("/healthz").text == "ok\n"
-        # What one key asked is not found again by another.
+        # What one key asked is not found again by another, whose name may be the same.
         told = [
             server.openai(api_key=key).chat.completions.create(**ask).usage
             for key in (use, admin, admin)

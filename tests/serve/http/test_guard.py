@@ -290,6 +290,23 @@ def test_a_file_that_holds_no_keys_is_refused_with_every_line(tmp_path):
         read_keys(None, {"VENEER_API_KEY": "short"})
 
 
+def test_two_keys_of_one_name_are_refused_and_one_key_under_two_names(tmp_path):
+    file = tmp_path / "keys"
+    line = "use {} {}\n"
+    for text, environment, said in [
+        (line.format(hashed("a"), "one") + line.format(hashed("b"), "one"), {}, "called one"),
+        (f"use {hashed('a')} key-2\nuse {hashed('b')}\n", {}, "called key-2"),
+        (line.format(hashed("a"), "veneer_api_key"), {"VENEER_API_KEY": USE}, "veneer_api_key"),
+        (line.format(hashed("a"), "one") + line.format(hashed("a"), "two"), {}, "one and two"),
+        (line.format(hashed(USE), "one"), {"VENEER_ADMIN_KEY": USE}, "one and veneer_admin_key"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            read_keys(file, environment)
+        (fault,) = caught.value.faults
+        assert said in fault and hashed("a") not in str(caught.value)
+
+
 def test_the_step_after_a_wrong_file_of_keys_works(tmp_path):
     file = tmp_path / "my keys"
     for content in (None, ""):

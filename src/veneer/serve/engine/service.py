@@ -201,20 +201,20 @@ class Service:
         return await self.prompts.encoded(prompts, self._asked_as(preamble))
 
     async def choose(
-        self, request: GenerationRequest, caller: str
+        self, request: GenerationRequest, key_digest: str
     ) -> tuple[GenerationRequest, AdapterChoice | None]:
         """Replaces `model: auto` in a request by the model that is chosen for it; returns None with
         any other request. Refusal."""
         if self.chooser is None or request.model != AUTO:
             return request, None
-        salt, seconds = _salt(caller, request), self.limits.seconds
+        salt, seconds = _salt(key_digest, request), self.limits.seconds
         with out_of_time():
             async with asyncio.timeout(seconds):
                 choice = await self.chooser.choose(request, salt=salt, seconds=seconds)
         return replace(request, model=choice.adapter or self.names.base_name), choice
 
     async def begin(
-        self, request: GenerationRequest, caller: str
+        self, request: GenerationRequest, key_digest: str
     ) -> tuple[ServedModel, Generation]:
         """Prepares the generation, which is queued once its block is entered. Refusal."""
         refuse_many_answers(request, self.loop.most_waiting)
@@ -243,7 +243,7 @@ class Service:
                 stops=self._stops,
                 tokenizer=texts.tokenizer,
                 constraints=grammar,
-                salt=_salt(caller, request),
+                salt=_salt(key_digest, request),
                 now=self.loop.clock(),
                 seconds=self.limits.seconds,
             )
@@ -390,6 +390,6 @@ class Service:
             threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _salt(caller: str, request: GenerationRequest) -> str:
-    """Returns the salt of cached prompts: callers share none."""
-    return f"{caller}|{request.salt}"
+def _salt(key_digest: str, request: GenerationRequest) -> str:
+    """Returns the salt of cached prompts: API keys share none, whatever their names."""
+    return f"{key_digest}|{request.salt}"

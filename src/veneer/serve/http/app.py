@@ -109,7 +109,7 @@ def _routes(service: Service, *, teaches: bool) -> list[Route]:
 
     def protocol_route(path: str, protocol: ApiProtocol) -> Route:
         async def answer(generation: GenerationRequest, request: Request) -> Response:
-            return Exchange(service, protocol, generation, caller_of(request).name, path)
+            return Exchange(service, protocol, generation, caller_of(request).digest, path)
 
         return post(path, answer, protocol.read)
 

@@ -49,11 +49,11 @@ class Exchange(Response):
         service: Service,
         protocol: ApiProtocol,
         request: GenerationRequest,
-        caller: str,
+        key_digest: str,
         path: str,
     ) -> None:
         self._service, self._protocol, self._request = service, protocol, request
-        self._caller, self._path = caller, path
+        self._key_digest, self._path = key_digest, path
         self._start = time.monotonic()
         self._has_begun = False
         self._first_token_wait = ExitStack()
@@ -81,11 +81,11 @@ class Exchange(Response):
     async def _answer(self, send: Send, chunks: ChunkWriter | None) -> Response | None:
         """Returns the whole answer; None if it was streamed. chunks: a faster way to write the
         stream."""
-        self._request, choice = await self._service.choose(self._request, self._caller)
+        self._request, choice = await self._service.choose(self._request, self._key_digest)
         with self._service.loop.expecting_request():
             for _ in range(TURNS):
                 await asyncio.sleep(0)
-            model, generation = await self._service.begin(self._request, self._caller)
+            model, generation = await self._service.begin(self._request, self._key_digest)
         fingerprint = self._service.fingerprint(model)
         name, prefix = self._request.model, self._protocol.id_prefix
         head = ResponseHead(name, fingerprint, prefix, choice=choice)

@@ -5,7 +5,8 @@
     admin   these, and loading and unloading adapters
 
 A file has a line for each key: `use 5d41...(sha256, hexadecimal) name`. Keys have 256 random bits,
-so that a plain SHA-256 cannot be reversed.
+so that a plain SHA-256 cannot be reversed. No two keys have one name: jobs and uploaded files are
+recorded under the name of their key.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import os
 import re
 import secrets
 import shlex
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,10 +45,11 @@ class ApiKey:
 
 @dataclass(frozen=True)
 class Caller:
-    """The client of a request. name: of its key; empty if no key is required."""
+    """The client of a request. name, digest: of its key; empty if no key is required."""
 
     name: str
     scope: Scope
+    digest: str = ""
 
     @property
     def may_train(self) -> bool:
@@ -71,7 +74,7 @@ class ApiKeys:
         caller = None
         for key in self._keys:
             if hmac.compare_digest(key.digest, digest):
-                caller = Caller(key.name, key.scope)
+                caller = Caller(key.name, key.scope, key.digest)
         return caller if key_text else None
 
 
@@ -91,7 +94,25 @@ def read_keys(file: Path | None, environment: Mapping[str, str]) -> ApiKeys:
                     next_step='For instance: export VENEER_API_KEY="$(openssl rand -hex 32)".',
                 )
             keys.append(ApiKey(scope, hashed(key), variable.lower()))
+    if faults := _repeated(keys):
+        raise ConfigError(
+            "two API keys have the same name, or are the same key",
+            faults,
+            "Give each key a name of its own, and each scope a key of its own.",
+        )
     return ApiKeys(keys)
+
+
+def _repeated(keys: Sequence[ApiKey]) -> list[str]:
+    """Describes each name that several keys have, and each key that is there twice."""
+    names = Counter(key.name for key in keys)
+    faults = [f"{count} keys are called {name}" for name, count in names.items() if count > 1]
+    names_of_key = defaultdict[str, list[str]](list)
+    for key in keys:
+        names_of_key[key.digest].append(key.name)
+    return faults + [
+        f"{' and '.join(same)} are one key" for same in names_of_key.values() if len(same) > 1
+    ]
 
 
 def _read_file(file: Path) -> list[ApiKey]:
