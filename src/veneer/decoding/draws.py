@@ -1,7 +1,8 @@
 """Draws a token from each row of logits by its answer's sampling (decoding/sampling/sampling.py).
 
-Rows are independent: a draw depends on the row's logits, settings and random number only. Without
-top_k, top_p and min_p, tokens are drawn in the order of ids, else in the order of probability.
+Rows are independent: a draw depends on the row's logits, settings and random number only. Of equal
+values the one with the smallest id is the likeliest. Without top_k, top_p and min_p, tokens are
+drawn in the order of ids, else in the order of probability.
 Shapes: B rows, V ids, C candidates: the likeliest ids, among which nearly every cut is decided.
 """
 
@@ -219,7 +220,9 @@ def sampled(
         reach_BV = chances_BV.cumsum(dim=-1)
         return _place(reach_BV, u, reach_BV[:, -1:])
     few = min(CANDIDATES, chances_BV.shape[1])
-    tokens, decided = _cut(chances_BV, u, top_k, top_p, min_p, *chances_BV.topk(few, dim=-1))
+    ids_BC = likeliest(chances_BV, few)
+    best_BC = chances_BV.gather(1, ids_BC)
+    tokens, decided = _cut(chances_BV, u, top_k, top_p, min_p, best_BC, ids_BC)
     if few < chances_BV.shape[1]:
         rest = (~decided).nonzero()[:, 0]
         if len(rest):
@@ -269,17 +272,33 @@ def _chances(
     rows = [n for n, count in enumerate(alternatives) if count is not None and tokens[n] >= 0]
     chances: list[TokenChance | None] = [None] * len(alternatives)
     if rows:
-        logs = torch.log_softmax(logits_BV[rows].float(), dim=-1)
+        logits = logits_BV[rows].float()
+        logs = torch.log_softmax(logits, dim=-1)
         drawn = torch.tensor([tokens[n] for n in rows], device=logs.device)
         drawn_logs = logs.gather(1, drawn[:, None])[:, 0].tolist()
         most = min(max(alternatives[n] or 0 for n in rows), logs.shape[1])
-        best, ids = logs.topk(most, dim=-1)
+        ids = likeliest(logits, most)
+        best = logs.gather(1, ids)
         for n, log, best_logs, best_ids in zip(
             rows, drawn_logs, best.tolist(), ids.tolist(), strict=True
         ):
             pairs = tuple(zip(best_ids, best_logs, strict=True))[: alternatives[n]]
             chances[n] = TokenChance(tokens[n], log, pairs)
     return chances
+
+
+def likeliest(values_BV: Tensor, count: int) -> Tensor:
+    """Returns (B, count) the ids of each row's largest values, float32; of equal values the
+    smallest ids, and in the order of ids.
+
+    torch.topk says nothing about equal values: which of them it takes depends on `count`, thus on
+    what the other rows ask for. The keys, whole numbers that order as value and id do, all differ.
+    """
+    num_ids = values_BV.shape[1]
+    bits = values_BV.view(torch.int32).long()
+    ranks = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+    keys = ranks * num_ids + torch.arange(num_ids - 1, -1, -1, device=values_BV.device)
+    return num_ids - 1 - keys.topk(count, dim=-1).values % num_ids
 
 
 def prompt_chances(

@@ -63,6 +63,42 @@ def test_many_rows_are_drawn_as_the_reference_draws_each(cut, ids):
     assert found == expected
 
 
+def tied_logits(rows, ids):
+    """Rows of a few different values, negative ones and both zeros among them."""
+    logits = logits_of(rows, ids).round()
+    logits[0, : ids // 2] *= -1  # -0.0 equals 0.0
+    return logits
+
+
+@pytest.mark.parametrize("cut", CUTS[1:], ids=str)
+@pytest.mark.parametrize("ids", [V, 700, 3000])
+def test_of_equal_chances_the_smallest_ids_are_the_likeliest(cut, ids):
+    samplings = [Sampling(temperature=t, **cut) for t in (0.2, 1.0, 5.0, 100.0)] * 5
+    logits = tied_logits(len(samplings), ids)
+    numbers = [uniform(7, 0, row) for row in range(len(samplings))]
+    found = sampled(logits, samplings, numbers, cut=True).tolist()
+    assert found == [
+        draw_reference(row, s, u) for row, s, u in zip(logits, samplings, numbers, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ids", [V, 3000])
+def test_equal_alternatives_are_in_the_order_of_ids_whatever_the_other_rows_ask(dtype, ids):
+    logits, counts = tied_logits(12, ids).to(dtype), [0, 1, 2, 3, 5, 20] * 2
+    rows = [(asked(Sampling(logprobs=count)), []) for count in counts]
+    together = draw(logits, rows)
+    assert together == [draw(logits[n : n + 1], [row])[0] for n, row in enumerate(rows)]
+    for values, count, answer in zip(logits.tolist(), counts, together, strict=True):
+        order = sorted(range(ids), key=lambda i, values=values: (-values[i], i))
+        assert [token for token, _ in answer.chance.alternatives] == order[:count]
+        assert answer.token == order[0]
+    scored = draws.prompt_chances(logits, [7] * len(logits), 3)
+    for answer, chance in zip(together, scored, strict=True):
+        own = answer.chance.alternatives[:3]
+        assert chance.alternatives[: len(own)] == own
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cut", CUTS, ids=str)
