@@ -204,7 +204,10 @@ def test_texts_beyond_the_limits_are_refused(server, monkeypatch):
     body = {"model": "search", "query": "a" * 10_000, "documents": ["b"] * 500}
     assert "characters" in refused(server, RERANK, "documents", **body)["message"]
     monkeypatch.setattr("veneer.serve.engine.prompts.MOST_CLASSIFIED_TOKENS", 5)
-    assert "5 may" in refused(server, CLASSIFY, "input", model="intents", input=TEXTS)["message"]
+    assert (
+        "more than 5 tokens"
+        in refused(server, CLASSIFY, "input", model="intents", input=TEXTS)["message"]
+    )
 
 
 def test_a_forward_that_fails_ends_only_the_request_that_fails_alone(server, monkeypatch):

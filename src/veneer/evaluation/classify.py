@@ -128,12 +128,12 @@ def text_examples(base: FrozenBase, texts: Sequence[str]) -> list[Example]:
     return examples
 
 
-def encode_texts(template: ChatTemplate, texts: Sequence[str]) -> list[Example]:
-    """Encodes texts as rows of a run are, whatever their length. Raises DataError for texts without
-    tokens."""
+def encode_texts(template: ChatTemplate, texts: Sequence[str], *, first: int = 1) -> list[Example]:
+    """Encodes texts as rows of a run are, whatever their length. first: number of the first text.
+    Raises DataError for texts without tokens."""
     rows = [
         Row(RowRef("texts", number), [], text=text, format="labels", label="")
-        for number, text in enumerate(texts, 1)
+        for number, text in enumerate(texts, first)
     ]
     examples: list[Example] = []
     problems: list[Problem] = []

@@ -37,6 +37,8 @@ MOST_TEXT = 4_000_000
 """Characters of a text. The model's positions bound a prompt further, before it is tokenised."""
 MOST_IDS = 1_000_000
 MOST_PROMPTS = 128
+MOST_PROMPT_TOKENS = 2**18
+"""Tokens of a request's prompts together, unless the model has more positions."""
 MOST_PROMPT_LOGPROBS = 1_000_000
 """Log-probabilities of echoed prompts, over all answers: some 16 MB of JSON."""
 LARGE_LOGPROBS = 4096

@@ -225,8 +225,12 @@ def test_a_rendered_prompt_that_cannot_fit_is_not_tokenised(
 ) -> None:
     coded = template("bytes")
     monkeypatch.setattr(TextTokenizer, "encode", None)
+
+    def refuse_long(text: str) -> None:
+        raise DoesNotFitError(f"{text.count('x')} characters")
+
     with pytest.raises(DoesNotFitError, match="300"):
-        coded.encode_prompt([user("x" * 300)], most_characters=300)
+        coded.encode_prompt([user("x" * 300)], refuse_long=refuse_long)
 
 
 def test_parts_that_stand_in_a_text_in_their_order_are_found_in_one_pass() -> None:

@@ -1,16 +1,25 @@
 """How long a request may be is known before it waits: behind an adapter's prefix, and where
 frequencies change."""
 
+import asyncio
+
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from tests.models.test_proof import ROTARY
 from tests.serve.server import BASE, add_adapter, made_base, running
 from tests.support.helpers import fill
+from tests.support.tiny import tiny_tokenizer
 from veneer.adapters.config import Prefix
+from veneer.adapters.preamble import NONE
+from veneer.data.template.tokens import TextTokenizer
 from veneer.decoding.engine import BLOCK_SLOTS
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.library.library import Library
+from veneer.serve.engine import prompts as prompts_module
 from veneer.serve.engine.prompts import Prompts
+from veneer.serve.engine.token_budget import BYTES_PER_TOKEN, PIECE, TokenBudget
+from veneer.serve.protocols.request import ChatPrompt, TextPrompt
 from veneer.serve.refusals import Refusal
 
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
@@ -109,6 +118,94 @@ def test_an_answer_may_fill_all_places_and_the_error_names_the_field_to_shorten(
         with pytest.raises(Refusal) as refused:
             most_new(length, max_new)
         assert refused.value.param == field
+
+
+@pytest.fixture
+def tokenised(monkeypatch):
+    """The lengths of the texts that are tokenised."""
+    lengths = []
+    encode_text, encode_marked = PreTrainedTokenizerFast.__call__, TextTokenizer.encode
+
+    def encode_and_count(tokenizer, text, **settings):
+        lengths.append(len(text))
+        return encode_text(tokenizer, text, **settings)
+
+    def encode_marked_and_count(tokens, texts):
+        lengths.extend(len(marked.text) for marked in texts)
+        return encode_marked(tokens, texts)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", encode_and_count)
+    monkeypatch.setattr(TextTokenizer, "encode", encode_marked_and_count)
+    return lengths
+
+
+MANY_POSITIONS = 50_000
+"""Times the longest token these are more characters than the prompts of these tests have."""
+LONG = "a b c d " * 50_000
+
+
+@pytest.mark.parametrize("text", [LONG, "a" * len(LONG), "é" * len(LONG), "\n" * len(LONG)])
+@pytest.mark.parametrize("kind", ["text", "chat", "score head"])
+def test_a_prompt_that_is_too_long_is_tokenised_only_as_far_as_shows_it(tokenised, kind, text):
+    prompts = Prompts(tiny_tokenizer(), positions=MANY_POSITIONS, ids=None)
+    if kind == "score head":
+        encoding = prompts.examples([text] * 6, NONE, 0, "input")
+    else:
+        chat = ChatPrompt([{"role": "user", "content": text}])
+        prompt = TextPrompt(text=text) if kind == "text" else chat
+        encoding = prompts.encoded([prompt] * 6, places=1000)
+    with pytest.raises(Refusal, match="is too long") as refused:
+        asyncio.run(encoding)
+    assert refused.value.code == "context_length_exceeded"
+    most = MANY_POSITIONS if kind == "score head" else 1000
+    assert sum(tokenised) <= BYTES_PER_TOKEN * most + 2 * PIECE
+    prompts.close()
+
+
+def test_the_prompts_of_a_request_have_one_budget(tokenised, monkeypatch):
+    monkeypatch.setattr(prompts_module, "MOST_PROMPT_TOKENS", 5000)
+    prompts = Prompts(tiny_tokenizer(), positions=4000, ids=None)
+    text = "a b " * 400
+    (alone,) = asyncio.run(prompts.encoded([TextPrompt(text=text)], places=4000))
+    fitting = 5000 // len(alone)
+    several = asyncio.run(prompts.encoded([TextPrompt(text=text)] * fitting, places=4000))
+    assert several == [alone] * fitting
+    tokenised.clear()
+    for prompt in (TextPrompt(text=text), TextPrompt(ids=tuple(alone))):
+        with pytest.raises(Refusal, match="more than 5,000 tokens"):
+            asyncio.run(prompts.encoded([prompt] * 100, places=4000))
+    assert sum(tokenised) <= (fitting + 1) * len(text) + 2 * PIECE
+    prompts.close()
+
+
+@pytest.mark.parametrize("piece", ["a b c ", "é", "<|im_end|>", "  ", "\U0001f600x"])
+def test_a_prompt_that_fits_is_never_refused_by_its_pieces(piece):
+    """However its tokens fall: special tokens, long runs, several tokens for a character."""
+    prompts = Prompts(tiny_tokenizer(), positions=None, ids=None)
+    text = piece * 30_000
+    (ids,) = asyncio.run(prompts.encoded([TextPrompt(text=text)]))
+    budget = TokenBudget(len(ids), len(ids), "prompt")
+    budget.check(text, prompts.tokenizer, "the prompt")
+    assert prompts.encode(TextPrompt(text=text), NONE, budget) == ids
+    with pytest.raises(Refusal):
+        budget.take(1, "the prompt")
+    prompts.close()
+
+
+def test_prompts_of_other_requests_are_encoded_between_those_of_one():
+    prompts = Prompts(tiny_tokenizer(), positions=None, ids=None)
+    ended = []
+
+    async def encode(name, count):
+        await prompts.encoded([TextPrompt(text="a")] * count)
+        ended.append(name)
+
+    async def both():
+        await asyncio.gather(encode("many", 100), encode("one", 1))
+
+    asyncio.run(both())
+    assert ended == ["one", "many"]
+    prompts.close()
 
 
 def test_an_answer_without_a_limit_ends_where_the_rotary_frequencies_change(tmp_path):

@@ -35,7 +35,7 @@ from veneer.data.template.sandbox import TemplateFault, prepared
 from veneer.data.template.tokens import MarkedText, TextTokenizer, TokenizedText
 from veneer.data.template.turns import RenderedRow, plan_chat
 from veneer.data.template.unfit import check_contents, check_text, check_tools, unfit
-from veneer.errors import DataError, DoesNotFitError
+from veneer.errors import DataError
 
 _CHUNK = 1024  # rows tokenised together: enough to use all cores, few enough for memory
 
@@ -149,31 +149,28 @@ class ChatTemplate:
             raise DataError(str(fault)) from None
 
     def encode_prompt(
-        self, messages: Messages, *, tools: Tools = None, most_characters: int | None = None
+        self,
+        messages: Messages,
+        *,
+        tools: Tools = None,
+        refuse_long: Callable[[str], None] = lambda text: None,
     ) -> list[int]:
         """Returns the ids that generation starts from: the conversation and the opening of the
         answer.
 
         For the messages before a trained turn, these are the first ids of that row.
-        most_characters: limit of the rendered text; a longer one is not tokenised. Raises
-        DataError, DoesNotFitError.
+        refuse_long: gets the rendered text before it is tokenised, and raises if it is too long.
+        Raises DataError.
         """
         try:
             hidden, hidden_tools, _ = self._names.hide(messages, tools)
             if not self.source:
-                return [
-                    *self._begin_ids,
-                    *self._encode_or_raise(
-                        MarkedText(self._single_user_text(hidden, hidden_tools))
-                    ).ids,
-                ]
+                text = self._single_user_text(hidden, hidden_tools)
+                refuse_long(self._names.show(text))
+                return [*self._begin_ids, *self._encode_or_raise(MarkedText(text)).ids]
             conversation = self._conversation(hidden, hidden_tools)
             text = conversation.text(len(hidden), add_generation_prompt=True)
-            if most_characters is not None and len(text) > most_characters:
-                raise DoesNotFitError(
-                    f"the prompt has {len(text):,} characters: the model's positions hold at"
-                    f" most {most_characters:,}"
-                )
+            refuse_long(self._names.show(text))
             check_text(text)
             check_tools(messages, tools, self._names.show(text), conversation.template)
             check_contents(hidden, text)

@@ -1,6 +1,7 @@
 """Encodes prompts on a thread of its own: the base's template in its process, then the tokenizer.
 
-A prompt that is too long is refused before it is queued. Tokenizers change while they encode, so
+A prompt that is too long is refused before it is queued (token_budget.py). The prompts of requests
+take turns on the thread. Tokenizers change while they encode, so
 this one is a copy that nothing else uses.
 """
 
@@ -9,7 +10,7 @@ import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from veneer.adapters.preamble import NONE, Preamble
@@ -22,12 +23,15 @@ from veneer.decoding.tool_calls.call_style import NO_TOOLS, call_style
 from veneer.decoding.tool_calls.calls import CallStyle
 from veneer.errors import VeneerError
 from veneer.evaluation.classify import encode_texts
-from veneer.serve.limits import MOST_CLASSIFIED_TOKENS, MOST_PROMPTS_WAITING
+from veneer.serve.engine.token_budget import TokenBudget
+from veneer.serve.limits import MOST_CLASSIFIED_TOKENS, MOST_PROMPT_TOKENS, MOST_PROMPTS_WAITING
 from veneer.serve.protocols.request import ChatPrompt, Prompt, TextPrompt
 from veneer.serve.refusals import Refusal, refusal_of
 
 TOKENIZERS_KEPT = 8
 """Tokenizers with adapters' new tokens; each holds a whole vocabulary."""
+PROMPT = "the prompt"
+"""Names a prompt in an error."""
 
 
 class Prompts:
@@ -50,14 +54,27 @@ class Prompts:
         self._waiting = 0
 
     async def encoded(
-        self, prompts: Sequence[Prompt], preamble: Preamble = NONE
+        self,
+        prompts: Sequence[Prompt],
+        preamble: Preamble = NONE,
+        *,
+        places: int | None = None,
+        prefix_length: int = 0,
     ) -> list[list[int]]:
-        """Encodes each prompt. Refusal: the template fails, it is too long, or too many wait."""
+        """Encodes each prompt.
+
+        places: of a prompt and its answer, behind an adapter's prefix of `prefix_length` tokens;
+        None: no answer follows. Refusal: the template fails, a prompt is too long or all are, or
+        too many wait.
+        """
+        most = max(MOST_PROMPT_TOKENS, places or self.positions or 0)
+        budget = TokenBudget(places, most, "messages", prefix_length=prefix_length)
+        encoding = [partial(self.encode, prompt, preamble, budget) for prompt in prompts]
         if not preamble.tokens and all(
             isinstance(prompt, TextPrompt) and prompt.ids is not None for prompt in prompts
         ):
-            return [self.encode(prompt) for prompt in prompts]  # nothing is tokenised
-        return await self._run(lambda: [self.encode(prompt, preamble) for prompt in prompts])
+            return [encode() for encode in encoding]  # nothing is tokenised
+        return await self._run_all(encoding, "messages")
 
     async def examples(
         self, texts: Sequence[str], preamble: Preamble, prefix_length: int, param: str
@@ -67,32 +84,20 @@ class Prompts:
         prefix_length: positions of the adapter's prefix. param: the field of the texts. Refusal:
         one is too long, all are, or too many requests wait.
         """
-
-        def encode() -> list[Example]:
-            for text in texts:
-                self._check_length(len(text), param)
-            examples = encode_texts(self._template(preamble.tokens), texts)
-            self._check_texts([used_length(example) for example in examples], prefix_length, param)
-            return examples
-
-        return await self._run(encode, param)
-
-    def _check_texts(self, lengths: Sequence[int], prefix_length: int, param: str) -> None:
-        """Raises Refusal if a text has more tokens than positions, or all have too many."""
         places = None if self.positions is None else self.positions - prefix_length
-        code = "context_length_exceeded"
-        if places is not None and (longest := max(lengths)) > places:
-            message = (
-                f"{param}: text {lengths.index(longest)} has {longest:,} tokens, and there are"
-                f" {places:,} places. Shorten it."
-            )
-            raise Refusal(400, message, param, code)
-        if (tokens := sum(lengths)) > MOST_CLASSIFIED_TOKENS:
-            message = (
-                f"{param}: the texts have {tokens:,} tokens, {MOST_CLASSIFIED_TOKENS:,} may. Send"
-                " fewer at once."
-            )
-            raise Refusal(400, message, param, code)
+        budget = TokenBudget(places, MOST_CLASSIFIED_TOKENS, param, prefix_length=prefix_length)
+        for text in texts:
+            self._check_length(len(text), param)
+
+        def encode(number: int) -> Example:
+            template, text, what = self._template(preamble.tokens), texts[number], f"text {number}"
+            budget.check(text, template.tokenizer, what)
+            (example,) = encode_texts(template, [text], first=number + 1)
+            budget.take(used_length(example), what)
+            return example
+
+        encoding = [partial(encode, number) for number in range(len(texts))]
+        return await self._run_all(encoding, param)
 
     async def strings(self, ids: Sequence[int]) -> list[str]:
         return await self._run(
@@ -107,29 +112,35 @@ class Prompts:
             raise Refusal(400, f"{wrong} is no token: there are {self.ids:,}.", "tokens")
         return await self._run(lambda: str(self.tokenizer.decode(list(ids))))
 
-    async def _run(self, function: Callable[[], Any], param: str = "messages") -> Any:
+    async def _run(self, function: Callable[[], Any]) -> Any:
+        (result,) = await self._run_all([function], "messages")
+        return result
+
+    async def _run_all(self, functions: Sequence[Callable[[], Any]], param: str) -> list[Any]:
+        """Runs functions one by one on the prompts' thread, other requests' functions between
+        them."""
         if self._waiting >= MOST_PROMPTS_WAITING:
             raise Refusal(
                 429, f"{self._waiting:,} prompts wait to be read, {MOST_PROMPTS_WAITING:,} may."
             )
         self._waiting += 1
+        run = asyncio.get_running_loop().run_in_executor
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+            return [await run(self._thread, function) for function in functions]
         except VeneerError as fault:
             raise refusal_of(fault, param=param) from None
         finally:
             self._waiting -= 1
 
-    def encode(self, prompt: Prompt, preamble: Preamble = NONE) -> list[int]:
-        """Encodes a prompt. Raises Refusal, DataError."""
+    def encode(
+        self, prompt: Prompt, preamble: Preamble = NONE, budget: TokenBudget | None = None
+    ) -> list[int]:
+        """Encodes a prompt. budget: of its request. Raises Refusal, DataError."""
+        ids = self._ids(prompt, preamble, budget)
+        if budget is not None:
+            budget.take(len(ids), PROMPT)
         if isinstance(prompt, ChatPrompt):
-            return self._chat(prompt, preamble)
-        if prompt.ids is not None:
-            ids = list(prompt.ids)
-        else:
-            text = prompt.text or ""
-            self._check_length(len(text))
-            ids = list(self._template(preamble.tokens).tokenizer(text)["input_ids"])
+            return ids
         if not ids:
             raise Refusal(400, "The prompt has no tokens.", "prompt")
         known = self.ids
@@ -139,34 +150,47 @@ class Prompts:
             raise Refusal(400, f"prompt: {max(ids)} is no token: there are {known:,}.", "prompt")
         return ids
 
+    def _ids(self, prompt: Prompt, preamble: Preamble, budget: TokenBudget | None) -> list[int]:
+        if isinstance(prompt, TextPrompt) and prompt.ids is not None:
+            return list(prompt.ids)
+        template = self._template(preamble.tokens)
+
+        def refuse_long(text: str) -> None:
+            self._check_length(len(text))
+            if budget is not None:
+                budget.check(text, template.tokenizer, PROMPT)
+
+        if isinstance(prompt, ChatPrompt):
+            return self._chat(prompt, preamble, template, refuse_long)
+        text = prompt.text or ""
+        refuse_long(text)
+        return list(template.tokenizer(text)["input_ids"])
+
     def _template(self, tokens: tuple[str, ...]) -> ChatTemplate:
         """Returns the template over a tokenizer with these new tokens. Only for the prompts'
         thread."""
         return self._extended(tokens) if tokens else self.template
 
-    def _chat(self, prompt: ChatPrompt, preamble: Preamble) -> list[int]:
+    def _chat(
+        self,
+        prompt: ChatPrompt,
+        preamble: Preamble,
+        template: ChatTemplate,
+        refuse_long: Callable[[str], None],
+    ) -> list[int]:
         if prompt.tools and self.style is None:
             raise Refusal(400, NO_TOOLS, "tools")
         messages = preamble.opening(prompt.messages)
         self._check_length(sum(len(str(message["content"])) for message in messages))
         retry_refused()  # another conversation may have crashed it
-        template = (
-            self._template(preamble.tokens)
-            .on(date.today())
-            .telling({**preamble.variables, **prompt.variables})
-        )
-        return template.encode_prompt(
-            messages, tools=prompt.tools, most_characters=self._most_characters
-        )
-
-    @property
-    def _most_characters(self) -> int | None:
-        """Returns the longest text that can fit, whatever its tokens are."""
-        return None if self.positions is None else self.positions * self._longest
+        variables = {**preamble.variables, **prompt.variables}
+        template = template.on(date.today()).telling(variables)
+        return template.encode_prompt(messages, tools=prompt.tools, refuse_long=refuse_long)
 
     def _check_length(self, characters: int, param: str = "messages") -> None:
-        """Refuses a text that cannot fit before a template or a tokenizer reads it."""
-        if self._most_characters is not None and characters > self._most_characters:
+        """Refuses a text that cannot fit, whatever its tokens are, before a template or a tokenizer
+        reads it."""
+        if self.positions is not None and characters > self.positions * self._longest:
             raise Refusal(
                 400,
                 f"The prompt has {characters:,} characters: more than the model's"

@@ -224,11 +224,13 @@ class Service:
             served = await self.read_files(lambda: self._read_model(request))
         model, preamble, prefix, invocation = served
         self._label(model)
-        prompts = await self.prompts.encoded(request.prompts, self._asked_as(preamble))
+        places = self._max_positions(prefix, prompt_only=request.prompt_only)
+        prompts = await self.prompts.encoded(
+            request.prompts, self._asked_as(preamble), places=places, prefix_length=prefix
+        )
         texts = self.texts
         if preamble.tokens:
             texts = await self.read_files(lambda: self.texts.with_tokens(preamble.tokens))
-        places = self._max_positions(prefix, prompt_only=request.prompt_only)
         lengths = [
             self.prompts.most_new(ids, request.max_new_tokens, places, prefix) for ids in prompts
         ]
