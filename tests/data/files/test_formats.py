@@ -275,7 +275,16 @@ def bad_call(function: Any) -> dict[str, Any]:
 
 
 SAID: list[tuple[str, dict[str, Any]]] = [
-    ("message 2 has an unknown role", {"messages": [ASK, {**ANSWER, "role": "bot"}]}),
+    ("message 2 has the unknown role 'bot'", {"messages": [ASK, {**ANSWER, "role": "bot"}]}),
+    ("message 2 has no role", {"messages": [ASK, {"content": "4"}]}),
+    (
+        "the role of message 1 is a list, not text",
+        {"messages": [{**ASK, "role": ["user"]}, ANSWER]},
+    ),
+    (
+        "message 1 has the unknown role 'Mensch'",
+        {"conversations": [{"from": "Mensch", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
+    ),
     (
         "assistant turn is empty (message 2): nothing to learn",
         {"messages": [ASK, {**ANSWER, "content": " "}]},
@@ -358,6 +367,14 @@ SAID: list[tuple[str, dict[str, Any]]] = [
     ),
     ("'text' holds half a character (U+D83D): cut off in an escape", {"text": "é\ud83d"}),
 ]
+
+
+@pytest.mark.parametrize("name", [name for name, (code, _) in FAULTS.items() if code == "D111"])
+def test_each_fault_of_the_order_says_what_to_do(name: str) -> None:
+    record = FAULTS[name][1]
+    with pytest.raises(RowFault) as fault:
+        to_row(record, REF, detect(frozenset(record)))
+    assert fault.value.next_step
 
 
 @pytest.mark.parametrize(("said", "record"), SAID)

@@ -81,7 +81,11 @@ def to_row(record: dict[str, Any], ref: RowRef, format: Format) -> Row:
     system = record.get("system")
     if isinstance(system, str) and system.strip():
         if messages[0]["role"] == "system":
-            raise RowFault("D111", "there is a system message and a 'system' column too: keep one")
+            raise RowFault(
+                "D111",
+                "there is a system message and a 'system' column too",
+                "Keep one of the two.",
+            )
         messages = [{"role": "system", "content": system}, *messages]
     check_order(messages)
     _check_parallel_calls(messages, record.get("parallel_tool_calls"))
@@ -257,13 +261,14 @@ def parse_messages(value: Any, name: str, *, sharegpt: bool = False) -> list[dic
 def _message(item: dict[str, Any], number: int, sharegpt: bool) -> dict[str, Any]:
     item = {key: value for key, value in item.items() if value is not None}
     if sharegpt and "from" in item:
-        role = _SHAREGPT_ROLES.get(item.pop("from") if isinstance(item["from"], str) else "")
-        known = ", ".join(_SHAREGPT_ROLES)
+        said = item.pop("from")
+        role, known = _SHAREGPT_ROLES.get(said) if isinstance(said, str) else None, _SHAREGPT_ROLES
         item = {"role": role, "content": item.pop("value", None), **item}
     else:
-        role, known = item.get("role"), ", ".join(_ROLES)
+        said, known = item.get("role"), _ROLES
+        role = said
     if role not in _ROLES:
-        raise RowFault("D110", f"message {number} has an unknown role", f"Known roles: {known}.")
+        raise RowFault("D110", _unknown_role(said, number), f"Known roles: {', '.join(known)}.")
     if item.get("function_call"):
         step = (
             "Write it as tool_calls: [{function: {name, arguments}}], and the answer to it with the"
@@ -285,6 +290,15 @@ def _message(item: dict[str, Any], number: int, sharegpt: bool) -> dict[str, Any
         )
     message = {**item, "role": role, "content": content}
     return {**message, "tool_calls": calls} if calls else message
+
+
+def _unknown_role(said: Any, number: int) -> str:
+    """Says what is wrong with a message's role."""
+    if said is None:
+        return f"message {number} has no role"
+    if isinstance(said, str):
+        return f"message {number} has the unknown role '{_shorten(said)}'"
+    return f"the role of message {number} is {_kind(said)}, not text"
 
 
 def _content(value: Any, number: int) -> str:
@@ -377,19 +391,33 @@ def check_order(messages: list[dict[str, Any]]) -> None:
         role = message["role"]
         if role == "system" and number > 1:
             raise RowFault(
-                "D111", f"message {number} is a system message, which can only come first"
+                "D111",
+                f"message {number} is a system message, which can only come first",
+                "Move its text into the first message, or give the message the role user.",
             )
         if role == "assistant" and previous_role in (None, "system"):
             raise RowFault(
-                "D111", f"message {number} is the assistant's, with no user message before it"
+                "D111",
+                f"message {number} is the assistant's, with no user message before it",
+                "Put the message that it answers before it, with the role user. For text without"
+                " a question, write a column 'text' in place of messages.",
             )
         if role == "assistant" and previous_role == "assistant":
-            raise RowFault("D111", f"messages {number - 1} and {number} are both the assistant's")
+            raise RowFault(
+                "D111",
+                f"messages {number - 1} and {number} are both the assistant's",
+                "Join them into one, or put the user's message between them.",
+            )
         if role == "tool" and not (
             previous_role == "tool"
             or (previous_role == "assistant" and messages[number - 2].get("tool_calls"))
         ):
-            raise RowFault("D111", f"message {number} is a tool's, with no tool call before it")
+            raise RowFault(
+                "D111",
+                f"message {number} is a tool's, with no tool call before it",
+                "Write the call as tool_calls of the assistant's message before it, or leave the"
+                " tool's message out.",
+            )
         previous_role = role
     if previous_role != "assistant":
         raise RowFault(
