@@ -3,8 +3,10 @@ there."""
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
+import re
 import sys
 import tracemalloc
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from veneer.data.examples import Problem, refusal
-from veneer.data.files import parquet, sources
+from veneer.data.files import parquet, sources, tables
 from veneer.data.files.records import MAX_COLUMNS
 from veneer.data.files.sources import read_rows, scan_rows
 from veneer.errors import DataError
@@ -141,7 +143,7 @@ def test_a_huge_line_is_skipped_and_the_next_keeps_its_number(
 def test_a_huge_row_of_a_csv_is_skipped_and_the_next_keeps_its_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(tables, "MAX_LINE_BYTES", 1000)
     huge, lines = b"a," + b"x" * 5000, b'b,"' + b"\n".join([b"y" * 600] * 2)
     rows, problems = scan_rows(
         write(tmp_path / "rows.csv", b"prompt,completion", b"a,b", huge, lines, b"c,d")
@@ -211,24 +213,98 @@ def test_csv_rows_are_numbered_by_their_first_line(tmp_path: Path) -> None:
         b'"two',
         b'lines",yes',
         b"only one",
+        "ä,ö".encode(),
         b"a,\xe9",
         b"a,b,c",
         b"",
         b"last,row",
     ]
     rows, problems = scan_rows(write(tmp_path / "rows.csv", *lines))
-    assert found(problems) == {4: "D105", 5: "D102", 6: "D105"}
+    assert found(problems) == {4: "D105", 6: "D102", 7: "D105"}
     assert [(row.ref.line, row.messages[0]["content"]) for row in rows] == [
         (2, "two\nlines"),
-        (8, "last"),
+        (5, "ä"),
+        (9, "last"),
     ]
+
+
+AS_SPREADSHEETS_WRITE: dict[str, tuple[str, str, list[str]]] = {
+    "commas, UTF-8": (",", "utf-8", []),
+    "commas, UTF-8 with a mark": (",", "utf-8-sig", []),
+    "semicolons, UTF-8 with a mark": (";", "utf-8-sig", ["separated by semicolons"]),
+    "semicolons, CP1252": (";", "cp1252", ["separated by semicolons", "Windows text .*'Größe €'"]),
+    "commas, CP1252": (",", "cp1252", ["Windows text .*'Größe €'"]),
+    "tabs, UTF-16": ("\t", "utf-16", ["UTF-16", "separated by tabs"]),
+}
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    ("separator", "encoding", "said"), AS_SPREADSHEETS_WRITE.values(), ids=AS_SPREADSHEETS_WRITE
+)
+def test_what_a_spreadsheet_writes_is_read_and_how_is_said_once(
+    tmp_path: Path, separator: str, encoding: str, said: list[str], ends: str
+) -> None:
+    table = [
+        ["prompt", "completion"],
+        ["plain", "1"],
+        ["Größe €", "Maß, 2; drei"],
+        ['a "quoted"\nline', "groß"],
+    ]
+    file = tmp_path / "rows.csv"
+    with file.open("w", encoding=encoding, newline="") as stream:
+        csv.writer(stream, delimiter=separator, lineterminator=ends).writerows(table)
+    rows, problems = scan_rows(file)
+    assert [[message["content"] for message in row.messages] for row in rows] == table[1:]
+    assert [row.ref.line for row in rows] == [2, 3, 4]
+    assert len(problems) == len(said)
+    for problem, words in zip(problems, said, strict=True):
+        assert (problem.code, problem.fatal, problem.lines) == ("D120", False, ())
+        assert re.search(words, problem.message)
+    assert len(read_rows(file)) == 3
+
+
+def test_a_table_of_two_encodings_is_one_finding(tmp_path: Path) -> None:
+    windows, utf8 = "Größe,2".encode("cp1252"), "Größe,2".encode()
+    head = b"prompt,completion"
+    _, problems = scan_rows(write(tmp_path / "a.csv", head, windows, *[utf8] * 40))
+    assert [(p.code, len(p.lines)) for p in problems if p.fatal] == [("D102", 40)]
+    rows, problems = scan_rows(write(tmp_path / "b.csv", head, utf8, *[windows] * 40))
+    assert [(p.code, len(p.lines)) for p in problems] == [("D102", 40)] and len(rows) == 1
+    _, problems = scan_rows(write(tmp_path / "c.csv", head, b"a\x81,b", b"\x90bb,b"))
+    assert [(p.code, len(p.lines)) for p in problems] == [("D102", 2)]
+
+
+def test_lines_that_are_not_utf_8_are_one_finding(tmp_path: Path) -> None:
+    lines = [json.dumps(chat("x" * n)).encode() + b"\xe9" for n in range(30)]
+    _, problems = scan_rows(write(tmp_path / "rows.jsonl", *lines))
+    assert [(problem.code, len(problem.lines)) for problem in problems] == [("D102", 30)]
+
+
+@pytest.mark.parametrize("start", ["[", " [ \n", "\ufeff["])
+def test_a_list_that_is_called_jsonl_is_read_and_that_is_said(tmp_path: Path, start: str) -> None:
+    body = [json.dumps(chat(f"row {n}"), indent=2) for n in range(3)]
+    (tmp_path / "rows.jsonl").write_text(start + ",\n".join(body) + "]\n", encoding="utf-8")
+    rows, problems = scan_rows(tmp_path / "rows.jsonl")
+    assert [row.ref.line for row in rows] == [1, 2, 3]
+    assert rows[2].messages[0]["content"] == "row 2"
+    assert [(problem.code, problem.fatal) for problem in problems] == [("D120", False)]
+    (tmp_path / "rows.jsonl").write_text(start + ",\n".join(body), encoding="utf-8")
+    _, problems = scan_rows(tmp_path / "rows.jsonl")
+    assert [problem.code for problem in problems if problem.fatal] == ["D103"]
+
+
+@pytest.mark.parametrize("name", ["rows.xlsx", "rows.XLS", "rows.ods"])
+def test_a_workbook_is_told_what_to_save(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(DataError, match="workbook") as fault:
+        read_rows(tmp_path / name)
+    assert "CSV UTF-8" in fault.value.next_step
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("prompt;completion\na;b\n", "separated by semicolons"),
-        ("prompt\tcompletion\na\tb\n", "separated by tabs"),
         ("prompt,prompt\na,b\n", "two columns are called 'prompt'"),
         ('prompt,completion\n"a,b\n', "rows.csv:2  is not CSV"),
         (
@@ -449,12 +525,6 @@ def test_a_csv_field_may_be_as_long_as_a_line(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(f'prompt,completion\na,"{long}"\n')
     (row,) = read_rows(tmp_path / "rows.csv")
     assert row.messages[1]["content"] == long
-
-
-def test_a_list_in_a_file_of_lines_is_told_where_it_belongs(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text('[{"prompt": "a", "completion": "b"}]\n')
-    with pytest.raises(DataError, match=r"A JSON list of rows belongs in a \.json file"):
-        read_rows(tmp_path / "rows.jsonl")
 
 
 def _labelled(suffix: str, labels: Sequence[Any]) -> bytes:

@@ -127,7 +127,8 @@ def _write_rows(args: Namespace, write: Callable[..., WriteReport]) -> int:
     for file, rows in written.rows.items():
         console.print(f"{shown(file)}: {rows:,} rows")
     for problem in written.problems:
-        console.print(f"  skipped: {shown(problem)}", style="yellow")
+        said = "skipped: " if problem.fatal else ""
+        console.print(f"  {said}{shown(problem)}", style="yellow")
     return 0
 
 

@@ -261,8 +261,8 @@ def parse_messages(value: Any, name: str, *, sharegpt: bool = False) -> list[dic
 def _message(item: dict[str, Any], number: int, sharegpt: bool) -> dict[str, Any]:
     item = {key: value for key, value in item.items() if value is not None}
     if sharegpt and "from" in item:
-        said = item.pop("from")
-        role, known = _SHAREGPT_ROLES.get(said) if isinstance(said, str) else None, _SHAREGPT_ROLES
+        said, known = item.pop("from"), tuple(_SHAREGPT_ROLES)
+        role = _SHAREGPT_ROLES.get(said) if isinstance(said, str) else None
         item = {"role": role, "content": item.pop("value", None), **item}
     else:
         said, known = item.get("role"), _ROLES

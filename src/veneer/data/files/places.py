@@ -22,6 +22,8 @@ from veneer.files.nesting import is_text
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 PACKED = (".gz", ".zst")
+SHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
+"""Extensions of workbooks, which are not read."""
 MOST_FILES = 100_000
 _ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+(/[\w.-]+)?)?")
 _T = TypeVar("_T")

@@ -15,6 +15,9 @@ Record = tuple[int, dict[str, Any]]
 """The line or number of a row, and its values by column."""
 Records = Iterator[Record | Problem]
 
+AS_WRITTEN = "D120"
+"""Code of the problem that says how a file is read that another program wrote in its own way. It
+refuses nothing."""
 MAX_LINE_BYTES = 16 * 2**20
 """Bytes of a line of .jsonl or .csv, and of the values of a Parquet row."""
 MAX_JSON_FILE_BYTES = 2**30

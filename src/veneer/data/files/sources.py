@@ -1,19 +1,20 @@
-"""Reads rows from .jsonl, .json, .csv or .parquet files (UTF-8, also .gz and .zst), by extension.
+"""Reads rows from .jsonl, .json, .csv or .parquet files (also .gz and .zst), by extension.
 
 Every broken row is reported, not only the first: `scan_rows` returns them beside the good rows,
 `read_rows` raises one error that lists them. Lines of .jsonl and .csv are streamed, and a line
 longer than MAX_LINE_BYTES is skipped without being held in memory; a .json file is read whole.
-records.py bounds what is read, parquet.py reads Parquet files. places.py finds the files of a set.
+records.py bounds what is read, tables.py reads .csv and parquet.py Parquet files. places.py finds
+the files of a set.
 Knows nothing of tokenizers.
 """
 
-import csv
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from veneer.data.examples import Problem, Row, RowFault, RowKind, RowRef, grouped, refusal
 from veneer.data.files.columns import ColumnMap, ColumnRenames, KtoLabels
@@ -21,8 +22,10 @@ from veneer.data.files.json_text import JSONText, whole_value
 from veneer.data.files.labels import make_row
 from veneer.data.files.layouts import RowLayouts, detect, format_of
 from veneer.data.files.parquet import read_parquet
-from veneer.data.files.places import PACKED, ResolvedSets, RowFile, kind_of
-from veneer.data.files.records import MAX_JSON_FILE_BYTES, MAX_LINE_BYTES, Records, check_columns
+from veneer.data.files.places import PACKED, SHEETS, ResolvedSets, RowFile, kind_of
+from veneer.data.files.records import AS_WRITTEN, MAX_JSON_FILE_BYTES, MAX_LINE_BYTES, Records
+from veneer.data.files.tables import read_csv
+from veneer.data.files.text import UTF_16_MARKS, utf8
 
 READABLE_KINDS = (
     '.jsonl (one JSON object a line), .json (a list of objects, or {"data": [...]}), .csv (with a'
@@ -36,13 +39,13 @@ def read_rows(
     columns: ColumnMap | None = None,
     kind: RowKind = "answers",
 ) -> list[Row]:
-    """Reads all rows of the set. Raises DataError with every bad row.
+    """Reads all rows of the set. Raises DataError with every bad row if there is one.
 
     format: a name of FORMATS, or auto. kind: of the rows that are wanted
     """
     rows, problems = scan_rows(path, format, columns, kind)
-    if problems:
-        raise refusal(f"{path} cannot be read as rows", problems)
+    if fatal := [problem for problem in problems if problem.fatal]:
+        raise refusal(f"{path} cannot be read as rows", fatal)
     return rows
 
 
@@ -115,17 +118,21 @@ def iterate_records(row_file: RowFile) -> Records:
     """Yields the records of a file with their lines, and the problems of those that cannot be
     read."""
     path, file = row_file.path, row_file.name
-    readers: dict[str, Callable[[BinaryIO, str], Records]] = {
+    readers: dict[str, Callable[[io.BufferedReader, str], Records]] = {
         ".jsonl": _jsonl,
         ".ndjson": _jsonl,
         ".json": _json,
-        ".csv": _csv,
+        ".csv": read_csv,
         ".parquet": read_parquet,
     }
     kind = kind_of(file)
     compressed = Path(file).suffix.lower() in PACKED
     if not kind or (compressed and kind == ".parquet"):
         suffix = Path(file).suffix
+        if suffix.lower() in SHEETS:
+            step = "Save it as CSV UTF-8 (.csv) in the program that wrote it."
+            yield Problem("D100", file, "a workbook, which is not read", next_step=step)
+            return
         reason = f"extension '{suffix}'" if suffix else "no extension"
         yield Problem(
             "D100",
@@ -142,7 +149,7 @@ def iterate_records(row_file: RowFile) -> Records:
         return
     try:
         with open_decompressed(path, file) as stream:
-            if stream.peek(4)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            if kind != ".csv" and stream.peek(2)[:2] in UTF_16_MARKS:
                 yield Problem("D102", file, "the file is UTF-16", next_step="Save it as UTF-8.")
                 return
             yield from readers[kind](stream, file)
@@ -182,7 +189,16 @@ def open_decompressed(path: Path, name: str) -> io.BufferedReader:
     return io.BufferedReader(CompressedInputStream(str(path), "zstd"), 2**16)
 
 
-def _jsonl(lines: BinaryIO, file: str) -> Records:
+_LIST_OF_OBJECTS = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|$)")
+"""What the first line of a list begins with, where a line of .jsonl is one object."""
+
+
+def _jsonl(lines: io.BufferedReader, file: str) -> Records:
+    if _LIST_OF_OBJECTS.match(lines.peek(64)[:64].split(b"\n")[0]):
+        message = "the file is one list, as in .json: its rows are numbered by their place there"
+        yield Problem(AS_WRITTEN, file, message, fatal=False)
+        yield from _json(lines, file)
+        return
     number = 0
     while line := lines.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -198,22 +214,9 @@ def _jsonl(lines: BinaryIO, file: str) -> Records:
         if not line.strip():
             continue
         try:
-            yield number, _object(_utf8(line.rstrip(b"\r\n")))
+            yield number, _object(utf8(line.rstrip(b"\r\n")))
         except RowFault as fault:
             yield fault.at(RowRef(file, number))
-
-
-def _utf8(line: bytes) -> str:
-    if b"\0" in line:
-        raise RowFault("D102", "holds NUL bytes: the file is damaged, or not text")
-    try:
-        return line.decode()
-    except UnicodeDecodeError as error:
-        raise RowFault(
-            "D102",
-            f"is not UTF-8 (byte 0x{line[error.start]:02X} at {error.start + 1})",
-            "Save the file as UTF-8. If it is Windows text: iconv -f CP1252 -t UTF-8 OLD > NEW",
-        ) from None
 
 
 def _object(text: str) -> dict[str, Any]:
@@ -230,14 +233,14 @@ def _kind(value: Any) -> str:
     return names.get(type(value).__name__, "a number")
 
 
-def _json(stream: BinaryIO, file: str) -> Records:
+def _json(stream: io.BufferedReader, file: str) -> Records:
     number = 0
     try:
         content = stream.read(MAX_JSON_FILE_BYTES + 1)
         if len(content) > MAX_JSON_FILE_BYTES:
             message = f"the file holds more than {MAX_JSON_FILE_BYTES:,} bytes, and is read whole"
             raise RowFault("D106", message, "Write the rows as .jsonl, which is read by lines.")
-        json_text = JSONText(_utf8(content.removeprefix(b"\xef\xbb\xbf")))
+        json_text = JSONText(utf8(content.removeprefix(b"\xef\xbb\xbf")))
         at = json_text.skip(0)
         if is_object := json_text.after(at) == "{":
             at = _find_data(json_text, at)
@@ -323,77 +326,3 @@ def _check_end(json_text: JSONText, at: int, is_object: bool) -> None:
     if json_text.after(json_text.skip(at + is_object)):
         step = "Write all rows into one list, or one row a line into a .jsonl file."
         raise RowFault("D103", "something follows the list of rows", step)
-
-
-class _CsvLines:
-    """Gives csv.reader the lines of a file. A record of more than MAX_LINE_BYTES characters raises
-    RowFault, and the rest of its line is skipped without being held in memory."""
-
-    def __init__(self, lines: io.TextIOWrapper) -> None:
-        self._lines, self._length, self.number = lines, 0, 0
-
-    def begin_record(self) -> int:
-        """Begins a record. Returns the number of its first line."""
-        self._length = 0
-        return self.number + 1
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        line = self._lines.readline(MAX_LINE_BYTES + 1 - self._length)
-        if not line:
-            raise StopIteration
-        self.number += 1
-        self._length += len(line)
-        if self._length > MAX_LINE_BYTES:
-            while line and not line.endswith(("\n", "\r")):
-                line = self._lines.readline(MAX_LINE_BYTES)
-            message = f"the row is longer than {MAX_LINE_BYTES // 2**20} MiB"
-            raise RowFault("D106", message, "Look for a quotation mark that is never closed.")
-        return line
-
-
-def _csv(stream: BinaryIO, file: str) -> Records:
-    csv.field_size_limit(
-        max(csv.field_size_limit(), MAX_LINE_BYTES)
-    )  # Python's default is 128 KiB, for the whole process
-    # Bad bytes pass the reader as lone surrogates, so that each is reported with its row.
-    with io.TextIOWrapper(
-        stream, encoding="utf-8-sig", errors="surrogateescape", newline=""
-    ) as text:
-        lines = _CsvLines(text)
-        reader = csv.reader(lines, strict=True)
-        header: list[str] = []
-        while True:
-            first = lines.begin_record()
-            try:
-                fields = next(reader, None)
-                if fields is None:
-                    return
-                if not fields:
-                    continue
-                for value in fields:
-                    _utf8(value.encode("utf-8", "surrogateescape"))
-                if not header:
-                    header = _header(fields)
-                    continue
-                if len(fields) != len(header):
-                    raise RowFault("D105", f"has {len(fields)} fields, the header {len(header)}")
-                yield first, dict(zip(header, fields, strict=True))
-            except csv.Error as error:
-                yield Problem("D105", file, f"is not CSV: {error}", (first,))
-            except RowFault as fault:
-                yield fault.at(RowRef(file, first))
-            if not header:
-                return
-
-
-def _header(fields: list[str]) -> list[str]:
-    check_columns(fields)
-    for mark, name in ((";", "semicolons"), ("\t", "tabs")):
-        if len(fields) == 1 and mark in fields[0]:
-            raise RowFault(
-                "D105", f"the columns seem to be separated by {name}", "Save the file with commas."
-            )
-    return fields

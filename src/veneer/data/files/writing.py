@@ -238,8 +238,9 @@ class _RowSource:
                 else:
                     problems.append(row)
         report.problems = grouped(problems)
-        if problems and not self.leave_out:
-            raise refusal("some rows cannot be read, and nothing is written", problems)
+        fatal = [problem for problem in problems if problem.fatal]
+        if fatal and not self.leave_out:
+            raise refusal("some rows cannot be read, and nothing is written", fatal)
         if bad := [problem for problem in problems if problem.code == RATED_BAD]:
             raise refusal("bad answers would be written as good ones: nothing is written", bad)
 

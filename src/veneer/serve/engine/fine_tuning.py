@@ -232,7 +232,7 @@ def row_faults(path: Path, kind: RowKind, param: str) -> list[str]:
     count = 0
     try:
         for count, row in enumerate(iterate_rows(path, kind=kind), 1):
-            if isinstance(row, Problem):
+            if isinstance(row, Problem) and row.fatal:
                 faults.append(f"{param}: {row}")
             if len(faults) >= MOST_FAULTS:
                 break

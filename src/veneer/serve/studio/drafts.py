@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import Field, JsonValue
 
-from veneer.data.files.places import RowFile, kind_of
+from veneer.data.files.places import SHEETS, RowFile, kind_of
 from veneer.data.files.sources import READABLE_KINDS
 from veneer.errors import DataError, UnknownNameError, VeneerError
 from veneer.files.atomic import atomic_folder, write_text
@@ -32,8 +32,6 @@ from veneer.serve.studio.documents import Document
 
 MOST_DRAFTS = 200
 MOST_NAME = 120
-SHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
-"""Extensions of workbooks."""
 _ID = re.compile(r"[0-9a-f]{16}")
 _FILE = "draft.json"
 
