@@ -11,11 +11,15 @@ from veneer.data.config import DataConfig
 from veneer.data.encoder import RowRules
 from veneer.data.examples import Capacity, Example, RowFault, RowRef
 from veneer.data.files.layouts import detect
+from veneer.data.files.places import RowFile
 from veneer.data.files.preferences import make_row
+from veneer.data.files.sources import scan_rows
 from veneer.data.large import training_data
 from veneer.data.load import examine_data
 from veneer.data.mismatched import mismatched
 from veneer.errors import ConfigError, DataError
+from veneer.serve.studio.bodies import RowChoices
+from veneer.serve.studio.row_preview import layout_of
 
 REF = RowRef("pairs.jsonl", 1)
 ASK = {"role": "user", "content": "2 + 2?"}
@@ -52,6 +56,19 @@ PAIRS = {
 def test_a_pair_is_recognised_and_only_its_answers_are_learnt(record):
     row = make_row(record, REF, detect(frozenset(record), "pairs"))
     assert (row.messages, row.others) == ([ASK, GOOD], ([ASK, BAD],))
+
+
+def test_pairs_of_every_layout_are_rows_of_one_file_and_pairs_beside_ratings_are_not(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in PAIRS.values()))
+    rows, problems = scan_rows(file, kind="pairs")
+    assert not problems
+    assert {row.format for row in rows} == {"pairs", "openai_pairs", "ranked"}
+    assert layout_of(RowFile("pairs.jsonl", file), RowChoices()) in {"pairs", "ranked"}
+    rated = {"prompt": "2 + 2?", "completion": "5", "label": False}
+    file.write_text("".join(json.dumps(row) + "\n" for row in (PAIRS["ranked"], rated)))
+    _, problems = scan_rows(file, kind="ratings")
+    assert [problem.code for problem in problems] == ["D108", "D108"]
 
 
 def test_earlier_answers_of_both_conversations_are_their_prompt():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import get_args
 
@@ -35,6 +35,14 @@ FORMATS_OF: dict[RowKind, tuple[Format, ...]] = {
     "any": (*_ANSWERS, *_PAIRS),
 }
 """The layouts of each kind of rows."""
+_SAME_ROWS: dict[Format, Format] = {
+    "sharegpt": "chat",
+    "prompt_completion": "chat",
+    "alpaca": "chat",
+    "openai_pairs": "pairs",
+    "ranked": "pairs",
+}
+"""Layouts whose rows become the same as those of another."""
 # Beside `text`, these columns describe its origin. Any other column may be what the user wants to
 # train on (a label, an answer), and plain text would silently leave it out.
 _METADATA = frozenset(
@@ -241,11 +249,17 @@ class RowLayouts:
         return {name: len(lines) for name, lines in self._lines.items()}
 
     def problems(self) -> list[Problem]:
-        """Reports each layout if there are several."""
-        if len(self._lines) < 2:
+        """Reports each layout if rows of several kinds are mixed, such as pairs and plain texts."""
+        if same_rows(self._lines):
             return []
         step = "Put each layout into a file of its own."
         return [
             Problem("D108", self._file, f"{len(lines):,} rows are {name}", tuple(lines), step)
             for name, lines in self._lines.items()
         ]
+
+
+def same_rows(layouts: Iterable[Format]) -> bool:
+    """Says whether rows of these layouts become rows of one kind: conversations, pairs, rated
+    answers, texts, labels or relevance."""
+    return len({_SAME_ROWS.get(layout, layout) for layout in layouts}) <= 1

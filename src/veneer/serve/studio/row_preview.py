@@ -19,7 +19,7 @@ from veneer.data.encoder import RowRules
 from veneer.data.examples import Capacity, Example, Format, Problem, Row, RowFault, RowRef
 from veneer.data.files.columns import ColumnRenames, KtoLabels
 from veneer.data.files.labels import make_row
-from veneer.data.files.layouts import NEEDS, detect, likely_columns
+from veneer.data.files.layouts import NEEDS, detect, likely_columns, same_rows
 from veneer.data.files.places import RowFile
 from veneer.data.files.sources import iterate_records
 from veneer.data.load import DataSet, examine_closely, examine_data
@@ -143,9 +143,24 @@ def _layout(records: Sequence[dict[str, Any]], choices: RowChoices) -> tuple[For
         columns = frozenset(
             name for row in rows for name, value in row.items() if value not in (None, "")
         )
-        return _marked_layout(rows, columns) or detect(columns, "any"), ""
+        return _marked_layout(rows, columns) or _detect(rows, columns), ""
     except RowFault as fault:
         return None, fault.message
+
+
+def _detect(rows: Sequence[dict[str, Any]], columns: frozenset[str]) -> Format:
+    """Recognises the layout of rows by all their columns; the first one's, if they have several
+    that become the same rows. Raises RowFault."""
+    try:
+        return detect(columns, "any")
+    except RowFault:
+        layouts = [
+            detect(frozenset(name for name in row if row[name] not in (None, "")), "any")
+            for row in rows
+        ]
+        if not same_rows(layouts):
+            raise
+        return layouts[0]
 
 
 def _marked_layout(rows: Sequence[dict[str, Any]], columns: frozenset[str]) -> Format | None:
