@@ -152,7 +152,7 @@ def test_a_request_that_waits_for_anything_else_is_answered_503_when_the_server_
     """Its prompt never comes back from the tokenizer, say."""
     monkeypatch.setattr(connection, "ENDING_SECONDS", 0.1)
 
-    async def never(*of):
+    async def never(*of, **more):
         await asyncio.sleep(600)
 
     asks = {

@@ -243,7 +243,7 @@ def _stable(name: str, content: bytes) -> bytes:
         return b"whole" if json.loads(content) else content
     if "/names/" in name:
         record = json.loads(content)
-        for version in record["versions"]:
+        for version in record.get("versions", ()):  # a .used file has none
             version.pop("added")
         return json.dumps(record, sort_keys=True).encode()
     return content
