@@ -158,7 +158,7 @@ def _detect(rows: Sequence[dict[str, Any]], columns: frozenset[str]) -> Format:
             detect(frozenset(name for name in row if row[name] not in (None, "")), "any")
             for row in rows
         ]
-        if not same_rows(layouts):
+        if not layouts or not same_rows(layouts):
             raise
         return layouts[0]
 
