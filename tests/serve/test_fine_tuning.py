@@ -200,6 +200,28 @@ def test_what_is_not_supported_is_refused_by_name(client, body, param, message):
     assert error.value.body["param"] == param and message in error.value.body["message"]
 
 
+def test_what_an_address_asks_for_and_nobody_reads_is_refused_by_name(server, client):
+    with pytest.raises(openai.BadRequestError) as fault:
+        client.fine_tuning.jobs.list(metadata={"team": "a"})
+    assert fault.value.param == "metadata[team]"
+    assert client.files.list(purpose="fine-tune", order="asc", limit=1) is not None
+    with server.http(headers=AUTHORIZED) as http:
+        for path in ("/v1/files", "/v1/fine_tuning/jobs", "/v1/models", "/v1/adapters", "/v1/runs"):
+            for known in ("", "&limit=1&after=0"):
+                refused = http.get(f"{path}?model=a{known}")
+                assert (refused.status_code, refused.json()["error"]["type"]) == (
+                    400,
+                    "invalid_request_error",
+                )
+        assert http.get("/v1/files", params={"order": "up"}).json()["error"]["param"] == "order"
+        ask = {"model": BASE, "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+        assert http.post("/v1/messages?beta=true", json=ask).status_code == 200
+        assert http.post("/v1/messages?strict=1", json=ask).status_code == 400
+        assert http.post("/v1/chat/completions?stream=true", json=ask).status_code == 400
+        for path in ("/", "/healthz", "/metrics"):
+            assert http.get(f"{path}?from=elsewhere").status_code == 200
+
+
 def test_wrong_rows_are_a_failed_job_that_names_them(client):
     calls = [{"type": "function", "function": {"name": name, "arguments": "{}"}} for name in "ab"]
     two_calls = [ROWS[0]["messages"][0], {"role": "assistant", "tool_calls": calls}]

@@ -245,7 +245,14 @@ def test_a_bug_is_answered_with_500_and_logged_with_its_traceback(caplog):
     async def divide(request):
         return 1 / 0
 
-    request = Request({"type": "http", "method": "GET", "path": "/v1/models", "headers": []})
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/v1/models",
+        "headers": [],
+        "query_string": b"",
+    }
+    request = Request(scope)
     answer = asyncio.run(catch_errors(divide)(request))
     assert answer.status_code == 500 and b"ZeroDivisionError" not in answer.body
     (record,) = caplog.records

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -25,7 +26,9 @@ from veneer.files.strict_json import read_yaml
 from veneer.jobs.published import note_published
 from veneer.library.library import Library
 from veneer.objectives.config import Distil
+from veneer.serve import limits
 from veneer.serve.engine.fine_tuning import TrainSettings
+from veneer.serve.http import json_body, uploads
 from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
 from veneer.serve.studio import row_preview
 from veneer.serve.studio.events import follow
@@ -236,6 +239,27 @@ def test_an_upload_is_refused_as_the_command_line_refuses_the_file(server):
     assert "validation_share" in faults.json()["error"]["message"]
     assert server.post(f"{API}/drafts/{draft['id']}/remove", {}).status_code == 200
     assert server.http().get(f"{API}/drafts/{draft['id']}").status_code == 404
+
+
+def test_a_slow_upload_is_taken_while_its_parts_arrive(server, monkeypatch):
+    monkeypatch.setattr(limits, "BODY_SECONDS", 0.4)
+    for module in (uploads, json_body):
+        monkeypatch.setattr(module, "BODY_SECONDS", 0.4)
+    text = CSV.encode()
+
+    def parts(pause):
+        for start in range(0, len(text), len(text) // 8):
+            time.sleep(pause)
+            yield text[start : start + len(text) // 8]
+
+    draft = upload(server, parts(0.15))
+    assert draft.status_code == 200 and draft.json()["bytes"] == len(text)
+    refused = upload(server, parts(1.5))
+    assert refused.status_code == 408
+    document = server.http(headers={"content-type": "application/octet-stream"}).post(
+        f"{API}/drafts/{draft.json()['id']}/document", params={"name": "a.md"}, content=parts(0.15)
+    )
+    assert document.status_code == 200
 
 
 @pytest.mark.parametrize(

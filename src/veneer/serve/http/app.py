@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,16 @@ from veneer.serve.http.guard import error_response
 from veneer.serve.http.json_body import parsed, read_body
 from veneer.serve.http.keys import Caller
 from veneer.serve.http.page import page
-from veneer.serve.http.paths import ADMIN_BODIES, BODIES, NOT_SERVED, PATHS, PROTOCOLS, openapi
+from veneer.serve.http.paths import (
+    ADMIN_BODIES,
+    ANY_QUERY,
+    BODIES,
+    NOT_SERVED,
+    PATHS,
+    PROTOCOLS,
+    QUERY,
+    openapi,
+)
 from veneer.serve.limits import LARGE_BODY
 from veneer.serve.protocols.answers import ApiProtocol
 from veneer.serve.protocols.classification import (
@@ -35,7 +44,7 @@ from veneer.serve.protocols.classification import (
 from veneer.serve.protocols.messages import CountBody
 from veneer.serve.protocols.request import GenerationRequest
 from veneer.serve.protocols.tokens import DetokenizeBody, TokenizeBody
-from veneer.serve.refusals import Refusal, refusal_of, shutting_down
+from veneer.serve.refusals import Refusal, brief, refusal_of, shutting_down
 from veneer.wording import shown
 
 log = logging.getLogger("veneer.serve")
@@ -105,7 +114,7 @@ def _routes(service: Service, *, teaches: bool) -> list[Route]:
                 body = read_fields(parsed(text))
             return await handler(body, request)
 
-        return Route(path, catch_errors(endpoint), methods=["POST"])
+        return Route(path, catch_errors(endpoint, QUERY.get(path, ())), methods=["POST"])
 
     def protocol_route(path: str, protocol: ApiProtocol) -> Route:
         async def answer(generation: GenerationRequest, request: Request) -> Response:
@@ -159,7 +168,7 @@ def _routes(service: Service, *, teaches: bool) -> list[Route]:
         return change
 
     def get(path: str, handler: Handler) -> Route:
-        return Route(path, catch_errors(handler), methods=["GET"])
+        return Route(path, catch_errors(handler, QUERY.get(path, ())), methods=["GET"])
 
     async def models(request: Request) -> Response:
         return _list(await service.report(service.names.cards))
@@ -233,7 +242,10 @@ def _routes(service: Service, *, teaches: bool) -> list[Route]:
         get("/metrics", metrics),
         get("/healthz", health),
         get("/readyz", ready),
-        *(Route(path, catch_errors(_not_served), methods=["GET", "POST"]) for path in NOT_SERVED),
+        *(
+            Route(path, catch_errors(_not_served, ANY_QUERY), methods=["GET", "POST"])
+            for path in NOT_SERVED
+        ),
     ]
 
 
@@ -247,11 +259,18 @@ async def _not_served(request: Request) -> Response:
     )
 
 
-def catch_errors(handler: Handler) -> Handler:
-    """Turns every error into a response. Bugs are logged with their traceback."""
+def catch_errors(handler: Handler, query: Collection[str] = ()) -> Handler:
+    """Turns every error into a response. Bugs are logged with their traceback.
+
+    query: the parameters that the handler reads from the address; any other is refused
+    """
 
     async def answer(request: Request) -> Response:
         try:
+            for name in request.query_params if query is not ANY_QUERY else ():
+                if name not in query:
+                    name = brief(name, quoted=False)
+                    raise Refusal(400, f"{name}: is not supported in the address here.", name)
             return await handler(request)
         except (Refusal, VeneerError) as fault:
             return error_response(refusal_of(fault), request.url.path)

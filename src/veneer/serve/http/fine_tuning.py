@@ -4,7 +4,7 @@ Every one of them needs a key with the scope `train`: files hold training rows. 
 `--train` answers 404.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from veneer.serve.engine.service import Service
 from veneer.serve.http.app import Handler, caller_of, catch_errors, require_train
 from veneer.serve.http.download import Download
 from veneer.serve.http.json_body import parsed, read_body
+from veneer.serve.http.paths import ANY_QUERY
 from veneer.serve.http.uploads import Arrivals, read_upload
 from veneer.serve.protocols.body import Object
 from veneer.serve.protocols.fine_tuning import CreateJobBody, checkpoint_objects, event_objects
@@ -25,6 +26,8 @@ from veneer.serve.refusals import Refusal, shutting_down
 FILES, JOBS = "/v1/files", "/v1/fine_tuning/jobs"
 PAGE, MOST_PAGE = 20, 100
 MOST_FILES_PAGE = 10_000
+PAGED = ("limit", "after")
+"""Parameters of an address that asks for a page of a list."""
 
 
 def fine_tuning_routes(service: Service) -> list[Route]:
@@ -33,7 +36,9 @@ def fine_tuning_routes(service: Service) -> list[Route]:
     if fine_tuning is None:
         paths = [path for root in (FILES, JOBS) for path in (root, root + "/{rest:path}")]
         methods = ["GET", "POST", "DELETE"]
-        return [Route(path, catch_errors(_not_served), methods=methods) for path in paths]
+        return [
+            Route(path, catch_errors(_not_served, ANY_QUERY), methods=methods) for path in paths
+        ]
     routes = _Routes(service, fine_tuning)
     return [*routes.of_files(), *routes.of_jobs()]
 
@@ -42,14 +47,16 @@ class _Routes:
     def __init__(self, service: Service, fine_tuning: FineTuning) -> None:
         self._service, self._fine_tuning = service, fine_tuning
 
-    def _route(self, method: str, path: str, handler: Handler) -> Route:
+    def _route(
+        self, method: str, path: str, handler: Handler, query: Collection[str] = ()
+    ) -> Route:
         async def answer(request: Request) -> Response:
             require_train(request)
             if method != "GET" and self._service.loop.closing:
                 raise shutting_down()
             return await handler(request)
 
-        return Route(path, catch_errors(answer), methods=[method])
+        return Route(path, catch_errors(answer, query), methods=[method])
 
     def _by_id(
         self,
@@ -83,13 +90,16 @@ class _Routes:
             purpose = request.query_params.get("purpose")
             files = await use_jobs(fine_tuning.files)
             kept = [file for file in files if purpose in (None, file["purpose"])]
-            if request.query_params.get("order") == "asc":
+            order = request.query_params.get("order", "desc")
+            if order not in ("asc", "desc"):
+                raise Refusal(400, "order: is asc or desc.", "order")
+            if order == "asc":
                 kept.reverse()
             return _page(request, kept, MOST_FILES_PAGE, MOST_FILES_PAGE)
 
         return [
             self._route("POST", FILES, upload),
-            self._route("GET", FILES, listed),
+            self._route("GET", FILES, listed, (*PAGED, "purpose", "order")),
             self._route("GET", FILES + "/{id}", self._by_id(fine_tuning.file)),
             self._route(
                 "GET",
@@ -124,10 +134,10 @@ class _Routes:
         job = JOBS + "/{id}"
         return [
             self._route("POST", JOBS, create),
-            self._route("GET", JOBS, listed),
+            self._route("GET", JOBS, listed, PAGED),
             self._route("GET", job, self._by_id(retrieve)),
-            self._route("GET", job + "/events", self._by_id(events, _page)),
-            self._route("GET", job + "/checkpoints", self._by_id(checkpoints, _page)),
+            self._route("GET", job + "/events", self._by_id(events, _page), PAGED),
+            self._route("GET", job + "/checkpoints", self._by_id(checkpoints, _page), PAGED),
             *(
                 self._route(
                     "POST", f"{job}/{name}", self._by_id(partial(fine_tuning.change, change=change))

@@ -37,6 +37,16 @@ BODIES: dict[str, type[Body]] = {
     "/detokenize": DetokenizeBody,
     **ADMIN_BODIES,
 }
+ANY_QUERY = ("*",)
+"""Parameters of an address that is answered whatever stands behind it."""
+QUERY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("/", "/metrics", "/healthz", "/readyz"), ANY_QUERY),
+    **dict.fromkeys(("/v1/messages", "/v1/messages/count_tokens"), ("beta",)),
+    "/v1/adapters/{name:path}": ("against",),
+    "/v1/runs/{name}": ("after",),
+}
+"""Parameters of a path's address; none of other paths. Anthropic's client marks calls of its beta
+interface with one, which changes nothing."""
 NOT_SERVED = {
     "/v1/embeddings": "a causal language model makes no embeddings",
     "/v1/audio/transcriptions": "text alone is read",

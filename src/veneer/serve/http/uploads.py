@@ -1,7 +1,7 @@
-"""Reads an uploaded file from a multipart body, in bounded memory.
+"""Reads an uploaded file, in bounded memory.
 
-The file goes to an unnamed temporary file while it arrives, so an upload that is cut off leaves
-nothing behind.
+A file of a multipart body goes to an unnamed temporary file while it arrives, so an upload that is
+cut off leaves nothing behind. A file that is the whole body is held in memory.
 """
 
 import asyncio
@@ -56,19 +56,16 @@ async def read_upload(request: Request, most_bytes: int) -> Upload:
     """Reads fields `purpose` and `file`. Refusal: 400, 408, 413 or 415."""
     if media_type(request) != "multipart/form-data":
         raise Refusal(415, "The body must be multipart/form-data, with a file and a purpose.")
-    stream = _bounded(request, most_bytes + MOST_FORM_BYTES)
+    stream = _bounded(request, most_bytes, beside=MOST_FORM_BYTES)
     parser = MultiPartParser(
         request.headers, stream, max_files=1, max_fields=MOST_FIELDS, max_part_size=MOST_FIELD_BYTES
     )
     try:
-        async with asyncio.timeout(UPLOAD_SECONDS):
-            form = await parser.parse()
-    except TimeoutError:
-        raise Refusal(408, f"The file did not arrive within {UPLOAD_SECONDS:g} seconds.") from None
+        with _refusing_late():
+            async with asyncio.timeout(UPLOAD_SECONDS):
+                form = await parser.parse()
     except MultiPartException as fault:
         raise Refusal(400, f"The body is not a form: {fault.message[:200]}") from None
-    except ClientDisconnect:
-        raise Refusal(400, "The body was cut short.") from None
     file, purpose = form.get("file"), form.get("purpose")
     try:
         if not isinstance(file, UploadFile):
@@ -83,8 +80,33 @@ async def read_upload(request: Request, most_bytes: int) -> Upload:
     return Upload(file.file, file.filename or "", purpose)
 
 
-async def _bounded(request: Request, most_bytes: int) -> AsyncGenerator[bytes, None]:
+async def read_file(request: Request, most_bytes: int) -> bytes:
+    """Reads a file that is the whole body. Refusal: 400, 408 or 413."""
+    content = bytearray()
+    with _refusing_late():
+        async with asyncio.timeout(UPLOAD_SECONDS):
+            async for part in _bounded(request, most_bytes):
+                content += part
+    return bytes(content)
+
+
+@contextmanager
+def _refusing_late() -> Iterator[None]:
+    """Turns a file that arrives too late, or in part, into a Refusal: 408 or 400."""
+    try:
+        yield
+    except TimeoutError:
+        raise Refusal(408, f"The file did not arrive within {UPLOAD_SECONDS:g} seconds.") from None
+    except ClientDisconnect:
+        raise Refusal(400, "The body was cut short.") from None
+
+
+async def _bounded(
+    request: Request, most_bytes: int, *, beside: int = 0
+) -> AsyncGenerator[bytes, None]:
     """Yields the body. Refusal: it is too large, or the client sends nothing for too long.
+
+    most_bytes: of the file. beside: bytes of the body beside it
 
     The rest of a too large body is read for a while: a client that still sends would not see the
     answer.
@@ -100,14 +122,14 @@ async def _bounded(request: Request, most_bytes: int) -> AsyncGenerator[bytes, N
             break
         allow_more_time(request.scope)
         received += len(part)
-        if received <= most_bytes:
+        if received <= most_bytes + beside:
             yield part
-        elif received > most_bytes + MOST_DISCARDED:
+        elif received > most_bytes + beside + MOST_DISCARDED:
             break
-    if received > most_bytes:
+    if received > most_bytes + beside:
         raise Refusal(
             413,
-            f"The file is larger than {most_bytes - MOST_FORM_BYTES:,} bytes.",
+            f"The file is larger than {most_bytes:,} bytes.",
             "file",
             headers={"connection": "close"},
         )

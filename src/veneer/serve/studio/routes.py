@@ -20,8 +20,8 @@ from veneer.errors import VeneerError
 from veneer.files.strict_json import legible
 from veneer.serve.http.app import caller_of, catch_errors, position_after, require_train
 from veneer.serve.http.download import BYTES_TYPE, Download, download_headers
-from veneer.serve.http.json_body import media_type, parsed, read_body, read_bytes
-from veneer.serve.http.uploads import Arrivals
+from veneer.serve.http.json_body import media_type, parsed, read_body
+from veneer.serve.http.uploads import Arrivals, read_file
 from veneer.serve.limits import BODY_BYTES
 from veneer.serve.protocols.body import Body
 from veneer.serve.refusals import Refusal, refusal_of
@@ -47,6 +47,8 @@ UPLOAD_BYTES = 256 * 2**20
 DOCUMENT_BYTES = 2**20
 MOST_IN_MEMORY = 2
 """Files of the page that arrive at once: they are held in memory."""
+QUERY = ("name", "after", "other")
+"""Parameters of the page's addresses."""
 Answer = Callable[[Request, Any], Awaitable[Any]]
 
 
@@ -68,13 +70,13 @@ def studio_routes(studio: Studio, closing: Callable[[], bool]) -> list[Route]:
         _check_upload(request)
         name, owner = request.query_params.get("name", ""), caller_of(request).name
         with arrivals.one():
-            content = await read_bytes(request, UPLOAD_BYTES)
+            content = await read_file(request, UPLOAD_BYTES)
             return _json(await studio.run(lambda: studio.add(name, content, owner)))
 
     async def set_document(request: Request) -> Response:
         _check_upload(request)
         name, draft_id = request.query_params.get("name", ""), _id(request)
-        content = await read_bytes(request, DOCUMENT_BYTES)
+        content = await read_file(request, DOCUMENT_BYTES)
         card = await studio.run(lambda: studio.set_document(draft_id, name, content))
         return _json(card)
 
@@ -247,7 +249,7 @@ def _answering(endpoint: Callable[[Request], Awaitable[Response]]) -> Any:
             refusal = refusal_of(fault)
             raise replace(refusal, message=in_page_words(refusal.message)) from None
 
-    return catch_errors(answer)
+    return catch_errors(answer, QUERY)
 
 
 def _stream(path: str, endpoint: Callable[[Request], Awaitable[Response]]) -> Route:
